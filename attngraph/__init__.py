@@ -1,0 +1,83 @@
+"""attngraph: attention as message passing between the nodes of an explicit directed graph.
+
+Every node holds a vector. Along each edge a key answers a query and a value flows (`attend`); then every node computes
+alone. GPT, BERT, the encoder–decoder and ViT are one Transformer that differs in its `Graph`: who may hear whom.
+
+>>> from attngraph import Causal, Prefix, Window, attend
+>>> graph = Causal() & (Window(256, 0) | Prefix(4))
+>>> q, k, v = torch.randn(3, 1, 8, 1024, 64)
+>>> attend(q, k, v, graph).shape
+torch.Size([1, 8, 1024, 64])
+"""
+
+from attngraph.algebra import Beside, Disjoint, PerHead
+from attngraph.bias import Alibi, EdgeBias, RelativeBias
+from attngraph.convert import (
+    from_dense,
+    from_edge_index,
+    from_function,
+    from_networkx,
+    from_scipy_sparse_matrix,
+    to_networkx,
+    to_scipy_sparse_matrix,
+)
+from attngraph.edges import EdgeList
+from attngraph.grammar import parse
+from attngraph.graph import Graph
+from attngraph.kernels.scoring import Additive
+from attngraph.operation import attend
+from attngraph.patterns import (
+    Axial,
+    Causal,
+    Chunks,
+    Documents,
+    Empty,
+    Full,
+    Global,
+    Identity,
+    Neighborhood,
+    Prefix,
+    Random,
+    ShiftedWindows,
+    Strided,
+    Tree,
+    Window,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Additive",
+    "Alibi",
+    "Axial",
+    "Beside",
+    "Causal",
+    "Chunks",
+    "Disjoint",
+    "Documents",
+    "EdgeBias",
+    "EdgeList",
+    "Empty",
+    "Full",
+    "Global",
+    "Graph",
+    "Identity",
+    "Neighborhood",
+    "PerHead",
+    "Prefix",
+    "Random",
+    "RelativeBias",
+    "ShiftedWindows",
+    "Strided",
+    "Tree",
+    "Window",
+    "attend",
+    "from_dense",
+    "from_edge_index",
+    "from_function",
+    "from_networkx",
+    "from_scipy_sparse_matrix",
+    "parse",
+    "to_networkx",
+    "to_scipy_sparse_matrix",
+]

@@ -1,0 +1,505 @@
+"""The algebra of graphs: what the operators on `Graph` build. Each class is one operation on sets of edges.
+
+It defines no connectivity of its own; that is in `attngraph.patterns`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from functools import reduce
+from operator import and_, or_, xor
+
+import torch
+from torch import Tensor
+
+from attngraph.graph import Graph, common_size, merge_edges, require_ints, sort_edges
+from attngraph.lines import Lines
+
+# ------------------------------------------------------------------------------------------------ pair by pair
+
+
+@dataclass(frozen=True, repr=False)
+class _Pointwise(Graph):
+    """A combination of graphs of one size by an operator on booleans."""
+
+    graphs: tuple[Graph, ...]
+
+    def check(self):
+        normal_graphs(self, "graphs")
+        common_size(f"graphs combined with {self.symbol}", *(graph.size for graph in self.graphs))
+
+    def own_size(self):
+        return common_size("graphs", *(graph.size for graph in self.graphs))
+
+    def contains(self, q_idx, kv_idx):
+        return reduce(type(self).operator, (graph.contains(q_idx, kv_idx) for graph in self.graphs))
+
+    def lines(self, n, m):
+        return Lines.union(graph.lines(n, m) for graph in self.graphs)
+
+    def write(self, inner):
+        return f" {self.symbol} ".join(_operand(graph, inner, self) for graph in self.graphs)
+
+    def _of(self, source: Graph, n: int, m: int) -> tuple[Tensor, Tensor]:
+        """Those edges of a larger graph that are in this one."""
+        query, key = source.list_edges(n, m)
+        kept = self.contains(query, key)
+        return query[kept], key[kept]
+
+
+@dataclass(frozen=True, repr=False)
+class Union(_Pointwise):
+    """``a | b``: the edges of either."""
+
+    symbol, precedence, operator = "|", 0, staticmethod(or_)
+
+    def edges(self, n, m):
+        return merge_edges([graph.list_edges(n, m) for graph in self.graphs], m)
+
+    def count(self, n, m):
+        first, rest = self.graphs[0], reduce(or_, self.graphs[1:])
+        return first.count_edges(n, m) + rest.count_edges(n, m) - (first & rest).count_edges(n, m)
+
+
+@dataclass(frozen=True, repr=False)
+class SymmetricDifference(_Pointwise):
+    """``a ^ b``: the edges of one of the two."""
+
+    symbol, precedence, operator = "^", 1, staticmethod(xor)
+
+    def edges(self, n, m):
+        return self._of(Union(self.graphs), n, m)
+
+    def count(self, n, m):
+        a, b = self.graphs
+        return a.count_edges(n, m) + b.count_edges(n, m) - 2 * (a & b).count_edges(n, m)
+
+
+@dataclass(frozen=True, repr=False)
+class Intersection(_Pointwise):
+    """``a & b``: the edges of both."""
+
+    symbol, precedence, operator = "&", 2, staticmethod(and_)
+
+    def edges(self, n, m):
+        return self._of(min(self.graphs, key=lambda graph: graph.count_edges(n, m)), n, m)
+
+    def count(self, n, m):
+        for part in self.graphs:
+            if isinstance(part, Complement):  # a & ~b is a - b, which never lists ~b
+                others = reduce(and_, (other for other in self.graphs if other is not part))
+                return (others - part.graph).count_edges(n, m)
+        return super().count(n, m)
+
+
+@dataclass(frozen=True, repr=False)
+class Difference(_Pointwise):
+    """``a - b``: the edges of a that b lacks."""
+
+    symbol, precedence, operator = "-", 3, staticmethod(lambda a, b: a & ~b)
+
+    def edges(self, n, m):
+        return self._of(self.graphs[0], n, m)
+
+    def count(self, n, m):
+        a, b = self.graphs
+        return a.count_edges(n, m) - (a & b).count_edges(n, m)
+
+
+@dataclass(frozen=True, repr=False)
+class Complement(Graph):
+    """``~a``: the pairs that are no edges."""
+
+    graph: Graph
+    precedence = 5
+
+    def own_size(self):
+        return self.graph.size
+
+    def contains(self, q_idx, kv_idx):
+        return ~self.graph.contains(q_idx, kv_idx)
+
+    def lines(self, n, m):
+        return self.graph.lines(n, m)
+
+    def count(self, n, m):
+        return n * m - self.graph.count_edges(n, m)
+
+    def write(self, inner):
+        return "~" + (inner(self.graph) if isinstance(self.graph, Complement) else _operand(self.graph, inner, self))
+
+
+# -------------------------------------------------------------------------------------- moving nodes and edges
+
+
+@dataclass(frozen=True, repr=False)
+class Transpose(Graph):
+    """``a.T``: every edge reversed."""
+
+    graph: Graph
+
+    def own_size(self):
+        return self.graph.size[::-1]
+
+    def contains(self, q_idx, kv_idx):
+        return self.graph.contains(kv_idx, q_idx)
+
+    def lines(self, n, m):
+        inner = self.graph.lines(m, n)
+        return inner and inner.transposed()
+
+    def edges(self, n, m):
+        query, key = self.graph.list_edges(m, n)
+        return sort_edges(key, query, m)
+
+    def count(self, n, m):
+        return self.graph.count_edges(m, n)
+
+    def bind(self, n, m):
+        return Transpose(self.graph.bind(m, n))
+
+    def write(self, inner):
+        return _operand(self.graph, inner) + ".T"
+
+
+@dataclass(frozen=True, repr=False)
+class Rows(Graph):
+    """``a.rows(start, stop)``: the queries start … stop-1, renumbered from 0."""
+
+    graph: Graph
+    start: int
+    stop: int
+
+    def check(self):
+        require_ints(0, start=self.start, stop=self.stop)
+        most = self.graph.size[0]
+        if self.start > self.stop or (most is not None and self.stop > most):
+            limit = "" if most is None else f" <= {most}, the graph's number of queries"
+            raise ValueError(f"rows must satisfy start <= stop{limit} (got start={self.start}, stop={self.stop})")
+
+    def own_size(self):
+        return (self.stop - self.start, self.graph.size[1])
+
+    def contains(self, q_idx, kv_idx):
+        return self.graph.contains(q_idx + self.start, kv_idx)
+
+    def lines(self, n, m):
+        inner = self.graph.lines(self._all, m)
+        return inner and inner.shifted(rows=-self.start)
+
+    def edges(self, n, m):
+        query, key = self.graph.list_edges(self._all, m)
+        kept = (query >= self.start) & (query < self.stop)
+        return query[kept] - self.start, key[kept]
+
+    def bind(self, n, m):
+        return replace(self, graph=self.graph.bind(self._all, m))
+
+    @property
+    def _all(self) -> int:
+        """How many queries the whole graph has, as far as it is needed."""
+        return self.stop if self.graph.size[0] is None else self.graph.size[0]
+
+    def write(self, inner):
+        return f"{_operand(self.graph, inner)}.rows({self.start}, {self.stop})"
+
+
+@dataclass(frozen=True, repr=False)
+class Sized(Graph):
+    """``a.sized(num_queries, num_keys)``: a graph that fits any size, at this one."""
+
+    graph: Graph
+    num_queries: int | None
+    num_keys: int | None
+
+    def check(self):
+        given = {"num_queries": self.num_queries, "num_keys": self.num_keys}
+        require_ints(0, **{name: count for name, count in given.items() if count is not None})
+        common_size(f"{self.graph.text} and its new size", self.graph.size, tuple(given.values()))
+
+    def own_size(self):
+        return common_size("graph", self.graph.size, (self.num_queries, self.num_keys))
+
+    def contains(self, q_idx, kv_idx):
+        return self.graph.bind(*self.size).contains(q_idx, kv_idx)
+
+    def bind(self, n, m):
+        return replace(self, graph=self.graph.bind(*common_size("graph", self.size, (n, m))))
+
+    def lines(self, n, m):
+        return self.graph.lines(n, m)
+
+    def edges(self, n, m):
+        return self.graph.list_edges(n, m)
+
+    def count(self, n, m):
+        return self.graph.count_edges(n, m)
+
+    def write(self, inner):
+        return f"{_operand(self.graph, inner)}.sized({self.num_queries}, {self.num_keys})"
+
+
+@dataclass(frozen=True, repr=False)
+class WithGlobalNodes(Graph):
+    """``a.with_global_nodes(k)``: k more nodes, in front, that hear all and are heard by all."""
+
+    graph: Graph
+    num_global: int
+
+    def check(self):
+        require_ints(0, num_global=self.num_global)
+
+    def own_size(self):
+        return tuple(None if count is None else count + self.num_global for count in self.graph.size)
+
+    def contains(self, q_idx, kv_idx):
+        k = self.num_global
+        inner = self.graph.contains((q_idx - k).clamp(min=0), (kv_idx - k).clamp(min=0))
+        return (q_idx < k) | (kv_idx < k) | inner
+
+    def lines(self, n, m):
+        k = self.num_global
+        inner = self.graph.lines(*self._inner(n, m))
+        return inner and Lines.union([inner.shifted(k, k), Lines(frozenset({k}), frozenset({k}))])
+
+    def edges(self, n, m):
+        k = self.num_global
+        query, key = self.graph.list_edges(*self._inner(n, m))
+        in_front = torch.cartesian_prod(torch.arange(min(k, n)), torch.arange(m)).T
+        heard = torch.cartesian_prod(torch.arange(n), torch.arange(min(k, m))).T
+        return merge_edges([tuple(in_front), tuple(heard), (query + k, key + k)], m)
+
+    def count(self, n, m):
+        inner_n, inner_m = self._inner(n, m)
+        return n * m - inner_n * inner_m + self.graph.count_edges(inner_n, inner_m)
+
+    def bind(self, n, m):
+        for name, count in (("queries", n), ("keys", m)):
+            if count is not None and count < self.num_global:
+                raise ValueError(f"with_global_nodes({self.num_global}) needs at least that many {name} (got {count})")
+        return replace(self, graph=self.graph.bind(*self._inner(n, m)))
+
+    def _inner(self, *size: int | None) -> tuple[int | None, ...]:
+        return tuple(None if count is None else max(count - self.num_global, 0) for count in size)
+
+    def write(self, inner):
+        return f"{_operand(self.graph, inner)}.with_global_nodes({self.num_global})"
+
+
+@dataclass(frozen=True, repr=False)
+class TwoHops(Graph):
+    """``a @ b``: query i hears key j if i hears, in a, some node that hears j in b."""
+
+    a: Graph
+    b: Graph
+    precedence = 4
+
+    def check(self):
+        common_size("the two hops of a @ b: the keys of a and the queries of b", (self.a.size[1],), (self.b.size[0],))
+
+    def own_size(self):
+        return (self.a.size[0], self.b.size[1])
+
+    @property
+    def middle(self) -> int | None:
+        """How many nodes lie between the two hops, if known."""
+        return self.b.size[0] if self.a.size[1] is None else self.a.size[1]
+
+    def contains(self, q_idx, kv_idx):
+        if self.middle is None:
+            raise ValueError(
+                f"two hops need the number of nodes between them, which {self.text} does not tell: give one of the "
+                f"graphs its size, graph.sized(num_queries, num_keys)"
+            )
+        middle = torch.arange(self.middle, device=q_idx.device)
+        (queries, at_query), (keys, at_key) = (torch.unique(side, return_inverse=True) for side in (q_idx, kv_idx))
+        first = self.a.contains(queries[:, None], middle[None]).float()
+        second = self.b.contains(middle[:, None], keys[None]).float()
+        return (first @ second > 0)[..., at_query, at_key]
+
+    def bind(self, n, m):
+        middle = self.middle if self.middle is not None else n if n == m else None
+        return TwoHops(self.a.sized(n, middle).bind(n, middle), self.b.sized(middle, m).bind(middle, m))
+
+    def write(self, inner):
+        return f"{_operand(self.a, inner, self)} @ {_operand(self.b, inner, self)}"
+
+
+# ----------------------------------------------------------------------------------------- graphs side by side
+
+
+@dataclass(frozen=True, repr=False)
+class Disjoint(Graph):
+    """Graphs side by side that do not hear each other: a batch *is* one bigger graph (packing, padding, ragged).
+
+    The query and key nodes of each follow those of the one before. All but the last must know their size.
+
+    >>> from attngraph import Causal, Full
+    >>> Disjoint([Full().sized(1, 1), Causal().sized(2, 2)]).mask().int()
+    tensor([[1, 0, 0],
+            [0, 1, 0],
+            [0, 1, 1]], dtype=torch.int32)
+    """
+
+    graphs: tuple[Graph, ...]
+
+    def check(self):
+        normal_graphs(self, "graphs")
+        for position, graph in enumerate(self.graphs[:-1]):
+            if None in graph.size:
+                raise ValueError(
+                    f"Disjoint must know where each graph begins: graph {position}, {graph.text}, has size "
+                    f"{graph.size}; give it one, graph.sized(num_queries, num_keys)"
+                )
+
+    def own_size(self):
+        sides = zip(*(graph.size for graph in self.graphs), strict=True)
+        return tuple(None if None in side else sum(side) for side in sides)
+
+    def _placed(self, n: int | None, m: int | None):
+        """Each graph with its first query, its first key and its size in n × m nodes."""
+        row = column = 0
+        for graph in self.graphs:
+            rest = (None if n is None else max(n - row, 0), None if m is None else max(m - column, 0))
+            size = tuple(r if own is None else own for own, r in zip(graph.size, rest, strict=True))
+            yield graph, row, column, size
+            row, column = row + (size[0] or 0), column + (size[1] or 0)
+
+    def contains(self, q_idx, kv_idx):
+        found = []
+        for graph, row, column, _ in self._placed(None, None):
+            query, q_inside = _inside(q_idx - row, graph.size[0])
+            key, k_inside = _inside(kv_idx - column, graph.size[1])
+            found.append(graph.contains(query, key) & q_inside & k_inside)
+        return reduce(or_, found)
+
+    def lines(self, n, m):
+        parts = []
+        for graph, row, column, size in self._placed(n, m):
+            inner = graph.lines(*size)
+            parts += [inner and inner.shifted(row, column), Lines(frozenset({row}), frozenset({column}))]
+        return Lines.union(parts)
+
+    def edges(self, n, m):
+        parts = [(*graph.list_edges(*size), row, column) for graph, row, column, size in self._placed(n, m)]
+        return (
+            torch.cat([query + row for query, _, row, _ in parts]),
+            torch.cat([key + column for _, key, _, column in parts]),
+        )
+
+    def count(self, n, m):
+        return sum(graph.count_edges(*size) for graph, _, _, size in self._placed(n, m))
+
+    def bind(self, n, m):
+        return Disjoint(tuple(graph.bind(*size) for graph, _, _, size in self._placed(n, m)))
+
+
+@dataclass(frozen=True, repr=False)
+class Beside(Graph):
+    """The keys of a, then the keys of b, both heard by the same queries: memory | self.
+
+    >>> from attngraph import Causal, Full
+    >>> Beside(Full().sized(None, 2), Causal()).mask(2, 4).int()
+    tensor([[1, 1, 1, 0],
+            [1, 1, 1, 1]], dtype=torch.int32)
+    """
+
+    a: Graph
+    b: Graph
+
+    def check(self):
+        common_size("the graphs of Beside(a, b)", self.a.size[:1], self.b.size[:1])
+        if self.a.size[1] is None:
+            raise ValueError(
+                f"Beside(a, b) must know where the keys of b begin: a, {self.a.text}, has size {self.a.size}; "
+                f"give it a number of keys, a.sized(None, num_keys)"
+            )
+
+    def own_size(self):
+        queries = common_size("graphs", self.a.size[:1], self.b.size[:1])[0]
+        return (queries, None if self.b.size[1] is None else self.a.size[1] + self.b.size[1])
+
+    def contains(self, q_idx, kv_idx):
+        in_a, a_inside = _inside(kv_idx, self.a.size[1])
+        in_b, b_inside = _inside(kv_idx - self.a.size[1], self.b.size[1])
+        return (self.a.contains(q_idx, in_a) & a_inside) | (self.b.contains(q_idx, in_b) & b_inside)
+
+    def lines(self, n, m):
+        keys = self.a.size[1]
+        a, b = self.a.lines(n, keys), self.b.lines(n, max(m - keys, 0))
+        return Lines.union([a, b and b.shifted(columns=keys), Lines(columns=frozenset({keys}))])
+
+    def edges(self, n, m):
+        keys = self.a.size[1]
+        (q_a, k_a), (q_b, k_b) = self.a.list_edges(n, keys), self.b.list_edges(n, max(m - keys, 0))
+        return sort_edges(torch.cat([q_a, q_b]), torch.cat([k_a, k_b + keys]), m)
+
+    def count(self, n, m):
+        keys = self.a.size[1]
+        return self.a.count_edges(n, keys) + self.b.count_edges(n, max(m - keys, 0))
+
+    def bind(self, n, m):
+        keys = self.a.size[1]
+        return Beside(self.a.bind(n, keys), self.b.bind(n, None if m is None else max(m - keys, 0)))
+
+
+@dataclass(frozen=True, repr=False)
+class PerHead(Graph):
+    """One graph for each head: its mask is (H, n, m). It combines with other graphs as any graph does.
+
+    >>> from attngraph import Causal, Window
+    >>> graph = PerHead([Window(1, 0), Window(2, 0)]) & Causal()
+    >>> graph.heads, graph.mask(3, 3).shape
+    (2, torch.Size([2, 3, 3]))
+    """
+
+    graphs: tuple[Graph, ...]
+
+    def check(self):
+        if any(graph.heads for graph in normal_graphs(self, "graphs")):
+            raise ValueError("PerHead takes one graph for each head, without heads of its own")
+        common_size("the graphs of PerHead", *(graph.size for graph in self.graphs))
+
+    def __post_init__(self):
+        super().__post_init__()
+        object.__setattr__(self, "heads", len(self.graphs))
+
+    def own_size(self):
+        return common_size("graphs", *(graph.size for graph in self.graphs))
+
+    def contains(self, q_idx, kv_idx):
+        return torch.stack([graph.contains(q_idx, kv_idx) for graph in self.graphs])
+
+    def head(self, index):
+        return self.graphs[index]
+
+
+# --------------------------------------------------------------------------------------------------- the parts
+
+
+def normal_graphs(graph: Graph, name: str) -> tuple[Graph, ...]:
+    """A field that holds several graphs, as a tuple; anything else is an error."""
+    given = getattr(graph, name)
+    graphs = tuple(given) if isinstance(given, Iterable) and not isinstance(given, Graph) else (None,)
+    if not graphs or not all(isinstance(part, Graph) for part in graphs):
+        raise TypeError(f"{type(graph).__name__} takes a list of at least one graph (got {given!r})")
+    object.__setattr__(graph, name, graphs)
+    return graphs
+
+
+def _inside(index: Tensor, count: int | None) -> tuple[Tensor, Tensor]:
+    """Node numbers moved into 0 … count-1, and which of them were there before."""
+    moved = index.clamp(min=0) if count is None else index.clamp(0, max(count - 1, 0))
+    return moved, moved == index if count != 0 else index != index
+
+
+def _operand(graph: Graph, inner, operator: Graph | None = None) -> str:
+    """A part as text, in brackets where the operator around it binds as strongly or more."""
+    own, around = getattr(graph, "precedence", 6), 5 if operator is None else operator.precedence
+    return inner(graph) if own > around else f"({inner(graph)})"
+
+
+def chain(kind: type[_Pointwise], a: Graph, b: Graph) -> Graph:
+    """An associative operation on many graphs, as one node."""
+    return kind(tuple(part for graph in (a, b) for part in (graph.graphs if type(graph) is kind else (graph,))))

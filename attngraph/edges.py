@@ -1,0 +1,159 @@
+"""Graphs that are given, not computed: a list of edges, or any predicate."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from attngraph.graph import Graph, require_ints
+
+LONGEST_TEXT = 16  # edges; longer lists are named by their hash where the text must be short
+
+
+@dataclass(frozen=True, repr=False, eq=False, init=False)
+class EdgeList(Graph):
+    """The edges in a tensor (2, E): row 0 the key (source), row 1 the query (target), as in PyG.
+
+    A graph is a set: the edges are sorted by query, then key, and an edge that is given twice is one edge. The given
+    order stays available: column e of the given `edge_index` is edge `position[e]` of the graph, so that per-edge
+    results come in the given order as ``result[..., graph.position]``; and edge e of the graph is column `order[e]`
+    (of equal ones the first), so that given per-edge values fit the graph as ``values[..., graph.order]``. A size of
+    one number stands for as many queries as keys.
+
+    >>> graph = EdgeList([[2, 0, 2], [1, 1, 1]], size=3)
+    >>> graph.edge_index()
+    tensor([[0, 2],
+            [1, 1]])
+    >>> graph.position, graph.order
+    (tensor([1, 0, 1]), tensor([1, 0]))
+    >>> graph
+    EdgeList([[0, 2], [1, 1]], size=(3, 3))
+
+    Raises ValueError for a shape other than (2, E), negative numbers and numbers beyond the size, and TypeError for
+    numbers that are not integers.
+    """
+
+    code: Tensor
+    position: Tensor
+    order: Tensor
+
+    def __init__(self, edge_index, size: int | tuple[int, int]):
+        given = _integer_tensor(edge_index)
+        n, m = size = (size, size) if isinstance(size, int) else tuple(size)
+        require_ints(0, num_queries=n, num_keys=m)
+        for name, row, limit in (("key", given[0], m), ("query", given[1], n)):
+            if row.numel() and not (int(row.min()) >= 0 and int(row.max()) < limit):
+                raise ValueError(
+                    f"edge_index must name {name} nodes from 0 to {limit - 1}, as size={size} says (got "
+                    f"{int(row.min())} … {int(row.max())}); row 0 holds keys (sources), row 1 queries (targets)"
+                )
+        code, position = torch.unique(given[1] * m + given[0], return_inverse=True)
+        columns = torch.arange(given.shape[1])
+        order = torch.zeros_like(code).scatter_reduce_(0, position, columns, "amin", include_self=False)
+        for name, value in {"size": size, "code": code, "position": position, "order": order}.items():
+            object.__setattr__(self, name, value)
+        self.__post_init__()
+
+    def own_size(self):
+        return self.size
+
+    @property
+    def query(self) -> Tensor:
+        """The query of each edge, ascending: int64 (E,)."""
+        return self.code // max(self.size[1], 1)
+
+    @property
+    def key(self) -> Tensor:
+        """The key of each edge, ascending for each query: int64 (E,)."""
+        return self.code % max(self.size[1], 1)
+
+    def contains(self, q_idx, kv_idx):
+        code = self.code.to(q_idx.device)
+        if not len(code):
+            return (q_idx < 0) & (kv_idx < 0)
+        wanted = q_idx * self.size[1] + kv_idx
+        return code[torch.searchsorted(code, wanted).clamp(max=len(code) - 1)] == wanted
+
+    def edges(self, n, m):
+        return self.query, self.key
+
+    def count(self, n, m):
+        return len(self.code)
+
+    @cached_property
+    def digest(self) -> str:
+        """A hash of the edges and the size; graphs are equal where it is."""
+        content = hashlib.sha256(str(self.size).encode())
+        content.update(self.code.numpy().tobytes())
+        return content.hexdigest()[:32]
+
+    def write(self, inner):
+        if inner is not repr and len(self.code) > LONGEST_TEXT:
+            return f"EdgeList(<{len(self.code)} edges, {self.digest}>, size={self.size})"
+        return f"EdgeList({[self.key.tolist(), self.query.tolist()]}, size={self.size})"
+
+    def __str__(self) -> str:
+        return self.text
+
+    def __eq__(self, other):
+        return self.digest == other.digest if isinstance(other, EdgeList) else NotImplemented
+
+    def __hash__(self):
+        return hash(self.digest)
+
+    def __reduce__(self):
+        return (EdgeList, (torch.stack([self.key, self.query]), self.size))
+
+
+def _integer_tensor(edge_index) -> Tensor:
+    """(2, E) int64 on the CPU, which is where graphs are."""
+    try:
+        given = torch.as_tensor(edge_index)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"edge_index must be a tensor (2, E) of node numbers ({error})") from None
+    if given.numel() == 0:
+        given = given.to(torch.int64)
+    if given.is_floating_point() or given.is_complex() or given.dtype == torch.bool:
+        raise TypeError(f"edge_index must hold integers (got {given.dtype})")
+    if given.ndim != 2 or given.shape[0] != 2:
+        raise ValueError(
+            f"edge_index must have shape (2, E) (got {tuple(given.shape)}); a (N, N) mask: from_dense(mask)"
+        )
+    return given.detach().to("cpu", torch.int64)
+
+
+@dataclass(frozen=True, repr=False)
+class Predicate(Graph):
+    """The pairs for which a function says so; see `attngraph.from_function`. Every pair is looked at."""
+
+    function: Callable[[Tensor, Tensor], Tensor]
+
+    def check(self):
+        if not callable(self.function):
+            raise TypeError(f"from_function takes a function of (q_idx, kv_idx) (got {self.function!r})")
+
+    def contains(self, q_idx, kv_idx):
+        found = self.function(q_idx, kv_idx)
+        shape = torch.broadcast_shapes(q_idx.shape, kv_idx.shape)
+        if not isinstance(found, Tensor) or found.dtype != torch.bool:
+            kind = found.dtype if isinstance(found, Tensor) else type(found).__name__
+            raise TypeError(
+                f"the function of from_function must return a bool tensor (got {kind}); compare with == < &"
+            )
+        return found.expand(shape)
+
+    def __post_init__(self):
+        object.__setattr__(self, "number", next(_NUMBERS))
+        super().__post_init__()
+
+    def write(self, inner):
+        return f"from_function(<{getattr(self.function, '__qualname__', 'function')}, the {self.number}th>)"
+
+
+_NUMBERS = itertools.count(1)  # tells one function from a later one at the same address

@@ -1,0 +1,122 @@
+"""Graphs as text: `parse` is the inverse of `repr`. It reads Python's own syntax tree and never evaluates anything."""
+
+from __future__ import annotations
+
+import ast
+
+from attngraph import algebra, edges, patterns
+from attngraph.graph import Graph, known
+
+LONGEST = 1 << 24  # characters
+DEEPEST = 100  # nested operations
+
+NAMES = {
+    kind.__name__: kind
+    for kind in (
+        patterns.Full, patterns.Empty, patterns.Identity, patterns.Causal, patterns.Window, patterns.Prefix,
+        patterns.Global, patterns.Strided, patterns.Chunks, patterns.Documents, patterns.Neighborhood, patterns.Axial,
+        patterns.ShiftedWindows, patterns.Tree, patterns.Random, edges.EdgeList, algebra.Disjoint, algebra.Beside,
+        algebra.PerHead,
+    )
+}  # fmt: skip
+OPERATORS = {
+    ast.BitOr: lambda a, b: a | b,
+    ast.BitXor: lambda a, b: a ^ b,
+    ast.BitAnd: lambda a, b: a & b,
+    ast.Sub: lambda a, b: a - b,
+    ast.MatMult: lambda a, b: a @ b,
+}
+METHODS = ("rows", "sized", "with_global_nodes")
+
+
+def parse(text: str) -> Graph:
+    """The graph that an expression describes, as `repr` writes it.
+
+    Graphs by name with numbers and lists as arguments, the operators ``| & - ^ ~ @``, ``.T``, ``.rows``, ``.sized``
+    and ``.with_global_nodes``; nothing else. No code runs.
+
+    >>> parse("Causal() & (Window(256, 0) | Prefix(4))")
+    Causal() & (Window(256, 0) | Prefix(4))
+
+    Raises ValueError that says what was not understood.
+    """
+    if not isinstance(text, str):
+        raise TypeError(f"a graph expression is a str (got {type(text).__name__})")
+    if len(text) > LONGEST:
+        raise ValueError(f"a graph expression has at most {LONGEST} characters (got {len(text)})")
+    try:
+        tree = ast.parse(text.strip(), mode="eval").body
+    except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
+        reason = error.msg if isinstance(error, SyntaxError) else "too deeply nested"
+        raise ValueError(f"not a graph expression: {_short(text)!r} ({reason}); {_HINT}") from None
+    graph = _value(tree, text, 0)
+    if not isinstance(graph, Graph):
+        raise ValueError(f"not a graph but {graph!r}: {_short(text)!r}; {_HINT}")
+    return graph
+
+
+_HINT = f"write for example Causal() & (Window(256, 0) | Prefix(4)), of {', '.join(NAMES)}"
+
+
+def _value(node: ast.expr, text: str, depth: int):
+    """A graph, a number or a list."""
+    if depth > DEEPEST:
+        raise ValueError(f"a graph expression nests at most {DEEPEST} operations: {_short(text)!r}")
+
+    def inner(part):
+        return _value(part, text, depth + 1)
+
+    match node:
+        case ast.Constant(value=int() | None) if not isinstance(node.value, bool):
+            return node.value
+        case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int())):
+            return -node.operand.value
+        case ast.List() | ast.Tuple():
+            return [inner(part) for part in node.elts]
+        case ast.UnaryOp(op=ast.Invert()):
+            return ~_graph(inner(node.operand), text)
+        case ast.BinOp() if type(node.op) in OPERATORS:
+            rest = []  # a | b | c | … leans to the left: walk down, then combine upwards
+            while isinstance(node, ast.BinOp) and type(node.op) in OPERATORS:
+                rest.append((OPERATORS[type(node.op)], node.right))
+                node = node.left
+            graph = _graph(inner(node), text)
+            for operator, right in reversed(rest):
+                graph = operator(graph, _graph(inner(right), text))
+            return graph
+        case ast.Attribute(attr="T"):
+            return _graph(inner(node.value), text).T
+        case ast.Call(func=ast.Attribute(attr=name)) if name in METHODS:
+            return _call(getattr(_graph(inner(node.func.value), text), name), node, text, inner)
+        case ast.Call(func=ast.Name(id=name)) if name in NAMES:
+            return _call(NAMES[name], node, text, inner)
+    raise ValueError(
+        f"not part of a graph expression: {_short(ast.get_source_segment(text.strip(), node) or '')!r}; {_HINT}"
+    )
+
+
+def _call(function, node: ast.Call, text: str, inner):
+    if any(keyword.arg is None for keyword in node.keywords):
+        raise ValueError(f"not part of a graph expression: ** in {_short(text)!r}")
+    arguments = [inner(part) for part in node.args]
+    named = {keyword.arg: inner(keyword.value) for keyword in node.keywords}
+    try:
+        return function(*arguments, **named)
+    except TypeError as error:
+        raise ValueError(f"{_short(ast.unparse(node))}: {error}") from None
+
+
+def _graph(value, text: str) -> Graph:
+    if not isinstance(value, Graph):
+        raise ValueError(f"expected a graph, got {value!r} in {_short(text)!r}; {_HINT}")
+    return value
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 80 else text[:77] + "…"
+
+
+def from_text(text: str) -> Graph:
+    """The graph with this `Graph.text`: the living one, or else a new one, where the text says all."""
+    living = known(text)
+    return parse(text) if living is None else living

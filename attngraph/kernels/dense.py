@@ -1,0 +1,59 @@
+"""All pairs at once, by PyTorch's own scaled_dot_product_attention: its flash kernels where no mask is needed."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+
+def dense(q, k, v, mask: Tensor | None, *, causal: bool, bias: Tensor | None, scale: float, dropout_p: float) -> Tensor:
+    """q (B, H, N, D), k and v (B, Hkv, M, ·), mask (N, M) or (H, N, M), bias (…, N, M) → out (B, H, N, ·).
+
+    `causal` without a mask is Causal(); neither is Full().
+    """
+    if bias is not None:
+        bias = bias.to(q.dtype)
+        mask = bias if mask is None else bias.masked_fill(~mask, -torch.inf)
+    return scaled_dot_product_attention(
+        q, k, v, mask, dropout_p, causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+    )
+
+
+def logsumexp(q, k, mask: Tensor | None, *, causal: bool, bias: Tensor | None, scale: float) -> Tensor:
+    """The lse (B, H, N) that belongs to `dense`, differentiable; -inf where a query hears nobody."""
+    if mask is None and bias is None and q.device.type == "cpu" and q.shape[2] and k.shape[2]:
+        return _flash_logsumexp(q, k, causal, scale)
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    scores = q.to(dtype) @ _repeated(k, q).to(dtype).mT * scale
+    if bias is not None:
+        scores = scores + bias
+    if causal:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+    if mask is None:
+        return scores.logsumexp(-1)
+    heard = mask.any(-1)
+    scores = scores.masked_fill(~(mask | ~heard[..., None]), -torch.inf)  # rows of -inf alone would have NaN gradients
+    return scores.logsumexp(-1).masked_fill(~heard, -torch.inf)
+
+
+def _flash_logsumexp(q, k, causal: bool, scale: float) -> Tensor:
+    """The same from the flash kernel, without any matrix of scores.
+
+    Its value comes with the kernel's result. Its gradient, d lse_i = Σ_j p_ij d s_ij, is that of attention with the
+    keys as values, for which p is constant: Σ_j p_ij (q_i · k_j).
+    """
+    k = _repeated(k, q)
+    with torch.no_grad():
+        value = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, k, 0.0, causal, scale=scale)[1]
+    if not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)):
+        return value
+    heard = scaled_dot_product_attention(q.detach(), k.detach(), k, is_causal=causal, scale=scale)
+    dtype = value.dtype
+    twice = (q.to(dtype) * heard.detach().to(dtype) + q.detach().to(dtype) * heard.to(dtype)).sum(-1) * scale
+    return value + (twice - twice.detach())
+
+
+def _repeated(k: Tensor, q: Tensor) -> Tensor:
+    """Each key head for all the query heads that share it."""
+    return k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)

@@ -1,0 +1,37 @@
+"""How a key answers a query, and how answers become weights: the two functions that make attention generic."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Score = Callable[[Tensor, Tensor], Tensor]  # (..., D), (..., D) → (...)
+Normalizer = Callable[[Tensor], Tensor]  # elementwise
+
+
+def dot(q_i: Tensor, k_j: Tensor) -> Tensor:
+    """q · k, of each pair."""
+    return (q_i * k_j).sum(-1)
+
+
+@dataclass(frozen=True, eq=False)
+class Additive:
+    """weight · activation(q + k): Bahdanau's attention with tanh, GATv2's with leaky ReLU. weight: (D,) or (H, D).
+
+    Bahdanau et al. 2015, section 3.1 (the projections of query and key stand outside); Brody et al. 2022, equation 7.
+    """
+
+    weight: Tensor
+    activation: Callable[[Tensor], Tensor] = torch.tanh
+
+    def __call__(self, q_i: Tensor, k_j: Tensor) -> Tensor:
+        """(B, H, E, D), (B, H, E, D) → (B, H, E)."""
+        weight = self.weight if self.weight.ndim == 1 else self.weight[:, None]
+        return (self.activation(q_i + k_j) * weight).sum(-1)
+
+
+SCORES: dict[str, Score] = {"dot": dot, "additive": lambda q_i, k_j: torch.tanh(q_i + k_j).sum(-1)}
+NORMALIZERS: dict[str, Normalizer] = {"sigmoid": torch.sigmoid, "none": lambda score: score}

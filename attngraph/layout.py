@@ -1,0 +1,57 @@
+"""What kernels read of a graph: a mask or a list of edges, built once for a graph, a size and a device. Data only.
+
+A layout is asked for through an operator that takes the graph as text: so `torch.compile` sees one opaque call, and a
+compiled program serves every graph size.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from attngraph.grammar import from_text
+from attngraph.graph import Graph
+
+MOST_CACHED = 16  # layouts of each kind
+
+
+@torch.library.custom_op("attngraph::mask", mutates_args=())
+def mask(graph: str, n: int, m: int, device: torch.device) -> Tensor:
+    """The edges as a bool tensor (n, m), or (H, n, m)."""
+    return _mask(from_text(graph), n, m, device).clone()  # an operator's result belongs to its caller
+
+
+@mask.register_fake
+def _(graph, n, m, device):
+    heads = from_text(graph).heads
+    return torch.empty((n, m) if heads is None else (heads, n, m), dtype=torch.bool, device=device)
+
+
+@torch.library.custom_op("attngraph::edges", mutates_args=())
+def edges(graph: str, n: int, m: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """The edges as query (E,), key (E,) and, with one graph per head, who has which: bool (H, E); else (0, E)."""
+    return tuple(part.clone() for part in _edges(from_text(graph), n, m, device))
+
+
+@edges.register_fake
+def _(graph, n, m, device):
+    count = torch.library.get_ctx().new_dynamic_size()
+    query, key = (torch.empty(count, dtype=torch.int64, device=device) for _ in range(2))
+    return query, key, torch.empty(from_text(graph).heads or 0, count, dtype=torch.bool, device=device)
+
+
+@lru_cache(MOST_CACHED)
+def _mask(graph: Graph, n: int, m: int, device: torch.device) -> Tensor:
+    return graph.mask(n, m, device)
+
+
+@lru_cache(MOST_CACHED)
+def _edges(graph: Graph, n: int, m: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    bound, n, m = graph.at(n, m)
+    query, key = bound.list_edges(n, m)
+    heads = range(graph.heads or 0)
+    member = [bound.head(h).contains(query, key) for h in heads]
+    member = torch.stack(member) if member else torch.empty(0, len(query), dtype=torch.bool)
+    return query.to(device), key.to(device), member.to(device)

@@ -1,0 +1,223 @@
+"""`attend`, the one operation: it validates, chooses a backend and calls its kernel. Only here are inputs validated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from attngraph import layout
+from attngraph.bias import Bias, DenseBias, EdgeBias
+from attngraph.graph import Graph
+from attngraph.kernels.dense import dense, logsumexp
+from attngraph.kernels.edges import edges
+from attngraph.kernels.reference import reference
+from attngraph.kernels.scoring import NORMALIZERS, SCORES
+from attngraph.patterns import Causal, Full
+from attngraph.planner import Request, choose
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    graph: Graph,
+    *,
+    bias: Bias | Tensor | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    score: str | Callable[[Tensor, Tensor], Tensor] = "dot",
+    normalize: str | Callable[[Tensor], Tensor] = "softmax",
+    backend: str = "auto",
+    return_lse: bool = False,
+    return_weights: bool = False,
+) -> Tensor | tuple[Tensor, ...]:
+    """Attention along the edges of a graph: each query node collects from the key nodes that it hears.
+
+    out_i = Σ_j w_ij v_j over the edges j → i, with w_i = softmax_j(scale · q_i·k_j + bias_ij). A query that hears
+    nobody gets exactly 0, and a gradient of 0.
+
+    Args:
+        q: queries (B, H, N, D), or (H, N, D).
+        k: keys (B, Hkv, M, D), where H is a multiple of Hkv: consecutive query heads share a key head.
+        v: values (B, Hkv, M, Dv).
+        graph: who hears whom; its size, where it has one, is (N, M).
+        bias: added to the scores: `Alibi`, `RelativeBias`, `EdgeBias`, or a tensor that broadcasts to (B, H, N, M).
+        scale: factor of the scores before the bias; by default 1/√D for the score "dot", 1 for others.
+        dropout_p: the probability with which a weight is dropped, always applied: pass 0 when not training.
+        score: "dot", "additive" (Σ tanh(q + k)), `Additive(weight)`, or a function of (q_i, k_j), each (B, H, E, D),
+            to (B, H, E).
+        normalize: "softmax", "sigmoid", "none", or an elementwise function of the scores.
+        backend: "auto", "reference", "edges" or "dense". What a named one can't do is an error.
+        return_lse: also return log Σ_j exp(score_ij) (B, H, N), -inf where a query hears nobody. Differentiable.
+        return_weights: also return w before dropout, (B, H, E) in `edge_index` order.
+
+    Returns:
+        out (B, H, N, Dv), or a tuple (out, lse), (out, weights) or (out, lse, weights). Without the batch dimension
+        where q has none.
+
+    >>> q, k, v = torch.randn(3, 2, 4, 10, 8)
+    >>> attend(q, k, v, Causal() & Window(3, 0)).shape
+    torch.Size([2, 4, 10, 8])
+
+    Raises:
+        ValueError: sizes, devices or dtypes that do not fit, or a backend that can't do what is asked.
+        TypeError: an argument of the wrong kind.
+    """
+    unbatched = isinstance(q, Tensor) and q.ndim == 3
+    if unbatched:
+        q, k, v = (side[None] if isinstance(side, Tensor) else side for side in (q, k, v))
+    _check(q, k, v, graph, score, normalize, dropout_p)
+    if return_lse and normalize != "softmax":
+        raise ValueError(f"return_lse needs normalize='softmax' (got {normalize!r}): other weights have no common sum")
+    n, m = q.shape[2], k.shape[2]
+    request = Request(score, normalize, return_lse, return_weights)
+    if scale is None:
+        scale = q.shape[3] ** -0.5 if score == "dot" else 1.0
+    if isinstance(bias, Tensor):
+        bias = DenseBias(bias)
+    run = RUN[choose(backend, graph, n, m, request)]
+    out, lse, weights = run(q, k, v, graph, bias, scale, dropout_p, request)
+    asked = (True, return_lse, return_weights)
+    found = [part[0] if unbatched else part for part, wanted in zip((out, lse, weights), asked, strict=True) if wanted]
+    return found[0] if len(found) == 1 else tuple(found)
+
+
+# ---------------------------------------------------------------------- one function a backend: layout, kernel
+
+
+def _run_reference(q, k, v, graph, bias, scale, dropout_p, request):
+    if isinstance(bias, EdgeBias):
+        _check_edge_bias(bias, graph.num_edges(q.shape[2], k.shape[2]), q)
+    elif bias is not None:
+        bias = DenseBias(_over_pairs(bias, q, k, None).double())
+    out, lse, weights = reference(
+        q, k, v, graph, bias=bias, scale=scale, dropout_p=dropout_p, score=request.score, normalize=request.normalize
+    )
+    if request.return_weights:
+        key, query = graph.edge_index(q.shape[2], k.shape[2]).to(q.device)
+        weights = weights[:, :, query, key].to(q.dtype)
+    return out.to(q.dtype), lse.to(torch.promote_types(q.dtype, torch.float32)), weights
+
+
+def _run_edges(q, k, v, graph, bias, scale, dropout_p, request):
+    query, key, member = layout.edges(graph.text, q.shape[2], k.shape[2], q.device)
+    if bias is not None:
+        if isinstance(bias, EdgeBias):
+            _check_edge_bias(bias, query.shape[0], q)
+        elif isinstance(bias, DenseBias):
+            bias = _full(bias, q, k)
+        edge = torch.arange(query.shape[0], device=q.device)
+        bias = _for_heads(bias.at(query, key, edge), q, edges=1)
+    return edges(
+        q, k, v, query, key, member,
+        bias=bias, scale=scale, dropout_p=dropout_p, score=request.score, normalize=request.normalize,
+    )  # fmt: skip
+
+
+def _run_dense(q, k, v, graph, bias, scale, dropout_p, request):
+    n, m = q.shape[2], k.shape[2]
+    causal = type(graph) is Causal and graph.offset == 0
+    mask = None
+    if not (causal or type(graph) is Full) or (causal and bias is not None):
+        mask, causal = layout.mask(graph.text, n, m, q.device), False
+    if bias is not None:
+        bias = _over_pairs(bias, q, k, graph)
+    out = dense(q, k, v, mask, causal=causal, bias=bias, scale=scale, dropout_p=dropout_p)
+    lse = logsumexp(q, k, mask, causal=causal, bias=bias, scale=scale) if request.return_lse else None
+    return out, lse, None
+
+
+RUN = {"reference": _run_reference, "edges": _run_edges, "dense": _run_dense}
+
+
+# ------------------------------------------------------------------------------------------------------ biases
+
+
+def _over_pairs(bias: Bias, q: Tensor, k: Tensor, graph: Graph) -> Tensor:
+    """A bias for all pairs: a tensor that broadcasts to (B, H, N, M)."""
+    n, m = q.shape[2], k.shape[2]
+    if isinstance(bias, DenseBias):
+        return _full(bias, q, k).values
+    if isinstance(bias, EdgeBias):
+        query, key, _ = layout.edges(graph.text, n, m, q.device)
+        _check_edge_bias(bias, query.shape[0], q)
+        values = bias.values.new_zeros(*bias.values.shape[:-1], n * m).index_copy(-1, query * m + key, bias.values)
+        return _for_heads(values.unflatten(-1, (n, m)), q, edges=2)
+    query, key = torch.arange(n, device=q.device)[:, None], torch.arange(m, device=q.device)[None]
+    return _for_heads(bias.at(query, key), q, edges=2)
+
+
+def _full(bias: DenseBias, q: Tensor, k: Tensor) -> DenseBias:
+    """A dense bias with its last two dimensions written out."""
+    values, n, m = bias.values, q.shape[2], k.shape[2]
+    if values.shape[-2] not in (1, n) or values.shape[-1] not in (1, m):
+        raise ValueError(f"a bias tensor must broadcast to (B, H, {n}, {m}) (got {tuple(values.shape)})")
+    return DenseBias(_for_heads(values.expand(*values.shape[:-2], n, m), q, edges=2))
+
+
+def _for_heads(values: Tensor, q: Tensor, edges: int) -> Tensor:
+    """The same values, if their leading dimensions fit (B, H); else an error."""
+    lead = values.shape[: values.ndim - edges]
+    for given, needed in zip(reversed(lead), (q.shape[1], q.shape[0]), strict=False):
+        if given not in (1, needed):
+            raise ValueError(
+                f"a bias must fit {q.shape[1]} heads and a batch of {q.shape[0]} (got one for {tuple(lead)})"
+            )
+    return values
+
+
+def _check_edge_bias(bias: EdgeBias, count: int, q: Tensor) -> None:
+    if torch.compiler.is_compiling():
+        torch._check(bias.values.shape[-1] == count)
+    elif bias.values.shape[-1] != count:
+        raise ValueError(
+            f"EdgeBias needs one value for each of the graph's {count} edges, in edge_index order (got "
+            f"{bias.values.shape[-1]}); an EdgeList merges edges given twice: values[..., graph.order]"
+        )
+    _for_heads(bias.values, q, edges=1)
+
+
+# -------------------------------------------------------------------------------------------------- validation
+
+
+def _check(q, k, v, graph, score, normalize, dropout_p) -> None:
+    for name, side in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(side, Tensor):
+            raise TypeError(f"{name} must be a tensor (got {type(side).__name__})")
+        if side.ndim != 4:
+            raise ValueError(
+                f"q, k and v must all have shape (B, heads, nodes, D), or all (heads, nodes, D) "
+                f"(got {side.ndim} dimensions for {name})"
+            )
+        if not side.is_floating_point():
+            raise TypeError(f"q, k and v must hold floating-point numbers (got a {name} of {side.dtype})")
+        if side.dtype != q.dtype or side.device != q.device:
+            raise ValueError(
+                f"q, k and v must have one dtype and one device (got q {q.dtype} on {q.device}, "
+                f"{name} {side.dtype} on {side.device})"
+            )
+        if side.shape[0] != q.shape[0]:
+            raise ValueError(f"q, k and v must have the same batch size (got q {q.shape[0]}, {name} {side.shape[0]})")
+    if not isinstance(graph, Graph):
+        raise TypeError(f"graph must be a Graph (got {type(graph).__name__}); a mask becomes one by from_dense(mask)")
+    (_, H, N, D), (_, Hkv, M, Dk) = q.shape, k.shape
+    if Dk != D:
+        raise ValueError(f"q and k must have the same head dimension (got {D} and {Dk})")
+    if v.shape[1] != Hkv or v.shape[2] != M:
+        raise ValueError(f"k and v must have the same heads and nodes (got {tuple(k.shape)} and {tuple(v.shape)})")
+    if Hkv == 0 or H % Hkv:
+        raise ValueError(f"the number of query heads must be a multiple of the key heads (got {H} and {Hkv})")
+    for name, side, own, given in (("query", "q", graph.size[0], N), ("key", "k", graph.size[1], M)):
+        if own is not None and own != given:
+            raise ValueError(
+                f"graph has {own} {name} nodes but {side} has {given}; build the graph for {given} of them"
+            )
+    if graph.heads is not None and graph.heads != H:
+        raise ValueError(f"graph has {graph.heads} heads but q has {H}; give PerHead one graph for each head")
+    for name, given, names in (("score", score, SCORES), ("normalize", normalize, ("softmax", *NORMALIZERS))):
+        if given not in names if isinstance(given, str) else not callable(given):
+            raise ValueError(f"{name} must be a function or one of {', '.join(names)} (got {given!r})")
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"dropout_p must be a probability below 1 (got {dropout_p})")

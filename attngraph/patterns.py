@@ -1,0 +1,569 @@
+"""The closed forms: connectivity that is one line of arithmetic on node numbers. Nothing here enumerates pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import accumulate
+from math import prod
+
+import torch
+from torch import Tensor
+
+from attngraph.graph import Graph, merge_edges, require_ints
+from attngraph.lines import Lines
+
+MOST_BORDERS = 1 << 12  # chunks beyond which their borders are no short list
+
+# ----------------------------------------------------------------------------------------- any number of nodes
+
+
+@dataclass(frozen=True, repr=False)
+class Full(Graph):
+    """Everyone hears everyone: BERT, the encoder, ViT.
+
+    >>> Full().mask(2, 3).int()
+    tensor([[1, 1, 1],
+            [1, 1, 1]], dtype=torch.int32)
+    """
+
+    def contains(self, q_idx, kv_idx):
+        return (q_idx >= 0) & (kv_idx >= 0)
+
+    def lines(self, n, m):
+        return Lines()
+
+
+@dataclass(frozen=True, repr=False)
+class Empty(Graph):
+    """Nobody hears anybody.
+
+    >>> Empty().num_edges(5, 5)
+    0
+    """
+
+    def contains(self, q_idx, kv_idx):
+        return (q_idx < 0) & (kv_idx < 0)
+
+    def lines(self, n, m):
+        return Lines()
+
+
+@dataclass(frozen=True, repr=False)
+class Identity(Graph):
+    """Everyone hears itself alone.
+
+    >>> Identity().mask(2, 3).int()
+    tensor([[1, 0, 0],
+            [0, 1, 0]], dtype=torch.int32)
+    """
+
+    def contains(self, q_idx, kv_idx):
+        return q_idx == kv_idx
+
+    def lines(self, n, m):
+        return Lines(diagonals=frozenset({0, 1}))
+
+
+@dataclass(frozen=True, repr=False)
+class Causal(Graph):
+    """Query i hears the keys j ≤ i + offset: GPT. An offset of -1 leaves out the node itself.
+
+    >>> Causal().mask(3, 3).int()
+    tensor([[1, 0, 0],
+            [1, 1, 0],
+            [1, 1, 1]], dtype=torch.int32)
+    """
+
+    offset: int = 0
+
+    def check(self):
+        require_ints(None, offset=self.offset)
+
+    def contains(self, q_idx, kv_idx):
+        return kv_idx <= q_idx + self.offset
+
+    def lines(self, n, m):
+        return Lines(diagonals=frozenset({self.offset + 1}))
+
+
+@dataclass(frozen=True, repr=False)
+class Window(Graph):
+    """Query i hears the keys i - left … i + right, inclusive, as in FlashAttention.
+
+    With a dilation d it hears as many, each d-th: i - left·d, …, i - d, i, i + d, …, i + right·d.
+
+    >>> Window(left=1, right=0).mask(3, 3).int()
+    tensor([[1, 0, 0],
+            [1, 1, 0],
+            [0, 1, 1]], dtype=torch.int32)
+    """
+
+    left: int
+    right: int
+    dilation: int = 1
+
+    def check(self):
+        require_ints(0, left=self.left, right=self.right)
+        require_ints(1, dilation=self.dilation)
+
+    def contains(self, q_idx, kv_idx):
+        ahead = kv_idx - q_idx
+        near = (ahead >= -self.left * self.dilation) & (ahead <= self.right * self.dilation)
+        return near if self.dilation == 1 else near & (ahead % self.dilation == 0)
+
+    def lines(self, n, m):
+        ends = frozenset({-self.left * self.dilation, self.right * self.dilation + 1})
+        return Lines(diagonals=ends, period=self.dilation)
+
+
+@dataclass(frozen=True, repr=False)
+class Prefix(Graph):
+    """Everyone hears the first `length` keys: attention sinks; with Causal, the prefix-LM.
+
+    >>> Prefix(1).mask(2, 3).int()
+    tensor([[1, 0, 0],
+            [1, 0, 0]], dtype=torch.int32)
+    """
+
+    length: int
+
+    def check(self):
+        require_ints(0, length=self.length)
+
+    def contains(self, q_idx, kv_idx):
+        return (q_idx >= 0) & (kv_idx < self.length)
+
+    def lines(self, n, m):
+        return Lines(columns=frozenset({self.length}))
+
+
+@dataclass(frozen=True, repr=False)
+class Global(Graph):
+    """These nodes hear all and are heard by all (Longformer, Beltagy et al. 2020).
+
+    >>> Global([1]).mask(3, 3).int()
+    tensor([[0, 1, 0],
+            [1, 1, 1],
+            [0, 1, 0]], dtype=torch.int32)
+    """
+
+    nodes: tuple[int, ...]
+
+    def check(self):
+        _integers(self, "nodes", at_least=0)
+        object.__setattr__(self, "nodes", tuple(sorted(set(self.nodes))))
+
+    def contains(self, q_idx, kv_idx):
+        nodes = torch.tensor(self.nodes, dtype=torch.int64, device=q_idx.device)
+        return (q_idx[..., None] == nodes).any(-1) | (kv_idx[..., None] == nodes).any(-1)
+
+    def lines(self, n, m):
+        ends = frozenset(end for node in self.nodes for end in (node, node + 1))
+        return Lines(rows=ends, columns=ends)
+
+    def edges(self, n, m):
+        rows, columns = ([node for node in self.nodes if node < side] for side in (n, m))
+        hearing = torch.cartesian_prod(torch.tensor(rows, dtype=torch.int64), torch.arange(m)).reshape(-1, 2)
+        heard = torch.cartesian_prod(torch.arange(n), torch.tensor(columns, dtype=torch.int64)).reshape(-1, 2)
+        return merge_edges([hearing.unbind(1), heard.unbind(1)], m)
+
+    def count(self, n, m):
+        rows, columns = (sum(node < side for node in self.nodes) for side in (n, m))
+        return rows * m + columns * n - rows * columns
+
+
+@dataclass(frozen=True, repr=False)
+class Strided(Graph):
+    """Query i hears each key whose distance is a multiple of the stride (Sparse Transformer, Child et al. 2019).
+
+    >>> Strided(2).mask(2, 4).int()
+    tensor([[1, 0, 1, 0],
+            [0, 1, 0, 1]], dtype=torch.int32)
+    """
+
+    stride: int
+
+    def check(self):
+        require_ints(1, stride=self.stride)
+
+    def contains(self, q_idx, kv_idx):
+        return (kv_idx - q_idx) % self.stride == 0
+
+    def lines(self, n, m):
+        return Lines(period=self.stride)
+
+
+@dataclass(frozen=True, repr=False)
+class Chunks(Graph):
+    """Consecutive groups of `size` nodes hear each other; with an offset, the borders lie at offset + multiples.
+
+    >>> Chunks(2).mask(3, 3).int()
+    tensor([[1, 1, 0],
+            [1, 1, 0],
+            [0, 0, 1]], dtype=torch.int32)
+    """
+
+    chunk: int
+    offset: int = 0
+
+    def check(self):
+        require_ints(1, chunk=self.chunk)
+        require_ints(None, offset=self.offset)
+
+    def contains(self, q_idx, kv_idx):
+        return (q_idx - self.offset) // self.chunk == (kv_idx - self.offset) // self.chunk
+
+    def lines(self, n, m):
+        first = self.offset % self.chunk
+        if max(n, m) // self.chunk > MOST_BORDERS:
+            return None
+        borders = frozenset(range(first, max(n, m), self.chunk))
+        return Lines(rows=borders, columns=borders)
+
+    def edges(self, n, m):
+        query, step = torch.cartesian_prod(torch.arange(n), torch.arange(self.chunk)).reshape(-1, 2).unbind(1)
+        key = (query - self.offset) // self.chunk * self.chunk + self.offset + step
+        kept = (key >= 0) & (key < m)
+        return query[kept], key[kept]
+
+    def count(self, n, m):
+        both, first = min(n, m), self.offset % self.chunk
+        if both <= first:
+            return min(n, first) * min(m, first)
+        whole = (both - first) // self.chunk
+        last = first + whole * self.chunk  # where the chunk begins in which the shorter side ends
+        rest_n, rest_m = (min(side - last, self.chunk) for side in (n, m))
+        return first * first + whole * self.chunk**2 + rest_n * rest_m
+
+
+@dataclass(frozen=True, repr=False)
+class Random(Graph):
+    """Every query hears `degree` different keys, picked at random: the same on every device and in every run.
+
+    The keys are cut into `degree` equal stretches and one key is drawn from each by a hash of (seed, query, stretch),
+    so that one pair is decided in constant time. The number of keys arrives with the tensors, as any size does.
+
+    >>> Random(2, seed=1).in_degrees(3, 8)
+    tensor([2, 2, 2])
+    """
+
+    degree: int
+    seed: int = 0
+    num_keys: int | None = None
+
+    def check(self):
+        require_ints(0, degree=self.degree)
+        require_ints(None, seed=self.seed)
+        if self.num_keys is not None:
+            require_ints(0, num_keys=self.num_keys)
+
+    def own_size(self):
+        return (None, self.num_keys)
+
+    def bind(self, n, m):
+        return replace(self, num_keys=m) if m is not None else self
+
+    def contains(self, q_idx, kv_idx):
+        if self.num_keys is None:
+            raise ValueError(f"{self.text} needs its number of keys: graph.sized(num_queries, num_keys)")
+        if self.num_keys <= self.degree or not self.degree:
+            return (q_idx >= 0) & (kv_idx >= (0 if self.degree else self.num_keys))
+        stretch = ((kv_idx + 1) * self.degree - 1) // self.num_keys
+        return kv_idx == self._drawn(q_idx, stretch)
+
+    def _drawn(self, query: Tensor, stretch: Tensor) -> Tensor:
+        """The key that a query hears in a stretch of the keys."""
+        start, stop = stretch * self.num_keys // self.degree, (stretch + 1) * self.num_keys // self.degree
+        return start + _hash(_hash(query, self.seed) + stretch, 0) % (stop - start).clamp(min=1)
+
+    def edges(self, n, m):
+        degree = min(self.degree, m)
+        query = torch.arange(n).repeat_interleave(degree)
+        stretch = torch.arange(degree).repeat(n)
+        return query, stretch if m <= self.degree else self._drawn(query, stretch)
+
+    def count(self, n, m):
+        return n * min(self.degree, m)
+
+
+def _hash(x: Tensor, seed: int) -> Tensor:
+    """Non-negative 62-bit hashes of int64 numbers: SplitMix64's finaliser (Steele et al. 2014), in wrapping int64."""
+    x = x + ((seed + 1) * 0x9E3779B97F4A7C15 + (1 << 63)) % (1 << 64) - (1 << 63)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        x = (x ^ ((x >> shift) & ((1 << (64 - shift)) - 1))) * (factor - (1 << 64))
+    return (x ^ (x >> 31)) & ((1 << 62) - 1)
+
+
+# ------------------------------------------------------------------------------------- a given number of nodes
+
+
+@dataclass(frozen=True, repr=False)
+class Documents(Graph):
+    """Consecutive documents of these lengths, each hearing itself: packing that cannot leak.
+
+    >>> Documents([1, 2]).mask().int()
+    tensor([[1, 0, 0],
+            [0, 1, 1],
+            [0, 1, 1]], dtype=torch.int32)
+    """
+
+    lengths: tuple[int, ...]
+
+    def check(self):
+        _integers(self, "lengths", at_least=0)
+
+    def own_size(self):
+        return (sum(self.lengths),) * 2
+
+    @cached_property
+    def starts(self) -> Tensor:
+        """The first node of each document, and the number of nodes."""
+        return torch.tensor([0, *accumulate(self.lengths)])
+
+    def _document(self, index: Tensor) -> Tensor:
+        return torch.bucketize(index, self.starts[1:].to(index.device), right=True)
+
+    def contains(self, q_idx, kv_idx):
+        return self._document(q_idx) == self._document(kv_idx)
+
+    def lines(self, n, m):
+        borders = frozenset(self.starts.tolist())
+        return Lines(rows=borders, columns=borders)
+
+    def edges(self, n, m):
+        lengths = torch.tensor(self.lengths, dtype=torch.int64)
+        start, length = (column.repeat_interleave(lengths) for column in (self.starts[:-1], lengths))
+        query = torch.arange(n).repeat_interleave(length)
+        first = length.cumsum(0) - length
+        step = torch.arange(len(query)) - first.repeat_interleave(length)
+        return query, start.repeat_interleave(length) + step
+
+    def count(self, n, m):
+        return sum(length**2 for length in self.lengths)
+
+
+@dataclass(frozen=True, repr=False)
+class Tree(Graph):
+    """Each node hears its ancestors and itself; `parents[i]` is the parent of node i, -1 for a root.
+
+    >>> Tree([-1, 0, 0, 1]).mask().int()
+    tensor([[1, 0, 0, 0],
+            [1, 1, 0, 0],
+            [1, 0, 1, 0],
+            [1, 1, 0, 1]], dtype=torch.int32)
+    """
+
+    parents: tuple[int, ...]
+
+    def check(self):
+        _integers(self, "parents", at_least=-1)
+        for node, parent in enumerate(self.parents):
+            if parent >= len(self.parents):
+                raise ValueError(
+                    f"parents must be node numbers below {len(self.parents)}, or -1 (got {parent} for {node})"
+                )
+        self.interval  # noqa: B018  finds cycles
+
+    def own_size(self):
+        return (len(self.parents),) * 2
+
+    @cached_property
+    def interval(self) -> Tensor:
+        """(2, N): when a walk through the tree enters and leaves each node's descendants."""
+        children = [[] for _ in self.parents]
+        for node, parent in enumerate(self.parents):
+            if parent >= 0:
+                children[parent].append(node)
+        enter, leave, clock = [-1] * len(self.parents), [0] * len(self.parents), 0
+        stack = [(node, False) for node, parent in enumerate(self.parents) if parent < 0]
+        while stack:
+            node, done = stack.pop()
+            if done:
+                leave[node] = clock
+                continue
+            enter[node], clock = clock, clock + 1
+            stack.append((node, True))
+            stack.extend((child, False) for child in children[node])
+        if -1 in enter:
+            raise ValueError(
+                f"parents must lead to a root (following them from node {enter.index(-1)} ends in a cycle)"
+            )
+        return torch.tensor([enter, leave], dtype=torch.int64)
+
+    def contains(self, q_idx, kv_idx):
+        enter, leave = self.interval.to(q_idx.device)
+        return (enter[kv_idx] <= enter[q_idx]) & (enter[q_idx] < leave[kv_idx])
+
+    def edges(self, n, m):
+        parents = torch.tensor(self.parents, dtype=torch.int64)
+        query = key = torch.arange(n)
+        found = []
+        while len(query):
+            found.append((query, key))
+            key = parents[key]
+            query, key = query[key >= 0], key[key >= 0]
+        return merge_edges(found, m) if found else (query, key)
+
+
+# ---------------------------------------------------------------------------------------------------- on grids
+
+
+@dataclass(frozen=True, repr=False)
+class _Grid(Graph):
+    """Nodes on a grid, numbered row by row; connectivity that is decided axis by axis."""
+
+    shape: tuple[int, ...]
+
+    def check(self):
+        if isinstance(self.shape, int):
+            object.__setattr__(self, "shape", (self.shape,))
+        _integers(self, "shape", at_least=1)
+        if not self.shape:
+            raise ValueError("shape must have at least one axis (got none)")
+
+    def own_size(self):
+        return (prod(self.shape),) * 2
+
+    @property
+    def products(self) -> tuple[tuple[Graph, ...], ...]:
+        """One graph an axis: nodes are joined where all axes join their coordinates. Of several, any suffices."""
+        raise TypeError(f"{type(self).__name__} must define products")
+
+    def _coordinates(self, index: Tensor) -> list[Tensor]:
+        found = []
+        for length in reversed(self.shape):
+            found.append(index % length)
+            index = index // length
+        return found[::-1]
+
+    def contains(self, q_idx, kv_idx):
+        query, key = self._coordinates(q_idx), self._coordinates(kv_idx)
+        joined = [
+            torch.stack([axis.contains(*at) for axis, *at in zip(axes, query, key, strict=True)]).all(0)
+            for axes in self.products
+        ]
+        return torch.stack(joined).any(0)
+
+    def edges(self, n, m):
+        return merge_edges([self._product_edges(axes) for axes in self.products], m)
+
+    def _product_edges(self, axes: tuple[Graph, ...]) -> tuple[Tensor, Tensor]:
+        query = key = torch.zeros(1, dtype=torch.int64)
+        for axis, length in zip(axes, self.shape, strict=True):
+            q_axis, k_axis = axis.list_edges(length, length)
+            query = (query[:, None] * length + q_axis).flatten()
+            key = (key[:, None] * length + k_axis).flatten()
+        return query, key
+
+    def count(self, n, m):
+        if len(self.products) > 1:
+            return super().count(n, m)
+        return prod(axis.num_edges(length, length) for axis, length in zip(self.products[0], self.shape, strict=True))
+
+    def _each_axis(self, name: str, at_least: int) -> None:
+        """A field with one number for all axes, or one for each."""
+        given = getattr(self, name)
+        numbers = tuple(given) if isinstance(given, Iterable) else (given,) * len(self.shape)
+        if len(numbers) != len(self.shape):
+            raise ValueError(f"{name} must be one number, or one for each axis of shape {self.shape} (got {given!r})")
+        for number in numbers:
+            require_ints(at_least, **{name: number})
+        object.__setattr__(self, name, numbers[0] if len(set(numbers)) == 1 else numbers)
+
+    def _on_axes(self, name: str) -> tuple[int, ...]:
+        value = getattr(self, name)
+        return value if isinstance(value, tuple) else (value,) * len(self.shape)
+
+
+@dataclass(frozen=True, repr=False)
+class Neighborhood(_Grid):
+    """On a 1-, 2- or 3-D grid, each node hears those at most `radius` steps away on every axis.
+
+    At the border a node has fewer neighbours, as in a convolution with zero padding (NATTEN, Hassani et al. 2023, moves
+    the window inwards instead). With a dilation d the steps are d nodes wide.
+
+    >>> Neighborhood((2, 2), 1).num_edges()
+    16
+    >>> Neighborhood((3, 3), 1).in_degrees().view(3, 3)
+    tensor([[4, 6, 4],
+            [6, 9, 6],
+            [4, 6, 4]])
+    """
+
+    radius: int | tuple[int, ...]
+    dilation: int | tuple[int, ...] = 1
+
+    def check(self):
+        super().check()
+        self._each_axis("radius", at_least=0)
+        self._each_axis("dilation", at_least=1)
+
+    @property
+    def products(self):
+        return (
+            tuple(Window(r, r, d) for r, d in zip(self._on_axes("radius"), self._on_axes("dilation"), strict=True)),
+        )
+
+
+@dataclass(frozen=True, repr=False)
+class Axial(_Grid):
+    """On a grid, each node hears those on its own lines: all but one coordinate are the same (Ho et al. 2019).
+
+    >>> Axial((2, 2)).mask().int()
+    tensor([[1, 1, 1, 0],
+            [1, 1, 0, 1],
+            [1, 0, 1, 1],
+            [0, 1, 1, 1]], dtype=torch.int32)
+    """
+
+    @property
+    def products(self):
+        axes = range(len(self.shape))
+        return tuple(tuple(Full() if axis == free else Identity() for axis in axes) for free in axes)
+
+    def count(self, n, m):
+        return n * (sum(self.shape) - len(self.shape) + 1)
+
+
+@dataclass(frozen=True, repr=False)
+class ShiftedWindows(_Grid):
+    """On a grid, the windows of a tiling hear each other, its borders moved by `shift` (Swin, Liu et al. 2021).
+
+    As in Swin, the parts of windows that the shift cuts off at opposite borders do not hear each other.
+
+    >>> ShiftedWindows((4,), 2, 1).mask().int()
+    tensor([[1, 0, 0, 0],
+            [0, 1, 1, 0],
+            [0, 1, 1, 0],
+            [0, 0, 0, 1]], dtype=torch.int32)
+    """
+
+    window: int | tuple[int, ...]
+    shift: int | tuple[int, ...] = 0
+
+    def check(self):
+        super().check()
+        self._each_axis("window", at_least=1)
+        self._each_axis("shift", at_least=0)
+
+    @property
+    def products(self):
+        return (tuple(Chunks(w, s) for w, s in zip(self._on_axes("window"), self._on_axes("shift"), strict=True)),)
+
+
+# --------------------------------------------------------------------------------------------------- the parts
+
+
+def _integers(graph: Graph, name: str, at_least: int) -> None:
+    """A field that holds several node numbers or counts, as a tuple of ints."""
+    given = getattr(graph, name)
+    if isinstance(given, Tensor):
+        given = given.tolist()
+    if not isinstance(given, Iterable):
+        raise TypeError(f"{name} must be a list of ints (got {given!r})")
+    values = tuple(given)
+    for value in values:
+        require_ints(at_least, **{name: value})
+    object.__setattr__(graph, name, values)

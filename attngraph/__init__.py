@@ -10,6 +10,7 @@ alone. GPT, BERT, the encoder–decoder and ViT are one Transformer that differs
 torch.Size([1, 8, 1024, 64])
 """
 
+from attngraph import analysis, draw, models, nn
 from attngraph.algebra import Beside, Disjoint, PerHead
 from attngraph.bias import Alibi, EdgeBias, RelativeBias
 from attngraph.convert import (
@@ -22,6 +23,7 @@ from attngraph.convert import (
     to_scipy_sparse_matrix,
 )
 from attngraph.edges import EdgeList
+from attngraph.generation import generate
 from attngraph.grammar import parse
 from attngraph.graph import Graph
 from attngraph.kernels.scoring import Additive
@@ -71,12 +73,17 @@ __all__ = [
     "Strided",
     "Tree",
     "Window",
+    "analysis",
     "attend",
+    "draw",
     "from_dense",
     "from_edge_index",
     "from_function",
     "from_networkx",
     "from_scipy_sparse_matrix",
+    "generate",
+    "models",
+    "nn",
     "parse",
     "to_networkx",
     "to_scipy_sparse_matrix",

@@ -97,7 +97,10 @@ class Graph:
         object.__setattr__(self, "size", self.own_size())
         object.__setattr__(self, "heads", heads.pop() if heads else None)
         object.__setattr__(self, "text", self.write(lambda part: part.text))
-        _KNOWN[self.text] = self
+        if not torch.compiler.is_compiling():
+            first = _KNOWN.setdefault(self.text, self)
+            if first is not self:  # equal graphs keep the known one alive
+                object.__setattr__(self, "twin", first)
 
     @property
     def children(self) -> tuple[Graph, ...]:
@@ -139,6 +142,12 @@ class Graph:
 
     def __repr__(self) -> str:
         return self.write(repr)
+
+    def __reduce__(self):
+        return (type(self), tuple(getattr(self, field.name) for field in fields(self)))
+
+    def __deepcopy__(self, memo) -> Graph:
+        return self  # a value
 
     def __bool__(self) -> bool:
         raise TypeError(

@@ -147,13 +147,13 @@ def _sum_of_ceilings(x: int, period: int) -> int:
 
 def in_degrees(graph, n: int, m: int) -> Tensor | None:
     """How many keys each query hears: (n,)."""
-    found = _runs(graph, n, m)
+    found = runs(graph, n, m)
     return found and torch.zeros(n, dtype=torch.int64).index_add_(0, found.query, found.length)
 
 
 def edges(graph, n: int, m: int) -> tuple[Tensor, Tensor] | None:
     """All edges as (query, key), sorted by query then key."""
-    found = _runs(graph, n, m)
+    found = runs(graph, n, m)
     if found is None:
         return None
     start = found.length.cumsum(0) - found.length
@@ -164,7 +164,7 @@ def edges(graph, n: int, m: int) -> tuple[Tensor, Tensor] | None:
     return query[order], key[order]
 
 
-class _Runs(NamedTuple):
+class Runs(NamedTuple):
     """Runs of keys in single rows: `length` keys from `key` on, `period` apart."""
 
     query: Tensor
@@ -173,7 +173,8 @@ class _Runs(NamedTuple):
     period: int
 
 
-def _runs(graph, n: int, m: int) -> _Runs | None:
+def runs(graph, n: int, m: int) -> Runs | None:
+    """The edges as runs of keys in rows, or None where lines are no saving."""
     found = cells(graph, n, m)
     if found is None:
         return None
@@ -183,4 +184,4 @@ def _runs(graph, n: int, m: int) -> _Runs | None:
     down = torch.arange(len(first)) - (rows.cumsum(0) - rows).repeat_interleave(rows)
     query, low, high = first + down, low + low_slope * down, high + high_slope * down
     key = low + (query + residue - low) % period
-    return _Runs(query, key, ((high - key + period - 1) // period).clamp(min=0), period)
+    return Runs(query, key, ((high - key + period - 1) // period).clamp(min=0), period)

@@ -1,0 +1,5 @@
+"""The classics, a screenful each: embed → Transformer(graph) → head."""
+
+from attngraph.models.gpt import GPT
+
+__all__ = ["GPT"]

@@ -1,0 +1,27 @@
+"""Modules: communicate (`Attention`), compute (`FeedForward`), and both in turn (`Transformer`)."""
+
+from attngraph.nn.attention import Attention
+from attngraph.nn.feedforward import FeedForward
+from attngraph.nn.positions import (
+    AlibiPositions,
+    LearnedPositions,
+    RelativePositions,
+    Rotary,
+    SinusoidalPositions,
+    rotate,
+)
+from attngraph.nn.transformer import Block, Transformer, TransformerConfig
+
+__all__ = [
+    "AlibiPositions",
+    "Attention",
+    "Block",
+    "FeedForward",
+    "LearnedPositions",
+    "RelativePositions",
+    "Rotary",
+    "SinusoidalPositions",
+    "Transformer",
+    "TransformerConfig",
+    "rotate",
+]

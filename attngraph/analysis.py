@@ -1,0 +1,121 @@
+"""Questions about graphs: who is reached through several layers, does the future leak, what may a cache forget."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from attngraph import lines
+from attngraph.graph import Graph
+from attngraph.patterns import Causal
+
+FAR = 1 << 20  # the number of nodes at which a graph that fits any size is looked at
+
+
+class Leak(NamedTuple):
+    """An edge by which a query hears the future."""
+
+    layer: int
+    key: int
+    query: int
+
+
+def is_causal(graph: Graph, n: int | None = None) -> bool:
+    """Whether no query hears a later key; for a graph of any size, among the first 2²⁰ nodes.
+
+    >>> is_causal(Causal() & Strided(4)), is_causal(Window(2, 1))
+    (True, False)
+    """
+    n, m = _size(graph, n)
+    return (graph - Causal()).num_edges(n, m) == 0
+
+
+def leaks(graphs: Sequence[Graph], n: int | None = None) -> list[Leak]:
+    """For each layer that hears the future, the first edge by which it does; empty where the stack is causal.
+
+    A stack of causal layers is causal, so one look at each layer suffices.
+
+    >>> leaks([Causal(), Causal() | Prefix(3)], n=8)
+    [Leak(layer=1, key=1, query=0)]
+    """
+    found = []
+    for layer, graph in enumerate(graphs):
+        size = _size(graph, n)
+        if not is_causal(graph, size[0]):
+            key, query = (graph - Causal()).edge_index(*size)[:, 0].tolist()
+            found.append(Leak(layer, key, query))
+    return found
+
+
+def receptive_field(graphs: Sequence[Graph], node: int, n: int) -> Tensor:
+    """The input nodes that reach `node` through a stack of layers, each with its residual stream: sorted int64.
+
+    >>> receptive_field([Causal() & Window(2, 0)] * 3, node=9, n=10)
+    tensor([3, 4, 5, 6, 7, 8, 9])
+    """
+    if not 0 <= node < n:
+        raise ValueError(f"node must be from 0 to {n - 1} (got {node})")
+    heard, every = torch.tensor([node]), torch.arange(n)
+    for graph in reversed(graphs):
+        inside = graph.at(n, n)[0].contains(heard[:, None], every[None])
+        heard = torch.unique(torch.cat([heard, every[inside.reshape(-1, n).any(0)]]))
+    return heard
+
+
+def reach(graphs: Sequence[Graph], n: int) -> Tensor:
+    """Which input (column) reaches which output (row) through a stack of layers with residual streams: bool (n, n)."""
+    reached = torch.eye(n)
+    for graph in graphs:
+        mask = graph.mask(n, n)
+        step = (mask.any(0) if graph.heads else mask).float() + torch.eye(n)
+        reached = (step @ reached > 0).float()
+    return reached.bool()
+
+
+def last_reader(graph: Graph, n: int | None = None, m: int | None = None) -> Tensor:
+    """For each key, the last query that hears it, or -1: int64 (m,). A cache may forget the key after that query.
+
+    >>> last_reader(Causal() & (Window(2, 0) | Prefix(1)), 6, 6)
+    tensor([5, 3, 4, 5, 5, 5])
+    """
+    bound, n, m = graph.at(n, m)
+    last = torch.full((m,), -1)
+    runs = None if graph.heads else lines.runs(bound.T, m, n)
+    if runs is None:
+        query, key = bound.list_edges(n, m)
+        return last.scatter_reduce(0, key, query, "amax")
+    ends = torch.where(runs.length > 0, runs.key + (runs.length - 1) * runs.period, -1)
+    return last.scatter_reduce(0, runs.query, ends, "amax")
+
+
+class Cost(NamedTuple):
+    """What attention on a graph costs: forward and backward together are about 3.5 times the forward FLOPs."""
+
+    edges: int
+    density: float
+    flops: int
+    """Multiplications and additions of the forward pass, 4·E·D for each head."""
+    dense_flops: int
+    """The same for all pairs of nodes."""
+
+
+def cost(graph: Graph, n: int, dim: int, heads: int) -> Cost:
+    """What a layer of this width (dim = heads · head_dim) costs on a sequence of n nodes.
+
+    >>> cost(Causal(), 1024, dim=512, heads=8).density
+    0.50048828125
+    """
+    if dim % heads:
+        raise ValueError(f"dim must be a multiple of heads (got {dim} and {heads})")
+    per_head = [graph.head(h).num_edges(n, n) for h in range(graph.heads)] if graph.heads else [graph.num_edges(n, n)]
+    mean = sum(per_head) / len(per_head)
+    return Cost(graph.num_edges(n, n), mean / max(n * n, 1), round(4 * mean * dim), 4 * n * n * dim)
+
+
+def _size(graph: Graph, n: int | None) -> tuple[int, int]:
+    n = graph.size[0] if n is None else n
+    n = FAR if n is None else n
+    return n, n if graph.size[1] is None else graph.size[1]

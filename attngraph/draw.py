@@ -1,0 +1,121 @@
+"""Pictures of graphs and of attention, with matplotlib, on the axes that are given or on new ones."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from attngraph.graph import Graph
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+BLUE, LIGHT = "#2a5d9f", "#d7e3f2"
+
+
+def connectivity(
+    graph: Graph, n: int, m: int | None = None, *, ax: Axes | None = None, title: str | None = None
+) -> Axes:
+    """The graph as a picture of its mask: a dark cell where the query of the row hears the key of the column.
+
+    With one graph per head, the darker a cell, the more heads have the edge.
+    """
+    m = n if m is None else m
+    mask = graph.mask(n, m).float()
+    ax = _axes((4, 4 * max(n / max(m, 1), 0.3))) if ax is None else ax
+    ax.imshow(mask.mean(0) if mask.ndim == 3 else mask, cmap=_blues(), vmin=0, vmax=1, interpolation="nearest")
+    _frame(ax, n, m)
+    ax.set_title(_wrapped(str(graph.text) if title is None else title), fontsize=8)
+    return ax
+
+
+def attention(
+    weights: Tensor,
+    graph: Graph,
+    n: int,
+    m: int | None = None,
+    *,
+    labels: Sequence[str] | None = None,
+    ax: Axes | None = None,
+    title: str = "attention weights",
+) -> Axes:
+    """The weights (E,) of one head, as `attend` returns them, as a picture; white cells are no edges.
+
+    With labels, one for each node, rows and columns carry them.
+    """
+    m = n if m is None else m
+    key, query = graph.edge_index(n, m)
+    if weights.shape != key.shape:
+        raise ValueError(f"weights must have shape ({len(key)},), one for each edge (got {tuple(weights.shape)})")
+    picture = torch.full((n, m), torch.nan)
+    picture[query, key] = weights.detach().float().cpu()
+    ax = _axes((2.2 + 0.16 * m, 1.4 + 0.16 * n) if labels else (5, 5)) if ax is None else ax
+    drawn = ax.imshow(picture, cmap="viridis", vmin=0, interpolation="nearest")
+    ax.figure.colorbar(drawn, ax=ax, fraction=0.04, pad=0.02, label="weight")
+    _frame(ax, n, m)
+    if labels:
+        ax.set_xticks(range(m), [_visible(label) for label in labels[:m]], fontsize=7, family="monospace")
+        ax.set_yticks(range(n), [_visible(label) for label in labels[:n]], fontsize=7, family="monospace")
+    ax.set_title(_wrapped(title), fontsize=9)
+    return ax
+
+
+def receptive_field(graphs: Sequence[Graph], node: int, n: int, *, ax: Axes | None = None) -> Axes:
+    """Through which nodes of which layer the inputs reach `node`: a row a layer, the output on top."""
+    from attngraph import analysis
+
+    rows = [analysis.receptive_field(graphs[depth:], node, n) for depth in range(len(graphs), -1, -1)]
+    ax = _axes((6, 0.4 * len(rows) + 1)) if ax is None else ax
+    picture = torch.zeros(len(rows), n)
+    for row, heard in enumerate(rows):
+        picture[row, heard] = 1
+    ax.imshow(picture, cmap=_blues(), vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+    ax.set_yticks(range(len(rows)), ["output", *[f"into layer {depth}" for depth in range(len(graphs) - 1, -1, -1)]])
+    ax.set_xlabel("node")
+    ax.set_title(_wrapped(f"what node {node} hears"), fontsize=9)
+    return ax
+
+
+def save(ax: Axes, path: str) -> None:
+    """Write the picture that holds these axes to a file; its ending says the format."""
+    ax.figure.savefig(path, dpi=150, bbox_inches="tight")
+
+
+def _axes(size: tuple[float, float]) -> Axes:
+    """New axes that belong to no window and no global state."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("attngraph.draw needs matplotlib: pip install 'attngraph[draw]'") from error
+    return Figure(figsize=size, layout="constrained").subplots()
+
+
+def _blues():
+    from matplotlib.colors import LinearSegmentedColormap
+
+    return LinearSegmentedColormap.from_list("edges", ["white", BLUE])
+
+
+def _frame(ax: Axes, n: int, m: int) -> None:
+    ax.set_xlabel("key: is heard")
+    ax.set_ylabel("query: hears")
+    for side, count in ((ax.xaxis, m), (ax.yaxis, n)):
+        side.set_ticks(sorted({0, count // 2, count - 1}) if count > 1 else range(count))
+    if max(n, m) <= 32:
+        ax.set_xticks([i - 0.5 for i in range(m + 1)], minor=True)
+        ax.set_yticks([i - 0.5 for i in range(n + 1)], minor=True)
+        ax.grid(which="minor", color=LIGHT, linewidth=0.5)
+        ax.tick_params(which="minor", length=0)
+
+
+def _visible(label: str) -> str:
+    return {" ": "␣", "\n": "↵", "\t": "⇥"}.get(label, label)
+
+
+def _wrapped(text: str, width: int = 44) -> str:
+    from textwrap import fill
+
+    return fill(text, width)

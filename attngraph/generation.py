@@ -1,0 +1,61 @@
+"""Sampling from a language model, token by token."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+@torch.no_grad()
+def generate(
+    model: nn.Module,
+    tokens: Tensor,
+    count: int,
+    *,
+    context: int | None = None,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Continue each row of tokens (B, N) by `count` sampled ones: (B, N + count).
+
+    Args:
+        model: tokens (B, N) → logits (B, N, V).
+        context: how many of the last tokens the model is shown; by default all.
+        temperature: divides the logits; 0 takes the likeliest token.
+        top_k: sample only from the k likeliest tokens.
+        top_p: sample only from the likeliest tokens that together have this probability (Holtzman et al. 2020).
+        generator: the source of chance, on the tokens' device.
+
+    Raises ValueError for settings out of range and for an empty prompt.
+    """
+    if tokens.ndim != 2 or tokens.shape[1] == 0:
+        raise ValueError(f"tokens must have shape (B, N) with at least one token each (got {tuple(tokens.shape)})")
+    if temperature < 0:
+        raise ValueError(f"temperature must be 0 or more (got {temperature})")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k must be 1 or more (got {top_k})")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p must be a probability above 0 (got {top_p})")
+    for _ in range(count):
+        logits = model(tokens if context is None else tokens[:, -context:])[:, -1].float()
+        if temperature == 0:
+            following = logits.argmax(-1, keepdim=True)
+        else:
+            likely = _truncated(logits / temperature, top_k, top_p).softmax(-1)
+            following = torch.multinomial(likely, 1, generator=generator)
+        tokens = torch.cat([tokens, following], dim=1)
+    return tokens
+
+
+def _truncated(logits: Tensor, top_k: int | None, top_p: float | None) -> Tensor:
+    """Logits (B, V) with -inf for tokens that are not to be sampled."""
+    if top_k is not None and top_k < logits.shape[-1]:
+        least = logits.topk(top_k).values[:, -1:]
+        logits = logits.masked_fill(logits < least, -torch.inf)
+    if top_p is not None:
+        ordered, order = logits.softmax(-1).sort(descending=True)
+        before = ordered.cumsum(-1) - ordered  # the probability of all likelier tokens
+        logits = logits.masked_fill((before >= top_p).scatter(1, order, before >= top_p), -torch.inf)
+    return logits

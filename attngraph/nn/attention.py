@@ -1,0 +1,98 @@
+"""Communicate: one round of messages along the edges of a graph."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from torch import Tensor, nn
+
+from attngraph.bias import Bias
+from attngraph.graph import Graph
+from attngraph.nn.positions import rotate
+from attngraph.operation import attend
+
+
+class Attention(nn.Module):
+    """Multi-head attention on a graph: every node asks with a query, and collects values from the nodes it hears.
+
+    out = W_o · concat_h attend(W_q x, W_k y, W_v y, graph), where y is x itself, or the memory.
+
+    Args:
+        embed_dim: width of the nodes' vectors.
+        num_heads: query heads.
+        num_kv_heads: key and value heads, a divisor of num_heads (Ainslie et al. 2023); by default as many.
+        head_dim: width of a head; by default embed_dim / num_heads.
+        memory_dim: width of the memory's vectors; by default embed_dim.
+        bias: which of the projections "q", "k", "v", "o" have a bias.
+        qk_norm: normalise the queries and keys of each head, with learned gains (Henry et al. 2020; Qwen3).
+        scale: factor of the scores; by default 1/√head_dim.
+        dropout: probability with which a weight is dropped in training.
+
+    >>> layer = Attention(64, num_heads=4)
+    >>> layer(torch.randn(2, 10, 64), Causal()).shape
+    torch.Size([2, 10, 64])
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        *,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        memory_dim: int | None = None,
+        bias: Collection[str] = ("q", "k", "v", "o"),
+        qk_norm: bool = False,
+        scale: float | None = None,
+        dropout: float = 0.0,
+    ):
+        super().__init__()
+        if head_dim is None and embed_dim % num_heads:
+            raise ValueError(
+                f"embed_dim must be a multiple of num_heads (got {embed_dim} and {num_heads}), or give head_dim"
+            )
+        self.num_heads = num_heads
+        self.num_kv_heads = num_kv_heads or num_heads
+        self.head_dim = head_dim or embed_dim // num_heads
+        if num_heads % self.num_kv_heads:
+            raise ValueError(f"num_heads must be a multiple of num_kv_heads (got {num_heads} and {num_kv_heads})")
+        self.scale, self.dropout = scale, dropout
+        memory_dim = memory_dim or embed_dim
+        self.query = nn.Linear(embed_dim, self.num_heads * self.head_dim, bias="q" in bias)
+        self.key = nn.Linear(memory_dim, self.num_kv_heads * self.head_dim, bias="k" in bias)
+        self.value = nn.Linear(memory_dim, self.num_kv_heads * self.head_dim, bias="v" in bias)
+        self.query_norm = nn.RMSNorm(self.head_dim, eps=1e-6) if qk_norm else nn.Identity()
+        self.key_norm = nn.RMSNorm(self.head_dim, eps=1e-6) if qk_norm else nn.Identity()
+        self.out = nn.Linear(self.num_heads * self.head_dim, embed_dim, bias="o" in bias)
+
+    def forward(
+        self,
+        x: Tensor,
+        graph: Graph,
+        memory: Tensor | None = None,
+        *,
+        bias: Bias | Tensor | None = None,
+        rotary: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """x (B, N, embed_dim), memory (B, M, memory_dim) or None → (B, N, embed_dim).
+
+        `bias` is as in `attend`; `rotary` is a pair (cos, sin), each (N, head_dim / 2), as `Rotary` gives it.
+        """
+        q, k, v = self.project(x, x if memory is None else memory, rotary)
+        out = attend(q, k, v, graph, bias=bias, scale=self.scale, dropout_p=self.dropout if self.training else 0.0)
+        return self.out(out.transpose(-3, -2).flatten(-2))
+
+    def project(
+        self, x: Tensor, memory: Tensor, rotary: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The queries (B, H, N, D) of x, and the keys and values (B, Hkv, M, D) of the memory."""
+        q = self.query(x).unflatten(-1, (self.num_heads, -1)).transpose(-3, -2)
+        k = self.key(memory).unflatten(-1, (self.num_kv_heads, -1)).transpose(-3, -2)
+        v = self.value(memory).unflatten(-1, (self.num_kv_heads, -1)).transpose(-3, -2)
+        q, k = self.query_norm(q), self.key_norm(k)
+        if rotary is not None:
+            q, k = rotate(q, *rotary), rotate(k, *rotary)
+        return q.to(v.dtype), k.to(v.dtype), v
+
+    def extra_repr(self) -> str:
+        return f"num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, head_dim={self.head_dim}"

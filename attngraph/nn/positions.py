@@ -1,0 +1,111 @@
+"""How a node knows where it is: added to its vector, turned into its queries and keys, or a bias along each edge."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from attngraph.bias import Alibi, RelativeBias
+
+
+class LearnedPositions(nn.Module):
+    """A learned vector for each position (Gehring et al. 2017; GPT, BERT, ViT)."""
+
+    def __init__(self, max_length: int, embed_dim: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(max_length, embed_dim))
+        nn.init.normal_(self.weight, std=0.02)
+
+    def forward(self, positions: Tensor) -> Tensor:
+        """positions (..., N) → (..., N, embed_dim)."""
+        return nn.functional.embedding(positions, self.weight)
+
+
+class SinusoidalPositions(nn.Module):
+    """Fixed sines and cosines of geometric wavelengths (Vaswani et al. 2017, section 3.5).
+
+    P[p, 2i] = sin(p / base^(2i/d)) and P[p, 2i+1] = cos of the same.
+    """
+
+    def __init__(self, embed_dim: int, base: float = 10000.0):
+        super().__init__()
+        if embed_dim % 2:
+            raise ValueError(f"sinusoidal positions need an even embed_dim (got {embed_dim})")
+        self.register_buffer("frequencies", base ** (-torch.arange(0, embed_dim, 2) / embed_dim), persistent=False)
+
+    def forward(self, positions: Tensor) -> Tensor:
+        """positions (..., N) → (..., N, embed_dim)."""
+        angles = positions[..., None] * self.frequencies
+        return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(-2)
+
+
+class Rotary(nn.Module):
+    """Queries and keys turned by angles that grow with the position (RoPE, Su et al. 2021): q_i·k_j depends on i - j.
+
+    The two halves of a head form the pairs that are turned ("rotate half", as Llama does). `scaling` is None or Llama
+    3's: {"rope_type": "llama3", factor, low_freq_factor, high_freq_factor, original_max_position_embeddings}.
+    """
+
+    def __init__(self, head_dim: int, base: float = 10000.0, scaling: Mapping[str, Any] | None = None):
+        super().__init__()
+        if head_dim % 2:
+            raise ValueError(f"rotary positions need an even head_dim (got {head_dim})")
+        frequencies = base ** (-torch.arange(0, head_dim, 2) / head_dim)
+        self.register_buffer("frequencies", _scaled(frequencies, scaling), persistent=False)
+
+    def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """positions (N,) or (B, N) → cos, sin: (N, head_dim / 2) or (B, 1, N, head_dim / 2)."""
+        angles = positions[..., None] * self.frequencies
+        if positions.ndim == 2:
+            angles = angles[:, None]  # the same for every head
+        return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn each pair (x[d], x[d + D/2]) of (..., N, D) by its angle."""
+    first, second = x.chunk(2, dim=-1)
+    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+    return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)
+
+
+def _scaled(frequencies: Tensor, scaling: Mapping[str, Any] | None) -> Tensor:
+    """Llama 3's stretching of the long wavelengths, smooth between two bounds."""
+    kind = (scaling or {}).get("rope_type", "default")
+    if kind == "default":
+        return frequencies
+    if kind != "llama3":
+        raise ValueError(f"rotary scaling must be None or of rope_type 'default' or 'llama3' (got {kind!r})")
+    low, high, factor = scaling["low_freq_factor"], scaling["high_freq_factor"], scaling["factor"]
+    turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)  # over the original context
+    smooth = ((turns - low) / (high - low)).clamp(0, 1)
+    return frequencies * ((1 - smooth) / factor + smooth)
+
+
+class AlibiPositions(nn.Module):
+    """A penalty that grows with the distance, with the fixed slopes of Press et al. 2022."""
+
+    def __init__(self, num_heads: int):
+        super().__init__()
+        self.register_buffer("slopes", Alibi.geometric(num_heads).slopes, persistent=False)
+
+    def forward(self) -> Alibi:
+        """The bias, for `attend`."""
+        return Alibi(self.slopes)
+
+
+class RelativePositions(nn.Module):
+    """A learned bias for each head and bucket of relative positions (see `RelativeBias`)."""
+
+    def __init__(self, num_heads: int, num_buckets: int, max_distance: int | None = None, bidirectional: bool = True):
+        super().__init__()
+        self.table = nn.Parameter(torch.zeros(num_heads, num_buckets))
+        self.max_distance, self.bidirectional = max_distance, bidirectional
+        self.forward()  # an impossible choice is an error here
+
+    def forward(self) -> RelativeBias:
+        """The bias, for `attend`."""
+        return RelativeBias(self.table, self.max_distance, self.bidirectional)

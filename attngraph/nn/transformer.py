@@ -1,0 +1,241 @@
+"""The one Transformer: communicate along a graph, compute at each node, repeat. It never builds a mask."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import dropout
+
+from attngraph.graph import Graph
+from attngraph.nn.attention import Attention
+from attngraph.nn.feedforward import FeedForward
+from attngraph.nn.positions import AlibiPositions, LearnedPositions, RelativePositions, Rotary, SinusoidalPositions
+from attngraph.patterns import Full
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransformerConfig:
+    """Every switch in which the classic Transformers differ, apart from their graph.
+
+    | | GPT-2 | BERT | T5 | Llama |
+    |---|---|---|---|---|
+    | norm, norm_order | layer, pre | layer, post | rms, pre | rms, pre |
+    | embed_norm, final_norm | no, yes | yes, no | no, yes | no, yes |
+    | activation, gated | gelu_tanh | gelu | relu | silu, gated |
+    | bias | all | all | none | none |
+    | position | learned | learned | relative | rotary |
+    | scale | 1/√head_dim | 1/√head_dim | 1 | 1/√head_dim |
+    """
+
+    embed_dim: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int | None = None
+    """Key and value heads; by default as many as num_heads."""
+    head_dim: int | None = None
+    """Width of a head; by default embed_dim / num_heads."""
+    hidden_dim: int | None = None
+    """Width of the feed-forward layer; by default 4 · embed_dim."""
+    activation: str = "gelu"
+    gated: bool = False
+    norm: Literal["layer", "rms"] = "layer"
+    norm_eps: float = 1e-5
+    norm_order: Literal["pre", "post"] = "pre"
+    """Normalise what a block reads (pre), or the sum after it (post)."""
+    embed_norm: bool = False
+    final_norm: bool = True
+    bias: tuple[str, ...] = ("q", "k", "v", "o", "ff", "norm")
+    """What has a bias: the projections of attention, the feed-forward layer, the layer norms."""
+    qk_norm: bool = False
+    scale: float | None = None
+    """Factor of the scores; by default 1/√head_dim."""
+    position: Literal["none", "learned", "sinusoidal", "rotary", "alibi", "relative"] = "learned"
+    max_length: int | None = None
+    """Number of learned positions."""
+    rotary_base: float = 10000.0
+    rotary_scaling: Mapping[str, Any] | None = None
+    relative_buckets: int = 32
+    relative_max_distance: int | None = 128
+    relative_bidirectional: bool = True
+    cross: bool = False
+    """A phase in which the nodes hear a memory, between hearing each other and computing."""
+    dropout: float = 0.0
+    """Of weights, hidden features and what each phase adds."""
+    init: Literal["gpt2", "zero"] = "gpt2"
+    """gpt2: N(0, 0.02²), divided by √(2·layers) where the residual stream is written to. zero: there it starts at 0."""
+
+    def __post_init__(self):
+        unknown = set(self.bias) - {"q", "k", "v", "o", "ff", "norm"}
+        if unknown:
+            raise ValueError(f"bias must name q, k, v, o, ff or norm (got {', '.join(sorted(unknown))})")
+        if self.position == "learned" and not self.max_length:
+            raise ValueError("learned positions need max_length, the number of positions")
+        choices = {
+            "norm": ("layer", "rms"),
+            "norm_order": ("pre", "post"),
+            "position": ("none", *POSITIONS),
+            "init": ("gpt2", "zero"),
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)} (got {getattr(self, name)!r})")
+        object.__setattr__(self, "bias", tuple(self.bias))
+        if self.head_dim is None:
+            object.__setattr__(self, "head_dim", self.embed_dim // self.num_heads)
+
+
+POSITIONS = {
+    "learned": lambda c: LearnedPositions(c.max_length, c.embed_dim),
+    "sinusoidal": lambda c: SinusoidalPositions(c.embed_dim),
+    "rotary": lambda c: Rotary(c.head_dim, c.rotary_base, c.rotary_scaling),
+    "alibi": lambda c: AlibiPositions(c.num_heads),
+    "relative": lambda c: RelativePositions(
+        c.num_heads, c.relative_buckets, c.relative_max_distance, c.relative_bidirectional
+    ),
+}
+
+
+class Block(nn.Module):
+    """One layer: communicate (and with `cross`, hear the memory), then compute."""
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        self.config = config
+        self.attention = _attention(config)
+        self.attention_norm = _norm(config)
+        if config.cross:
+            self.cross = _attention(config)
+            self.cross_norm = _norm(config)
+        self.feedforward = FeedForward(
+            config.embed_dim,
+            config.hidden_dim or 4 * config.embed_dim,
+            activation=config.activation,
+            gated=config.gated,
+            bias="ff" in config.bias,
+            dropout=config.dropout,
+        )
+        self.feedforward_norm = _norm(config)
+
+    def forward(self, x: Tensor, graph: Graph, bias, rotary, memory: Tensor | None, memory_graph: Graph) -> Tensor:
+        """(B, N, embed_dim) → (B, N, embed_dim)."""
+        x = self._add(x, self.attention_norm, lambda h: self.attention(h, graph, bias=bias, rotary=rotary))
+        if self.config.cross:
+            x = self._add(x, self.cross_norm, lambda h: self.cross(h, memory_graph, memory))
+        return self._add(x, self.feedforward_norm, self.feedforward)
+
+    def _add(self, x: Tensor, norm: nn.Module, phase) -> Tensor:
+        """One phase around the residual stream."""
+        if self.config.norm_order == "pre":
+            return x + dropout(phase(norm(x)), self.config.dropout, self.training)
+        return norm(x + dropout(phase(x), self.config.dropout, self.training))
+
+
+class Transformer(nn.Module):
+    """Layers of nodes that communicate along a graph and then compute. What the model *is* lies in the graph.
+
+    >>> config = TransformerConfig(embed_dim=64, num_layers=2, num_heads=4, position="rotary")
+    >>> gpt, bert = Transformer(config, Causal()), Transformer(config, Full())
+    >>> local_then_global = Transformer(config, [Causal() & Window(8, 0), Causal()])
+    >>> gpt(torch.randn(2, 10, 64)).shape
+    torch.Size([2, 10, 64])
+
+    Args:
+        config: everything but the connectivity.
+        graph: who hears whom: one graph for all layers, or one for each. A `PerHead` graph differs between heads.
+    """
+
+    def __init__(self, config: TransformerConfig, graph: Graph | Sequence[Graph]):
+        super().__init__()
+        self.config = config
+        self.graphs = per_layer(graph, config.num_layers)
+        self.position = POSITIONS[config.position](config) if config.position != "none" else None
+        self.embed_norm = _norm(config) if config.embed_norm else None
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.final_norm = _norm(config) if config.final_norm else None
+        self._initialize()
+
+    def forward(
+        self,
+        x: Tensor,
+        graph: Graph | Sequence[Graph] | None = None,
+        *,
+        positions: Tensor | None = None,
+        memory: Tensor | None = None,
+        memory_graph: Graph | None = None,
+    ) -> Tensor:
+        """x (B, N, embed_dim) → (B, N, embed_dim).
+
+        Args:
+            graph: this time on another graph than the model's own, as for a batch of packed documents.
+            positions: int64 (N,) or (B, N); by default 0 … N-1. For learned, sinusoidal and rotary positions.
+            memory: (B, M, embed_dim), heard in the cross phase.
+            memory_graph: who hears which node of the memory, by default all.
+        """
+        if (memory is not None) != self.config.cross:
+            raise ValueError(f"a memory is needed exactly where config.cross (got cross={self.config.cross})")
+        graphs = self.graphs if graph is None else per_layer(graph, len(self.layers))
+        if positions is None:
+            positions = torch.arange(x.shape[-2], device=x.device)
+        bias = rotary = None
+        match self.config.position:
+            case "learned" | "sinusoidal":
+                x = x + self.position(self._in_range(positions, x.shape[-2])).to(x.dtype)
+            case "rotary":
+                rotary = self.position(positions)
+            case "alibi" | "relative":
+                bias = self.position()
+        if self.embed_norm is not None:
+            x = self.embed_norm(x)
+        heard = Full() if memory_graph is None else memory_graph
+        for layer, of_layer in zip(self.layers, graphs, strict=True):
+            x = layer(x, of_layer, bias, rotary, memory, heard)
+        return x if self.final_norm is None else self.final_norm(x)
+
+    def _in_range(self, positions: Tensor, length: int) -> Tensor:
+        if self.config.position == "learned" and length > self.config.max_length:
+            raise ValueError(f"the model has {self.config.max_length} learned positions but got {length} nodes")
+        return positions
+
+    @torch.no_grad()
+    def _initialize(self) -> None:
+        for block in self.layers:
+            writing = [block.attention.out, block.feedforward.down] + ([block.cross.out] if self.config.cross else [])
+            for linear in (part for part in block.modules() if isinstance(part, nn.Linear)):
+                if linear.bias is not None:
+                    nn.init.zeros_(linear.bias)
+                if self.config.init == "gpt2":
+                    depth = (2 * self.config.num_layers) ** -0.5 if linear in writing else 1.0
+                    nn.init.normal_(linear.weight, std=0.02 * depth)
+                elif linear in writing:
+                    nn.init.zeros_(linear.weight)
+
+
+def per_layer(graph: Graph | Sequence[Graph], num_layers: int) -> tuple[Graph, ...]:
+    """One graph for each layer."""
+    graphs = (graph,) * num_layers if isinstance(graph, Graph) else tuple(graph)
+    if len(graphs) != num_layers or not all(isinstance(part, Graph) for part in graphs):
+        raise ValueError(f"graph must be one graph, or one for each of {num_layers} layers (got {len(graphs)})")
+    return graphs
+
+
+def _attention(config: TransformerConfig) -> Attention:
+    return Attention(
+        config.embed_dim,
+        config.num_heads,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        bias=config.bias,
+        qk_norm=config.qk_norm,
+        scale=config.scale,
+        dropout=config.dropout,
+    )
+
+
+def _norm(config: TransformerConfig) -> nn.Module:
+    if config.norm == "rms":
+        return nn.RMSNorm(config.embed_dim, config.norm_eps)
+    return nn.LayerNorm(config.embed_dim, config.norm_eps, bias="norm" in config.bias)

@@ -24,7 +24,7 @@ from attngraph.convert import (
 )
 from attngraph.edges import EdgeList
 from attngraph.generation import generate
-from attngraph.grammar import parse
+from attngraph.grammar import parse, parse_list
 from attngraph.graph import Graph
 from attngraph.kernels.scoring import Additive
 from attngraph.operation import attend
@@ -85,6 +85,7 @@ __all__ = [
     "models",
     "nn",
     "parse",
+    "parse_list",
     "to_networkx",
     "to_scipy_sparse_matrix",
 ]

@@ -26,7 +26,8 @@ def connectivity(
     m = n if m is None else m
     mask = graph.mask(n, m).float()
     ax = _axes((4, 4 * max(n / max(m, 1), 0.3))) if ax is None else ax
-    ax.imshow(mask.mean(0) if mask.ndim == 3 else mask, cmap=_blues(), vmin=0, vmax=1, interpolation="nearest")
+    mask = mask.mean(0) if mask.ndim == 3 else mask
+    ax.imshow(mask.numpy(), cmap=_blues(), vmin=0, vmax=1, interpolation="nearest")
     _frame(ax, n, m)
     ax.set_title(_wrapped(str(graph.text) if title is None else title), fontsize=8)
     return ax
@@ -53,7 +54,7 @@ def attention(
     picture = torch.full((n, m), torch.nan)
     picture[query, key] = weights.detach().float().cpu()
     ax = _axes((2.2 + 0.16 * m, 1.4 + 0.16 * n) if labels else (5, 5)) if ax is None else ax
-    drawn = ax.imshow(picture, cmap="viridis", vmin=0, interpolation="nearest")
+    drawn = ax.imshow(picture.numpy(), cmap="viridis", vmin=0, interpolation="nearest")
     ax.figure.colorbar(drawn, ax=ax, fraction=0.04, pad=0.02, label="weight")
     _frame(ax, n, m)
     if labels:
@@ -72,7 +73,7 @@ def receptive_field(graphs: Sequence[Graph], node: int, n: int, *, ax: Axes | No
     picture = torch.zeros(len(rows), n)
     for row, heard in enumerate(rows):
         picture[row, heard] = 1
-    ax.imshow(picture, cmap=_blues(), vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+    ax.imshow(picture.numpy(), cmap=_blues(), vmin=0, vmax=1, aspect="auto", interpolation="nearest")
     ax.set_yticks(range(len(rows)), ["output", *[f"into layer {depth}" for depth in range(len(graphs) - 1, -1, -1)]])
     ax.set_xlabel("node")
     ax.set_title(_wrapped(f"what node {node} hears"), fontsize=9)

@@ -40,6 +40,27 @@ def parse(text: str) -> Graph:
 
     Raises ValueError that says what was not understood.
     """
+    graph = _parsed(text)
+    if not isinstance(graph, Graph):
+        raise ValueError(f"not a graph but {_short(repr(graph))}: {_short(text)!r}; {_HINT}")
+    return graph
+
+
+def parse_list(text: str) -> list[Graph]:
+    """The graphs that expressions describe, separated by commas, as for the layers of a model.
+
+    >>> parse_list("Causal() & Window(8, 0), Causal()")
+    [Causal() & Window(8, 0), Causal()]
+    """
+    graphs = _parsed(text)
+    graphs = graphs if isinstance(graphs, list) else [graphs]
+    if not graphs or not all(isinstance(graph, Graph) for graph in graphs):
+        raise ValueError(f"not graphs, separated by commas: {_short(text)!r}; {_HINT}")
+    return graphs
+
+
+def _parsed(text: str):
+    """The value of an expression: a graph, a number, or a list of them."""
     if not isinstance(text, str):
         raise TypeError(f"a graph expression is a str (got {type(text).__name__})")
     if len(text) > LONGEST:
@@ -49,10 +70,7 @@ def parse(text: str) -> Graph:
     except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
         reason = error.msg if isinstance(error, SyntaxError) else "too deeply nested"
         raise ValueError(f"not a graph expression: {_short(text)!r} ({reason}); {_HINT}") from None
-    graph = _value(tree, text, 0)
-    if not isinstance(graph, Graph):
-        raise ValueError(f"not a graph but {graph!r}: {_short(text)!r}; {_HINT}")
-    return graph
+    return _value(tree, text, 0)
 
 
 _HINT = f"write for example Causal() & (Window(256, 0) | Prefix(4)), of {', '.join(NAMES)}"

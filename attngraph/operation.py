@@ -68,15 +68,15 @@ def attend(
     unbatched = isinstance(q, Tensor) and q.ndim == 3
     if unbatched:
         q, k, v = (side[None] if isinstance(side, Tensor) else side for side in (q, k, v))
-    _check(q, k, v, graph, score, normalize, dropout_p)
+    if isinstance(bias, Tensor):
+        bias = DenseBias(bias)
+    _check(q, k, v, graph, bias, score, normalize, dropout_p)
     if return_lse and normalize != "softmax":
         raise ValueError(f"return_lse needs normalize='softmax' (got {normalize!r}): other weights have no common sum")
     n, m = q.shape[2], k.shape[2]
     request = Request(score, normalize, return_lse, return_weights)
     if scale is None:
         scale = q.shape[3] ** -0.5 if score == "dot" else 1.0
-    if isinstance(bias, Tensor):
-        bias = DenseBias(bias)
     run = RUN[choose(backend, graph, n, m, request)]
     out, lse, weights = run(q, k, v, graph, bias, scale, dropout_p, request)
     asked = (True, return_lse, return_weights)
@@ -182,7 +182,7 @@ def _check_edge_bias(bias: EdgeBias, count: int, q: Tensor) -> None:
 # -------------------------------------------------------------------------------------------------- validation
 
 
-def _check(q, k, v, graph, score, normalize, dropout_p) -> None:
+def _check(q, k, v, graph, bias, score, normalize, dropout_p) -> None:
     for name, side in (("q", q), ("k", k), ("v", v)):
         if not isinstance(side, Tensor):
             raise TypeError(f"{name} must be a tensor (got {type(side).__name__})")
@@ -202,6 +202,8 @@ def _check(q, k, v, graph, score, normalize, dropout_p) -> None:
             raise ValueError(f"q, k and v must have the same batch size (got q {q.shape[0]}, {name} {side.shape[0]})")
     if not isinstance(graph, Graph):
         raise TypeError(f"graph must be a Graph (got {type(graph).__name__}); a mask becomes one by from_dense(mask)")
+    if not (bias is None or isinstance(bias, Bias)):
+        raise TypeError(f"bias must be a tensor or Alibi, RelativeBias or EdgeBias (got {type(bias).__name__})")
     (_, H, N, D), (_, Hkv, M, Dk) = q.shape, k.shape
     if Dk != D:
         raise ValueError(f"q and k must have the same head dimension (got {D} and {Dk})")

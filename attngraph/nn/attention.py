@@ -61,8 +61,8 @@ class Attention(nn.Module):
         self.query = nn.Linear(embed_dim, self.num_heads * self.head_dim, bias="q" in bias)
         self.key = nn.Linear(memory_dim, self.num_kv_heads * self.head_dim, bias="k" in bias)
         self.value = nn.Linear(memory_dim, self.num_kv_heads * self.head_dim, bias="v" in bias)
-        self.query_norm = nn.RMSNorm(self.head_dim, eps=1e-6) if qk_norm else nn.Identity()
-        self.key_norm = nn.RMSNorm(self.head_dim, eps=1e-6) if qk_norm else nn.Identity()
+        self.query_norm = nn.RMSNorm(self.head_dim, eps=1e-6) if qk_norm else None
+        self.key_norm = nn.RMSNorm(self.head_dim, eps=1e-6) if qk_norm else None
         self.out = nn.Linear(self.num_heads * self.head_dim, embed_dim, bias="o" in bias)
 
     def forward(
@@ -89,7 +89,8 @@ class Attention(nn.Module):
         q = self.query(x).unflatten(-1, (self.num_heads, -1)).transpose(-3, -2)
         k = self.key(memory).unflatten(-1, (self.num_kv_heads, -1)).transpose(-3, -2)
         v = self.value(memory).unflatten(-1, (self.num_kv_heads, -1)).transpose(-3, -2)
-        q, k = self.query_norm(q), self.key_norm(k)
+        if self.query_norm is not None:  # in the gains' precision, also under autocast
+            q, k = (norm(side.to(norm.weight.dtype)) for norm, side in ((self.query_norm, q), (self.key_norm, k)))
         if rotary is not None:
             q, k = rotate(q, *rotary), rotate(k, *rotary)
         return q.to(v.dtype), k.to(v.dtype), v

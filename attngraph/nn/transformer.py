@@ -85,6 +85,9 @@ class TransformerConfig:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)} (got {getattr(self, name)!r})")
         object.__setattr__(self, "bias", tuple(self.bias))
         if self.head_dim is None:
+            if self.embed_dim % self.num_heads:
+                given = f"{self.embed_dim} and {self.num_heads}"
+                raise ValueError(f"embed_dim must be a multiple of num_heads (got {given}), or give head_dim")
             object.__setattr__(self, "head_dim", self.embed_dim // self.num_heads)
 
 

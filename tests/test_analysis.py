@@ -1,0 +1,78 @@
+"""Answers about graphs equal those of brute force."""
+
+import pytest
+import torch
+from graphs import GRAPHS
+
+from attngraph import Causal, Documents, Full, PerHead, Prefix, Random, Window, analysis, draw
+
+every = pytest.mark.parametrize("case", GRAPHS, ids=lambda case: f"{case.graph.text[:60]}-{case.n}x{case.m}")
+square = pytest.mark.parametrize(
+    "case", [case for case in GRAPHS if case.n == case.m], ids=lambda case: f"{case.graph.text[:60]}-{case.n}"
+)
+
+
+def union(mask):
+    return mask.any(0) if mask.ndim == 3 else mask
+
+
+@every
+def test_last_reader_is_the_last_true_of_each_column(case):
+    mask = union(case.mask)
+    expected = [max((i for i in range(case.n) if mask[i, j]), default=-1) for j in range(case.m)]
+    assert analysis.last_reader(case.graph, case.n, case.m).tolist() == expected
+
+
+@square
+def test_causal_is_nothing_above_the_diagonal(case):
+    future = union(case.mask).triu(1)
+    assert analysis.is_causal(case.graph, case.n) == (not future.any())
+    leaks = [(leak.layer, leak.query, leak.key) for leak in analysis.leaks([Causal(), case.graph], case.n)]
+    assert leaks == [(1, *edge) for edge in future.nonzero()[:1].tolist()]
+
+
+@square
+def test_reach_and_receptive_field_are_products_with_the_residual_stream(case):
+    if not case.n:
+        return
+    step = (union(case.mask) | torch.eye(case.n, dtype=torch.bool)).float()
+    expected = step @ step @ (Window(1, 0).mask(case.n, case.n) | torch.eye(case.n, dtype=torch.bool)).float() > 0
+    stack = [Window(1, 0), case.graph, case.graph]
+    assert torch.equal(analysis.reach(stack, case.n), expected)
+    for node in {0, case.n // 2, case.n - 1}:
+        assert torch.equal(analysis.receptive_field(stack, node, case.n), expected[node].nonzero()[:, 0])
+
+
+def test_graphs_of_any_size_are_asked_far_out():
+    assert analysis.is_causal(Causal() & (Window(4096, 0) | Prefix(16)))
+    assert not analysis.is_causal(Window(4096, 1))
+    assert not analysis.is_causal(Full())
+    assert analysis.is_causal(Documents([3]) & Causal())
+
+
+def test_cost_counts_edges_of_each_head():
+    cost = analysis.cost(Causal(), 100, dim=64, heads=4)
+    assert cost == (5050, 0.505, 4 * 5050 * 64, 4 * 100 * 100 * 64)
+    both = analysis.cost(PerHead([Full(), Random(10)]), 100, dim=64, heads=2)
+    assert both.flops == 4 * (10_000 + 1_000) // 2 * 64
+    with pytest.raises(ValueError, match="dim must be a multiple of heads"):
+        analysis.cost(Full(), 10, dim=7, heads=2)
+
+
+def test_pictures_can_be_drawn(tmp_path):
+    graph = Causal() & (Window(4, 0) | Prefix(2))
+    draw.save(draw.connectivity(graph, 16), tmp_path / "graph.png")
+    draw.save(draw.connectivity(PerHead([Causal(), Full()]), 40, 30), tmp_path / "heads.png")
+    weights = torch.rand(graph.num_edges(8, 8))
+    axes = draw.attention(weights, graph, 8, labels=list("to be or"))
+    assert [label.get_text() for label in axes.get_xticklabels()] == list("to␣be␣or")
+    draw.save(axes, tmp_path / "weights.png")
+    draw.save(draw.receptive_field([graph] * 3, 12, 16), tmp_path / "field.png")
+    assert len(list(tmp_path.iterdir())) == 4
+    with pytest.raises(ValueError, match="one for each edge"):
+        draw.attention(weights[1:], graph, 8)
+
+
+def test_a_node_outside_is_told():
+    with pytest.raises(ValueError, match="node must be from 0 to 3"):
+        analysis.receptive_field([Causal()], 4, 4)

@@ -1,0 +1,104 @@
+"""Graphs of other libraries survive the way in and out."""
+
+import networkx
+import pytest
+import scipy.sparse
+import torch
+from graphs import GRAPHS
+from torch_geometric.data import Data
+from torch_geometric.utils import to_dense_adj
+
+from attngraph import (
+    Causal,
+    EdgeList,
+    PerHead,
+    Window,
+    from_dense,
+    from_edge_index,
+    from_function,
+    from_networkx,
+    from_scipy_sparse_matrix,
+    to_networkx,
+    to_scipy_sparse_matrix,
+)
+
+every = pytest.mark.parametrize("case", GRAPHS, ids=lambda case: f"{case.graph.text[:60]}-{case.n}x{case.m}")
+
+
+@every
+def test_masks_and_edge_index_round_trip(case):
+    assert torch.equal(from_dense(case.mask).mask(), case.mask)
+    edges = case.graph.edge_index(case.n, case.m)
+    again = from_edge_index(edges, (case.n, case.m))
+    assert torch.equal(again.edge_index(), edges)
+
+
+@every
+def test_scipy_and_networkx_round_trip(case):
+    edges = case.graph.edge_index(case.n, case.m)
+    matrix = to_scipy_sparse_matrix(case.graph, case.n, case.m)
+    assert matrix.shape == (case.m, case.n)
+    assert torch.equal(from_scipy_sparse_matrix(matrix).edge_index(), edges)
+    found = to_networkx(case.graph, case.n, case.m)
+    assert torch.equal(from_networkx(found).edge_index(), edges)
+    assert found.number_of_nodes() == max(case.n, case.m)
+
+
+@pytest.mark.parametrize("number", range(0, 1253, 50))
+def test_graphs_of_the_atlas(number):
+    atlas = networkx.graph_atlas(number)
+    adjacency = torch.from_numpy(networkx.to_numpy_array(atlas)).bool() if len(atlas) else torch.zeros(0, 0).bool()
+    assert torch.equal(from_networkx(atlas).mask(), adjacency)
+
+
+def test_direction_is_pygs_and_networkxs():
+    """An edge from 0 to 1: query 1 hears key 0, so row 1 of the mask is True in column 0."""
+    mask = torch.tensor([[False, False], [True, False]])
+    assert torch.equal(from_edge_index(torch.tensor([[0], [1]]), 2).mask(), mask)
+    assert torch.equal(from_networkx(networkx.DiGraph([(0, 1)])).mask(), mask)
+    assert torch.equal(from_scipy_sparse_matrix(scipy.sparse.coo_matrix([[0, 1], [0, 0]])).mask(), mask)
+    assert torch.equal(from_dense(mask).edge_index(), torch.tensor([[0], [1]]))
+    data = Data(edge_index=from_dense(mask).edge_index(), num_nodes=2)
+    assert to_dense_adj(data.edge_index)[0].T.bool().tolist() == mask.tolist()
+
+
+def test_networkx_numbers_keep_their_node():
+    """Positions of a sequence must not be scrambled by the order of insertion."""
+    graph = networkx.DiGraph()
+    graph.add_nodes_from([2, 0, 1])
+    graph.add_edge(2, 0)
+    assert from_networkx(graph) == EdgeList([[2], [0]], 3)
+    named = networkx.DiGraph([("c", "a")])
+    assert from_networkx(named) == EdgeList([[0], [1]], 2)
+    assert from_networkx(named, nodelist=["a", "c"]) == EdgeList([[1], [0]], 2)
+
+
+def test_undirected_edges_are_heard_in_both_directions_and_loops_once():
+    graph = networkx.Graph([(0, 1), (1, 1)])
+    assert from_networkx(graph) == EdgeList([[0, 1, 1], [1, 0, 1]], 2)
+    assert from_networkx(networkx.MultiDiGraph([(0, 1), (0, 1)])).num_edges() == 1
+
+
+def test_heads_and_sizes():
+    mask = torch.rand(3, 4, 5, generator=torch.Generator().manual_seed(0)) < 0.5
+    assert isinstance(from_dense(mask), PerHead)
+    assert torch.equal(from_dense(mask).mask(), mask)
+    assert from_edge_index(torch.tensor([[0, 4], [1, 2]])).size == (5, 5)
+    assert from_edge_index(torch.zeros(2, 0, dtype=torch.int64)).size == (0, 0)
+    assert from_function(lambda q, k: q > k, size=(3, 4)).size == (3, 4)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: from_networkx(networkx.path_graph(3), nodelist=[0, 1]), "must name each node of the graph once"),
+        (lambda: from_networkx(networkx.path_graph(2), nodelist=[0, 0]), "must name each node of the graph once"),
+        (lambda: from_dense(torch.ones(3)), "a mask (N, M), or (H, N, M)"),
+        (lambda: to_networkx(Causal()), "give the missing number"),
+        (lambda: to_networkx(Window(1, 0), 3, -1), "m must be a number of nodes"),
+    ],
+)
+def test_bad_input_is_told(make, message):
+    with pytest.raises(ValueError) as error:
+        make()
+    assert message in str(error.value)

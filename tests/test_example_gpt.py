@@ -1,0 +1,320 @@
+"""examples/gpt.py: it learns, resumes bit for bit, survives kills and full disks, and tells bad input."""
+
+import csv
+import importlib.util
+import io
+import json
+import os
+import pickle
+import random
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+SCRIPT = Path(__file__).parent.parent / "examples" / "gpt.py"
+spec = importlib.util.spec_from_file_location("gpt_example", SCRIPT)
+gpt = importlib.util.module_from_spec(spec)
+sys.modules["gpt_example"] = gpt
+spec.loader.exec_module(gpt)
+
+TEXT = "the quick brown fox jumps over the lazy dog; 'tis no small thing to leap.\n" * 40
+TINY = "--layers 2 --heads 2 --width 16 --context 16 --batch 4 --steps 8 --evaluate-every 4 --sample 20 --dtype float32"
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT)
+    return path
+
+
+def run(tmp_path, text, *more, name="run"):
+    given = [*TINY.split(), "--text", str(text), "--runs", str(tmp_path / "runs"), "--name", name, *map(str, more)]
+    return gpt.train(gpt.settings(given)), tmp_path / "runs" / name
+
+
+def table(folder):
+    with open(folder / "metrics.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_run_leaves_what_it_promises(tmp_path, text, capsys):
+    figures, folder = run(tmp_path, text, "--steps", 40, "--graph", "Causal() & (Window(4, 0) | Prefix(2)), Causal()")
+    left = {path.name for path in folder.iterdir()}
+    pictures = {"loss.png", "connectivity.png", "attention.png"}
+    assert left == pictures | {"config.json", "metrics.csv", "checkpoint.safetensors", "sample.txt"}
+    rows = table(folder)
+    assert [int(row["step"]) for row in rows] == list(range(1, 41))
+    assert float(rows[-1]["validation_loss"]) == figures["validation_loss"]
+    assert figures["validation_loss"] < float(rows[0]["training_loss"]) - 0.2
+    assert len((folder / "sample.txt").read_text()) == 21
+    assert json.loads((folder / "config.json").read_text())["settings"]["width"] == 16
+    assert str(text) in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "more", ["--optimizer muon --dropout 0.2 --accumulate 2", "--optimizer adamw", "--model bigram"]
+)
+def test_a_resumed_run_is_the_same_bit_for_bit(tmp_path, text, monkeypatch, more):
+    _, whole = run(tmp_path, text, *more.split(), name="whole")
+
+    looks = iter(range(9))
+    evaluate = gpt.evaluate
+
+    def interrupted(*arguments):
+        if next(looks) == 1:
+            raise KeyboardInterrupt
+        return evaluate(*arguments)
+
+    monkeypatch.setattr(gpt, "evaluate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, text, *more.split(), name="parts")
+    monkeypatch.undo()
+    resumed = gpt.settings(["--runs", str(tmp_path / "runs"), "--name", "parts", "--resume"])
+    assert resumed.steps == 8
+    gpt.train(resumed)
+    one, other = (load_file(folder / "checkpoint.safetensors") for folder in (whole, tmp_path / "runs" / "parts"))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    tables = [table(tmp_path / "runs" / name) for name in ("whole", "parts")]
+    for a, b in zip(*tables, strict=True):
+        assert {**a, "seconds": ""} == {**b, "seconds": ""}
+    assert (whole / "sample.txt").read_text() == (tmp_path / "runs" / "parts" / "sample.txt").read_text()
+
+
+def checkpoint(tmp_path, text):
+    """A finished run's checkpoint and the settings that resume it."""
+    _, folder = run(tmp_path, text)
+    return folder / "checkpoint.safetensors", ["--runs", str(tmp_path / "runs"), "--name", "run", "--resume"]
+
+
+def test_a_truncated_checkpoint_is_told(tmp_path, text):
+    path, again = checkpoint(tmp_path, text)
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(SystemExit, match="is no whole safetensors file"):
+        gpt.train(gpt.settings(again))
+    path.write_bytes(b"")
+    with pytest.raises(SystemExit, match="is no whole safetensors file"):
+        gpt.train(gpt.settings(again))
+
+
+@pytest.mark.parametrize("save", ["torch", "pickle"])
+def test_a_pickle_is_never_loaded(tmp_path, text, save):
+    class Bomb:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "exploded",))
+
+    path, again = checkpoint(tmp_path, text)
+    if save == "torch":
+        torch.save({"model": Bomb()}, path)
+    else:
+        path.write_bytes(pickle.dumps(Bomb()))
+    with pytest.raises(SystemExit, match="holds a pickle, which could run anything"):
+        gpt.train(gpt.settings(again))
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_a_checkpoint_of_another_model_is_told(tmp_path, text):
+    path, again = checkpoint(tmp_path, text)
+    _, other = run(tmp_path, text, "--width", 32, name="other")
+    path.write_bytes((other / "checkpoint.safetensors").read_bytes())
+    with pytest.raises(SystemExit, match="is of another model: width differ"):
+        gpt.train(gpt.settings(again))
+
+
+def test_resuming_with_other_settings_is_told(tmp_path, text, capsys):
+    _, again = checkpoint(tmp_path, text)
+    with pytest.raises(SystemExit):
+        gpt.settings([*again, "--width", "64"])
+    assert "--width was 16 (got 64)" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        gpt.settings([*again[:-1], "--name", "nobody", "--resume"])
+    assert "nothing to resume" in capsys.readouterr().err
+
+
+SAVE = """
+import importlib.util, sys, torch
+from pathlib import Path
+spec = importlib.util.spec_from_file_location("gpt_example", sys.argv[1])
+gpt = importlib.util.module_from_spec(spec); spec.loader.exec_module(gpt)
+model = torch.nn.Linear(1500, 1500)
+step = 0
+while True:
+    step += 1
+    torch.nn.init.constant_(model.weight, step)
+    gpt.save_checkpoint(Path(sys.argv[2]), model, [], step, {"a": 1})
+    print(step, flush=True)
+"""
+
+
+def test_a_kill_in_the_middle_of_a_save_leaves_the_last_good_checkpoint(tmp_path):
+    path, chance = tmp_path / "checkpoint.safetensors", random.Random(0)
+    for _ in range(4):
+        process = subprocess.Popen(
+            [sys.executable, "-c", SAVE, str(SCRIPT), str(path)], stdout=subprocess.PIPE, text=True
+        )
+        for _ in range(2):
+            assert process.stdout.readline()
+        time.sleep(chance.random() * 0.1)
+        process.send_signal(signal.SIGKILL)
+        saved = [int(line) for line in process.stdout.read().split()]
+        process.wait()
+        model = torch.nn.Linear(1500, 1500)
+        step = gpt.load_checkpoint(path, model, [], {"a": 1})
+        assert step >= max([2, *saved])
+        assert (model.weight == step).all()
+
+
+def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path):
+    """The kernel refuses to let files grow past a limit, as a full disk does."""
+    path = tmp_path / "checkpoint.safetensors"
+    small = torch.nn.Linear(10, 10)
+    gpt.save_checkpoint(path, small, [], 7, {})
+    before = path.read_bytes()
+    code = f"""
+import importlib.util, resource, signal, sys, torch
+from pathlib import Path
+spec = importlib.util.spec_from_file_location("gpt_example", {str(SCRIPT)!r})
+gpt = importlib.util.module_from_spec(spec); spec.loader.exec_module(gpt)
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+gpt.save_checkpoint(Path({str(path)!r}), torch.nn.Linear(1000, 1000), [], 8, {{}})
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1, (done.returncode, done.stderr)
+    assert "what was there before is still whole" in done.stderr
+    assert path.read_bytes() == before
+    assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is empty"),
+        (b" \n\n ", "is empty"),
+        (b"abc\x00def" * 100, "must be text (it holds zero bytes"),
+        (b"\xff\xfe\x80abc" * 100, "must be UTF-8 text (byte 0 is not)"),
+        (b"short", "the text is too short: a context of 16 needs 17 tokens"),
+        (b"a bit longer, no", "the text is too short"),
+    ],
+)
+def test_a_bad_text_is_told(tmp_path, content, message):
+    path = tmp_path / "bad.txt"
+    path.write_bytes(content)
+    with pytest.raises(SystemExit) as error:
+        run(tmp_path, path, "--prompt", "a")
+    assert message in str(error.value)
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--graph", "Causal("], "not a graph expression"),
+        (["--graph", "Causal(), Full(), Full()"], "one for each of 2 layers (got 3)"),
+        (["--graph", "Documents([3])"], "graph has 3 query nodes"),
+        (["--prompt", "ß"], "every character of the prompt (not: ['ß'])"),
+        (["--tokenizer", "nowhere.json"], "--tokenizer must be char, byte or the path"),
+        (["--text", "nowhere.txt"], "nowhere.txt can't be read"),
+        (["--heads", "3"], "embed_dim must be a multiple of num_heads"),
+    ],
+)
+def test_a_bad_choice_is_told(tmp_path, text, more, message):
+    with pytest.raises((SystemExit, ValueError)) as error:
+        run(tmp_path, text, *more)
+    assert message in str(error.value)
+
+
+def test_a_bad_number_is_told(capsys):
+    with pytest.raises(SystemExit):
+        gpt.settings(["--steps", "0"])
+    assert "--steps must be 1 or more (got 0)" in capsys.readouterr().err
+
+
+def test_without_a_text_there_is_shakespeare_or_pythons_manual(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+    def refused(*_, **__):
+        raise OSError("no network")
+
+    monkeypatch.setattr(urllib.request, "urlopen", refused)
+    text, source = gpt.read_text(None)
+    assert len(text) > 100_000
+    assert "no network" in source
+    assert "Python" in source
+
+    monkeypatch.setattr(urllib.request, "urlopen", lambda *_, **__: io.BytesIO(b"something else"))
+    assert "not the known file" in gpt.read_text(None)[1]
+
+    content = b"First Citizen"
+    monkeypatch.setattr(gpt, "SHA256", __import__("hashlib").sha256(content).hexdigest())
+    monkeypatch.setattr(urllib.request, "urlopen", lambda *_, **__: io.BytesIO(content))
+    assert gpt.read_text(None) == ("First Citizen", "tiny Shakespeare (Karpathy 2015)")
+    monkeypatch.setattr(urllib.request, "urlopen", refused)
+    assert gpt.read_text(None)[0] == "First Citizen"  # from the cache
+
+
+def test_tokenizers_decode_what_they_encode(tmp_path, text):
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    tokenizer.train_from_iterator([TEXT], trainer)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    for kind in ("char", "byte", str(tmp_path / "tokenizer.json")):
+        tokens = gpt.tokenizer(kind, TEXT)
+        numbers = tokens.encode(TEXT)
+        assert tokens.decode(numbers) == TEXT
+        assert 0 <= min(numbers) <= max(numbers) < len(tokens)
+    figures, _ = run(tmp_path, text, "--tokenizer", tmp_path / "tokenizer.json", "--steps", 4)
+    assert figures["validation_loss"] > 0
+
+
+def test_validation_predicts_every_token_once():
+    corpus = gpt.Corpus(list(range(1000)), context=16)
+    targets = torch.cat([targets.flatten() for _, targets in corpus.validation_batches(size=3)])
+    assert targets.tolist() == list(range(901, 1000))
+    for inputs, following in corpus.validation_batches(size=3):
+        assert torch.equal(inputs + 1, following)
+    inputs, following = corpus.batch(5, seed=3)
+    assert torch.equal(inputs + 1, following)
+    assert torch.equal(corpus.batch(5, seed=3)[0], inputs)
+    assert inputs.max() < 900
+
+
+def test_orthogonal_makes_all_singular_values_about_one():
+    torch.manual_seed(0)
+    for shape in ((3, 8, 8), (2, 20, 6), (2, 6, 20)):
+        values = torch.linalg.svdvals(gpt.orthogonal(torch.randn(shape)))
+        assert (values > 0.3).all()
+        assert (values < 1.3).all()
+
+
+def test_muon_is_torchs_muon_but_for_its_precision():
+    torch.manual_seed(0)
+    ours, theirs = (torch.nn.Parameter(torch.randn(24, 16)) for _ in range(2))
+    theirs.data.copy_(ours.data)
+    tools = gpt.Muon([ours], lr=0.02, weight_decay=0.1), torch.optim.Muon([theirs], lr=0.02, weight_decay=0.1)
+    for _ in range(3):
+        gradient = torch.randn(24, 16)
+        for parameter, tool in zip((ours, theirs), tools, strict=True):
+            parameter.grad = gradient.clone()
+            tool.step()
+    assert (ours - theirs).abs().max() < 0.02 * 3 * 0.05
+
+
+def test_it_runs_as_a_script(tmp_path, text):
+    command = [sys.executable, str(SCRIPT), *TINY.split(), "--text", str(text), "--runs", str(tmp_path / "runs")]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    assert "tokens/s" in done.stderr
+    assert "validation loss" in done.stdout

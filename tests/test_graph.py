@@ -1,0 +1,292 @@
+"""Laws of graphs: what holds for each of GRAPHS, for the algebra, and for bad input."""
+
+import copy
+import pickle
+import subprocess
+import sys
+from dataclasses import dataclass
+
+import pytest
+import torch
+from graphs import GRAPHS, Case
+
+import attngraph
+from attngraph import (
+    Axial,
+    Beside,
+    Causal,
+    Chunks,
+    Disjoint,
+    Documents,
+    EdgeList,
+    Empty,
+    Full,
+    Global,
+    Graph,
+    Identity,
+    Neighborhood,
+    PerHead,
+    Prefix,
+    Random,
+    Strided,
+    Tree,
+    Window,
+    from_function,
+    parse,
+)
+from attngraph.edges import Predicate
+
+every = pytest.mark.parametrize("case", GRAPHS, ids=lambda case: f"{case.graph.text[:60]}-{case.n}x{case.m}")
+
+
+def union_of_heads(mask):
+    return mask.any(0) if mask.ndim == 3 else mask
+
+
+@every
+def test_mask_is_the_oracle(case: Case):
+    assert torch.equal(case.graph.mask(case.n, case.m), case.mask)
+
+
+@every
+def test_edge_index_lists_the_mask_by_query_then_key(case):
+    query, key = union_of_heads(case.mask).nonzero().unbind(1)
+    assert torch.equal(case.graph.edge_index(case.n, case.m), torch.stack([key, query]))
+
+
+@every
+def test_num_edges_and_degrees_count_the_mask(case):
+    mask = union_of_heads(case.mask)
+    assert case.graph.num_edges(case.n, case.m) == mask.sum()
+    assert torch.equal(case.graph.in_degrees(case.n, case.m), mask.sum(1))
+    assert torch.equal(case.graph.out_degrees(case.n, case.m), mask.sum(0))
+
+
+@every
+def test_the_slow_path_agrees(case):
+    """Scanning `contains`, as for a graph that knows nothing but its definition."""
+    bound, n, m = case.graph.at(case.n, case.m)
+    if not case.graph.heads:
+        assert torch.equal(torch.stack(Graph.edges(bound, n, m)), torch.stack(bound.edges(n, m)))
+        assert bound.count(n, m) == case.mask.sum()
+
+
+@every
+def test_repr_round_trips(case):
+    if any(isinstance(part, Predicate) for part in (case.graph, *case.graph.children)):
+        pytest.skip("a function has no text")
+    again = parse(repr(case.graph))
+    assert again == case.graph
+    assert hash(again) == hash(case.graph)
+    assert torch.equal(again.mask(case.n, case.m), case.mask)
+
+
+@every
+def test_graphs_are_values(case):
+    if not isinstance(case.graph, Predicate):
+        assert pickle.loads(pickle.dumps(case.graph)) == case.graph
+    assert copy.deepcopy(case.graph) == case.graph
+    assert case.graph != Causal(12345)
+    with pytest.raises((AttributeError, TypeError)):
+        case.graph.offset = 3
+
+
+@every
+def test_transpose_reverses_and_complement_is_an_involution(case):
+    assert torch.equal(case.graph.T.mask(case.m, case.n), case.mask.mT)
+    assert torch.equal(case.graph.T.edge_index(case.m, case.n), case.graph.T.T.T.edge_index(case.m, case.n))
+    assert torch.equal((~case.graph).mask(case.n, case.m), ~case.mask)
+    assert torch.equal((~~case.graph).mask(case.n, case.m), case.mask)
+
+
+@every
+def test_rows_of_rows(case):
+    start, stop = case.n // 3, case.n - case.n // 4
+    graph = case.graph if case.graph.size[0] is not None else case.graph.sized(case.n, case.m)
+    assert torch.equal(graph.rows(start, stop).mask(stop - start, case.m), case.mask[..., start:stop, :])
+    assert torch.equal(graph.rows(start, stop).edge_index(None, case.m), graph.rows(start, stop).edge_index(m=case.m))
+
+
+@every
+@pytest.mark.parametrize("other", [Causal(), Random(2, 5), Window(1, 2), Identity()], ids=repr)
+def test_operators_are_those_of_sets(case, other):
+    a, b = case.mask, other.mask(case.n, case.m)
+    for graph, mask in (
+        (case.graph | other, a | b),
+        (case.graph & other, a & b),
+        (case.graph - other, a & ~b),
+        (other - case.graph, b & ~a),
+        (case.graph ^ other, a ^ b),
+    ):
+        assert torch.equal(graph.mask(case.n, case.m), mask)
+        union = union_of_heads(mask)
+        assert graph.num_edges(case.n, case.m) == union.sum()
+        assert torch.equal(graph.in_degrees(case.n, case.m), union.sum(1))
+
+
+@pytest.mark.parametrize(
+    ("expression", "count"),
+    [
+        ("Causal()", 10**9 * (10**9 + 1) // 2),
+        ("Causal() & Window(1000, 0)", 1001 * 10**9 - 1000 * 1001 // 2),
+        ("Full() - Identity()", 10**18 - 10**9),
+        ("~Causal()", 10**9 * (10**9 - 1) // 2),
+        ("Causal() & Strided(4)", sum((10**9 + r) // 4 * ((10**9 + r) // 4 + 1) // 2 for r in range(4))),
+        ("Chunks(1000)", 10**12),
+        ("Random(16)", 16 * 10**9),
+        ("(Causal() & (Window(2, 0) | Prefix(1))).T", 10**9 * 4 - 3 - 3),
+        ("Window(3, 3, 1000)", 7 * 10**9 - 2 * 1000 * 6),
+        ("Causal().with_global_nodes(1)", (10**9 - 1) * 10**9 // 2 + 2 * 10**9 - 1),
+    ],
+)
+def test_a_billion_nodes_are_counted_at_once(expression, count):
+    assert parse(expression).num_edges(10**9, 10**9) == count
+
+
+def test_counting_passes_two_to_the_63():
+    assert Full().num_edges(2**32, 2**33) == 2**65
+    assert Causal().num_edges(2**33, 2**33) == 2**32 * (2**33 + 1)
+
+
+def test_many_documents_are_counted_by_their_lines():
+    lengths = [3, 1, 4] * 400
+    graph = Causal() & Documents(lengths)
+    assert graph.num_edges() == 400 * (6 + 1 + 10)
+    assert graph.in_degrees()[:8].tolist() == [1, 2, 3, 1, 1, 2, 3, 4]
+
+
+def test_random_has_its_degree_and_is_the_same_everywhere():
+    graph = Random(5, seed=3)
+    assert graph.in_degrees(100, 64).eq(5).all()
+    assert Random(5, seed=3) == graph
+    assert not torch.equal(Random(5, seed=4).mask(9, 64), graph.mask(9, 64))
+    degrees = Random(8).out_degrees(20_000, 100).float()
+    assert degrees.mean() == 1600
+    assert degrees.std() < 120  # of a binomial: 38; of stretches of 12 or 13 keys, a little more
+
+
+def test_edge_list_keeps_the_given_order():
+    given = torch.tensor([[2, 0, 2, 1], [1, 1, 1, 0]])
+    graph = EdgeList(given, 3)
+    assert torch.equal(graph.edge_index()[:, graph.position], given)
+    assert torch.equal(given[:, graph.order], graph.edge_index())
+    assert graph.num_edges() == 3
+
+
+def test_edge_lists_are_equal_as_sets():
+    assert EdgeList([[0, 1], [1, 0]], 2) == EdgeList([[1, 0], [0, 1]], 2)
+    assert EdgeList([[0], [1]], 2) != EdgeList([[0], [1]], 3)
+    assert len({EdgeList([[0, 1], [1, 0]], 2), EdgeList([[1, 0], [0, 1]], 2)}) == 1
+
+
+def test_long_edge_lists_have_a_short_text_and_a_whole_repr():
+    graph = EdgeList(torch.randint(0, 100, (2, 500), generator=torch.Generator().manual_seed(0)), 100)
+    assert len(str(graph)) < 100 < len(repr(graph))
+    assert parse(repr(graph)) == graph
+    assert (graph & Causal()).text.endswith("& Causal()")
+
+
+def test_a_graph_of_ones_own_needs_one_method():
+    @dataclass(frozen=True, repr=False)
+    class Ring(Graph):
+        nodes: int
+
+        def contains(self, q_idx, kv_idx):
+            return (kv_idx - q_idx) % self.nodes == 1
+
+    graph = Ring(5) | Identity()
+    assert graph.num_edges(5, 5) == 10
+    assert repr(graph) == "Ring(5) | Identity()"
+    q, k, v = torch.randn(3, 1, 5, 4, dtype=torch.float64)
+    for backend in ("edges", "dense"):
+        expected = attngraph.attend(q, k, v, graph, backend="reference")
+        assert torch.allclose(attngraph.attend(q, k, v, graph, backend=backend), expected, atol=1e-12)
+
+
+def test_equal_graphs_keep_each_other_known():
+    """A compiled program finds a graph by its text, as long as any equal graph lives."""
+    from attngraph.graph import known
+
+    first = from_function(lambda q, k: q == k) | Causal()
+    second = copy.copy(first)
+    text = first.text
+    del first
+    assert known(text) is not None
+    assert known(second.text) == second
+
+
+@dataclass(frozen=True, repr=False)
+class Undefined(Graph):
+    """A graph whose author forgot what it is."""
+
+
+BAD = [
+    (lambda: Window(-1, 0), ValueError, "left must be 0 or more"),
+    (lambda: Window(1.5, 0), TypeError, "left must be an int"),
+    (lambda: Window(1, 0, 0), ValueError, "dilation must be 1 or more"),
+    (lambda: Causal(True), TypeError, "offset must be an int"),
+    (lambda: Prefix(-2), ValueError, "length must be 0 or more"),
+    (lambda: Strided(0), ValueError, "stride must be 1 or more"),
+    (lambda: Chunks(0), ValueError, "chunk must be 1 or more"),
+    (lambda: Documents([3, -1]), ValueError, "lengths must be 0 or more"),
+    (lambda: Documents([3, 4]).mask(8, 8), ValueError, "same number of query nodes (got 7 and 8)"),
+    (lambda: Documents(3), TypeError, "lengths must be a list of ints"),
+    (lambda: Tree([1, 0]), ValueError, "ends in a cycle"),
+    (lambda: Tree([-1, 5]), ValueError, "parents must be node numbers below 2"),
+    (lambda: Tree([-2]), ValueError, "parents must be -1 or more"),
+    (lambda: Global([-1]), ValueError, "nodes must be 0 or more"),
+    (lambda: Neighborhood((4, 4), (1, 2, 3)), ValueError, "one for each axis"),
+    (lambda: Neighborhood((4, 0), 1), ValueError, "shape must be 1 or more"),
+    (lambda: Axial(()), ValueError, "at least one axis"),
+    (lambda: Random(-1), ValueError, "degree must be 0 or more"),
+    (lambda: Random(2).contains(torch.tensor(0), torch.tensor(0)), ValueError, "needs its number of keys"),
+    (lambda: EdgeList([[0, 5], [0, 1]], 3), ValueError, "key nodes from 0 to 2"),
+    (lambda: EdgeList([[0], [-1]], 3), ValueError, "query nodes from 0 to 2"),
+    (lambda: EdgeList([[0.0], [1.0]], 3), TypeError, "must hold integers"),
+    (lambda: EdgeList([[0, 1, 2]], 3), ValueError, "shape (2, E)"),
+    (lambda: EdgeList(torch.zeros(3, 4, dtype=torch.int64), 3), ValueError, "shape (2, E)"),
+    (lambda: EdgeList(torch.zeros(2, 2, dtype=torch.bool), 3), TypeError, "must hold integers"),
+    (lambda: Documents([3]) & Documents([4]), ValueError, "same number of query nodes (got 3 and 4)"),
+    (lambda: EdgeList([[0], [0]], (3, 4)) | Causal().sized(3, 5), ValueError, "same number of key nodes (got 4 and 5)"),
+    (lambda: EdgeList([[0], [0]], (3, 4)) @ Documents([3]), ValueError, "the keys of a and the queries of b"),
+    (lambda: bool(Causal()), TypeError, "no truth value"),
+    (lambda: Causal() and Full(), TypeError, "combine graphs with & | ~"),
+    (lambda: Causal() & torch.ones(3, 3, dtype=torch.bool), TypeError, "unsupported operand"),
+    (lambda: Causal().mask(), ValueError, "give the missing number"),
+    (lambda: Causal().mask(-1, 3), ValueError, "0 or more"),
+    (lambda: Causal().mask(2.0, 3), ValueError, "number of nodes"),
+    (lambda: Causal().rows(3, 2), ValueError, "start <= stop"),
+    (lambda: Documents([3]).rows(0, 4), ValueError, "3, the graph's number of queries"),
+    (lambda: Causal().with_global_nodes(4).mask(2, 2), ValueError, "needs at least that many queries"),
+    (lambda: Disjoint([Causal(), Causal()]), ValueError, "must know where each graph begins"),
+    (lambda: Disjoint([]), TypeError, "list of at least one graph"),
+    (lambda: Disjoint(Causal()), TypeError, "list of at least one graph"),
+    (lambda: Beside(Causal(), Causal()), ValueError, "where the keys of b begin"),
+    (lambda: PerHead([PerHead([Full()])]), ValueError, "without heads of its own"),
+    (lambda: PerHead([Full()] * 2) & PerHead([Full()] * 3), ValueError, "different numbers of heads"),
+    (lambda: (Causal() @ Causal()).mask(2, 3), ValueError, "number of nodes between them"),
+    (lambda: from_function(3), TypeError, "a function of (q_idx, kv_idx)"),
+    (lambda: from_function(lambda q, k: q - k).mask(2, 2), TypeError, "must return a bool tensor"),
+    (lambda: Undefined().mask(2, 2), TypeError, "must define contains"),
+    (lambda: Empty().sized(3).sized(4), ValueError, "same number of query nodes (got 3 and 4)"),
+]
+
+
+@pytest.mark.parametrize(("make", "kind", "message"), BAD, ids=[message for _, _, message in BAD])
+def test_bad_input_is_told(make, kind, message):
+    with pytest.raises(kind) as error:
+        make()
+    assert message in str(error.value)
+
+
+def test_importing_is_cheap():
+    """Neither torch_geometric nor networkx, matplotlib or scipy is imported before it is used."""
+    code = (
+        "import torch, time, sys; before = set(sys.modules); start = time.perf_counter(); import attngraph; "
+        "spent = time.perf_counter() - start; new = {name.split('.')[0] for name in set(sys.modules) - before}; "
+        "print(spent, sorted(new & {'torch_geometric', 'networkx', 'matplotlib', 'scipy', 'safetensors'}))"
+    )
+    runs = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True) for _ in range(3)]
+    seconds = min(float(run.stdout.split()[0]) for run in runs)
+    assert seconds < 0.3
+    assert runs[0].stdout.split(maxsplit=1)[1].strip() == "[]"

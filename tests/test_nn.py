@@ -1,0 +1,326 @@
+"""The Transformer: its switches, its graphs, its compilation; against PyTorch's own modules where they do the same."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from attngraph import (
+    Beside,
+    Causal,
+    Disjoint,
+    EdgeList,
+    Full,
+    PerHead,
+    Prefix,
+    Window,
+    attend,
+    generate,
+)
+from attngraph.models import GPT
+from attngraph.nn import Attention, FeedForward, Rotary, SinusoidalPositions, Transformer, TransformerConfig, rotate
+
+SMALL = {"embed_dim": 32, "num_layers": 2, "num_heads": 4}
+POSITIONS = ("none", "learned", "sinusoidal", "rotary", "alibi", "relative")
+
+
+def config(**switches):
+    return TransformerConfig(**{**SMALL, "max_length": 64, **switches})
+
+
+def shaken(module):
+    """A module whose parameters are all random, so that none is hidden by its initialisation."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    return module.double().eval()
+
+
+def torch_layer(norm_first, activation):
+    return nn.TransformerEncoderLayer(
+        32, 4, 128, dropout=0.0, activation=activation, batch_first=True, norm_first=norm_first
+    )
+
+
+@pytest.mark.parametrize("order", ["pre", "post"])
+@pytest.mark.parametrize(("activation", "causal"), [("relu", True), ("gelu", False)])
+def test_a_stack_equals_torchs_encoder(order, activation, causal):
+    ours = Transformer(
+        config(position="none", norm_order=order, activation=activation, final_norm=order == "pre"),
+        Causal() if causal else Full(),
+    )
+    final = nn.LayerNorm(32) if order == "pre" else None
+    theirs = nn.TransformerEncoder(torch_layer(order == "pre", activation), 2, final, enable_nested_tensor=False)
+    shaken(ours), shaken(theirs)
+    for mine, layer in zip(ours.layers, theirs.layers, strict=True):
+        attention = mine.attention
+        weights = [attention.query, attention.key, attention.value]
+        layer.self_attn.in_proj_weight.data = torch.cat([part.weight.data for part in weights])
+        layer.self_attn.in_proj_bias.data = torch.cat([part.bias.data for part in weights])
+        layer.self_attn.out_proj.load_state_dict(attention.out.state_dict())
+        layer.linear1.load_state_dict(mine.feedforward.up.state_dict())
+        layer.linear2.load_state_dict(mine.feedforward.down.state_dict())
+        layer.norm1.load_state_dict(mine.attention_norm.state_dict())
+        layer.norm2.load_state_dict(mine.feedforward_norm.state_dict())
+    if final:
+        theirs.norm.load_state_dict(ours.final_norm.state_dict())
+    x = torch.randn(2, 9, 32, dtype=torch.float64)
+    mask = ~Causal().mask(9, 9) if causal else None
+    theirs.train()  # its inference path computes otherwise
+    torch.testing.assert_close(ours(x), theirs(x, mask), rtol=0, atol=1e-10)
+
+
+def test_a_memory_is_heard_as_torchs_decoder_hears_it():
+    ours = shaken(Transformer(config(position="none", cross=True, activation="relu"), Causal()))
+    layer = nn.TransformerDecoderLayer(32, 4, 128, 0.0, "relu", batch_first=True, norm_first=True)
+    theirs = shaken(nn.TransformerDecoder(layer, 2, nn.LayerNorm(32)))
+    for mine, layer in zip(ours.layers, theirs.layers, strict=True):
+        for attention, other in ((mine.attention, layer.self_attn), (mine.cross, layer.multihead_attn)):
+            parts = [attention.query, attention.key, attention.value]
+            other.in_proj_weight.data = torch.cat([part.weight.data for part in parts])
+            other.in_proj_bias.data = torch.cat([part.bias.data for part in parts])
+            other.out_proj.load_state_dict(attention.out.state_dict())
+        layer.linear1.load_state_dict(mine.feedforward.up.state_dict())
+        layer.linear2.load_state_dict(mine.feedforward.down.state_dict())
+        for norm, other in ((mine.attention_norm, layer.norm1), (mine.cross_norm, layer.norm2)):
+            other.load_state_dict(norm.state_dict())
+        layer.norm3.load_state_dict(mine.feedforward_norm.state_dict())
+    theirs.norm.load_state_dict(ours.final_norm.state_dict())
+    x, memory = torch.randn(2, 5, 32, dtype=torch.float64), torch.randn(2, 7, 32, dtype=torch.float64)
+    expected = theirs(x, memory, tgt_mask=~Causal().mask(5, 5))
+    torch.testing.assert_close(ours(x, memory=memory), expected, rtol=0, atol=1e-10)
+    with pytest.raises(ValueError, match="a memory is needed exactly where"):
+        ours(x)
+
+
+@pytest.mark.parametrize("position", POSITIONS)
+def test_a_causal_model_never_hears_the_future(position):
+    model = shaken(Transformer(config(position=position, relative_bidirectional=False), Causal()))
+    x = torch.randn(1, 10, 32, dtype=torch.float64, requires_grad=True)
+    for node in (0, 4, 9):
+        (gradient,) = torch.autograd.grad(model(x)[0, node].sum(), x)
+        assert (gradient[0, node + 1 :] == 0).all()
+        assert (gradient[0, : node + 1] != 0).any(-1).all()
+
+
+SWITCHES = [
+    {"norm": "rms", "bias": (), "gated": True, "activation": "silu", "num_kv_heads": 2, "position": "rotary"},
+    {"norm_order": "post", "embed_norm": True, "final_norm": False},
+    {"bias": ("q", "v", "o", "ff", "norm"), "position": "sinusoidal"},
+    {"head_dim": 5, "scale": 1.0, "position": "relative", "activation": "relu"},
+    {"qk_norm": True, "position": "alibi", "activation": "squared_relu", "init": "zero"},
+    {"activation": "quick_gelu", "hidden_dim": 40, "dropout": 0.1},
+    {"activation": "gelu_tanh", "rotary_base": 500.0, "position": "rotary", "dropout": 0.5},
+]
+
+
+@pytest.mark.parametrize("switches", SWITCHES, ids=lambda switches: "-".join(map(str, switches.values())))
+def test_every_switch_builds_a_model_whose_parameters_all_learn(switches):
+    model = Transformer(config(**switches), [Causal(), PerHead([Causal(), Window(2, 0), Full(), Prefix(3)])])
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    model(torch.randn(2, 12, 32)).square().sum().backward()
+    # A bias of the keys adds the same to all scores of a query; softmax does not see it.
+    silent = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+    assert not [name for name in silent if not name.endswith("key.bias")]
+
+
+def test_biases_are_where_the_config_says():
+    model = Transformer(config(bias=("q", "v", "o")), Full())
+    attention = model.layers[0].attention
+    assert attention.key.bias is None
+    assert attention.query.bias is not None
+    assert model.layers[0].feedforward.up.bias is None
+    assert model.final_norm.bias is None
+
+
+def test_rotary_scores_depend_on_the_distance_alone():
+    rotary = Rotary(8).double()
+    q, k = torch.randn(2, 1, 8, dtype=torch.float64)
+    scores = [rotate(q, *rotary(torch.tensor([i + 5]))) @ rotate(k, *rotary(torch.tensor([i]))).T for i in (0, 3, 1000)]
+    torch.testing.assert_close(scores[0], scores[1], rtol=0, atol=1e-12)
+    torch.testing.assert_close(scores[0], scores[2], rtol=0, atol=1e-9)
+
+
+def test_llama3_scaling_keeps_short_waves_and_stretches_long_ones():
+    scaling = {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+    plain, scaled = Rotary(128, 500_000.0).frequencies, Rotary(128, 500_000.0, scaling).frequencies
+    assert torch.equal(plain[:20], scaled[:20])
+    torch.testing.assert_close(plain[-10:] / 8, scaled[-10:])
+    assert ((scaled <= plain) & (scaled >= plain / 8 * 0.999)).all()
+
+
+def test_positions_may_be_given():
+    """Packed documents start anew at 0: the same as each alone."""
+    for position in ("learned", "sinusoidal", "rotary"):
+        model = shaken(Transformer(config(position=position), Causal()))
+        x = torch.randn(1, 9, 32, dtype=torch.float64)
+        packed = Disjoint([Causal().sized(4, 4), Causal().sized(5, 5)])
+        positions = torch.cat([torch.arange(4), torch.arange(5)])
+        for given in (positions, positions[None]):
+            together = model(x, packed, positions=given)
+            torch.testing.assert_close(together[:, :4], model(x[:, :4]), rtol=0, atol=1e-10)
+            torch.testing.assert_close(together[:, 4:], model(x[:, 4:]), rtol=0, atol=1e-10)
+
+
+def test_memory_beside_self_is_one_graph():
+    """Memory | self as one list of keys equals attending to the concatenation."""
+    layer = shaken(Attention(32, 4))
+    x, memory = torch.randn(1, 5, 32, dtype=torch.float64), torch.randn(1, 3, 32, dtype=torch.float64)
+    out = layer(x, Beside(Full().sized(None, 3), Causal()), torch.cat([memory, x], dim=1))
+    q, k, v = layer.project(x, torch.cat([memory, x], dim=1))
+    mask = torch.cat([torch.ones(5, 3, dtype=torch.bool), Causal().mask(5, 5)], dim=1)
+    expected = nn.functional.scaled_dot_product_attention(q, k, v, mask)
+    torch.testing.assert_close(out, layer.out(expected.transpose(1, 2).flatten(2)), rtol=0, atol=1e-12)
+
+
+def test_graphs_differ_by_layer_head_and_call():
+    x = torch.randn(1, 8, 32, dtype=torch.float64)
+    local = Causal() & Window(1, 0)
+    model = shaken(Transformer(config(), [local, Causal()]))
+    same = copy.deepcopy(model)
+    assert same.graphs == model.graphs
+    torch.testing.assert_close(model(x), same(x, [local, Causal()]))
+    assert not torch.allclose(model(x), model(x, Causal()))
+    heads = PerHead([local, local, Causal(), Causal()])
+    assert not torch.allclose(model(x, heads), model(x, local))
+    arbitrary = EdgeList(torch.randint(0, 8, (2, 20)), 8)
+    assert model(x, arbitrary).isfinite().all()
+
+
+def test_no_module_builds_a_mask(monkeypatch):
+    """Nothing in nn or models asks a graph for its mask or edges; layouts are built below `attend` alone."""
+    import attngraph.layout
+
+    graph = Causal() & Window(3, 0)
+    model = GPT(config(position="alibi"), 17, graph)
+    asked = []
+    monkeypatch.setattr(attngraph.Graph, "mask", lambda *a, **k: asked.append("mask"))
+    monkeypatch.setattr(
+        attngraph.layout, "mask", lambda text, n, m, device: asked.append("layout") or torch.ones(n, m).tril().bool()
+    )
+    model(torch.randint(17, (1, 8)))
+    assert asked == ["layout"] * 2
+
+
+@pytest.mark.parametrize("position", POSITIONS)
+def test_compiled_models_are_the_same_and_recompile_once_for_all_lengths(position):
+    import torch._dynamo as dynamo
+
+    for graph in (Causal(), [Causal() & (Window(4, 0) | Prefix(2)), PerHead([Causal(), Window(2, 0)] * 2)]):
+        dynamo.reset()
+        dynamo.utils.counters.clear()
+        model = GPT(config(position=position), 17, graph)
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        for length in (8, 12, 16, 24):
+            tokens = torch.randint(17, (2, length))
+            torch.testing.assert_close(compiled(tokens), model(tokens), rtol=1e-5, atol=1e-5)
+            compiled(tokens).sum().backward()
+        assert dynamo.utils.counters["stats"]["unique_graphs"] <= 2
+
+
+def test_inductor_compiles_a_model():
+    """With generated code, forward and backward; needs a C++ compiler, as torch.compile on a CPU does."""
+    model = GPT(config(position="rotary"), 17, Causal() & (Window(4, 0) | Prefix(2)))
+    compiled, tokens = torch.compile(model, fullgraph=True), torch.randint(17, (2, 16))
+    try:
+        found = compiled(tokens)
+    except torch._inductor.exc.InductorError as error:
+        if "compiler" in str(error).lower():
+            pytest.skip("no C++ compiler")
+        raise
+    torch.testing.assert_close(found, model(tokens), rtol=1e-4, atol=1e-4)
+
+
+def test_autocast_reaches_attention():
+    for switches in ({"qk_norm": True, "position": "rotary", "norm": "rms"}, {"position": "relative"}):
+        model = GPT(config(**switches), 17, Causal() & Window(3, 0))
+        tokens = torch.randint(17, (2, 16))
+        with torch.autocast("cpu", torch.bfloat16):
+            found = model(tokens)
+        torch.testing.assert_close(found.float(), model(tokens), rtol=0, atol=0.05)
+        found.float().sum().backward()
+
+
+def test_tied_heads_share_their_weights():
+    model = GPT(config(), 17, tied=True)
+    assert model.head.weight is model.embedding.weight
+    untied = GPT(config(), 17, tied=False)
+    assert untied.head.weight is not untied.embedding.weight
+
+
+def test_generate_samples_as_told():
+    torch.manual_seed(0)
+    model = shaken(GPT(config(position="rotary"), 17))
+    prompt = torch.randint(17, (3, 4))
+    greedy = generate(model, prompt, 8, temperature=0)
+    assert greedy.shape == (3, 12)
+    assert torch.equal(greedy[:, :4], prompt)
+    for step in range(4, 12):
+        assert torch.equal(model(greedy[:, :step])[:, -1].argmax(-1), greedy[:, step])
+    assert torch.equal(generate(model, prompt, 8, top_k=1), greedy)
+    assert torch.equal(generate(model, prompt, 8, top_p=1e-9), greedy)
+    runs = [generate(model, prompt, 8, generator=torch.Generator().manual_seed(1)) for _ in range(2)]
+    assert torch.equal(*runs)
+    assert not torch.equal(runs[0], greedy)
+    assert torch.equal(
+        generate(model, prompt, 8, context=4, temperature=0)[:, 5],
+        model(generate(model, prompt, 1, context=4, temperature=0)[:, -4:])[:, -1].argmax(-1),
+    )
+
+
+def test_top_p_keeps_the_smallest_set():
+    from attngraph.generation import _truncated
+
+    logits = torch.tensor([[0.5, 0.25, 0.15, 0.1]]).log()
+    assert (_truncated(logits, None, 0.7) > -torch.inf).tolist() == [[True, True, False, False]]
+    assert (_truncated(logits, None, 0.76) > -torch.inf).tolist() == [[True, True, True, False]]
+    assert (_truncated(logits, 3, None) > -torch.inf).tolist() == [[True, True, True, False]]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: config(norm="batch"), "norm must be one of layer, rms (got 'batch')"),
+        (lambda: config(position="where"), "position must be one of none, learned"),
+        (lambda: config(bias=("q", "x")), "bias must name q, k, v, o, ff or norm (got x)"),
+        (lambda: config(max_length=None), "learned positions need max_length"),
+        (lambda: Transformer(config(activation="tanh"), Full()), "activation must be one of"),
+        (lambda: Transformer(config(num_heads=5, position="none"), Full()), "multiple of num_heads (got 32 and 5)"),
+        (lambda: Transformer(config(num_kv_heads=3), Full()), "multiple of num_kv_heads (got 4 and 3)"),
+        (lambda: Transformer(config(), [Full()] * 3), "one for each of 2 layers (got 3)"),
+        (lambda: Transformer(config(position="rotary", head_dim=5), Full()), "an even head_dim (got 5)"),
+        (lambda: SinusoidalPositions(7), "an even embed_dim (got 7)"),
+        (lambda: Rotary(8, scaling={"rope_type": "yarn"}), "'default' or 'llama3' (got 'yarn')"),
+        (lambda: FeedForward(4, 8, activation="x"), "activation must be one of"),
+        (lambda: GPT(config(max_length=4), 17)(torch.zeros(1, 5, dtype=torch.int64)), "4 learned positions but got 5"),
+        (lambda: generate(nn.Identity(), torch.zeros(1, 0), 1), "at least one token"),
+        (lambda: generate(nn.Identity(), torch.zeros(1, 1), 1, temperature=-1), "temperature must be 0 or more"),
+        (lambda: generate(nn.Identity(), torch.zeros(1, 1), 1, top_k=0), "top_k must be 1 or more"),
+        (lambda: generate(nn.Identity(), torch.zeros(1, 1), 1, top_p=1.5), "top_p must be a probability"),
+    ],
+)
+def test_bad_input_is_told(make, message):
+    with pytest.raises(ValueError) as error:
+        make()
+    assert message in str(error.value)
+
+
+def test_gradients_flow_through_checkpointing():
+    from torch.utils.checkpoint import checkpoint
+
+    q, k, v = (torch.randn(1, 2, 8, 4, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    graph = Causal() & Window(2, 0)
+    plain = torch.autograd.grad(attend(q, k, v, graph).square().sum(), [q, k, v])
+    again = checkpoint(lambda *sides: attend(*sides, graph), q, k, v, use_reentrant=False)
+    torch.testing.assert_close(torch.autograd.grad(again.square().sum(), [q, k, v]), plain)

@@ -119,4 +119,4 @@ def _visible(label: str) -> str:
 def _wrapped(text: str, width: int = 44) -> str:
     from textwrap import fill
 
-    return fill(text, width)
+    return "\n".join(fill(line, width) for line in text.split("\n"))

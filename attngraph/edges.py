@@ -47,6 +47,10 @@ class EdgeList(Graph):
         given = _integer_tensor(edge_index)
         n, m = size = (size, size) if isinstance(size, int) else tuple(size)
         require_ints(0, num_queries=n, num_keys=m)
+        if n * m >= 1 << 63:
+            raise ValueError(
+                f"num_queries * num_keys must be below 2**63, so that a pair is one int64 (got size={size})"
+            )
         for name, row, limit in (("key", given[0], m), ("query", given[1], n)):
             if row.numel() and not (int(row.min()) >= 0 and int(row.max()) < limit):
                 raise ValueError(

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import MISSING, fields, replace
+from operator import index
+from typing import SupportsIndex
 from weakref import WeakValueDictionary
 
 import torch
@@ -258,9 +260,7 @@ class Graph:
 
     def at(self, n: int | None = None, m: int | None = None) -> tuple[Graph, int, int]:
         """This graph bound to a definite size, and that size; what is not given is the graph's own."""
-        for name, given in (("n", n), ("m", m)):
-            if given is not None and (isinstance(given, bool) or not isinstance(given, int) or given < 0):
-                raise ValueError(f"{name} must be a number of nodes, 0 or more (got {given!r})")
+        n, m = (_node_count(name, given) for name, given in (("n", n), ("m", m)))
         n, m = common_size(f"graph {self.text} and the size asked for", self.size, (n, m))
         if n is None or m is None:
             raise ValueError(f"graph {self.text} has size {(n, m)}: give the missing number, as in graph.mask(n, m)")
@@ -295,6 +295,14 @@ def _argument(value, inner: Callable[[Graph], str]) -> str:
     if isinstance(value, tuple):
         return f"[{', '.join(_argument(item, inner) for item in value)}]"
     return inner(value) if isinstance(value, Graph) else repr(value)
+
+
+def _node_count(name: str, given: SupportsIndex | None) -> int | None:
+    """A size that was asked for, as an int."""
+    count = index(given) if isinstance(given, SupportsIndex) and not isinstance(given, bool) else given
+    if count is not None and (not isinstance(count, int) or isinstance(count, bool) or count < 0):
+        raise ValueError(f"{name} must be a number of nodes, 0 or more (got {given!r})")
+    return count
 
 
 def common_size(what: str, *sizes: Size) -> Size:

@@ -15,11 +15,14 @@ from attngraph.grammar import from_text
 from attngraph.graph import Graph
 
 MOST_CACHED = 16  # layouts of each kind
+LARGEST_CACHED = 1 << 26  # entries of a mask; larger ones cost less to build than to keep
 
 
 @torch.library.custom_op("attngraph::mask", mutates_args=())
 def mask(graph: str, n: int, m: int, device: torch.device) -> Tensor:
     """The edges as a bool tensor (n, m), or (H, n, m)."""
+    if n * m > LARGEST_CACHED:
+        return from_text(graph).mask(n, m, device)
     return _mask(from_text(graph), n, m, device).clone()  # an operator's result belongs to its caller
 
 

@@ -55,9 +55,9 @@ def settings(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--heads", type=int, default=4)
     add("--width", type=int, default=128)
     add("--context", type=int, default=128, help="tokens that the model sees at once")
-    add("--batch", type=int, default=12, help="sequences in each forward pass")
+    add("--batch", type=int, default=16, help="sequences in each forward pass")
     add("--accumulate", type=int, default=1, help="forward passes for each step")
-    add("--steps", type=int, default=1000)
+    add("--steps", type=int, default=750)
     add("--optimizer", default="muon", choices=["muon", "adamw"], help="for the matrices; vectors always have AdamW")
     add("--lr", type=float, default=None, help="peak rate of the matrices; by default 0.02 for muon, 0.001 for adamw")
     add("--adamw-lr", type=float, default=0.003, help="peak rate of embeddings, head and vectors")
@@ -298,13 +298,14 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal(x: Tensor) -> Tensor:
-    """About the nearest matrices with orthonormal rows or columns, by five quintic Newton–Schulz steps: (…, A, B)."""
+    """About the nearest matrices with orthonormal rows or columns, by five quintic Newton–Schulz steps: (n, A, B)."""
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(5):
         square = x @ x.mT
-        x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
+        polynomial = torch.baddbmm(square, square, square, beta=-4.7750, alpha=2.0315)
+        x = torch.baddbmm(x, polynomial, x, beta=3.4445)
     return x.mT if tall else x
 
 
@@ -322,7 +323,7 @@ def optimizers(model: nn.Module, args: argparse.Namespace) -> list[torch.optim.O
             adamw,
         ]
     kind = torch.optim.Muon if matrices[0].is_cuda else Muon
-    return [kind(matrices, lr=args.lr or 0.02, momentum=0.95, weight_decay=args.weight_decay), adamw]
+    return [kind(matrices, lr=args.lr or 0.02, momentum=0.9, weight_decay=args.weight_decay), adamw]
 
 
 def rate(step: int, args: argparse.Namespace) -> float:
@@ -368,7 +369,7 @@ def evaluate(model: nn.Module, corpus: Corpus, device: torch.device) -> float:
     """The loss over the whole validation text, in float32."""
     model.eval()
     total = count = 0
-    for inputs, targets in corpus.validation_batches(size=max(1, 8192 // corpus.context)):
+    for inputs, targets in corpus.validation_batches(size=max(1, 2048 // corpus.context)):
         total += loss_of(model, inputs.to(device), targets.to(device)).item() * targets.numel()
         count += targets.numel()
     model.train()
@@ -429,7 +430,7 @@ def load_checkpoint(path: Path, model: nn.Module, optimizers: list, config: dict
 
 
 class Metrics:
-    """A table, a row at a time."""
+    """A table, a row a step, written to its file with each checkpoint."""
 
     COLUMNS = ("step", "seconds", "tokens", "training_loss", "validation_loss", "rate", "gradient_norm")
 
@@ -438,7 +439,6 @@ class Metrics:
         if from_step and path.exists():
             with open(path, newline="") as file:
                 self.rows = [row for row in csv.DictReader(file) if int(row["step"]) <= from_step]
-        write_whole(path, self._write)
 
     @property
     def seconds(self) -> float:
@@ -446,8 +446,9 @@ class Metrics:
 
     def add(self, **row) -> None:
         self.rows.append({column: row.get(column, "") for column in self.COLUMNS})
-        with open(self.path, "a", newline="") as file:
-            csv.DictWriter(file, self.COLUMNS).writerow(self.rows[-1])
+
+    def save(self) -> None:
+        write_whole(self.path, self._write)
 
     def _write(self, path: Path) -> None:
         with open(path, "w", newline="") as file:
@@ -507,7 +508,8 @@ def train(args: argparse.Namespace) -> dict:
     )
     write_whole(folder / "config.json", lambda path: path.write_text(config))
     metrics = Metrics(folder / "metrics.csv", first)
-    begin = time.perf_counter() - metrics.seconds
+    before = metrics.seconds
+    begin = time.perf_counter() - before
 
     validation = math.nan
     bar = tqdm(range(first, args.steps), initial=first, total=args.steps, unit="step", dynamic_ncols=True)
@@ -529,22 +531,22 @@ def train(args: argparse.Namespace) -> dict:
             tool.step()
         model.zero_grad()
 
-        done, loss = step + 1, float(loss)
+        done, loss, fresh = step + 1, float(loss), ""
         if not math.isfinite(loss):
             raise SystemExit(f"the loss is {loss} at step {done}; the last good checkpoint stays; try lower rates")
-        if done % args.evaluate_every == 0 or done == args.steps:
-            validation = evaluate(model, corpus, device)
-            save_checkpoint(checkpoint, model, tools, done, shape)
-        seconds = time.perf_counter() - begin
-        trained = done * args.batch * args.accumulate * args.context
-        fresh = validation if done % args.evaluate_every == 0 or done == args.steps else ""
+        look = done % args.evaluate_every == 0 or done == args.steps
+        if look:
+            fresh = validation = evaluate(model, corpus, device)
+        seconds, trained = time.perf_counter() - begin, done * args.batch * args.accumulate * args.context
         metrics.add(
             step=done, seconds=f"{seconds:.3f}", tokens=trained, training_loss=loss, validation_loss=fresh,
             rate=factor, gradient_norm=float(norm),
         )  # fmt: skip
-        bar.set_postfix_str(
-            f"loss {loss:.3f}, validation {validation:.3f}, {trained / seconds:,.0f} tokens/s", refresh=False
-        )
+        if look:
+            metrics.save()
+            save_checkpoint(checkpoint, model, tools, done, shape)
+        speed = (done - first) * args.batch * args.accumulate * args.context / (seconds - before)
+        bar.set_postfix_str(f"loss {loss:.3f}, validation {validation:.3f}, {speed:,.0f} tokens/s", refresh=False)
 
     if math.isnan(validation):  # resumed at the end
         validation = evaluate(model, corpus, device)

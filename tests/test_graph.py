@@ -242,6 +242,7 @@ BAD = [
     (lambda: Random(2).contains(torch.tensor(0), torch.tensor(0)), ValueError, "needs its number of keys"),
     (lambda: EdgeList([[0, 5], [0, 1]], 3), ValueError, "key nodes from 0 to 2"),
     (lambda: EdgeList([[0], [-1]], 3), ValueError, "query nodes from 0 to 2"),
+    (lambda: EdgeList([[0], [1]], 1 << 32), ValueError, "below 2**63"),
     (lambda: EdgeList([[0.0], [1.0]], 3), TypeError, "must hold integers"),
     (lambda: EdgeList([[0, 1, 2]], 3), ValueError, "shape (2, E)"),
     (lambda: EdgeList(torch.zeros(3, 4, dtype=torch.int64), 3), ValueError, "shape (2, E)"),

@@ -63,9 +63,10 @@ def machine() -> dict:
 
 
 def record(name: str, figures: dict) -> Path:
-    """Keep figures under benchmarks/results, beside those of earlier sections."""
+    """Keep the figures of some sections under benchmarks/results, each with its machine, beside the other sections."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
     earlier = json.loads(path.read_text()) if path.exists() else {}
-    path.write_text(json.dumps({**earlier, "machine": machine(), **figures}, indent=2) + "\n")
+    new = {section: {**found, "machine": machine()} for section, found in figures.items()}
+    path.write_text(json.dumps({**earlier, **new}, indent=2) + "\n")
     return path

@@ -124,10 +124,16 @@ def batch(tokens: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def estimates(models: dict[str, nn.Module], corpus) -> dict[str, float]:
-    """nanoGPT's estimate of the validation loss: 20 random batches (and as many of the training text, as it draws)."""
-    drawn = [[batch(tokens) for _ in range(20)] for tokens in (corpus.training, corpus.validation)]
-    return {name: sum(example.loss_of(model, *pair).item() for pair in drawn[1]) / 20 for name, model in models.items()}
+def estimates(models: dict[str, nn.Module], corpus, seconds: dict[str, list[float]]) -> dict[str, float]:
+    """nanoGPT's estimate of the validation loss, from 20 random batches, after as many of the training text."""
+    drawn = [batch(tokens) for tokens in (corpus.training, corpus.validation) for _ in range(20)]
+    found = {}
+    for name, model in models.items():
+        start = time.perf_counter()
+        losses = [example.loss_of(model, *pair).item() for pair in drawn]
+        seconds[f"{name}_estimates"].append(time.perf_counter() - start)
+        found[name] = sum(losses[20:]) / 20
+    return found
 
 
 def nanogpt(text: str, steps: int) -> dict:
@@ -143,11 +149,11 @@ def nanogpt(text: str, steps: int) -> dict:
     models = {"ours": copied(bare), "theirs": bare}
     torch.set_rng_state(chance)  # which building ours has used
     tools = {name: optimizer(model) for name, model in models.items()}
-    seconds: dict[str, list[float]] = {"ours": [], "theirs": []}
+    seconds: dict[str, list[float]] = {"ours": [], "theirs": [], "ours_estimates": [], "theirs_estimates": []}
     inputs, targets = batch(corpus.training)
     for step in example.tqdm(range(steps), desc="nanoGPT's recipe, twice", unit="step"):
         if step % 250 == 0:
-            estimates(models, corpus)
+            estimates(models, corpus, seconds)
         for name in ("ours", "theirs") if step % 2 else ("theirs", "ours"):
             start = time.perf_counter()
             for group in tools[name].param_groups:
@@ -161,11 +167,11 @@ def nanogpt(text: str, steps: int) -> dict:
         inputs, targets = batch(corpus.training)
     found = compared(seconds["ours"][10:], seconds["theirs"][10:])
     found["parameters"] = sum(p.numel() for p in models["ours"].parameters())
-    estimated = estimates(models, corpus)
+    estimated = estimates(models, corpus, seconds)
     for name, model in models.items():
         found[f"{name}_validation_loss"] = round(estimated[name], 4)
         found[f"{name}_whole_validation_loss"] = round(example.evaluate(model, corpus, torch.device("cpu")), 4)
-        found[f"{name}_seconds"] = round(sum(seconds[name]), 1)
+        found[f"{name}_seconds"] = round(sum(seconds[name]) + sum(seconds[f"{name}_estimates"]), 1)
     return found
 
 
@@ -198,7 +204,7 @@ def choices(text: str | None) -> dict[str, float]:
         example.TransformerConfig = lambda switches=switches, **given: TransformerConfig(**{**given, **switches})
         found[name] = demo(text, flags)["validation_loss"]
     example.TransformerConfig = TransformerConfig
-    return found
+    return {"losses": found}
 
 
 def bigram(text: str) -> dict:
@@ -234,7 +240,7 @@ def main() -> None:
     args = parser.parse_args()
     text, source = example.read_text(args.text)
     source = "tiny Shakespeare" if example.hashlib.sha256(text.encode()).hexdigest() == example.SHA256 else source
-    figures: dict = {"text": source}
+    figures: dict = {}
     lines = [f"text: {source}"]
     if "nanogpt" in args.sections:
         found = figures["nanogpt"] = nanogpt(text, args.steps)
@@ -260,7 +266,8 @@ def main() -> None:
         )
     if "choices" in args.sections:
         found = figures["choices"] = choices(args.text)
-        lines += [f"{name:40} validation loss {loss:.4f}" for name, loss in found.items()]
+        lines += [f"{name:40} validation loss {loss:.4f}" for name, loss in found["losses"].items()]
+    figures = {section: {"text": source, **found} for section, found in figures.items()}
     print("\n".join(lines))
     print(f"recorded in {record('train_gpt', figures)}")
 

@@ -1,0 +1,68 @@
+"""Writes the figures of the README from benchmarks/results: python -m benchmarks.readme"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from benchmarks.measure import RESULTS, spread
+
+README = Path(__file__).parent.parent / "README.md"
+BEGIN, END = "<!-- figures: python -m benchmarks.readme -->", "<!-- end of figures -->"
+
+
+def figures() -> str:
+    """The section as Markdown."""
+    overhead, training = (json.loads((RESULTS / f"{name}.json").read_text()) for name in ("overhead", "train_gpt"))
+    nanogpt, demo, bigram = (training[name] for name in ("nanogpt", "demo", "bigram"))
+    machine = nanogpt["machine"]
+    lines = [
+        f"On {machine['threads']} cores ({machine['processor']}), torch {machine['torch']}, Python {machine['python']},"
+        f" {nanogpt['text']}; losses in nats per character, medians with quartiles.",
+        "",
+        "`python -m benchmarks.train_gpt`:",
+        "",
+        "| | validation loss, whole text | seconds |",
+        "|---|---|---|",
+        f"| nanoGPT's CPU recipe on `Causal()` | {nanogpt['ours_whole_validation_loss']:.3f} "
+        f"({nanogpt['ours_validation_loss']:.3f} as nanoGPT estimates it) | {nanogpt['ours_seconds']:.0f} |",
+        f"| the same in nanoGPT's own form, on bare SDPA | {nanogpt['theirs_whole_validation_loss']:.3f} "
+        f"({nanogpt['theirs_validation_loss']:.3f}) | {nanogpt['theirs_seconds']:.0f} |",
+        f"| `make demo`, {demo['parameters']:,} parameters | {demo['validation_loss']:.3f} | {demo['seconds']:.0f}, "
+        "its evaluations included |",
+        f"| `--model bigram` | {bigram['validation_loss']:.3f}; its limit, from counts, is "
+        f"{bigram['limit_from_training_counts']:.3f} | |",
+        "",
+        f"A step of the first takes {spread(nanogpt['ratio'])} times as long as one of the second, in "
+        f"{nanogpt['pairs']} alternating pairs.",
+        "",
+        "`python -m benchmarks.overhead`, N = 1024, H = 8, D = 64: the time of `attend` over that of bare SDPA",
+        "",
+        "| | forward | forward + backward |",
+        "|---|---|---|",
+    ]
+    for graph in ("Causal()", "Full()"):
+        ratios = (spread(overhead[f"{graph} {phase}"]["ratio"]) for phase in ("forward", "forward + backward"))
+        lines.append(f"| `{graph}` | {' | '.join(ratios)} |")
+    if "choices" in training:
+        losses = training["choices"]["losses"]
+        lines += [
+            "",
+            "What each choice of the demo's recipe bought, by undoing it at the same number of tokens "
+            "(`--sections choices`; two seeds differ by about 0.004):",
+            "",
+            "| undone | validation loss | |",
+            "|---|---|---|",
+            *(f"| {name} | {loss:.3f} | {loss - losses['the recipe']:+.3f} |" for name, loss in losses.items()),
+        ]
+    return "\n".join(lines)
+
+
+def written(text: str) -> str:
+    """The README with its figures up to date."""
+    before, rest = text.split(BEGIN)
+    return f"{before}{BEGIN}\n\n{figures()}\n\n{END}{rest.split(END)[1]}"
+
+
+if __name__ == "__main__":
+    README.write_text(written(README.read_text(encoding="utf-8")), encoding="utf-8")

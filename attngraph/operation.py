@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from attngraph import layout
+from attngraph.algebra import Sized
 from attngraph.bias import Bias, DenseBias, EdgeBias
 from attngraph.graph import Graph
 from attngraph.kernels.dense import dense, logsumexp
@@ -118,9 +119,9 @@ def _run_edges(q, k, v, graph, bias, scale, dropout_p, request):
 
 def _run_dense(q, k, v, graph, bias, scale, dropout_p, request):
     n, m = q.shape[2], k.shape[2]
-    causal = type(graph) is Causal and graph.offset == 0
-    mask = None
-    if not (causal or type(graph) is Full) or (causal and bias is not None):
+    plain = graph.graph if type(graph) is Sized else graph
+    causal, mask = plain == Causal(), None
+    if not (causal or plain == Full()) or (causal and bias is not None):
         mask, causal = layout.mask(graph.text, n, m, q.device), False
     if bias is not None:
         bias = _over_pairs(bias, q, k, graph)
@@ -160,11 +161,9 @@ def _full(bias: DenseBias, q: Tensor, k: Tensor) -> DenseBias:
 def _for_heads(values: Tensor, q: Tensor, edges: int) -> Tensor:
     """The same values, if their leading dimensions fit (B, H); else an error."""
     lead = values.shape[: values.ndim - edges]
-    for given, needed in zip(reversed(lead), (q.shape[1], q.shape[0]), strict=False):
-        if given not in (1, needed):
-            raise ValueError(
-                f"a bias must fit {q.shape[1]} heads and a batch of {q.shape[0]} (got one for {tuple(lead)})"
-            )
+    fits = all(given in (1, own) for given, own in zip(reversed(lead), (q.shape[1], q.shape[0]), strict=False))
+    if len(lead) > 2 or not fits:
+        raise ValueError(f"a bias must fit {q.shape[1]} heads and a batch of {q.shape[0]} (got one for {tuple(lead)})")
     return values
 
 

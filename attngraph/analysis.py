@@ -24,7 +24,7 @@ class Leak(NamedTuple):
 
 
 def is_causal(graph: Graph, n: int | None = None) -> bool:
-    """Whether no query hears a later key; for a graph of any size, among the first 2²⁰ nodes.
+    """Whether no query hears a later key; for closed forms of any size, among the first 2²⁰ nodes.
 
     >>> is_causal(Causal() & Strided(4)), is_causal(Window(2, 1))
     (True, False)
@@ -43,10 +43,12 @@ def leaks(graphs: Sequence[Graph], n: int | None = None) -> list[Leak]:
     """
     found = []
     for layer, graph in enumerate(graphs):
-        size = _size(graph, n)
-        if not is_causal(graph, size[0]):
-            key, query = (graph - Causal()).edge_index(*size)[:, 0].tolist()
-            found.append(Leak(layer, key, query))
+        n_of, m_of = _size(graph, n)
+        future = graph - Causal()
+        hearing = future.in_degrees(n_of, m_of).nonzero()[:1, 0]
+        for query in hearing.tolist():
+            row = future.at(n_of, m_of)[0].contains(torch.tensor([[query]]), torch.arange(m_of)[None])
+            found.append(Leak(layer, int(row.reshape(-1, m_of).any(0).nonzero()[0, 0]), query))
     return found
 
 
@@ -95,7 +97,9 @@ class Cost(NamedTuple):
     """What attention on a graph costs: forward and backward together are about 3.5 times the forward FLOPs."""
 
     edges: int
+    """Those that any head has."""
     density: float
+    """The share of all pairs that are edges, in the mean over the heads."""
     flops: int
     """Multiplications and additions of the forward pass, 4·E·D for each head."""
     dense_flops: int
@@ -108,6 +112,8 @@ def cost(graph: Graph, n: int, dim: int, heads: int) -> Cost:
     >>> cost(Causal(), 1024, dim=512, heads=8).density
     0.50048828125
     """
+    if graph.heads not in (None, heads):
+        raise ValueError(f"graph has {graph.heads} heads, but the cost of {heads} was asked for")
     if dim % heads:
         raise ValueError(f"dim must be a multiple of heads (got {dim} and {heads})")
     per_head = [graph.head(h).num_edges(n, n) for h in range(graph.heads)] if graph.heads else [graph.num_edges(n, n)]
@@ -117,5 +123,8 @@ def cost(graph: Graph, n: int, dim: int, heads: int) -> Cost:
 
 def _size(graph: Graph, n: int | None) -> tuple[int, int]:
     n = graph.size[0] if n is None else n
-    n = FAR if n is None else n
+    if n is None:
+        if graph.lines(FAR, FAR) is None:
+            raise ValueError(f"give the number of nodes, n: {graph.text} can only be looked at edge by edge")
+        n = FAR
     return n, n if graph.size[1] is None else graph.size[1]

@@ -80,6 +80,8 @@ def from_dense(mask: Tensor) -> Graph:
         return PerHead([from_dense(head) for head in mask])
     if mask.ndim != 2:
         raise ValueError(f"from_dense takes a mask (N, M), or (H, N, M) for heads (got shape {tuple(mask.shape)})")
+    if mask.is_floating_point() and not mask.isfinite().all():
+        raise ValueError("from_dense takes a mask, True for an edge (got infinities or NaN): for a bias, mask > -inf")
     return EdgeList(mask.nonzero().flip(1).T, tuple(mask.shape))
 
 

@@ -51,6 +51,8 @@ def attention(
     key, query = graph.edge_index(n, m)
     if weights.shape != key.shape:
         raise ValueError(f"weights must have shape ({len(key)},), one for each edge (got {tuple(weights.shape)})")
+    if labels is not None and len(labels) < max(n, m):
+        raise ValueError(f"labels must name each of {max(n, m)} nodes (got {len(labels)})")
     picture = torch.full((n, m), torch.nan)
     picture[query, key] = weights.detach().float().cpu()
     ax = _axes((2.2 + 0.16 * m, 1.4 + 0.16 * n) if labels else (5, 5)) if ax is None else ax
@@ -113,7 +115,7 @@ def _frame(ax: Axes, n: int, m: int) -> None:
 
 
 def _visible(label: str) -> str:
-    return {" ": "␣", "\n": "↵", "\t": "⇥"}.get(label, label)
+    return {" ": "␣", "\n": "↵", "\t": "⇥"}.get(label, label).replace("$", r"\$")
 
 
 def _wrapped(text: str, width: int = 44) -> str:

@@ -143,14 +143,7 @@ class Predicate(Graph):
             raise TypeError(f"from_function takes a function of (q_idx, kv_idx) (got {self.function!r})")
 
     def contains(self, q_idx, kv_idx):
-        found = self.function(q_idx, kv_idx)
-        shape = torch.broadcast_shapes(q_idx.shape, kv_idx.shape)
-        if not isinstance(found, Tensor) or found.dtype != torch.bool:
-            kind = found.dtype if isinstance(found, Tensor) else type(found).__name__
-            raise TypeError(
-                f"the function of from_function must return a bool tensor (got {kind}); compare with == < &"
-            )
-        return found.expand(shape)
+        return self.function(q_idx, kv_idx)
 
     def __post_init__(self):
         object.__setattr__(self, "number", next(_NUMBERS))

@@ -38,6 +38,8 @@ def generate(
         raise ValueError(f"top_k must be 1 or more (got {top_k})")
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"top_p must be a probability above 0 (got {top_p})")
+    training = model.training
+    model.eval()  # no dropout
     for _ in range(count):
         logits = model(tokens if context is None else tokens[:, -context:])[:, -1].float()
         if temperature == 0:
@@ -46,14 +48,15 @@ def generate(
             likely = _truncated(logits / temperature, top_k, top_p).softmax(-1)
             following = torch.multinomial(likely, 1, generator=generator)
         tokens = torch.cat([tokens, following], dim=1)
+    model.train(training)
     return tokens
 
 
 def _truncated(logits: Tensor, top_k: int | None, top_p: float | None) -> Tensor:
     """Logits (B, V) with -inf for tokens that are not to be sampled."""
     if top_k is not None and top_k < logits.shape[-1]:
-        least = logits.topk(top_k).values[:, -1:]
-        logits = logits.masked_fill(logits < least, -torch.inf)
+        kept = logits.topk(top_k)  # of equal logits too, no more than k
+        logits = torch.full_like(logits, -torch.inf).scatter(1, kept.indices, kept.values)
     if top_p is not None:
         ordered, order = logits.softmax(-1).sort(descending=True)
         before = ordered.cumsum(-1) - ordered  # the probability of all likelier tokens

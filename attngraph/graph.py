@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import MISSING, fields, replace
+from functools import wraps
 from operator import index
 from typing import SupportsIndex
 from weakref import WeakValueDictionary
@@ -50,6 +51,11 @@ class Graph:
         A graph with heads answers with one more dimension in front, (H, ...).
         """
         raise TypeError(f"{type(self).__name__} must define contains(q_idx, kv_idx)")
+
+    def __init_subclass__(cls, **options):
+        super().__init_subclass__(**options)
+        if "contains" in cls.__dict__:
+            cls.contains = _checked(cls.contains)
 
     # ------------------------------------------------------ what a graph may know besides, each with a default
 
@@ -287,6 +293,21 @@ _KNOWN: WeakValueDictionary[str, Graph] = WeakValueDictionary()
 def known(text: str) -> Graph | None:
     """The living graph with this `text`, if there is one."""
     return _KNOWN.get(text)
+
+
+def _checked(contains):
+    """A graph's `contains` whose result is known to be a bool for every pair."""
+
+    @wraps(contains)
+    def checked(self, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        found = contains(self, q_idx, kv_idx)
+        if not isinstance(found, Tensor) or found.dtype != torch.bool:
+            kind = found.dtype if isinstance(found, Tensor) else type(found).__name__
+            raise TypeError(f"contains of {type(self).__name__} must return a bool tensor (got {kind}); use == < & |")
+        pairs = torch.broadcast_shapes(q_idx.shape, kv_idx.shape)
+        return found.expand(pairs if self.heads is None else (self.heads, *pairs))
+
+    return checked
 
 
 def _argument(value, inner: Callable[[Graph], str]) -> str:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 MOST_CELLS = 1 << 25  # beyond this many looks at `contains`, lines are no saving
+CELLS_AT_ONCE = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -88,18 +89,26 @@ def cells(graph, n: int, m: int) -> tuple[Cells, int] | None:
     # Between two borders no two lines cross, so their order from left to right is one and the same.
     borders |= {c - d for c in columns for d in diagonals if 0 < c - d < n}
     edge = torch.tensor(sorted(borders))
-    first, stop = edge[:-1, None], edge[1:, None]  # (bands, 1)
-    upright = torch.tensor(columns).expand(len(first), -1)
-    slanted = torch.tensor(diagonals, dtype=torch.int64)
-    at_first = torch.cat([upright, (first + slanted).clamp(0, m)], dim=1)
-    at_last = torch.cat([upright, (stop - 1 + slanted).clamp(0, m)], dim=1)
+    upright, slanted = torch.tensor(columns), torch.tensor(diagonals, dtype=torch.int64)
+    step = max(1, CELLS_AT_ONCE // ((len(columns) + len(diagonals)) * found.period))
+    bands = zip(edge[:-1].split(step), edge[1:].split(step), strict=True)
+    parts = [_members(graph, *_table(*band, upright, slanted, m), found.period) for band in bands]
+    nothing = torch.empty(0, dtype=torch.int64)
+    return Cells(*(torch.cat(column) for column in zip(*parts, strict=True)) if parts else [nothing] * 7), found.period
+
+
+def _table(first: Tensor, stop: Tensor, upright: Tensor, slanted: Tensor, m: int) -> list[Tensor]:
+    """The cells of some bands of rows, from left to right between the lines: `Cells` without the residue."""
+    first, stop = first[:, None], stop[:, None]
+    columns = upright.expand(len(first), -1)
+    at_first = torch.cat([columns, (first + slanted).clamp(0, m)], dim=1)
+    at_last = torch.cat([columns, (stop - 1 + slanted).clamp(0, m)], dim=1)
     order = (at_first + at_last).argsort(dim=1)
     at_first, at_last = at_first.gather(1, order), at_last.gather(1, order)
     slope = (at_last > at_first).long()
-    table = (first, stop, at_first[:, :-1], slope[:, :-1], at_first[:, 1:], slope[:, 1:])
     occupied = (at_first[:, 1:] > at_first[:, :-1]) | (at_last[:, 1:] > at_last[:, :-1])
-    table = [column.expand_as(occupied)[occupied] for column in table]
-    return _members(graph, *table, found.period), found.period
+    table = (first, stop, at_first[:, :-1], slope[:, :-1], at_first[:, 1:], slope[:, 1:])
+    return [column.expand_as(occupied)[occupied] for column in table]
 
 
 def _members(graph, first, stop, low, low_slope, high, high_slope, period: int) -> Cells:

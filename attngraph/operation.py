@@ -77,7 +77,7 @@ def attend(
     n, m = q.shape[2], k.shape[2]
     request = Request(score, normalize, return_lse, return_weights)
     if scale is None:
-        scale = q.shape[3] ** -0.5 if score == "dot" else 1.0
+        scale = max(q.shape[3], 1) ** -0.5 if score == "dot" else 1.0
     run = RUN[choose(backend, graph, n, m, request)]
     out, lse, weights = run(q, k, v, graph, bias, scale, dropout_p, request)
     asked = (True, return_lse, return_weights)
@@ -200,9 +200,14 @@ def _check(q, k, v, graph, bias, score, normalize, dropout_p) -> None:
         if side.shape[0] != q.shape[0]:
             raise ValueError(f"q, k and v must have the same batch size (got q {q.shape[0]}, {name} {side.shape[0]})")
     if not isinstance(graph, Graph):
-        raise TypeError(f"graph must be a Graph (got {type(graph).__name__}); a mask becomes one by from_dense(mask)")
+        hint = "a mask becomes one by from_dense(mask)"
+        if isinstance(graph, type) and issubclass(graph, Graph):
+            hint = f"did you mean {graph.__name__}()?"
+        raise TypeError(f"graph must be a Graph (got {type(graph).__name__}); {hint}")
     if not (bias is None or isinstance(bias, Bias)):
         raise TypeError(f"bias must be a tensor or Alibi, RelativeBias or EdgeBias (got {type(bias).__name__})")
+    if isinstance(bias, DenseBias) and not bias.values.is_floating_point():
+        raise TypeError(f"a bias is added to the scores (got {bias.values.dtype}); a mask is a graph, from_dense(mask)")
     (_, H, N, D), (_, Hkv, M, Dk) = q.shape, k.shape
     if Dk != D:
         raise ValueError(f"q and k must have the same head dimension (got {D} and {Dk})")

@@ -194,10 +194,16 @@ class Strided(Graph):
     def lines(self, n, m):
         return Lines(period=self.stride)
 
+    def edges(self, n, m):
+        ahead = torch.arange(-((n - 1) // self.stride), (m - 1) // self.stride + 1) * self.stride
+        query, ahead = torch.cartesian_prod(torch.arange(n), ahead).reshape(-1, 2).unbind(1)
+        kept = (query + ahead >= 0) & (query + ahead < m)
+        return query[kept], (query + ahead)[kept]
+
 
 @dataclass(frozen=True, repr=False)
 class Chunks(Graph):
-    """Consecutive groups of `size` nodes hear each other; with an offset, the borders lie at offset + multiples.
+    """Consecutive groups of `chunk` nodes hear each other; with an offset, the borders lie at offset + multiples.
 
     >>> Chunks(2).mask(3, 3).int()
     tensor([[1, 1, 0],
@@ -393,6 +399,8 @@ class Tree(Graph):
         return torch.tensor([enter, leave], dtype=torch.int64)
 
     def contains(self, q_idx, kv_idx):
+        if not self.parents:
+            return (q_idx < 0) & (kv_idx < 0)
         enter, leave = self.interval.to(q_idx.device)
         return (enter[kv_idx] <= enter[q_idx]) & (enter[q_idx] < leave[kv_idx])
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from graphs import GRAPHS
 
-from attngraph import Causal, Documents, Full, PerHead, Prefix, Random, Window, analysis, draw
+from attngraph import Causal, Documents, Full, PerHead, Prefix, Random, Window, analysis, draw, from_function
 
 every = pytest.mark.parametrize("case", GRAPHS, ids=lambda case: f"{case.graph.text[:60]}-{case.n}x{case.m}")
 square = pytest.mark.parametrize(
@@ -71,6 +71,21 @@ def test_pictures_can_be_drawn(tmp_path):
     assert len(list(tmp_path.iterdir())) == 4
     with pytest.raises(ValueError, match="one for each edge"):
         draw.attention(weights[1:], graph, 8)
+
+
+def test_what_is_too_large_to_look_at_is_told():
+    assert analysis.leaks([Causal(), Full()]) == [(1, 1, 0)]
+    with pytest.raises(ValueError, match="give the number of nodes"):
+        analysis.is_causal(from_function(lambda q, k: q >= k))
+    with pytest.raises(ValueError, match="give the number of nodes"):
+        analysis.is_causal(Window(1, 0) @ Window(5, 0))
+    with pytest.raises(ValueError, match="labels must name each of 8 nodes"):
+        draw.attention(torch.ones(36), Causal(), 8, labels=list("to be"))
+
+
+def test_labels_are_no_mathematics(tmp_path):
+    labels = ["$^$", "\\a", "_", "^"]
+    draw.save(draw.attention(torch.ones(10), Causal(), 4, labels=labels), tmp_path / "labels.png")
 
 
 def test_a_node_outside_is_told():

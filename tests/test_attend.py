@@ -337,6 +337,7 @@ BAD = [
     ({"bias": EdgeBias(torch.zeros(20)), "backend": "edges"}, ValueError, "each of the graph's 21 edges"),
     ({"bias": EdgeBias(torch.zeros(5, 21)), "backend": "edges"}, ValueError, "fit 4 heads"),
     ({"bias": "alibi"}, TypeError, "bias must be a tensor or"),
+    ({"bias": torch.ones(6, 6, dtype=torch.bool)}, TypeError, "a mask is a graph, from_dense(mask)"),
 ]
 
 
@@ -379,3 +380,49 @@ def test_an_empty_graph_is_differentiable():
     for backend in ("reference", "edges", "dense"):
         out = attend(q, k, v, Empty(), backend=backend)
         assert all((g == 0).all() for g in torch.autograd.grad(out.sum(), [q, k, v]))
+
+
+def test_strides_do_not_matter():
+    """Found: the raw flash kernel ignores the stride of the last dimension."""
+    chance = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 2, 8, 12, dtype=torch.float64, generator=chance)
+    for q in (x.mT[:, :, :8], x[..., ::2], x.flip(1)[:, :, :, 1:9], x[:, :1].expand(1, 2, 8, 12)):
+        for graph in (Causal(), Full(), Causal() & Window(3, 0)):
+            q = q.detach().requires_grad_()
+            expected = results(q, q.clone(), q.clone(), graph, None, None, "reference")
+            for backend in ("edges", "dense"):
+                assert_equal(results(q, q.clone(), q.clone(), graph, None, None, backend), expected)
+
+
+def test_a_second_derivative_is_right_or_an_error():
+    """Found: the lse of the flash path gave a wrong one, silently."""
+    q, k, v = tensors(5, 5, dim=8, value_dim=8)
+    lse = attend(q, k, v, Causal(), backend="dense", return_lse=True)[1]
+    with pytest.raises(RuntimeError, match="can be differentiated once"):
+        torch.autograd.grad(lse.sum() + q.pow(2).sum(), q, create_graph=True)
+    assert torch.autograd.gradgradcheck(lambda q: attend(q, k, v, Causal(), backend="edges", return_lse=True), q)
+
+
+def test_a_row_emptied_by_its_bias_is_an_empty_row():
+    q, k, v = tensors(4, 4)
+    bias = torch.zeros(4, 4, dtype=torch.float64)
+    bias[1] = -torch.inf
+    found = [results(q, k, v, Full(), bias, None, backend) for backend in ("edges", "dense")]
+    assert_equal(*found)
+    assert (found[0][0][:, :, 1] == 0).all()
+    assert (found[0][2][0][:, :, 1] == 0).all()
+    assert (attend(q, k, v, Full(), bias=bias, backend="reference")[:, :, 1] == 0).all()
+
+
+def test_a_bias_keeps_its_precision_beside_half_tensors():
+    q, k, v = (side.detach() for side in tensors(200, 200, dim=16, value_dim=16))
+    bias = Alibi(torch.tensor([-0.3, -0.25, 0.3, 0.1]))
+    expected = attend(q.bfloat16().double(), k.bfloat16().double(), v.bfloat16().double(), Causal(), bias=bias)
+    for backend in ("edges", "dense"):
+        found = attend(q.bfloat16(), k.bfloat16(), v.bfloat16(), Causal(), bias=bias, backend=backend)
+        assert (found.double() - expected).abs().max() < 0.02
+
+
+def test_a_graph_is_meant_and_not_its_class():
+    with pytest.raises(TypeError, match=r"did you mean Causal\(\)"):
+        bad(graph=Causal)

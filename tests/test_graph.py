@@ -31,6 +31,7 @@ from attngraph import (
     Strided,
     Tree,
     Window,
+    from_dense,
     from_function,
     parse,
 )
@@ -148,6 +149,11 @@ def test_counting_passes_two_to_the_63():
     assert Causal().num_edges(2**33, 2**33) == 2**32 * (2**33 + 1)
 
 
+def test_long_strides_are_counted():
+    assert Strided(2**26).num_edges(10**6, 10**6) == 10**6
+    assert Strided(2**26).edge_index(3, 3).tolist() == [[0, 1, 2], [0, 1, 2]]
+
+
 def test_many_documents_are_counted_by_their_lines():
     lengths = [3, 1, 4] * 400
     graph = Causal() & Documents(lengths)
@@ -216,6 +222,37 @@ def test_equal_graphs_keep_each_other_known():
 
 
 @dataclass(frozen=True, repr=False)
+class Late(Graph):
+    """A definition that looks at the query alone."""
+
+    def contains(self, q_idx, kv_idx):
+        return q_idx > 2
+
+
+@dataclass(frozen=True, repr=False)
+class Numbers(Graph):
+    """A definition that returns no bool."""
+
+    def contains(self, q_idx, kv_idx):
+        return (q_idx >= kv_idx).float()
+
+
+def test_a_definition_may_broadcast():
+    """Found: the edges of a graph that looks at one side alone were miscounted."""
+    mask = torch.tensor([False, False, False, True, True])[:, None].expand(5, 4)
+    for graph, expected in ((Late(), mask), (Late() & Causal(), mask & Causal().mask(5, 4)), (~Late(), ~mask)):
+        assert torch.equal(graph.mask(5, 4), expected)
+        assert graph.num_edges(5, 4) == expected.sum()
+
+
+def test_graphs_without_nodes_can_be_parts():
+    for nothing in (Tree([]), Documents([]), EdgeList([[], []], 0)):
+        assert nothing.with_global_nodes(2).mask().all()
+        assert torch.equal(Disjoint([nothing, Causal()]).mask(3, 3), Causal().mask(3, 3))
+        assert Beside(nothing, Causal()).mask(0, 3).shape == (0, 3)
+
+
+@dataclass(frozen=True, repr=False)
 class Undefined(Graph):
     """A graph whose author forgot what it is."""
 
@@ -268,6 +305,8 @@ BAD = [
     (lambda: (Causal() @ Causal()).mask(2, 3), ValueError, "number of nodes between them"),
     (lambda: from_function(3), TypeError, "a function of (q_idx, kv_idx)"),
     (lambda: from_function(lambda q, k: q - k).mask(2, 2), TypeError, "must return a bool tensor"),
+    (lambda: Numbers().mask(2, 2), TypeError, "must return a bool tensor (got torch.float32)"),
+    (lambda: from_dense(torch.tensor([[0.0, -torch.inf]])), ValueError, "for a bias, mask > -inf"),
     (lambda: Undefined().mask(2, 2), TypeError, "must define contains"),
     (lambda: Empty().sized(3).sized(4), ValueError, "same number of query nodes (got 3 and 4)"),
 ]

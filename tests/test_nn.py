@@ -293,6 +293,15 @@ def test_top_p_keeps_the_smallest_set():
     [
         (lambda: config(norm="batch"), "norm must be one of layer, rms (got 'batch')"),
         (lambda: config(position="where"), "position must be one of none, learned"),
+        (lambda: config(bias="ff"), "a list of names"),
+        (lambda: config(num_heads=0), "num_heads must be 1 or more (got 0)"),
+        (lambda: config(num_kv_heads=0), "num_kv_heads must be 1 or more (got 0)"),
+        (lambda: Transformer(config(), PerHead([Full()] * 3)), "graph has 3 heads but the model 4"),
+        (lambda: Transformer(config(), Full())(torch.zeros(1, 2, 32), memory_graph=Full()), "only with config.cross"),
+        (
+            lambda: Transformer(config(position="alibi"), Full())(torch.zeros(1, 2, 32), positions=torch.arange(2)),
+            "positions can't be given",
+        ),
         (lambda: config(bias=("q", "x")), "bias must name q, k, v, o, ff or norm (got x)"),
         (lambda: config(max_length=None), "learned positions need max_length"),
         (lambda: Transformer(config(activation="tanh"), Full()), "activation must be one of"),

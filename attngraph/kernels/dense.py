@@ -15,48 +15,60 @@ def dense(q, k, v, mask: Tensor | None, *, causal: bool, bias: Tensor | None, sc
     `causal` without a mask is Causal(); neither is Full().
     """
     if bias is not None:
-        bias = bias.to(q.dtype)
+        bias = bias.to(torch.promote_types(bias.dtype, q.dtype))
         mask = bias if mask is None else bias.masked_fill(~mask, -torch.inf)
     options = {"scale": scale, "enable_gqa": q.shape[1] != k.shape[1]}
     if q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float16) and max(q.shape[2], k.shape[2]) <= SHORT:
         sides = q.float(), k.float(), v.float(), mask if mask is None or mask.dtype == torch.bool else mask.float()
         with torch.autocast("cpu", enabled=False):  # which would cast them back
             return scaled_dot_product_attention(*sides, dropout_p, causal, **options).to(q.dtype)
+    if bias is not None and mask.dtype not in (q.dtype, torch.float32):
+        mask = mask.to(q.dtype)
     return scaled_dot_product_attention(q, k, v, mask, dropout_p, causal, **options)
 
 
 def logsumexp(q, k, mask: Tensor | None, *, causal: bool, bias: Tensor | None, scale: float) -> Tensor:
     """The lse (B, H, N) that belongs to `dense`, differentiable; -inf where a query hears nobody."""
     if mask is None and bias is None and q.device.type == "cpu" and q.shape[2] and k.shape[2]:
-        return _flash_logsumexp(q, k, causal, scale)
+        return _FlashLogsumexp.apply(q.contiguous(), _repeated(k, q).contiguous(), causal, scale)
     dtype = torch.promote_types(q.dtype, torch.float32)
     scores = q.to(dtype) @ _repeated(k, q).to(dtype).mT * scale
     if bias is not None:
         scores = scores + bias
     if causal:
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
-    if mask is None:
-        return scores.logsumexp(-1)
-    heard = mask.any(-1)
-    scores = scores.masked_fill(~(mask | ~heard[..., None]), -torch.inf)  # rows of -inf alone would have NaN gradients
-    return scores.logsumexp(-1).masked_fill(~heard, -torch.inf)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    heard = (scores != -torch.inf).any(-1, keepdim=True)  # rows of -inf alone would have NaN gradients
+    return torch.where(heard, scores, 0).logsumexp(-1).masked_fill(~heard[..., 0], -torch.inf)
 
 
-def _flash_logsumexp(q, k, causal: bool, scale: float) -> Tensor:
+class _FlashLogsumexp(torch.autograd.Function):
     """The same from the flash kernel, without any matrix of scores.
 
-    Its value comes with the kernel's result. Its gradient, d lse_i = Σ_j p_ij d s_ij, is that of attention with the
-    keys as values, for which p is constant: Σ_j p_ij (q_i · k_j).
+    Its value comes with the kernel's result. Its gradient, d lse_i = Σ_j p_ij d s_ij, is what the same kernel's
+    backward makes of it: dq_i = scale · Σ_j p_ij k_j dlse_i, and dk_j = scale · Σ_i p_ij q_i dlse_i, as for values.
     """
-    k = _repeated(k, q)
-    with torch.no_grad():
-        value = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, k, 0.0, causal, scale=scale)[1]
-    if not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)):
-        return value
-    heard = scaled_dot_product_attention(q.detach(), k.detach(), k, is_causal=causal, scale=scale)
-    dtype = value.dtype
-    twice = (q.to(dtype) * heard.detach().to(dtype) + q.detach().to(dtype) * heard.to(dtype)).sum(-1) * scale
-    return value + (twice - twice.detach())
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, causal: bool, scale: float) -> Tensor:
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, k, 0.0, causal, scale=scale)
+        ctx.save_for_backward(q, k, out, lse)
+        ctx.causal, ctx.scale = causal, scale
+        return lse.clone()
+
+    @staticmethod
+    def backward(ctx, dlse: Tensor):
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError(
+                "the lse of backend='dense' can be differentiated once; with backend='edges' again and again"
+            )
+        q, k, out, lse = ctx.saved_tensors
+        dlse = dlse[..., None].to(q.dtype)
+        dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            (dlse * q).contiguous(), q, k, k, out, lse, 0.0, ctx.causal, scale=ctx.scale
+        )[2]
+        return dlse * out * ctx.scale, dv * ctx.scale, None, None
 
 
 def _repeated(k: Tensor, q: Tensor) -> Tensor:

@@ -9,6 +9,11 @@ from torch.nn.functional import dropout
 from attngraph.kernels.scoring import NORMALIZERS, SCORES
 
 
+def softmax(scores: Tensor) -> Tensor:
+    """exp(s_j) / Σ_j exp(s_j), and 0 where every score is -inf."""
+    return torch.ops.aten._safe_softmax(scores, -1)
+
+
 def reference(q, k, v, graph, *, bias, scale, dropout_p, score, normalize) -> tuple[Tensor, Tensor, Tensor]:
     """Every node holds a query, a key and a value; each query node collects from the key nodes that it hears.
 
@@ -29,6 +34,6 @@ def reference(q, k, v, graph, *, bias, scale, dropout_p, score, normalize) -> tu
             if bias is not None:
                 heard = heard + bias.at(torch.full_like(j, i), j, edge[i, j]).expand(B, H, -1)[:, h]
             lse[:, h, i] = heard.logsumexp(-1)
-            weights[:, h, i, j] = weight = heard.softmax(-1) if normalize == "softmax" else weigh(heard)
+            weights[:, h, i, j] = weight = softmax(heard) if normalize == "softmax" else weigh(heard)
             out[:, h, i] = (dropout(weight, dropout_p)[..., None] * v[:, h, j]).sum(1)
     return out, lse, weights

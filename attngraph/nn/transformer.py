@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout
 
-from attngraph.graph import Graph
+from attngraph.graph import Graph, require_ints
 from attngraph.nn.attention import Attention
-from attngraph.nn.feedforward import FeedForward
+from attngraph.nn.feedforward import ACTIVATIONS, FeedForward
 from attngraph.nn.positions import AlibiPositions, LearnedPositions, RelativePositions, Rotary, SinusoidalPositions
 from attngraph.patterns import Full
 
@@ -69,12 +69,15 @@ class TransformerConfig:
     """gpt2: N(0, 0.02²), divided by √(2·layers) where the residual stream is written to. zero: there it starts at 0."""
 
     def __post_init__(self):
+        if isinstance(self.bias, str):
+            raise ValueError(f"bias must be a list of names, such as ('q', 'k', 'v') (got {self.bias!r})")
         unknown = set(self.bias) - {"q", "k", "v", "o", "ff", "norm"}
         if unknown:
             raise ValueError(f"bias must name q, k, v, o, ff or norm (got {', '.join(sorted(unknown))})")
         if self.position == "learned" and not self.max_length:
             raise ValueError("learned positions need max_length, the number of positions")
         choices = {
+            "activation": tuple(ACTIVATIONS),
             "norm": ("layer", "rms"),
             "norm_order": ("pre", "post"),
             "position": ("none", *POSITIONS),
@@ -84,6 +87,10 @@ class TransformerConfig:
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)} (got {getattr(self, name)!r})")
         object.__setattr__(self, "bias", tuple(self.bias))
+        require_ints(1, **{name: getattr(self, name) for name in ("embed_dim", "num_layers", "num_heads")})
+        for name in ("num_kv_heads", "head_dim", "hidden_dim", "max_length"):
+            if getattr(self, name) is not None:
+                require_ints(1, **{name: getattr(self, name)})
         if self.head_dim is None:
             if self.embed_dim % self.num_heads:
                 given = f"{self.embed_dim} and {self.num_heads}"
@@ -154,7 +161,7 @@ class Transformer(nn.Module):
     def __init__(self, config: TransformerConfig, graph: Graph | Sequence[Graph]):
         super().__init__()
         self.config = config
-        self.graphs = per_layer(graph, config.num_layers)
+        self.graphs = self._per_layer(graph)
         self.position = POSITIONS[config.position](config) if config.position != "none" else None
         self.embed_norm = _norm(config) if config.embed_norm else None
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
@@ -180,7 +187,11 @@ class Transformer(nn.Module):
         """
         if (memory is not None) != self.config.cross:
             raise ValueError(f"a memory is needed exactly where config.cross (got cross={self.config.cross})")
-        graphs = self.graphs if graph is None else per_layer(graph, len(self.layers))
+        if memory_graph is not None and not self.config.cross:
+            raise ValueError("a memory_graph is of use only with config.cross")
+        if positions is not None and self.config.position in ("none", "alibi", "relative"):
+            raise ValueError(f"positions can't be given: position={self.config.position!r} goes by the nodes' numbers")
+        graphs = self.graphs if graph is None else self._per_layer(graph)
         if positions is None:
             positions = torch.arange(x.shape[-2], device=x.device)
         bias = rotary = None
@@ -197,6 +208,21 @@ class Transformer(nn.Module):
         for layer, of_layer in zip(self.layers, graphs, strict=True):
             x = layer(x, of_layer, bias, rotary, memory, heard)
         return x if self.final_norm is None else self.final_norm(x)
+
+    def _per_layer(self, graph: Graph | Sequence[Graph]) -> tuple[Graph, ...]:
+        """One graph for each layer."""
+        layers, heads = self.config.num_layers, self.config.num_heads
+        graphs = (graph,) * layers if isinstance(graph, Graph) else tuple(graph)
+        for part in graphs:
+            if not isinstance(part, Graph):
+                raise TypeError(
+                    f"graph must be one graph, or one for each of {layers} layers (got a {type(part).__name__})"
+                )
+            if part.heads not in (None, heads):
+                raise ValueError(f"graph has {part.heads} heads but the model {heads}: {part.text}")
+        if len(graphs) != layers:
+            raise ValueError(f"graph must be one graph, or one for each of {layers} layers (got {len(graphs)})")
+        return graphs
 
     def _in_range(self, positions: Tensor, length: int) -> Tensor:
         if self.config.position == "learned" and length > self.config.max_length:
@@ -215,14 +241,6 @@ class Transformer(nn.Module):
                     nn.init.normal_(linear.weight, std=0.02 * depth)
                 elif linear in writing:
                     nn.init.zeros_(linear.weight)
-
-
-def per_layer(graph: Graph | Sequence[Graph], num_layers: int) -> tuple[Graph, ...]:
-    """One graph for each layer."""
-    graphs = (graph,) * num_layers if isinstance(graph, Graph) else tuple(graph)
-    if len(graphs) != num_layers or not all(isinstance(part, Graph) for part in graphs):
-        raise ValueError(f"graph must be one graph, or one for each of {num_layers} layers (got {len(graphs)})")
-    return graphs
 
 
 def _attention(config: TransformerConfig) -> Attention:

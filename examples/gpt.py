@@ -18,6 +18,7 @@ import hashlib
 import json
 import math
 import os
+import signal
 import time
 import urllib.request
 from contextlib import nullcontext
@@ -31,7 +32,7 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 import attngraph
-from attngraph import Graph, draw, generate, parse_list
+from attngraph import Graph, analysis, draw, generate, parse_list
 from attngraph.models import GPT
 from attngraph.nn import TransformerConfig
 
@@ -76,28 +77,48 @@ def settings(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--top-p", type=float)
     given = parser.parse_args(arguments)
     if given.resume:
-        given = resumed(given, parser)
-    for name in ("layers", "heads", "width", "context", "batch", "accumulate", "steps", "evaluate_every"):
-        if getattr(given, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be 1 or more (got {getattr(given, name)})")
+        unset = argparse.Namespace(**dict.fromkeys(vars(given)))
+        given = resumed(given, vars(parser.parse_args(arguments, unset)), parser)
+    check(given, parser)
     return given
 
 
-def resumed(given: argparse.Namespace, parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """The settings of the run that is to go on; a setting given beside --resume must be the same."""
+FREE = ("name", "runs", "resume", "prompt", "sample", "temperature", "top_k", "top_p")  # of a run that is resumed
+
+
+def resumed(given: argparse.Namespace, explicit: dict, parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The settings of the run that is to go on; one that is given beside --resume must be the same."""
     path = Path(given.runs) / given.name / "config.json"
     if not path.exists():
         parser.error(f"nothing to resume: {path} does not exist")
     saved = json.loads(path.read_text())["settings"]
-    free = {"name", "runs", "resume", "prompt", "sample", "temperature", "top_k", "top_p"}
-    for name, value in vars(given).items():
-        if name not in free and value != parser.get_default(name) and value != saved.get(name):
+    for name, value in explicit.items():
+        if value is not None and name not in FREE and value != saved[name]:
             parser.error(
-                f"--resume goes on with the run's settings, and --{name.replace('_', '-')} was {saved.get(name)} "
+                f"--resume goes on with the run's settings, and --{name.replace('_', '-')} was {saved[name]} "
                 f"(got {value}); start another run with another --name"
             )
-    changed = {name for name in free if getattr(given, name) != parser.get_default(name)}
-    return argparse.Namespace(**{**vars(given), **{name: saved[name] for name in saved if name not in changed}})
+    wanted = {name: explicit[name] for name in FREE if explicit[name] is not None}
+    return argparse.Namespace(**{**vars(given), **saved, **wanted})
+
+
+def check(given: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """Settings that can't be are told before anything begins."""
+    least = {"sample": 0, "warmup": 0, "clip": 0, "temperature": 0, "dropout": 0, "weight_decay": 0, "adamw_lr": 0}
+    least |= dict.fromkeys(("layers", "heads", "width", "context", "batch", "accumulate", "steps", "evaluate_every"), 1)
+    least |= {"top_k": 1, "top_p": 0, "lr": 0}
+    for name, bound in least.items():
+        value = getattr(given, name)
+        if value is not None and not value >= bound:
+            parser.error(f"--{name.replace('_', '-')} must be {bound} or more (got {value})")
+    if given.top_p is not None and not 0 < given.top_p <= 1:
+        parser.error(f"--top-p must be a probability above 0 (got {given.top_p})")
+    if given.dropout >= 1:
+        parser.error(f"--dropout must be a probability below 1 (got {given.dropout})")
+    if not given.prompt:
+        parser.error("--prompt must have at least one character")
+    if given.device not in ("auto", "cpu", "mps") and not given.device.startswith("cuda"):
+        parser.error(f"--device must be auto, cpu, cuda or mps (got {given.device})")
 
 
 # -------------------------------------------------------------------------------------------------------------- text
@@ -240,6 +261,9 @@ class Corpus:
 def layer_graphs(text: str, layers: int) -> Graph | list[Graph]:
     """--graph: one graph, or one for each layer."""
     graphs = parse_list(text)
+    for graph in graphs:
+        if graph.size != (None, None):
+            raise ValueError(f"--graph must fit texts of any length, and {graph} has size {graph.size}")
     return graphs[0] if len(graphs) == 1 else graphs
 
 
@@ -396,6 +420,12 @@ def write_whole(path: Path, write) -> None:
         raise SystemExit(f"{path} can't be written ({error}); what was there before is still whole") from None
 
 
+def set_aside(folder: Path) -> Path:
+    """Rename an earlier run, so that a new one of its name loses nothing."""
+    number = next(number for number in range(1, 10**6) if not folder.with_name(f"{folder.name}.{number}").exists())
+    return folder.rename(folder.with_name(f"{folder.name}.{number}"))
+
+
 def save_checkpoint(path: Path, model: nn.Module, optimizers: list, step: int, config: dict) -> None:
     """Weights, the optimisers' state and the step in one safetensors file."""
     tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
@@ -415,7 +445,8 @@ def load_checkpoint(path: Path, model: nn.Module, optimizers: list, config: dict
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
     except SafetensorError as error:
-        if path.read_bytes()[:1] in (b"P", b"\x80"):
+        head = path.read_bytes()[:9]
+        if head[:1] in (b"P", b"\x80") and head[8:] != b"{":  # a safetensors header begins there
             raise SystemExit(f"{path} holds a pickle, which could run anything, not safetensors") from None
         raise SystemExit(f"{path} is no whole safetensors file ({error}); delete the run and start anew") from None
     saved = json.loads(metadata.get("config", "{}"))
@@ -482,6 +513,10 @@ def train(args: argparse.Namespace) -> dict:
     except ValueError as error:
         raise SystemExit(str(error)) from None
     prompt = torch.tensor([tokens.encode(args.prompt)])
+    for leak in analysis.leaks(model.transformer.graphs, args.context) if args.model == "gpt" else ():
+        print(
+            f"WARNING   layer {leak.layer + 1} hears the future: {leak.query} hears {leak.key}; the loss will mean nothing"
+        )
     if args.dtype == "auto":
         args.dtype = faster_dtype(model, corpus, args, device)
     parameters = sum(p.numel() for p in model.parameters())
@@ -494,10 +529,8 @@ def train(args: argparse.Namespace) -> dict:
 
     tools = optimizers(model, args)
     peaks = [[group["lr"] for group in tool.param_groups] for tool in tools]
-    shape = {"vocab_size": len(tokens), "text": hashlib.sha256(text.encode()).hexdigest()[:16]}
-    shape |= {
-        name: getattr(args, name) for name in ("model", "graph", "layers", "heads", "width", "context", "optimizer")
-    }
+    shape = {"vocab_size": len(tokens), "text_hash": hashlib.sha256(text.encode()).hexdigest()[:16]}
+    shape |= {name: value for name, value in vars(args).items() if name not in (*FREE, "text")}
     checkpoint, first = folder / "checkpoint.safetensors", 0
     if args.resume:
         if not checkpoint.exists():
@@ -505,6 +538,8 @@ def train(args: argparse.Namespace) -> dict:
                 f"nothing to resume: {checkpoint} does not exist; the run stopped before its first checkpoint"
             )
         first = load_checkpoint(checkpoint, model, tools, shape)
+    elif folder.exists():
+        print(f"kept      the run that was there before as {set_aside(folder)}")
     folder.mkdir(parents=True, exist_ok=True)
     kept = {name: value for name, value in vars(args).items() if name not in ("resume", "runs", "name")}
     config = json.dumps(
@@ -515,6 +550,8 @@ def train(args: argparse.Namespace) -> dict:
     before = metrics.seconds
     begin = time.perf_counter() - before
 
+    stopped: list[int] = []  # by Ctrl-C, after the step that it falls into
+    before_us = signal.signal(signal.SIGINT, lambda number, frame: stopped.append(number))
     validation = math.nan
     bar = tqdm(range(first, args.steps), initial=first, total=args.steps, unit="step", dynamic_ncols=True)
     for step in bar:
@@ -546,12 +583,15 @@ def train(args: argparse.Namespace) -> dict:
             step=done, seconds=f"{seconds:.3f}", tokens=trained, training_loss=loss, validation_loss=fresh,
             rate=factor, gradient_norm=float(norm),
         )  # fmt: skip
-        if look:
+        if look or stopped:
             metrics.save()
             save_checkpoint(checkpoint, model, tools, done, shape)
+        if stopped:
+            raise SystemExit(f"stopped after step {done}; go on with --name {args.name} --resume")
         speed = (done - first) * args.batch * args.accumulate * args.context / (seconds - before)
         bar.set_postfix_str(f"loss {loss:.3f}, validation {validation:.3f}, {speed:,.0f} tokens/s", refresh=False)
 
+    signal.signal(signal.SIGINT, before_us)
     if math.isnan(validation):  # resumed at the end
         validation = evaluate(model, corpus, device)
     print(

@@ -131,9 +131,11 @@ def test_a_checkpoint_of_another_model_is_told(tmp_path, text):
 
 def test_resuming_with_other_settings_is_told(tmp_path, text, capsys):
     _, again = checkpoint(tmp_path, text)
-    with pytest.raises(SystemExit):
-        gpt.settings([*again, "--width", "64"])
-    assert "--width was 16 (got 64)" in capsys.readouterr().err
+    for flag, value, was in (("--width", "64", "16"), ("--steps", "725", "8"), ("--graph", "Full()", "Causal()")):
+        with pytest.raises(SystemExit):
+            gpt.settings([*again, flag, value])
+        assert f"{flag} was {was} (got {value})" in capsys.readouterr().err
+    assert gpt.settings([*again, "--sample", "500", "--width", "16"]).sample == 500
     with pytest.raises(SystemExit):
         gpt.settings([*again[:-1], "--name", "nobody", "--resume"])
     assert "nothing to resume" in capsys.readouterr().err
@@ -219,7 +221,8 @@ def test_a_bad_text_is_told(tmp_path, content, message):
     [
         (["--graph", "Causal("], "not a graph expression"),
         (["--graph", "Causal(), Full(), Full()"], "one for each of 2 layers (got 3)"),
-        (["--graph", "Documents([3])"], "graph has 3 query nodes"),
+        (["--graph", "Causal() & Documents([8, 8])"], "must fit texts of any length"),
+        (["--graph", "PerHead([Causal()])"], "graph has 1 heads but the model 2"),
         (["--prompt", "ß"], "every character of the prompt (not: ['ß'])"),
         (["--tokenizer", "nowhere.json"], "--tokenizer must be char, byte or the path"),
         (["--text", "nowhere.txt"], "nowhere.txt can't be read"),
@@ -232,10 +235,56 @@ def test_a_bad_choice_is_told(tmp_path, text, more, message):
     assert message in str(error.value)
 
 
-def test_a_bad_number_is_told(capsys):
+@pytest.mark.parametrize(
+    ("flag", "value", "message"),
+    [
+        ("--steps", "0", "--steps must be 1 or more (got 0)"),
+        ("--temperature", "-1", "--temperature must be 0 or more"),
+        ("--top-k", "0", "--top-k must be 1 or more"),
+        ("--top-p", "0", "a probability above 0"),
+        ("--dropout", "1", "a probability below 1"),
+        ("--prompt", "", "at least one character"),
+        ("--device", "abacus", "auto, cpu, cuda or mps (got abacus)"),
+    ],
+)
+def test_a_bad_number_is_told_before_anything_begins(capsys, flag, value, message):
     with pytest.raises(SystemExit):
-        gpt.settings(["--steps", "0"])
-    assert "--steps must be 1 or more (got 0)" in capsys.readouterr().err
+        gpt.settings([flag, value])
+    assert message in capsys.readouterr().err
+
+
+def test_a_new_run_loses_no_earlier_one(tmp_path, text):
+    """Found: the same name overwrote the settings, and --resume went on from another run's weights."""
+    _, folder = run(tmp_path, text)
+    before = (folder / "checkpoint.safetensors").read_bytes()
+    run(tmp_path, text, "--steps", 4, "--seed", 7)
+    assert (tmp_path / "runs" / "run.1" / "checkpoint.safetensors").read_bytes() == before
+    (folder / "checkpoint.safetensors").write_bytes(before)
+    with pytest.raises(SystemExit, match="of another model: seed, steps differ"):
+        gpt.train(gpt.settings(["--runs", str(tmp_path / "runs"), "--name", "run", "--resume"]))
+
+
+def test_ctrl_c_saves_where_it_stopped(tmp_path, text, monkeypatch):
+    _, whole = run(tmp_path, text, name="whole")
+    batch, calls = gpt.Corpus.batch, iter(range(99))
+
+    def interrupting(self, size, seed):
+        if next(calls) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return batch(self, size, seed)
+
+    monkeypatch.setattr(gpt.Corpus, "batch", interrupting)
+    with pytest.raises(SystemExit, match="stopped after step 3; go on with --name parts --resume"):
+        run(tmp_path, text, name="parts")
+    monkeypatch.undo()
+    gpt.train(gpt.settings(["--runs", str(tmp_path / "runs"), "--name", "parts", "--resume"]))
+    one, other = (load_file(folder / "checkpoint.safetensors") for folder in (whole, tmp_path / "runs" / "parts"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_model_that_hears_the_future_is_warned_of(tmp_path, text, capsys):
+    run(tmp_path, text, "--graph", "Causal(), Full()", "--steps", 1)
+    assert "layer 2 hears the future: 0 hears 1" in capsys.readouterr().out
 
 
 def test_without_a_text_there_is_shakespeare_or_pythons_manual(tmp_path, monkeypatch):

@@ -185,7 +185,7 @@ def demo(text: str | None, more: list[str] | None = None) -> dict:
 
 CHOICES = {
     "the recipe": {},
-    "AdamW instead of Muon": {"--optimizer": "adamw", "--lr": "0.003"},
+    "AdamW (rate 0.003) instead of Muon": {"--optimizer": "adamw", "--lr": "0.003"},
     "learned instead of rotary positions": {"position": "learned", "max_length": 128},
     "no QK-norm": {"qk_norm": False},
     "GELU instead of squared ReLU": {"activation": "gelu"},

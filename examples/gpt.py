@@ -514,9 +514,8 @@ def train(args: argparse.Namespace) -> dict:
         raise SystemExit(str(error)) from None
     prompt = torch.tensor([tokens.encode(args.prompt)])
     for leak in analysis.leaks(model.transformer.graphs, args.context) if args.model == "gpt" else ():
-        print(
-            f"WARNING   layer {leak.layer + 1} hears the future: {leak.query} hears {leak.key}; the loss will mean nothing"
-        )
+        edge = f"node {leak.query} hears node {leak.key}"
+        print(f"WARNING   layer {leak.layer + 1} hears the future ({edge}): the loss means nothing")
     if args.dtype == "auto":
         args.dtype = faster_dtype(model, corpus, args, device)
     parameters = sum(p.numel() for p in model.parameters())

@@ -284,7 +284,7 @@ def test_ctrl_c_saves_where_it_stopped(tmp_path, text, monkeypatch):
 
 def test_a_model_that_hears_the_future_is_warned_of(tmp_path, text, capsys):
     run(tmp_path, text, "--graph", "Causal(), Full()", "--steps", 1)
-    assert "layer 2 hears the future: 0 hears 1" in capsys.readouterr().out
+    assert "layer 2 hears the future (node 0 hears node 1)" in capsys.readouterr().out
 
 
 def test_without_a_text_there_is_shakespeare_or_pythons_manual(tmp_path, monkeypatch):

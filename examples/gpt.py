@@ -69,7 +69,7 @@ def settings(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--seed", type=int, default=1337)
     add("--device", default="auto", help="auto, cpu, cuda, mps")
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="auto: what trains faster here")
-    add("--evaluate-every", type=int, default=375, help="steps between looks at the validation text and checkpoints")
+    add("--evaluate-every", type=int, default=145, help="steps between looks at the validation text and checkpoints")
     add("--prompt", default="\n", help="what the samples go on from")
     add("--sample", type=int, default=500, help="tokens to sample at the end")
     add("--temperature", type=float, default=0.8)

@@ -550,7 +550,12 @@ def train(args: argparse.Namespace) -> dict:
     begin = time.perf_counter() - before
 
     stopped: list[int] = []  # by Ctrl-C, after the step that it falls into
-    before_us = signal.signal(signal.SIGINT, lambda number, frame: stopped.append(number))
+
+    def stop(number, frame):
+        stopped.append(number)
+        signal.signal(signal.SIGINT, before_us)  # a second one stops at once
+
+    before_us = signal.signal(signal.SIGINT, stop)
     validation = math.nan
     bar = tqdm(range(first, args.steps), initial=first, total=args.steps, unit="step", dynamic_ncols=True)
     for step in bar:

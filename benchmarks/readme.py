@@ -49,7 +49,7 @@ def figures() -> str:
         lines += [
             "",
             "What each choice of the demo's recipe bought, by undoing it at the same number of tokens "
-            "(`--sections choices`; two seeds differ by about 0.004):",
+            "(`--sections choices`; one run each, nothing tuned again: small differences mean little):",
             "",
             "| undone | validation loss | |",
             "|---|---|---|",

@@ -13,8 +13,11 @@ from operator import and_, or_, xor
 import torch
 from torch import Tensor
 
+from attngraph.blocks import EMPTY, FULL, PARTIAL, Boxes, decide, one_class
 from attngraph.graph import Graph, common_size, merge_edges, require_ints, sort_edges
 from attngraph.lines import Lines
+
+PATHS_AT_ONCE = 1 << 22  # paths of two hops that are looked at in one step
 
 # ------------------------------------------------------------------------------------------------ pair by pair
 
@@ -41,6 +44,12 @@ class _Pointwise(Graph):
     def write(self, inner):
         return f" {self.symbol} ".join(_operand(graph, inner, self) for graph in self.graphs)
 
+    def blocks(self, boxes):
+        return reduce(type(self).combine, (graph.blocks(boxes) for graph in self.graphs))
+
+    def pattern(self, boxes):
+        return [number for graph in self.graphs for number in _where_partial(graph, boxes)]
+
     def _of(self, source: Graph, n: int, m: int) -> tuple[Tensor, Tensor]:
         """Those edges of a larger graph that are in this one."""
         query, key = source.list_edges(n, m)
@@ -52,7 +61,11 @@ class _Pointwise(Graph):
 class Union(_Pointwise):
     """``a | b``: the edges of either."""
 
-    symbol, precedence, operator = "|", 0, staticmethod(or_)
+    symbol, precedence, operator, combine = "|", 0, staticmethod(or_), staticmethod(torch.maximum)
+
+    @property
+    def scattered(self):
+        return all(graph.scattered for graph in self.graphs)
 
     def edges(self, n, m):
         return merge_edges([graph.list_edges(n, m) for graph in self.graphs], m)
@@ -67,6 +80,11 @@ class SymmetricDifference(_Pointwise):
     """``a ^ b``: the edges of one of the two."""
 
     symbol, precedence, operator = "^", 1, staticmethod(xor)
+    combine = staticmethod(lambda a, b: torch.where((a == PARTIAL) | (b == PARTIAL), PARTIAL, (a - b).abs()))
+
+    @property
+    def scattered(self):
+        return all(graph.scattered for graph in self.graphs)
 
     def edges(self, n, m):
         return self._of(Union(self.graphs), n, m)
@@ -80,10 +98,15 @@ class SymmetricDifference(_Pointwise):
 class Intersection(_Pointwise):
     """``a & b``: the edges of both."""
 
-    symbol, precedence, operator = "&", 2, staticmethod(and_)
+    symbol, precedence, operator, combine = "&", 2, staticmethod(and_), staticmethod(torch.minimum)
+
+    @property
+    def scattered(self):
+        return any(graph.scattered for graph in self.graphs)
 
     def edges(self, n, m):
-        return self._of(min(self.graphs, key=lambda graph: graph.count_edges(n, m)), n, m)
+        listed = [graph for graph in self.graphs if graph.scattered] or self.graphs
+        return self._of(min(listed, key=lambda graph: graph.count_edges(n, m)) if len(listed) > 1 else listed[0], n, m)
 
     def count(self, n, m):
         for part in self.graphs:
@@ -98,6 +121,11 @@ class Difference(_Pointwise):
     """``a - b``: the edges of a that b lacks."""
 
     symbol, precedence, operator = "-", 3, staticmethod(lambda a, b: a & ~b)
+    combine = staticmethod(lambda a, b: torch.minimum(a, FULL - b))
+
+    @property
+    def scattered(self):
+        return self.graphs[0].scattered
 
     def edges(self, n, m):
         return self._of(self.graphs[0], n, m)
@@ -119,6 +147,12 @@ class Complement(Graph):
 
     def contains(self, q_idx, kv_idx):
         return ~self.graph.contains(q_idx, kv_idx)
+
+    def blocks(self, boxes):
+        return FULL - self.graph.blocks(boxes)
+
+    def pattern(self, boxes):
+        return self.graph.pattern(boxes)
 
     def lines(self, n, m):
         return self.graph.lines(n, m)
@@ -144,6 +178,16 @@ class Transpose(Graph):
 
     def contains(self, q_idx, kv_idx):
         return self.graph.contains(kv_idx, q_idx)
+
+    def blocks(self, boxes):
+        return self.graph.blocks(boxes.transposed)
+
+    def pattern(self, boxes):
+        return self.graph.pattern(boxes.transposed)
+
+    @property
+    def scattered(self):
+        return self.graph.scattered
 
     def lines(self, n, m):
         inner = self.graph.lines(m, n)
@@ -183,6 +227,16 @@ class Rows(Graph):
 
     def contains(self, q_idx, kv_idx):
         return self.graph.contains(q_idx + self.start, kv_idx)
+
+    def blocks(self, boxes):
+        return self.graph.blocks(boxes.shifted(rows=self.start))
+
+    def pattern(self, boxes):
+        return self.graph.pattern(boxes.shifted(rows=self.start))
+
+    @property
+    def scattered(self):
+        return self.graph.scattered
 
     def lines(self, n, m):
         inner = self.graph.lines(self._all, m)
@@ -224,6 +278,16 @@ class Sized(Graph):
     def contains(self, q_idx, kv_idx):
         return self.graph.bind(*self.size).contains(q_idx, kv_idx)
 
+    def blocks(self, boxes):
+        return self.graph.blocks(boxes)
+
+    def pattern(self, boxes):
+        return self.graph.pattern(boxes)
+
+    @property
+    def scattered(self):
+        return self.graph.scattered
+
     def bind(self, n, m):
         return replace(self, graph=self.graph.bind(*common_size("graph", self.size, (n, m))))
 
@@ -257,6 +321,19 @@ class WithGlobalNodes(Graph):
         k = self.num_global
         inner = self.graph.contains((q_idx - k).clamp(min=0), (kv_idx - k).clamp(min=0))
         return (q_idx < k) | (kv_idx < k) | inner
+
+    def blocks(self, boxes):
+        k, inner = self.num_global, self._in_inner(boxes)
+        found = decide(inner, (boxes.bottom <= k) | (boxes.right <= k))
+        found[inner] = self.graph.blocks(boxes.chosen(inner).shifted(-k, -k))
+        return found
+
+    def pattern(self, boxes):
+        k = self.num_global
+        return _patterns_side_by_side([(self.graph, k, k, self._in_inner(boxes))], boxes)
+
+    def _in_inner(self, boxes: Boxes) -> Tensor:
+        return (boxes.top >= self.num_global) & (boxes.left >= self.num_global)
 
     def lines(self, n, m):
         k = self.num_global
@@ -318,6 +395,22 @@ class TwoHops(Graph):
         second = self.b.contains(middle[:, None], keys[None]).float()
         return (first @ second > 0)[..., at_query, at_key]
 
+    scattered = True
+
+    def edges(self, n, m):
+        (query, between), (middle, key) = self.a.list_edges(n, self.middle), self.b.list_edges(self.middle, m)
+        fan = torch.bincount(middle, minlength=self.middle)
+        first, fan = (
+            (fan.cumsum(0) - fan)[between],
+            fan[between],
+        )  # of each edge of a, the edges of b that go on from it
+        found = (query[:0], key[:0])
+        for some in torch.arange(len(fan)).split(_together(fan)):
+            here = fan[some]
+            step = torch.arange(int(here.sum())) - (here.cumsum(0) - here - first[some]).repeat_interleave(here)
+            found = merge_edges([found, (query[some].repeat_interleave(here), key[step])], m)
+        return found
+
     def bind(self, n, m):
         middle = self.middle if self.middle is not None else n if n == m else None
         return TwoHops(self.a.sized(n, middle).bind(n, middle), self.b.sized(middle, m).bind(middle, m))
@@ -374,6 +467,16 @@ class Disjoint(Graph):
             found.append(graph.contains(query, key) & q_inside & k_inside)
         return reduce(or_, found)
 
+    def blocks(self, boxes):
+        return _blocks_side_by_side(self._placed(None, None), boxes)
+
+    def pattern(self, boxes):
+        return _patterns_side_by_side([part[:4] for part in _touched(self._placed(None, None), boxes)], boxes)
+
+    @property
+    def scattered(self):
+        return all(graph.scattered for graph in self.graphs)
+
     def lines(self, n, m):
         parts = []
         for graph, row, column, size in self._placed(n, m):
@@ -424,6 +527,20 @@ class Beside(Graph):
         in_a, a_inside = _inside(kv_idx, self.a.size[1])
         in_b, b_inside = _inside(kv_idx - self.a.size[1], self.b.size[1])
         return (self.a.contains(q_idx, in_a) & a_inside) | (self.b.contains(q_idx, in_b) & b_inside)
+
+    def _placed(self):
+        yield self.a, 0, 0, self.a.size
+        yield self.b, 0, self.a.size[1], self.b.size
+
+    def blocks(self, boxes):
+        return _blocks_side_by_side(self._placed(), boxes)
+
+    def pattern(self, boxes):
+        return _patterns_side_by_side([part[:4] for part in _touched(self._placed(), boxes)], boxes)
+
+    @property
+    def scattered(self):
+        return self.a.scattered and self.b.scattered
 
     def lines(self, n, m):
         keys = self.a.size[1]
@@ -498,6 +615,55 @@ def _operand(graph: Graph, inner, operator: Graph | None = None) -> str:
     """A part as text, in brackets where the operator around it binds as strongly or more."""
     own, around = getattr(graph, "precedence", 6), 5 if operator is None else operator.precedence
     return inner(graph) if own > around else f"({inner(graph)})"
+
+
+def _together(count: Tensor) -> list[int]:
+    """Lengths that cut a list of counts into stretches of about PATHS_AT_ONCE in sum."""
+    return torch.unique_consecutive(count.cumsum(0) // PATHS_AT_ONCE, return_counts=True)[1].tolist()
+
+
+def _where_partial(graph: Graph, boxes: Boxes) -> list[Tensor]:
+    """The class of each box, and the graph's pattern where the class does not tell all."""
+    kind = graph.blocks(boxes)
+    return [kind.long(), *(torch.where(kind == PARTIAL, number, 0) for number in graph.pattern(boxes))]
+
+
+def _touched(placed, boxes: Boxes):
+    """Of graphs side by side: graph, first query, first key, the boxes inside, those touched, and what of them."""
+    for graph, row, column, size in placed:
+        end = [_LAST if count is None else first + count for first, count in zip((row, column), size, strict=True)]
+        top, bottom = boxes.top.clamp(min=row), boxes.bottom.clamp(max=end[0])
+        left, right = boxes.left.clamp(min=column), boxes.right.clamp(max=end[1])
+        touched = (top < bottom) & (left < right)
+        inside = (top == boxes.top) & (bottom == boxes.bottom) & (left == boxes.left) & (right == boxes.right)
+        part = Boxes(top, bottom, left, right).chosen(touched).shifted(-row, -column)
+        yield graph, row, column, inside & touched, touched, part
+
+
+_LAST = 1 << 62
+
+
+def _blocks_side_by_side(placed, boxes: Boxes) -> Tensor:
+    """The classes of boxes in graphs side by side; between them are no edges."""
+    found = one_class(boxes, EMPTY)
+    for graph, _, _, inside, touched, part in _touched(placed, boxes):
+        if len(part.top):
+            kind = graph.blocks(part)
+            found[touched] = torch.maximum(found[touched], torch.where(inside[touched], kind, kind.clamp(max=PARTIAL)))
+    return found
+
+
+def _patterns_side_by_side(parts, boxes: Boxes) -> list[Tensor]:
+    """The patterns of graphs, each in its boxes: which graph, and its own numbers; elsewhere the box itself."""
+    numbers = torch.stack([torch.full_like(boxes.top, -1), boxes.top, boxes.left])
+    kinds: dict[Graph, int] = {}
+    for graph, row, column, inside in parts:
+        own = graph.pattern(boxes.chosen(inside).shifted(-row, -column))
+        numbers = torch.cat([numbers, numbers.new_zeros(max(0, 1 + len(own) - len(numbers)), len(boxes.top))])
+        numbers[:, inside] = 0
+        for place, number in enumerate([kinds.setdefault(graph, len(kinds)), *own]):
+            numbers[place, inside] = number
+    return list(numbers)
 
 
 def chain(kind: type[_Pointwise], a: Graph, b: Graph) -> Graph:

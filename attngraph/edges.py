@@ -11,8 +11,10 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from attngraph.blocks import Boxes, decide
 from attngraph.graph import Graph, require_ints
 
+ROWS_AT_ONCE = 1 << 22  # rows of boxes whose edges are counted in one step
 LONGEST_TEXT = 16  # edges; longer lists are named by their hash where the text must be short
 
 
@@ -83,6 +85,24 @@ class EdgeList(Graph):
             return (q_idx < 0) & (kv_idx < 0)
         wanted = q_idx * self.size[1] + kv_idx
         return code[torch.searchsorted(code, wanted).clamp(max=len(code) - 1)] == wanted
+
+    scattered = True  # what is listed is found by its list
+
+    def blocks(self, boxes):
+        area, inside = (boxes.bottom - boxes.top) * (boxes.right - boxes.left), self._count_inside(boxes)
+        return decide(inside == 0, inside == area)
+
+    def _count_inside(self, boxes: Boxes) -> Tensor:
+        """How many edges each box has: in every row, the edges between two columns lie together."""
+        count, high = torch.zeros_like(boxes.top), boxes.bottom - boxes.top
+        step = max(1, ROWS_AT_ONCE // int(high.max())) if len(high) else 1
+        for some in torch.arange(len(high)).split(step):
+            box = some.repeat_interleave(high[some])
+            row = torch.arange(len(box)) - (high[some].cumsum(0) - high[some]).repeat_interleave(high[some])
+            first = (boxes.top[box] + row) * self.size[1]
+            left, right = (torch.searchsorted(self.code, first + side[box]) for side in (boxes.left, boxes.right))
+            count.index_add_(0, box, right - left)
+        return count
 
     def edges(self, n, m):
         return self.query, self.key

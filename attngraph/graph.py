@@ -15,7 +15,9 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
+from attngraph import blocks as of_boxes
 from attngraph import lines
+from attngraph.blocks import Boxes
 from attngraph.lines import Lines
 
 Size = tuple[int | None, int | None]
@@ -29,8 +31,8 @@ class Graph:
     A graph is frozen, hashable and comparable, and its `repr` is an expression that rebuilds it. Graphs combine as
     Python's `set` does, ``|  &  -  ^  ~``, and further with ``.T`` (every edge reversed) and ``@`` (two hops).
 
-    A new graph is a frozen dataclass with one method, `contains`. The methods `lines`, `edges` and `count` are optional
-    speed-ups that must agree with it; `check` validates the arguments.
+    A new graph is a frozen dataclass with one method, `contains`. The methods `blocks`, `pattern`, `lines`, `edges` and
+    `count` are optional speed-ups that must agree with it; `check` validates the arguments.
 
     >>> from attngraph import Causal, Prefix, Window
     >>> graph = Causal() & (Window(1, 0) | Prefix(1))
@@ -82,6 +84,19 @@ class Graph:
     def count(self, n: int, m: int) -> int:
         """The number of edges; the default lists them."""
         return len(self.list_edges(n, m)[0])
+
+    def blocks(self, boxes: Boxes) -> Tensor:
+        """EMPTY, PARTIAL or FULL for each box (see `attngraph.blocks`), int8; PARTIAL is always safe."""
+        return of_boxes.one_class(boxes, of_boxes.PARTIAL)
+
+    def pattern(self, boxes: Boxes) -> list[Tensor]:
+        """Numbers that decide which pairs of a box are edges: boxes of one shape that agree in all have equal edges."""
+        return [boxes.top, boxes.left]
+
+    @property
+    def scattered(self) -> bool:
+        """Whether to find the edges by listing them, rather than by boxes: true of a graph that can do only that."""
+        return type(self).edges is not Graph.edges and type(self).blocks is Graph.blocks
 
     def bind(self, n: int | None, m: int | None) -> Graph:
         """The same graph, told its size; only what depends on the size (Random, two hops) listens."""
@@ -261,6 +276,18 @@ class Graph:
         """How many queries hear each key: int64 (m,)."""
         graph, n, m = self.at(n, m)
         return graph.T.in_degrees(m, n)
+
+    def spans(self, start: int, stop: int, n: int | None = None, m: int | None = None) -> list[tuple[int, int]]:
+        """Ranges of keys (first, stop) outside of which the queries start … stop-1 hear nobody; conservative.
+
+        >>> from attngraph import Causal, Prefix, Window
+        >>> (Causal() & (Window(2, 0) | Prefix(1))).spans(10, 12, 100, 100)
+        [(0, 1), (8, 12)]
+        """
+        graph, n, m = self.at(n, m)
+        if not 0 <= start <= stop <= n:
+            raise ValueError(f"spans needs 0 <= start <= stop <= {n}, the number of queries (got {start} and {stop})")
+        return of_boxes.spans(graph, start, stop, m)
 
     # -------------------------------------------------------------------------------- by the fastest way known
 

@@ -11,6 +11,7 @@ from math import prod
 import torch
 from torch import Tensor
 
+from attngraph.blocks import EMPTY, FULL, between_diagonals, decide, one_class, same_group
 from attngraph.graph import Graph, merge_edges, require_ints
 from attngraph.lines import Lines
 
@@ -31,6 +32,12 @@ class Full(Graph):
     def contains(self, q_idx, kv_idx):
         return (q_idx >= 0) & (kv_idx >= 0)
 
+    def blocks(self, boxes):
+        return one_class(boxes, FULL)
+
+    def pattern(self, boxes):
+        return []
+
     def lines(self, n, m):
         return Lines()
 
@@ -45,6 +52,12 @@ class Empty(Graph):
 
     def contains(self, q_idx, kv_idx):
         return (q_idx < 0) & (kv_idx < 0)
+
+    def blocks(self, boxes):
+        return one_class(boxes, EMPTY)
+
+    def pattern(self, boxes):
+        return []
 
     def lines(self, n, m):
         return Lines()
@@ -61,6 +74,12 @@ class Identity(Graph):
 
     def contains(self, q_idx, kv_idx):
         return q_idx == kv_idx
+
+    def blocks(self, boxes):
+        return between_diagonals(boxes, 0, 0)
+
+    def pattern(self, boxes):
+        return [boxes.left - boxes.top]
 
     def lines(self, n, m):
         return Lines(diagonals=frozenset({0, 1}))
@@ -83,6 +102,12 @@ class Causal(Graph):
 
     def contains(self, q_idx, kv_idx):
         return kv_idx <= q_idx + self.offset
+
+    def blocks(self, boxes):
+        return between_diagonals(boxes, None, self.offset)
+
+    def pattern(self, boxes):
+        return [boxes.left - boxes.top]
 
     def lines(self, n, m):
         return Lines(diagonals=frozenset({self.offset + 1}))
@@ -113,6 +138,12 @@ class Window(Graph):
         near = (ahead >= -self.left * self.dilation) & (ahead <= self.right * self.dilation)
         return near if self.dilation == 1 else near & (ahead % self.dilation == 0)
 
+    def blocks(self, boxes):
+        return between_diagonals(boxes, -self.left * self.dilation, self.right * self.dilation, self.dilation)
+
+    def pattern(self, boxes):
+        return [boxes.left - boxes.top]
+
     def lines(self, n, m):
         ends = frozenset({-self.left * self.dilation, self.right * self.dilation + 1})
         return Lines(diagonals=ends, period=self.dilation)
@@ -134,6 +165,12 @@ class Prefix(Graph):
 
     def contains(self, q_idx, kv_idx):
         return (q_idx >= 0) & (kv_idx < self.length)
+
+    def blocks(self, boxes):
+        return decide(boxes.left >= self.length, boxes.right <= self.length)
+
+    def pattern(self, boxes):
+        return [boxes.left]
 
     def lines(self, n, m):
         return Lines(columns=frozenset({self.length}))
@@ -158,6 +195,18 @@ class Global(Graph):
     def contains(self, q_idx, kv_idx):
         nodes = torch.tensor(self.nodes, dtype=torch.int64, device=q_idx.device)
         return (q_idx[..., None] == nodes).any(-1) | (kv_idx[..., None] == nodes).any(-1)
+
+    def blocks(self, boxes):
+        nodes = torch.tensor(self.nodes, dtype=torch.int64)
+        top, bottom, left, right = (torch.searchsorted(nodes, side) for side in boxes)
+        rows, columns = bottom - top, right - left  # how many of the nodes the box has on each side
+        full = (rows == boxes.bottom - boxes.top) | (columns == boxes.right - boxes.left)
+        return decide((rows == 0) & (columns == 0), full)
+
+    def pattern(self, boxes):
+        nodes = torch.tensor(self.nodes, dtype=torch.int64)
+        top, bottom, left, right = (torch.searchsorted(nodes, side) for side in boxes)
+        return [torch.where(bottom > top, boxes.top, -1), torch.where(right > left, boxes.left, -1)]
 
     def lines(self, n, m):
         ends = frozenset(end for node in self.nodes for end in (node, node + 1))
@@ -191,6 +240,12 @@ class Strided(Graph):
     def contains(self, q_idx, kv_idx):
         return (kv_idx - q_idx) % self.stride == 0
 
+    def blocks(self, boxes):
+        return between_diagonals(boxes, None, None, self.stride)
+
+    def pattern(self, boxes):
+        return [(boxes.left - boxes.top) % self.stride]
+
     def lines(self, n, m):
         return Lines(period=self.stride)
 
@@ -220,6 +275,13 @@ class Chunks(Graph):
 
     def contains(self, q_idx, kv_idx):
         return (q_idx - self.offset) // self.chunk == (kv_idx - self.offset) // self.chunk
+
+    def blocks(self, boxes):
+        nodes = (boxes.top, boxes.bottom - 1, boxes.left, boxes.right - 1)
+        return same_group(*((node - self.offset) // self.chunk for node in nodes))
+
+    def pattern(self, boxes):
+        return [boxes.left - boxes.top, (boxes.top - self.offset) % self.chunk]
 
     def lines(self, n, m):
         first = self.offset % self.chunk
@@ -284,6 +346,8 @@ class Random(Graph):
         start, stop = stretch * self.num_keys // self.degree, (stretch + 1) * self.num_keys // self.degree
         return start + _hash(_hash(query, self.seed) + stretch, 0) % (stop - start).clamp(min=1)
 
+    scattered = True
+
     def edges(self, n, m):
         degree = min(self.degree, m)
         query = torch.arange(n).repeat_interleave(degree)
@@ -333,6 +397,11 @@ class Documents(Graph):
 
     def contains(self, q_idx, kv_idx):
         return self._document(q_idx) == self._document(kv_idx)
+
+    def blocks(self, boxes):
+        return same_group(
+            *(self._document(node) for node in (boxes.top, boxes.bottom - 1, boxes.left, boxes.right - 1))
+        )
 
     def lines(self, n, m):
         borders = frozenset(self.starts.tolist())
@@ -453,6 +522,22 @@ class _Grid(Graph):
             for axes in self.products
         ]
         return torch.stack(joined).any(0)
+
+    def blocks(self, boxes):
+        inner, found = 1, [[] for _ in self.products]
+        for axis in reversed(range(len(self.shape))):
+            at = boxes.along(inner, self.shape[axis])
+            for kinds, axes in zip(found, self.products, strict=True):
+                kinds.append(axes[axis].blocks(at))
+            inner *= self.shape[axis]
+        return torch.stack([torch.stack(kinds).amin(0) for kinds in found]).amax(0)
+
+    def pattern(self, boxes):
+        # All axes but the first repeat, and along the first the axis' own graph tells.
+        inner = prod(self.shape[1:])
+        first = boxes.along(inner, self.shape[0])
+        own = [number for axes in self.products for number in axes[0].pattern(first)]
+        return [boxes.top % inner, boxes.left % inner, *own]
 
     def edges(self, n, m):
         return merge_edges([self._product_edges(axes) for axes in self.products], m)

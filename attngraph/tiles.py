@@ -1,0 +1,238 @@
+"""The layout of a graph as tiles: which tiles of the plane hold edges, and which pairs of a tile are edges. Data only.
+
+A tile that is full needs no mask; of the others, equal masks are stored once. So a window over a million nodes, whose
+tiles are all alike, is a list of tiles and two masks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from attngraph.blocks import Boxes, occupied, require_memory, same
+from attngraph.strips import Strip, strips
+
+WORD = 32
+PAIRS_AT_ONCE = 1 << 22  # pairs of tiles whose masks are looked at in one step
+NO_MASK = -1  # of a full tile
+
+
+class Table(NamedTuple):
+    """Tiles sorted by row, then column: row, column and the number of its mask, each int64 (T,), NO_MASK where full.
+
+    `words` are the masks, packed: int32 (P, tile rows, tile columns / 32), bit c % 32 of word c // 32 for column c.
+    """
+
+    row: Tensor
+    column: Tensor
+    mask: Tensor
+    words: Tensor
+
+    @property
+    def edges(self) -> Tensor:
+        """How many edges each tile has: int64 (T,)."""
+        area = self.words.shape[1] * self.words.shape[2] * WORD
+        return torch.cat([unpack(self.words).sum((1, 2)), torch.tensor([area])])[self.mask]  # NO_MASK is the last
+
+    def chosen(self, which: Tensor) -> Table:
+        """Some of the tiles, given by a bool tensor."""
+        return Table(self.row[which], self.column[which], self.mask[which], self.words)
+
+    def list_edges(self, n: int, m: int) -> tuple[Tensor, Tensor]:
+        """The edges as (query, key), sorted by tile."""
+        high, wide = self.words.shape[1], self.words.shape[2] * WORD
+        found = [(self.row[:0], self.row[:0])]
+        pool = torch.cat([unpack(self.words), torch.ones(1, high, wide, dtype=torch.bool)])
+        for some in torch.arange(len(self.row)).split(max(1, PAIRS_AT_ONCE // (high * wide))):
+            tile, query, key = pool[self.mask[some]].nonzero().unbind(1)
+            found.append((self.row[some][tile] * high + query, self.column[some][tile] * wide + key))
+        return tuple(torch.cat(side) for side in zip(*found, strict=True))
+
+
+class TileRows(NamedTuple):
+    """The tiles of each row r: those from start[r] to full[r] have masks, those from there to start[r + 1] none."""
+
+    start: Tensor  # int64 (rows + 1,)
+    full: Tensor  # int64 (rows,)
+    other: Tensor  # int32 (T,): the column of each tile
+    mask: Tensor  # int32 (T,): the number of its mask, or NO_MASK
+
+
+@dataclass(frozen=True, eq=False)
+class Tiles:
+    """A graph of n queries and m keys as tiles: block-CSR and its transpose. Border tiles may reach beyond the graph."""
+
+    n: int
+    m: int
+    table: Table
+
+    @property
+    def tile(self) -> tuple[int, int]:
+        """How many queries and keys a tile has."""
+        return self.table.words.shape[1], self.table.words.shape[2] * WORD
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """How many tiles the plane has on each side."""
+        return -(-self.n // self.tile[0]), -(-self.m // self.tile[1])
+
+    @cached_property
+    def by_query(self) -> TileRows:
+        """The tiles of each row of tiles."""
+        return _tile_rows(self.table.row, self.table.column, self.table.mask, self.grid[0])
+
+    @cached_property
+    def by_key(self) -> TileRows:
+        """The tiles of each column of tiles."""
+        return _tile_rows(self.table.column, self.table.row, self.table.mask, self.grid[1])
+
+    @cached_property
+    def masks(self) -> Tensor:
+        """The masks unpacked, bool (P + 2, tile rows, tile columns): then a full and an empty one."""
+        ends = torch.tensor([True, False])[:, None, None].expand(2, *self.tile)
+        return torch.cat([unpack(self.table.words), ends])
+
+    @cached_property
+    def strips(self) -> list[Strip]:
+        """The tiles in the order in which matrix products run over them."""
+        row, column, mask, _ = self.table
+        return strips(row, column, torch.where(mask == NO_MASK, len(self.masks) - 2, mask), self.masks)
+
+    @cached_property
+    def first_edge(self) -> Tensor:
+        """The number, in `edge_index` order, of the first edge in each row of each tile: int64 (T, tile rows)."""
+        row, _, mask, _ = self.table
+        count = self.masks.sum(2)[torch.where(mask == NO_MASK, len(self.masks) - 2, mask)]
+        before = count.cumsum(0) - count  # of all earlier tiles; less those of earlier rows of tiles
+        start = torch.searchsorted(row, torch.arange(self.grid[0] + 1))
+        ends = torch.cat([count.cumsum(0), count[:1] * 0]) if len(row) else count.new_zeros(1, self.tile[0])
+        total = ends[start[1:] - 1] - ends[start[:-1] - 1]
+        first = (total.flatten().cumsum(0) - total.flatten()).view_as(total)
+        return before - ends[start[:-1] - 1][row] + first[row]
+
+    @property
+    def nbytes(self) -> int:
+        """How much memory the tiles take."""
+        return sum(part.nbytes for part in self.table)
+
+    def mask(self) -> Tensor:
+        """The edges as a bool tensor (n, m), rebuilt from the tiles."""
+        (high, wide), (rows, columns) = self.tile, self.grid
+        found = torch.zeros(rows, columns, high, wide, dtype=torch.bool)
+        found[self.table.row, self.table.column] = self.masks[torch.where(self.table.mask < 0, -2, self.table.mask)]
+        return found.transpose(1, 2).reshape(rows * high, columns * wide)[: self.n, : self.m]
+
+
+def _tile_rows(row: Tensor, column: Tensor, mask: Tensor, rows: int) -> TileRows:
+    order = ((row * 2 + (mask == NO_MASK)) * (int(column.max()) + 1 if len(column) else 1) + column).argsort()
+    row, full = row[order], mask[order] == NO_MASK
+    start = torch.searchsorted(row, torch.arange(rows + 1))
+    masked = torch.zeros(rows, dtype=torch.int64).index_add_(0, row, (~full).long())
+    return TileRows(start, start[:-1] + masked, column[order].int(), mask[order].int())
+
+
+def tabulate(graph, n: int, m: int, tile: tuple[int, int]) -> Table:
+    """The tiles of a graph that is bound to its size, found box by box."""
+    row, column, full = occupied(graph, n, m, tile)
+    boxes = Boxes(row * tile[0], (row + 1) * tile[0], column * tile[1], (column + 1) * tile[1])
+    whole = full & (boxes.bottom <= n) & (boxes.right <= m)
+    mask = torch.full_like(row, NO_MASK)
+    masked = boxes.chosen(~whole)
+    inside = masked.clipped(n, m)
+    alike = same(
+        [inside.bottom - inside.top, inside.right - inside.left, graph.blocks(inside).long(), *graph.pattern(inside)]
+    )
+    first = _first_of_each(alike)
+    require_memory(len(first) * (tile[0] * tile[1] // 8 + 64), f"for the masks of {graph.text} at {n} × {m}")
+    words = _masks(graph, n, m, tile, masked.top[first], masked.left[first])
+    mask[~whole] = alike
+    return _tidy(Table(row, column, mask, words), tile)
+
+
+def tabulate_edges(query: Tensor, key: Tensor, tile: tuple[int, int]) -> Table:
+    """The tiles of a list of edges without duplicates."""
+    row, column = query // tile[0], key // tile[1]
+    stride = int(column.max()) + 1 if len(column) else 1
+    code, at = torch.unique(row * stride + column, return_inverse=True)
+    words = tile[1] // WORD
+    require_memory(len(code) * tile[0] * tile[1] // 2, f"for the {len(code)} tiles of {len(query)} edges")
+    place = (at * tile[0] + query % tile[0]) * words + key % tile[1] // WORD
+    packed = torch.zeros(len(code) * tile[0] * words, dtype=torch.int64)
+    packed.index_add_(0, place, 1 << key % WORD)  # the bits are distinct: their sum is their union
+    return _tidy(
+        Table(code // stride, code % stride, torch.arange(len(code)), packed.to(torch.int32).view(-1, tile[0], words)),
+        tile,
+    )
+
+
+def union(a: Table, b: Table) -> Table:
+    """The tiles of both; where both have one, the union of its edges."""
+    stride = max((int(side.max()) for side in (a.column, b.column) if len(side)), default=0) + 1
+    code, at = torch.unique(torch.cat([a.row * stride + a.column, b.row * stride + b.column]), return_inverse=True)
+    words = torch.cat([a.words, b.words, torch.full((1, *a.words.shape[1:]), -1, dtype=torch.int32)])
+    nobody = len(words)  # the number of an empty mask
+    words = torch.cat([words, torch.zeros_like(words[:1])])
+    full = nobody - 1
+    of_a, of_b = torch.full_like(code, nobody), torch.full_like(code, nobody)
+    of_a[at[: len(a.row)]] = torch.where(a.mask == NO_MASK, full, a.mask)
+    of_b[at[len(a.row) :]] = torch.where(b.mask == NO_MASK, full, b.mask + len(a.words))
+    pair = same([of_a, of_b])
+    first = _first_of_each(pair)
+    both = words[of_a[first]] | words[of_b[first]]
+    tile = (a.words.shape[1], a.words.shape[2] * WORD)
+    return _tidy(Table(code // stride, code % stride, pair, both), tile)
+
+
+def _masks(graph, n: int, m: int, tile: tuple[int, int], top: Tensor, left: Tensor) -> Tensor:
+    """The packed masks of tiles, looked up pair by pair."""
+    packed = [torch.zeros(0, tile[0], tile[1] // WORD, dtype=torch.int32)]
+    for some in torch.arange(len(top)).split(max(1, PAIRS_AT_ONCE // (tile[0] * tile[1]))):
+        query = top[some][:, None, None] + torch.arange(tile[0])[:, None]
+        key = left[some][:, None, None] + torch.arange(tile[1])
+        edge = graph.contains(query.clamp(max=n - 1), key.clamp(max=m - 1))
+        packed.append(pack(edge & (query < n) & (key < m)))
+    return torch.cat(packed)
+
+
+def _tidy(table: Table, tile: tuple[int, int]) -> Table:
+    """The same tiles, without empty ones, full ones without a mask, and equal masks stored once."""
+    row, column, mask, words = table
+    wide = words.flatten(1).long()
+    kind = _same_words(wide)
+    words = words[_first_of_each(kind)]
+    empty, full = (words == 0).all(2).all(1), (words == -1).all(2).all(1)
+    kept = ~empty & ~full
+    number = torch.where(full, NO_MASK, torch.where(empty, NO_MASK - 1, kept.cumsum(0) - 1))
+    masked = mask != NO_MASK
+    mask = mask.clone()
+    mask[masked] = number[kind[mask[masked]]]
+    some = mask >= NO_MASK
+    return Table(row[some], column[some], mask[some], words[kept])
+
+
+def _same_words(wide: Tensor) -> Tensor:
+    """As `same`, of the rows of a matrix: by a hash, which is then checked."""
+    factor = torch.arange(1, wide.shape[1] + 1) * 0x9E3779B97F4A7C1 | 1
+    number = same([(wide * factor).sum(1)])
+    return number if torch.equal(wide[_first_of_each(number)][number], wide) else same(list(wide.T))
+
+
+def _first_of_each(numbers: Tensor) -> Tensor:
+    """For each of the numbers 0, 1, 2 …, a place where it stands."""
+    count = int(numbers.max()) + 1 if len(numbers) else 0
+    return torch.empty(count, dtype=torch.int64).scatter_(0, numbers, torch.arange(len(numbers)))
+
+
+def pack(masks: Tensor) -> Tensor:
+    """Bool (..., columns) as int32 words (..., columns / 32)."""
+    bit = torch.arange(WORD, device=masks.device)
+    return (masks.unflatten(-1, (-1, WORD)).long() << bit).sum(-1).to(torch.int32)
+
+
+def unpack(words: Tensor) -> Tensor:
+    """The bool masks that were packed."""
+    return ((words[..., None] >> torch.arange(WORD, device=words.device)) & 1).bool().flatten(-2)

@@ -1,0 +1,117 @@
+"""Every rewrite keeps every edge, and a graph is the union of what `split` makes of it."""
+
+import pytest
+import torch
+from graphs import GRAPHS
+from hypothesis import given
+from test_properties import sized_graphs
+
+from attngraph import parse
+from attngraph.simplify import PAIRS, RULES, simplify, split
+
+every = pytest.mark.parametrize("case", GRAPHS, ids=lambda case: f"{case.graph.text[:60]}-{case.n}x{case.m}")
+
+# Each rule once, in its order in RULES: before, after.
+REWRITES = [
+    ("~~Causal()", "Causal()"),
+    ("~Full()", "Empty()"),
+    ("~Empty()", "Full()"),
+    ("~(Causal() | Prefix(2))", "~Causal() & ~Prefix(2)"),
+    ("~(Strided(2) & Prefix(2))", "~Strided(2) | ~Prefix(2)"),
+    ("Random(2, 0).T.T", "Random(2)"),
+    ("Identity().T", "Identity()"),
+    ("Strided(3).T", "Strided(3)"),
+    ("Window(3, 1).T", "Window(1, 3)"),
+    ("Causal(2).T", "~Causal(-3)"),
+    ("(~Prefix(3)).T", "~Prefix(3).T"),
+    ("(Window(2, 0) ^ Prefix(3)).T", "Window(0, 2) ^ Prefix(3).T"),
+    ("Window(0, 0)", "Identity()"),
+    ("Prefix(0)", "Empty()"),
+    ("Global([])", "Empty()"),
+    ("Random(0)", "Empty()"),
+    ("Strided(1)", "Full()"),
+    ("Chunks(1)", "Identity()"),
+    ("Strided(2) - Strided(2)", "Empty()"),
+    ("Strided(2) - Empty()", "Strided(2)"),
+    ("Strided(2) - Full()", "Empty()"),
+    ("Full() - Strided(2)", "~Strided(2)"),
+    ("Strided(2) - ~Prefix(3)", "Strided(2) & Prefix(3)"),
+    ("Strided(2) ^ Strided(2)", "Empty()"),
+    ("Empty() ^ Strided(2)", "Strided(2)"),
+    ("Strided(2) ^ Full()", "~Strided(2)"),
+    ("Full().rows(1, 3)", "Full().sized(2, None)"),
+    ("Strided(2).rows(1, 4).rows(1, 3)", "Strided(2).rows(2, 4)"),
+    ("Causal().rows(1, 3)", "Causal(1).sized(2, None)"),
+    ("Prefix(2).rows(1, 3)", "Prefix(2).sized(2, None)"),
+    ("Strided(2).with_global_nodes(0)", "Strided(2)"),
+    ("Full().with_global_nodes(1)", "Full()"),
+    ("Strided(2).sized(3, None).sized(3, 4)", "Strided(2).sized(3, 4)"),
+    ("Disjoint([Strided(2)])", "Strided(2)"),
+]
+PAIR_REWRITES = [
+    ("Strided(2) | Empty()", "Strided(2)"),
+    ("Strided(2) | ~Strided(2)", "Full()"),
+    ("Causal(1) | Causal(3)", "Causal(3)"),
+    ("Prefix(2) | Prefix(1)", "Prefix(2)"),
+    ("Window(1, 1) | Window(2, 1)", "Window(2, 1)"),
+    ("Strided(2) | Strided(2) & Prefix(3)", "Strided(2)"),
+    ("Full() & Strided(2)", "Strided(2)"),
+    ("Strided(2) & Empty()", "Empty()"),
+    ("Strided(2) & ~Prefix(3)", "Strided(2) - Prefix(3)"),
+    ("Causal(1) & Causal(3)", "Causal(1)"),
+    ("Prefix(2) & Prefix(1)", "Prefix(1)"),
+    ("Window(1, 3) & Window(2, 1)", "Window(1, 1)"),
+    ("Window(4, 4) & Causal(1)", "Window(4, 1)"),
+    ("Strided(2) & (Strided(2) | Prefix(3))", "Strided(2)"),
+]
+
+
+def test_each_rule_has_its_example():
+    assert len(REWRITES) == len(RULES)
+    assert len(PAIR_REWRITES) == len(PAIRS)
+
+
+@pytest.mark.parametrize(("before", "after"), REWRITES + PAIR_REWRITES)
+def test_a_rule_makes_the_expression_shorter_and_keeps_its_edges(before, after):
+    graph = parse(before)
+    assert simplify(graph) == parse(after)
+    n, m = (given if given is not None else default for given, default in zip(graph.size, (5, 5), strict=True))
+    assert torch.equal(simplify(graph).mask(n, m), graph.mask(n, m))
+
+
+@pytest.mark.parametrize(("place", "example"), list(enumerate(REWRITES)), ids=lambda each: str(each)[:40])
+def test_each_example_needs_its_rule(place, example, monkeypatch):
+    rules = [rule for at, rule in enumerate(RULES) if at != place]
+    monkeypatch.setattr("attngraph.simplify.RULES", rules)
+    assert simplify(parse(example[0])) != parse(example[1])
+
+
+@pytest.mark.parametrize(("place", "example"), list(enumerate(PAIR_REWRITES)), ids=lambda each: str(each)[:40])
+def test_each_example_of_pairs_needs_its_rule(place, example, monkeypatch):
+    monkeypatch.setattr("attngraph.simplify.PAIRS", [rule for at, rule in enumerate(PAIRS) if at != place])
+    assert simplify(parse(example[0])) != parse(example[1])
+
+
+@every
+def test_simpler_graphs_have_the_same_edges_and_size(case):
+    simpler = simplify(case.graph)
+    assert simpler.size == case.graph.size
+    assert simpler.heads == case.graph.heads
+    assert torch.equal(simpler.mask(case.n, case.m), case.mask)
+
+
+@every
+def test_a_graph_is_the_union_of_its_split(case):
+    if case.graph.heads:
+        return
+    banded, scattered = split(case.graph)
+    assert torch.equal((banded | scattered).mask(case.n, case.m), case.mask)
+
+
+@given(sized_graphs())
+def test_simplify_and_split_keep_the_edges_of_any_expression(case):
+    graph, n, m = case
+    mask = graph.mask(n, m)
+    assert torch.equal(simplify(graph).mask(n, m), mask)
+    banded, scattered = split(graph)
+    assert torch.equal((banded | scattered).mask(n, m), mask)

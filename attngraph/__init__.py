@@ -11,7 +11,7 @@ torch.Size([1, 8, 1024, 64])
 """
 
 from attngraph import analysis, draw, models, nn
-from attngraph.algebra import Beside, Disjoint, PerHead
+from attngraph.assembly import Beside, Disjoint, PerHead
 from attngraph.bias import Alibi, EdgeBias, RelativeBias
 from attngraph.convert import (
     from_dense,
@@ -26,10 +26,11 @@ from attngraph.edges import EdgeList
 from attngraph.generation import generate
 from attngraph.grammar import parse, parse_list
 from attngraph.graph import Graph
+from attngraph.grids import Axial, Neighborhood, ShiftedWindows
 from attngraph.kernels.scoring import Additive
+from attngraph.machine import Machine
 from attngraph.operation import attend
 from attngraph.patterns import (
-    Axial,
     Causal,
     Chunks,
     Documents,
@@ -37,14 +38,13 @@ from attngraph.patterns import (
     Full,
     Global,
     Identity,
-    Neighborhood,
     Prefix,
     Random,
-    ShiftedWindows,
     Strided,
     Tree,
     Window,
 )
+from attngraph.planner import Plan, plan
 
 __version__ = "0.1.0"
 
@@ -64,8 +64,10 @@ __all__ = [
     "Global",
     "Graph",
     "Identity",
+    "Machine",
     "Neighborhood",
     "PerHead",
+    "Plan",
     "Prefix",
     "Random",
     "RelativeBias",
@@ -86,6 +88,7 @@ __all__ = [
     "nn",
     "parse",
     "parse_list",
+    "plan",
     "to_networkx",
     "to_scipy_sparse_matrix",
 ]

@@ -151,6 +151,47 @@ def spans(graph, start: int, stop: int, m: int) -> list[tuple[int, int]]:
     return merged
 
 
+# ----------------------------------------------------------------------------------------- graphs side by side
+
+
+def touched(placed, boxes: Boxes):
+    """Of graphs side by side: graph, first query, first key, the boxes inside, those touched, and what of them."""
+    for graph, row, column, size in placed:
+        end = [LAST if count is None else first + count for first, count in zip((row, column), size, strict=True)]
+        top, bottom = boxes.top.clamp(min=row), boxes.bottom.clamp(max=end[0])
+        left, right = boxes.left.clamp(min=column), boxes.right.clamp(max=end[1])
+        some = (top < bottom) & (left < right)
+        inside = (top == boxes.top) & (bottom == boxes.bottom) & (left == boxes.left) & (right == boxes.right)
+        part = Boxes(top, bottom, left, right).chosen(some).shifted(-row, -column)
+        yield graph, row, column, inside & some, some, part
+
+
+LAST = 1 << 62
+
+
+def blocks_side_by_side(placed, boxes: Boxes) -> Tensor:
+    """The classes of boxes in graphs side by side; between them are no edges."""
+    found = one_class(boxes, EMPTY)
+    for graph, _, _, inside, some, part in touched(placed, boxes):
+        if len(part.top):
+            kind = graph.blocks(part)
+            found[some] = torch.maximum(found[some], torch.where(inside[some], kind, kind.clamp(max=PARTIAL)))
+    return found
+
+
+def patterns_side_by_side(parts, boxes: Boxes) -> list[Tensor]:
+    """The patterns of graphs, each in its boxes: which graph, and its own numbers; elsewhere the box itself."""
+    numbers = torch.stack([torch.full_like(boxes.top, -1), boxes.top, boxes.left])
+    kinds: dict = {}
+    for graph, row, column, inside in parts:
+        own = graph.pattern(boxes.chosen(inside).shifted(-row, -column))
+        numbers = torch.cat([numbers, numbers.new_zeros(max(0, 1 + len(own) - len(numbers)), len(boxes.top))])
+        numbers[:, inside] = 0
+        for place, number in enumerate([kinds.setdefault(graph, len(kinds)), *own]):
+            numbers[place, inside] = number
+    return list(numbers)
+
+
 # ------------------------------------------------------------------------------------------------- the patterns
 
 

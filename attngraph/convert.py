@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from attngraph.algebra import PerHead
+from attngraph.assembly import PerHead
 from attngraph.edges import EdgeList, Predicate
 from attngraph.graph import Graph
 

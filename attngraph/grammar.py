@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 
-from attngraph import algebra, edges, patterns
+from attngraph import assembly, edges, grids, patterns
 from attngraph.graph import Graph, known
 
 LONGEST = 1 << 24  # characters
@@ -14,9 +14,9 @@ NAMES = {
     kind.__name__: kind
     for kind in (
         patterns.Full, patterns.Empty, patterns.Identity, patterns.Causal, patterns.Window, patterns.Prefix,
-        patterns.Global, patterns.Strided, patterns.Chunks, patterns.Documents, patterns.Neighborhood, patterns.Axial,
-        patterns.ShiftedWindows, patterns.Tree, patterns.Random, edges.EdgeList, algebra.Disjoint, algebra.Beside,
-        algebra.PerHead,
+        patterns.Global, patterns.Strided, patterns.Chunks, patterns.Documents, grids.Neighborhood, grids.Axial,
+        grids.ShiftedWindows, patterns.Tree, patterns.Random, edges.EdgeList, assembly.Disjoint, assembly.Beside,
+        assembly.PerHead,
     )
 }  # fmt: skip
 OPERATORS = {

@@ -7,6 +7,7 @@ compiled program serves every graph size.
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +17,29 @@ from attngraph.graph import Graph
 
 MOST_CACHED = 16  # layouts of each kind
 LARGEST_CACHED = 1 << 26  # entries of a mask; larger ones cost less to build than to keep
+
+
+class Dense(NamedTuple):
+    """All pairs of n queries and m keys: of a closed form that the kernels know, "causal" or "full", or with a mask."""
+
+    text: str
+    n: int
+    m: int
+    closed: str | None
+
+    @property
+    def pairs(self) -> int:
+        """How many scores are computed."""
+        return self.n * self.m // (2 if self.closed == "causal" else 1)
+
+    @property
+    def nbytes(self) -> int:
+        """Of the mask."""
+        return 0 if self.closed else self.n * self.m
+
+    def mask(self, device: torch.device) -> Tensor | None:
+        """The edges as a bool tensor (n, m), where the closed form does not tell them."""
+        return None if self.closed else mask(self.text, self.n, self.m, device)
 
 
 @torch.library.custom_op("attngraph::mask", mutates_args=())
@@ -35,7 +59,7 @@ def _(graph, n, m, device):
 @torch.library.custom_op("attngraph::edges", mutates_args=())
 def edges(graph: str, n: int, m: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """The edges as query (E,), key (E,) and, with one graph per head, who has which: bool (H, E); else (0, E)."""
-    return tuple(part.clone() for part in _edges(from_text(graph), n, m, device))
+    return tuple(part.clone() for part in edges_of_heads(from_text(graph), n, m, device))
 
 
 @edges.register_fake
@@ -51,7 +75,8 @@ def _mask(graph: Graph, n: int, m: int, device: torch.device) -> Tensor:
 
 
 @lru_cache(MOST_CACHED)
-def _edges(graph: Graph, n: int, m: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+def edges_of_heads(graph: Graph, n: int, m: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """What the operator `edges` gives, kept: not to be changed."""
     bound, n, m = graph.at(n, m)
     query, key = bound.list_edges(n, m)
     heads = range(graph.heads or 0)

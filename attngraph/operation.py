@@ -10,20 +10,22 @@ from torch import Tensor
 from attngraph import layout
 from attngraph.algebra import Sized
 from attngraph.bias import Bias, DenseBias, EdgeBias
+from attngraph.edges import EdgeList
+from attngraph.execution import attend_forward, give, planned
 from attngraph.graph import Graph
 from attngraph.kernels.dense import dense, logsumexp
 from attngraph.kernels.edges import edges
 from attngraph.kernels.reference import reference
 from attngraph.kernels.scoring import NORMALIZERS, SCORES
 from attngraph.patterns import Causal, Full
-from attngraph.planner import Request, choose
+from attngraph.planner import BACKENDS, Plan, Request
 
 
 def attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    graph: Graph,
+    graph: Graph | Plan,
     *,
     bias: Bias | Tensor | None = None,
     scale: float | None = None,
@@ -43,14 +45,14 @@ def attend(
         q: queries (B, H, N, D), or (H, N, D).
         k: keys (B, Hkv, M, D), where H is a multiple of Hkv: consecutive query heads share a key head.
         v: values (B, Hkv, M, Dv).
-        graph: who hears whom; its size, where it has one, is (N, M).
+        graph: who hears whom; its size, where it has one, is (N, M). Or a `plan` of a graph for such tensors.
         bias: added to the scores: `Alibi`, `RelativeBias`, `EdgeBias`, or a tensor that broadcasts to (B, H, N, M).
         scale: factor of the scores before the bias; by default 1/√D for the score "dot", 1 for others.
         dropout_p: the probability with which a weight is dropped, always applied: pass 0 when not training.
         score: "dot", "additive" (Σ tanh(q + k)), `Additive(weight)`, or a function of (q_i, k_j), each (B, H, E, D),
             to (B, H, E).
         normalize: "softmax", "sigmoid", "none", or an elementwise function of the scores.
-        backend: "auto", "reference", "edges" or "dense". What a named one can't do is an error.
+        backend: "auto", "reference", "edges", "dense", "tiles" or "rows". What a named one can't do is an error.
         return_lse: also return log Σ_j exp(score_ij) (B, H, N), -inf where a query hears nobody. Differentiable.
         return_weights: also return w before dropout, (B, H, E) in `edge_index` order.
 
@@ -74,12 +76,11 @@ def attend(
     _check(q, k, v, graph, bias, score, normalize, dropout_p)
     if return_lse and normalize != "softmax":
         raise ValueError(f"return_lse needs normalize='softmax' (got {normalize!r}): other weights have no common sum")
-    n, m = q.shape[2], k.shape[2]
-    request = Request(score, normalize, return_lse, return_weights)
+    request = Request(score, normalize, dropout_p, return_lse, return_weights)
     if scale is None:
         scale = max(q.shape[3], 1) ** -0.5 if score == "dot" else 1.0
-    run = RUN[choose(backend, graph, n, m, request)]
-    out, lse, weights = run(q, k, v, graph, bias, scale, dropout_p, request)
+    run = RUN[_choose(backend, q, k, graph, bias, request)]
+    out, lse, weights = run(q, k, v, graph, bias, scale, backend, request)
     asked = (True, return_lse, return_weights)
     found = [part[0] if unbatched else part for part, wanted in zip((out, lse, weights), asked, strict=True) if wanted]
     return found[0] if len(found) == 1 else tuple(found)
@@ -88,21 +89,20 @@ def attend(
 # ---------------------------------------------------------------------- one function a backend: layout, kernel
 
 
-def _run_reference(q, k, v, graph, bias, scale, dropout_p, request):
+def _run_reference(q, k, v, graph, bias, scale, _, request):
     if isinstance(bias, EdgeBias):
         _check_edge_bias(bias, graph.num_edges(q.shape[2], k.shape[2]), q)
     elif bias is not None:
         bias = DenseBias(_over_pairs(bias, q, k, None).double())
-    out, lse, weights = reference(
-        q, k, v, graph, bias=bias, scale=scale, dropout_p=dropout_p, score=request.score, normalize=request.normalize
-    )
+    options = {"dropout_p": request.dropout_p, "score": request.score, "normalize": request.normalize}
+    out, lse, weights = reference(q, k, v, graph, bias=bias, scale=scale, **options)
     if request.return_weights:
         key, query = graph.edge_index(q.shape[2], k.shape[2]).to(q.device)
         weights = weights[:, :, query, key].to(q.dtype)
     return out.to(q.dtype), lse.to(torch.promote_types(q.dtype, torch.float32)), weights
 
 
-def _run_edges(q, k, v, graph, bias, scale, dropout_p, request):
+def _run_edges(q, k, v, graph, bias, scale, _, request):
     query, key, member = layout.edges(graph.text, q.shape[2], k.shape[2], q.device)
     if bias is not None:
         if isinstance(bias, EdgeBias):
@@ -111,29 +111,109 @@ def _run_edges(q, k, v, graph, bias, scale, dropout_p, request):
             bias = _full(bias, q, k)
         edge = torch.arange(query.shape[0], device=q.device)
         bias = _for_heads(bias.at(query, key, edge), q, edges=1)
-    return edges(
-        q, k, v, query, key, member,
-        bias=bias, scale=scale, dropout_p=dropout_p, score=request.score, normalize=request.normalize,
-    )  # fmt: skip
+    options = {"dropout_p": request.dropout_p, "score": request.score, "normalize": request.normalize}
+    return edges(q, k, v, query, key, member, bias=bias, scale=scale, **options)
 
 
-def _run_dense(q, k, v, graph, bias, scale, dropout_p, request):
-    n, m = q.shape[2], k.shape[2]
-    plain = graph.graph if type(graph) is Sized else graph
-    causal, mask = plain == Causal(), None
-    if not (causal or plain == Full()) or (causal and bias is not None):
+def _run_dense(q, k, v, graph, bias, scale, _, request):
+    n, m, mask, graph = q.shape[2], k.shape[2], None, graph.graph if isinstance(graph, Plan) else graph
+    causal = _closed(graph) == Causal()
+    if _closed(graph) is None or (causal and bias is not None):
         mask, causal = layout.mask(graph.text, n, m, q.device), False
     if bias is not None:
         bias = _over_pairs(bias, q, k, graph)
-    out = dense(q, k, v, mask, causal=causal, bias=bias, scale=scale, dropout_p=dropout_p)
+    out = dense(q, k, v, mask, causal=causal, bias=bias, scale=scale, dropout_p=request.dropout_p)
     lse = logsumexp(q, k, mask, causal=causal, bias=bias, scale=scale) if request.return_lse else None
     return out, lse, None
 
 
-RUN = {"reference": _run_reference, "edges": _run_edges, "dense": _run_dense}
+def _run_planned(q, k, v, graph, bias, scale, backend, request):
+    text = give(graph) if isinstance(graph, Plan) else graph.text
+    kind, values, of_query = _planned_bias(bias, q, k)
+    out, lse = attend_forward(q, k, v, values, kind, text, backend, float(scale))
+    if of_query is not None:  # the same for all that a query hears: its weights do not change
+        out, lse = out.masked_fill(of_query == -torch.inf, 0), lse + of_query[..., 0]
+    return out, lse, None
+
+
+RUN = {
+    "reference": _run_reference, "edges": _run_edges, "dense": _run_dense, "tiles": _run_planned, "rows": _run_planned,
+    "plan": _run_planned,
+}  # fmt: skip
+
+
+def _choose(backend: str, q: Tensor, k: Tensor, graph: Graph | Plan, bias: Bias | None, request: Request) -> str:
+    """The key of RUN for this request."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)} (got {backend!r})")
+    if isinstance(graph, Plan):
+        return _choose_of_plan(backend, graph, bias, request)
+    if backend != "auto":
+        if beyond := request.beyond(backend):
+            others = [name for name in BACKENDS[1:] if not request.beyond(name)]
+            raise ValueError(
+                f"backend={backend!r} can't do {beyond}; backend={others[-1]!r} and 'reference' can, and 'auto' chooses"
+            )
+        return backend
+    if request.beyond("dense"):
+        return "edges"
+    if _closed(graph) is not None:
+        return "dense"
+    if request.beyond("tiles") or q.device.type != "cpu" or (torch.compiler.is_compiling() and bias is not None):
+        sparse = isinstance(graph, EdgeList) and len(graph.code) * PAIRS_PER_EDGE < q.shape[2] * k.shape[2]
+        return "edges" if sparse else "dense"
+    if torch.compiler.is_compiling():
+        return "plan"  # which is made in the operator: a compiled program serves many sizes
+    parts = planned(graph.text, q, k, "auto", None if bias is None else _planned_kind(bias)).parts
+    return "dense" if [part.backend for part in parts] == ["dense"] else "plan"
+
+
+def _choose_of_plan(backend: str, plan: Plan, bias: Bias | None, request: Request) -> str:
+    kind = None if bias is None else _planned_kind(bias)
+    if kind not in (None, plan.bias):
+        raise ValueError(f"the plan was made for bias={plan.bias!r} (got one of kind {kind!r}): plan(…, bias={kind!r})")
+    if backend != "auto":
+        raise ValueError(
+            f"a plan has chosen its backends: leave out backend={backend!r}, or plan(…, backend={backend!r})"
+        )
+    for part in plan.parts:
+        if beyond := request.beyond(part.backend):
+            raise ValueError(f"{plan} can't do {beyond}; attend with the graph itself chooses a backend that can")
+    return "dense" if kind and any(part.backend == "dense" for part in plan.parts) else "plan"
+
+
+PAIRS_PER_EDGE = 64  # gathering one edge costs about as much as this many pairs of a dense product
+
+
+def _closed(graph: Graph) -> Graph | None:
+    """Causal() or Full(), where the graph is one of them."""
+    plain = graph.graph if type(graph) is Sized else graph
+    return plain if plain == Causal() or plain == Full() else None
 
 
 # ------------------------------------------------------------------------------------------------------ biases
+
+
+def _planned_kind(bias: Bias) -> str:
+    return "edge" if isinstance(bias, EdgeBias) else "dense" if isinstance(bias, DenseBias) else "offset"
+
+
+def _planned_bias(bias: Bias | None, q: Tensor, k: Tensor) -> tuple[str, Tensor | None, Tensor | None]:
+    """A bias as kernels take it: its kind and values; and apart, what of it is the same for all keys, (…, N, 1)."""
+    n, m = q.shape[2], k.shape[2]
+    if bias is None:
+        return "", None, None
+    kind = _planned_kind(bias)
+    if kind == "offset":  # of j - i alone
+        ahead = torch.arange(1 - n, m, device=q.device) if n and m else torch.arange(0, device=q.device)
+        return kind, _for_heads(bias.at((-ahead).clamp(min=0), ahead.clamp(min=0)), q, edges=1), None
+    values = _for_heads(bias.values, q, edges=1 if kind == "edge" else 2)
+    values = values.view(*[1] * (2 + (kind == "dense") + 1 - values.ndim), *values.shape)
+    if kind == "edge":
+        return kind, values, None
+    if values.shape[2] not in (1, n) or values.shape[3] not in (1, m):
+        raise ValueError(f"a bias tensor must broadcast to (B, H, {n}, {m}) (got {tuple(bias.values.shape)})")
+    return ("", None, values) if values.shape[3] == 1 != m else (kind, values, None)
 
 
 def _over_pairs(bias: Bias, q: Tensor, k: Tensor, graph: Graph) -> Tensor:
@@ -199,6 +279,9 @@ def _check(q, k, v, graph, bias, score, normalize, dropout_p) -> None:
             )
         if side.shape[0] != q.shape[0]:
             raise ValueError(f"q, k and v must have the same batch size (got q {q.shape[0]}, {name} {side.shape[0]})")
+    if isinstance(graph, Plan):
+        _check_plan(graph, q, k)
+        graph = graph.graph
     if not isinstance(graph, Graph):
         hint = "a mask becomes one by from_dense(mask)"
         if isinstance(graph, type) and issubclass(graph, Graph):
@@ -227,3 +310,12 @@ def _check(q, k, v, graph, bias, score, normalize, dropout_p) -> None:
             raise ValueError(f"{name} must be a function or one of {', '.join(names)} (got {given!r})")
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p must be a probability below 1 (got {dropout_p})")
+
+
+def _check_plan(plan: Plan, q: Tensor, k: Tensor) -> None:
+    made, given = (plan.n, plan.m, plan.heads), (q.shape[2], k.shape[2], q.shape[1])
+    if made != given or plan.device != q.device:
+        raise ValueError(
+            f"the plan was made for {made[0]} queries, {made[1]} keys and {made[2]} heads on {plan.device} (got "
+            f"{given[0]}, {given[1]} and {given[2]} on {q.device}); make one for these, or attend with the graph itself"
+        )

@@ -1,44 +1,406 @@
-"""Choosing: which backend runs a graph, and the error when the one that was named can't."""
+"""Choosing how a graph runs: which parts of it by which backend, at what cost. `plan` is the verb, `Plan` the answer.
+
+A plan cuts a graph into disjoint sets of edges: bands and blocks for tiles, stray edges for rows, all-pairs for
+PyTorch's dense attention. What it costs is computed from the counts of tiles and edges, and from how fast this machine
+is (`attngraph.machine`). Every plan of a graph computes the same function.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
+from itertools import count
 from typing import NamedTuple
 
-from attngraph.edges import EdgeList
-from attngraph.graph import Graph
+import torch
+from torch import Tensor
 
-BACKENDS = ("auto", "reference", "edges", "dense")
-PAIRS_PER_EDGE = 64  # gathering one edge costs about as much as this many pairs of a dense product
+from attngraph.algebra import Sized
+from attngraph.blocks import require_memory
+from attngraph.graph import Graph
+from attngraph.layout import Dense, edges_of_heads
+from attngraph.machine import Machine
+from attngraph.patterns import Causal, Full
+from attngraph.reordering import bandwidth_order
+from attngraph.rows import Rows
+from attngraph.simplify import simplify, split
+from attngraph.tiles import NO_MASK, Table, Tiles, tabulate, tabulate_edges, union
+
+BACKENDS = ("auto", "reference", "edges", "dense", "tiles", "rows")
+PLANNED = ("dense", "tiles", "rows")  # what a plan is made of
+TILE = (64, 64)  # on a CPU: smaller products are slow, larger ones waste more of a band
+BYTES_PER_EDGE = 120  # while edges are sorted into rows or tiles
+INSTALL_NUMBA = "pip install 'attngraph[cpu]'"
 
 
 class Request(NamedTuple):
     """What a call of `attend` asks for that not every backend can do."""
 
-    score: str | Callable
-    normalize: str | Callable
-    return_lse: bool
-    return_weights: bool
+    score: str | Callable = "dot"
+    normalize: str | Callable = "softmax"
+    dropout_p: float = 0.0
+    return_lse: bool = False
+    return_weights: bool = False
 
-    def beyond_dense(self) -> str | None:
-        """The first thing asked for that needs a kernel that sees edges one by one."""
+    def beyond(self, backend: str) -> str | None:
+        """The first thing asked for that this backend can't do."""
+        if backend in ("reference", "edges"):
+            return None
         if self.score != "dot":
             return f"score={self.score!r}"
         if self.normalize != "softmax":
             return f"normalize={self.normalize!r}"
-        return "return_weights=True" if self.return_weights else None
+        if self.return_weights:
+            return "return_weights=True"
+        return f"dropout_p={self.dropout_p}" if self.dropout_p and backend != "dense" else None
 
 
-def choose(backend: str, graph: Graph, n: int, m: int, request: Request) -> str:
-    """The backend that runs this request."""
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)} (got {backend!r})")
-    beyond = request.beyond_dense()
-    if backend == "dense" and beyond:
-        raise ValueError(f"backend='dense' can't do {beyond}; backend='edges' and 'reference' can, and 'auto' chooses")
-    if backend != "auto":
-        return backend
-    if beyond:
-        return "edges"
-    sparse = isinstance(graph, EdgeList) and len(graph.code) * PAIRS_PER_EDGE < n * m
-    return "edges" if sparse else "dense"
+@dataclass(frozen=True, eq=False)
+class Part:
+    """Some of a graph's edges, and what runs them."""
+
+    backend: str
+    layout: Tiles | Rows | Dense
+    edges: int
+    seconds: float  # expected, forward, for one head of one batch entry
+    why: str
+    heads: tuple[int, ...] | None = None  # None: all of them
+    order: Tensor | None = None  # the nodes in the order of the layout, where they were reordered
+    number: Tensor | None = None  # of each edge of these heads, among the edges that any head has
+    strips: int = 0
+
+    @property
+    def pairs(self) -> int:
+        """How many scores are computed for each head."""
+        if self.backend == "tiles":
+            return len(self.layout.table.row) * self.layout.tile[0] * self.layout.tile[1]
+        return self.layout.pairs if self.backend == "dense" else self.edges
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """How one graph runs at one size on one device; `attend(q, k, v, plan)` runs it. See `plan`.
+
+    Immutable, and never a change of meaning: every plan of a graph computes the same function.
+    """
+
+    graph: Graph
+    n: int
+    m: int
+    heads: int
+    head_dim: int
+    device: torch.device
+    parts: tuple[Part, ...]
+    alternatives: dict[str, float | str]  # seconds of what was not chosen, or why it can't be
+    edges: int
+    machine: Machine
+    bias: str | None = None  # the kind it was made for
+    notes: tuple[str, ...] = ()
+    text: str = field(default_factory=lambda: f"<plan {next(_NUMBERS)}>")
+
+    @property
+    def nbytes(self) -> int:
+        """How much memory the layouts take."""
+        return sum(part.layout.nbytes for part in self.parts)
+
+    @property
+    def seconds(self) -> float:
+        """The expected time of one forward pass of all heads of one batch entry."""
+        return sum(part.seconds * len(part.heads or range(self.heads)) for part in self.parts)
+
+    def explain(self) -> str:
+        """What runs, why, at what expected cost, and what the alternatives would have cost: a table to read."""
+        return _explain(self)
+
+    def __repr__(self) -> str:
+        parts = ", ".join(f"{part.backend} {part.edges:,}" for part in self.parts)
+        return f"Plan({self.graph.text}, {self.n} × {self.m}: {parts or 'no edges'})"
+
+
+_NUMBERS = count(1)
+
+
+def plan(
+    graph: Graph,
+    n: int | None = None,
+    m: int | None = None,
+    *,
+    heads: int = 1,
+    head_dim: int = 64,
+    device: torch.device | str = "cpu",
+    backend: str = "auto",
+    bias: str | None = None,
+    reorder: bool | None = None,
+    machine: Machine | None = None,
+) -> Plan:
+    """How a graph runs at n queries and m keys: `attend` makes a plan of each graph by itself; this shows or fixes it.
+
+    Args:
+        graph: who hears whom; n and m may be left out where it knows them.
+        heads: how many query heads, for the expected cost.
+        head_dim: the dimension of keys and values, for the expected cost.
+        device: where the tensors will be.
+        backend: "auto", or "dense", "tiles" or "rows" for all edges.
+        bias: the kind of bias that will be added, None, "offset" (Alibi, RelativeBias), "dense" or "edge" (EdgeBias):
+            with the last the edges are not cut into parts, with any nodes are not reordered.
+        reorder: whether the nodes of an EdgeList may be put into another order, so that its edges lie closer together;
+            None is where it pays (SciPy's reverse Cuthill–McKee).
+        machine: how fast this machine is; by default as measured once (see `Machine.here`).
+
+    >>> print(plan(Window(256, 0), 100_000, 100_000, heads=8))
+    Plan(Window(256, 0), 100000 × 100000: tiles 25,667,104)
+
+    Raises:
+        ValueError: sizes that do not fit, or a backend that can't run here.
+        MemoryError: layouts that need more memory than there is, before they are made.
+    """
+    if backend not in ("auto", *PLANNED):
+        raise ValueError(f"backend of a plan must be one of auto, {', '.join(PLANNED)} (got {backend!r})")
+    bound, n, m = graph.at(n, m)
+    if bound.heads is not None and bound.heads != heads:
+        raise ValueError(f"graph has {bound.heads} heads (got heads={heads})")
+    machine, device = machine or Machine.here(), torch.device(device)
+    groups: dict[Graph, list[int]] = {}
+    for h in range(bound.heads or 1):
+        groups.setdefault(simplify(bound.head(h)), []).append(h)
+    alone = len(groups) == 1 or bias is None  # dense with a bias is no part beside others
+    choices = [_Choice(one, n, m, head_dim, device, backend, bias, reorder, alone, machine) for one in groups]
+    parts, alternatives, notes = [], {}, []
+    for choice, members in zip(choices, groups.values(), strict=True):
+        chosen, others = choice.made()
+        numbers = _numbers(graph, members[0], n, m) if bound.heads and bias == "edge" else None
+        own = tuple(members) if bound.heads else None
+        parts += [replace(part, heads=own, number=numbers) for part in chosen]
+        for name, cost in others.items():
+            known, times = alternatives.get(name, 0.0), len(members) if bound.heads else heads
+            alternatives[name] = (
+                next((each for each in (cost, known) if isinstance(each, str)), None) or known + cost * times
+            )
+        notes += [note for note in choice.notes if note not in notes]
+    edges = sum(part.edges for part in parts) if not bound.heads else bound.count_edges(n, m)
+    return Plan(graph, n, m, heads, head_dim, device, tuple(parts), alternatives, edges, machine, bias, tuple(notes))
+
+
+def _numbers(graph: Graph, head: int, n: int, m: int) -> Tensor:
+    """Of the edges that any head has, the numbers of this head's."""
+    return edges_of_heads(graph, n, m, torch.device("cpu"))[2][head].nonzero()[:, 0]
+
+
+# ------------------------------------------------------------------------------------------------- the choice
+
+Edges = tuple[Tensor, Tensor]  # (query, key)
+
+
+class _Way(NamedTuple):
+    """A cut of the edges: what runs in tiles, what in rows; and the expected seconds."""
+
+    tiles: Table  # of those found box by box
+    tiled: Edges  # of those listed, numbered in `order`
+    loose: Table  # tiles whose edges run in rows
+    rows: Edges
+    order: Tensor | None
+    seconds: float
+
+
+class _Choice:
+    """The ways to run one graph without heads of its own, bound to its size; seconds are of one head."""
+
+    def __init__(self, graph, n, m, head_dim, device, backend, bias, reorder, may_be_dense, machine):
+        self.graph, self.n, self.m, self.dim = graph, n, m, head_dim
+        self.backend, self.bias, self.reorder, self.machine = backend, bias, reorder, machine
+        self.may_be_dense = may_be_dense
+        self.notes: list[str] = []
+        self.on_cpu = device.type == "cpu"
+        self.no_rows = None if self.on_cpu else f"rows run on a CPU, not on {device.type}"
+        if self.on_cpu and find_spec("numba") is None:
+            self.no_rows = f"rows need numba: {INSTALL_NUMBA}"
+        plain = graph.graph if type(graph) is Sized else graph
+        self.closed = plain if plain in (Causal(), Full()) else None
+
+    def made(self) -> tuple[list[Part], dict[str, float | str]]:
+        """The parts, and what else was possible at what cost, or why not."""
+        if self.backend == "dense" and not self.may_be_dense:
+            raise ValueError("a plan of backend='dense' has no bias with one graph per head; backend='tiles' has")
+        at_once = self.backend == "auto" and self.may_be_dense and (self.closed is not None or not self.on_cpu)
+        if self.backend == "dense" or at_once:
+            return [self._dense()], {}
+        if self.backend == "rows" and self.no_rows:
+            raise ValueError(f"backend='rows' can't run here: {self.no_rows}; backend='tiles' can")
+        self._find()
+        if self.backend != "auto":
+            return self._built(self._cut(0 if self.backend == "tiles" else 1 << 62)), {}
+        return self._best()
+
+    def _find(self) -> None:
+        """The edges: those of bands and blocks as a table of tiles, the others as a list."""
+        banded, scattered = split(self.graph)
+        self.banded = tabulate(banded, self.n, self.m, TILE)
+        query, key = scattered.list_edges(self.n, self.m)
+        require_memory(len(query) * BYTES_PER_EDGE, f"to plan the {len(query):,} listed edges of {self.graph.text}")
+        stray = ~banded.contains(query, key)
+        self.listed = query[stray], key[stray]
+
+    def _best(self) -> tuple[list[Part], dict[str, float | str]]:
+        ways: dict[str, _Way] = {"tiles": self._cut(0)}
+        costs: dict[str, float | str] = {}
+        if self.may_be_dense:
+            costs["dense"] = self._dense_seconds()
+        if self.no_rows:
+            self.notes.append(f"{self.no_rows}. Without them, stray edges run in tiles of their own")
+            costs["rows"] = self.no_rows
+        else:
+            ways["rows"] = self._cut(1 << 62)
+            if self.bias != "edge":
+                ways["tiles + rows"] = self._cut(self._worth())
+        if (reordered := self._reordered()) is not None:
+            ways["reordered"] = reordered
+        costs.update((name, way.seconds) for name, way in ways.items())
+        best = min((name for name, cost in costs.items() if not isinstance(cost, str)), key=costs.__getitem__)
+        parts = [self._dense()] if best == "dense" else self._built(ways[best])
+        return parts, {name: cost for name, cost in costs.items() if name != best}
+
+    def _worth(self) -> int:
+        """The number of edges from which a tile is cheaper than its edges one by one."""
+        return max(1, round(self._tile_seconds(1, 0) / self.machine.rows(1, self.dim)))
+
+    def _cut(self, worth: int, edges: Edges | None = None, order: Tensor | None = None) -> _Way:
+        """Tiles of at least so many edges stay tiles; the edges of others run in rows."""
+        query, key = edges or self.listed
+        dense = self.banded.edges >= worth
+        stride = -(-self.m // TILE[1])
+        _, at, inside = torch.unique(
+            query // TILE[0] * stride + key // TILE[1], return_inverse=True, return_counts=True
+        )
+        close = inside[at] >= worth
+        tiles, loose = self.banded.chosen(dense), self.banded.chosen(~dense)
+        count = len(tiles.row) + int((inside >= worth).sum())
+        stray = int((~close).sum()) + int(loose.edges.sum())
+        seconds = self._tile_seconds(count, len(torch.unique(tiles.row)) + len(torch.unique(query[close] // TILE[0])))
+        seconds += self._rows_seconds(stray)
+        if count and stray:
+            seconds += self.machine.node * self.dim * self.n  # their results are merged
+        if order is not None:
+            seconds += self.machine.node * self.dim * self.n * 4  # q, k, v and out change places
+        far = query[~close], key[~close]
+        if order is not None:
+            far = order[far[0]], order[far[1]]
+        return _Way(tiles, (query[close], key[close]), loose, far, order, seconds)
+
+    def _reordered(self) -> _Way | None:
+        """A cut after the nodes were put into an order in which edges lie close together."""
+        query, key = self.listed
+        square = self.n == self.m and not len(self.banded.row) and len(query) >= FEWEST_TO_REORDER
+        if self.reorder is False or self.bias or not square:
+            return None
+        if find_spec("scipy") is None:
+            self.notes.append("the nodes were not reordered: that needs SciPy, pip install scipy")
+            return None
+        order = bandwidth_order(query, key, self.n)
+        place = torch.empty_like(order).scatter_(0, order, torch.arange(self.n))
+        way = self._cut(0 if self.no_rows else self._worth(), (place[query], place[key]), order)
+        return way._replace(seconds=0.0) if self.reorder else way
+
+    def _built(self, way: _Way) -> list[Part]:
+        """The layouts of a cut."""
+        parts = []
+        table = way.tiles
+        if len(way.tiled[0]):
+            table = (
+                union(table, tabulate_edges(*way.tiled, TILE)) if len(table.row) else tabulate_edges(*way.tiled, TILE)
+            )
+        if len(table.row):
+            layout, edges = Tiles(self.n, self.m, table), int(table.edges.sum())
+            pieces = sum(-(-strip.rows.rows * strip.width // TILES_AT_ONCE) for strip in layout.strips)
+            full = int((table.mask == NO_MASK).sum())
+            why = (
+                f"{len(table.row):,} tiles, {full:,} full; {edges / (len(table.row) * TILE[0] * TILE[1]):.0%} of their "
+                f"pairs are edges; {len(table.words):,} distinct masks, {len(layout.strips):,} strips"
+            )
+            if way.order is not None:
+                why += "; nodes reordered"
+            parts.append(Part("tiles", layout, edges, self._tile_seconds(len(table.row), pieces), why, order=way.order))
+        query, key = way.rows
+        if len(way.loose.row):
+            query, key = (
+                torch.cat(side) for side in zip((query, key), way.loose.list_edges(self.n, self.m), strict=True)
+            )
+        if len(query):
+            code = (query * self.m + key).sort().values
+            layout = Rows.of(code // self.m, code % self.m, self.n, self.m)
+            why = "edges one by one: gathering each costs less than the tile around it"
+            parts.append(Part("rows", layout, len(query), self._rows_seconds(len(query)), why))
+        return parts
+
+    def _dense(self) -> Part:
+        layout = Dense(
+            self.graph.text, self.n, self.m, type(self.closed).__name__.lower() if self.closed is not None else None
+        )
+        edges = self.graph.count_edges(self.n, self.m)
+        why = (
+            f"{self.closed.text} is what the flash kernel does" if self.closed is not None else "all pairs, with a mask"
+        )
+        return Part("dense", layout, edges, self._dense_seconds(), why)
+
+    # seconds
+
+    def _dense_seconds(self) -> float | str:
+        if self.closed is not None:
+            return self.machine.flash * self.dim * self.n * self.m / (2 if self.closed == Causal() else 1)
+        if self.n * self.m > MOST_DENSE_PAIRS and self.backend == "auto":
+            return f"its mask would have {self.n * self.m:,} entries"
+        return self.machine.call + self.machine.dense * self.dim * self.n * self.m
+
+    def _tile_seconds(self, tiles: int, rows: int) -> float:
+        """Of so many tiles in so many rows or strips of them."""
+        pieces = min(rows, 16) + tiles // TILES_AT_ONCE if rows else 0
+        return self.machine.tile * tiles * TILE[0] * TILE[1] * self.dim + self.machine.strip * pieces
+
+    def _rows_seconds(self, edges: int) -> float:
+        return self.machine.rows(edges, self.dim) + self.machine.call if edges else 0.0
+
+
+MOST_DENSE_PAIRS = 1 << 31  # beyond, a mask alone takes 2 GiB
+FEWEST_TO_REORDER = 1 << 12
+TILES_AT_ONCE = 256  # in one piece of a strip: see kernels/tiles_torch.py
+
+
+# ----------------------------------------------------------------------------------------------- the explanation
+
+
+def _explain(plan: Plan) -> str:
+    lines = [
+        f"{plan.graph.text}: {plan.n:,} queries, {plan.m:,} keys, {plan.edges:,} edges "
+        f"({plan.edges / max(plan.n * plan.m, 1):.2%} of all pairs)",
+        f"{plan.heads} heads of dimension {plan.head_dim} on {plan.device}; layouts of {_bytes(plan.nbytes)}",
+        "",
+        f"{'part':8}{'heads':>6}{'edges':>16}{'pairs computed':>18}{'GFLOP':>10}{'bytes':>10}{'expected':>12}   why",
+    ]
+    for part in plan.parts:
+        heads = len(part.heads or range(plan.heads))
+        flops = 4 * part.pairs * plan.head_dim * heads
+        moved = part.layout.nbytes + 4 * plan.head_dim * heads * 2 * (plan.n + plan.m)
+        lines.append(
+            f"{part.backend:8}{heads:6}{part.edges:16,}{part.pairs:18,}{flops / 1e9:10.2f}{_bytes(moved):>10}"
+            f"{_time(part.seconds * heads):>12}   {part.why}"
+        )
+    if plan.alternatives:
+        lines += ["", "instead:"]
+        for name, cost in sorted(plan.alternatives.items(), key=lambda each: (isinstance(each[1], str), str(each[0]))):
+            lines.append(f"  {name:16}{cost if isinstance(cost, str) else _time(cost)}")
+    lines += [f"note: {note}" for note in plan.notes]
+    return "\n".join(
+        [*lines, f"expected times: forward, one batch entry, as this machine was measured ({plan.machine.source})"]
+    )
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds * 1e3:,.3g} ms" if seconds < 1 else f"{seconds:,.3g} s"
+
+
+def _bytes(size: int) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024 or unit == "GiB":
+            return f"{size:.4g} {unit}"
+        size /= 1024
+    return ""

@@ -11,10 +11,8 @@ from functools import reduce
 from operator import or_
 
 from attngraph.algebra import (
-    Beside,
     Complement,
     Difference,
-    Disjoint,
     Intersection,
     Rows,
     Sized,
@@ -23,6 +21,7 @@ from attngraph.algebra import (
     Union,
     WithGlobalNodes,
 )
+from attngraph.assembly import Beside, Disjoint
 from attngraph.graph import Graph
 from attngraph.patterns import Causal, Chunks, Empty, Full, Global, Identity, Prefix, Random, Strided, Window
 

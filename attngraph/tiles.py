@@ -64,7 +64,7 @@ class TileRows(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Tiles:
-    """A graph of n queries and m keys as tiles: block-CSR and its transpose. Border tiles may reach beyond the graph."""
+    """A graph of n queries and m keys as tiles: block-CSR and its transpose. Tiles at the border may reach beyond."""
 
     n: int
     m: int

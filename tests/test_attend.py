@@ -90,7 +90,7 @@ def test_every_backend_equals_the_reference(case, kind):
     q, k, v = tensors(case.n, case.m, heads=heads)
     bias, learned = biases(kind, case.graph, case.n, case.m, heads)
     expected = results(q, k, v, case.graph, bias, learned, "reference")
-    for backend in ("edges", "dense", "auto"):
+    for backend in ("edges", "dense", "tiles", "rows", "auto"):
         assert_equal(results(q, k, v, case.graph, bias, learned, backend), expected)
 
 
@@ -115,7 +115,7 @@ def test_the_reference_is_softmax_over_the_oracle(case):
 def test_whoever_hears_nobody_gets_zero_and_no_gradient(case):
     q, k, v = tensors(case.n, case.m, heads=case.graph.heads or 4)
     deaf = ~case.mask.any(-1)
-    for backend in ("reference", "edges", "dense"):
+    for backend in ("reference", "edges", "dense", "tiles", "rows"):
         out, lse = attend(q, k, v, case.graph, backend=backend, return_lse=True)
         deaf_rows = deaf.expand(out.shape[:3])
         assert (out[deaf_rows] == 0).all()
@@ -242,7 +242,7 @@ def test_packed_documents_cannot_leak():
 
 def test_nan_propagates_to_whoever_hears_it():
     graph = Causal() & Window(1, 0)
-    for backend in ("reference", "edges", "dense"):
+    for backend in ("reference", "edges", "dense", "tiles", "rows"):
         q, k, v = (side.detach().clone() for side in tensors(6, 6))
         q[0, 0, 3] = torch.nan
         out, lse = attend(q, k, v, graph, backend=backend, return_lse=True)
@@ -253,7 +253,7 @@ def test_nan_propagates_to_whoever_hears_it():
         v[1, 0, 2] = torch.nan
         out = attend(q, k, v, graph, backend=backend)
         assert out[1, 0, 2:4].isnan().all()
-        if backend != "dense":  # which multiplies what is not heard by 0, and 0 · nan is nan
+        if backend not in ("dense", "tiles"):  # which multiply what is not heard by 0, and 0 · nan is nan
             assert not out[1, 0, 4:].isnan().any()
 
 
@@ -320,7 +320,11 @@ BAD = [
     ({"k": (2, 6, 8)}, ValueError, "got 3 dimensions for k"),
     ({"dtypes": ("float32", "float64", "float32")}, ValueError, "one dtype and one device"),
     ({"dtypes": ("int64",) * 3}, TypeError, "floating-point"),
-    ({"backend": "flash"}, ValueError, "backend must be one of auto, reference, edges, dense (got 'flash')"),
+    (
+        {"backend": "flash"},
+        ValueError,
+        "backend must be one of auto, reference, edges, dense, tiles, rows (got 'flash')",
+    ),
     ({"backend": "dense", "return_weights": True}, ValueError, "'dense' can't do return_weights=True; backend='edges'"),
     ({"backend": "dense", "score": "additive"}, ValueError, "can't do score='additive'"),
     ({"backend": "dense", "normalize": "sigmoid"}, ValueError, "can't do normalize='sigmoid'"),
@@ -377,7 +381,7 @@ def test_impossible_biases_are_told(make, message):
 
 def test_an_empty_graph_is_differentiable():
     q, k, v = tensors(3, 4)
-    for backend in ("reference", "edges", "dense"):
+    for backend in ("reference", "edges", "dense", "tiles", "rows"):
         out = attend(q, k, v, Empty(), backend=backend)
         assert all((g == 0).all() for g in torch.autograd.grad(out.sum(), [q, k, v]))
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+import attngraph
 from attngraph import (
     Beside,
     Causal,
@@ -200,17 +201,18 @@ def test_graphs_differ_by_layer_head_and_call():
 
 def test_no_module_builds_a_mask(monkeypatch):
     """Nothing in nn or models asks a graph for its mask or edges; layouts are built below `attend` alone."""
-    import attngraph.layout
-
     graph = Causal() & Window(3, 0)
     model = GPT(config(position="alibi"), 17, graph)
     asked = []
     monkeypatch.setattr(attngraph.Graph, "mask", lambda *a, **k: asked.append("mask"))
+    monkeypatch.setattr(attngraph.Graph, "edge_index", lambda *a, **k: asked.append("edge_index"))
+    attended = []
     monkeypatch.setattr(
-        attngraph.layout, "mask", lambda text, n, m, device: asked.append("layout") or torch.ones(n, m).tril().bool()
+        attngraph.nn.attention, "attend", lambda *a, **k: attended.append(a[3]) or attngraph.attend(*a, **k)
     )
     model(torch.randint(17, (1, 8)))
-    assert asked == ["layout"] * 2
+    assert attended == [graph] * 2
+    assert asked == []
 
 
 @pytest.mark.parametrize("position", POSITIONS)

@@ -156,7 +156,7 @@ def test_every_backend_equals_the_reference(case, kind, grouping, dim, batch, se
     q, k, v = tensors(n, m, heads=heads, kv_heads=kv_heads, dim=dim, batch=batch, seed=seed)
     bias, learned = biases(kind, graph, n, m, heads, batch)
     expected = results(q, k, v, graph, bias, learned, "reference")
-    for backend in ("edges", "dense"):
+    for backend in ("edges", "dense", "tiles", "rows", "auto"):
         assert_equal(results(q, k, v, graph, bias, learned, backend), expected)
 
 
@@ -166,7 +166,7 @@ def test_graphs_of_heads_equal_the_reference(case, kind, seed):
     q, k, v = tensors(n, m, heads=2, kv_heads=1, seed=seed)
     bias, learned = biases(kind, graph, n, m, 2)
     expected = results(q, k, v, graph, bias, learned, "reference")
-    for backend in ("edges", "dense"):
+    for backend in ("edges", "dense", "tiles", "rows", "auto"):
         assert_equal(results(q, k, v, graph, bias, learned, backend), expected)
 
 

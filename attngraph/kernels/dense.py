@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 
 SHORT = 256  # nodes up to which half precision runs as float32 on a CPU: forward + backward took half the time there
 
@@ -74,3 +74,58 @@ class _FlashLogsumexp(torch.autograd.Function):
 def _repeated(k: Tensor, q: Tensor) -> Tensor:
     """Each key head for all the query heads that share it."""
     return k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+
+
+# ------------------------------------------------------------------------------------------- as part of a plan
+
+
+HIDDEN = -1e30  # added to the score of a pair that is no edge
+
+
+def forward(q, k, v, layout, bias: None, scale: float) -> tuple[Tensor, Tensor]:
+    """q (B, H, N, D), k and v (B, Hkv, M, ·) → out (B, H, N, ·), lse (B, H, N), by the flash kernel of the CPU."""
+    mask, hidden = _masks(layout, q)
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        *_of_one_width(q, _repeated(k, q), _repeated(v, q)),
+        0.0,
+        layout.closed == "causal",
+        attn_mask=hidden,
+        scale=scale,
+    )
+    out = out[..., : v.shape[3]]
+    if mask is not None:
+        nobody = ~mask.any(1)
+        out, lse = out.masked_fill(nobody[:, None], 0), lse.masked_fill(nobody, -torch.inf)
+    return out, lse
+
+
+def backward(q, k, v, dout, lse, delta, layout, bias: None, scale: float, bias_grad: bool):
+    """What all pairs add to (dq, dk, dv, None), from the final lse of each query and Δ = Σ dout · out - dlse.
+
+    The kernel computes Δ itself, as Σ dout · out over the dimensions of a value. So it is given one more, in which dout
+    is Δ, out is 1 and v is 0; and an out of 0 in the others.
+    """
+    hidden = _masks(layout, q)[1]
+    (group, dim, value_dim), width = (q.shape[1] // k.shape[1], q.shape[3], v.shape[3]), max(q.shape[3], v.shape[3]) + 1
+    sides = _of_one_width(q, _repeated(k, q), _repeated(v, q), dout, width=width)
+    sides[3][..., -1] = delta
+    out = torch.zeros_like(sides[0])
+    out[..., -1] = 1
+    lse = lse.masked_fill(lse == -torch.inf, torch.inf).contiguous()
+    dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        sides[3], *sides[:3], out, lse, 0.0, layout.closed == "causal", attn_mask=hidden, scale=scale
+    )
+    dk, dv = (side.unflatten(1, (-1, group)).sum(2) for side in (dk, dv))
+    return dq[..., :dim], dk[..., :dim], dv[..., :value_dim], None
+
+
+def _masks(layout, q: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Who is heard, bool (N, M), and what to add to the scores."""
+    mask = layout.mask(q.device)
+    return mask, None if mask is None else torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, HIDDEN)
+
+
+def _of_one_width(*sides: Tensor, width: int = 0) -> list[Tensor]:
+    """Vectors filled up with zeros to the largest of their dimensions, or to this one."""
+    width = max(width, *(side.shape[-1] for side in sides))
+    return [pad(side, (0, width - side.shape[-1])).contiguous() for side in sides]

@@ -31,7 +31,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, layout, bias: Bias, scale: float) -
     (batch, heads, n, _), group = q.shape, q.shape[1] // k.shape[1]
     q, k, v = _tiled(q * scale, layout, 0), _tiled(k, layout, 1), _tiled(v, layout, 1)
     out, lse = q.new_zeros(*q.shape[:4], v.shape[4]), q.new_full((*q.shape[:4], 1), -torch.inf)
-    for strip, scores in _pieces(layout, q):
+    for strip, scores in pieces(layout, q):
         terms = _Terms(layout, strip, bias, q, n)
         for b, h in product(range(batch), range(heads)):
             keys, values = ([_tiles(side[b, h // group], span) for span in strip.spans] for side in (k, v))
@@ -62,7 +62,7 @@ def backward(
     delta = _tiled(delta[..., None], layout, 0)
     dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     dbias = _zeros_like(bias) if bias_grad else None
-    for strip, p in _pieces(layout, q):
+    for strip, p in pieces(layout, q):
         terms, ds = _Terms(layout, strip, bias, q, n), torch.empty_like(p)
         for b, h in product(range(batch), range(heads)):
             query, up = _tiles(q[b, h], strip.rows), _tiles(dout[b, h], strip.rows)
@@ -85,7 +85,7 @@ def backward(
 # -------------------------------------------------------------------------------------------- strips and tiles
 
 
-def _pieces(layout, q: Tensor):
+def pieces(layout, q: Tensor):
     """Each strip, some rows at a time, with a buffer for its scores (rows, tile rows, columns)."""
     high, wide = layout.tile
     for strip in layout.strips:

@@ -1,14 +1,20 @@
-"""What every benchmark needs: fair pairs of timings, and a record of the machine."""
+"""What every benchmark needs: timings in turn, peak memory, processes with limits, and a record of the machine."""
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import json
+import multiprocessing
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
 
+import psutil
 import torch
 
 RESULTS = Path(__file__).parent / "results"
@@ -28,6 +34,23 @@ def paired(ours: Callable[[], object], theirs: Callable[[], object], repeats: in
             run()
             times[name].append(time.perf_counter() - start)
     return compared(times["ours"], times["theirs"])
+
+
+def in_turn(runs: dict[str, Callable[[], object]], repeats: int, seconds: float) -> dict[str, list[float]]:
+    """Seconds of several functions, called in turn so that all meet the same noise; who goes first rotates.
+
+    One that has used up `seconds` drops out of later rounds, but not before its third turn. All are warm already.
+    """
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    names = list(runs)
+    for repeat in range(repeats):
+        first = repeat % len(names)
+        for name in names[first:] + names[:first]:
+            if len(times[name]) < 3 or sum(times[name]) < seconds:
+                start = time.perf_counter()
+                runs[name]()
+                times[name].append(time.perf_counter() - start)
+    return times
 
 
 def compared(ours: list[float], theirs: list[float]) -> dict:
@@ -51,6 +74,91 @@ def spread(three: list[float], digits: int = 3) -> str:
     return f"{three[1]:.{digits}f} ({three[0]:.{digits}f} … {three[2]:.{digits}f})"
 
 
+def cost(run: Callable[[], object]) -> tuple[float, float | None]:
+    """Seconds of a call, and the MiB by which it raised resident memory at its highest (None where not on Linux).
+
+    The kernel's own high-water mark (VmHWM, reset through /proc/self/clear_refs) misses no short peak, as sampling
+    would. What the allocator holds back from earlier calls is first returned, else the call would reuse it unseen.
+    """
+    gc.collect()
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+        before = _resident("VmHWM")
+    except (OSError, AttributeError):
+        before = None
+    start = time.perf_counter()
+    run()
+    seconds = time.perf_counter() - start
+    return seconds, None if before is None else (_resident("VmHWM") - before) / 1024
+
+
+def _resident(field: str) -> int:
+    """A field of /proc/self/status in KiB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field))
+
+
+def isolated(function: Callable[..., dict], *arguments, seconds: float, gib: float) -> dict:
+    """What function(progress, *arguments) returns, run in a process of its own that is killed if it needs too much.
+
+    The function calls progress(figures, seconds) before each step: this keeps the figures so far, which survive the
+    process, and restarts the clock with a limit for that step. Its end, if not its own, is told as figures["failure"]:
+    "over 12 GiB" of resident memory, "over 60 s" for a step, or the exception.
+    """
+    context = multiprocessing.get_context("forkserver")  # torch is imported once, not once a process
+    context.set_forkserver_preload([name for name in sys.modules if name.startswith(("attngraph", "benchmarks."))])
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_report, args=(theirs, function, arguments))
+    process.start()
+    theirs.close()
+    try:
+        figures = _watched(process, ours, seconds, gib)
+        if not figures.get("failure", "").startswith("over "):
+            process.join(10)  # ends by itself
+        return figures
+    finally:
+        process.kill()
+        process.join()
+
+
+def _report(pipe: Connection, function: Callable[..., dict], arguments: tuple) -> None:
+    """In the new process: run the function, and send its progress, then its result or its exception."""
+
+    gc.freeze()  # what was imported is no garbage: collections are short
+
+    def progress(figures: dict, seconds: float) -> None:
+        pipe.send(("step", figures, seconds))
+
+    try:
+        pipe.send(("end", function(progress, *arguments), 0))
+    except Exception as error:
+        text = " ".join(str(error).split())
+        pipe.send(("failed", f"{type(error).__name__}: {text[:300]}", 0))
+
+
+def _watched(process: multiprocessing.Process, pipe: Connection, seconds: float, gib: float) -> dict:
+    """The figures that a process sends, until it ends or passes a limit."""
+    figures: dict = {}
+    started, resident = time.monotonic(), psutil.Process(process.pid)
+    while True:
+        try:
+            if pipe.poll(0.01):
+                kind, sent, limit = pipe.recv()
+                if kind == "end":
+                    return sent
+                if kind == "failed":
+                    return {**figures, "failure": sent}
+                figures, seconds, started = sent, limit, time.monotonic()
+            elif resident.memory_info().rss > gib * 2**30:
+                return {**figures, "failure": f"over {gib:g} GiB"}
+            elif time.monotonic() - started > seconds:
+                return {**figures, "failure": f"over {seconds:g} s"}
+        except (EOFError, psutil.NoSuchProcess):
+            process.join()
+            return {**figures, "failure": f"ended by itself, exit code {process.exitcode}"}
+
+
 def machine() -> dict:
     """Where this was measured."""
     return {
@@ -62,10 +170,10 @@ def machine() -> dict:
     }
 
 
-def record(name: str, figures: dict) -> Path:
+def record(name: str, figures: dict, folder: Path = RESULTS) -> Path:
     """Keep the figures of some sections under benchmarks/results, each with its machine, beside the other sections."""
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
+    folder.mkdir(exist_ok=True, parents=True)
+    path = folder / f"{name}.json"
     earlier = json.loads(path.read_text()) if path.exists() else {}
     new = {section: {**found, "machine": machine()} for section, found in figures.items()}
     path.write_text(json.dumps({**earlier, **new}, indent=2) + "\n")

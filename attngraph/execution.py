@@ -98,9 +98,9 @@ def attend_backward(
     chosen = planned(graph, q, k, backend, kind or None)
     with torch.autocast(q.device.type, enabled=False):
         q_, k_, v_, bias_, dout_, out_ = _wide(q, k, v, bias, dout, out)
-        delta = (dout_ * out_).sum(-1) - dlse
+        dlse = dlse if bool(dlse.any()) else None
         given = (kind, bias_) if kind else None
-        dq, dk, dv, dbias = _backward(chosen, q_, k_, v_, dout_, lse, delta, given, scale)
+        dq, dk, dv, dbias = _backward(chosen, q_, k_, v_, out_, lse, dout_, dlse, given, scale)
     dbias = q.new_empty(0) if bias is None else dbias.to(bias.dtype)
     return dq.to(q.dtype).contiguous(), dk.to(q.dtype).contiguous(), dv.to(q.dtype).contiguous(), dbias.contiguous()
 
@@ -166,17 +166,18 @@ def _forward(chosen: Plan, q, k, v, bias: Bias, scale: float) -> tuple[Tensor, T
     return out, lse
 
 
-def _backward(chosen: Plan, q, k, v, dout, lse, delta, bias: Bias, scale: float):
+def _backward(chosen: Plan, q, k, v, out, lse, dout, dlse, bias: Bias, scale: float):
     parts = chosen.parts if q.numel() and k.numel() else ()
     if len(parts) == 1 and parts[0].heads is None and parts[0].order is None:
         return _kernel(parts[0].backend).backward(
-            q, k, v, dout, lse, delta, parts[0].layout, bias, scale, bias is not None
+            q, k, v, out, lse, dout, dlse, parts[0].layout, bias, scale, bias is not None
         )
     dq, dk, dv = (torch.zeros_like(side) for side in (q, k, v))
     dbias = None if bias is None else torch.zeros_like(bias[1])
     for part in parts:
         view = _View(part, q, k)
-        sides = view.queries(q), view.keys(k), view.keys(v), view.queries(dout), view.queries(lse), view.queries(delta)
+        of_queries = (side if side is None else view.queries(side) for side in (out, lse, dout, dlse))
+        sides = view.queries(q), view.keys(k), view.keys(v), *of_queries
         more_q, more_k, more_v, more_bias = _kernel(part.backend).backward(
             *sides, part.layout, view.bias(bias), scale, bias is not None
         )

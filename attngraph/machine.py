@@ -114,7 +114,7 @@ def _measured() -> Machine:
     one, band = _tiles_of(Full(), 64), _tiles_of(Window(256, 0), n)
     few = tuple(side[:, :, :64].contiguous() for side in (q, k, v))
     strip = _seconds(lambda: tiles_torch.forward(*few, one, None, 0.125), 20)
-    pieces = sum(1 for _ in tiles_torch.pieces(band, q))
+    pieces = sum(1 for _ in tiles_torch.pieces(band, dim, tiles_torch.NUMBERS_AT_ONCE))
     pairs = len(band.table.row) * 64 * 64
     tile = max(_seconds(lambda: tiles_torch.forward(q, k, v, band, None, 0.125)) - strip * pieces, 0) / (pairs * dim)
 

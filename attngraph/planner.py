@@ -311,7 +311,7 @@ class _Choice:
             )
         if len(table.row):
             layout, edges = Tiles(self.n, self.m, table), int(table.edges.sum())
-            pieces = sum(-(-strip.rows.rows * strip.width // TILES_AT_ONCE) for strip in layout.strips)
+            pieces = sum(-(-strip.rows.rows * strip.keys.width // TILES_AT_ONCE) for strip in layout.strips)
             full = int((table.mask == NO_MASK).sum())
             why = (
                 f"{len(table.row):,} tiles, {full:,} full; {edges / (len(table.row) * TILE[0] * TILE[1]):.0%} of their "

@@ -1,6 +1,6 @@
 """Strips: rows of tiles whose shape is the same, so that one batched matrix product serves them all. Data only.
 
-A row of tiles hears its keys in spans, runs of adjacent tiles. Where many rows have spans of the same widths and the
+A row of tiles hears its keys in spans, runs of adjacent tiles. Where many rows have a span of the same width with the
 same masks (a window: each row the same, one tile further), their keys are views of one tensor, without any copy.
 """
 
@@ -14,12 +14,11 @@ from torch import Tensor
 from attngraph.blocks import same
 
 WIDEST = 64  # tiles of one row in a strip
-CUT = 32  # longer rows are cut at multiples of this, and merged
+CUT = 32  # longer rows are cut at multiples of this
 MOST_SPANS = 4  # in a row; rows in more pieces gather their tiles
 FEWEST_ROWS = 4  # that share masks; fewer are put together with other rows of as many tiles
-WIDTHS = torch.tensor(
-    [*range(5), *range(6, 13, 2), *range(16, 33, 4), *range(40, 65, 8)]
-)  # of gathered rows, filled up with empty tiles
+# Of gathered rows, which are filled up with empty tiles.
+WIDTHS = torch.tensor([*range(5), *range(6, 13, 2), *range(16, 33, 4), *range(40, 65, 8)])
 
 
 class Span(NamedTuple):
@@ -52,21 +51,17 @@ class Strip(NamedTuple):
 
     turn: int  # 0 for the first part of each row; later ones are merged into it
     rows: Span  # of width 1
-    spans: list[Span]  # the keys, from left to right
+    keys: Span
     masks: Tensor  # (width,), or (rows, width) where rows differ: the numbers of the masks
     at: Tensor  # (rows, width): the numbers of the tiles in their table, -1 for one that fills up
     deaf: bool  # whether a query may hear nobody in its part of the strip
 
-    @property
-    def width(self) -> int:
-        """How many tiles a row has."""
-        return self.masks.shape[-1]
-
     def cut(self, start: int, stop: int) -> Strip:
         """Some of its rows."""
-        spans = [span.cut(start, stop) for span in self.spans]
         masks = self.masks if self.masks.ndim == 1 else self.masks[start:stop]
-        return self._replace(rows=self.rows.cut(start, stop), spans=spans, masks=masks, at=self.at[start:stop])
+        return Strip(
+            self.turn, self.rows.cut(start, stop), self.keys.cut(start, stop), masks, self.at[start:stop], self.deaf
+        )
 
 
 def strips(row: Tensor, column: Tensor, mask: Tensor, masks: Tensor) -> list[Strip]:
@@ -76,43 +71,37 @@ def strips(row: Tensor, column: Tensor, mask: Tensor, masks: Tensor) -> list[Str
     """
     if not len(row):
         return []
-    tiles = torch.bincount(row)[row]
-    group = torch.where(tiles > WIDEST, column // CUT, -1)
-    part = _runs(row, group)  # the number of each tile's part of a row
-    first = torch.searchsorted(part, torch.arange(int(part[-1]) + 1))
+    # A part is a span of a row, or if there are many of them, a whole row.
+    section = torch.where(torch.bincount(row)[row] > WIDEST, column // CUT, -1)
+    whole = _runs(row, section)
+    span = _runs(row, section, column - torch.arange(len(column)))
+    few = torch.bincount(whole[_starts(span)])[whole] <= MOST_SPANS
+    part = _runs(whole, torch.where(few, span, -1))
+    first = _starts(part)
     count = torch.diff(first, append=torch.tensor([len(row)]))
     place = torch.arange(len(row)) - first[part]
     turn = torch.arange(len(first)) - torch.searchsorted(row[first], row[first])
 
-    # A table (parts, place) of each part's tiles: who begins a span, with which mask.
-    begins = torch.ones(len(row), dtype=torch.bool)
-    begins[1:] = (part[1:] != part[:-1]) | (column[1:] != column[:-1] + 1)
+    # Parts of one kind: with the same masks from left to right; or, where few would be, as many tiles.
     shape = torch.full((len(first), int(count.max())), -1)
-    shape[part, place] = mask * 2 + begins
-    pieces = torch.zeros_like(count).index_add_(0, part, begins.long())
-    kind = same([turn, *shape.T])
-    shared = (torch.bincount(kind)[kind] >= FEWEST_ROWS) & (pieces <= MOST_SPANS)
+    shape[part, place] = mask
+    kind = same([turn, few[first].long(), *shape.T])
+    shared = few[first] & (torch.bincount(kind)[kind] >= FEWEST_ROWS)
     width = WIDTHS[torch.searchsorted(WIDTHS, count)]
     kind = same([turn, shared.long(), torch.where(shared, kind, width)])
 
-    heard = masks.any(2)
-    found = []
+    heard, found = masks.any(2), []
     for members in _members(kind):
-        one = members[0]
-        wide = int(count[one] if shared[one] else width[one])
+        alike = bool(shared[members[0]])
+        wide = int(count[members[0]] if alike else width[members[0]])
         at = first[members][:, None] + torch.arange(wide)
         at = torch.where(torch.arange(wide) < count[members][:, None], at, -1)
         columns = torch.where(at < 0, 0, column[at])
         own = torch.where(at < 0, len(masks) - 1, mask[at])
-        deaf = not bool(heard[own[:1] if shared[one] else own].any(1).all())
-        if shared[one]:
-            starts = begins[at[0]].nonzero()[:, 0].tolist()
-            spans = [_span(columns[:, a:b]) for a, b in zip(starts, [*starts[1:], wide], strict=True)]
-            own = own[0]
-        else:
-            spans = [Span(len(columns), wide, 0, 0, columns)]
-        rows = _span(row[first[members]][:, None])
-        found.append(Strip(int(turn[one]), rows, spans, own, at, deaf))
+        own = own[0] if alike else own
+        deaf = not bool(heard[own].any(-2).all())
+        keys = _span(columns) if alike else Span(*columns.shape, 0, 0, columns)
+        found.append(Strip(int(turn[members[0]]), _span(row[first[members]][:, None]), keys, own, at, deaf))
     return sorted(found, key=lambda strip: strip.turn)
 
 
@@ -129,6 +118,11 @@ def _runs(*columns: Tensor) -> Tensor:
     for column in columns:
         change[1:] |= column[1:] != column[:-1]
     return change.long().cumsum(0)
+
+
+def _starts(run: Tensor) -> Tensor:
+    """Where each of the runs begins."""
+    return torch.searchsorted(run, torch.arange(int(run[-1]) + 1))
 
 
 def _members(kind: Tensor) -> list[Tensor]:

@@ -103,6 +103,11 @@ class Tiles:
         return strips(row, column, torch.where(mask == NO_MASK, len(self.masks) - 2, mask), self.masks)
 
     @cached_property
+    def rows_alone(self) -> Tensor:
+        """The rows of tiles that have no tiles."""
+        return (torch.bincount(self.table.row, minlength=self.grid[0]) == 0).nonzero()[:, 0]
+
+    @cached_property
     def first_edge(self) -> Tensor:
         """The number, in `edge_index` order, of the first edge in each row of each tile: int64 (T, tile rows)."""
         row, _, mask, _ = self.table

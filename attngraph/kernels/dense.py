@@ -99,21 +99,21 @@ def forward(q, k, v, layout, bias: None, scale: float) -> tuple[Tensor, Tensor]:
     return out, lse
 
 
-def backward(q, k, v, dout, lse, delta, layout, bias: None, scale: float, bias_grad: bool):
-    """What all pairs add to (dq, dk, dv, None), from the final lse of each query and Δ = Σ dout · out - dlse.
+def backward(q, k, v, out, lse, dout, dlse, layout, bias: None, scale: float, bias_grad: bool):
+    """What all pairs add to (dq, dk, dv, None), from the final out and lse of each query; dlse may be None.
 
-    The kernel computes Δ itself, as Σ dout · out over the dimensions of a value. So it is given one more, in which dout
-    is Δ, out is 1 and v is 0; and an out of 0 in the others.
+    The kernel computes Δ as Σ dout · out. Where it is Σ dout · out - dlse, the values have one more dimension, in which
+    dout is -dlse, out is 1 and v is 0.
     """
     hidden = _masks(layout, q)[1]
-    (group, dim, value_dim), width = (q.shape[1] // k.shape[1], q.shape[3], v.shape[3]), max(q.shape[3], v.shape[3]) + 1
-    sides = _of_one_width(q, _repeated(k, q), _repeated(v, q), dout, width=width)
-    sides[3][..., -1] = delta
-    out = torch.zeros_like(sides[0])
-    out[..., -1] = 1
+    group, dim, value_dim = q.shape[1] // k.shape[1], q.shape[3], v.shape[3]
+    width = max(dim, value_dim) + (dlse is not None)
+    *sides, dout, out = _of_one_width(q, _repeated(k, q), _repeated(v, q), dout, out, width=width)
+    if dlse is not None:
+        dout[..., -1], out[..., -1] = -dlse, 1
     lse = lse.masked_fill(lse == -torch.inf, torch.inf).contiguous()
     dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        sides[3], *sides[:3], out, lse, 0.0, layout.closed == "causal", attn_mask=hidden, scale=scale
+        dout, *sides, out, lse, 0.0, layout.closed == "causal", attn_mask=hidden, scale=scale
     )
     dk, dv = (side.unflatten(1, (-1, group)).sum(2) for side in (dk, dv))
     return dq[..., :dim], dk[..., :dim], dv[..., :value_dim], None

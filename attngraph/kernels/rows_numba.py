@@ -492,9 +492,10 @@ def backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    dout: Tensor,
+    out: Tensor,
     lse: Tensor,
-    delta: Tensor,
+    dout: Tensor,
+    dlse: Tensor | None,
     layout,
     bias: tuple[str, Tensor] | None,
     scale: float,
@@ -502,9 +503,10 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """The share of these edges in dq, dk, dv and, where asked for, in the gradient of the bias's values.
 
-    lse (B, H, N) is that of all the edges of each query, delta (B, H, N) is Σ_d dout · out - dlse: with
-    p = exp(score - lse), ds = p · (dout · v - delta).
+    out (B, H, N, Dv) and lse (B, H, N) are those of all the edges of each query: with p = exp(score - lse) and
+    Δ = Σ_d dout · out - dlse, ds = p · (dout · v - Δ).
     """
+    delta = (dout * out).sum(3) if dlse is None else (dout * out).sum(3) - dlse
     q, k, v, dout = _nodes_first(q, k, v, dout)
     lse, delta = (side.detach().transpose(1, 2).contiguous() for side in (lse, delta))
     lse = lse.masked_fill(lse == -torch.inf, torch.inf)  # p = 0 where nobody is heard

@@ -1,8 +1,8 @@
-"""Attention over tiles by PyTorch's batched matrix products: on a CPU, and right on every device.
+"""Attention over tiles by PyTorch's own kernels, on a CPU, and right on every device: layout and tensors in and out.
 
-A strip of tiles (see `attngraph.strips`) runs head by head, some rows at a time, so that its scores stay in the cache:
-scores = q kᵀ + mask, softmax, out = p v. Nothing of size N² is ever held. All pairs of a tile are multiplied: a NaN or
-an infinity in a key or a value reaches the queries of its tiles that do not hear it.
+All heads and rows of a strip of tiles (see `attngraph.strips`) are one call forward, their keys views of one tensor;
+backward is batched matrix products. Nothing of size N² is ever held. All pairs of a tile are multiplied: a NaN or an
+infinity in a key or a value reaches the queries of its tiles that do not hear it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch.nn.functional import pad
 
 from attngraph.kernels.merge import merge
 
-SCORES_AT_ONCE = 1 << 20  # of one head: 4 MB of float32
+NUMBERS_AT_ONCE = 1 << 20  # of the keys of some rows of a strip, forward: few enough to stay in the cache
 HIDDEN = -1e30  # added to the score of a pair that is no edge: finite, so that a query that hears nobody is no NaN
 
 Bias = tuple[str, Tensor] | None  # see `forward`
@@ -28,117 +28,125 @@ def forward(q: Tensor, k: Tensor, v: Tensor, layout, bias: Bias, scale: float) -
     The bias is ("offset", (H | 1, N + M - 1)), whose entry j - i + N - 1 is added to the score of i and j, or ("edge",
     (B | 1, H | 1, E)), or ("dense", (B | 1, H | 1, N | 1, M)).
     """
-    (batch, heads, n, _), group = q.shape, q.shape[1] // k.shape[1]
-    q, k, v = _tiled(q * scale, layout, 0), _tiled(k, layout, 1), _tiled(v, layout, 1)
-    out, lse = q.new_zeros(*q.shape[:4], v.shape[4]), q.new_full((*q.shape[:4], 1), -torch.inf)
-    for strip, scores in pieces(layout, q):
-        terms = _Terms(layout, strip, bias, q, n)
-        for b, h in product(range(batch), range(heads)):
-            keys, values = ([_tiles(side[b, h // group], span) for span in strip.spans] for side in (k, v))
-            _multiply(_tiles(q[b, h], strip.rows), keys, scores).add_(terms.of(b, h))
-            top = scores.amax(2, keepdim=True)
-            p = torch.softmax(scores, 2, out=scores)
-            # The largest weight is 1 / Σ exp(s - top), at least 1 / columns: its logarithm is exact.
-            part_out, part_lse = _product(p, values), top - p.amax(2, keepdim=True).log_()
+    (batch, heads, n, dim), value_dim, group = q.shape, v.shape[3], q.shape[1] // k.shape[1]
+    width = max(dim, value_dim)
+    q, k, v = (_tiled(side, layout, place, width) for side, place in ((q, 0), (k, 1), (v, 1)))
+    out, lse = q.new_empty(q.shape), q.new_empty(*q.shape[:4], 1)
+    alone = layout.rows_alone.to(q.device)
+    out.index_fill_(2, alone, 0)
+    lse.index_fill_(2, alone, -torch.inf)
+    shared: list = []
+    for strip in pieces(layout, heads * width, NUMBERS_AT_ONCE):
+        terms = _Terms(layout, strip, bias, q, n, shared)
+        for b, g in product(range(batch), range(group)):
+            own = slice(g, None, group)  # the g-th query head of each key head
+            query, key, value = _tiles(q[b, own], strip.rows), _tiles(k[b], strip.keys), _tiles(v[b], strip.keys)
+            more_out, more_lse = _attention(query, key, value, terms.of(b, range(g, heads, group)), scale)
             if strip.deaf or bias is not None:
-                nobody = top <= HIDDEN / 2
-                part_out.masked_fill_(nobody, 0)
-                part_lse.masked_fill_(nobody, -torch.inf)
-            _put(out[b, h], lse[b, h], strip, part_out, part_lse)
-    return out.flatten(2, 3)[:, :, :n], lse.flatten(2)[:, :, :n]
+                nobody = more_lse <= HIDDEN / 2
+                more_out.masked_fill_(nobody, 0)
+                more_lse.masked_fill_(nobody, -torch.inf)
+            _put(out[b, own], lse[b, own], strip, more_out, more_lse)
+    return out.flatten(2, 3)[:, :, :n, :value_dim], lse.flatten(2)[:, :, :n]
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """All pairs: q (rows, H, queries, D), k and v (rows, H, keys, D) → out, lse (rows, H, queries, 1)."""
+    if q.device.type == "cpu":
+        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        out, lse = flash(q, k, v, 0.0, False, attn_mask=hidden, scale=scale)
+        return out, lse[..., None]
+    scores = q @ k.mT * scale + hidden
+    lse = scores.logsumexp(3, keepdim=True)
+    return (scores - lse).exp() @ v, lse
 
 
 def backward(
-    q, k, v, dout, lse, delta, layout, bias: Bias, scale: float, bias_grad: bool
+    q, k, v, out, lse, dout, dlse, layout, bias: Bias, scale: float, bias_grad: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """What these tiles add to (dq, dk, dv, dbias), from the final lse of each query and Δ = Σ dout · out - dlse.
+    """What these tiles add to (dq, dk, dv, dbias), from the final out and lse of each query; dlse may be None.
 
-    With p = exp(s - lse): dv = pᵀ dout, ds = p ∘ (dout vᵀ - Δ), dq = scale · ds k, dk = scale · dsᵀ q, dbias = ds.
+    With Δ = Σ dout · out - dlse and p = exp(s - lse): dv = pᵀ dout, ds = p ∘ (dout vᵀ - Δ), dq = scale · ds k,
+    dk = scale · dsᵀ q, dbias = ds.
     """
-    (batch, heads, n, _), m, group = q.shape, k.shape[2], q.shape[1] // k.shape[1]
-    q, dout = _tiled(q * scale, layout, 0), _tiled(dout, layout, 0)
-    k, v = _tiled(k, layout, 1), _tiled(v, layout, 1)
-    lse = _tiled(lse.masked_fill(lse == -torch.inf, torch.inf)[..., None], layout, 0)  # of nobody, p = exp(-inf)
-    delta = _tiled(delta[..., None], layout, 0)
+    (batch, heads, n, dim), m, value_dim, group = q.shape, k.shape[2], v.shape[3], q.shape[1] // k.shape[1]
+    lse = lse.masked_fill(lse == -torch.inf, torch.inf)  # of nobody, p = exp(-inf)
+    width = max(dim, value_dim) + (dlse is not None)
+    q, out, dout = (_tiled(side, layout, 0, width) for side in (q, out, dout))
+    lse = _tiled(lse[..., None], layout, 0)
+    k, v = _tiled(k, layout, 1, width), _tiled(v, layout, 1, width)
+    if dlse is not None:  # in one more dimension, where v is 0
+        out[..., -1] = 1
+        dout[..., -1:] = -_tiled(dlse[..., None], layout, 0)
     dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    dbias = _zeros_like(bias) if bias_grad else None
-    for strip, p in pieces(layout, q):
-        terms, ds = _Terms(layout, strip, bias, q, n), torch.empty_like(p)
-        for b, h in product(range(batch), range(heads)):
-            query, up = _tiles(q[b, h], strip.rows), _tiles(dout[b, h], strip.rows)
-            keys, values = ([_tiles(side[b, h // group], span) for span in strip.spans] for side in (k, v))
-            _multiply(query, keys, p).add_(terms.of(b, h)).sub_(_tiles(lse[b, h], strip.rows)).exp_()
-            _multiply(up, values, ds).sub_(_tiles(delta[b, h], strip.rows)).mul_(p)
-            _add(dq[b, h], strip.rows, _product(ds, keys))
-            start = 0
-            for span, key in zip(strip.spans, keys, strict=True):
-                stop = start + key.shape[1]
-                _add_transposed(dk[b, h // group], span, ds[:, :, start:stop], query)
-                _add_transposed(dv[b, h // group], span, p[:, :, start:stop], up)
-                start = stop
+    dbias, shared = _zeros_like(bias) if bias_grad else None, []
+    for strip in pieces(layout, heads * max(width, layout.tile[0]), NUMBERS_AT_ONCE):
+        terms = _Terms(layout, strip, bias, q, n, shared)
+        for b, g in product(range(batch), range(group)):
+            own = slice(g, None, group)  # the g-th query head of each key head
+            of_queries = (_tiles(side[b, own], strip.rows) for side in (q, out, lse, dout))
+            of_keys = (_tiles(side[b], strip.keys) for side in (k, v))
+            hidden = terms.of(b, range(g, heads, group))
+            more_q, more_k, more_v, ds = _attention_backward(*of_queries, *of_keys, hidden, scale, bias_grad)
+            _add(dq[b, own], strip.rows, more_q)
+            _add(dk[b], strip.keys, more_k)
+            _add(dv[b], strip.keys, more_v)
             if bias_grad:
-                terms.add_gradient(dbias, b, h, ds)
-    dq, dk, dv = dq.flatten(2, 3)[:, :, :n] * scale, dk.flatten(2, 3)[:, :, :m], dv.flatten(2, 3)[:, :, :m]
-    return dq, dk, dv, dbias if dbias is None else dbias.view_as(bias[1])
+                for place, h in enumerate(range(g, heads, group)):
+                    terms.add_gradient(dbias, b, h, ds[:, place])
+    dq, dk, dv = (side.flatten(2, 3) for side in (dq, dk, dv))
+    dbias = dbias.view_as(bias[1]) if bias_grad else None
+    return dq[:, :, :n, :dim], dk[:, :, :m, :dim], dv[:, :, :m, :value_dim], dbias
+
+
+def _attention_backward(q, out, lse, dout, k, v, hidden, scale: float, want_ds: bool):
+    """All pairs, as `_attention`, with lse (rows, H, queries, 1) → dq, dk, dv, and ds (rows, H, queries, keys)."""
+    if q.device.type == "cpu" and not want_ds:
+        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+        return *flash(dout, q, k, v, out, lse[..., 0], 0.0, False, attn_mask=hidden, scale=scale), None
+    p = (q @ k.mT * scale + hidden - lse).exp()
+    ds = p * (dout @ v.mT - (dout * out).sum(3, keepdim=True))
+    return ds @ k * scale, ds.mT @ q * scale, p.mT @ dout, ds
 
 
 # -------------------------------------------------------------------------------------------- strips and tiles
 
 
-def pieces(layout, q: Tensor):
-    """Each strip, some rows at a time, with a buffer for its scores (rows, tile rows, columns)."""
-    high, wide = layout.tile
+def pieces(layout, factor: int, most: int):
+    """Each strip, so many rows at a time that rows · keys · factor is about `most`."""
     for strip in layout.strips:
         rows = strip.rows.rows
-        at_once = max(1, SCORES_AT_ONCE // (high * strip.width * wide))
+        at_once = max(1, most // (factor * strip.keys.width * layout.tile[1]))
         step = -(-rows // -(-rows // at_once))  # pieces of equal length
         for start in range(0, rows, step):
-            piece = strip.cut(start, min(start + step, rows))
-            yield piece, q.new_empty(piece.rows.rows, high, strip.width * wide)
+            yield strip.cut(start, min(start + step, rows))
 
 
-def _tiled(x: Tensor, layout, side: int) -> Tensor:
-    """x (B, H, nodes, D) as tiles (B, H, tiles, nodes of a tile, D), contiguous, the last filled up with zeros."""
+def _tiled(x: Tensor, layout, side: int, width: int = 0) -> Tensor:
+    """x (B, H, nodes, D) as tiles (B, H, tiles, nodes of a tile, D), contiguous; filled up with zeros, D to `width`."""
     tiles, size = layout.grid[side], layout.tile[side]
-    missing = tiles * size - x.shape[2]
-    return (pad(x, (0, 0, 0, missing)) if missing else x).contiguous().view(*x.shape[:2], tiles, size, x.shape[3])
+    missing, wide = tiles * size - x.shape[2], max(width - x.shape[3], 0)
+    x = pad(x, (0, wide, 0, missing)) if missing or wide else x
+    return x.contiguous().view(*x.shape[:2], tiles, size, x.shape[3])
 
 
 def _view(x: Tensor, span) -> Tensor:
-    """The tiles of a span that is a progression, without a copy: x (tiles, size, D) → (rows, width · size, D)."""
-    _, size, dim = x.shape
-    shape, strides = (span.rows, span.width * size, dim), (span.step * size * dim, dim, 1)
+    """The tiles of a span that is a progression, without a copy: x (H, tiles, size, D) → (rows, H, width · size, D)."""
+    heads, _, size, dim = x.shape
+    shape, strides = (span.rows, heads, span.width * size, dim), (span.step * size * dim, x.stride(0), dim, 1)
     return x.as_strided(shape, strides, x.storage_offset() + span.first * size * dim)
 
 
 def _tiles(x: Tensor, span) -> Tensor:
-    """The tiles of a span: x (tiles, size, D) → (rows, width · size, D)."""
+    """The tiles of a span, as `_view`; gathered where they are no progression."""
     if span.index is None:
         return _view(x, span)
-    return x.index_select(0, span.index.flatten().to(x.device)).view(span.rows, -1, x.shape[2])
-
-
-def _multiply(left: Tensor, rights: list[Tensor], out: Tensor) -> Tensor:
-    """left @ [right; right; …]ᵀ, into `out`."""
-    start = 0
-    for right in rights:
-        torch.bmm(left, right.mT, out=out[:, :, start : start + right.shape[1]])
-        start += right.shape[1]
-    return out
-
-
-def _product(left: Tensor, rights: list[Tensor]) -> Tensor:
-    """left @ [right; right; …]."""
-    found, start = None, 0
-    for right in rights:
-        part = left[:, :, start : start + right.shape[1]]
-        found = torch.bmm(part, right) if found is None else found.baddbmm_(part, right)
-        start += right.shape[1]
-    return found
+    found = x.index_select(1, span.index.flatten().to(x.device))
+    return found.view(x.shape[0], span.rows, -1, x.shape[3]).transpose(0, 1)
 
 
 def _put(out: Tensor, lse: Tensor, strip, more_out: Tensor, more_lse: Tensor) -> None:
-    """A strip's result to its rows, merged with those of earlier turns: out (tiles, size, Dv), lse (tiles, size, 1)."""
+    """A strip's result to its rows, merged with those of earlier turns: out (H, tiles, size, D), lse (…, 1)."""
     if strip.turn:
         so_far, so_far_lse = _tiles(out, strip.rows).clone(), _tiles(lse, strip.rows).clone()
         merge(so_far, so_far_lse[..., 0], more_out, more_lse[..., 0])
@@ -147,47 +155,43 @@ def _put(out: Tensor, lse: Tensor, strip, more_out: Tensor, more_lse: Tensor) ->
         if strip.rows.index is None:
             _view(whole, strip.rows).copy_(part)
         else:
-            whole.index_copy_(0, strip.rows.index.flatten().to(whole.device), part)
+            whole.index_copy_(1, strip.rows.index.flatten().to(whole.device), part.transpose(0, 1))
 
 
 def _add(total: Tensor, span, part: Tensor) -> None:
-    """Add (rows, width · size, D) to the tiles of a span, in a fixed order; they may overlap."""
-    part = part.unflatten(1, (span.width, -1))
+    """Add (rows, H, width · size, D) to the tiles of a span, in a fixed order, as they may overlap."""
+    part = part.unflatten(2, (span.width, -1))  # (rows, H, width, size, D)
     if span.index is not None:
-        total.index_add_(0, span.index.flatten().to(total.device), part.flatten(0, 1))
-        return
-    for place in range(span.width):
-        _view(total, span._replace(width=1, first=span.first + place)).add_(part[:, place])
-
-
-def _add_transposed(total: Tensor, span, left: Tensor, right: Tensor) -> None:
-    """Add leftᵀ right, row by row of a strip, to the tiles of a span: what its keys receive."""
-    if span.index is None and span.step == 0:  # all rows hear the same keys: one product
-        _view(total, span._replace(rows=1))[0].addmm_(left.flatten(0, 1).mT, right.flatten(0, 1))
+        total.index_add_(1, span.index.flatten().to(total.device), part.transpose(1, 2).flatten(0, 1).transpose(0, 1))
+    elif span.step == 0:
+        _view(total, span._replace(rows=1)).unflatten(2, (span.width, -1)).add_(part.sum(0, keepdim=True))
     else:
-        _add(total, span, torch.bmm(left.mT, right))
+        for place in range(span.width):
+            _view(total, span._replace(width=1, first=span.first + place)).add_(part[:, :, place])
 
 
 # ---------------------------------------------------------------------------------------------- masks and biases
 
 
 class _Terms:
-    """What is added to the scores of a strip's piece: its mask, and the bias of a head."""
+    """What is added to the scores of a strip's piece: its mask, and the bias of some heads."""
 
-    def __init__(self, layout, strip, bias: Bias, q: Tensor, n: int):
+    def __init__(self, layout, strip, bias: Bias, q: Tensor, n: int, shared: list):
         self.layout, self.strip, self.n, self.q = layout, strip, n, q
+        self.shared = shared  # the masks of the latest piece, and what they add
         self.kind, self.values = (None, None) if bias is None else (bias[0], _table(bias))
-        self.latest = (None, None)
+        self.known = ((), None)
 
-    def of(self, b: int, h: int) -> Tensor:
-        """(rows | 1, tile rows, columns)."""
+    def of(self, b: int, heads) -> Tensor:
+        """(rows | 1, heads | 1, tile rows, columns)."""
         if self.kind is None:
             return self.hidden
-        place = self._place(self.values, b, h)
-        if self.latest[0] != place:
+        places = tuple(dict.fromkeys(self._place(self.values, b, h) for h in heads))
+        if self.known[0] != places:
             # The least is HIDDEN: a bias of -inf hides too.
-            self.latest = (place, (self.hidden + self.values[place][self.at]).clamp_(min=HIDDEN))
-        return self.latest[1]
+            terms = [(self.hidden[:, 0] + self.values[place][self.at]).clamp_(min=HIDDEN) for place in places]
+            self.known = (places, torch.stack(terms, 1))
+        return self.known[1]
 
     def add_gradient(self, total: Tensor, b: int, h: int, ds: Tensor) -> None:
         """Add the gradient of the scores, ds (rows, tile rows, columns), to the values that they came from."""
@@ -203,33 +207,39 @@ class _Terms:
         return (b if values.shape[0] > 1 else 0, h if values.shape[1] > 1 else 0)
 
     @cached_property
+    def inside(self) -> Tensor:
+        """The masks of the tiles: bool (rows | 1, width, tile rows, tile columns)."""
+        return self.layout.masks[self.strip.masks.view(-1, self.strip.keys.width)]
+
+    @cached_property
     def mask(self) -> Tensor:
         """Who is heard: bool (rows | 1, tile rows, columns)."""
-        masks = self.layout.masks[self.strip.masks.view(-1, self.strip.width)]
-        return masks.transpose(1, 2).flatten(2).to(self.q.device)
+        return self.inside.transpose(1, 2).flatten(2).to(self.q.device)
 
     @cached_property
     def hidden(self) -> Tensor:
-        """0 where somebody is heard, else HIDDEN."""
-        return torch.zeros_like(self.mask, dtype=self.q.dtype).masked_fill_(~self.mask, HIDDEN)
+        """0 where somebody is heard, else HIDDEN: (rows | 1, 1, tile rows, columns)."""
+        if self.strip.masks.ndim == 1 and self.shared and self.shared[0] is self.strip.masks:
+            return self.shared[1]
+        hidden = torch.zeros_like(self.mask, dtype=self.q.dtype).masked_fill_(~self.mask, HIDDEN)[:, None]
+        self.shared[:] = self.strip.masks, hidden
+        return hidden
 
     @cached_property
     def at(self) -> tuple[Tensor, ...]:
         """Where the values of each pair stand: indices, each (rows | 1, tile rows | 1, columns | 1)."""
-        high, wide = self.layout.tile
-        query = self.strip.rows.tiles[:, :, None] * high + torch.arange(high)[:, None]
-        tiles = torch.cat([span.tiles for span in self.strip.spans], 1)
-        key = (tiles[:, :, None] * wide + torch.arange(wide)).flatten(1)[:, None]
+        (high, wide), rows, keys = self.layout.tile, self.strip.rows.tiles, self.strip.keys.tiles
+        query = rows[:, :, None] * high + torch.arange(high)[:, None]
+        key = (keys[:, :, None] * wide + torch.arange(wide)).flatten(1)[:, None]
         if self.kind == "dense":
             n, m = self.values.shape[2:]
             found = query.clamp(max=n - 1), key.clamp(max=m - 1)
         elif self.kind == "offset":
             number = (key - query + self.n - 1).clamp(0, self.values.shape[2] - 1)
-            ahead = tiles - self.strip.rows.tiles
+            ahead = keys - rows
             found = (number[:1] if bool((ahead == ahead[0]).all()) else number,)
         else:
-            inside = self.layout.masks[self.strip.masks.view(-1, self.strip.width)]
-            number = self.layout.first_edge[self.strip.at][..., None] + inside.cumsum(3) - 1
+            number = self.layout.first_edge[self.strip.at][..., None] + self.inside.cumsum(3) - 1
             found = (number.transpose(1, 2).flatten(2).clamp(0, self.values.shape[2] - 1),)
         return tuple(index.to(self.q.device) for index in found)
 

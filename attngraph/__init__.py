@@ -23,6 +23,7 @@ from attngraph.convert import (
     to_scipy_sparse_matrix,
 )
 from attngraph.edges import EdgeList
+from attngraph.flex import to_block_mask
 from attngraph.generation import generate
 from attngraph.grammar import parse, parse_list
 from attngraph.graph import Graph
@@ -89,6 +90,7 @@ __all__ = [
     "parse",
     "parse_list",
     "plan",
+    "to_block_mask",
     "to_networkx",
     "to_scipy_sparse_matrix",
 ]

@@ -78,13 +78,13 @@ def attend_forward(
     with torch.autocast(q.device.type, enabled=False):
         wide = _wide(q, k, v, bias)
         out, lse = _forward(chosen, *wide[:3], (kind, wide[3]) if kind else None, scale)
-    return out.to(q.dtype).contiguous(), lse.contiguous()
+    return _nodes_first(out.to(q.dtype)), lse.contiguous()
 
 
 @attend_forward.register_fake
 def _(q, k, v, bias, kind, graph, backend, scale):
     return (
-        q.new_empty(*q.shape[:3], v.shape[3]),
+        _empty(q, v.shape[3]),
         q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32)),
     )
 
@@ -102,12 +102,22 @@ def attend_backward(
         given = (kind, bias_) if kind else None
         dq, dk, dv, dbias = _backward(chosen, q_, k_, v_, out_, lse, dout_, dlse, given, scale)
     dbias = q.new_empty(0) if bias is None else dbias.to(bias.dtype)
-    return dq.to(q.dtype).contiguous(), dk.to(q.dtype).contiguous(), dv.to(q.dtype).contiguous(), dbias.contiguous()
+    return *(_nodes_first(side.to(q.dtype)) for side in (dq, dk, dv)), dbias.contiguous()
 
 
 @attend_backward.register_fake
 def _(dout, dlse, out, lse, q, k, v, bias, kind, graph, backend, scale):
-    return tuple(side.new_empty(side.shape) for side in (q, k, v, q.new_empty(0) if bias is None else bias))
+    return *(_empty(side, side.shape[3]) for side in (q, k, v)), q.new_empty(0 if bias is None else bias.shape)
+
+
+def _nodes_first(x: Tensor) -> Tensor:
+    """(B, H, N, D), in memory as (B, N, H, D): as a model makes its heads, and takes them."""
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def _empty(x: Tensor, dim: int) -> Tensor:
+    """As `_nodes_first`, of this dimension."""
+    return x.new_empty(x.shape[0], x.shape[2], x.shape[1], dim).transpose(1, 2)
 
 
 def _remember(ctx, inputs, output):

@@ -290,7 +290,7 @@ def ours(backend: str) -> Callable[[Task], Attention]:
     """`attend`; a backend that is named makes its layout at the first call."""
 
     def build(task: Task) -> Attention:
-        if backend == "auto" and hasattr(attngraph, "plan"):
+        if backend == "auto":
             attngraph.plan(task.graph, task.n, task.n, heads=task.heads, head_dim=task.workload.dim)
         return lambda q, k, v: attend(q, k, v, task.graph, backend=backend)
 

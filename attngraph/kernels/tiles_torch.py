@@ -31,7 +31,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, layout, bias: Bias, scale: float) -
     (batch, heads, n, dim), value_dim, group = q.shape, v.shape[3], q.shape[1] // k.shape[1]
     width = max(dim, value_dim)
     q, k, v = (_tiled(side, layout, place, width) for side, place in ((q, 0), (k, 1), (v, 1)))
-    out, lse = q.new_empty(q.shape), q.new_empty(*q.shape[:4], 1)
+    out, lse = _like(q, torch.empty_like), q.new_empty(*q.shape[:4], 1)
     alone = layout.rows_alone.to(q.device)
     out.index_fill_(2, alone, 0)
     lse.index_fill_(2, alone, -torch.inf)
@@ -78,7 +78,7 @@ def backward(
     if dlse is not None:  # in one more dimension, where v is 0
         out[..., -1] = 1
         dout[..., -1:] = -_tiled(dlse[..., None], layout, 0)
-    dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    dq, dk, dv = (_like(side, torch.zeros_like) for side in (q, k, v))
     dbias, shared = _zeros_like(bias) if bias_grad else None, []
     for strip in pieces(layout, heads * max(width, layout.tile[0]), NUMBERS_AT_ONCE):
         terms = _Terms(layout, strip, bias, q, n, shared)
@@ -123,18 +123,23 @@ def pieces(layout, factor: int, most: int):
 
 
 def _tiled(x: Tensor, layout, side: int, width: int = 0) -> Tensor:
-    """x (B, H, nodes, D) as tiles (B, H, tiles, nodes of a tile, D), contiguous; filled up with zeros, D to `width`."""
+    """x (B, H, nodes, D) as tiles (B, H, tiles, nodes of a tile, D), filled up with zeros, D to `width`."""
     tiles, size = layout.grid[side], layout.tile[side]
     missing, wide = tiles * size - x.shape[2], max(width - x.shape[3], 0)
-    x = pad(x, (0, wide, 0, missing)) if missing or wide else x
-    return x.contiguous().view(*x.shape[:2], tiles, size, x.shape[3])
+    x = pad(x, (0, wide, 0, missing)) if missing or wide else x if x.stride(3) == 1 else x.contiguous()
+    return x.unflatten(2, (tiles, size))
+
+
+def _like(x: Tensor, make) -> Tensor:
+    """A tensor like x (B, H, tiles, size, D), in memory with the nodes before the heads."""
+    return make(x.permute(0, 2, 3, 1, 4), memory_format=torch.contiguous_format).permute(0, 3, 1, 2, 4)
 
 
 def _view(x: Tensor, span) -> Tensor:
     """The tiles of a span that is a progression, without a copy: x (H, tiles, size, D) → (rows, H, width · size, D)."""
-    heads, _, size, dim = x.shape
-    shape, strides = (span.rows, heads, span.width * size, dim), (span.step * size * dim, x.stride(0), dim, 1)
-    return x.as_strided(shape, strides, x.storage_offset() + span.first * size * dim)
+    (heads, _, size, dim), (of_head, of_tile, of_node, _) = x.shape, x.stride()
+    shape, strides = (span.rows, heads, span.width * size, dim), (span.step * of_tile, of_head, of_node, 1)
+    return x.as_strided(shape, strides, x.storage_offset() + span.first * of_tile)
 
 
 def _tiles(x: Tensor, span) -> Tensor:
@@ -142,7 +147,7 @@ def _tiles(x: Tensor, span) -> Tensor:
     if span.index is None:
         return _view(x, span)
     found = x.index_select(1, span.index.flatten().to(x.device))
-    return found.view(x.shape[0], span.rows, -1, x.shape[3]).transpose(0, 1)
+    return found.reshape(x.shape[0], span.rows, -1, x.shape[3]).transpose(0, 1)
 
 
 def _put(out: Tensor, lse: Tensor, strip, more_out: Tensor, more_lse: Tensor) -> None:

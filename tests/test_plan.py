@@ -1,0 +1,335 @@
+"""A plan cuts a graph into disjoint parts and never changes its meaning; it says what it does, and what it can't."""
+
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import networkx
+import pytest
+import torch
+from graphs import GRAPHS
+from test_attend import BIASES, assert_equal, biases, results, tensors
+
+from attngraph import (
+    Causal,
+    EdgeBias,
+    Full,
+    Machine,
+    PerHead,
+    Prefix,
+    Random,
+    Window,
+    attend,
+    from_networkx,
+    plan,
+)
+from attngraph import planner as planning
+from attngraph.execution import attend_forward, planned
+
+every = pytest.mark.parametrize("case", GRAPHS, ids=lambda case: f"{case.graph.text[:60]}-{case.n}x{case.m}")
+NO_TILES = Machine(tile=1.0, edge=1e-12, edge_dim=0, call=0, dense=1.0)
+NO_ROWS = Machine(edge=1.0, dense=1.0)
+CUT = Machine(tile=6e-12, strip=0, edge=1e-9, edge_dim=0, call=0, node=0, dense=1.0)  # a tile is worth a few edges
+MIXED = Window(20, 0) | Prefix(2) | Random(3)
+
+
+@every
+@pytest.mark.parametrize("machine", [NO_TILES, NO_ROWS, CUT], ids=["rows", "tiles", "cut"])
+def test_every_plan_of_a_graph_computes_the_same(case, machine):
+    heads = case.graph.heads or 4
+    q, k, v = tensors(case.n, case.m, heads=heads)
+    made = plan(case.graph, case.n, case.m, heads=heads, head_dim=4, machine=machine)
+    expected = results(q, k, v, case.graph, None, None, "reference")
+    assert_equal(results(q, k, v, made, None, None, "auto"), expected)
+    assert made.edges == case.graph.num_edges(case.n, case.m)
+
+
+@pytest.mark.parametrize("kind", BIASES)
+@pytest.mark.parametrize("graph", [MIXED, PerHead([Window(9, 0), MIXED, MIXED, Causal()])], ids=["mixed", "heads"])
+def test_plans_of_several_parts_equal_the_reference_with_every_bias(graph, kind):
+    n = 150
+    q, k, v = tensors(n, n)
+    bias, learned = biases(kind, graph, n, n)
+    name = {"none": None, "edges": "edge", "edges-shared": "edge", "dense": "dense", "dense-keys": "dense"}
+    made = plan(graph, n, n, heads=4, head_dim=4, machine=CUT, bias=name.get(kind, "offset"))
+    assert len(made.parts) > 1 or kind.startswith("edges")
+    assert_equal(results(q, k, v, made, bias, learned, "auto"), results(q, k, v, graph, bias, learned, "reference"))
+
+
+@pytest.mark.parametrize("graph", [MIXED, Causal() | Random(2), Full() - Random(4)], ids=str)
+def test_parts_are_disjoint_and_together_the_graph(graph):
+    made = plan(graph, 300, 300, machine=CUT)
+    masks = [part.layout.mask().long() for part in made.parts]
+    assert torch.equal(sum(masks), graph.mask(300, 300).long())
+    assert [part.edges for part in made.parts] == [int(mask.sum()) for mask in masks]
+
+
+def test_float32_is_right_to_2e_6_of_the_largest_value():
+    graph, n = MIXED | Causal() & Prefix(70), 700
+    inputs = [side.float().detach().requires_grad_() for side in tensors(n, n, dim=32, value_dim=32)]
+    wide = [side.detach().double().requires_grad_() for side in inputs]
+    up, up_lse = torch.randn(2, 4, n, 32, dtype=torch.float64), torch.randn(2, 4, n, dtype=torch.float64)
+
+    def found(sides, backend):
+        out, lse = attend(*sides, graph, backend=backend, return_lse=True)
+        loss = (out * up.to(out.dtype)).sum() + (lse * up_lse.to(out.dtype)).sum()
+        return out, lse, *torch.autograd.grad(loss, sides)
+
+    expected = found(wide, "reference")
+    for backend in ("tiles", "rows", "auto"):
+        for single, right in zip(found(inputs, backend), expected, strict=True):
+            assert (single - right).abs().max() <= 2e-6 * right.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_accumulates_in_float32(dtype):
+    q, k, v = (side.detach().to(dtype).requires_grad_() for side in tensors(200, 200, dim=16, value_dim=16))
+    for backend in ("tiles", "rows"):
+        out, lse = attend(q, k, v, MIXED, backend=backend, return_lse=True)
+        right = attend(q.float(), k.float(), v.float(), MIXED, backend="reference")
+        assert out.dtype == dtype
+        assert lse.dtype == torch.float32
+        assert (out - right).abs().max() < 1.1 * torch.finfo(dtype).eps * right.abs().max()
+        assert all(side.dtype == dtype for side in torch.autograd.grad(out.sum(), (q, k, v)))
+
+
+@pytest.mark.parametrize("backend", ["tiles", "rows", "auto"])
+def test_two_runs_and_any_number_of_threads_give_the_same_bits(backend):
+    q, k, v = (side.float().detach().requires_grad_() for side in tensors(500, 500, dim=16, value_dim=16))
+    runs = []
+    for threads in (1, 2, 1, 3) if backend == "rows" else (1, 1):
+        torch.set_num_threads(threads)
+        runs.append(results(q, k, v, MIXED, None, None, backend))
+    torch.set_num_threads(1)
+    for out, lse, gradients in runs[1:]:
+        for found, first in zip((out, lse, *gradients), (*runs[0][:2], *runs[0][2]), strict=True):
+            assert torch.equal(found, first)
+
+
+def test_the_operators_pass_opcheck():
+    q, k, v = (side.float().detach().requires_grad_() for side in tensors(40, 40, dim=8, value_dim=8))
+    for backend in ("tiles", "rows", "auto"):
+        torch.library.opcheck(attend_forward, (q, k, v, None, "", MIXED.text, backend, 0.3))
+    slopes = torch.randn(4, 79, requires_grad=True)
+    torch.library.opcheck(attend_forward, (q, k, v, slopes, "offset", MIXED.text, "tiles", 0.3))
+
+
+@pytest.mark.parametrize("backend", ["tiles", "rows"])
+def test_plans_compile_and_checkpoint(backend):
+    from torch.utils.checkpoint import checkpoint
+
+    q, k, v = (side.float().detach().requires_grad_() for side in tensors(70, 70, dim=8, value_dim=8))
+    expected = results(q, k, v, MIXED, None, None, backend)
+
+    def attention(q, k, v):
+        return attend(q, k, v, MIXED, backend=backend)
+
+    compiled = torch.compile(attention, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(q, k, v), expected[0])
+    gradients = torch.autograd.grad(checkpoint(attention, q, k, v, use_reentrant=False).square().sum(), (q, k, v))
+    right = torch.autograd.grad(attention(q, k, v).square().sum(), (q, k, v))
+    assert all(torch.equal(a, b) for a, b in zip(gradients, right, strict=True))
+
+
+@pytest.mark.parametrize("backend", ["tiles", "rows"])
+def test_a_second_derivative_is_a_clear_error(backend):
+    q, k, v = tensors(20, 20)
+    (gradient,) = torch.autograd.grad(attend(q, k, v, MIXED, backend=backend).square().sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="can be differentiated once; backend='edges'"):
+        gradient.sum().backward()
+
+
+def test_reordering_finds_the_band_of_a_shuffled_grid():
+    grid = networkx.convert_node_labels_to_integers(networkx.grid_2d_graph(70, 70))
+    shuffle = torch.randperm(4900, generator=torch.Generator().manual_seed(0)).tolist()
+    graph = from_networkx(networkx.relabel_nodes(grid, dict(enumerate(shuffle))), nodelist=range(4900))
+    machine = Machine(edge=1e-8, edge_dim=0, tile=1e-13, strip=0, node=0)
+    made = plan(graph, machine=machine, heads=4, head_dim=4)
+    assert made.parts[0].order is not None
+    assert "reordered" in made.explain()
+    q, k, v = tensors(4900, 4900, batch=1)
+    assert_equal(results(q, k, v, made, None, None, "auto"), results(q, k, v, graph, None, None, "edges"))
+    assert plan(graph, machine=machine, reorder=False).parts[0].order is None
+    scattered = plan(graph, backend="tiles").parts[0]
+    assert len(made.parts[0].layout.table.row) < len(scattered.layout.table.row) / 4
+
+
+def test_explain_names_parts_costs_and_alternatives():
+    graph = Window(256, 0) | Random(3)
+    text = plan(graph, 4096, 4096, heads=8, machine=Machine()).explain()
+    for word in ("tiles", "rows", "edges", "full", "masks", "GFLOP", "expected", "instead:", "dense", "the defaults"):
+        assert word in text
+    assert f"{graph.num_edges(4096, 4096):,} edges" in text
+
+
+def test_auto_takes_the_cheapest_way_of_the_machine():
+    assert [part.backend for part in plan(Window(64, 0), 4096, 4096, machine=NO_TILES).parts] == ["rows"]
+    assert [part.backend for part in plan(Window(64, 0), 4096, 4096, machine=NO_ROWS).parts] == ["tiles"]
+    assert [part.backend for part in plan(Causal(), 4096, 4096).parts] == ["dense"]
+    dense = Machine(dense=1e-15, call=0)
+    assert [part.backend for part in plan(Window(64, 0), 4096, 4096, machine=dense).parts] == ["dense"]
+
+
+def test_plans_are_made_once_and_the_cache_is_bounded(monkeypatch):
+    import attngraph.execution as execution
+
+    execution._PLANS.clear()
+    q = torch.randn(1, 1, 80, 4)
+    first = planned(MIXED.text, q, q, "tiles", None)
+    assert planned((Window(20, 0) | Prefix(2) | Random(3)).text, q, q, "tiles", None) is first
+    monkeypatch.setattr(execution, "MOST_PLANS", 3)
+    graphs = [Window(width, 0) for width in range(8)]
+    for graph in graphs:
+        planned(graph.text, q, q, "tiles", None)
+    assert len(execution._PLANS) == 3
+    monkeypatch.setattr(execution, "MOST_BYTES", 0)
+    planned(MIXED.text, q, q, "tiles", None)
+    assert len(execution._PLANS) == 1
+
+
+def test_machines_are_measured_kept_and_overridden(monkeypatch, tmp_path):
+    import attngraph.machine as machines
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("ATTNGRAPH_MACHINE", "")
+    machines._here.cache_clear()
+    first = Machine.here()
+    assert first.source.startswith("measured on")
+    assert all(value > 0 for name, value in vars(first).items() if name not in ("source", "edge", "edge_dim", "tile"))
+    machines._here.cache_clear()
+    monkeypatch.setattr(machines, "_measured", lambda: pytest.fail("measured twice"))
+    assert Machine.here() == first
+    own = tmp_path / "own.json"
+    own.write_text('{"tile": 1.0}')
+    monkeypatch.setenv("ATTNGRAPH_MACHINE", str(own))
+    assert Machine.here().tile == 1.0
+    monkeypatch.setenv("ATTNGRAPH_MACHINE", "default")
+    assert Machine.here() == Machine()
+
+
+# ------------------------------------------------------------------------------------------------- bad input
+
+
+def test_a_plan_for_other_tensors_is_told():
+    made = plan(Window(4, 0), 30, 30, heads=2)
+    q = torch.randn(2, 30, 8)
+    assert attend(q, q, q, made).shape == (2, 30, 8)
+    with pytest.raises(
+        ValueError, match=r"made for 30 queries, 30 keys and 2 heads on cpu \(got 31, 31 and 2 on cpu\)"
+    ):
+        attend(*[torch.randn(2, 31, 8)] * 3, made)
+    meta = q.to("meta")
+    with pytest.raises(ValueError, match=r"on cpu .got 30, 30 and 2 on meta"):
+        attend(meta, meta, meta, made)
+    with pytest.raises(ValueError, match=r"a plan has chosen its backends: leave out backend='edges'"):
+        attend(q, q, q, made, backend="edges")
+    with pytest.raises(ValueError, match=r"can't do dropout_p=0\.5; attend with the graph itself"):
+        attend(q, q, q, plan(Window(4, 0), 30, 30, heads=2, backend="tiles"), dropout_p=0.5)
+    with pytest.raises(ValueError, match=r"made for bias=None \(got one of kind 'edge'\): plan\(…, bias='edge'\)"):
+        attend(q, q, q, made, bias=EdgeBias(torch.zeros(made.edges)))
+
+
+def test_what_a_plan_cannot_be_is_told():
+    with pytest.raises(ValueError, match="backend of a plan must be one of auto"):
+        plan(Causal(), 4, 4, backend="edges")
+    with pytest.raises(ValueError, match="graph has 2 heads"):
+        plan(PerHead([Causal(), Full()]), 4, 4, heads=3)
+    with pytest.raises(ValueError, match="give the missing number"):
+        plan(Causal(), 4)
+    with pytest.raises(ValueError, match="rows run on a CPU, not on cuda"):
+        plan(Window(3, 0), 8, 8, backend="rows", device="cuda")
+    with pytest.raises(ValueError, match=r"can't do normalize='sigmoid'; backend='edges' and 'reference' can"):
+        attend(*torch.randn(3, 1, 1, 4, 4), Causal(), normalize="sigmoid", backend="tiles")
+
+
+def test_an_edge_bias_of_another_length_is_told():
+    q, k, v = tensors(20, 20)
+    for backend in ("tiles", "rows"):
+        with pytest.raises(ValueError, match="EdgeBias needs one value for each of the graph's"):
+            attend(q, k, v, MIXED, bias=EdgeBias(torch.zeros(7, dtype=torch.float64)), backend=backend)
+
+
+def test_memory_that_is_not_there_is_told_before_it_is_taken(monkeypatch):
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=1 << 29))
+    q = torch.randn(1, 1 << 20, 1)
+    with pytest.raises(MemoryError, match=r"GiB of memory are required .* GiB are available"):
+        attend(q, q, q, Random(100), backend="rows")
+
+
+def test_without_numba_auto_uses_tiles_and_says_what_is_lost(monkeypatch):
+    find = planning.find_spec
+    monkeypatch.setattr(planning, "find_spec", lambda name: None if name == "numba" else find(name))
+    made = plan(Random(4), 2000, 2000)
+    assert [part.backend for part in made.parts] in (["tiles"], ["dense"])
+    assert "rows need numba: pip install" in made.explain()
+    with pytest.raises(
+        ValueError, match=r"backend='rows' can't run here: rows need numba: pip install 'attngraph\[cpu\]'"
+    ):
+        plan(Random(4), 2000, 2000, backend="rows")
+
+
+def test_the_package_imports_without_numba_and_scipy():
+    code = (
+        "import sys; sys.modules['numba'] = sys.modules['scipy'] = None\n"
+        "import torch, attngraph as a\n"
+        "q = torch.randn(1, 2, 300, 8); g = a.Window(9, 0) | a.Random(2)\n"
+        "assert torch.allclose(a.attend(q, q, q, g, backend='tiles'), a.attend(q, q, q, g, backend='edges'), atol=1e-5)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# ------------------------------------------------------------------------------------------------- large sizes
+
+
+def spot_checked(graph, n, heads, dim, backend):
+    """Some rows of the result against the reference."""
+    chance = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, heads, n, dim, generator=chance) for _ in range(3))
+    out = attend(q, k, v, graph, backend=backend)
+    for row in [*torch.randint(0, n, (8,), generator=chance).tolist(), 0, n - 1]:
+        one = graph.at(n, n)[0]
+        heard = torch.cat([torch.arange(a, b) for a, b in one.spans(row, row + 1, n, n)])
+        heard = heard[one.contains(torch.tensor([row]), heard)]
+        scores = (k[0, :, heard].double() @ q[0, :, row, :, None].double())[..., 0] * dim**-0.5
+        right = (scores.softmax(-1)[..., None] * v[0, :, heard].double()).sum(1)
+        assert (out[0, :, row] - right).abs().max() <= 2e-6 * right.abs().max() + 1e-7
+
+
+@pytest.mark.parametrize("backend", ["tiles", "rows"])
+def test_beyond_two_to_the_31_pairs(backend):
+    spot_checked(Window(7, 0) | Prefix(2), 70_000, 2, 8, backend)  # N · M = 4.9e9
+
+
+def test_beyond_two_to_the_31_edges_times_heads():
+    spot_checked(Window(8191, 0), 66_000, 4, 1, "tiles")  # E · H = 2.0e9 + ..., N · M = 4.4e9
+
+
+PEAK = """
+import ctypes, sys, torch
+from attngraph import Prefix, Random, Window, attend
+torch.set_num_threads(1)
+n, heads, dim, backend = 131_072, 2, 16, sys.argv[1]
+graph = {"tiles": Window(256, 0) | Prefix(4), "rows": Window(60, 0) | Random(4)}[backend]
+q, k, v = (torch.randn(1, heads, n, dim, requires_grad=True) for _ in range(3))
+small = [side[:, :, :4096].detach().requires_grad_() for side in (q, k, v)]
+attend(*small, graph, backend=backend).sum().backward()  # what is loaded and compiled once
+with torch.no_grad():
+    attend(q, k, v, graph, backend=backend)  # the plan is made
+ctypes.CDLL(None).malloc_trim(0)
+open("/proc/self/clear_refs", "w").write("5")
+def high():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) / 1024
+before = high()
+attend(q, k, v, graph, backend=backend).sum().backward()
+print(high() - before)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peak memory is read from /proc")
+@pytest.mark.parametrize("backend", ["tiles", "rows"])
+def test_nothing_of_size_n_squared_or_edges_times_heads_is_allocated(backend):
+    """At N = 131,072: N² is 16 GiB of bytes, E · H · D 1 to 4 GiB of float32; what is taken is a few times q."""
+    done = subprocess.run([sys.executable, "-c", PEAK, backend], capture_output=True, text=True, check=True)
+    mib_of_q = 131_072 * 2 * 16 * 4 / 2**20
+    edges_mib = {"tiles": 131_072 * 257, "rows": 131_072 * 65}[backend] * 2 * 16 * 4 / 2**20
+    assert float(done.stdout) < 24 * mib_of_q < edges_mib / 2

@@ -32,7 +32,7 @@ def to_block_mask(
 
     >>> from attngraph import Causal, Window
     >>> to_block_mask(Causal() & Window(256, 0), 1024, 1024).sparsity()
-    70.3125
+    67.1875
 
     Raises:
         ValueError: sizes that do not fit, or a block size that is no multiple of 32.

@@ -68,7 +68,6 @@ class Part:
     heads: tuple[int, ...] | None = None  # None: all of them
     order: Tensor | None = None  # the nodes in the order of the layout, where they were reordered
     number: Tensor | None = None  # of each edge of these heads, among the edges that any head has
-    strips: int = 0
 
     @property
     def pairs(self) -> int:
@@ -165,7 +164,10 @@ def plan(
     for h in range(bound.heads or 1):
         groups.setdefault(simplify(bound.head(h)), []).append(h)
     alone = len(groups) == 1 or bias is None  # dense with a bias is no part beside others
-    choices = [_Choice(one, n, m, head_dim, device, backend, bias, reorder, alone, machine) for one in groups]
+    choices = [
+        _Choice(one, n, m, len(own) if bound.heads else heads, head_dim, device, backend, bias, reorder, alone, machine)
+        for one, own in groups.items()
+    ]
     parts, alternatives, notes = [], {}, []
     for choice, members in zip(choices, groups.values(), strict=True):
         chosen, others = choice.made()
@@ -206,8 +208,8 @@ class _Way(NamedTuple):
 class _Choice:
     """The ways to run one graph without heads of its own, bound to its size; seconds are of one head."""
 
-    def __init__(self, graph, n, m, head_dim, device, backend, bias, reorder, may_be_dense, machine):
-        self.graph, self.n, self.m, self.dim = graph, n, m, head_dim
+    def __init__(self, graph, n, m, heads, head_dim, device, backend, bias, reorder, may_be_dense, machine):
+        self.graph, self.n, self.m, self.heads, self.dim = graph, n, m, heads, head_dim
         self.backend, self.bias, self.reorder, self.machine = backend, bias, reorder, machine
         self.may_be_dense = may_be_dense
         self.notes: list[str] = []
@@ -311,7 +313,6 @@ class _Choice:
             )
         if len(table.row):
             layout, edges = Tiles(self.n, self.m, table), int(table.edges.sum())
-            pieces = sum(-(-strip.rows.rows * strip.keys.width // TILES_AT_ONCE) for strip in layout.strips)
             full = int((table.mask == NO_MASK).sum())
             why = (
                 f"{len(table.row):,} tiles, {full:,} full; {edges / (len(table.row) * TILE[0] * TILE[1]):.0%} of their "
@@ -319,7 +320,8 @@ class _Choice:
             )
             if way.order is not None:
                 why += "; nodes reordered"
-            parts.append(Part("tiles", layout, edges, self._tile_seconds(len(table.row), pieces), why, order=way.order))
+            seconds = self._tile_seconds(len(table.row), len(layout.strips))
+            parts.append(Part("tiles", layout, edges, seconds, why, order=way.order))
         query, key = way.rows
         if len(way.loose.row):
             query, key = (
@@ -349,20 +351,20 @@ class _Choice:
             return self.machine.flash * self.dim * self.n * self.m / (2 if self.closed == Causal() else 1)
         if self.n * self.m > MOST_DENSE_PAIRS and self.backend == "auto":
             return f"its mask would have {self.n * self.m:,} entries"
-        return self.machine.call + self.machine.dense * self.dim * self.n * self.m
+        return self.machine.dense * self.dim * self.n * self.m
 
     def _tile_seconds(self, tiles: int, rows: int) -> float:
-        """Of so many tiles in so many rows or strips of them."""
-        pieces = min(rows, 16) + tiles // TILES_AT_ONCE if rows else 0
-        return self.machine.tile * tiles * TILE[0] * TILE[1] * self.dim + self.machine.strip * pieces
+        """Of so many tiles in so many rows of them."""
+        strips = min(rows, MOST_STRIPS) / self.heads  # a call is for all heads
+        return self.machine.tile * tiles * TILE[0] * TILE[1] * self.dim + self.machine.strip * strips
 
     def _rows_seconds(self, edges: int) -> float:
-        return self.machine.rows(edges, self.dim) + self.machine.call if edges else 0.0
+        return self.machine.rows(edges, self.dim) + self.machine.call / self.heads if edges else 0.0
 
 
 MOST_DENSE_PAIRS = 1 << 31  # beyond, a mask alone takes 2 GiB
 FEWEST_TO_REORDER = 1 << 12
-TILES_AT_ONCE = 256  # in one piece of a strip: see kernels/tiles_torch.py
+MOST_STRIPS = 16  # kinds of rows of tiles, as far as they are guessed before they are made
 
 
 # ----------------------------------------------------------------------------------------------- the explanation
@@ -390,7 +392,7 @@ def _explain(plan: Plan) -> str:
             lines.append(f"  {name:16}{cost if isinstance(cost, str) else _time(cost)}")
     lines += [f"note: {note}" for note in plan.notes]
     return "\n".join(
-        [*lines, f"expected times: forward, one batch entry, as this machine was measured ({plan.machine.source})"]
+        [*lines, f"expected times: one forward pass of one batch entry, with the speeds of {plan.machine.source}"]
     )
 
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from attngraph import Machine, Prefix, Random, Window, plan
 from benchmarks.measure import RESULTS, spread
 
 README = Path(__file__).parent.parent / "README.md"
-BEGIN, END = "<!-- figures: python -m benchmarks.readme -->", "<!-- end of figures -->"
+MARKS = {
+    name: (f"<!-- {name}: python -m benchmarks.readme -->", f"<!-- end of {name} -->") for name in ("figures", "plan")
+}
 
 
 def figures() -> str:
@@ -44,6 +47,7 @@ def figures() -> str:
     for graph in ("Causal()", "Full()"):
         ratios = (spread(overhead[f"{graph} {phase}"]["ratio"]) for phase in ("forward", "forward + backward"))
         lines.append(f"| `{graph}` | {' | '.join(ratios)} |")
+    lines += ["", *goals()]
     if "choices" in training:
         losses = training["choices"]["losses"]
         lines += [
@@ -58,10 +62,32 @@ def figures() -> str:
     return "\n".join(lines)
 
 
+def explained() -> str:
+    """The plan that the README shows, on a machine of default speed."""
+    graph = Window(256, 0) | Prefix(4) | Random(8)
+    text = plan(graph, 65_536, 65_536, heads=8, head_dim=64, machine=Machine()).explain()
+    return f"```\n{text}\n```"
+
+
+def goals() -> list[str]:
+    """What was to be reached, and what was, as recorded by `python -m benchmarks.attention --goals`."""
+    found = json.loads((RESULTS / "goals.json").read_text())
+    lines = ["`python -m benchmarks.attention --goals`:", "", "| | goal | reached | |", "|---|---|---|---|"]
+    for goal in found.values():
+        reached = f"{goal['reached']:.3g}" if isinstance(goal["reached"], float) else goal["reached"]
+        sign = "≤" if goal["at_most"] else "≥"
+        text = goal["text"].replace("|", "\\|")
+        lines.append(f"| {text} | {sign} {goal['wanted']:g} | {reached} | {'✓' if goal['yes'] else 'not reached'} |")
+    return lines
+
+
 def written(text: str) -> str:
     """The README with its figures up to date."""
-    before, rest = text.split(BEGIN)
-    return f"{before}{BEGIN}\n\n{figures()}\n\n{END}{rest.split(END)[1]}"
+    for name, content in (("figures", figures()), ("plan", explained())):
+        begin, end = MARKS[name]
+        before, rest = text.split(begin)
+        text = f"{before}{begin}\n\n{content}\n\n{end}{rest.split(end)[1]}"
+    return text
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from attngraph.grammar import from_text
 from attngraph.kernels.merge import merge
 from attngraph.planner import Plan, plan
 
-KERNELS = {"dense": "dense", "tiles": "tiles_torch", "rows": "rows_numba"}  # each with forward and backward
+KERNELS = {"dense": "dense", "tiles": "tiles", "rows": "rows_numba"}  # each with forward and backward
 MOST_PLANS = 64
 MOST_BYTES = 1 << 31  # of all layouts that are kept
 
@@ -78,7 +78,7 @@ def attend_forward(
     with torch.autocast(q.device.type, enabled=False):
         wide = _wide(q, k, v, bias)
         out, lse = _forward(chosen, *wide[:3], (kind, wide[3]) if kind else None, scale)
-    return _nodes_first(out.to(q.dtype)), lse.contiguous()
+    return _laid_out(out.to(q.dtype), q), lse.contiguous()
 
 
 @attend_forward.register_fake
@@ -102,7 +102,8 @@ def attend_backward(
         given = (kind, bias_) if kind else None
         dq, dk, dv, dbias = _backward(chosen, q_, k_, v_, out_, lse, dout_, dlse, given, scale)
     dbias = q.new_empty(0) if bias is None else dbias.to(bias.dtype)
-    return *(_nodes_first(side.to(q.dtype)) for side in (dq, dk, dv)), dbias.contiguous()
+    found = (_laid_out(more.to(q.dtype), side) for more, side in zip((dq, dk, dv), (q, k, v), strict=True))
+    return *found, dbias.contiguous()
 
 
 @attend_backward.register_fake
@@ -110,14 +111,14 @@ def _(dout, dlse, out, lse, q, k, v, bias, kind, graph, backend, scale):
     return *(_empty(side, side.shape[3]) for side in (q, k, v)), q.new_empty(0 if bias is None else bias.shape)
 
 
-def _nodes_first(x: Tensor) -> Tensor:
-    """(B, H, N, D), in memory as (B, N, H, D): as a model makes its heads, and takes them."""
-    return x.transpose(1, 2).contiguous().transpose(1, 2)
+def _laid_out(x: Tensor, like: Tensor) -> Tensor:
+    """x (B, H, N, D), in memory as (B, N, H, D) where the other is: as a model makes its heads; else as it reads."""
+    return x.transpose(1, 2).contiguous().transpose(1, 2) if like.stride(1) < like.stride(2) else x.contiguous()
 
 
-def _empty(x: Tensor, dim: int) -> Tensor:
-    """As `_nodes_first`, of this dimension."""
-    return x.new_empty(x.shape[0], x.shape[2], x.shape[1], dim).transpose(1, 2)
+def _empty(like: Tensor, dim: int) -> Tensor:
+    """As `_laid_out`, of this dimension."""
+    return _laid_out(like.new_empty(*like.shape[:3], dim), like)
 
 
 def _remember(ctx, inputs, output):

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from attngraph.kernels import tiles_torch
+from attngraph.kernels import tiles
 from attngraph.kernels.merge import merge
 from attngraph.patterns import Full, Random, Window
 from attngraph.rows import Rows
@@ -113,9 +113,9 @@ def _measured() -> Machine:
 
     one, band = _tiles_of(Full(), 64), _tiles_of(Window(256, 0), n)
     few = tuple(side[:, :, :64].contiguous() for side in (q, k, v))
-    strip = _seconds(lambda: tiles_torch.forward(*few, one, None, 0.125), 20)
+    strip = _seconds(lambda: tiles.forward(*few, one, None, 0.125), 20)
     numbers = len(band.table.row) * 64 * 64 * dim
-    tile = _seconds(lambda: tiles_torch.forward(q, k, v, band, None, 0.125)) / numbers  # its strips included
+    tile = _seconds(lambda: tiles.forward(q, k, v, band, None, 0.125)) / numbers  # its strips included
 
     out, lse = torch.zeros_like(q), torch.zeros(1, 1, n)
     node = _seconds(lambda: merge(out, lse, v, lse)) / (n * dim)

@@ -202,11 +202,15 @@ class Task:
         return mask
 
     def inputs(self, node_major: bool, grad: bool) -> list[Tensor]:
-        """q, k, v and the gradient that arrives, each (1, H, N, D), or (N, H, D) for a node-major peer."""
+        """q, k, v and the gradient that arrives, each (1, H, N, D), or (N, H, D) for a node-major peer.
+
+        In memory sequences have the heads first, which suits SDPA; and graphs the nodes, as layers of PyG make them.
+        """
         random = torch.Generator().manual_seed(0)
         sides = [torch.randn(1, self.heads, self.n, self.workload.dim, generator=random) for _ in range(4)]
-        if node_major:
+        if node_major or self.workload.mask_mod is None:
             sides = [side[0].transpose(0, 1).contiguous() for side in sides]
+            sides = sides if node_major else [side.transpose(0, 1)[None] for side in sides]
         return [side.requires_grad_(grad and place < 3) for place, side in enumerate(sides)]
 
 

@@ -1,0 +1,173 @@
+"""The compiled tile kernels equal those of torch in float64, forward and in every gradient, bit for bit by any number
+of threads."""
+
+import pytest
+import torch
+
+from attngraph import (
+    Causal,
+    Documents,
+    EdgeList,
+    Empty,
+    Full,
+    Global,
+    Neighborhood,
+    Prefix,
+    Random,
+    Window,
+)
+from attngraph.kernels import tiles_torch
+from attngraph.tiles import Tiles, tabulate
+
+pytest.importorskip("numba")
+from attngraph.kernels import tiles_numba
+
+chance = torch.Generator().manual_seed(0)
+SOME_EDGES = torch.stack([torch.randint(size, (900,), generator=chance) for size in (150, 200)]).unique(dim=1)
+HEADS = [(1, 2, 2), (2, 4, 2), (1, 4, 1)]  # B, H, Hkv
+DIMS = [(64, 64), (5, 3), (80, 48)]
+GRAPHS = [
+    (Window(256, 0), 400, 400),
+    (Window(100, 30) | Prefix(4) | Random(3), 300, 300),
+    (Causal(), 200, 200),
+    (Full(), 130, 70),
+    (Documents([50, 3, 100, 47]), 200, 200),
+    (Neighborhood((12, 12), 2), 144, 144),
+    (EdgeList(SOME_EDGES, (200, 150)), 200, 150),
+    (Empty(), 70, 70),
+    (Global([0]), 300, 300),
+    (Window(9, 0), 100, 150),
+    (Window(9, 0), 150, 100),
+    (Full(), 1, 1),
+    (Full(), 1, 200),
+]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    yield
+    torch.set_num_threads(1)
+
+
+def layout_of(graph, n, m):
+    return Tiles(n, m, tabulate(graph.at(n, m)[0], n, m, (64, 64)))
+
+
+def tensors(heads, n, m, dims, seed=0):
+    """q, k, v, and the gradients of out and lse."""
+    (B, H, Hkv), (D, Dv), chance = heads, dims, torch.Generator().manual_seed(seed)
+    shapes = (B, H, n, D), (B, Hkv, m, D), (B, Hkv, m, Dv), (B, H, n, Dv), (B, H, n)
+    return [torch.randn(shape, generator=chance) for shape in shapes]
+
+
+def results(kernel, sides, layout, *, with_dlse=True):
+    """out, lse, dq, dk, dv."""
+    q, k, v, dout, dlse = sides
+    scale = q.shape[3] ** -0.5
+    out, lse = kernel.forward(q, k, v, layout, None, scale)
+    gradients = kernel.backward(q, k, v, out, lse, dout, dlse if with_dlse else None, layout, None, scale, False)
+    assert gradients[3] is None
+    return [out, lse, *gradients[:3]]
+
+
+def largest(part):
+    finite = part[part.isfinite()]
+    return float(finite.abs().max()) if len(finite) else 0.0
+
+
+def assert_close(found, expected, tolerance=2e-6):
+    """out and lse to their own largest value, gradients to that of all: one may be what large terms leave."""
+    of_gradients = max(map(largest, expected[2:]))
+    for place, (one, other) in enumerate(zip(found, expected, strict=True)):
+        assert one.shape == other.shape
+        assert one.dtype == torch.float32
+        atol = tolerance * (largest(other) if place < 2 else of_gradients)
+        torch.testing.assert_close(one.double(), other, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize(("heads", "dims"), [*zip(HEADS, DIMS, strict=True), (HEADS[2], DIMS[0])], ids=str)
+@pytest.mark.parametrize(("graph", "n", "m"), GRAPHS, ids=lambda x: getattr(x, "text", str(x))[:40])
+def test_the_kernels_equal_those_of_torch(graph, n, m, heads, dims):
+    layout, sides = layout_of(graph, n, m), tensors(heads, n, m, dims)
+    exact = [side.double() for side in sides]
+    for with_dlse in (True, False):
+        found = results(tiles_numba, sides, layout, with_dlse=with_dlse)
+        assert_close(found, results(tiles_torch, exact, layout, with_dlse=with_dlse))
+
+
+@pytest.mark.parametrize("graph", [Window(200, 0) | Prefix(4), Causal()], ids=lambda graph: graph.text)
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+def test_any_number_of_threads_gives_the_same_bits(graph, heads, monkeypatch):
+    monkeypatch.setattr(tiles_numba, "TILES_A_JOB", 5)
+    layout, sides = layout_of(graph, 700, 700), tensors(heads, 700, 700, (64, 32))
+    runs = []
+    for threads in (1, 2, 3, 8):
+        torch.set_num_threads(threads)
+        runs.append(results(tiles_numba, sides, layout))
+    for run in runs[1:]:
+        assert all(torch.equal(one, other) for one, other in zip(runs[0], run, strict=True))
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+def test_one_pass_or_two_are_the_same_bits(passes, monkeypatch):
+    layout, sides = layout_of(Window(200, 3) | Random(2), 500, 500), tensors((1, 4, 2), 500, 500, (64, 64))
+    expected = results(tiles_numba, sides, layout)
+    monkeypatch.setattr(tiles_numba, "_one_pass", lambda heads: passes == 1)
+    assert all(
+        torch.equal(one, other) for one, other in zip(results(tiles_numba, sides, layout), expected, strict=True)
+    )
+
+
+def test_strides_do_not_matter():
+    layout, sides = layout_of(Window(70, 20), 128, 128), tensors((2, 4, 2), 128, 128, (16, 16))
+    expected = results(tiles_numba, sides, layout)
+    turned = [side.transpose(1, 2).contiguous().transpose(1, 2) for side in sides]
+    flipped = [side.mT.contiguous().mT for side in sides]
+    wider = [torch.cat([side, side], -1)[..., : side.shape[-1]] for side in sides]
+    for views in (turned, flipped, wider):
+        found = results(tiles_numba, views, layout)
+        assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+def test_the_gradients_of_disjoint_parts_add_up():
+    n, whole, part = 300, Window(150, 0), Window(30, 0)
+    layouts = [layout_of(graph, n, n) for graph in (whole, part, whole - part)]
+    q, k, v, dout, dlse = tensors((1, 2, 1), n, n, (32, 32))
+    out, lse = tiles_numba.forward(q, k, v, layouts[0], None, 0.2)
+    expected, *shares = (
+        tiles_numba.backward(q, k, v, out, lse, dout, dlse, layout, None, 0.2, False)[:3] for layout in layouts
+    )
+    total = [a + b for a, b in zip(*shares, strict=True)]
+    assert_close([out, lse, *total], [side.double() for side in (out, lse, *expected)])
+
+
+def test_who_hears_nobody_is_zero_and_has_no_gradient():
+    edges = torch.tensor([[0, 70, 1], [3, 3, 80]])
+    layout, sides = layout_of(EdgeList(edges, (100, 100)), 100, 100), tensors((1, 2, 2), 100, 100, (16, 16))
+    out, lse, dq, dk, dv = results(tiles_numba, sides, layout)
+    heard = torch.tensor([i in (3, 80) for i in range(100)])
+    assert (out[:, :, ~heard] == 0).all()
+    assert (lse[:, :, ~heard] == -torch.inf).all()
+    assert (dq[:, :, ~heard] == 0).all()
+    hears = torch.tensor([j in (0, 1, 70) for j in range(100)])
+    assert (dk[:, :, ~hears] == 0).all()
+    assert (dv[:, :, ~hears] == 0).all()
+    assert all(side.isfinite().all() for side in (out, dq, dk, dv))
+
+
+@pytest.mark.parametrize("factor", [1e-3, 30.0, -1.0])
+def test_scores_of_any_size_are_safe(factor):
+    layout, (q, k, v, dout, dlse) = layout_of(Causal(), 200, 200), tensors((1, 2, 2), 200, 200, (16, 16))
+    sides = [q * factor, k, v, dout, dlse]
+    found = results(tiles_numba, sides, layout)
+    assert all(side.isfinite().all() for side in found)
+    assert_close(found, results(tiles_torch, [side.double() for side in sides], layout), 2e-5)
+
+
+@pytest.mark.parametrize(("n", "m"), [(0, 0), (0, 5), (5, 0)])
+def test_no_nodes_are_no_error(n, m):
+    sides = tensors((1, 2, 1), n, m, (16, 16))
+    out, lse, dq, dk, dv = results(tiles_numba, sides, layout_of(Empty(), n, m))
+    assert [side.shape for side in (out, lse, dq, dk, dv)] == [sides[x].shape for x in (3, 4, 0, 1, 2)]
+    assert (out == 0).all()
+    assert (dk == 0).all()

@@ -126,7 +126,6 @@ def _report(pipe: Connection, function: Callable[..., dict], arguments: tuple) -
     """In the new process: run the function, and send its progress, then its result or its exception."""
 
     gc.freeze()  # what was imported is no garbage: collections are short
-    _keep_freed_memory()
 
     def progress(figures: dict, seconds: float) -> None:
         pipe.send(("step", figures, seconds))
@@ -136,19 +135,6 @@ def _report(pipe: Connection, function: Callable[..., dict], arguments: tuple) -
     except Exception as error:
         text = " ".join(str(error).split())
         pipe.send(("failed", f"{type(error).__name__}: {text[:300]}", 0))
-
-
-def _keep_freed_memory() -> None:
-    """Let the C library reuse large blocks, as the allocators do that PyTorch recommends for CPUs (jemalloc, tcmalloc).
-
-    Else each large result is mapped anew, page by page: a cost of every contestant, and of none.
-    """
-    try:
-        library = ctypes.CDLL(None)
-        for option in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
-            library.mallopt(option, 1 << 30)
-    except (OSError, AttributeError):
-        pass
 
 
 def _watched(process: multiprocessing.Process, pipe: Connection, seconds: float, gib: float) -> dict:

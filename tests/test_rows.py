@@ -10,7 +10,7 @@ from attngraph import EdgeBias, attend, from_dense, rows
 from attngraph.rows import Rows
 
 pytest.importorskip("numba")
-from attngraph.kernels import rows_numba
+from attngraph.kernels import rows_numba, threads
 
 KINDS = (
     "none",
@@ -202,8 +202,8 @@ def test_any_number_of_threads_gives_the_same_bits(kind):
     values = None if kind == "none" else values_of(kind, 3, 4, mask).float()
     bias = None if values is None else ("dense" if kind == "keys" else kind.split("-")[0], values)
     runs = []
-    for threads in (1, 2, 3, 3):
-        torch.set_num_threads(threads)
+    for count in (1, 2, 3, 3):
+        torch.set_num_threads(count)
         runs.append([part for part in rows_results(*sides, mask, bias) if part is not None])
     for run in runs[1:]:
         assert all(torch.equal(one, other) for one, other in zip(runs[0], run, strict=True))
@@ -236,7 +236,7 @@ def test_an_error_in_a_helper_reaches_the_caller():
             raise KeyError("lost")
 
     with pytest.raises((KeyError, threading.BrokenBarrierError)):
-        rows_numba._share(10, work)
+        threads.share(10, work)
 
 
 def test_strides_do_not_matter():

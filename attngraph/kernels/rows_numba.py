@@ -7,18 +7,16 @@ Nodes come first in memory: q is (B, N, H, D), and the four scores of a block of
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
-from itertools import count
 
 import numpy as np
 import torch
-from llvmlite import ir
-from numba import njit, types
-from numba.extending import intrinsic, overload
+from numba import njit
 from torch import Tensor
+
+from attngraph.kernels.memory import zeros
+from attngraph.kernels.threads import share
+from attngraph.kernels.vectors import adds, dots, exp
 
 CHUNK = 64  # edges of a node whose neighbours stay in the cache between their scores and their sums
 HONEST = {"reassoc", "contract", "nsz", "arcp"}  # of fastmath, what keeps inf and nan
@@ -27,175 +25,7 @@ KINDS = {"offset": OFFSET, "edge": EDGE, "dense": DENSE}
 compiled = njit(nogil=True, cache=True, fastmath=HONEST)
 
 
-# ------------------------------------------------------------------------------------------------- threads
-
-
-def _share(jobs: int, work: Callable[[int], None]) -> None:
-    """work(0) … work(jobs - 1), each once, by as many threads as torch may use: the calling one, and helpers."""
-    tickets = count()
-
-    def pull():
-        while (job := next(tickets)) < jobs:
-            work(job)
-
-    helpers = min(torch.get_num_threads(), jobs // 2) - 1
-    futures = [_pool(os.getpid()).submit(pull) for _ in range(helpers)]
-    try:
-        pull()
-    finally:
-        running = [future for future in futures if not future.cancel()]  # who has not begun comes too late
-        errors = [error for future in running if (error := future.exception())]
-    if errors:
-        raise errors[0]
-
-
-@lru_cache(1)
-def _pool(process: int) -> ThreadPoolExecutor:
-    """Helpers of this process: a fork has none of its parent's threads."""
-    return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="attngraph-rows")
-
-
-# ------------------------------------------------------------------------------------------- vectors, in LLVM
-
-
-# Vectors of a node are loaded whole, as LLVM vectors of a constant length: the loop vectoriser, given such short loops,
-# unrolls them or vectorises another one. Four edges at a time share the loads of the node, and the work of summing
-# across lanes.
-
-
-def _data(context, builder, kind, array, at):
-    """A pointer to array.flat[at]."""
-    return builder.gep(context.make_array(kind)(context, builder, array).data, [at])
-
-
-def _rows(context, builder, kind, array, nodes, stride, at):
-    """Pointers to the vectors of four nodes."""
-    firsts = [builder.mul(builder.extract_value(nodes, t), stride) for t in range(4)]
-    return [_data(context, builder, kind, array, builder.add(first, at)) for first in firsts]
-
-
-def _vector(builder, data, first, lanes):
-    """A pointer to data[first:first + lanes] as one vector."""
-    at = builder.gep(data, [ir.IntType(64)(first)])
-    return builder.bitcast(at, ir.VectorType(data.type.pointee, lanes).as_pointer())
-
-
-def _parts(kind, width):
-    """(first, lanes) of the vectors that `width` numbers consist of; each is at most a cache line."""
-    line = 512 // kind.dtype.bitwidth
-    return [(first, min(line, width.literal_value - first)) for first in range(0, width.literal_value, line)]
-
-
-def _shuffle(builder, a, b, lanes):
-    return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(ir.IntType(32), len(lanes)), list(lanes)))
-
-
-def _add_pairs(builder, a, b):
-    """The sums of each two neighbouring lanes, of a and then of b."""
-    lanes = range(0, 2 * a.type.count, 2)
-    return builder.fadd(_shuffle(builder, a, b, lanes), _shuffle(builder, a, b, [x + 1 for x in lanes]))
-
-
-def _fma(builder, a, b, c):
-    return builder.fadd(builder.fmul(a, b, flags=("contract",)), c, flags=("contract",))
-
-
-@intrinsic(prefer_literal=True)
-def dots(typing, scores, at, scale, x, x_at, y, nodes, stride, y_at, width):
-    """scores[at + t] += scale · Σ_d x[x_at + d] · y[nodes[t] · stride + y_at + d], t < 4, d < width; all flat.
-
-    width is a constant.
-    """
-
-    def generate(context, builder, signature, arguments):
-        data = [_data(context, builder, x, *arguments[3:5])]
-        data += _rows(context, builder, y, *arguments[5:9])
-        align, lanes = x.dtype.bitwidth // 8, max([4, *(1 << (part - 1).bit_length() for _, part in _parts(x, width))])
-        sums = [ir.Constant(ir.VectorType(data[0].type.pointee, lanes), None)] * 4
-        for first, part in _parts(x, width):
-            sides = [builder.load(_vector(builder, side, first, part), align=align) for side in data]
-            if part < lanes:
-                zero, widen = ir.Constant(sides[0].type, None), [min(lane, part) for lane in range(lanes)]
-                sides = [_shuffle(builder, side, zero, widen) for side in sides]
-            sums = [_fma(builder, sides[0], side, part_sum) for side, part_sum in zip(sides[1:], sums, strict=True)]
-        total = _add_pairs(builder, _add_pairs(builder, *sums[:2]), _add_pairs(builder, *sums[2:]))
-        while total.type.count > 4:
-            evens = range(0, total.type.count, 2)
-            halves = [_shuffle(builder, total, total, [lane + odd for lane in evens]) for odd in (0, 1)]
-            total = builder.fadd(*halves)
-        target = _vector(builder, _data(context, builder, scores, *arguments[:2]), 0, 4)
-        factor = _splat(builder, arguments[2], 4)
-        builder.store(_fma(builder, factor, total, builder.load(target, align=align)), target, align=align)
-        return context.get_dummy_value()
-
-    index = types.intp
-    return types.void(scores, index, x.dtype, x, index, y, nodes, index, index, width), generate
-
-
-def _splat(builder, number, lanes):
-    vector = ir.VectorType(number.type, lanes)
-    one = builder.insert_element(ir.Constant(vector, ir.Undefined), number, ir.IntType(32)(0))
-    return _shuffle(builder, one, one, [0] * lanes)
-
-
-@intrinsic(prefer_literal=True)
-def adds(typing, total, at, weights, w_at, y, nodes, stride, y_at, width):
-    """total[at + d] += Σ_t weights[w_at + t] · y[nodes[t] · stride + y_at + d], t < 4, d < width; all flat.
-
-    width is a constant.
-    """
-
-    def generate(context, builder, signature, arguments):
-        target = _data(context, builder, total, *arguments[:2])
-        weight = _data(context, builder, weights, *arguments[2:4])
-        factors = [builder.load(builder.gep(weight, [ir.IntType(64)(t)])) for t in range(4)]
-        rows = _rows(context, builder, y, *arguments[4:8])
-        align = y.dtype.bitwidth // 8
-        for first, part in _parts(y, width):
-            sums = builder.load(_vector(builder, target, first, part), align=align)
-            for factor, row in zip(factors, rows, strict=True):
-                vector = builder.load(_vector(builder, row, first, part), align=align)
-                sums = _fma(builder, _splat(builder, factor, part), vector, sums)
-            builder.store(sums, _vector(builder, target, first, part), align=align)
-        return context.get_dummy_value()
-
-    index = types.intp
-    return types.void(total, index, weights, index, y, nodes, index, index, width), generate
-
-
 # ----------------------------------------------------------------------------------------- steps of a row
-
-
-def exp(x):
-    """e^x, 0 below the normal numbers; nan stays nan."""
-
-
-F = np.float32
-LOWEST, HIGHEST, LOG2_E, LN2_HIGH, LN2_LOW = F(-87.33), F(88.8), F(math.log2(math.e)), F(0.693359375), F(-2.12194440e-4)
-ROUND, ZERO, ONE = F(1.5 * 2**23), F(0), F(1)  # x + ROUND has round(x) in its last bits
-C2, C3, C4, C5 = F(0.5), F(1.6666665459e-1), F(4.1665795894e-2), F(8.3334519073e-3)
-C6, C7 = F(1.3981999507e-3), F(1.9875691500e-4)
-
-
-# No reassociation here: it would undo the two-part ln 2.
-@overload(exp, jit_options={"fastmath": {"contract"}})
-def _(x):
-    if x == types.float64:
-        return lambda x: math.exp(x)
-
-    def exp32(x):
-        near = x if x > LOWEST else LOWEST
-        near = near if near < HIGHEST else HIGHEST
-        shifted = np.float32(near * LOG2_E + ROUND)
-        power = shifted - ROUND
-        r = (near - power * LN2_HIGH) - power * LN2_LOW
-        series = ((((C7 * r + C6) * r + C5) * r + C4) * r + C3) * r + C2
-        series = series * (r * r) + r + ONE
-        bits = np.int32((shifted.view(np.int32) << 23) + 0x3F800000)  # of 2^round(x / ln 2)
-        scaled = series * bits.view(np.float32)
-        return scaled if x > LOWEST else (x if x != x else ZERO)
-
-    return exp32
 
 
 @compiled
@@ -357,7 +187,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, layout, bias: tuple[str, Tensor] | 
     (B, H, N, _), half = q.shape, layout.by_query
     q, k, v = _nodes_first(q, k, v)
     kind, values, strides = _terms(bias, q)
-    out, lse = q.new_zeros(B, N, H, v.shape[3]), q.new_full((B, N, H), -torch.inf)
+    out, lse = zeros(B, N, H, v.shape[3], like=q), q.new_full((B, N, H), -torch.inf)
     some_out, some_lse = (
         whole.new_full((B, half.num_pieces, *whole.shape[2:]), fill) for whole, fill in ((out, 0), (lse, -torch.inf))
     )
@@ -370,7 +200,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, layout, bias: tuple[str, Tensor] | 
         unit, batch = divmod(job, B)
         kernel(unit, batch, *arguments, *terms, *results)
 
-    _share(len(half.units) * B, work)
+    share(len(half.units) * B, work)
     if half.num_pieces:
         merge(*_arrays(half.pieces), half.num_pieces, N, *results)
     return out.transpose(1, 2), lse.transpose(1, 2)
@@ -534,8 +364,8 @@ def _half(vectors, sides, layout, bias, scale, *, by_key=False, d_values=None, d
     (own, own_value, _, _), (q, _, v, _, lse, delta) = vectors, sides
     half, (B, _, H, D) = layout.by_key if by_key else layout.by_query, q.shape
     kind, values, strides = _terms(bias, q)
-    totals = [torch.zeros_like(own)]
-    totals.append(torch.zeros_like(own_value) if by_key else q.new_empty(0, 0, 0, 0))
+    totals = [zeros(*own.shape, like=own)]
+    totals.append(zeros(*own_value.shape, like=own) if by_key else q.new_empty(0, 0, 0, 0))
     totals.append(q.new_zeros(B, own.shape[1], H, 1) if d_keys else q.new_empty(0, 0, 0, 0))
     some = [total.new_zeros(total.shape[0], half.num_pieces, *total.shape[2:]) for total in totals]
     results = _arrays(*(total.flatten(0, 1) for pair in zip(totals, some, strict=True) for total in pair))
@@ -557,7 +387,7 @@ def _half(vectors, sides, layout, bias, scale, *, by_key=False, d_values=None, d
         for job in range(jobs):
             work(job)
     else:
-        _share(jobs, work)
+        share(jobs, work)
     if half.num_pieces:
         for total, part in zip(totals, some, strict=True):
             if len(total):
@@ -579,7 +409,7 @@ def _by_head(sides, layout, bias, scale):
         dq_h = _half(vectors, sides, layout, ("offset", values), scale, d_values=d_table[h], alone=True)[0]
         dq[:, :, h] = dq_h[:, :, 0]
 
-    _share(q.shape[2], work)
+    share(q.shape[2], work)
     return dq, d_table.sum_to_size(table.shape).to(table.dtype)
 
 

@@ -8,241 +8,44 @@ queries of its tiles that do not hear it.
 from __future__ import annotations
 
 import math
-import operator
 from itertools import pairwise
 
 import numpy as np
 import torch
-from llvmlite import ir
-from numba import njit, types
-from numba.core.typing.templates import ConcreteTemplate, infer_global, signature
-from numba.extending import intrinsic, lower_builtin, models, register_model
+from numba import njit
 from torch import Tensor
 from torch.nn.functional import pad
 
-from attngraph.kernels.rows_numba import LOG2_E, ROUND, _data, _fma, _share, _vector
+from attngraph.kernels.memory import empty, zeros
+from attngraph.kernels.threads import share
+from attngraph.kernels.vectors import (
+    LANES,
+    LOG2_E,
+    ROWS,
+    TILE,
+    ends,
+    exp2,
+    higher,
+    keep,
+    load,
+    multiply,
+    splat,
+    store,
+    total_of,
+    turn_block,
+)
 
-TILE, LANES, ROWS = 64, 16, 8  # nodes of a tile; numbers of a vector; rows of a product that stay in registers
 TILES_A_JOB = 128  # of one head, at most: a millisecond
 LOW = np.float32(-1e30)  # below every score, and finite: a query that hears nobody is no NaN
 ALL = np.uint64(0xFFFFFFFFFFFFFFFF)
 LN2 = math.log(2)
 HONEST = {"contract"}  # of fastmath: exp2 stands no reassociation
-EXP2 = 0.001326472731307149, 0.009671512991189957, 0.05550733581185341, 0.24022242426872253, 0.6931470036506653, 1.0
 compiled = njit(nogil=True, cache=True, fastmath=HONEST)
 step = njit(fastmath=HONEST, no_cpython_wrapper=True, no_cfunc_wrapper=True)  # of a compiled function, which keeps it
 
 # Of a tile, the queries of a row of tiles, or the keys of a column, are "own", the nodes across are "other". Scores lie
 # as (other, own): every product then reads its first factor number by number, in whatever strides, and its second in
 # whole vectors, as it lies in memory; only the own tile is transposed, once for all of its others.
-
-
-# ------------------------------------------------------------------------------------------- vectors, in LLVM
-
-
-class Lanes(types.Type):
-    """16 numbers as one LLVM vector: a local variable of a compiled function."""
-
-
-FLOATS, INTS = ir.VectorType(ir.FloatType(), LANES), ir.VectorType(ir.IntType(32), LANES)
-lanes = Lanes("lanes")
-
-
-@register_model(Lanes)
-class LanesModel(models.PrimitiveModel):
-    def __init__(self, manager, kind):
-        super().__init__(manager, kind, FLOATS)
-
-
-def _define(operation, instruction):
-    infer_global(operation)(type("Operation", (ConcreteTemplate,), {"cases": [signature(lanes, lanes, lanes)]}))
-    lower_builtin(operation, lanes, lanes)(
-        lambda context, builder, sig, sides: getattr(builder, instruction)(*sides, flags=("contract",))
-    )
-
-
-_define(operator.add, "fadd")
-_define(operator.sub, "fsub")
-_define(operator.mul, "fmul")
-
-
-def _constant(value):
-    if isinstance(value, float):
-        return ir.Constant(FLOATS, [float(np.float32(value))] * LANES)
-    return ir.Constant(INTS, [value] * LANES)
-
-
-def _splat(builder, number):
-    one = builder.insert_element(ir.Constant(FLOATS, ir.Undefined), number, ir.IntType(32)(0))
-    return builder.shuffle_vector(one, one, ir.Constant(INTS, [0] * LANES))
-
-
-def _at(builder, data, index):
-    """A pointer to the vector that begins at data[index]."""
-    return _vector(builder, builder.gep(data, [index]), 0, LANES)
-
-
-@intrinsic
-def splat(typing, number):
-    """One number in all lanes."""
-    return lanes(types.float32), lambda context, builder, sig, args: _splat(builder, args[0])
-
-
-@intrinsic
-def load(typing, x, at):
-    """x[at : at + 16] of a flat array."""
-
-    def generate(context, builder, sig, args):
-        return builder.load(_vector(builder, _data(context, builder, x, *args), 0, LANES), align=4)
-
-    return lanes(x, types.intp), generate
-
-
-@intrinsic
-def store(typing, x, at, value):
-    """x[at : at + 16] = value."""
-
-    def generate(context, builder, sig, args):
-        builder.store(args[2], _vector(builder, _data(context, builder, x, *args[:2]), 0, LANES), align=4)
-        return context.get_dummy_value()
-
-    return types.void(x, types.intp, lanes), generate
-
-
-@intrinsic
-def higher(typing, a, b):
-    """The higher one in each lane."""
-
-    def generate(context, builder, sig, args):
-        return builder.select(builder.fcmp_ordered(">", *args), *args)
-
-    return lanes(lanes, lanes), generate
-
-
-@intrinsic
-def keep(typing, value, bits, first, other):
-    """Of value the lanes l with bit first + l, else those of other."""
-
-    def generate(context, builder, sig, args):
-        bits = builder.trunc(builder.lshr(args[1], args[2]), ir.IntType(LANES))
-        return builder.select(builder.bitcast(bits, ir.VectorType(ir.IntType(1), LANES)), args[0], args[3])
-
-    return lanes(lanes, types.uint64, types.intp, lanes), generate
-
-
-@intrinsic
-def exp2(typing, x):
-    """2^x for x < 128; 0 below -125; nan stays nan."""
-
-    def generate(context, builder, sig, args):
-        (x,) = args
-        shifted = builder.fadd(x, _constant(float(ROUND)))  # has round(x) in its last bits
-        r = builder.fsub(x, builder.fsub(shifted, _constant(float(ROUND))))
-        series = _constant(EXP2[0])
-        for factor in EXP2[1:]:
-            series = _fma(builder, series, r, _constant(factor))
-        power = builder.shl(builder.bitcast(shifted, INTS), _constant(23))
-        scaled = builder.bitcast(builder.add(builder.bitcast(series, INTS), power), FLOATS)
-        return builder.select(builder.fcmp_unordered(">", x, _constant(-125.0)), scaled, _constant(0.0))
-
-    return lanes(lanes), generate
-
-
-@intrinsic
-def total_of(typing, x):
-    """The sum over the lanes."""
-
-    def generate(context, builder, sig, args):
-        (x,) = args
-        for half in (8, 4, 2, 1):
-            turned = ir.Constant(INTS, [(lane + half) % LANES for lane in range(LANES)])
-            x = builder.fadd(x, builder.shuffle_vector(x, x, turned))
-        return builder.extract_element(x, ir.IntType(32)(0))
-
-    return types.float32(lanes), generate
-
-
-@intrinsic
-def turn_block(typing, x, at, step, turned, to):
-    """turned[to + 64 c + r] = x[at + step r + c] for r, c < 16."""
-
-    def generate(context, builder, sig, args):
-        x_at, to = (_data(context, builder, *pair) for pair in ((x, args[0], args[1]), (turned, args[3], args[4])))
-        size = ir.IntType(64)
-        rows = [builder.load(_at(builder, x_at, builder.mul(args[2], size(r))), align=4) for r in range(LANES)]
-        for bit in (1, 2, 4, 8):  # swap the off-diagonal blocks of size bit
-            upper = [lane if not lane & bit else LANES + lane - bit for lane in range(LANES)]
-            lower = [lane + bit if not lane & bit else LANES + lane for lane in range(LANES)]
-            for r in range(LANES):
-                if not r & bit:
-                    pair = rows[r], rows[r + bit]
-                    rows[r] = builder.shuffle_vector(*pair, ir.Constant(INTS, upper))
-                    rows[r + bit] = builder.shuffle_vector(*pair, ir.Constant(INTS, lower))
-        for r, row in enumerate(rows):
-            builder.store(row, _at(builder, to, size(r * TILE)), align=4)
-        return context.get_dummy_value()
-
-    index = types.intp
-    return types.void(x, index, index, turned, index), generate
-
-
-@intrinsic(prefer_literal=True)
-def multiply(typing, c, c_at, c_step, a, a_at, a_row, a_step, b, b_at, b_step, count, fresh, parts):
-    """c[c_at + r c_step + d] (+)= Σ_t a[a_at + r a_row + t a_step] · b[b_at + t b_step + d], r < 8, t < count (> 0).
-
-    d < 16 · parts, a constant; fresh: what c held does not count. All sums are in registers.
-    """
-
-    def generate(context, builder, sig, args):
-        size, cells = ir.IntType(64), [(r, p) for r in range(ROWS) for p in range(parts.literal_value)]
-        to, left, right = (
-            _data(context, builder, *pair)
-            for pair in ((c, args[0], args[1]), (a, args[3], args[4]), (b, args[7], args[8]))
-        )
-        lefts = [builder.gep(left, [builder.mul(args[5], size(r))]) for r in range(ROWS)]
-        targets = {
-            (r, p): _at(builder, to, builder.add(builder.mul(args[2], size(r)), size(p * LANES))) for r, p in cells
-        }
-        before, loop, after = builder.block, *(builder.append_basic_block(name) for name in ("product", "after"))
-        builder.branch(loop)
-        builder.position_at_end(loop)
-        t, a_at, b_at = (builder.phi(size) for _ in range(3))
-        sums = [builder.phi(FLOATS) for _ in cells]
-        rows = [
-            builder.load(_at(builder, right, builder.add(b_at, size(p * LANES))), align=4)
-            for p in range(parts.literal_value)
-        ]
-        numbers = [_splat(builder, builder.load(builder.gep(one, [a_at]))) for one in lefts]
-        ends = [_fma(builder, numbers[r], rows[p], part) for (r, p), part in zip(cells, sums, strict=True)]
-        steps = [(t, size(1)), (a_at, args[6]), (b_at, args[9])]
-        for phi, step in steps:
-            phi.add_incoming(size(0), before)
-            phi.add_incoming(builder.add(phi, step), loop)
-        for phi, end in zip(sums, ends, strict=True):
-            phi.add_incoming(_constant(0.0), before)
-            phi.add_incoming(end, loop)
-        builder.cbranch(builder.icmp_signed("<", t.incomings[1][0], args[10]), loop, after)
-        builder.position_at_end(after)
-        for cell, end in zip(cells, ends, strict=True):
-            held = builder.select(args[11], _constant(0.0), builder.load(targets[cell], align=4))
-            builder.store(builder.fadd(held, end), targets[cell], align=4)
-        return context.get_dummy_value()
-
-    index = types.intp
-    kinds = (c, index, index, a, index, index, index, b, index, index, index, types.boolean, parts)
-    return types.void(*kinds), generate
-
-
-@intrinsic
-def ends(typing, bits):
-    """The first bit that is set, and the first after the last one, of a number that is not 0."""
-
-    def generate(context, builder, sig, args):
-        first = builder.cttz(args[0], ir.IntType(1)(1))
-        after = builder.sub(ir.IntType(64)(64), builder.ctlz(args[0], ir.IntType(1)(1)))
-        return context.make_tuple(builder, sig.return_type, [first, after])
-
-    return types.UniTuple(types.intp, 2)(types.uint64), generate
 
 
 # ----------------------------------------------------------------------------------------- steps of a tile
@@ -406,7 +209,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, layout, bias: None, scale: float) -
     """
     (B, H, N, _), value_dim, group = q.shape, v.shape[3], q.shape[1] // k.shape[1]
     q, k, v = (_whole(side, layout, place) for side, place in ((q, 0), (k, 1), (v, 1)))
-    out, lse = _new(np.empty, *q.shape[:4], v.shape[4]), _new(np.empty, *q.shape[:4])
+    out, lse = empty(*q.shape[:4], v.shape[4], like=q), empty(*q.shape[:4], like=q)
     heads = [_heads(side, B * H) for side in (q, out, lse)], [_heads(side, B * H // group) for side in (k, v)]
     jobs, terms = _jobs(layout.by_query, B * H), _terms(layout, layout.by_query, q.shape[4], v.shape[4], scale)
 
@@ -415,7 +218,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, layout, bias: None, scale: float) -
         (q_h, out_h, lse_h), (k_h, v_h) = (side[head] for side in heads[0]), (side[head // group] for side in heads[1])
         forward_rows(*jobs[piece], q_h, k_h, v_h, out_h, lse_h, *terms)
 
-    _share(B * H * len(jobs), work)
+    share(B * H * len(jobs), work)
     return out.flatten(2, 3)[:, :, :N, :value_dim], lse.flatten(2)[:, :, :N]
 
 
@@ -521,7 +324,7 @@ def backward(
     lse, delta = (_whole(side[..., None], layout, 0, 1) for side in (lse, delta))
     q, out, dout = (_whole(side, layout, 0) for side in (q, out, dout))
     k, v = _whole(k, layout, 1), _whole(v, layout, 1)
-    dq, dk, dv = _new(np.zeros, *q.shape), _new(np.empty, *k.shape), _new(np.empty, *v.shape)
+    dq, dk, dv = zeros(*q.shape, like=q), empty(*k.shape, like=k), empty(*v.shape, like=v)
     sides = (q, k, v, dout, lse, delta, dq, dk, dv)
     _settle(out, dout, delta)
     columns = [(0, layout.grid[1])] if _one_pass(B * key_heads) else _jobs(layout.by_key, B * key_heads)
@@ -545,7 +348,7 @@ def _one_pass(key_heads: int) -> bool:
 def _settle(out: Tensor, dout: Tensor, delta: Tensor) -> None:
     heads = out.shape[0] * out.shape[1]
     parts = [_heads(side, heads) for side in (out, dout, delta)]
-    _share(heads, lambda head: settle(parts[0][head], parts[1][head], out.shape[4], parts[2][head]))
+    share(heads, lambda head: settle(parts[0][head], parts[1][head], out.shape[4], parts[2][head]))
 
 
 def _add_rows(sides: tuple[Tensor, ...], layout, scale: float) -> None:
@@ -562,7 +365,7 @@ def _add_rows(sides: tuple[Tensor, ...], layout, scale: float) -> None:
         k_h, v_h = (side[head // group] for side in of_key)
         backward_rows(*jobs[piece], q_h, k_h, v_h, dout_h, lse_h, delta_h, dq_h, *terms)
 
-    _share(B * H * len(jobs), work)
+    share(B * H * len(jobs), work)
 
 
 def _add_columns(sides: tuple[Tensor, ...], layout, scale: float, jobs: list[tuple[int, int]]) -> None:
@@ -578,7 +381,7 @@ def _add_columns(sides: tuple[Tensor, ...], layout, scale: float, jobs: list[tup
         head, piece = divmod(job, len(jobs))
         backward_columns(*jobs[piece], group, *(side[head] for side in of_head), *terms)
 
-    _share(heads * len(jobs), work)
+    share(heads * len(jobs), work)
 
 
 # ------------------------------------------------------------------------------------------- tensors to arrays
@@ -589,11 +392,6 @@ def _whole(x: Tensor, layout, side: int, multiple: int = LANES) -> Tensor:
     x, missing, wide = x.detach(), layout.grid[side] * TILE - x.shape[2], -x.shape[3] % multiple
     x = pad(x, (0, wide, 0, missing)) if missing or wide else x
     return x.contiguous().view(*x.shape[:2], layout.grid[side], TILE, x.shape[3])
-
-
-def _new(fill, *shape: int) -> Tensor:
-    """By np.empty or np.zeros: of memory from NumPy, which asks for huge pages, the first touch is far cheaper."""
-    return torch.from_numpy(fill(shape, np.float32))
 
 
 def _heads(x: Tensor, heads: int) -> np.ndarray:

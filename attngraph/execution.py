@@ -93,22 +93,23 @@ def _(q, k, v, bias, kind, graph, backend, scale):
 def attend_backward(
     dout: Tensor, dlse: Tensor, out: Tensor, lse: Tensor,
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, kind: str, graph: str, backend: str, scale: float,
+    bias_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """The gradients of q, k, v and the bias; of no bias, an empty tensor."""
+    """The gradients of q, k, v and, with bias_grad, of the bias; else an empty tensor."""
     chosen = planned(graph, q, k, backend, kind or None)
     with torch.autocast(q.device.type, enabled=False):
         q_, k_, v_, bias_, dout_, out_ = _wide(q, k, v, bias, dout, out)
         dlse = dlse if bool(dlse.any()) else None
         given = (kind, bias_) if kind else None
-        dq, dk, dv, dbias = _backward(chosen, q_, k_, v_, out_, lse, dout_, dlse, given, scale)
-    dbias = q.new_empty(0) if bias is None else dbias.to(bias.dtype)
+        dq, dk, dv, dbias = _backward(chosen, q_, k_, v_, out_, lse, dout_, dlse, given, scale, bias_grad)
+    dbias = dbias.to(bias.dtype) if bias_grad else q.new_empty(0)
     found = (_laid_out(more.to(q.dtype), side) for more, side in zip((dq, dk, dv), (q, k, v), strict=True))
     return *found, dbias.contiguous()
 
 
 @attend_backward.register_fake
-def _(dout, dlse, out, lse, q, k, v, bias, kind, graph, backend, scale):
-    return *(_empty(side, side.shape[3]) for side in (q, k, v)), q.new_empty(0 if bias is None else bias.shape)
+def _(dout, dlse, out, lse, q, k, v, bias, kind, graph, backend, scale, bias_grad):
+    return *(_empty(side, side.shape[3]) for side in (q, k, v)), q.new_empty(bias.shape if bias_grad else 0)
 
 
 def _laid_out(x: Tensor, like: Tensor) -> Tensor:
@@ -131,8 +132,9 @@ def _gradients(ctx, dout, dlse):
     out, lse, q, k, v, bias = ctx.saved_tensors
     dout = torch.zeros_like(out) if dout is None else dout
     dlse = torch.zeros_like(lse) if dlse is None else dlse
-    dq, dk, dv, dbias = attend_backward(dout, dlse, out, lse, q, k, v, bias, *ctx.options)
-    return dq, dk, dv, None if bias is None else dbias, None, None, None, None
+    bias_grad = ctx.needs_input_grad[3]
+    dq, dk, dv, dbias = attend_backward(dout, dlse, out, lse, q, k, v, bias, *ctx.options, bias_grad)
+    return dq, dk, dv, dbias if bias_grad else None, None, None, None, None
 
 
 def _no_second(ctx, *gradients):
@@ -177,20 +179,20 @@ def _forward(chosen: Plan, q, k, v, bias: Bias, scale: float) -> tuple[Tensor, T
     return out, lse
 
 
-def _backward(chosen: Plan, q, k, v, out, lse, dout, dlse, bias: Bias, scale: float):
+def _backward(chosen: Plan, q, k, v, out, lse, dout, dlse, bias: Bias, scale: float, bias_grad: bool):
     parts = chosen.parts if q.numel() and k.numel() else ()
     if len(parts) == 1 and parts[0].heads is None and parts[0].order is None:
         return _kernel(parts[0].backend).backward(
-            q, k, v, out, lse, dout, dlse, parts[0].layout, bias, scale, bias is not None
+            q, k, v, out, lse, dout, dlse, parts[0].layout, bias, scale, bias_grad
         )
     dq, dk, dv = (torch.zeros_like(side) for side in (q, k, v))
-    dbias = None if bias is None else torch.zeros_like(bias[1])
+    dbias = torch.zeros_like(bias[1]) if bias_grad else None
     for part in parts:
         view = _View(part, q, k)
         of_queries = (side if side is None else view.queries(side) for side in (out, lse, dout, dlse))
         sides = view.queries(q), view.keys(k), view.keys(v), *of_queries
         more_q, more_k, more_v, more_bias = _kernel(part.backend).backward(
-            *sides, part.layout, view.bias(bias), scale, bias is not None
+            *sides, part.layout, view.bias(bias), scale, bias_grad
         )
         for total, heads, more in (
             (dq, view.heads, more_q),
@@ -199,7 +201,7 @@ def _backward(chosen: Plan, q, k, v, out, lse, dout, dlse, bias: Bias, scale: fl
         ):
             more = view.back_in_order(more)
             total.index_add_(1, heads, more) if part.heads else total.add_(more)
-        if bias is not None:
+        if bias_grad:
             view.add_bias(dbias, bias[0], more_bias)
     return dq, dk, dv, dbias
 

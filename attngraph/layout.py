@@ -22,7 +22,7 @@ LARGEST_CACHED = 1 << 26  # entries of a mask; larger ones cost less to build th
 class Dense(NamedTuple):
     """All pairs of n queries and m keys: of a closed form that the kernels know, "causal" or "full", or with a mask."""
 
-    text: str
+    graph: Graph
     n: int
     m: int
     closed: str | None
@@ -39,15 +39,14 @@ class Dense(NamedTuple):
 
     def mask(self, device: torch.device) -> Tensor | None:
         """The edges as a bool tensor (n, m), where the closed form does not tell them."""
-        return None if self.closed else mask(self.text, self.n, self.m, device)
+        return None if self.closed else _kept_mask(self.graph, self.n, self.m, device)
 
 
 @torch.library.custom_op("attngraph::mask", mutates_args=())
 def mask(graph: str, n: int, m: int, device: torch.device) -> Tensor:
     """The edges as a bool tensor (n, m), or (H, n, m)."""
-    if n * m > LARGEST_CACHED:
-        return from_text(graph).mask(n, m, device)
-    return _mask(from_text(graph), n, m, device).clone()  # an operator's result belongs to its caller
+    found = _kept_mask(from_text(graph), n, m, device)
+    return found if n * m > LARGEST_CACHED else found.clone()  # an operator's result belongs to its caller
 
 
 @mask.register_fake
@@ -67,6 +66,11 @@ def _(graph, n, m, device):
     count = torch.library.get_ctx().new_dynamic_size()
     query, key = (torch.empty(count, dtype=torch.int64, device=device) for _ in range(2))
     return query, key, torch.empty(from_text(graph).heads or 0, count, dtype=torch.bool, device=device)
+
+
+def _kept_mask(graph: Graph, n: int, m: int, device: torch.device) -> Tensor:
+    """The mask, kept if it is small: not to be changed."""
+    return graph.mask(n, m, device) if n * m > LARGEST_CACHED else _mask(graph, n, m, device)
 
 
 @lru_cache(MOST_CACHED)

@@ -107,8 +107,7 @@ def _measured() -> Machine:
     dim, n = 64, 2048
     q, k, v = torch.randn(3, 1, 1, n, dim).unbind(0)
     flash = _seconds(lambda: scaled_dot_product_attention(q, k, v)) / (n * n * dim)
-    some, mask = (side[:, :, :1024] for side in (q, k, v)), torch.rand(1024, 1024) < 0.5
-    some = tuple(some)
+    some, mask = tuple(side[:, :, :1024] for side in (q, k, v)), torch.rand(1024, 1024) < 0.5
     dense = _seconds(lambda: scaled_dot_product_attention(*some, attn_mask=mask)) / (1024 * 1024 * dim)
 
     one, band = _tiles_of(Full(), 64), _tiles_of(Window(256, 0), n)

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from attngraph import layout
-from attngraph.algebra import Sized
 from attngraph.bias import Bias, DenseBias, EdgeBias
 from attngraph.edges import EdgeList
 from attngraph.execution import attend_forward, give, planned
@@ -17,8 +16,8 @@ from attngraph.kernels.dense import dense, logsumexp
 from attngraph.kernels.edges import edges
 from attngraph.kernels.reference import reference
 from attngraph.kernels.scoring import NORMALIZERS, SCORES
-from attngraph.patterns import Causal, Full
-from attngraph.planner import BACKENDS, Plan, Request
+from attngraph.patterns import Causal
+from attngraph.planner import BACKENDS, Plan, Request, closed_form
 
 
 def attend(
@@ -117,8 +116,8 @@ def _run_edges(q, k, v, graph, bias, scale, _, request):
 
 def _run_dense(q, k, v, graph, bias, scale, _, request):
     n, m, mask, graph = q.shape[2], k.shape[2], None, graph.graph if isinstance(graph, Plan) else graph
-    causal = _closed(graph) == Causal()
-    if _closed(graph) is None or (causal and bias is not None):
+    causal = closed_form(graph) == Causal()
+    if closed_form(graph) is None or (causal and bias is not None):
         mask, causal = layout.mask(graph.text, n, m, q.device), False
     if bias is not None:
         bias = _over_pairs(bias, q, k, graph)
@@ -157,7 +156,7 @@ def _choose(backend: str, q: Tensor, k: Tensor, graph: Graph | Plan, bias: Bias 
         return backend
     if request.beyond("dense"):
         return "edges"
-    if _closed(graph) is not None:
+    if closed_form(graph) is not None:
         return "dense"
     if request.beyond("tiles") or q.device.type != "cpu" or (torch.compiler.is_compiling() and bias is not None):
         sparse = isinstance(graph, EdgeList) and len(graph.code) * PAIRS_PER_EDGE < q.shape[2] * k.shape[2]
@@ -183,12 +182,6 @@ def _choose_of_plan(backend: str, plan: Plan, bias: Bias | None, request: Reques
 
 
 PAIRS_PER_EDGE = 64  # gathering one edge costs about as much as this many pairs of a dense product
-
-
-def _closed(graph: Graph) -> Graph | None:
-    """Causal() or Full(), where the graph is one of them."""
-    plain = graph.graph if type(graph) is Sized else graph
-    return plain if plain == Causal() or plain == Full() else None
 
 
 # ------------------------------------------------------------------------------------------------------ biases

@@ -10,7 +10,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from attngraph.blocks import EMPTY, FULL, between_diagonals, decide, one_class, same_group
+from attngraph.blocks import EMPTY, FULL, between_diagonals, decide, one_class, require_memory, same_group
 from attngraph.graph import Graph, merge_edges, require_ints
 from attngraph.lines import Lines
 
@@ -349,6 +349,7 @@ class Random(Graph):
 
     def edges(self, n, m):
         degree = min(self.degree, m)
+        require_memory(n * degree * 100, f"to list the {n * degree:,} edges of {self.text}")
         query = torch.arange(n).repeat_interleave(degree)
         stretch = torch.arange(degree).repeat(n)
         return query, stretch if m <= self.degree else self._drawn(query, stretch)

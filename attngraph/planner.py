@@ -217,8 +217,7 @@ class _Choice:
         self.no_rows = None if self.on_cpu else f"rows run on a CPU, not on {device.type}"
         if self.on_cpu and find_spec("numba") is None:
             self.no_rows = f"rows need numba: {INSTALL_NUMBA}"
-        plain = graph.graph if type(graph) is Sized else graph
-        self.closed = plain if plain in (Causal(), Full()) else None
+        self.closed = closed_form(graph)
 
     def made(self) -> tuple[list[Part], dict[str, float | str]]:
         """The parts, and what else was possible at what cost, or why not."""
@@ -237,9 +236,9 @@ class _Choice:
     def _find(self) -> None:
         """The edges: those of bands and blocks as a table of tiles, the others as a list."""
         banded, scattered = split(self.graph)
+        self.around = closed_form(banded)  # what the stray edges are beside, where a kernel knows it
         self.banded = tabulate(banded, self.n, self.m, TILE)
         query, key = scattered.list_edges(self.n, self.m)
-        require_memory(len(query) * BYTES_PER_EDGE, f"to plan the {len(query):,} listed edges of {self.graph.text}")
         stray = ~banded.contains(query, key)
         self.listed = query[stray], key[stray]
 
@@ -255,11 +254,17 @@ class _Choice:
             ways["rows"] = self._cut(1 << 62)
             if self.bias != "edge":
                 ways["tiles + rows"] = self._cut(self._worth())
+            if self.around is not None and not self.bias:
+                costs["dense + rows"] = self._flash_seconds(self.around) + self._rows_seconds(len(self.listed[0]))
         if (reordered := self._reordered()) is not None:
             ways["reordered"] = reordered
         costs.update((name, way.seconds) for name, way in ways.items())
         best = min((name for name, cost in costs.items() if not isinstance(cost, str)), key=costs.__getitem__)
-        parts = [self._dense()] if best == "dense" else self._built(ways[best])
+        if best == "dense + rows":
+            apart = self._cut(1 << 62)._replace(loose=self.banded.chosen(self.banded.row < 0))
+            parts = [self._flash(self.around, int(self.banded.edges.sum())), *self._built(apart)]
+        else:
+            parts = [self._dense()] if best == "dense" else self._built(ways[best])
         return parts, {name: cost for name, cost in costs.items() if name != best}
 
     def _worth(self) -> int:
@@ -323,6 +328,8 @@ class _Choice:
             seconds = self._tile_seconds(len(table.row), len(layout.strips))
             parts.append(Part("tiles", layout, edges, seconds, why, order=way.order))
         query, key = way.rows
+        stray = len(query) + int(way.loose.edges.sum())
+        require_memory(stray * BYTES_PER_EDGE, f"for the {stray:,} edges of {self.graph.text} in rows")
         if len(way.loose.row):
             query, key = (
                 torch.cat(side) for side in zip((query, key), way.loose.list_edges(self.n, self.m), strict=True)
@@ -335,23 +342,28 @@ class _Choice:
         return parts
 
     def _dense(self) -> Part:
-        layout = Dense(
-            self.graph.text, self.n, self.m, type(self.closed).__name__.lower() if self.closed is not None else None
-        )
         edges = self.graph.count_edges(self.n, self.m)
-        why = (
-            f"{self.closed.text} is what the flash kernel does" if self.closed is not None else "all pairs, with a mask"
-        )
-        return Part("dense", layout, edges, self._dense_seconds(), why)
+        if self.closed is not None:
+            return self._flash(self.closed, edges)
+        layout = Dense(self.graph, self.n, self.m, None)
+        return Part("dense", layout, edges, self._dense_seconds(), "all pairs, with a mask")
+
+    def _flash(self, closed: Graph, edges: int) -> Part:
+        layout = Dense(closed, self.n, self.m, type(closed).__name__.lower())
+        why = f"{closed.text} is what the flash kernel does"
+        return Part("dense", layout, edges, self._flash_seconds(closed), why)
 
     # seconds
 
     def _dense_seconds(self) -> float | str:
         if self.closed is not None:
-            return self.machine.flash * self.dim * self.n * self.m / (2 if self.closed == Causal() else 1)
+            return self._flash_seconds(self.closed)
         if self.n * self.m > MOST_DENSE_PAIRS and self.backend == "auto":
             return f"its mask would have {self.n * self.m:,} entries"
         return self.machine.dense * self.dim * self.n * self.m
+
+    def _flash_seconds(self, closed: Graph) -> float:
+        return self.machine.flash * self.dim * self.n * self.m / (2 if closed == Causal() else 1)
 
     def _tile_seconds(self, tiles: int, rows: int) -> float:
         """Of so many tiles in so many rows of them."""
@@ -360,6 +372,12 @@ class _Choice:
 
     def _rows_seconds(self, edges: int) -> float:
         return self.machine.rows(edges, self.dim) + self.machine.call / self.heads if edges else 0.0
+
+
+def closed_form(graph: Graph) -> Graph | None:
+    """Causal() or Full(), where the graph is one of them."""
+    plain = graph.graph if type(graph) is Sized else graph
+    return plain if plain in (Causal(), Full()) else None
 
 
 MOST_DENSE_PAIRS = 1 << 31  # beyond, a mask alone takes 2 GiB

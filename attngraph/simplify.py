@@ -116,12 +116,19 @@ def simplify(graph: Graph) -> Graph:
     if type(found) in (Union, Intersection):
         for one, a in enumerate(found.graphs):
             for other, b in enumerate(found.graphs):
-                better = next((new for kind, rule in PAIRS if kind is type(found) and one != other
-                               and not (a.heads or b.heads) and (new := rule(a, b)) is not None), None)  # fmt: skip
+                if one == other or a.heads or b.heads:
+                    continue
+                rules = (rule for kind, rule in PAIRS if kind is type(found))
+                better = next((new for rule in rules if (new := rule(_plain(a), _plain(b))) is not None), None)
                 if better is not None:
                     rest = [graph for place, graph in enumerate(found.graphs) if place not in (one, other)]
                     return simplify(_as_large(reduce(found.operator, [better, *rest]), graph))
     return _as_large(found, graph)
+
+
+def _plain(graph: Graph) -> Graph:
+    """Without the size that is said of it: operands have the size of the whole, which is told again."""
+    return graph.graph if type(graph) is Sized else graph
 
 
 def _as_large(simpler: Graph, graph: Graph) -> Graph:

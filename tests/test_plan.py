@@ -1,5 +1,6 @@
 """A plan cuts a graph into disjoint parts and never changes its meaning; it says what it does, and what it can't."""
 
+import gc
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -11,8 +12,11 @@ from graphs import GRAPHS
 from test_attend import BIASES, assert_equal, biases, results, tensors
 
 from attngraph import (
+    Alibi,
     Causal,
     EdgeBias,
+    EdgeList,
+    Empty,
     Full,
     Machine,
     PerHead,
@@ -62,6 +66,41 @@ def test_parts_are_disjoint_and_together_the_graph(graph):
     masks = [part.layout.mask().long() for part in made.parts]
     assert torch.equal(sum(masks), graph.mask(300, 300).long())
     assert [part.edges for part in made.parts] == [int(mask.sum()) for mask in masks]
+
+
+def test_causal_beside_stray_edges_runs_in_the_flash_kernel():
+    graph, flash = Causal() | Random(2), Machine(flash=1e-15, tile=1.0, dense=1.0)
+    made = plan(graph, 90, 90, heads=4, head_dim=4, machine=flash)
+    assert [part.backend for part in made.parts] == ["dense", "rows"]
+    q, k, v = tensors(90, 90)
+    assert_equal(results(q, k, v, made, None, None, "auto"), results(q, k, v, graph, None, None, "reference"))
+    assert made.edges == graph.num_edges(90, 90)
+
+
+def test_a_dense_part_outlives_the_text_of_its_graph():
+    """A simplified graph with a listed part has no other owner than its plan, and its text can't be parsed."""
+    edges = EdgeList(torch.randint(0, 40, (2, 300), generator=torch.Generator().manual_seed(0)), 40)
+    graph = PerHead([Causal() & edges & Causal(2), Full(), Causal(), edges - Empty()])
+    made = plan(graph, heads=4, head_dim=4, machine=Machine(dense=1e-15))
+    gc.collect()
+    assert {part.backend for part in made.parts} == {"dense"}
+    q, k, v = tensors(40, 40)
+    assert_equal(results(q, k, v, made, None, None, "auto"), results(q, k, v, graph, None, None, "reference"))
+
+
+@pytest.mark.parametrize("backend", ["tiles", "rows"])
+def test_a_bias_that_asks_for_no_gradient_costs_none(backend, monkeypatch):
+    import attngraph.execution as execution
+
+    asked = []
+    backward = execution._backward
+    monkeypatch.setattr(execution, "_backward", lambda *a: (asked.append(a[-1]), backward(*a))[1])
+    q, k, v = tensors(50, 50)
+    attend(q, k, v, MIXED, bias=Alibi(torch.ones(4, dtype=torch.float64)), backend=backend).sum().backward()
+    attend(
+        q, k, v, MIXED, bias=Alibi(torch.ones(4, dtype=torch.float64, requires_grad=True)), backend=backend
+    ).sum().backward()
+    assert asked == [False, True]
 
 
 def test_float32_is_right_to_2e_6_of_the_largest_value():

@@ -320,7 +320,7 @@ def test_bad_input_is_told(make, kind, message):
 
 
 def test_importing_is_cheap():
-    """A fraction of importing torch; networkx, torch_geometric, matplotlib, scipy and numba wait for their first use."""
+    """A fraction of importing torch; networkx, torch_geometric, matplotlib, scipy, numba wait until they are used."""
     code = (
         "import sys, time; start = time.perf_counter(); import torch; middle = time.perf_counter(); "
         "before = set(sys.modules); import attngraph; end = time.perf_counter(); "

@@ -225,7 +225,20 @@ def test_callers_in_many_threads_do_not_disturb_each_other():
     assert all(torch.equal(a, b) for run in found.values() for a, b in zip(run[:5], expected[:5], strict=True))
 
 
-def test_an_error_in_a_helper_reaches_the_caller():
+@pytest.mark.parametrize("torch_threads", [True, False])
+def test_threads_do_each_job_once(monkeypatch, torch_threads):
+    if not torch_threads:
+        monkeypatch.setattr(threads, "_openmp", lambda: None)
+    torch.set_num_threads(3)
+    done = []
+    threads.share(1000, done.append)
+    assert sorted(done) == list(range(1000))
+
+
+@pytest.mark.parametrize("torch_threads", [True, False])
+def test_an_error_in_a_helper_reaches_the_caller(monkeypatch, torch_threads):
+    if not torch_threads:
+        monkeypatch.setattr(threads, "_openmp", lambda: None)
     torch.set_num_threads(3)
     caller, both = threading.current_thread(), threading.Barrier(2, timeout=10)
 

@@ -116,8 +116,9 @@ def _run_edges(q, k, v, graph, bias, scale, _, request):
 
 def _run_dense(q, k, v, graph, bias, scale, _, request):
     n, m, mask, graph = q.shape[2], k.shape[2], None, graph.graph if isinstance(graph, Plan) else graph
-    causal = closed_form(graph) == Causal()
-    if closed_form(graph) is None or (causal and bias is not None):
+    closed = closed_form(graph)
+    causal = type(closed) is Causal
+    if closed is None or (causal and bias is not None):
         mask, causal = layout.mask(graph.text, n, m, q.device), False
     if bias is not None:
         bias = _over_pairs(bias, q, k, graph)

@@ -363,7 +363,7 @@ class _Choice:
         return self.machine.dense * self.dim * self.n * self.m
 
     def _flash_seconds(self, closed: Graph) -> float:
-        return self.machine.flash * self.dim * self.n * self.m / (2 if closed == Causal() else 1)
+        return self.machine.flash * self.dim * self.n * self.m / (2 if type(closed) is Causal else 1)
 
     def _tile_seconds(self, tiles: int, rows: int) -> float:
         """Of so many tiles in so many rows of them."""
@@ -377,7 +377,7 @@ class _Choice:
 def closed_form(graph: Graph) -> Graph | None:
     """Causal() or Full(), where the graph is one of them."""
     plain = graph.graph if type(graph) is Sized else graph
-    return plain if plain in (Causal(), Full()) else None
+    return plain if type(plain) is Full or (type(plain) is Causal and plain.offset == 0) else None
 
 
 MOST_DENSE_PAIRS = 1 << 31  # beyond, a mask alone takes 2 GiB

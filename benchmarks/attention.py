@@ -2,12 +2,12 @@
 
     python -m benchmarks.attention                                  every graph and size, hours
     python -m benchmarks.attention --workload window --n 2048 8192
-    python -m benchmarks.attention --goals                          the goals of this project, yes or no
     python -m benchmarks.attention --quick                          a smoke test, in a minute
 
 float32, batch 1, 8 heads. Each contestant first runs alone in a process with limits of memory and of time a call: does
 it survive, and with how much memory? Then the survivors run in one process, in turn, after their results are compared
-with one another; that gives the times. A failure is a result too. `peers.py` holds the contestants and the graphs.
+with one another; that gives the times. A failure is a result too. `peers.py` holds the contestants and the graphs,
+`goals.py` what is to be reached.
 
 - `prepare`: what is made once for a graph (mask, edges, tables, plan); FlexAttention's when compiled before.
 - `GFLOP/s`: useful ones, 4·E·H·D a forward pass over the time, and their share of what a 2048³ matrix product reaches.
@@ -22,23 +22,17 @@ import json
 import math
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import groupby
 from pathlib import Path
 from textwrap import shorten
-from typing import NamedTuple
-from unittest.mock import patch
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 
-import attngraph
-from attngraph import Causal, Prefix, Window, attend, parse
-from attngraph.models import GPT
-from attngraph.nn import TransformerConfig
-from benchmarks.measure import RESULTS, cost, in_turn, isolated, paired, quartiles, record, spread
-from benchmarks.peers import AUTO, FLEX, PEERS, PYG, SDPA_CAUSAL, SDPA_MASK, WORKLOADS, Attention, Peer, Task
+from attngraph import Causal
+from benchmarks.measure import RESULTS, cost, in_turn, isolated, quartiles, record, spread
+from benchmarks.peers import AUTO, FLEX, PEERS, WORKLOADS, Attention, Peer, Task
 
 PHASES = ("forward", "forward + backward")
 TO_COMPILE = 180.0  # seconds more for the first calls of what compiles itself
@@ -284,166 +278,6 @@ def panel(ax, name: str, sizes: list[dict]) -> None:
     ax.grid(alpha=0.3)
 
 
-# ------------------------------------------------------------------------------------------------ the goals
-
-
-class Goal(NamedTuple):
-    """A number that was wanted, and what was reached: a number, or why there is none."""
-
-    text: str
-    wanted: float
-    reached: float | str
-    at_most: bool = False
-
-    @property
-    def yes(self) -> bool:
-        if isinstance(self.reached, str):
-            return False
-        return self.reached <= self.wanted if self.at_most else self.reached >= self.wanted
-
-
-def figure(found: dict, phase: str, peer: str, read: Callable[[dict], float]) -> float | str:
-    """A number read from the figures of a contestant beside ours, or the failure of one of the two."""
-    for name in (AUTO, peer):
-        own = found[phase]["contestants"][name]
-        if "failure" in own:
-            return f"{name}: {own['failure']}"
-    return read(own)
-
-
-def faster(found: dict, phase: str, peer: str) -> float | str:
-    return figure(found, phase, peer, lambda own: own["over_ours"][1])
-
-
-def window_goals(options: argparse.Namespace) -> Iterator[Goal]:
-    options.peer = [AUTO, SDPA_MASK, SDPA_CAUSAL, FLEX]
-    found, name = measured("window", 8192, options), "Window(256, 0), N = 8192"
-    for phase, peer, wanted in (
-        ("forward", SDPA_MASK, 24), ("forward", SDPA_CAUSAL, 9), ("forward", FLEX, 1.8),
-        ("forward + backward", SDPA_MASK, 20), ("forward + backward", SDPA_CAUSAL, 9),
-    ):  # fmt: skip
-        yield Goal(f"{name}, {phase}: times as fast as {peer}", wanted, faster(found, phase, peer))
-    forward = found["forward"]
-    share = figure(found, "forward", AUTO, lambda own: own["useful_gflops"] / forward["gemm_gflops"])
-    yield Goal(f"{name}, forward: useful FLOP/s over those of a {GEMM}³ GEMM", 0.5, share)
-
-
-def irregular_goals(options: argparse.Namespace) -> Iterator[Goal]:
-    options.peer = [AUTO, PYG]
-    found, name = measured("uniform", 20_000, options), "uniform random, N = 20,000, degree 16, D = 16"
-    for phase, wanted in zip(PHASES, (12, 9), strict=True):
-        yield Goal(f"{name}, {phase}: times as fast as PyG", wanted, faster(found, phase, PYG))
-    own = found[PHASES[1]]["contestants"][AUTO]
-    less = figure(found, PHASES[1], PYG, lambda theirs: own["extra_mib"] / theirs["extra_mib"])
-    yield Goal(f"{name}, {PHASES[1]}: peak extra memory over PyG's", 0.1, less, at_most=True)
-    found = measured("power law", 100_000, options)
-    name = f"power law, {found['forward'].get('edges', 0):,} edges, a hub of degree 50,000, D = 16"
-    yield Goal(f"{name}, forward: times as fast as PyG", 8, faster(found, "forward", PYG))
-
-
-def mixed_goals(options: argparse.Namespace) -> Iterator[Goal]:
-    options.peer = [AUTO, FLEX]
-    found, name = measured("mixed", 65_536, options), "Window(256, 0) | Prefix(4) | Random(8), N = 65,536"
-    ours = found["forward"]["contestants"][AUTO]
-
-    def times(own: dict, planning: float) -> float:
-        return (own["prepare_s"] + own["ms"][1] / 1000) / (planning + ours["ms"][1] / 1000)
-
-    text = f"{name}: times as fast as FlexAttention with its mask build"
-    yield Goal(text, 50, figure(found, "forward", FLEX, lambda own: times(own, 0.0)))
-    text += ", our planning included"
-    yield Goal(text, 50, figure(found, "forward", FLEX, lambda own: times(own, ours["prepare_s"])))
-    reached, theirs = (most_memory(found["forward"]["contestants"][peer]) for peer in (AUTO, FLEX))
-    theirs = theirs if isinstance(theirs, str) else f"{theirs:.3g}"
-    yield Goal(f"{name}: GiB that preparation and first call need at most ({FLEX}: {theirs})", 2, reached, at_most=True)
-
-
-def most_memory(own: dict) -> float | str:
-    return own.get("failure") or max(own["prepare_mib"], own["first_mib"]) / 1024
-
-
-def plan_alone(progress, text: str, n: int) -> dict:
-    graph = parse(text)
-    attngraph.Machine.here()  # measured once on a machine, not once a plan
-    seconds, mib = cost(lambda: attngraph.plan(graph, n, n, heads=8, head_dim=64))
-    return {"seconds": seconds, "mib": mib}
-
-
-def planning_goals(options: argparse.Namespace) -> Iterator[Goal]:
-    for text, n, limits in (
-        ("Window(256, 0)", 1_000_000, {"seconds": 0.5, "mib": 100}),
-        ("Window(256, 0) | Prefix(4) | Random(8)", 262_144, {"seconds": 5}),
-    ):
-        found = isolated(plan_alone, text, n, seconds=options.limit, gib=options.memory)
-        for unit, wanted in limits.items():
-            reached = found.get("failure") or found[unit]
-            yield Goal(f"plan({text}, {n:,}, {n:,}): {unit}", wanted, reached, at_most=True)
-
-
-def overhead_alone(progress) -> dict:
-    q, k, v = torch.randn(3, 1, 8, 1024, 64)
-    with torch.no_grad():
-        return paired(
-            lambda: attend(q, k, v, Causal()), lambda: scaled_dot_product_attention(q, k, v, is_causal=True), 100
-        )
-
-
-def training_alone(progress, n: int = 4096) -> dict:
-    """Training steps of a GPT, on ours and with its `attend` replaced by SDPA with a mask, which is built once."""
-    graph = Causal() & (Window(64, 0) | Prefix(4))
-    torch.manual_seed(0)
-    config = TransformerConfig(embed_dim=128, num_layers=4, num_heads=4, position="rotary")
-    models = [GPT(config, vocab_size=65, graph=graph) for _ in range(2)]
-    models[1].load_state_dict(models[0].state_dict())
-    optimizers = [torch.optim.AdamW(model.parameters(), lr=1e-4) for model in models]
-    tokens, mask = torch.randint(65, (1, n + 1)), graph.mask(n, n)
-
-    def step(which: int) -> float:
-        loss = cross_entropy(models[which](tokens[:, :-1])[0], tokens[0, 1:])
-        optimizers[which].zero_grad()
-        loss.backward()
-        optimizers[which].step()
-        return loss.item()
-
-    def masked(q, k, v, graph, *, bias, scale, dropout_p):
-        return scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
-
-    def theirs() -> float:
-        with patch.object(attngraph.nn.attention, "attend", masked):
-            return step(1)
-
-    progress({}, 600.0)
-    losses = step(0), theirs()
-    if abs(losses[0] - losses[1]) > 1e-3:
-        raise ValueError(f"the two models must have the same loss (got {losses})")
-    progress({}, 3600.0)
-    return paired(lambda: step(0), theirs, 7, warmup=1)
-
-
-def pair_goals(options: argparse.Namespace) -> Iterator[Goal]:
-    found = isolated(overhead_alone, seconds=600.0, gib=options.memory)
-    yield Goal("Causal(), N = 1024, auto: time over bare SDPA's", 1.02, found.get("failure") or found["ratio"][1], True)
-    found = isolated(training_alone, seconds=600.0, gib=options.memory)
-    reached = found.get("failure") or 1 / found["ratio"][1]
-    yield Goal(
-        "GPT training step, Causal() & (Window(64, 0) | Prefix(4)), 4096: times as fast as SDPA + mask", 5, reached
-    )
-
-
-def goals(options: argparse.Namespace) -> None:
-    """Check every goal, print and record goal, reached, yes or no."""
-    options.limit, options.phase, figures = max(options.limit, 300.0), "both", {}
-    for check in (planning_goals, pair_goals, window_goals, irregular_goals, mixed_goals):
-        for goal in check(options):
-            sign, number = "≤" if goal.at_most else "≥", isinstance(goal.reached, float)
-            reached = f"{goal.reached:.3g}" if number else goal.reached
-            status()
-            print(f"{'yes' if goal.yes else 'no':4}{sign} {goal.wanted:<6g}{reached:<8} {goal.text}", flush=True)
-            figures[goal.text] = {**goal._asdict(), "yes": goal.yes}
-            path = record("goals", figures, options.out)
-    print(f"{sum(found['yes'] for found in figures.values())} of {len(figures)} reached; recorded in {path}")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
@@ -457,12 +291,8 @@ def main() -> None:
     parser.add_argument("--limit", type=float, default=30.0, help="seconds a call, and about that for all turns")
     parser.add_argument("--memory", type=float, default=12.0, help="GiB of resident memory of a contestant")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of attention.json and its pictures")
-    parser.add_argument("--goals", action="store_true", help="check the goals instead, into goals.json")
     parser.add_argument("--quick", action="store_true", help="two small graphs, recorded in a temporary folder")
     options = parser.parse_args()
-    if options.goals:
-        goals(options)
-        return
     if options.quick:
         options.workload, options.repeats = options.workload or list(QUICK), min(options.repeats, 5)
         options.out = Path(tempfile.mkdtemp()) if options.out == RESULTS else options.out

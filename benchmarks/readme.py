@@ -70,9 +70,9 @@ def explained() -> str:
 
 
 def goals() -> list[str]:
-    """What was to be reached, and what was, as recorded by `python -m benchmarks.attention --goals`."""
+    """What was to be reached, and what was, as recorded by `python -m benchmarks.goals`."""
     found = json.loads((RESULTS / "goals.json").read_text())
-    lines = ["`python -m benchmarks.attention --goals`:", "", "| | goal | reached | |", "|---|---|---|---|"]
+    lines = ["`python -m benchmarks.goals`:", "", "| | goal | reached | |", "|---|---|---|---|"]
     for goal in found.values():
         reached = f"{goal['reached']:.3g}" if isinstance(goal["reached"], float) else goal["reached"]
         sign = "≤" if goal["at_most"] else "≥"

@@ -1,0 +1,219 @@
+"""What is to be reached on a CPU, and whether it is: python -m benchmarks.goals [--section window …]
+
+Ratios of medians in one run, float32; see `attention.py`, whose contestants, graphs and ways of measuring these are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+from unittest.mock import patch
+
+import torch
+from torch.nn.functional import cross_entropy, scaled_dot_product_attention
+
+import attngraph
+from attngraph import Causal, Prefix, Window, attend, parse
+from attngraph.models import GPT
+from attngraph.nn import TransformerConfig
+from benchmarks.attention import GEMM, PHASES, measured, status
+from benchmarks.measure import RESULTS, cost, isolated, paired, record
+from benchmarks.peers import AUTO, FLEX, PYG, SDPA_CAUSAL, SDPA_MASK
+
+
+class Goal(NamedTuple):
+    """A number that was wanted, and what was reached: a number, or why there is none."""
+
+    text: str
+    wanted: float
+    reached: float | str
+    at_most: bool = False
+
+    @property
+    def yes(self) -> bool:
+        if isinstance(self.reached, str):
+            return False
+        return self.reached <= self.wanted if self.at_most else self.reached >= self.wanted
+
+
+def figure(found: dict, phase: str, peer: str, read: Callable[[dict], float]) -> float | str:
+    """A number read from the figures of a contestant beside ours, or the failure of one of the two."""
+    for name in (AUTO, peer):
+        own = found[phase]["contestants"][name]
+        if "failure" in own:
+            return f"{name}: {own['failure']}"
+    return read(own)
+
+
+def faster(found: dict, phase: str, peer: str) -> float | str:
+    return figure(found, phase, peer, lambda own: own["over_ours"][1])
+
+
+def window_goals(options: argparse.Namespace) -> Iterator[Goal]:
+    options.peer = [AUTO, SDPA_MASK, SDPA_CAUSAL, FLEX]
+    found, name = measured("window", 8192, options), "Window(256, 0), N = 8192"
+    for phase, peer, wanted in (
+        ("forward", SDPA_MASK, 24), ("forward", SDPA_CAUSAL, 9), ("forward", FLEX, 1.8),
+        ("forward + backward", SDPA_MASK, 20), ("forward + backward", SDPA_CAUSAL, 9),
+    ):  # fmt: skip
+        yield Goal(f"{name}, {phase}: times as fast as {peer}", wanted, faster(found, phase, peer))
+    forward = found["forward"]
+    share = figure(found, "forward", AUTO, lambda own: own["useful_gflops"] / forward["gemm_gflops"])
+    yield Goal(f"{name}, forward: useful FLOP/s over those of a {GEMM}³ GEMM", 0.5, share)
+
+
+def irregular_goals(options: argparse.Namespace) -> Iterator[Goal]:
+    options.peer = [AUTO, PYG]
+    found, name = measured("uniform", 20_000, options), "uniform random, N = 20,000, degree 16, D = 16"
+    for phase, wanted in zip(PHASES, (12, 9), strict=True):
+        yield Goal(f"{name}, {phase}: times as fast as PyG", wanted, faster(found, phase, PYG))
+    own = found[PHASES[1]]["contestants"][AUTO]
+    less = figure(found, PHASES[1], PYG, lambda theirs: own["extra_mib"] / theirs["extra_mib"])
+    yield Goal(f"{name}, {PHASES[1]}: peak extra memory over PyG's", 0.1, less, at_most=True)
+    found = measured("power law", 100_000, options)
+    name = f"power law, {found['forward'].get('edges', 0):,} edges, a hub of degree 50,000, D = 16"
+    yield Goal(f"{name}, forward: times as fast as PyG", 8, faster(found, "forward", PYG))
+
+
+def mixed_goals(options: argparse.Namespace) -> Iterator[Goal]:
+    options.peer = [AUTO, FLEX]
+    found, name = measured("mixed", 65_536, options), "Window(256, 0) | Prefix(4) | Random(8), N = 65,536"
+    ours = found["forward"]["contestants"][AUTO]
+
+    def times(own: dict, planning: float) -> float:
+        return (own["prepare_s"] + own["ms"][1] / 1000) / (planning + ours["ms"][1] / 1000)
+
+    text = f"{name}: times as fast as FlexAttention with its mask build"
+    yield Goal(text, 50, figure(found, "forward", FLEX, lambda own: times(own, 0.0)))
+    text += ", our planning included"
+    yield Goal(text, 50, figure(found, "forward", FLEX, lambda own: times(own, ours["prepare_s"])))
+    reached, theirs = (most_memory(found["forward"]["contestants"][peer]) for peer in (AUTO, FLEX))
+    theirs = theirs if isinstance(theirs, str) else f"{theirs:.3g}"
+    yield Goal(f"{name}: GiB that preparation and first call need at most ({FLEX}: {theirs})", 2, reached, at_most=True)
+
+
+def most_memory(own: dict) -> float | str:
+    return own.get("failure") or max(own["prepare_mib"], own["first_mib"]) / 1024
+
+
+def plan_alone(progress, text: str, n: int) -> dict:
+    graph = parse(text)
+    attngraph.Machine.here()  # measured once on a machine, not once a plan
+    seconds, mib = cost(lambda: attngraph.plan(graph, n, n, heads=8, head_dim=64))
+    return {"seconds": seconds, "mib": mib}
+
+
+def planning_goals(options: argparse.Namespace) -> Iterator[Goal]:
+    for text, n, limits in (
+        ("Window(256, 0)", 1_000_000, {"seconds": 0.5, "mib": 100}),
+        ("Window(256, 0) | Prefix(4) | Random(8)", 262_144, {"seconds": 5}),
+    ):
+        found = isolated(plan_alone, text, n, seconds=options.limit, gib=options.memory)
+        for unit, wanted in limits.items():
+            reached = found.get("failure") or found[unit]
+            yield Goal(f"plan({text}, {n:,}, {n:,}): {unit}", wanted, reached, at_most=True)
+
+
+def overhead_alone(progress) -> dict:
+    (q, k, v), graph = torch.randn(3, 1, 8, 1024, 64), Causal()  # made once, as a model does
+    with torch.no_grad():
+        return paired(
+            lambda: attend(q, k, v, graph), lambda: scaled_dot_product_attention(q, k, v, is_causal=True), 300
+        )
+
+
+def training_alone(progress, n: int = 4096) -> dict:
+    """Training steps of a GPT, on ours and with its `attend` replaced by SDPA with a mask, which is built once."""
+    graph = Causal() & (Window(64, 0) | Prefix(4))
+    torch.manual_seed(0)
+    config = TransformerConfig(embed_dim=128, num_layers=4, num_heads=4, position="rotary")
+    models = [GPT(config, vocab_size=65, graph=graph) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    optimizers = [torch.optim.AdamW(model.parameters(), lr=1e-4) for model in models]
+    tokens, mask = torch.randint(65, (1, n + 1)), graph.mask(n, n)
+
+    def step(which: int) -> float:
+        loss = cross_entropy(models[which](tokens[:, :-1])[0], tokens[0, 1:])
+        optimizers[which].zero_grad()
+        loss.backward()
+        optimizers[which].step()
+        return loss.item()
+
+    def masked(q, k, v, graph, *, bias, scale, dropout_p):
+        return scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+
+    def theirs() -> float:
+        with patch.object(attngraph.nn.attention, "attend", masked):
+            return step(1)
+
+    progress({}, 600.0)
+    losses = step(0), theirs()
+    if abs(losses[0] - losses[1]) > 1e-3:
+        raise ValueError(f"the two models must have the same loss (got {losses})")
+    progress({}, 3600.0)
+    return paired(lambda: step(0), theirs, 15, warmup=1)
+
+
+def pair_goals(options: argparse.Namespace) -> Iterator[Goal]:
+    found = isolated(overhead_alone, seconds=600.0, gib=options.memory)
+    yield Goal("Causal(), N = 1024, auto: time over bare SDPA's", 1.02, found.get("failure") or found["ratio"][1], True)
+    found = isolated(training_alone, seconds=600.0, gib=options.memory)
+    reached = found.get("failure") or 1 / found["ratio"][1]
+    yield Goal(
+        "GPT training step, Causal() & (Window(64, 0) | Prefix(4)), 4096: times as fast as SDPA + mask", 5, reached
+    )
+
+
+def grid_goals(options: argparse.Namespace) -> Iterator[Goal]:
+    """Of the grid that `python -m benchmarks.attention` has recorded: auto beside each backend that can be named."""
+    path, named = options.out / "attention.json", ("ours, tiles", "ours, rows", SDPA_MASK)
+    grid = json.loads(path.read_text()) if path.exists() else {}
+    over_best = {
+        section: 1 / min(own["over_ours"][1] for name in named if "over_ours" in (own := found["contestants"][name]))
+        for section, found in grid.items()
+        if "over_ours" in found["contestants"][AUTO]
+    }
+    worst = max(over_best, key=over_best.__getitem__, default=None)
+    reached = over_best[worst] if worst else f"no grid in {path}"
+    text = f"auto on the grid of {len(over_best)}: time over that of the best named backend, at worst ({worst})"
+    yield Goal(text, 1.25, reached, at_most=True)
+
+
+SECTIONS = {
+    "planning": planning_goals,
+    "pairs": pair_goals,
+    "window": window_goals,
+    "irregular": irregular_goals,
+    "mixed": mixed_goals,
+    "grid": grid_goals,
+}
+
+
+def main() -> None:
+    """Check every goal, print and record goal, reached, yes or no."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--section", action="append", choices=list(SECTIONS), help="some of the goals; all by default")
+    parser.add_argument("--repeats", type=int, default=15, help="turns of each contestant")
+    parser.add_argument("--limit", type=float, default=300.0, help="seconds a call, and about that for all turns")
+    parser.add_argument("--memory", type=float, default=12.0, help="GiB of resident memory of a contestant")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of goals.json")
+    options = parser.parse_args()
+    options.phase, found = "both", []
+    for section in options.section or SECTIONS:
+        for goal in SECTIONS[section](options):
+            status()
+            reached = f"{goal.reached:.3g}" if isinstance(goal.reached, float) else goal.reached
+            sign = "≤" if goal.at_most else "≥"
+            print(f"{'yes' if goal.yes else 'no':4}{sign} {goal.wanted:<6g}{reached:<8} {goal.text}", flush=True)
+            path = record("goals", {goal.text: {**goal._asdict(), "yes": goal.yes}}, options.out)
+            found.append(goal)
+    print(f"{sum(goal.yes for goal in found)} of {len(found)} reached; recorded in {path}")
+
+
+if __name__ == "__main__":
+    main()

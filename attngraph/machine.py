@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -87,14 +86,14 @@ def _here(setting: str, threads: int) -> Machine:
 
 
 def _seconds(run: Callable[[], object], repeats: int = 5) -> float:
-    """The median time of a call, after one to warm up."""
+    """The least time of a call, after one to warm up: others who use the machine only add to it."""
     run()
     times = []
     for _ in range(repeats):
         start = time.perf_counter()
         run()
         times.append(time.perf_counter() - start)
-    return statistics.median(times)
+    return min(times)
 
 
 def _tiles_of(graph, n: int) -> Tiles:

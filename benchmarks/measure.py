@@ -7,6 +7,7 @@ import gc
 import json
 import multiprocessing
 import platform
+import random
 import statistics
 import sys
 import time
@@ -37,15 +38,15 @@ def paired(ours: Callable[[], object], theirs: Callable[[], object], repeats: in
 
 
 def in_turn(runs: dict[str, Callable[[], object]], repeats: int, seconds: float) -> dict[str, list[float]]:
-    """Seconds of several functions, called in turn so that all meet the same noise; who goes first rotates.
+    """Seconds of several functions, called in turn so that all meet the same noise, in another order each round.
 
-    One that has used up `seconds` drops out of later rounds, but not before its third turn. All are warm already.
+    Else each would always find the caches as the same other one leaves them. One that has used up `seconds` drops out
+    of later rounds, but not before its third turn. All are warm already.
     """
     times: dict[str, list[float]] = {name: [] for name in runs}
-    names = list(runs)
-    for repeat in range(repeats):
-        first = repeat % len(names)
-        for name in names[first:] + names[:first]:
+    order = random.Random(0)
+    for _ in range(repeats):
+        for name in order.sample(list(runs), len(runs)):
             if len(times[name]) < 3 or sum(times[name]) < seconds:
                 start = time.perf_counter()
                 runs[name]()

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from attngraph.grammar import from_text
 from attngraph.kernels.merge import merge
+from attngraph.kernels.tiles import installed
 from attngraph.planner import Plan, plan
 
 KERNELS = {"dense": "dense", "tiles": "tiles", "rows": "rows_numba"}  # each with forward and backward
@@ -91,7 +92,7 @@ def _(q, k, v, bias, kind, graph, backend, scale):
 
 @torch.library.custom_op("attngraph::attend_backward", mutates_args=())
 def attend_backward(
-    dout: Tensor, dlse: Tensor, out: Tensor, lse: Tensor,
+    dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor,
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, kind: str, graph: str, backend: str, scale: float,
     bias_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
@@ -99,7 +100,6 @@ def attend_backward(
     chosen = planned(graph, q, k, backend, kind or None)
     with torch.autocast(q.device.type, enabled=False):
         q_, k_, v_, bias_, dout_, out_ = _wide(q, k, v, bias, dout, out)
-        dlse = dlse if bool(dlse.any()) else None
         given = (kind, bias_) if kind else None
         dq, dk, dv, dbias = _backward(chosen, q_, k_, v_, out_, lse, dout_, dlse, given, scale, bias_grad)
     dbias = dbias.to(bias.dtype) if bias_grad else q.new_empty(0)
@@ -123,6 +123,7 @@ def _empty(like: Tensor, dim: int) -> Tensor:
 
 
 def _remember(ctx, inputs, output):
+    ctx.set_materialize_grads(False)
     q, k, v, bias, *ctx.options = inputs
     ctx.plan = _GIVEN.get(inputs[5])  # stays alive until the backward pass
     ctx.save_for_backward(*output, q, k, v, bias)
@@ -131,7 +132,6 @@ def _remember(ctx, inputs, output):
 def _gradients(ctx, dout, dlse):
     out, lse, q, k, v, bias = ctx.saved_tensors
     dout = torch.zeros_like(out) if dout is None else dout
-    dlse = torch.zeros_like(lse) if dlse is None else dlse
     bias_grad = ctx.needs_input_grad[3]
     dq, dk, dv, dbias = attend_backward(dout, dlse, out, lse, q, k, v, bias, *ctx.options, bias_grad)
     return dq, dk, dv, dbias if bias_grad else None, None, None, None, None
@@ -155,7 +155,9 @@ def _kernel(name: str) -> Callable:
 
 
 def _wide(*sides: Tensor | None) -> list[Tensor | None]:
-    """Half precision as float32."""
+    """Half precision as float32, but where kernels multiply it so."""
+    if sides[0].device.type == "cuda" and installed("triton"):
+        return list(sides)
     return [side if side is None else side.to(torch.promote_types(side.dtype, torch.float32)) for side in sides]
 
 
@@ -163,14 +165,18 @@ def _forward(chosen: Plan, q, k, v, bias: Bias, scale: float) -> tuple[Tensor, T
     parts = chosen.parts if q.numel() and k.numel() else ()
     if len(parts) == 1 and parts[0].heads is None and parts[0].order is None:
         return _kernel(parts[0].backend).forward(q, k, v, parts[0].layout, bias, scale)
-    out, lse = q.new_zeros(*q.shape[:3], v.shape[3]), q.new_full(q.shape[:3], -torch.inf)
+    wide, out, lse = torch.promote_types(q.dtype, torch.float32), None, None
+    if not parts or parts[0].heads:  # else the first part's results are the first sums
+        out, lse = q.new_zeros(*q.shape[:3], v.shape[3], dtype=wide), q.new_full(q.shape[:3], -torch.inf, dtype=wide)
     for part in parts:
         view = _View(part, q, k)
         found = _kernel(part.backend).forward(
             view.queries(q), view.keys(k), view.keys(v), part.layout, view.bias(bias), scale
         )
-        more_out, more_lse = (view.back_in_order(side) for side in found)
-        if part.heads is None:
+        more_out, more_lse = (view.back_in_order(side).to(wide) for side in found)
+        if out is None:
+            out, lse = more_out, more_lse
+        elif part.heads is None:
             merge(out, lse, more_out, more_lse)
         else:
             own_out, own_lse = out[:, view.heads], lse[:, view.heads]
@@ -185,25 +191,24 @@ def _backward(chosen: Plan, q, k, v, out, lse, dout, dlse, bias: Bias, scale: fl
         return _kernel(parts[0].backend).backward(
             q, k, v, out, lse, dout, dlse, parts[0].layout, bias, scale, bias_grad
         )
-    dq, dk, dv = (torch.zeros_like(side) for side in (q, k, v))
-    dbias = torch.zeros_like(bias[1]) if bias_grad else None
+    wide, totals = torch.promote_types(q.dtype, torch.float32), None
+    if not parts or parts[0].heads:
+        totals = [torch.zeros_like(side, dtype=wide) for side in (q, k, v)]
+    dbias = torch.zeros_like(bias[1], dtype=torch.promote_types(bias[1].dtype, torch.float32)) if bias_grad else None
     for part in parts:
         view = _View(part, q, k)
         of_queries = (side if side is None else view.queries(side) for side in (out, lse, dout, dlse))
         sides = view.queries(q), view.keys(k), view.keys(v), *of_queries
-        more_q, more_k, more_v, more_bias = _kernel(part.backend).backward(
-            *sides, part.layout, view.bias(bias), scale, bias_grad
-        )
-        for total, heads, more in (
-            (dq, view.heads, more_q),
-            (dk, view.key_heads, more_k),
-            (dv, view.key_heads, more_v),
-        ):
-            more = view.back_in_order(more)
-            total.index_add_(1, heads, more) if part.heads else total.add_(more)
+        *more, more_bias = _kernel(part.backend).backward(*sides, part.layout, view.bias(bias), scale, bias_grad)
+        more = [view.back_in_order(side).to(wide) for side in more]
+        if totals is None:
+            totals = more
+        else:
+            for total, heads, side in zip(totals, (view.heads, view.key_heads, view.key_heads), more, strict=True):
+                total.index_add_(1, heads, side) if part.heads else total.add_(side)
         if bias_grad:
             view.add_bias(dbias, bias[0], more_bias)
-    return dq, dk, dv, dbias
+    return *totals, dbias
 
 
 class _View:

@@ -38,29 +38,35 @@ class Machine:
     strip: float = 2e-4  # a strip of rows of tiles
     edge: float = 4e-9  # an edge of rows
     edge_dim: float = 4e-10  # and a number of its dimension
+    result: float = 1e-9  # a number of each query's result, of rows or tiles
     node: float = 1e-9  # a number of each node's, to merge two parts, or to reorder nodes
     call: float = 5e-4  # of rows, whatever their number
     source: str = "the defaults"
 
-    def rows(self, edges: int, dim: int) -> float:
-        """The seconds of so many edges one by one."""
-        return edges * (self.edge + self.edge_dim * dim)
+    def rows(self, edges: int, dim: int, queries: int = 0) -> float:
+        """The seconds of so many edges one by one, and of the results of so many queries."""
+        return edges * (self.edge + self.edge_dim * dim) + queries * dim * self.result
 
     @staticmethod
-    def here() -> Machine:
+    def here(device: torch.device | str = "cpu") -> Machine:
         """This machine: measured in its first use (a second), then read from the user's cache directory."""
-        return _here(os.environ.get(VARIABLE, ""), torch.get_num_threads())
+        return _here(os.environ.get(VARIABLE, ""), torch.device(device), torch.get_num_threads())
 
     @staticmethod
-    def measured() -> Machine:
+    def measured(device: torch.device | str = "cpu") -> Machine:
         """This machine, measured now: some small graphs through each backend, about a second."""
-        return _measured()
+        return _measured(torch.device(device))
+
+
+# Arithmetic, not measured: from what an H200 multiplies (790 TFLOP/s in half precision) and copies (4.3 TB/s).
+GPU = Machine(7e-15, 3e-14, 1e-14, 2e-5, 1e-10, 1e-12, 3e-12, 3e-12, 4e-5, "the defaults of a GPU")
 
 
 @lru_cache
-def _here(setting: str, threads: int) -> Machine:
-    if setting == "default":
-        return Machine()
+def _here(setting: str, device: torch.device, threads: int) -> Machine:
+    gpu = device.type == "cuda"
+    if setting == "default" or not (gpu or device.type == "cpu"):
+        return GPU if gpu else Machine()
     if setting not in ("", "measure"):
         return Machine(**{**json.loads(Path(setting).read_text()), "source": setting})
     path = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "attngraph" / "machines.json"
@@ -68,9 +74,10 @@ def _here(setting: str, threads: int) -> Machine:
         known = json.loads(path.read_text())
     except (OSError, ValueError):
         known = {}
-    name = f"{platform.node()} {platform.machine()}, {threads} threads, torch {torch.__version__}"
+    place = torch.cuda.get_device_name(device) if gpu else f"{platform.machine()}, {threads} threads"
+    name = f"{platform.node()} {place}, torch {torch.__version__}"
     if name not in known or setting == "measure":
-        found = _measured()
+        found = _measured(device)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             beside = path.with_suffix(f".{os.getpid()}")
@@ -87,55 +94,62 @@ def _here(setting: str, threads: int) -> Machine:
 
 def _seconds(run: Callable[[], object], repeats: int = 5) -> float:
     """The least time of a call, after one to warm up: others who use the machine only add to it."""
+    wait = torch.cuda.synchronize if torch.cuda.is_initialized() else lambda: None
     run()
     times = []
     for _ in range(repeats):
+        wait()
         start = time.perf_counter()
         run()
+        wait()
         times.append(time.perf_counter() - start)
     return min(times)
 
 
-def _tiles_of(graph, n: int) -> Tiles:
+def _tiles_of(graph, n: int, tile: tuple[int, int]) -> Tiles:
     bound, n, m = graph.at(n, n)
-    return Tiles(n, m, tabulate(bound, n, m, (64, 64)))
+    return Tiles(n, m, tabulate(bound, n, m, tile))
 
 
 @torch.no_grad()
-def _measured() -> Machine:
-    dim, n = 64, 2048
-    q, k, v = torch.randn(3, 1, 1, n, dim).unbind(0)
-    flash = _seconds(lambda: scaled_dot_product_attention(q, k, v)) / (n * n * dim)
-    some, mask = tuple(side[:, :, :1024] for side in (q, k, v)), torch.rand(1024, 1024) < 0.5
-    dense = _seconds(lambda: scaled_dot_product_attention(*some, attn_mask=mask)) / (1024 * 1024 * dim)
+def _measured(device: torch.device) -> Machine:
+    gpu = device.type == "cuda"
+    dim, n, heads, tile = (64, 16_384, 8, (128, 64)) if gpu else (64, 1024, 8, (64, 64))
+    q, k, v = torch.randn(3, 1, heads, n, dim, device=device, dtype=torch.bfloat16 if gpu else None).unbind(0)
+    flash = _seconds(lambda: scaled_dot_product_attention(q, k, v)) / (heads * n * n * dim)
+    half = n // 2
+    some, mask = tuple(side[:, :, :half] for side in (q, k, v)), torch.rand(half, half, device=device) < 0.5
+    dense = _seconds(lambda: scaled_dot_product_attention(*some, attn_mask=mask)) / (heads * half * half * dim)
 
-    one, band = _tiles_of(Full(), 64), _tiles_of(Window(256, 0), n)
-    few = tuple(side[:, :, :64].contiguous() for side in (q, k, v))
+    of_rows = (GPU.edge, GPU.edge_dim, GPU.result, GPU.call) if gpu else _measured_rows()
+    edge, edge_dim, result, call = of_rows
+    one, band = _tiles_of(Full(), tile[1], tile), _tiles_of(Window(256, 0), n, tile)
+    few = tuple(side[:, :, : tile[1]].contiguous() for side in (q, k, v))
     strip = _seconds(lambda: tiles.forward(*few, one, None, 0.125), 20)
-    numbers = len(band.table.row) * 64 * 64 * dim
-    tile = _seconds(lambda: tiles.forward(q, k, v, band, None, 0.125)) / numbers  # its strips included
+    numbers = len(band.table.row) * tile[0] * tile[1] * dim * heads
+    whole = _seconds(lambda: tiles.forward(q, k, v, band, None, 0.125), 10)
+    each = max(whole - heads * n * dim * result, whole / 2) / numbers  # its strips included
 
-    out, lse = torch.zeros_like(q), torch.zeros(1, 1, n)
-    node = _seconds(lambda: merge(out, lse, v, lse)) / (n * dim)
-    edge, edge_dim, call = _measured_rows()
-    return Machine(
-        flash, dense, tile, strip, edge, edge_dim, node, call, f"this machine, measured on {time.strftime('%Y-%m-%d')}"
-    )
+    out, lse = torch.zeros_like(q, dtype=torch.float32), torch.zeros(1, heads, n, device=device)
+    node = _seconds(lambda: merge(out, lse, v, lse)) / (heads * n * dim)
+    source = f"this machine, measured on {time.strftime('%Y-%m-%d')}"
+    return Machine(flash, dense, each, strip, edge, edge_dim, result, node, call, source)
 
 
-def _measured_rows() -> tuple[float, float, float]:
-    """The seconds of an edge, of each number of its dimension, and of a call."""
+def _measured_rows() -> tuple[float, float, float, float]:
+    """The seconds of an edge, of each number of its dimension, of a number of a result, and of a call."""
     if find_spec("numba") is None:
-        return Machine.edge, Machine.edge_dim, Machine.call
+        return Machine.edge, Machine.edge_dim, Machine.result, Machine.call
     from attngraph.kernels import rows_numba
 
-    n, degree, times = 4096, 16, {}
-    query, key = Random(degree, num_keys=n).edges(n, n)
-    whole, little = Rows.of(query, key, n, n), Rows.of(query[:16], key[:16], 1, n)
+    n, heads, degree, edges, results = 4096, 4, 16, {}, {}
+    few, many = (Rows.of(*Random(each, num_keys=n).edges(n, n), n, n) for each in (1, degree + 1))
+    little = Rows.of(torch.arange(1), torch.arange(1), 1, n)
     for dim in (16, 64):
-        q, k, v = torch.randn(3, 1, 4, n, dim).unbind(0)
+        q, k, v = torch.randn(3, 1, heads, n, dim).unbind(0)
         run = lambda layout, q=q, k=k, v=v: rows_numba.forward(q[:, :, : layout.n], k, v, layout, None, 1.0)  # noqa: E731
-        call = _seconds(lambda: run(little), 20)  # noqa: B023  called at once
-        times[dim] = max(_seconds(lambda: run(whole)) - call, 0) / (4 * n * degree)  # noqa: B023
-    edge_dim = max(times[64] - times[16], 0) / 48
-    return max(times[16] - 16 * edge_dim, 0), edge_dim, call
+        call, one, all = (_seconds(lambda: run(layout), 10) for layout in (little, few, many))  # noqa: B023  called at once
+        edges[dim] = max(all - one, 0) / (heads * n * degree)
+        results[dim] = max((one - call) / (heads * n) - edges[dim], 0) / dim
+    edge_dim = max(edges[64] - edges[16], 0) / 48
+    return max(edges[16] - 16 * edge_dim, 0), edge_dim, results[64], call

@@ -17,7 +17,7 @@ from attngraph.kernels.edges import edges
 from attngraph.kernels.reference import reference
 from attngraph.kernels.scoring import NORMALIZERS, SCORES
 from attngraph.patterns import Causal
-from attngraph.planner import BACKENDS, Plan, Request, closed_form
+from attngraph.planner import BACKENDS, Plan, Request, closed_form, fast_on
 
 
 def attend(
@@ -159,8 +159,9 @@ def _choose(backend: str, q: Tensor, k: Tensor, graph: Graph | Plan, bias: Bias 
         return "edges"
     if closed_form(graph) is not None:
         return "dense"
-    if request.beyond("tiles") or q.device.type != "cpu" or (torch.compiler.is_compiling() and bias is not None):
-        sparse = isinstance(graph, EdgeList) and len(graph.code) * PAIRS_PER_EDGE < q.shape[2] * k.shape[2]
+    sparse = isinstance(graph, EdgeList) and len(graph.code) * PAIRS_PER_EDGE < q.shape[2] * k.shape[2]
+    unplanned = not fast_on(q.device) or (torch.compiler.is_compiling() and bias is not None)
+    if request.beyond("tiles") or unplanned or (sparse and q.device.type != "cpu"):
         return "edges" if sparse else "dense"
     if torch.compiler.is_compiling():
         return "plan"  # which is made in the operator: a compiled program serves many sizes

@@ -8,8 +8,8 @@ is (`attngraph.machine`). Every plan of a graph computes the same function.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from importlib.util import find_spec
 from itertools import count
 from typing import NamedTuple
 
@@ -19,6 +19,7 @@ from torch import Tensor
 from attngraph.algebra import Sized
 from attngraph.blocks import require_memory
 from attngraph.graph import Graph
+from attngraph.kernels.tiles import installed
 from attngraph.layout import Dense, edges_of_heads
 from attngraph.machine import Machine
 from attngraph.patterns import Causal, Full
@@ -29,7 +30,7 @@ from attngraph.tiles import NO_MASK, Table, Tiles, tabulate, tabulate_edges, uni
 
 BACKENDS = ("auto", "reference", "edges", "dense", "tiles", "rows")
 PLANNED = ("dense", "tiles", "rows")  # what a plan is made of
-TILE = (64, 64)  # on a CPU: smaller products are slow, larger ones waste more of a band
+TILES = {"cpu": (64, 64), "cuda": (128, 64)}  # smaller products are slow, larger ones waste more of a band
 BYTES_PER_EDGE = 120  # while edges are sorted into rows or tiles
 INSTALL_NUMBA = "pip install 'attngraph[cpu]'"
 
@@ -159,7 +160,8 @@ def plan(
     bound, n, m = graph.at(n, m)
     if bound.heads is not None and bound.heads != heads:
         raise ValueError(f"graph has {bound.heads} heads (got heads={heads})")
-    machine, device = machine or Machine.here(), torch.device(device)
+    device = torch.device(device)
+    machine = machine or Machine.here(device)
     groups: dict[Graph, list[int]] = {}
     for h in range(bound.heads or 1):
         groups.setdefault(simplify(bound.head(h)), []).append(h)
@@ -213,21 +215,27 @@ class _Choice:
         self.backend, self.bias, self.reorder, self.machine = backend, bias, reorder, machine
         self.may_be_dense = may_be_dense
         self.notes: list[str] = []
-        self.on_cpu = device.type == "cpu"
-        self.no_rows = None if self.on_cpu else f"rows run on a CPU, not on {device.type}"
-        if self.on_cpu and find_spec("numba") is None:
+        self.device, self.tile = device, TILES.get(device.type, TILES["cpu"])
+        self.no_rows = None if device.type == "cpu" else f"rows run on a CPU, not on {device.type}"
+        if device.type == "cpu" and not installed("numba"):
             self.no_rows = f"rows need numba: {INSTALL_NUMBA}"
+        self.fused = device.type == "cuda" or (installed("numba") and bias is None)  # all tiles in one call
         self.closed = closed_form(graph)
 
     def made(self) -> tuple[list[Part], dict[str, float | str]]:
         """The parts, and what else was possible at what cost, or why not."""
         if self.backend == "dense" and not self.may_be_dense:
             raise ValueError("a plan of backend='dense' has no bias with one graph per head; backend='tiles' has")
-        at_once = self.backend == "auto" and self.may_be_dense and (self.closed is not None or not self.on_cpu)
+        at_once = self.backend == "auto" and self.may_be_dense and (self.closed is not None or not fast_on(self.device))
         if self.backend == "dense" or at_once:
             return [self._dense()], {}
         if self.backend == "rows" and self.no_rows:
             raise ValueError(f"backend='rows' can't run here: {self.no_rows}; backend='tiles' can")
+        with self.device if self.device.type == "cuda" else nullcontext():  # layouts are made where they are used
+            return self._found()
+
+    def _found(self) -> tuple[list[Part], dict[str, float | str]]:
+        """The same, by looking at the edges."""
         self._find()
         if self.backend != "auto":
             return self._built(self._cut(0 if self.backend == "tiles" else 1 << 62)), {}
@@ -237,7 +245,7 @@ class _Choice:
         """The edges: those of bands and blocks as a table of tiles, the others as a list."""
         banded, scattered = split(self.graph)
         self.around = closed_form(banded)  # what the stray edges are beside, where a kernel knows it
-        self.banded = tabulate(banded, self.n, self.m, TILE)
+        self.banded = tabulate(banded, self.n, self.m, self.tile)
         query, key = scattered.list_edges(self.n, self.m)
         stray = ~banded.contains(query, key)
         self.listed = query[stray], key[stray]
@@ -269,22 +277,22 @@ class _Choice:
 
     def _worth(self) -> int:
         """The number of edges from which a tile is cheaper than its edges one by one."""
-        return max(1, round(self._tile_seconds(1, 0) / self.machine.rows(1, self.dim)))
+        return max(1, round(self._pair_seconds() * self.tile[0] * self.tile[1] / self.machine.rows(1, self.dim)))
 
     def _cut(self, worth: int, edges: Edges | None = None, order: Tensor | None = None) -> _Way:
         """Tiles of at least so many edges stay tiles; the edges of others run in rows."""
         query, key = edges or self.listed
         dense = self.banded.edges >= worth
-        stride = -(-self.m // TILE[1])
+        stride = -(-self.m // self.tile[1])
         _, at, inside = torch.unique(
-            query // TILE[0] * stride + key // TILE[1], return_inverse=True, return_counts=True
+            query // self.tile[0] * stride + key // self.tile[1], return_inverse=True, return_counts=True
         )
         close = inside[at] >= worth
         tiles, loose = self.banded.chosen(dense), self.banded.chosen(~dense)
         count = len(tiles.row) + int((inside >= worth).sum())
         stray = int((~close).sum()) + int(loose.edges.sum())
-        seconds = self._tile_seconds(count, len(torch.unique(tiles.row)) + len(torch.unique(query[close] // TILE[0])))
-        seconds += self._rows_seconds(stray)
+        rows = 1 if self.fused else len(torch.unique(tiles.row)) + len(torch.unique(query[close] // self.tile[0]))
+        seconds = self._tile_seconds(count, rows) + self._rows_seconds(stray)
         if count and stray:
             seconds += self.machine.node * self.dim * self.n  # their results are merged
         if order is not None:
@@ -300,7 +308,7 @@ class _Choice:
         square = self.n == self.m and not len(self.banded.row) and len(query) >= FEWEST_TO_REORDER
         if self.reorder is False or self.bias or not square:
             return None
-        if find_spec("scipy") is None:
+        if not installed("scipy"):
             self.notes.append("the nodes were not reordered: that needs SciPy, pip install scipy")
             return None
         order = bandwidth_order(query, key, self.n)
@@ -313,19 +321,18 @@ class _Choice:
         parts = []
         table = way.tiles
         if len(way.tiled[0]):
-            table = (
-                union(table, tabulate_edges(*way.tiled, TILE)) if len(table.row) else tabulate_edges(*way.tiled, TILE)
-            )
+            listed = tabulate_edges(*way.tiled, self.tile)
+            table = union(table, listed) if len(table.row) else listed
         if len(table.row):
             layout, edges = Tiles(self.n, self.m, table), int(table.edges.sum())
-            full = int((table.mask == NO_MASK).sum())
-            why = (
-                f"{len(table.row):,} tiles, {full:,} full; {edges / (len(table.row) * TILE[0] * TILE[1]):.0%} of their "
-                f"pairs are edges; {len(table.words):,} distinct masks, {len(layout.strips):,} strips"
-            )
+            full, fill = int((table.mask == NO_MASK).sum()), edges / (len(table.row) * self.tile[0] * self.tile[1])
+            why = f"{len(table.row):,} tiles, {full:,} full; {fill:.0%} of their pairs are edges; "
+            why += f"{len(table.words):,} distinct masks"
+            strips = 1 if self.fused else len(layout.strips)
+            why += "" if self.fused else f", {strips:,} strips"
             if way.order is not None:
                 why += "; nodes reordered"
-            seconds = self._tile_seconds(len(table.row), len(layout.strips))
+            seconds = self._tile_seconds(len(table.row), strips)
             parts.append(Part("tiles", layout, edges, seconds, why, order=way.order))
         query, key = way.rows
         stray = len(query) + int(way.loose.edges.sum())
@@ -365,13 +372,24 @@ class _Choice:
     def _flash_seconds(self, closed: Graph) -> float:
         return self.machine.flash * self.dim * self.n * self.m / (2 if type(closed) is Causal else 1)
 
+    def _pair_seconds(self) -> float:
+        return self.machine.tile * self.dim
+
     def _tile_seconds(self, tiles: int, rows: int) -> float:
         """Of so many tiles in so many rows of them."""
+        if not tiles:
+            return 0.0
         strips = min(rows, MOST_STRIPS) / self.heads  # a call is for all heads
-        return self.machine.tile * tiles * TILE[0] * TILE[1] * self.dim + self.machine.strip * strips
+        pairs, results = tiles * self.tile[0] * self.tile[1], self.n * self.dim
+        return self._pair_seconds() * pairs + self.machine.strip * strips + self.machine.result * results
 
     def _rows_seconds(self, edges: int) -> float:
-        return self.machine.rows(edges, self.dim) + self.machine.call / self.heads if edges else 0.0
+        return self.machine.rows(edges, self.dim, self.n) + self.machine.call / self.heads if edges else 0.0
+
+
+def fast_on(device: torch.device) -> bool:
+    """Whether tiles have a kernel of their own there."""
+    return device.type == "cpu" or (device.type == "cuda" and installed("triton"))
 
 
 def closed_form(graph: Graph) -> Graph | None:

@@ -13,6 +13,6 @@ def bandwidth_order(query: Tensor, key: Tensor, n: int) -> Tensor:
     from scipy.sparse.csgraph import reverse_cuthill_mckee
 
     ones = np.ones(len(query), dtype=np.int8)
-    matrix = coo_array((ones, (query.numpy(), key.numpy())), shape=(n, n))
+    matrix = coo_array((ones, (query.cpu().numpy(), key.cpu().numpy())), shape=(n, n))
     order = reverse_cuthill_mckee((matrix + matrix.T).tocsr(), symmetric_mode=True)
-    return torch.from_numpy(order.astype(np.int64))
+    return torch.from_numpy(order.astype(np.int64)).to(query.device)

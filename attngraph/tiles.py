@@ -36,7 +36,9 @@ class Table(NamedTuple):
     def edges(self) -> Tensor:
         """How many edges each tile has: int64 (T,)."""
         area = self.words.shape[1] * self.words.shape[2] * WORD
-        return torch.cat([unpack(self.words).sum((1, 2)), torch.tensor([area])])[self.mask]  # NO_MASK is the last
+        return torch.cat([unpack(self.words).sum((1, 2)), self.row.new_tensor([area])])[
+            self.mask
+        ]  # NO_MASK is the last
 
     def chosen(self, which: Tensor) -> Table:
         """Some of the tiles, given by a bool tensor."""
@@ -60,6 +62,7 @@ class TileRows(NamedTuple):
     full: Tensor  # int64 (rows,)
     other: Tensor  # int32 (T,): the column of each tile
     mask: Tensor  # int32 (T,): the number of its mask, or NO_MASK
+    at: Tensor  # int32 (T,): its place in the table
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,7 +96,7 @@ class Tiles:
     @cached_property
     def masks(self) -> Tensor:
         """The masks unpacked, bool (P + 2, tile rows, tile columns): then a full and an empty one."""
-        ends = torch.tensor([True, False])[:, None, None].expand(2, *self.tile)
+        ends = torch.tensor([True, False], device=self.table.row.device)[:, None, None].expand(2, *self.tile)
         return torch.cat([unpack(self.table.words), ends])
 
     @cached_property
@@ -113,11 +116,36 @@ class Tiles:
         row, _, mask, _ = self.table
         count = self.masks.sum(2)[torch.where(mask == NO_MASK, len(self.masks) - 2, mask)]
         before = count.cumsum(0) - count  # of all earlier tiles; less those of earlier rows of tiles
-        start = torch.searchsorted(row, torch.arange(self.grid[0] + 1))
+        start = torch.searchsorted(row, torch.arange(self.grid[0] + 1, device=row.device))
         ends = torch.cat([count.cumsum(0), count[:1] * 0]) if len(row) else count.new_zeros(1, self.tile[0])
         total = ends[start[1:] - 1] - ends[start[:-1] - 1]
         first = (total.flatten().cumsum(0) - total.flatten()).view_as(total)
         return before - ends[start[:-1] - 1][row] + first[row]
+
+    @cached_property
+    def first_edge_of_word(self) -> Tensor:
+        """The same for each word of a mask: int64 (T, tile rows, tile columns / 32)."""
+        mask = self.table.mask
+        count = self.masks.unflatten(2, (-1, WORD)).sum(3)
+        before = (count.cumsum(2) - count)[torch.where(mask == NO_MASK, len(self.masks) - 2, mask)]
+        return self.first_edge[:, :, None] + before
+
+    @cached_property
+    def words_by_key(self) -> Tensor:
+        """The masks transposed, packed: int32 (P, tile columns, tile rows / 32)."""
+        return pack(unpack(self.table.words).transpose(1, 2))
+
+    def on(self, device: torch.device) -> Tiles:
+        """The same tiles on another device, kept."""
+        if self.table.row.device == device:
+            return self
+        if device not in self._elsewhere:
+            self._elsewhere[device] = Tiles(self.n, self.m, Table(*(part.to(device) for part in self.table)))
+        return self._elsewhere[device]
+
+    @cached_property
+    def _elsewhere(self) -> dict[torch.device, Tiles]:
+        return {}
 
     @property
     def nbytes(self) -> int:
@@ -135,9 +163,9 @@ class Tiles:
 def _tile_rows(row: Tensor, column: Tensor, mask: Tensor, rows: int) -> TileRows:
     order = ((row * 2 + (mask == NO_MASK)) * (int(column.max()) + 1 if len(column) else 1) + column).argsort()
     row, full = row[order], mask[order] == NO_MASK
-    start = torch.searchsorted(row, torch.arange(rows + 1))
-    masked = torch.zeros(rows, dtype=torch.int64).index_add_(0, row, (~full).long())
-    return TileRows(start, start[:-1] + masked, column[order].int(), mask[order].int())
+    start = torch.searchsorted(row, torch.arange(rows + 1, device=row.device))
+    masked = row.new_zeros(rows).index_add_(0, row, (~full).long())
+    return TileRows(start, start[:-1] + masked, column[order].int(), mask[order].int(), order.int())
 
 
 def tabulate(graph, n: int, m: int, tile: tuple[int, int]) -> Table:
@@ -221,7 +249,7 @@ def _tidy(table: Table, tile: tuple[int, int]) -> Table:
 
 def _same_words(wide: Tensor) -> Tensor:
     """As `same`, of the rows of a matrix: by a hash, which is then checked."""
-    factor = torch.arange(1, wide.shape[1] + 1) * 0x9E3779B97F4A7C1 | 1
+    factor = torch.arange(1, wide.shape[1] + 1, device=wide.device) * 0x9E3779B97F4A7C1 | 1
     number = same([(wide * factor).sum(1)])
     return number if torch.equal(wide[_first_of_each(number)][number], wide) else same(list(wide.T))
 

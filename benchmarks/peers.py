@@ -44,8 +44,8 @@ def first_are_global(count: int) -> MaskMod:
     return lambda b, h, q_idx, kv_idx: (q_idx < count) | (kv_idx < count)
 
 
-def same_document(lengths: list[int]) -> MaskMod:
-    document = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+def same_document(lengths: list[int], device: str = "cpu") -> MaskMod:
+    document = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)).to(device)
     return lambda b, h, q_idx, kv_idx: document[q_idx] == document[kv_idx]
 
 
@@ -57,9 +57,9 @@ def near_on_grid(side: int, radius: int) -> MaskMod:
     return mask_mod
 
 
-def drawn(degree: int, n: int) -> MaskMod:
+def drawn(degree: int, n: int, device: str = "cpu") -> MaskMod:
     """Random(degree) from a table: query i hears one key, table[i, s], in each of `degree` stretches s of keys."""
-    table = Random(degree).at(n, n)[0].edges(n, n)[1].view(n, degree)
+    table = Random(degree).at(n, n)[0].edges(n, n)[1].view(n, degree).to(device)
     return lambda b, h, q_idx, kv_idx: table[q_idx, ((kv_idx + 1) * degree - 1) // n] == kv_idx
 
 

@@ -1,4 +1,4 @@
-"""Settings of every test: one thread, as workers share the cores; plans of no machine; how many examples are tried."""
+"""Settings of every test: one thread, as workers share the cores; no GPU; how many examples are tried."""
 
 import os
 
@@ -7,6 +7,8 @@ from hypothesis import HealthCheck, settings
 
 torch.set_num_threads(1)
 os.environ["ATTNGRAPH_MACHINE"] = "default"  # plans that do not depend on what else the machine does
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported: its kernels run on a CPU
 
 common = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}
 settings.register_profile("default", max_examples=500, derandomize=True, **common)

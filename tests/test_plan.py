@@ -33,7 +33,9 @@ from attngraph.execution import attend_forward, planned
 every = pytest.mark.parametrize("case", GRAPHS, ids=lambda case: f"{case.graph.text[:60]}-{case.n}x{case.m}")
 NO_TILES = Machine(tile=1.0, edge=1e-12, edge_dim=0, call=0, dense=1.0)
 NO_ROWS = Machine(edge=1.0, dense=1.0)
-CUT = Machine(tile=6e-12, strip=0, edge=1e-9, edge_dim=0, call=0, node=0, dense=1.0)  # a tile is worth a few edges
+CUT = Machine(
+    tile=6e-12, strip=0, edge=1e-9, edge_dim=0, result=0, call=0, node=0, dense=1.0
+)  # a tile is worth a few edges
 MIXED = Window(20, 0) | Prefix(2) | Random(3)
 
 
@@ -296,8 +298,7 @@ def test_memory_that_is_not_there_is_told_before_it_is_taken(monkeypatch):
 
 
 def test_without_numba_auto_uses_tiles_and_says_what_is_lost(monkeypatch):
-    find = planning.find_spec
-    monkeypatch.setattr(planning, "find_spec", lambda name: None if name == "numba" else find(name))
+    monkeypatch.setattr(planning, "installed", lambda name: name != "numba")
     made = plan(Random(4), 2000, 2000)
     assert [part.backend for part in made.parts] in (["tiles"], ["dense"])
     assert "rows need numba: pip install" in made.explain()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
@@ -83,16 +85,11 @@ HIDDEN = -1e30  # added to the score of a pair that is no edge
 
 
 def forward(q, k, v, layout, bias: None, scale: float) -> tuple[Tensor, Tensor]:
-    """q (B, H, N, D), k and v (B, Hkv, M, ·) → out (B, H, N, ·), lse (B, H, N), by the flash kernel of the CPU."""
+    """q (B, H, N, D), k and v (B, Hkv, M, ·) → out (B, H, N, ·), lse (B, H, N), by PyTorch's flash kernels."""
     mask, hidden = _masks(layout, q)
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        *_of_one_width(q, _repeated(k, q), _repeated(v, q)),
-        0.0,
-        layout.closed == "causal",
-        attn_mask=hidden,
-        scale=scale,
-    )
-    out = out[..., : v.shape[3]]
+    sides = _of_one_width(q, _repeated(k, q), _repeated(v, q))
+    out, lse = _flash_kernel(q, layout)[0](*sides, hidden, layout.closed == "causal", scale)
+    out, lse = out[..., : v.shape[3]], lse[..., : q.shape[2]]
     if mask is not None:
         nobody = ~mask.any(1)
         out, lse = out.masked_fill(nobody[:, None], 0), lse.masked_fill(nobody, -torch.inf)
@@ -110,11 +107,9 @@ def backward(q, k, v, out, lse, dout, dlse, layout, bias: None, scale: float, bi
     width = max(dim, value_dim) + (dlse is not None)
     *sides, dout, out = _of_one_width(q, _repeated(k, q), _repeated(v, q), dout, out, width=width)
     if dlse is not None:
-        dout[..., -1], out[..., -1] = -dlse, 1
+        dout[..., value_dim], out[..., value_dim] = -dlse, 1
     lse = lse.masked_fill(lse == -torch.inf, torch.inf).contiguous()
-    dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        dout, *sides, out, lse, 0.0, layout.closed == "causal", attn_mask=hidden, scale=scale
-    )
+    dq, dk, dv = _flash_kernel(q, layout)[1](dout, *sides, out, lse, hidden, layout.closed == "causal", scale)
     dk, dv = (side.unflatten(1, (-1, group)).sum(2) for side in (dk, dv))
     return dq[..., :dim], dk[..., :dim], dv[..., :value_dim], None
 
@@ -122,10 +117,89 @@ def backward(q, k, v, out, lse, dout, dlse, layout, bias: None, scale: float, bi
 def _masks(layout, q: Tensor) -> tuple[Tensor | None, Tensor | None]:
     """Who is heard, bool (N, M), and what to add to the scores."""
     mask = layout.mask(q.device)
-    return mask, None if mask is None else torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, HIDDEN)
+    low = max(HIDDEN, torch.finfo(q.dtype).min)
+    return mask, None if mask is None else torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, low)
 
 
 def _of_one_width(*sides: Tensor, width: int = 0) -> list[Tensor]:
-    """Vectors filled up with zeros to the largest of their dimensions, or to this one."""
+    """Vectors filled up with zeros to the largest of their dimensions, or to this one; on a GPU, to a multiple of 8."""
     width = max(width, *(side.shape[-1] for side in sides))
+    width += -width % 8 if sides[0].device.type == "cuda" else 0
     return [pad(side, (0, width - side.shape[-1])).contiguous() for side in sides]
+
+
+# Each of PyTorch's kernels as (forward, backward): forward(q, k, v, hidden, causal, scale) → out, lse;
+# backward(dout, q, k, v, out, lse, hidden, causal, scale) → dq, dk, dv.
+
+
+def _flash_kernel(q: Tensor, layout) -> tuple[Callable, Callable]:
+    """The fastest that can: on a GPU, the flash kernel knows no mask, and aligns Causal() at the other end."""
+    if q.device.type == "cpu":
+        return _cpu_forward, _cpu_backward
+    if q.device.type != "cuda" or q.dtype == torch.float64:
+        return _plain_forward, _plain_backward
+    aligned = layout.closed == "full" or (layout.closed == "causal" and layout.n == layout.m)
+    if aligned and q.dtype in (torch.float16, torch.bfloat16):
+        return _gpu_forward, _gpu_backward
+    return _efficient_forward, _efficient_backward
+
+
+def _cpu_forward(q, k, v, hidden, causal, scale):
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    return flash(q, k, v, 0.0, causal, attn_mask=hidden, scale=scale)
+
+
+def _cpu_backward(dout, q, k, v, out, lse, hidden, causal, scale):
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    return flash(dout, q, k, v, out, lse, 0.0, causal, attn_mask=hidden, scale=scale)
+
+
+def _gpu_forward(q, k, v, hidden, causal, scale):
+    return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, False, scale=scale)[:2]
+
+
+def _gpu_backward(dout, q, k, v, out, lse, hidden, causal, scale):
+    none = torch.zeros((), dtype=torch.int64)  # the state of chance, for dropout
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_backward
+    return flash(
+        dout, q, k, v, out, lse, None, None, q.shape[2], k.shape[2], 0.0, causal, none, none, scale=scale
+    )  # fmt: skip
+
+
+def _efficient_forward(q, k, v, hidden, causal, scale):
+    hidden = None if hidden is None else hidden.expand(*q.shape[:2], *hidden.shape)
+    return torch.ops.aten._scaled_dot_product_efficient_attention(
+        q, k, v, hidden, True, 0.0, causal, scale=scale
+    )[:2]  # fmt: skip
+
+
+def _efficient_backward(dout, q, k, v, out, lse, hidden, causal, scale):
+    hidden = None if hidden is None else hidden.expand(*q.shape[:2], *hidden.shape)
+    none = torch.zeros((), dtype=torch.int64)
+    lse = pad(lse, (0, -lse.shape[2] % 32), value=torch.inf)  # as its own forward pass gives it
+    return torch.ops.aten._scaled_dot_product_efficient_attention_backward(
+        dout, q, k, v, hidden, out, lse, none, none, 0.0, [True, True, True, False], causal, scale=scale
+    )[:3]
+
+
+def _plain_forward(q, k, v, hidden, causal, scale):
+    scores = _scores(q, k, hidden, causal, scale)
+    lse = scores.logsumexp(3)
+    return (scores - lse[..., None]).exp() @ v, lse
+
+
+def _plain_backward(dout, q, k, v, out, lse, hidden, causal, scale):
+    p = (_scores(q, k, hidden, causal, scale) - lse[..., None]).exp()
+    ds = p * (dout @ v.mT - (dout * out).sum(3, keepdim=True)) * scale
+    return ds @ k, ds.mT @ q, p.mT @ dout
+
+
+def _scores(q, k, hidden, causal, scale):
+    """All scores, where no kernel of PyTorch's gives a lse."""
+    scores = q @ k.mT * scale
+    if hidden is not None:
+        scores = scores + hidden
+    if causal:
+        later = torch.ones(scores.shape[2:], dtype=torch.bool, device=q.device).triu(1)
+        scores = scores.masked_fill(later, HIDDEN)
+    return scores

@@ -13,5 +13,5 @@ def merge(out: Tensor, lse: Tensor, more_out: Tensor, more_lse: Tensor) -> None:
     """
     both = torch.logaddexp(lse, more_lse)
     by = both.masked_fill(both == -torch.inf, 0)
-    out.mul_((lse - by).exp()[..., None]).add_(more_out * (more_lse - by).exp()[..., None])
+    out.mul_((lse - by).exp_()[..., None]).addcmul_(more_out, (more_lse - by).exp_()[..., None])
     lse.copy_(both)

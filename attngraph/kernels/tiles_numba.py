@@ -401,7 +401,7 @@ def _heads(x: Tensor, heads: int) -> np.ndarray:
 
 def _terms(layout, half, width: int, value_width: int, scale: float) -> tuple:
     """(widths, scale for 2^x, scale, rows of tiles, masks) for a kernel."""
-    rows = tuple(part.numpy() for part in half)
+    rows = tuple(part.numpy() for part in half[:4])
     return (width, value_width), np.float32(scale * float(LOG2_E)), np.float32(scale), rows, _words(layout)
 
 

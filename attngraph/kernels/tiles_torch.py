@@ -29,7 +29,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, layout, bias: Bias, scale: float) -
     (B | 1, H | 1, E)), or ("dense", (B | 1, H | 1, N | 1, M)).
     """
     (batch, heads, n, dim), value_dim, group = q.shape, v.shape[3], q.shape[1] // k.shape[1]
-    width = max(dim, value_dim)
+    width, layout = max(dim, value_dim), layout.on(torch.device("cpu"))
     q, k, v = (_tiled(side, layout, place, width) for side, place in ((q, 0), (k, 1), (v, 1)))
     out, lse = _like(q, torch.empty_like), q.new_empty(*q.shape[:4], 1)
     alone = layout.rows_alone.to(q.device)
@@ -71,7 +71,7 @@ def backward(
     """
     (batch, heads, n, dim), m, value_dim, group = q.shape, k.shape[2], v.shape[3], q.shape[1] // k.shape[1]
     lse = lse.masked_fill(lse == -torch.inf, torch.inf)  # of nobody, p = exp(-inf)
-    width = max(dim, value_dim) + (dlse is not None)
+    width, layout = max(dim, value_dim) + (dlse is not None), layout.on(torch.device("cpu"))
     q, out, dout = (_tiled(side, layout, 0, width) for side in (q, out, dout))
     lse = _tiled(lse[..., None], layout, 0)
     k, v = _tiled(k, layout, 1, width), _tiled(v, layout, 1, width)

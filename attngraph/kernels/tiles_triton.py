@@ -1,0 +1,536 @@
+"""Attention over tiles in Triton, for a GPU: forward, then dq by rows of tiles, dk and dv by columns of them.
+
+A program has a block of its own nodes in registers, and walks over the blocks across: first those of tiles with masks,
+then those of full tiles, in two loops without branches. Nothing is added atomically: the same bits every run. The
+scores are exponents of 2.
+
+A tensor (B, H, nodes, D), its vectors contiguous, comes as a tuple `side`: its first number, the strides of batch, head
+and node. `tiles` are start, full, other, mask and at of a `TileRows`; `masks` are the words, those of the transposed
+masks, and the numbers of the first edges. A tile has `high` queries and `broad` keys, a block `rows` and `keys` of
+them. All pairs of a tile are multiplied: a NaN or an infinity in a key or a value may reach the queries of its tiles
+that do not hear it.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+NO_BIAS, OFFSET, DENSE, EDGE = (tl.constexpr(kind) for kind in range(4))
+KINDS = {None: 0, "offset": 1, "dense": 2, "edge": 3}
+
+# ------------------------------------------------------------------------------------------ what a block reads
+
+
+@triton.jit
+def _vectors(side, b, h, node, count, dim: tl.constexpr, wide: tl.constexpr, guard: tl.constexpr):
+    """The vectors of some nodes, (nodes, wide): 0 beyond dim, and with `guard` beyond the last node."""
+    d = tl.arange(0, wide)
+    at = side[0] + b * side[1] + h * side[2] + node[:, None] * side[3] + d[None, :]
+    if guard and dim != wide:
+        return tl.load(at, mask=(node < count)[:, None] & (d < dim)[None, :], other=0.0)
+    if guard:
+        return tl.load(at, mask=(node < count)[:, None], other=0.0)
+    if dim != wide:
+        return tl.load(at, mask=(d < dim)[None, :], other=0.0)
+    return tl.load(at)
+
+
+@triton.jit
+def _put(side, b, h, node, count, x, dim: tl.constexpr, wide: tl.constexpr):
+    """Store the vectors x (nodes, wide) of some nodes."""
+    d = tl.arange(0, wide)
+    at = side[0] + b * side[1] + h * side[2] + node[:, None] * side[3] + d[None, :]
+    tl.store(at, x.to(side[0].dtype.element_ty), mask=(node < count)[:, None] & (d < dim)[None, :])
+
+
+@triton.jit
+def _range(tiles, row):
+    """The tiles of a row: where those with masks begin, where full ones do, and where they end."""
+    lo, middle, hi = tl.load(tiles[0] + row), tl.load(tiles[1] + row), tl.load(tiles[0] + row + 1)
+    return lo.to(tl.int32), middle.to(tl.int32), hi.to(tl.int32)
+
+
+@triton.jit
+def _edges(
+    words, tiles, at, row, column,
+    high: tl.constexpr, broad: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr, masked: tl.constexpr,
+):  # fmt: skip
+    """Which pairs of a block (rows, columns), from this row and column of a tile (high, broad) on, are edges."""
+    if masked:
+        r, w = row + tl.arange(0, rows), column // 32 + tl.arange(0, columns // 32)
+        mask = words + tl.load(tiles[3] + at).to(tl.int64) * (high * broad // 32)
+        found = tl.load(mask + r[:, None] * (broad // 32) + w[None, :])
+        return tl.reshape((found[:, :, None] >> tl.arange(0, 32)[None, None, :]) & 1, [rows, columns]) != 0
+    return tl.full([rows, columns], 1, tl.int1)
+
+
+@triton.jit
+def _edge_number(
+    masks, tiles, at, r, c, high: tl.constexpr, broad: tl.constexpr, kind: tl.constexpr, masked: tl.constexpr
+):
+    """The numbers of the edges at rows r and columns c of a tile: those before its word, and the bits below it."""
+    number = r
+    if kind == EDGE:
+        word = r * (broad // 32) + c // 32
+        number = tl.load(masks[2] + tl.load(tiles[4] + at).to(tl.int64) * (high * broad // 32) + word)
+        if masked:
+            mask = masks[0] + tl.load(tiles[3] + at).to(tl.int64) * (high * broad // 32)
+            bits = tl.load(mask + word) & ((1 << (c % 32)) - 1)
+            bits = bits - ((bits >> 1) & 0x55555555)  # the count of its ones; the uppermost bit is never among them
+            bits = (bits & 0x33333333) + ((bits >> 2) & 0x33333333)
+            bits = (bits + (bits >> 4)) & 0x0F0F0F0F
+            bits = bits + (bits >> 8)
+            number += (bits + (bits >> 16)) & 63
+        else:
+            number += c % 32
+    return number
+
+
+@triton.jit
+def _bias(bias, b, h, i, j, n, edge, keep, kind: tl.constexpr):
+    """The bias of pairs (i, j), times log2 e; `edge` are their numbers. It is read for edges alone."""
+    at = bias[0] + b * bias[1] + h * bias[2]
+    if kind == OFFSET:
+        at += j - i + n - 1
+    elif kind == DENSE:
+        at += i * bias[3] + j * bias[4]
+    else:
+        at += edge
+    return tl.load(at, mask=keep, other=0.0).to(tl.float32) * LOG2_E
+
+
+# ----------------------------------------------------------------------------------------------------- forward
+
+
+@triton.jit
+def _hear(
+    heard, top, total, own, sides, bias, tiles, masks, place, count, lo, hi, scale,
+    dim: tl.constexpr, value_dim: tl.constexpr, wide: tl.constexpr, value_wide: tl.constexpr,
+    high: tl.constexpr, broad: tl.constexpr, rows: tl.constexpr, keys: tl.constexpr,
+    kind: tl.constexpr, precision: tl.constexpr, stages: tl.constexpr, masked: tl.constexpr,
+):  # fmt: skip
+    """The tiles lo … hi-1 for the queries of a block: what they hear so far, their top scores, and their sums."""
+    b, h, key_head, i, row = place
+    n, m = count
+    parts: tl.constexpr = broad // keys
+    for step in tl.range(lo * parts, hi * parts, num_stages=stages):
+        at, column = step // parts, (step % parts) * keys
+        j = tl.load(tiles[2] + at).to(tl.int64) * broad + column + tl.arange(0, keys)
+        key = _vectors(sides[1], b, key_head, j, m, dim, wide, masked)
+        value = _vectors(sides[2], b, key_head, j, m, value_dim, value_wide, masked)
+        s = tl.dot(own, tl.trans(key), input_precision=precision) * scale
+        r, c = (row + tl.arange(0, rows))[:, None], (column + tl.arange(0, keys))[None, :]
+        keep = _edges(masks[0], tiles, at, row, column, high, broad, rows, keys, masked)
+        if kind != NO_BIAS:
+            edge = _edge_number(masks, tiles, at, r, c, high, broad, kind, masked)
+            s += _bias(bias, b, h, i[:, None], j[None, :], n, edge, keep, kind)
+        if masked:
+            s = tl.where(keep, s, float("-inf"))
+        new = tl.maximum(top, tl.max(s, 1))
+        level = new
+        if masked or kind != NO_BIAS:
+            level = tl.where(new == float("-inf"), 0.0, new)
+        p = tl.exp2(s - level[:, None])
+        less = tl.exp2(top - level)
+        total = total * less + tl.sum(p, 1)
+        heard = tl.dot(p.to(value.dtype), value, heard * less[:, None], input_precision=precision)
+        top = new
+    return heard, top, total
+
+
+@triton.jit(do_not_specialize=["blocks", "H", "n", "m"])
+def _forward(sides, bias, tiles, masks, blocks, H, group, n, m, scale, shape: tl.constexpr, out, lse):
+    block, head = tl.program_id(0) % blocks, (tl.program_id(0) // blocks).to(tl.int64)
+    b, h = head // H, head % H
+    parts: tl.constexpr = shape.high // shape.rows
+    i = block.to(tl.int64) * shape.rows + tl.arange(0, shape.rows)
+    own = _vectors(sides[0], b, h, i, n, shape.dim, shape.wide, True)
+    heard = tl.zeros([shape.rows, shape.value_wide], tl.float32)
+    top, total = tl.full([shape.rows], float("-inf"), tl.float32), tl.zeros([shape.rows], tl.float32)
+    lo, middle, hi = _range(tiles, block // parts)
+    place = (b, h, h // group, i, (block % parts) * shape.rows)
+    heard, top, total = _hear(
+        heard, top, total, own, sides, bias, tiles, masks, place, (n, m), lo, middle, scale,
+        shape.dim, shape.value_dim, shape.wide, shape.value_wide, shape.high, shape.broad, shape.rows, shape.keys,
+        shape.kind, shape.precision, shape.stages, True,
+    )  # fmt: skip
+    heard, top, total = _hear(
+        heard, top, total, own, sides, bias, tiles, masks, place, (n, m), middle, hi, scale,
+        shape.dim, shape.value_dim, shape.wide, shape.value_wide, shape.high, shape.broad, shape.rows, shape.keys,
+        shape.kind, shape.precision, shape.stages, False,
+    )  # fmt: skip
+    some = tl.where(total == 0.0, 1.0, total)
+    _put(out, b, h, i, n, heard / some[:, None], shape.value_dim, shape.value_wide)
+    tl.store(lse + head * n + i, tl.where(total == 0.0, float("-inf"), (top + tl.log2(some)) * LN_2), mask=i < n)
+
+
+# ---------------------------------------------------------------------------------------------------- backward
+
+
+@triton.jit(do_not_specialize=["blocks", "H", "n"])
+def _settle(out, dout, dlse, delta, blocks, H, n, dim: tl.constexpr, wide: tl.constexpr, rows: tl.constexpr):
+    """delta = Σ_d out · dout - dlse, (B, H, N)."""
+    block, head = tl.program_id(0) % blocks, (tl.program_id(0) // blocks).to(tl.int64)
+    i = block.to(tl.int64) * rows + tl.arange(0, rows)
+    a = _vectors(out, head // H, head % H, i, n, dim, wide, True).to(tl.float32)
+    b = _vectors(dout, head // H, head % H, i, n, dim, wide, True).to(tl.float32)
+    less = tl.load(dlse + head * n + i, mask=i < n, other=0.0)
+    tl.store(delta + head * n + i, tl.sum(a * b, 1) - less, mask=i < n)
+
+
+@triton.jit
+def _of_queries(lse, delta, head, i, n):
+    """Of some queries, the lse as a power of 2 (inf where they hear nobody, so that exp2(s - lse) is 0), and delta."""
+    level = tl.load(lse + head * n + i, mask=i < n, other=float("-inf")) * LOG2_E
+    return tl.where(level == float("-inf"), float("inf"), level), tl.load(delta + head * n + i, mask=i < n, other=0.0)
+
+
+@triton.jit
+def _answer(
+    dq, own, own_dout, level, mean, sides, bias, dbias, tiles, masks, place, count, lo, hi, scale,
+    dim: tl.constexpr, value_dim: tl.constexpr, wide: tl.constexpr, value_wide: tl.constexpr,
+    high: tl.constexpr, broad: tl.constexpr, rows: tl.constexpr, keys: tl.constexpr,
+    kind: tl.constexpr, precision: tl.constexpr, stages: tl.constexpr, masked: tl.constexpr,
+    bias_grad: tl.constexpr,
+):  # fmt: skip
+    """What the tiles lo … hi-1 add to the dq of a block; and the gradient of their bias, stored."""
+    b, h, key_head, i, row = place
+    n, m = count
+    parts: tl.constexpr = broad // keys
+    for step in tl.range(lo * parts, hi * parts, num_stages=stages):
+        at, column = step // parts, (step % parts) * keys
+        j = tl.load(tiles[2] + at).to(tl.int64) * broad + column + tl.arange(0, keys)
+        key = _vectors(sides[1], b, key_head, j, m, dim, wide, masked)
+        value = _vectors(sides[2], b, key_head, j, m, value_dim, value_wide, masked)
+        s = tl.dot(own, tl.trans(key), input_precision=precision) * scale
+        r, c = (row + tl.arange(0, rows))[:, None], (column + tl.arange(0, keys))[None, :]
+        keep = _edges(masks[0], tiles, at, row, column, high, broad, rows, keys, masked)
+        edge = _edge_number(masks, tiles, at, r, c, high, broad, kind, masked)
+        if kind != NO_BIAS:
+            s += _bias(bias, b, h, i[:, None], j[None, :], n, edge, keep, kind)
+        if masked:
+            s = tl.where(keep, s, float("-inf"))
+        ds = tl.exp2(s - level[:, None])
+        ds *= tl.dot(own_dout, tl.trans(value), input_precision=precision) - mean[:, None]
+        dq = tl.dot(ds.to(key.dtype), key, dq, input_precision=precision)
+        if bias_grad:
+            to = dbias[0] + b * dbias[1] + h * dbias[2]
+            if kind == EDGE:
+                tl.store(to + edge, ds, mask=keep)
+            elif kind == DENSE:
+                tl.store(to + i[:, None] * dbias[3] + j[None, :] * dbias[4], ds, mask=keep)
+            else:  # the sums of the diagonals j - i of the block, from 1 - rows on
+                span: tl.constexpr = 2 * keys
+                across = tl.arange(0, span)[None, :] + tl.arange(0, rows)[:, None] - (rows - 1)
+                inside = (across >= 0) & (across < keys)
+                turned = tl.where(inside, tl.gather(ds, tl.where(inside, across, 0), 1), 0.0)
+                block = (tl.load(tiles[4] + at).to(tl.int64) * (high // rows) + row // rows) * parts + step % parts
+                tl.store(to + block * span + tl.arange(0, span), tl.sum(turned, 0))
+    return dq
+
+
+@triton.jit(do_not_specialize=["blocks", "H", "n", "m"])
+def _backward_rows(
+    sides, bias, tiles, masks, blocks, H, group, n, m, scale, shape: tl.constexpr,
+    dout, lse, delta, dq, dbias, factor, bias_grad: tl.constexpr,
+):  # fmt: skip
+    block, head = tl.program_id(0) % blocks, (tl.program_id(0) // blocks).to(tl.int64)
+    b, h = head // H, head % H
+    parts: tl.constexpr = shape.high // shape.rows
+    i = block.to(tl.int64) * shape.rows + tl.arange(0, shape.rows)
+    own = _vectors(sides[0], b, h, i, n, shape.dim, shape.wide, True)
+    own_dout = _vectors(dout, b, h, i, n, shape.value_dim, shape.value_wide, True)
+    level, mean = _of_queries(lse, delta, head, i, n)
+    found = tl.zeros([shape.rows, shape.wide], tl.float32)
+    lo, middle, hi = _range(tiles, block // parts)
+    place = (b, h, h // group, i, (block % parts) * shape.rows)
+    found = _answer(
+        found, own, own_dout, level, mean, sides, bias, dbias, tiles, masks, place, (n, m), lo, middle, scale,
+        shape.dim, shape.value_dim, shape.wide, shape.value_wide, shape.high, shape.broad, shape.rows, shape.keys,
+        shape.kind, shape.precision, shape.stages, True, bias_grad,
+    )  # fmt: skip
+    found = _answer(
+        found, own, own_dout, level, mean, sides, bias, dbias, tiles, masks, place, (n, m), middle, hi, scale,
+        shape.dim, shape.value_dim, shape.wide, shape.value_wide, shape.high, shape.broad, shape.rows, shape.keys,
+        shape.kind, shape.precision, shape.stages, False, bias_grad,
+    )  # fmt: skip
+    _put(dq, b, h, i, n, found * factor, shape.dim, shape.wide)
+
+
+@triton.jit
+def _tell(
+    dk, dv, dkey, own, own_value, sides, dout, lse, delta, bias, tiles, masks, place, count, lo, hi, scale,
+    dim: tl.constexpr, value_dim: tl.constexpr, wide: tl.constexpr, value_wide: tl.constexpr,
+    high: tl.constexpr, broad: tl.constexpr, rows: tl.constexpr, keys: tl.constexpr,
+    kind: tl.constexpr, precision: tl.constexpr, stages: tl.constexpr, masked: tl.constexpr,
+    bias_grad: tl.constexpr,
+):  # fmt: skip
+    """What the tiles lo … hi-1 add to the dk and dv of a block, and to the gradient of a bias of its keys.
+
+    Scores stand as (keys, queries). The heads of a group come one after the other.
+    """
+    b, key_head, H, group, j, column = place
+    n, _ = count
+    parts: tl.constexpr = high // rows
+    for step in tl.range(lo * parts * group, hi * parts * group, num_stages=stages):
+        at, row = step // (parts * group), (step % parts) * rows
+        h = key_head * group + step // parts % group
+        i = tl.load(tiles[2] + at).to(tl.int64) * high + row + tl.arange(0, rows)
+        query = _vectors(sides[0], b, h, i, n, dim, wide, masked)
+        query_dout = _vectors(dout, b, h, i, n, value_dim, value_wide, masked)
+        level, mean = _of_queries(lse, delta, b * H + h, i, n)
+        s = tl.dot(own, tl.trans(query), input_precision=precision) * scale
+        r, c = (row + tl.arange(0, rows))[None, :], (column + tl.arange(0, keys))[:, None]
+        keep = _edges(masks[1], tiles, at, column, row, broad, high, keys, rows, masked)
+        if kind != NO_BIAS:
+            edge = _edge_number(masks, tiles, at, r, c, high, broad, kind, masked)
+            s += _bias(bias, b, h, i[None, :], j[:, None], n, edge, keep, kind)
+        if masked:
+            s = tl.where(keep, s, float("-inf"))
+        p = tl.exp2(s - level[None, :])
+        dv = tl.dot(p.to(query_dout.dtype), query_dout, dv, input_precision=precision)
+        ds = p * (tl.dot(own_value, tl.trans(query_dout), input_precision=precision) - mean[None, :])
+        dk = tl.dot(ds.to(query.dtype), query, dk, input_precision=precision)
+        if bias_grad:
+            dkey += tl.sum(ds, 1)
+    return dk, dv, dkey
+
+
+@triton.jit(do_not_specialize=["blocks", "H", "n", "m"])
+def _backward_columns(
+    sides, bias, tiles, masks, blocks, H, group, n, m, scale, shape: tl.constexpr,
+    dout, lse, delta, dk, dv, dbias, factor, bias_grad: tl.constexpr,
+):  # fmt: skip
+    block, head = tl.program_id(0) % blocks, (tl.program_id(0) // blocks).to(tl.int64)
+    b, h = head // (H // group), head % (H // group)
+    parts: tl.constexpr = shape.broad // shape.keys
+    j = block.to(tl.int64) * shape.keys + tl.arange(0, shape.keys)
+    own = _vectors(sides[1], b, h, j, m, shape.dim, shape.wide, True)
+    own_value = _vectors(sides[2], b, h, j, m, shape.value_dim, shape.value_wide, True)
+    found, found_value = (
+        tl.zeros([shape.keys, shape.wide], tl.float32),
+        tl.zeros([shape.keys, shape.value_wide], tl.float32),
+    )
+    dkey = tl.zeros([shape.keys], tl.float32)
+    lo, middle, hi = _range(tiles, block // parts)
+    place = (b, h, H, group, j, (block % parts) * shape.keys)
+    found, found_value, dkey = _tell(
+        found, found_value, dkey, own, own_value, sides, dout, lse, delta, bias, tiles, masks, place, (n, m),
+        lo, middle, scale,
+        shape.dim, shape.value_dim, shape.wide, shape.value_wide, shape.high, shape.broad, shape.rows, shape.keys,
+        shape.kind, shape.precision, shape.stages, True, bias_grad,
+    )  # fmt: skip
+    found, found_value, dkey = _tell(
+        found, found_value, dkey, own, own_value, sides, dout, lse, delta, bias, tiles, masks, place, (n, m),
+        middle, hi, scale,
+        shape.dim, shape.value_dim, shape.wide, shape.value_wide, shape.high, shape.broad, shape.rows, shape.keys,
+        shape.kind, shape.precision, shape.stages, False, bias_grad,
+    )  # fmt: skip
+    _put(dk, b, h, j, m, found * factor, shape.dim, shape.wide)
+    _put(dv, b, h, j, m, found_value, shape.value_dim, shape.value_wide)
+    if bias_grad:
+        tl.store(dbias[0] + b * dbias[1] + h * dbias[2] + j, dkey, mask=j < m)
+
+
+# ------------------------------------------------------------------------------------------------------ launch
+
+
+class Shape(NamedTuple):
+    """What a kernel is compiled for."""
+
+    dim: int
+    value_dim: int
+    wide: int
+    value_wide: int
+    high: int
+    broad: int
+    rows: int
+    keys: int
+    kind: int
+    precision: str
+    stages: int
+
+
+class Blocks(NamedTuple):
+    """How a kernel runs: its blocks, the warps of a program, and how many blocks across are in flight."""
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+
+
+def blocks_of(kernel: str, wide: int, size: int, kind: int, bias_grad: bool) -> Blocks:
+    """By kernel, dimension and bytes of a number, so that no register spills: counts of the compiler for sm_90."""
+    if bias_grad and kind == OFFSET.value:
+        return Blocks(32, 32, 4, 2)  # its diagonals are summed in registers
+    if size == 4:
+        return Blocks(64 if wide <= 64 else 32, 32, 4 if wide <= 32 else 8, 2)
+    if kernel == "_backward_columns":
+        return Blocks(64, 64, 4, 3) if wide <= 64 else Blocks(32, 64, 8, 2)
+    if kernel == "_forward":
+        return Blocks(128, 64, 4 if wide <= 64 else 8, 3) if wide <= 128 else Blocks(64, 64, 8, 3)
+    return Blocks(128, 64, 8, 3) if wide <= 64 else Blocks(64, 64, 8, 2)
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, layout, bias, scale: float) -> tuple[Tensor, Tensor]:
+    """See `tiles_torch.forward`; in float16, bfloat16 or float32."""
+    out, lse = _like(q, v.shape[3]), q.new_empty(q.shape[:3], dtype=torch.float32)
+    _Call(q, k, v, layout, bias, scale).run(_forward, _side(out), lse)
+    return out, lse
+
+
+def backward(
+    q, k, v, out, lse, dout, dlse, layout, bias, scale: float, bias_grad: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """See `tiles_torch.backward`."""
+    group, of_keys = q.shape[1] // k.shape[1], bias_grad and bias[0] == "dense" and bias[1].shape[2] == 1 != q.shape[2]
+    if of_keys and group > 1:  # the kernel of dk sums over the heads of a group, this bias has each alone
+        k, v = (side.repeat_interleave(group, 1) for side in (k, v))
+        dq, dk, dv, dbias = backward(q, k, v, out, lse, dout, dlse, layout, bias, scale, bias_grad)
+        return dq, *(side.unflatten(1, (-1, group)).sum(2) for side in (dk, dv)), dbias
+    call = _Call(q, k, v, layout, bias, scale)
+    dq, dk, dv = (_like(side, side.shape[3]) for side in (q, k, v))
+    lse = lse.contiguous()
+    past = _side(dout), lse, call.delta(out, dout, lse, dlse)
+    room = call.room(bias, of_keys) if bias_grad else None
+    to = call.bias if room is None else _bias_side(room)
+    call.run(_backward_rows, *past, _side(dq), to, scale, bias_grad and not of_keys)
+    call.run(_backward_columns, *past, _side(dk), _side(dv), to, scale, of_keys)
+    return dq, dk, dv, call.gathered(room, bias) if bias_grad else None
+
+
+class _Call:
+    """What all kernels of a call are given: tensors, layout, sizes."""
+
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, layout, bias, scale: float):
+        self.layout = layout = layout.on(q.device)
+        (_, H, N, D), (_, key_heads, M, Dv) = q.shape, v.shape
+        self.q, self.v, self.scale = q, v, scale * LOG2_E.value
+        self.kind = KINDS[bias[0]] if bias else NO_BIAS.value
+        self.sides = tuple(_side(side) for side in (q, k, v))
+        self.bias = _bias_side(_spread(bias)) if bias else self.sides[0]
+        words = layout.table.words
+        self.masks = words, layout.words_by_key, layout.first_edge_of_word if self.kind == EDGE.value else words
+        self.sizes = H, H // key_heads, N, M
+        self.dims = D, Dv, *(max(16, triton.next_power_of_2(dim)) for dim in (D, Dv))
+
+    def blocks(self, kernel, bias_grad: bool) -> Blocks:
+        """How a kernel runs, with blocks no larger than a tile."""
+        found = blocks_of(kernel.fn.__name__, max(self.dims[2:]), self.q.dtype.itemsize, self.kind, bias_grad)
+        high, broad = self.layout.tile
+        return found._replace(rows=min(found.rows, high), keys=min(found.keys, broad))
+
+    def run(self, kernel, *own) -> None:
+        """A kernel, for each head and each block of rows or columns of tiles."""
+        blocks, by_query = self.blocks(kernel, own[-1] is True), kernel is not _backward_columns
+        (high, broad), grid, heads = self.layout.tile, self.layout.grid, (self.q if by_query else self.v).shape[:2]
+        count = grid[0] * (high // blocks.rows) if by_query else grid[1] * (broad // blocks.keys)
+        tiles = self.layout.by_query if by_query else self.layout.by_key
+        if len(tiles.other) * (high // blocks.rows) * (broad // blocks.keys) * self.sizes[1] >= 1 << 31:
+            raise ValueError(f"tiles on a GPU are counted in 32 bits (got {len(tiles.other):,} of them)")
+        shape = Shape(
+            *self.dims, high, broad, blocks.rows, blocks.keys, self.kind, _precision(self.q.dtype), blocks.stages
+        )
+        if programs := count * heads.numel():
+            kernel[(programs,)](
+                self.sides, self.bias, tuple(tiles), self.masks, count, *self.sizes, self.scale, shape, *own,
+                num_warps=blocks.warps, num_stages=blocks.stages,
+            )  # fmt: skip
+
+    def delta(self, out: Tensor, dout: Tensor, lse: Tensor, dlse: Tensor | None) -> Tensor:
+        """Σ_d out · dout - dlse, (B, H, N)."""
+        found, (H, _, N, _), blocks = torch.empty_like(lse), self.sizes, -(-self.sizes[2] // 64)
+        dlse = torch.zeros_like(lse) if dlse is None else dlse.contiguous()
+        if programs := blocks * lse.shape[:2].numel():
+            _settle[(programs,)](_side(out), _side(dout), dlse, found, blocks, H, N, self.dims[1], self.dims[3], 64)
+        return found
+
+    # The gradient of a bias: kernels store one number for each head and pair, key, or diagonal of a block, in float32;
+    # then those of all that share a value are summed.
+
+    def room(self, bias, of_keys: bool) -> Tensor:
+        """Where the kernels store it."""
+        (B, H), (_, _, N, M) = self.q.shape[:2], self.sizes
+        if self.kind == OFFSET.value:
+            blocks, (high, broad) = self.blocks(_backward_rows, True), self.layout.tile
+            parts = (high // blocks.rows) * (broad // blocks.keys)
+            shape = B, H, len(self.layout.table.row) * parts, 2 * blocks.keys
+        else:
+            shape = (B, H, 1, bias[1].shape[-1]) if self.kind == EDGE.value else (B, H, 1 if of_keys else N, M)
+        return torch.zeros(shape, dtype=torch.float32, device=self.q.device)
+
+    def gathered(self, room: Tensor, bias) -> Tensor:
+        """The gradient of the bias's values."""
+        values = bias[1]
+        if self.kind == OFFSET.value:
+            found = self._of_diagonals(room.transpose(0, 1).sum(1, dtype=torch.float64))
+            return found.sum(0, keepdim=True) if values.shape[0] == 1 else found
+        room = room[:, :, 0] if self.kind == EDGE.value else room
+        shared = [axis for axis, size in enumerate(values.shape) if size == 1 != room.shape[axis]]
+        return room.sum(shared, keepdim=True) if shared else room
+
+    def _of_diagonals(self, sums: Tensor) -> Tensor:
+        """Sums of the diagonals of blocks, (H, blocks, 2 · keys), to those of the plane, (H, N + M - 1), in order."""
+        (high, broad), table, (_, _, N, M) = self.layout.tile, self.layout.table, self.sizes
+        size = self.blocks(_backward_rows, True).keys  # of a block, on both sides
+        row = (table.row * high)[:, None, None] + torch.arange(0, high, size, device=sums.device)[:, None]
+        column = (table.column * broad)[:, None, None] + torch.arange(0, broad, size, device=sums.device)
+        ahead = ((column - row) // size).flatten()  # in blocks, from 1 - rows of blocks on
+        least = 1 - self.layout.grid[0] * high // size
+        count = self.layout.grid[1] * broad // size - least
+        order = ahead.argsort(stable=True)
+        lengths = torch.searchsorted(ahead[order], torch.arange(least, least + count + 1, device=sums.device)).diff()
+        total = torch.segment_reduce(sums[:, order].transpose(0, 1).contiguous(), "sum", lengths=lengths)
+        total = total.transpose(0, 1).unflatten(2, (2, size))  # (H, diagonals of blocks, 2, size)
+        line = total.new_zeros(total.shape[0], count + 1, size)
+        line[:, :-1] += total[:, :, 0]
+        line[:, 1:] += total[:, :, 1]
+        # The first number of the line is that of j - i = least · size - (size - 1).
+        first = 1 - N - (least * size - size + 1)
+        return line.flatten(1)[:, first : first + N + M - 1]
+
+
+# ------------------------------------------------------------------------------------------- tensors to kernels
+
+
+def _side(x: Tensor) -> tuple:
+    """A tensor as kernels take it, its vectors contiguous."""
+    x = x if x.stride(3) == 1 else x.contiguous()
+    return x, *x.stride()[:3]
+
+
+def _spread(bias) -> Tensor:
+    """The values with four dimensions: (1, H | 1, 1, N + M - 1), (B | 1, H | 1, 1, E), (B | 1, H | 1, N | 1, M)."""
+    kind, values = bias
+    if kind == "dense":
+        return values
+    return (values[None, :, None] if kind == "offset" else values[:, :, None]).contiguous()
+
+
+def _bias_side(values: Tensor) -> tuple:
+    """The same as kernels take it: a dimension of size 1 serves all."""
+    strides = (0 if size == 1 else stride for size, stride in zip(values.shape, values.stride(), strict=True))
+    return values, *strides
+
+
+def _like(x: Tensor, dim: int) -> Tensor:
+    """An empty tensor of this dimension, in memory with the nodes before the heads where x is."""
+    B, H, N, _ = x.shape
+    if x.stride(1) < x.stride(2):
+        return x.new_empty(B, N, H, dim).transpose(1, 2)
+    return x.new_empty(B, H, N, dim)
+
+
+def _precision(number: torch.dtype) -> str:
+    """How float32 is multiplied: as three products in TF32, or as torch.backends.cuda.matmul.fp32_precision says."""
+    if number != torch.float32:
+        return "ieee"
+    return {"ieee": "ieee", "tf32": "tf32"}.get(torch.backends.cuda.matmul.fp32_precision, "tf32x3")

@@ -1,0 +1,357 @@
+"""Attention on a GPU, beside PyTorch's SDPA and FlexAttention in the same run.
+
+    python -m benchmarks.gpu                              every section, under 8 minutes
+    python -m benchmarks.gpu --section dense --section window
+
+Each section is recorded when it is done, in results/gpu.json; --missing runs those alone that are not there yet. First
+the results are compared with float64 on this device. Contestants are compiled, warmed up and timed in turn by CUDA
+events; medians with quartiles. `predicted` is arithmetic from what this GPU multiplies and copies, measured first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import random
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.nn.functional import cross_entropy, scaled_dot_product_attention
+
+import attngraph
+from attngraph import Causal, Documents, Full, Global, Graph, Neighborhood, Prefix, Random, Window, attend, plan
+from attngraph.models import GPT
+from attngraph.nn import TransformerConfig
+from benchmarks.measure import RESULTS, machine, quartiles, spread
+from benchmarks.peers import (
+    and_masks,
+    causal,
+    documents,
+    drawn,
+    first_are_global,
+    near,
+    near_on_grid,
+    or_masks,
+    prefix,
+    same_document,
+)
+
+NAME = "gpu"
+TILE_OF_FLEX = 128
+compiled_flex, compiled_mask = (torch.compile(part, dynamic=False) for part in (flex_attention, create_block_mask))
+
+
+class Figure(NamedTuple):
+    """One line of the table: what was wanted and reached, or why not."""
+
+    text: str
+    wanted: float
+    reached: float | str
+    at_most: bool = False
+    ours_ms: list[float] | None = None
+    theirs_ms: list[float] | None = None
+    predicted_ms: float | None = None
+
+    @property
+    def yes(self) -> bool:
+        if isinstance(self.reached, str):
+            return False
+        return self.reached <= self.wanted if self.at_most else self.reached >= self.wanted
+
+
+def timed(runs: dict[str, Callable[[], object]], repeats: int = 20) -> dict[str, list[float]]:
+    """Milliseconds of several functions, in turn and in another order each round, after three calls to warm up."""
+    for run in runs.values():
+        for _ in range(3):
+            run()
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    order = random.Random(0)
+    for _ in range(repeats):
+        for name in order.sample(list(runs), len(runs)):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            torch.cuda.synchronize()
+            start.record()
+            runs[name]()
+            end.record()
+            torch.cuda.synchronize()
+            times[name].append(start.elapsed_time(end))
+    return times
+
+
+def sides_of(n: int, heads: int, dim: int, dtype=torch.bfloat16) -> list[Tensor]:
+    """q, k, v that want gradients, and the gradient of the result."""
+    sides = [torch.randn(1, heads, n, dim, device="cuda", dtype=dtype) for _ in range(4)]
+    return [*(side.requires_grad_() for side in sides[:3]), sides[3]]
+
+
+def both(attention: Callable, sides: list[Tensor]) -> Callable:
+    q, k, v, up = sides
+    return lambda: torch.autograd.grad(attention(q, k, v), (q, k, v), up)
+
+
+def forward(attention: Callable, sides: list[Tensor]) -> Callable:
+    q, k, v, _ = sides
+
+    def run():
+        with torch.no_grad():
+            return attention(q, k, v)
+
+    return run
+
+
+def compared(text: str, wanted: float, ours: Callable, theirs: Callable, predicted: float, at_most=False) -> Figure:
+    """Ours beside theirs: their time over ours; with `at_most`, ours over theirs."""
+    times = timed({"ours": ours, "theirs": theirs})
+    ours_ms, theirs_ms = (quartiles(times[name]) for name in ("ours", "theirs"))
+    pairs = zip(times["ours"], times["theirs"], strict=True)
+    ratio = quartiles([a / b if at_most else b / a for a, b in pairs])[1]
+    return Figure(text, wanted, ratio, at_most, ours_ms, theirs_ms, predicted)
+
+
+# ------------------------------------------------------------------------------------------------ the sections
+
+
+def rates() -> tuple[float, float]:
+    """FLOP/s of a product in bfloat16, and bytes/s of a copy, counting both ways."""
+    a, b = torch.randn(2, 8192, 8192, device="cuda", dtype=torch.bfloat16)
+    whole, to = torch.empty(2, 1 << 30, device="cuda", dtype=torch.uint8)
+    times = timed({"product": lambda: a @ b, "copy": lambda: to.copy_(whole)})
+    seconds = {name: quartiles(each)[1] / 1e3 for name, each in times.items()}
+    return 2 * 8192**3 / seconds["product"], 2 * (1 << 30) / seconds["copy"]
+
+
+def correctness(rate) -> Iterator[Figure]:
+    """The largest error of each kernel, over that of SDPA in the same precision."""
+    graphs = [Causal(), Window(100, 0) | Prefix(4), Window(30, 30) | Global([0]) | Random(3), Neighborhood((32, 32), 3)]
+    for graph in graphs:
+        for dim in (64, 128):
+            q, k, v, up = sides_of(1024, 4, dim)
+            mask = graph.mask(1024, 1024, "cuda")
+
+            def masked(*sides, mask=mask):
+                return scaled_dot_product_attention(*sides, attn_mask=mask)
+
+            wide = [side.detach().double().requires_grad_() for side in (q, k, v)]
+            right = [masked(*wide), *both(masked, [*wide, up.double()])()]
+            found = [
+                [run(q, k, v), *both(run, [q, k, v, up])()]
+                for run in (lambda *sides: attend(*sides, graph, backend="tiles"), masked)  # noqa: B023  called here
+            ]
+            errors = [max(float((a - b).abs().max()) for a, b in zip(each, right, strict=True)) for each in found]
+            yield Figure(f"{graph}, D = {dim}: error over that of SDPA in bfloat16", 1.5, errors[0] / errors[1], True)
+
+
+def dense(rate) -> Iterator[Figure]:
+    for graph in (Causal(), Full()):
+        for name, phase, factor in (("forward", forward, 4), ("forward + backward", both, 14)):
+            sides = sides_of(8192, 16, 128)
+            ours = phase(lambda q, k, v, graph=graph: attend(q, k, v, graph), sides)
+            theirs = phase(
+                lambda q, k, v, graph=graph: scaled_dot_product_attention(q, k, v, is_causal=graph == Causal()), sides
+            )
+            predicted = factor * graph.num_edges(8192, 8192) * 16 * 128 / rate[0] * 1e3
+            yield compared(f"{graph}, N = 8192, D = 128, {name}: time over SDPA's", 1.02, ours, theirs, predicted, True)
+
+
+def beside_flex(rate, graph: Graph, mask_mod, n: int, heads: int, dim: int, wanted: tuple) -> Iterator[Figure]:
+    """Forward, and forward + backward, and the building of the mask, beside FlexAttention."""
+    sides, name = sides_of(n, heads, dim), f"{graph}, N = {n:,}, H = {heads}, D = {dim}"
+    try:
+        block_mask = compiled_mask(mask_mod, None, None, n, n, device="cuda")
+        start = time.perf_counter()
+        block_mask = compiled_mask(mask_mod, None, None, n, n, device="cuda")
+        torch.cuda.synchronize()
+        build = time.perf_counter() - start
+    except Exception as error:
+        yield Figure(f"{name}: FlexAttention", wanted[0], f"its mask: {type(error).__name__}: {str(error)[:100]}")
+        return
+    start = time.perf_counter()
+    made = plan(graph, n, n, heads=heads, head_dim=dim, device="cuda")
+    torch.cuda.synchronize()
+    planned = time.perf_counter() - start
+    theirs = lambda q, k, v: compiled_flex(q, k, v, block_mask=block_mask)  # noqa: E731
+    ours = lambda q, k, v: attend(q, k, v, made)  # noqa: E731
+    tiles = sum(part.pairs for part in made.parts)
+    for phase_name, phase, factor, least in (
+        ("forward", forward, 4, wanted[0]),
+        ("forward + backward", both, 18, wanted[1]),
+    ):
+        predicted = factor * tiles * heads * dim / (0.6 * rate[0]) * 1e3
+        text = f"{name}, {phase_name}: times as fast as FlexAttention"
+        yield compared(text, least, phase(ours, sides), phase(theirs, sides), predicted)
+    yield Figure(f"{name}: planning, times as fast as building FlexAttention's mask", wanted[2], build / planned)
+
+
+def window(rate) -> Iterator[Figure]:
+    for dim in (64, 128):
+        yield from beside_flex(rate, Window(1024, 0), near(1024, 0), 65_536, 16, dim, (1.15, 1.1, 100))
+
+
+def patterns(rate) -> Iterator[Figure]:
+    n = 32_768
+    for graph, mask_mod in (
+        (
+            Window(192, 192) | Global(range(64)) | Random(3),
+            or_masks(near(192, 192), first_are_global(64), drawn(3, n, "cuda")),
+        ),
+        (
+            Causal() & Documents(documents(n)),
+            and_masks(causal, same_document(documents(n), "cuda")),
+        ),
+        (Neighborhood((181, 181), 6), near_on_grid(181, 6)),
+    ):
+        size = 181 * 181 if isinstance(graph, Neighborhood) else n
+        yield from beside_flex(rate, graph, mask_mod, size, 16, 64, (1.15, 1.0, 10))
+    sides = sides_of(16_384, 16, 64)
+    rate_of = {}
+    for graph in (Full(), Window(1024, 0)):
+        made = plan(graph, 16_384, 16_384, heads=16, head_dim=64, device="cuda", backend="tiles")
+        run = forward(lambda q, k, v, made=made: attend(q, k, v, made), sides)
+        rate_of[graph] = sum(part.pairs for part in made.parts) / quartiles(timed({"ours": run})["ours"])[1]
+    text = "Window(1024, 0): pairs of tiles a second, over those of our own Full()"
+    yield Figure(text, 0.9, rate_of[Window(1024, 0)] / rate_of[Full()])
+
+
+def tokens(rate) -> Iterator[Figure]:
+    """How many nodes fit: one head, one operator, some rows checked."""
+    graph = Window(256, 0)
+    for name, n in (("forward", 280_000_000), ("forward + backward", 140_000_000)):
+        try:
+            torch.cuda.empty_cache()
+            q, k, v = (torch.randn(1, 1, n, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+            sides = [side.requires_grad_(name != "forward") for side in (q, k, v)]
+            out = attend(*sides, graph, backend="tiles")
+            if name != "forward":
+                grads = torch.autograd.grad(out, sides, out.detach())
+                assert all(bool(grad[:, :, -1000:].isfinite().all()) for grad in grads)
+            for i in (0, n // 3, n - 1):
+                few = slice(max(0, i - 256), i + 1)
+                right = attend(q[:, :, i : i + 1], k[:, :, few], v[:, :, few], Full(), backend="dense")
+                assert float((out[:, :, i : i + 1] - right).abs().max()) < 0.03
+            reached: float | str = float(n)
+        except (RuntimeError, MemoryError, AssertionError) as error:
+            reached = f"{type(error).__name__}: {str(error)[:120]}"
+        out = grads = sides = q = k = v = None
+        torch.cuda.empty_cache()
+        yield Figure(f"Window(256, 0), D = 64, one head: nodes, {name}", n, reached)
+
+
+def training(rate) -> Iterator[Figure]:
+    """Steps of GPT-2's size: causal beside SDPA at block 1024, sparse beside FlexAttention at block 32,768."""
+    config = TransformerConfig(embed_dim=768, num_layers=12, num_heads=12, activation="gelu_tanh", max_length=32_768)
+    sparse = Causal() & (Window(512, 0) | Prefix(4))
+    mask_mod = and_masks(causal, or_masks(near(512, 0), prefix(4)))
+    block_mask = compiled_mask(mask_mod, None, None, 32_768, 32_768, device="cuda")
+
+    def bare(q, k, v, graph, *, bias, scale, dropout_p):
+        return scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+
+    def flex(q, k, v, graph, *, bias, scale, dropout_p):
+        return compiled_flex(q, k, v, block_mask=block_mask, scale=scale)
+
+    for graph, n, batch, theirs, wanted, at_most in (
+        (Causal(), 1024, 8, bare, 1.02, True),
+        (sparse, 32_768, 1, flex, 1.1, False),
+    ):
+        model = GPT(config, vocab_size=50_304, graph=graph).cuda()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+        text = torch.randint(50_304, (batch, n + 1), device="cuda")
+
+        def step(model=model, optimizer=optimizer, text=text):
+            with torch.autocast("cuda", dtype=torch.bfloat16):
+                loss = cross_entropy(model(text[:, :-1]).flatten(0, 1), text[:, 1:].flatten())
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+        def other(step=step, theirs=theirs):
+            with patch.object(attngraph.nn.attention, "attend", theirs):
+                step()
+
+        count = sum(parameter.numel() for parameter in model.parameters())
+        predicted = 6 * count * batch * n / (0.6 * rate[0]) * 1e3
+        name = f"a training step, {count / 1e6:.0f}M parameters, {graph}, block {n:,}"
+        unit = "time over that on SDPA" if at_most else "times as fast as on FlexAttention"
+        yield compared(f"{name}: {unit}", wanted, step, other, predicted, at_most)
+        del model, optimizer
+        torch.cuda.empty_cache()
+
+
+SECTIONS = {
+    "correctness": correctness,
+    "dense": dense,
+    "window": window,
+    "patterns": patterns,
+    "tokens": tokens,
+    "training": training,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--section", action="append", choices=list(SECTIONS), help="one section; all by default")
+    parser.add_argument("--missing", action="store_true", help="only what is not recorded yet")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of gpu.json")
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("a GPU is required, and torch sees none")
+    path = options.out / f"{NAME}.json"
+    known = json.loads(path.read_text()) if path.exists() else {}
+    rate = rates()
+    print(f"{torch.cuda.get_device_name()}: {rate[0] / 1e12:.0f} TFLOP/s, {rate[1] / 1e12:.2f} TB/s\n")
+    for name in options.section or SECTIONS:
+        if options.missing and name in known:
+            continue
+        begun, found = time.perf_counter(), []
+        try:
+            for figure in SECTIONS[name](rate):
+                found.append(figure)
+                show(figure)
+            failure = None
+        except Exception as error:
+            failure = f"{type(error).__name__}: {str(error)[:500]}"
+            print(f"{name}: {failure}")
+        known[name] = {
+            "figures": [{**figure._asdict(), "yes": figure.yes} for figure in found],
+            "failure": failure,
+            "seconds": round(time.perf_counter() - begun, 1),
+            "flops": rate[0],
+            "bytes": rate[1],
+            "machine": device(),
+        }
+        options.out.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(known, indent=2) + "\n")
+    print(f"\nrecorded in {path}")
+
+
+def show(figure: Figure) -> None:
+    sign, reached = "≤" if figure.at_most else "≥", figure.reached
+    reached = f"{reached:.3g}" if isinstance(reached, float) else reached
+    times = ""
+    if figure.ours_ms:
+        times = f"   ours {spread(figure.ours_ms, 2)} ms, theirs {spread(figure.theirs_ms, 2)} ms"
+        times += f", predicted {figure.predicted_ms:.2f} ms" if math.isfinite(figure.predicted_ms) else ""
+    print(f"{'yes' if figure.yes else 'no':4}{sign} {figure.wanted:<6g}{reached:<8} {figure.text}{times}", flush=True)
+
+
+def device() -> dict:
+    """Where this was measured."""
+    import triton
+
+    properties = torch.cuda.get_device_properties(0)
+    driver = torch.cuda.driver_version() if hasattr(torch.cuda, "driver_version") else None
+    own = {"device": properties.name, "gib": round(properties.total_memory / 2**30), "driver": driver}
+    return {**machine(), **own, "cuda": torch.version.cuda, "triton": triton.__version__}
+
+
+if __name__ == "__main__":
+    main()

@@ -60,7 +60,7 @@ class EdgeList(Graph):
                     f"{int(row.min())} … {int(row.max())}); row 0 holds keys (sources), row 1 queries (targets)"
                 )
         code, position = torch.unique(given[1] * m + given[0], return_inverse=True)
-        columns = torch.arange(given.shape[1])
+        columns = torch.arange(given.shape[1], device=given.device)
         order = torch.zeros_like(code).scatter_reduce_(0, position, columns, "amin", include_self=False)
         for name, value in {"size": size, "code": code, "position": position, "order": order}.items():
             object.__setattr__(self, name, value)
@@ -94,13 +94,13 @@ class EdgeList(Graph):
 
     def _count_inside(self, boxes: Boxes) -> Tensor:
         """How many edges each box has: in every row, the edges between two columns lie together."""
-        count, high = torch.zeros_like(boxes.top), boxes.bottom - boxes.top
+        count, high, code = torch.zeros_like(boxes.top), boxes.bottom - boxes.top, self.code.to(boxes.top.device)
         step = max(1, ROWS_AT_ONCE // int(high.max())) if len(high) else 1
         for some in torch.arange(len(high)).split(step):
             box = some.repeat_interleave(high[some])
             row = torch.arange(len(box)) - (high[some].cumsum(0) - high[some]).repeat_interleave(high[some])
             first = (boxes.top[box] + row) * self.size[1]
-            left, right = (torch.searchsorted(self.code, first + side[box]) for side in (boxes.left, boxes.right))
+            left, right = (torch.searchsorted(code, first + side[box]) for side in (boxes.left, boxes.right))
             count.index_add_(0, box, right - left)
         return count
 

@@ -144,11 +144,12 @@ def _measured_rows() -> tuple[float, float, float, float]:
 
     n, heads, degree, edges, results = 4096, 4, 16, {}, {}
     few, many = (Rows.of(*Random(each, num_keys=n).edges(n, n), n, n) for each in (1, degree + 1))
-    little = Rows.of(torch.arange(1), torch.arange(1), 1, n)
+    little = Rows.of(torch.arange(1), torch.arange(1), 1, 1)
     for dim in (16, 64):
-        q, k, v = torch.randn(3, 1, heads, n, dim).unbind(0)
-        run = lambda layout, q=q, k=k, v=v: rows_numba.forward(q[:, :, : layout.n], k, v, layout, None, 1.0)  # noqa: E731
-        call, one, all = (_seconds(lambda: run(layout), 10) for layout in (little, few, many))  # noqa: B023  called at once
+        sides = torch.randn(3, 1, heads, n, dim).unbind(0)
+        run = lambda layout, *sides: rows_numba.forward(*sides, layout, None, 1.0)  # noqa: E731
+        call = _seconds(lambda: run(little, *(side[:, :, :1] for side in sides)), 20)  # noqa: B023  called at once
+        one, all = (_seconds(lambda: run(layout, *sides), 10) for layout in (few, many))  # noqa: B023
         edges[dim] = max(all - one, 0) / (heads * n * degree)
         results[dim] = max((one - call) / (heads * n) - edges[dim], 0) / dim
     edge_dim = max(edges[64] - edges[16], 0) / 48

@@ -390,7 +390,7 @@ class Documents(Graph):
     @cached_property
     def starts(self) -> Tensor:
         """The first node of each document, and the number of nodes."""
-        return torch.tensor([0, *accumulate(self.lengths)])
+        return torch.tensor([0, *accumulate(self.lengths)], device="cpu")
 
     def _document(self, index: Tensor) -> Tensor:
         return torch.bucketize(index, self.starts[1:].to(index.device), right=True)
@@ -409,7 +409,7 @@ class Documents(Graph):
 
     def edges(self, n, m):
         lengths = torch.tensor(self.lengths, dtype=torch.int64)
-        start, length = (column.repeat_interleave(lengths) for column in (self.starts[:-1], lengths))
+        start, length = (column.repeat_interleave(lengths) for column in (self.starts[:-1].to(lengths.device), lengths))
         query = torch.arange(n).repeat_interleave(length)
         first = length.cumsum(0) - length
         step = torch.arange(len(query)) - first.repeat_interleave(length)
@@ -465,7 +465,7 @@ class Tree(Graph):
             raise ValueError(
                 f"parents must lead to a root (following them from node {enter.index(-1)} ends in a cycle)"
             )
-        return torch.tensor([enter, leave], dtype=torch.int64)
+        return torch.tensor([enter, leave], dtype=torch.int64, device="cpu")
 
     def contains(self, q_idx, kv_idx):
         if not self.parents:

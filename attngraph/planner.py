@@ -219,7 +219,8 @@ class _Choice:
         self.no_rows = None if device.type == "cpu" else f"rows run on a CPU, not on {device.type}"
         if device.type == "cpu" and not installed("numba"):
             self.no_rows = f"rows need numba: {INSTALL_NUMBA}"
-        self.fused = device.type == "cuda" or (installed("numba") and bias is None)  # all tiles in one call
+        fused = "triton" if device.type == "cuda" else "numba"
+        self.fused = fast_on(device) and installed(fused) and (bias is None or fused == "triton")  # tiles in one call
         self.closed = closed_form(graph)
 
     def made(self) -> tuple[list[Part], dict[str, float | str]]:
@@ -246,7 +247,7 @@ class _Choice:
         banded, scattered = split(self.graph)
         self.around = closed_form(banded)  # what the stray edges are beside, where a kernel knows it
         self.banded = tabulate(banded, self.n, self.m, self.tile)
-        query, key = scattered.list_edges(self.n, self.m)
+        query, key = (side.to(self.banded.row.device) for side in scattered.list_edges(self.n, self.m))
         stray = ~banded.contains(query, key)
         self.listed = query[stray], key[stray]
 
@@ -295,6 +296,7 @@ class _Choice:
         seconds = self._tile_seconds(count, rows) + self._rows_seconds(stray)
         if count and stray:
             seconds += self.machine.node * self.dim * self.n  # their results are merged
+            seconds *= DOUBT
         if order is not None:
             seconds += self.machine.node * self.dim * self.n * 4  # q, k, v and out change places
         far = query[~close], key[~close]
@@ -400,6 +402,7 @@ def closed_form(graph: Graph) -> Graph | None:
 
 MOST_DENSE_PAIRS = 1 << 31  # beyond, a mask alone takes 2 GiB
 FEWEST_TO_REORDER = 1 << 12
+DOUBT = 1.25  # a cut must promise to be so much faster than one part: the costs are no more exact than that
 MOST_STRIPS = 16  # kinds of rows of tiles, as far as they are guessed before they are made
 
 

@@ -14,27 +14,33 @@ from torch import Tensor
 from attngraph.kernels import tiles_torch
 from attngraph.kernels.tiles_torch import Bias
 
+WIDEST = 256  # dimension of a head whose blocks a GPU holds in registers
+
 
 def forward(q: Tensor, k: Tensor, v: Tensor, layout, bias: Bias, scale: float) -> tuple[Tensor, Tensor]:
     """See `tiles_torch.forward`."""
-    return _kernel(q, bias).forward(q, k, v, layout, bias, scale)
+    kernel, (q, k, v) = _kernel(q, k, v, bias=bias)
+    return kernel.forward(q, k, v, layout, bias, scale)
 
 
 def backward(q, k, v, out, lse, dout, dlse, layout, bias: Bias, scale: float, bias_grad: bool):
     """See `tiles_torch.backward`."""
-    return _kernel(q, bias).backward(q, k, v, out, lse, dout, dlse, layout, bias, scale, bias_grad)
+    kernel, (q, k, v, out, dout) = _kernel(q, k, v, out, dout, bias=bias)
+    return kernel.backward(q, k, v, out, lse, dout, dlse, layout, bias, scale, bias_grad)
 
 
-def _kernel(q: Tensor, bias: Bias):
-    if q.device.type == "cuda" and q.dtype != torch.float64 and installed("triton"):
+def _kernel(*sides: Tensor, bias: Bias):
+    """The kernel, and the tensors in a precision that it takes."""
+    (device, number), wide = (sides[0].device.type, sides[0].dtype), max(side.shape[3] for side in sides) > WIDEST
+    if device == "cuda" and number != torch.float64 and not wide and installed("triton"):
         from attngraph.kernels import tiles_triton
 
-        return tiles_triton
-    if q.device.type == "cpu" and q.dtype == torch.float32 and bias is None and installed("numba"):
+        return tiles_triton, sides
+    if device == "cpu" and number == torch.float32 and bias is None and installed("numba"):
         from attngraph.kernels import tiles_numba
 
-        return tiles_numba
-    return tiles_torch
+        return tiles_numba, sides
+    return tiles_torch, [side.to(torch.promote_types(number, torch.float32)) for side in sides]
 
 
 @lru_cache

@@ -184,7 +184,9 @@ def test_blocks_may_be_smaller_than_tiles(monkeypatch):
 # --------------------------------------------------------------------------------------------- the compiled code
 
 
-@pytest.mark.parametrize("arguments", ["--arch 90 --bytes 2", "--arch 90 --bytes 4", "--arch 80 --bytes 2"])
+@pytest.mark.parametrize(
+    "arguments", ["--arch 90 --bytes 2", "--arch 90 --bytes 4 --dim 16 32 64", "--arch 80 --bytes 2 --dim 64 128"]
+)
 def test_compiled_kernels_keep_their_numbers_in_registers(arguments):
     """Without a GPU: no spills, and products by tensor cores, in the code that is compiled for it."""
     command = [sys.executable, Path(__file__).with_name("compile_tiles.py"), *arguments.split()]

@@ -367,17 +367,34 @@ class Blocks(NamedTuple):
     stages: int
 
 
+# By kernel, bytes of a number, and the widest dimension: the largest of some tried blocks whose numbers all stay in
+# registers, counted in what the compiler makes for sm_90 (tests/compile_tiles.py). Not yet measured on a GPU. Beyond
+# dimension 64 some numbers of float32 do not fit, and on sm_80 some of half precision.
+BLOCKS = {
+    ("_forward", 2): {64: Blocks(128, 64, 4, 3), 128: Blocks(128, 64, 8, 3), 256: Blocks(64, 64, 8, 2)},
+    ("_backward_rows", 2): {
+        32: Blocks(128, 64, 4, 3),
+        128: Blocks(128, 64, 8, 3),
+        256: Blocks(32, 64, 8, 2),
+    },
+    ("_backward_columns", 2): {64: Blocks(64, 64, 4, 3), 128: Blocks(32, 64, 8, 2), 256: Blocks(64, 32, 8, 2)},
+    ("_forward", 4): {32: Blocks(64, 64, 4, 2), 64: Blocks(64, 32, 4, 2), 256: Blocks(32, 32, 8, 2)},
+    ("_backward_rows", 4): {16: Blocks(64, 64, 4, 2), 64: Blocks(64, 32, 4, 2), 256: Blocks(32, 32, 8, 2)},
+    ("_backward_columns", 4): {32: Blocks(32, 64, 8, 2), 64: Blocks(32, 32, 4, 2), 256: Blocks(32, 32, 8, 2)},
+}
+BIASED = {
+    2: {64: Blocks(64, 64, 8, 2), 128: Blocks(64, 32, 8, 2), 256: Blocks(32, 32, 8, 1)},
+    4: {256: Blocks(32, 32, 8, 1)},
+}
+DIAGONALS = Blocks(32, 32, 4, 2)  # where the diagonals of a block are summed in registers
+
+
 def blocks_of(kernel: str, wide: int, size: int, kind: int, bias_grad: bool) -> Blocks:
-    """By kernel, dimension and bytes of a number, so that no register spills: counts of the compiler for sm_90."""
-    if bias_grad and kind == OFFSET.value:
-        return Blocks(32, 32, 4, 2)  # its diagonals are summed in registers
-    if size == 4:
-        return Blocks(64 if wide <= 64 else 32, 32, 4 if wide <= 32 else 8, 2)
-    if kernel == "_backward_columns":
-        return Blocks(64, 64, 4, 3) if wide <= 64 else Blocks(32, 64, 8, 2)
-    if kernel == "_forward":
-        return Blocks(128, 64, 4 if wide <= 64 else 8, 3) if wide <= 128 else Blocks(64, 64, 8, 3)
-    return Blocks(128, 64, 8, 3) if wide <= 64 else Blocks(64, 64, 8, 2)
+    """How a kernel runs, by the widest dimension, the bytes of a number, and the bias."""
+    if kernel == "_backward_rows" and kind == OFFSET.value and bias_grad:
+        return DIAGONALS
+    table = BLOCKS[kernel, size] if kind == NO_BIAS.value else BIASED[size]
+    return next(blocks for widest, blocks in table.items() if wide <= widest)
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, layout, bias, scale: float) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,8 @@
     python tests/compile_tiles.py [--arch 90 --bytes 2 --dim 64]
 
 Ends with an error if a kernel keeps numbers outside of registers (for sm_90), or multiplies without the tensor cores,
-or is compiled anew for another number of nodes. The launch code is the real one, on tensors of the CPU; nothing is launched.
+or is compiled anew for another number of nodes. The launch code is the real one, on tensors of the CPU; nothing is
+launched.
 """
 
 from __future__ import annotations

@@ -10,7 +10,6 @@ from collections import OrderedDict
 from collections.abc import Callable
 from importlib import import_module
 from threading import Lock
-from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -18,7 +17,7 @@ from torch import Tensor
 from attngraph.grammar import from_text
 from attngraph.kernels.merge import merge
 from attngraph.kernels.tiles import installed
-from attngraph.planner import Plan, plan
+from attngraph.planner import PLANS, Plan, plan
 
 KERNELS = {"dense": "dense", "tiles": "tiles", "rows": "rows_numba"}  # each with forward and backward
 MOST_PLANS = 64
@@ -31,18 +30,11 @@ Bias = tuple[str, Tensor] | None
 
 _PLANS: OrderedDict[tuple, Plan] = OrderedDict()
 _LOCK = Lock()
-_GIVEN: WeakValueDictionary[str, Plan] = WeakValueDictionary()
-
-
-def give(made: Plan) -> str:
-    """The text by which the operators find a plan that a caller made."""
-    _GIVEN[made.text] = made
-    return made.text
 
 
 def planned(text: str, q: Tensor, k: Tensor, backend: str, bias: str | None) -> Plan:
     """The plan for a graph's text, made once; of those made here, the latest are kept."""
-    if (given := _GIVEN.get(text)) is not None:
+    if (given := PLANS.get(text)) is not None:
         return given
     key = (text, q.shape[2], k.shape[2], q.shape[1], q.shape[3], str(q.device), backend, bias)
     with _LOCK:
@@ -125,7 +117,7 @@ def _empty(like: Tensor, dim: int) -> Tensor:
 def _remember(ctx, inputs, output):
     ctx.set_materialize_grads(False)
     q, k, v, bias, *ctx.options = inputs
-    ctx.plan = _GIVEN.get(inputs[5])  # stays alive until the backward pass
+    ctx.plan = PLANS.get(inputs[5])  # stays alive until the backward pass
     ctx.save_for_backward(*output, q, k, v, bias)
 
 
@@ -162,7 +154,7 @@ def _wide(*sides: Tensor | None) -> list[Tensor | None]:
 
 
 def _forward(chosen: Plan, q, k, v, bias: Bias, scale: float) -> tuple[Tensor, Tensor]:
-    parts = chosen.parts if q.numel() and k.numel() else ()
+    parts = chosen.parts if q.shape[:3].numel() and k.shape[2] else ()
     if len(parts) == 1 and parts[0].heads is None and parts[0].order is None:
         return _kernel(parts[0].backend).forward(q, k, v, parts[0].layout, bias, scale)
     wide, out, lse = torch.promote_types(q.dtype, torch.float32), None, None
@@ -186,7 +178,7 @@ def _forward(chosen: Plan, q, k, v, bias: Bias, scale: float) -> tuple[Tensor, T
 
 
 def _backward(chosen: Plan, q, k, v, out, lse, dout, dlse, bias: Bias, scale: float, bias_grad: bool):
-    parts = chosen.parts if q.numel() and k.numel() else ()
+    parts = chosen.parts if q.shape[:3].numel() and k.shape[2] else ()
     if len(parts) == 1 and parts[0].heads is None and parts[0].order is None:
         return _kernel(parts[0].backend).backward(
             q, k, v, out, lse, dout, dlse, parts[0].layout, bias, scale, bias_grad

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import time
@@ -42,6 +43,11 @@ class Machine:
     node: float = 1e-9  # a number of each node's, to merge two parts, or to reorder nodes
     call: float = 5e-4  # of rows, whatever their number
     source: str = "the defaults"
+
+    def __post_init__(self):
+        for name, value in vars(self).items():
+            if name != "source" and not (isinstance(value, (int, float)) and 0 <= value < math.inf):
+                raise ValueError(f"{name} of a Machine must be seconds, at least 0 (got {value!r})")
 
     def rows(self, edges: int, dim: int, queries: int = 0) -> float:
         """The seconds of so many edges one by one, and of the results of so many queries."""

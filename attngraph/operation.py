@@ -6,11 +6,13 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn.functional import pad
 
 from attngraph import layout
 from attngraph.bias import Bias, DenseBias, EdgeBias
 from attngraph.edges import EdgeList
-from attngraph.execution import attend_forward, give, planned
+from attngraph.execution import attend_forward, planned
 from attngraph.graph import Graph
 from attngraph.kernels.dense import dense, logsumexp
 from attngraph.kernels.edges import edges
@@ -72,7 +74,7 @@ def attend(
         q, k, v = (side[None] if isinstance(side, Tensor) else side for side in (q, k, v))
     if isinstance(bias, Tensor):
         bias = DenseBias(bias)
-    _check(q, k, v, graph, bias, score, normalize, dropout_p)
+    _check(q, k, v, graph, bias, scale, score, normalize, dropout_p)
     if return_lse and normalize != "softmax":
         raise ValueError(f"return_lse needs normalize='softmax' (got {normalize!r}): other weights have no common sum")
     request = Request(score, normalize, dropout_p, return_lse, return_weights)
@@ -128,12 +130,28 @@ def _run_dense(q, k, v, graph, bias, scale, _, request):
 
 
 def _run_planned(q, k, v, graph, bias, scale, backend, request):
-    text = give(graph) if isinstance(graph, Plan) else graph.text
+    if _dual(q, k, v):
+        raise RuntimeError(
+            "tiles, rows and plans have no forward-mode derivatives; backend='edges' and 'reference' have"
+        )
+    if not q.shape[3]:  # all scores are 0: as those of one number that is
+        q, k = pad(q, (0, 1)), pad(k, (0, 1))
     kind, values, of_query = _planned_bias(bias, q, k)
-    out, lse = attend_forward(q, k, v, values, kind, text, backend, float(scale))
+    exact = torch.promote_types(q.dtype, torch.float32)
+    values = None if values is None else values.to(exact)
+    out, lse = attend_forward(q, k, v, values, kind, graph.text, backend, float(scale))
     if of_query is not None:  # the same for all that a query hears: its weights do not change
-        out, lse = out.masked_fill(of_query == -torch.inf, 0), lse + of_query[..., 0]
+        heard = of_query.masked_fill(of_query == -torch.inf, 0)
+        out = out.masked_fill(of_query == -torch.inf, 0) + (0 * heard).to(q.dtype)  # NaN where it is NaN or inf
+        lse = lse + of_query[..., 0].to(exact)
     return out, lse, None
+
+
+def _dual(*sides: Tensor) -> bool:
+    """Whether forward-mode derivatives are asked for."""
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return False
+    return any(forward_ad.unpack_dual(side).tangent is not None for side in sides)
 
 
 RUN = {
@@ -155,7 +173,7 @@ def _choose(backend: str, q: Tensor, k: Tensor, graph: Graph | Plan, bias: Bias 
                 f"backend={backend!r} can't do {beyond}; backend={others[-1]!r} and 'reference' can, and 'auto' chooses"
             )
         return backend
-    if request.beyond("dense"):
+    if request.beyond("dense") or _dual(q, k):
         return "edges"
     if closed_form(graph) is not None:
         return "dense"
@@ -180,7 +198,8 @@ def _choose_of_plan(backend: str, plan: Plan, bias: Bias | None, request: Reques
     for part in plan.parts:
         if beyond := request.beyond(part.backend):
             raise ValueError(f"{plan} can't do {beyond}; attend with the graph itself chooses a backend that can")
-    return "dense" if kind and any(part.backend == "dense" for part in plan.parts) else "plan"
+    whole = request.dropout_p or kind  # which dense does as a whole, not as a part
+    return "dense" if whole and any(part.backend == "dense" for part in plan.parts) else "plan"
 
 
 PAIRS_PER_EDGE = 64  # gathering one edge costs about as much as this many pairs of a dense product
@@ -256,7 +275,7 @@ def _check_edge_bias(bias: EdgeBias, count: int, q: Tensor) -> None:
 # -------------------------------------------------------------------------------------------------- validation
 
 
-def _check(q, k, v, graph, bias, score, normalize, dropout_p) -> None:
+def _check(q, k, v, graph, bias, scale, score, normalize, dropout_p) -> None:
     for name, side in (("q", q), ("k", k), ("v", v)):
         if not isinstance(side, Tensor):
             raise TypeError(f"{name} must be a tensor (got {type(side).__name__})")
@@ -282,10 +301,18 @@ def _check(q, k, v, graph, bias, score, normalize, dropout_p) -> None:
         if isinstance(graph, type) and issubclass(graph, Graph):
             hint = f"did you mean {graph.__name__}()?"
         raise TypeError(f"graph must be a Graph (got {type(graph).__name__}); {hint}")
+    if isinstance(scale, Tensor):
+        raise TypeError("scale must be a number (got a tensor); multiply q by the tensor instead, and scale=1")
     if not (bias is None or isinstance(bias, Bias)):
         raise TypeError(f"bias must be a tensor or Alibi, RelativeBias or EdgeBias (got {type(bias).__name__})")
     if isinstance(bias, DenseBias) and not bias.values.is_floating_point():
         raise TypeError(f"a bias is added to the scores (got {bias.values.dtype}); a mask is a graph, from_dense(mask)")
+    for values in () if bias is None else vars(bias).values():
+        if isinstance(values, Tensor) and (values.device != q.device or not values.is_floating_point()):
+            raise ValueError(
+                f"a bias must hold floating-point numbers on q's device, {q.device} "
+                f"(got {values.dtype} on {values.device})"
+            )
     (_, H, N, D), (_, Hkv, M, Dk) = q.shape, k.shape
     if Dk != D:
         raise ValueError(f"q and k must have the same head dimension (got {D} and {Dk})")

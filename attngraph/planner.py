@@ -9,16 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from itertools import count
 from typing import NamedTuple
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
 from attngraph.algebra import Sized
 from attngraph.blocks import require_memory
-from attngraph.graph import Graph
+from attngraph.graph import Graph, require_ints
 from attngraph.kernels.tiles import installed
 from attngraph.layout import Dense, edges_of_heads
 from attngraph.machine import Machine
@@ -97,7 +98,16 @@ class Plan:
     machine: Machine
     bias: str | None = None  # the kind it was made for
     notes: tuple[str, ...] = ()
-    text: str = field(default_factory=lambda: f"<plan {next(_NUMBERS)}>")
+    text: str = field(init=False, default_factory=lambda: f"<plan {next(_NUMBERS)}>")  # another for each plan
+
+    def __post_init__(self):
+        PLANS[self.text] = self  # by which the operators find it
+
+    def __reduce__(self):
+        return Plan, tuple(getattr(self, each.name) for each in fields(self) if each.init)
+
+    def __deepcopy__(self, memo) -> Plan:
+        return self  # a value
 
     @property
     def nbytes(self) -> int:
@@ -119,6 +129,7 @@ class Plan:
 
 
 _NUMBERS = count(1)
+PLANS: WeakValueDictionary[str, Plan] = WeakValueDictionary()
 
 
 def plan(
@@ -157,6 +168,16 @@ def plan(
     """
     if backend not in ("auto", *PLANNED):
         raise ValueError(f"backend of a plan must be one of auto, {', '.join(PLANNED)} (got {backend!r})")
+    if not isinstance(graph, Graph):
+        raise TypeError(f"plan takes a Graph (got {graph if isinstance(graph, type) else type(graph).__name__})")
+    if not (machine is None or isinstance(machine, Machine)):
+        raise TypeError(f"machine must be a Machine, or None (got {machine!r})")
+    if bias not in (None, "offset", "dense", "edge"):
+        raise ValueError(f"bias of a plan must be None, 'offset', 'dense' or 'edge' (got {bias!r})")
+    if reorder not in (None, True, False):
+        raise ValueError(f"reorder must be True, False or None (got {reorder!r})")
+    require_ints(1, heads=heads)
+    require_ints(0, head_dim=head_dim)
     bound, n, m = graph.at(n, m)
     if bound.heads is not None and bound.heads != heads:
         raise ValueError(f"graph has {bound.heads} heads (got heads={heads})")
@@ -278,7 +299,8 @@ class _Choice:
 
     def _worth(self) -> int:
         """The number of edges from which a tile is cheaper than its edges one by one."""
-        return max(1, round(self._pair_seconds() * self.tile[0] * self.tile[1] / self.machine.rows(1, self.dim)))
+        tile = self._pair_seconds() * self.tile[0] * self.tile[1]
+        return max(1, round(tile / max(self.machine.rows(1, self.dim), 1e-30)))
 
     def _cut(self, worth: int, edges: Edges | None = None, order: Tensor | None = None) -> _Way:
         """Tiles of at least so many edges stay tiles; the edges of others run in rows."""

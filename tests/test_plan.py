@@ -1,6 +1,9 @@
 """A plan cuts a graph into disjoint parts and never changes its meaning; it says what it does, and what it can't."""
 
+import copy
+import dataclasses
 import gc
+import pickle
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -10,6 +13,7 @@ import pytest
 import torch
 from graphs import GRAPHS
 from test_attend import BIASES, assert_equal, biases, results, tensors
+from torch.testing import assert_close
 
 from attngraph import (
     Alibi,
@@ -373,3 +377,118 @@ def test_nothing_of_size_n_squared_or_edges_times_heads_is_allocated(backend):
     mib_of_q = 131_072 * 2 * 16 * 4 / 2**20
     edges_mib = {"tiles": 131_072 * 257, "rows": 131_072 * 65}[backend] * 2 * 16 * 4 / 2**20
     assert float(done.stdout) < 24 * mib_of_q < edges_mib / 2
+
+
+# ----------------------------------------------------------------------------------- found by a stranger's trial
+
+
+def test_a_plan_of_a_dense_part_drops_weights():
+    q, k, v = tensors(64, 64)
+    made = plan(Window(5, 0), 64, 64, heads=4, head_dim=4, backend="dense")
+    assert not torch.equal(attend(q, k, v, made, dropout_p=0.9), attend(q, k, v, made))
+    with pytest.raises(ValueError, match="dropout_p"):
+        attend(q, k, v, plan(Window(5, 0), 64, 64, heads=4, head_dim=4, backend="tiles"), dropout_p=0.9)
+
+
+@pytest.mark.parametrize(
+    "copied",
+    [
+        lambda made: pickle.loads(pickle.dumps(made)),
+        copy.deepcopy,
+        copy.copy,
+        lambda made: dataclasses.replace(made, graph=Window(9, 0), parts=plan(Window(9, 0), 64, 64, heads=4).parts),
+    ],
+    ids=["pickle", "deepcopy", "copy", "replace"],
+)
+def test_copies_of_a_plan_do_not_take_its_place(copied):
+    q, k, v = tensors(64, 64)
+    made = plan(Random(3), 64, 64, heads=4, head_dim=4, backend="rows")
+    out = attend(q, k, v, made)
+    other = copied(made)
+    attend(q, k, v, other)
+    del other
+    gc.collect()
+    wanted = torch.autograd.grad(attend(q, k, v, Random(3), backend="edges").square().sum(), q)
+    assert_close(torch.autograd.grad(out.square().sum(), q), wanted)
+
+
+@pytest.mark.parametrize("backend", ["auto", "tiles", "rows"])
+def test_forward_mode_is_right_or_an_error(backend):
+    q, k, v = (side.detach() for side in tensors(300, 300))
+
+    def tangent(backend):
+        return torch.func.jvp(lambda x: attend(x, k, v, Window(5, 0), backend=backend), (q,), (q,))[1]
+
+    if backend == "auto":
+        assert_close(tangent("auto"), tangent("edges"))
+    else:
+        with pytest.raises(RuntimeError, match="forward-mode"):
+            tangent(backend)
+
+
+def test_a_scale_is_a_number():
+    with pytest.raises(TypeError, match="multiply q"):
+        attend(*tensors(9, 9), Causal(), scale=torch.tensor(0.3, requires_grad=True))
+
+
+def test_a_bias_lies_where_the_queries_lie():
+    q, k, v = tensors(9, 9)
+    for values in (torch.ones(45, device="meta"), torch.ones(45, dtype=torch.complex64)):
+        with pytest.raises(ValueError, match="q's device, cpu"):
+            attend(q, k, v, Causal(), bias=EdgeBias(values), backend="rows")
+
+
+@pytest.mark.parametrize("backend", ["dense", "tiles", "rows"])
+def test_vectors_of_no_numbers_have_scores_of_0(backend):
+    nothing, v = torch.ones(1, 1, 5, 0), torch.rand(1, 1, 5, 3)
+    found, wanted = (
+        attend(nothing, nothing, v, Window(2, 0), backend=name, return_lse=True) for name in (backend, "edges")
+    )
+    assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("backend", ["tiles", "rows"])
+def test_a_bias_of_queries_stays_in_the_graph(backend):
+    q, k, v = (side.detach() for side in tensors(30, 30))
+    bias = torch.randn(30, 1, dtype=q.dtype, requires_grad=True)
+    attend(q, k, v, Window(5, 0), bias=bias, backend=backend).sum().backward()
+    assert bias.grad.abs().max() == 0
+    with torch.no_grad():
+        bias[3] = torch.nan
+    assert attend(q, k, v, Window(5, 0), bias=bias, backend=backend)[:, :, 3].isnan().all()
+
+
+def test_a_bias_may_be_more_exact_than_the_queries():
+    q, k, v = (side.detach().float() for side in tensors(300, 300))
+    for backend in ("tiles", "rows"):
+        out, lse = attend(
+            q, k, v, Window(5, 0), bias=Alibi(torch.ones(4, dtype=torch.float64)), backend=backend, return_lse=True
+        )
+        assert out.dtype == lse.dtype == torch.float32
+
+
+def test_a_compiled_function_takes_a_plan():
+    q, k, v = (side.detach() for side in tensors(300, 300))
+    made = plan(MIXED, 300, 300, heads=4, head_dim=4, machine=CUT)
+    compiled = torch.compile(lambda q, k, v: attend(q, k, v, made), fullgraph=True, backend="aot_eager")
+    assert_close(compiled(q, k, v), attend(q, k, v, made))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"heads": 0}, "heads"),
+        ({"heads": 2.5}, "heads"),
+        ({"head_dim": -4}, "head_dim"),
+        ({"bias": "alibi"}, "bias of a plan"),
+        ({"reorder": "no"}, "reorder"),
+        ({"machine": "default"}, "Machine"),
+    ],
+)
+def test_a_plan_checks_what_it_is_given(options, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        plan(Causal(), 9, 9, **options)
+    with pytest.raises(TypeError, match="takes a Graph"):
+        plan("Causal()", 9, 9)
+    with pytest.raises(ValueError, match="tile of a Machine"):
+        Machine(tile=float("nan"))

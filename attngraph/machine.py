@@ -9,16 +9,17 @@ import platform
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from attngraph.graph import Graph
 from attngraph.kernels import tiles
 from attngraph.kernels.merge import merge
-from attngraph.patterns import Full, Random, Window
+from attngraph.patterns import Chunks, Full, Random
 from attngraph.rows import Rows
 from attngraph.tiles import Tiles, tabulate
 
@@ -34,14 +35,15 @@ class Machine:
     """
 
     flash: float = 1.6e-11  # all-pairs attention without a mask: a pair, and a number of its dimension
-    dense: float = 7.5e-11  # with a mask
-    tile: float = 2.9e-11  # a pair of a tile
-    strip: float = 2e-4  # a strip of rows of tiles
-    edge: float = 4e-9  # an edge of rows
-    edge_dim: float = 4e-10  # and a number of its dimension
-    result: float = 1e-9  # a number of each query's result, of rows or tiles
-    node: float = 1e-9  # a number of each node's, to merge two parts, or to reorder nodes
-    call: float = 5e-4  # of rows, whatever their number
+    dense: float = 2.3e-11  # with a mask
+    tile: float = 1.7e-11  # tiles: a pair, and a number of its dimension
+    tile_result: float = 1e-9  # and a number of a query's result
+    strip: float = 3e-4  # and a strip of rows of tiles, or a call, whatever its size
+    edge: float = 5e-10  # rows: an edge
+    edge_dim: float = 2.1e-10  # and a number of its dimension
+    edge_result: float = 2e-9  # and a number of a query's result
+    call: float = 5e-5  # and a call
+    node: float = 3e-10  # a number of each node's, to merge two parts, or to reorder nodes
     source: str = "the defaults"
 
     def __post_init__(self):
@@ -51,7 +53,7 @@ class Machine:
 
     def rows(self, edges: int, dim: int, queries: int = 0) -> float:
         """The seconds of so many edges one by one, and of the results of so many queries."""
-        return edges * (self.edge + self.edge_dim * dim) + queries * dim * self.result
+        return edges * (self.edge + self.edge_dim * dim) + queries * dim * self.edge_result
 
     @staticmethod
     def here(device: torch.device | str = "cpu") -> Machine:
@@ -65,7 +67,11 @@ class Machine:
 
 
 # Arithmetic, not measured: from what an H200 multiplies (790 TFLOP/s in half precision) and copies (4.3 TB/s).
-GPU = Machine(7e-15, 3e-14, 1e-14, 2e-5, 1e-10, 1e-12, 3e-12, 3e-12, 4e-5, "the defaults of a GPU")
+GPU = Machine(
+    flash=7e-15, dense=3e-14, tile=1e-14, tile_result=3e-12, strip=2e-5,
+    edge=1e-10, edge_dim=1e-12, edge_result=3e-12, call=4e-5, node=3e-12, source="the defaults of a GPU",
+)  # fmt: skip
+NAME = "machines.2.json"  # where they are kept: another for each way of measuring
 
 
 @lru_cache
@@ -75,7 +81,7 @@ def _here(setting: str, device: torch.device, threads: int) -> Machine:
         return GPU if gpu else Machine()
     if setting not in ("", "measure"):
         return Machine(**{**json.loads(Path(setting).read_text()), "source": setting})
-    path = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "attngraph" / "machines.json"
+    path = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "attngraph" / NAME
     try:
         known = json.loads(path.read_text())
     except (OSError, ValueError):
@@ -98,21 +104,21 @@ def _here(setting: str, device: torch.device, threads: int) -> Machine:
 # ---------------------------------------------------------------------------------------------- the measurement
 
 
-def _seconds(run: Callable[[], object], repeats: int = 5) -> float:
-    """The least time of a call, after one to warm up: others who use the machine only add to it."""
+def _seconds(*runs: Callable[[], object], rounds: int = 15) -> list[float]:
+    """The least time of each call, by turns, after one to warm up: others who use the machine only add to it."""
     wait = torch.cuda.synchronize if torch.cuda.is_initialized() else lambda: None
-    run()
-    times = []
-    for _ in range(repeats):
-        wait()
-        start = time.perf_counter()
-        run()
-        wait()
-        times.append(time.perf_counter() - start)
-    return min(times)
+    least = [math.inf] * len(runs)
+    for turn in range(rounds + 1):
+        for at, run in enumerate(runs):
+            wait()
+            start = time.perf_counter()
+            run()
+            wait()
+            least[at] = min(least[at], time.perf_counter() - start) if turn else math.inf
+    return least
 
 
-def _tiles_of(graph, n: int, tile: tuple[int, int]) -> Tiles:
+def _tiles_of(graph: Graph, n: int, tile: tuple[int, int]) -> Tiles:
     bound, n, m = graph.at(n, n)
     return Tiles(n, m, tabulate(bound, n, m, tile))
 
@@ -122,41 +128,48 @@ def _measured(device: torch.device) -> Machine:
     gpu = device.type == "cuda"
     dim, n, heads, tile = (64, 16_384, 8, (128, 64)) if gpu else (64, 1024, 8, (64, 64))
     q, k, v = torch.randn(3, 1, heads, n, dim, device=device, dtype=torch.bfloat16 if gpu else None).unbind(0)
-    flash = _seconds(lambda: scaled_dot_product_attention(q, k, v)) / (heads * n * n * dim)
-    half = n // 2
-    some, mask = tuple(side[:, :, :half] for side in (q, k, v)), torch.rand(half, half, device=device) < 0.5
-    dense = _seconds(lambda: scaled_dot_product_attention(*some, attn_mask=mask)) / (heads * half * half * dim)
-
-    of_rows = (GPU.edge, GPU.edge_dim, GPU.result, GPU.call) if gpu else _measured_rows()
-    edge, edge_dim, result, call = of_rows
-    one, band = _tiles_of(Full(), tile[1], tile), _tiles_of(Window(256, 0), n, tile)
-    few = tuple(side[:, :, : tile[1]].contiguous() for side in (q, k, v))
-    strip = _seconds(lambda: tiles.forward(*few, one, None, 0.125), 20)
-    numbers = len(band.table.row) * tile[0] * tile[1] * dim * heads
-    whole = _seconds(lambda: tiles.forward(q, k, v, band, None, 0.125), 10)
-    each = max(whole - heads * n * dim * result, whole / 2) / numbers  # its strips included
-
+    half, mask = n // 2, torch.rand(n // 2, n // 2, device=device) < 0.5
+    some, few = (tuple(side[:, :, :size].contiguous() for side in (q, k, v)) for size in (half, tile[1]))
+    one, full, blocks = (
+        _tiles_of(Full(), tile[1], tile),
+        _tiles_of(Full(), n, tile),
+        _tiles_of(Chunks(tile[0]), n, tile),
+    )
     out, lse = torch.zeros_like(q, dtype=torch.float32), torch.zeros(1, heads, n, device=device)
-    node = _seconds(lambda: merge(out, lse, v, lse)) / (heads * n * dim)
-    source = f"this machine, measured on {time.strftime('%Y-%m-%d')}"
-    return Machine(flash, dense, each, strip, edge, edge_dim, result, node, call, source)
+    flash, dense, strip, many, least, node = _seconds(
+        lambda: scaled_dot_product_attention(q, k, v),
+        lambda: scaled_dot_product_attention(*some, attn_mask=mask),
+        lambda: tiles.forward(*few, one, None, 0.125),
+        lambda: tiles.forward(q, k, v, full, None, 0.125),
+        lambda: tiles.forward(q, k, v, blocks, None, 0.125),
+        lambda: merge(out, lse, v, lse),
+    )
+    results, pairs = heads * n * dim, heads * tile[0] * tile[1]
+    each = max(many - least, 0) / (pairs * dim * (len(full.table.row) - len(blocks.table.row)))
+    tile_result = max(least - strip - each * pairs * dim * len(blocks.table.row), 0) / results
+    edge, edge_dim, edge_result, call = (GPU.edge, GPU.edge_dim, GPU.edge_result, GPU.call) if gpu else _measured_rows()
+    return Machine(
+        flash / (results * n), dense / (heads * half * half * dim), each, tile_result, strip,
+        edge, edge_dim, edge_result, call, node / results, f"this machine, measured on {time.strftime('%Y-%m-%d')}",
+    )  # fmt: skip
 
 
 def _measured_rows() -> tuple[float, float, float, float]:
     """The seconds of an edge, of each number of its dimension, of a number of a result, and of a call."""
     if find_spec("numba") is None:
-        return Machine.edge, Machine.edge_dim, Machine.result, Machine.call
+        return Machine.edge, Machine.edge_dim, Machine.edge_result, Machine.call
     from attngraph.kernels import rows_numba
 
-    n, heads, degree, edges, results = 4096, 4, 16, {}, {}
-    few, many = (Rows.of(*Random(each, num_keys=n).edges(n, n), n, n) for each in (1, degree + 1))
+    n, heads, narrow, wide = 4096, 4, 16, 64
+    few, many = (Rows.of(*Random(each, num_keys=n).edges(n, n), n, n) for each in (1, 33))
     little = Rows.of(torch.arange(1), torch.arange(1), 1, 1)
-    for dim in (16, 64):
-        sides = torch.randn(3, 1, heads, n, dim).unbind(0)
-        run = lambda layout, *sides: rows_numba.forward(*sides, layout, None, 1.0)  # noqa: E731
-        call = _seconds(lambda: run(little, *(side[:, :, :1] for side in sides)), 20)  # noqa: B023  called at once
-        one, all = (_seconds(lambda: run(layout, *sides), 10) for layout in (few, many))  # noqa: B023
-        edges[dim] = max(all - one, 0) / (heads * n * degree)
-        results[dim] = max((one - call) / (heads * n) - edges[dim], 0) / dim
-    edge_dim = max(edges[64] - edges[16], 0) / 48
-    return max(edges[16] - 16 * edge_dim, 0), edge_dim, results[64], call
+    sides = [torch.randn(3, 1, heads, n, dim).unbind(0) for dim in (narrow, wide)]
+    one = [side[:, :, :1].contiguous() for side in sides[0]]
+    call, *least = _seconds(
+        lambda: rows_numba.forward(*one, little, None, 1.0),
+        *(partial(rows_numba.forward, *own, layout, None, 1.0) for own in sides for layout in (few, many)),
+    )
+    in_narrow, in_wide = ((all - some) / (heads * n * 32) for some, all in (least[:2], least[2:]))  # seconds of an edge
+    edge_dim = max(in_wide - in_narrow, 0) / (wide - narrow)
+    edge_result = max((least[2] - call) / (heads * n) - in_wide, 0) / wide
+    return max(in_narrow - narrow * edge_dim, 0), edge_dim, edge_result, call

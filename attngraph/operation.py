@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, amp
 from torch.autograd import forward_ad
 from torch.nn.functional import pad
 
@@ -57,6 +57,8 @@ def attend(
         return_lse: also return log Σ_j exp(score_ij) (B, H, N), -inf where a query hears nobody. Differentiable.
         return_weights: also return w before dropout, (B, H, E) in `edge_index` order.
 
+    Under `torch.autocast`, q, k and v are taken in its dtype.
+
     Returns:
         out (B, H, N, Dv), or a tuple (out, lse), (out, weights) or (out, lse, weights). Without the batch dimension
         where q has none.
@@ -69,6 +71,8 @@ def attend(
         ValueError: sizes, devices or dtypes that do not fit, or a backend that can't do what is asked.
         TypeError: an argument of the wrong kind.
     """
+    if isinstance(q, Tensor) and amp.is_autocast_available(q.device.type) and torch.is_autocast_enabled(q.device.type):
+        q, k, v = _in_autocast(q, k, v)
     unbatched = isinstance(q, Tensor) and q.ndim == 3
     if unbatched:
         q, k, v = (side[None] if isinstance(side, Tensor) else side for side in (q, k, v))
@@ -147,6 +151,13 @@ def _run_planned(q, k, v, graph, bias, scale, backend, request):
     return out, lse, None
 
 
+def _in_autocast(*sides: Tensor) -> list[Tensor]:
+    """In autocast's dtype, as PyTorch's own attention takes them, whatever the backend."""
+    dtype = torch.get_autocast_dtype(sides[0].device.type)
+    eligible = lambda x: isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64  # noqa: E731
+    return [side.to(dtype) if eligible(side) else side for side in sides]
+
+
 def _dual(*sides: Tensor) -> bool:
     """Whether forward-mode derivatives are asked for."""
     if torch.compiler.is_compiling() or forward_ad._current_level < 0:
@@ -175,7 +186,7 @@ def _choose(backend: str, q: Tensor, k: Tensor, graph: Graph | Plan, bias: Bias 
         return backend
     if request.beyond("dense") or _dual(q, k):
         return "edges"
-    if closed_form(graph) is not None:
+    if closed_form(graph) is not None and _for_flash(q, k, bias, request):
         return "dense"
     sparse = isinstance(graph, EdgeList) and len(graph.code) * PAIRS_PER_EDGE < q.shape[2] * k.shape[2]
     unplanned = not fast_on(q.device) or (torch.compiler.is_compiling() and bias is not None)
@@ -185,6 +196,16 @@ def _choose(backend: str, q: Tensor, k: Tensor, graph: Graph | Plan, bias: Bias 
         return "plan"  # which is made in the operator: a compiled program serves many sizes
     parts = planned(graph.text, q, k, "auto", None if bias is None else _planned_kind(bias)).parts
     return "dense" if [part.backend for part in parts] == ["dense"] else "plan"
+
+
+def _for_flash(q: Tensor, k: Tensor, bias: Bias | None, request: Request) -> bool:
+    """Whether Causal() or Full() runs by PyTorch's own kernel without a look at its plan.
+
+    On a CPU, tiles are faster in long calls in full precision, and in those alone.
+    """
+    if q.device.type != "cpu" or bias is not None or request.beyond("tiles") or torch.compiler.is_compiling():
+        return True
+    return q.numel() * k.shape[2] < SHORT_CALL or q.dtype.itemsize < 4
 
 
 def _choose_of_plan(backend: str, plan: Plan, bias: Bias | None, request: Request) -> str:
@@ -202,6 +223,7 @@ def _choose_of_plan(backend: str, plan: Plan, bias: Bias | None, request: Reques
     return "dense" if whole and any(part.backend == "dense" for part in plan.parts) else "plan"
 
 
+SHORT_CALL = 1 << 26  # B · H · N · M · D of a millisecond
 PAIRS_PER_EDGE = 64  # gathering one edge costs about as much as this many pairs of a dense product
 
 

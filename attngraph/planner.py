@@ -248,13 +248,19 @@ class _Choice:
         """The parts, and what else was possible at what cost, or why not."""
         if self.backend == "dense" and not self.may_be_dense:
             raise ValueError("a plan of backend='dense' has no bias with one graph per head; backend='tiles' has")
-        at_once = self.backend == "auto" and self.may_be_dense and (self.closed is not None or not fast_on(self.device))
-        if self.backend == "dense" or at_once:
+        if self.backend == "dense" or (self.backend == "auto" and self.may_be_dense and not self._may_be_tiles()):
             return [self._dense()], {}
         if self.backend == "rows" and self.no_rows:
             raise ValueError(f"backend='rows' can't run here: {self.no_rows}; backend='tiles' can")
         with self.device if self.device.type == "cuda" else nullcontext():  # layouts are made where they are used
             return self._found()
+
+    def _may_be_tiles(self) -> bool:
+        """Whether other ways than dense are worth a look."""
+        if self.closed is None:
+            return fast_on(self.device)
+        few = self.n * self.m <= MOST_CLOSED_PAIRS  # a GPU's flash kernel can't be beaten where all pairs are edges
+        return few and self.fused and self.device.type == "cpu"
 
     def _found(self) -> tuple[list[Part], dict[str, float | str]]:
         """The same, by looking at the edges."""
@@ -282,10 +288,12 @@ class _Choice:
             costs["rows"] = self.no_rows
         else:
             ways["rows"] = self._cut(1 << 62)
-            if self.bias != "edge":
-                ways["tiles + rows"] = self._cut(self._worth())
-            if self.around is not None and not self.bias:
-                costs["dense + rows"] = self._flash_seconds(self.around) + self._rows_seconds(len(self.listed[0]))
+            cut = self._cut(self._worth())
+            if self.bias != "edge" and cut.seconds not in (way.seconds for way in ways.values()):
+                ways["tiles + rows"] = cut
+            if self.around is not None and self.closed is None and not self.bias:
+                seconds = self._flash_seconds(self.around) + self._rows_seconds(len(self.listed[0]))
+                costs["dense + rows"] = self._merged(seconds)
         if (reordered := self._reordered()) is not None:
             ways["reordered"] = reordered
         costs.update((name, way.seconds) for name, way in ways.items())
@@ -317,8 +325,7 @@ class _Choice:
         rows = 1 if self.fused else len(torch.unique(tiles.row)) + len(torch.unique(query[close] // self.tile[0]))
         seconds = self._tile_seconds(count, rows) + self._rows_seconds(stray)
         if count and stray:
-            seconds += self.machine.node * self.dim * self.n  # their results are merged
-            seconds *= DOUBT
+            seconds = self._merged(seconds)
         if order is not None:
             seconds += self.machine.node * self.dim * self.n * 4  # q, k, v and out change places
         far = query[~close], key[~close]
@@ -394,7 +401,10 @@ class _Choice:
         return self.machine.dense * self.dim * self.n * self.m
 
     def _flash_seconds(self, closed: Graph) -> float:
-        return self.machine.flash * self.dim * self.n * self.m / (2 if type(closed) is Causal else 1)
+        pairs = self.n * self.m
+        if type(closed) is Causal:
+            pairs = min(pairs, self.n * (self.m + FLASH_KEYS) // 2)
+        return self.machine.flash * self.dim * pairs
 
     def _pair_seconds(self) -> float:
         return self.machine.tile * self.dim
@@ -405,7 +415,11 @@ class _Choice:
             return 0.0
         strips = min(rows, MOST_STRIPS) / self.heads  # a call is for all heads
         pairs, results = tiles * self.tile[0] * self.tile[1], self.n * self.dim
-        return self._pair_seconds() * pairs + self.machine.strip * strips + self.machine.result * results
+        return self._pair_seconds() * pairs + self.machine.strip * strips + self.machine.tile_result * results
+
+    def _merged(self, seconds: float) -> float:
+        """Of two parts, which take so many seconds by themselves."""
+        return DOUBT * (seconds + self.machine.node * self.dim * self.n)
 
     def _rows_seconds(self, edges: int) -> float:
         return self.machine.rows(edges, self.dim, self.n) + self.machine.call / self.heads if edges else 0.0
@@ -423,6 +437,8 @@ def closed_form(graph: Graph) -> Graph | None:
 
 
 MOST_DENSE_PAIRS = 1 << 31  # beyond, a mask alone takes 2 GiB
+MOST_CLOSED_PAIRS = 1 << 31  # of Causal() or Full(): beyond, looking at their tiles takes longer than it is worth
+FLASH_KEYS = 512  # that the flash kernel of a CPU takes at once, also where only one of them is heard
 FEWEST_TO_REORDER = 1 << 12
 DOUBT = 1.25  # a cut must promise to be so much faster than one part: the costs are no more exact than that
 MOST_STRIPS = 16  # kinds of rows of tiles, as far as they are guessed before they are made

@@ -430,3 +430,15 @@ def test_a_bias_keeps_its_precision_beside_half_tensors():
 def test_a_graph_is_meant_and_not_its_class():
     with pytest.raises(TypeError, match=r"did you mean Causal\(\)"):
         bad(graph=Causal)
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference", "edges", "dense", "tiles", "rows"])
+def test_autocast_means_the_same_to_every_backend(backend):
+    q, k, v = torch.randn(3, 2, 4, 40, 8)
+    graph = Causal() & Window(3, 0)
+    with torch.autocast("cpu", torch.bfloat16):
+        out, lse = attend(q, k, v, graph, backend=backend, return_lse=True)
+    half = (side.bfloat16() for side in (q, k, v))
+    wanted = attend(*half, graph, backend=backend, return_lse=True)
+    assert (out.dtype, lse.dtype) == (torch.bfloat16, torch.float32)
+    torch.testing.assert_close((out, lse), wanted, rtol=0, atol=0)

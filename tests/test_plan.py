@@ -38,7 +38,7 @@ every = pytest.mark.parametrize("case", GRAPHS, ids=lambda case: f"{case.graph.t
 NO_TILES = Machine(tile=1.0, edge=1e-12, edge_dim=0, call=0, dense=1.0)
 NO_ROWS = Machine(edge=1.0, dense=1.0)
 CUT = Machine(
-    tile=6e-12, strip=0, edge=1e-9, edge_dim=0, result=0, call=0, node=0, dense=1.0
+    tile=6e-12, strip=0, edge=1e-9, edge_dim=0, tile_result=0, edge_result=0, call=0, node=0, dense=1.0
 )  # a tile is worth a few edges
 MIXED = Window(20, 0) | Prefix(2) | Random(3)
 
@@ -75,7 +75,7 @@ def test_parts_are_disjoint_and_together_the_graph(graph):
 
 
 def test_causal_beside_stray_edges_runs_in_the_flash_kernel():
-    graph, flash = Causal() | Random(2), Machine(flash=1e-15, tile=1.0, dense=1.0)
+    graph, flash = Causal() | Random(2), Machine(flash=1e-15, tile=1.0, dense=1.0, edge=1e-6, node=0)
     made = plan(graph, 90, 90, heads=4, head_dim=4, machine=flash)
     assert [part.backend for part in made.parts] == ["dense", "rows"]
     q, k, v = tensors(90, 90)

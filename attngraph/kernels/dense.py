@@ -34,7 +34,8 @@ def logsumexp(q, k, mask: Tensor | None, *, causal: bool, bias: Tensor | None, s
     if mask is None and bias is None and q.device.type == "cpu" and q.shape[2] and k.shape[2]:
         return _FlashLogsumexp.apply(q.contiguous(), _repeated(k, q).contiguous(), causal, scale)
     dtype = torch.promote_types(q.dtype, torch.float32)
-    scores = q.to(dtype) @ _repeated(k, q).to(dtype).mT * scale
+    with torch.autocast(q.device.type, enabled=False):
+        scores = q.to(dtype) @ _repeated(k, q).to(dtype).mT * scale
     if bias is not None:
         scores = scores + bias
     if causal:

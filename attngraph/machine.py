@@ -8,7 +8,7 @@ import os
 import platform
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,7 +19,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from attngraph.graph import Graph
 from attngraph.kernels import tiles
 from attngraph.kernels.merge import merge
-from attngraph.patterns import Chunks, Full, Random
+from attngraph.patterns import Chunks, Full, Identity, Random, Window
 from attngraph.rows import Rows
 from attngraph.tiles import Tiles, tabulate
 
@@ -38,12 +38,13 @@ class Machine:
     dense: float = 2.3e-11  # with a mask
     tile: float = 1.7e-11  # tiles: a pair, and a number of its dimension
     tile_result: float = 1e-9  # and a number of a query's result
-    strip: float = 3e-4  # and a strip of rows of tiles, or a call, whatever its size
-    edge: float = 5e-10  # rows: an edge
-    edge_dim: float = 2.1e-10  # and a number of its dimension
+    strip: float = 8e-4  # and a strip of rows of tiles, or a call, whatever its size
+    edge: float = 7e-10  # rows: an edge
+    edge_dim: float = 4e-11  # and a number of its dimension
+    fetch: float = 1.5e-10  # and a number of a key that was not used just before
     edge_result: float = 2e-9  # and a number of a query's result
-    call: float = 5e-5  # and a call
-    node: float = 3e-10  # a number of each node's, to merge two parts, or to reorder nodes
+    call: float = 2.5e-4  # and a call
+    node: float = 6e-10  # a number of each node's, to merge two parts, or to reorder nodes
     source: str = "the defaults"
 
     def __post_init__(self):
@@ -51,25 +52,25 @@ class Machine:
             if name != "source" and not (isinstance(value, (int, float)) and 0 <= value < math.inf):
                 raise ValueError(f"{name} of a Machine must be seconds, at least 0 (got {value!r})")
 
-    def rows(self, edges: int, dim: int, queries: int = 0) -> float:
-        """The seconds of so many edges one by one, and of the results of so many queries."""
-        return edges * (self.edge + self.edge_dim * dim) + queries * dim * self.edge_result
+    def rows(self, edges: int, fetched: int, dim: int, queries: int = 0) -> float:
+        """The seconds of so many edges one by one, whose keys are fetched so often, and of the results of queries."""
+        return edges * (self.edge + self.edge_dim * dim) + (fetched * self.fetch + queries * self.edge_result) * dim
 
     @staticmethod
     def here(device: torch.device | str = "cpu") -> Machine:
-        """This machine: measured in its first use (a second), then read from the user's cache directory."""
+        """This machine: measured in its first use (some seconds), then read from the user's cache directory."""
         return _here(os.environ.get(VARIABLE, ""), torch.device(device), torch.get_num_threads())
 
     @staticmethod
     def measured(device: torch.device | str = "cpu") -> Machine:
-        """This machine, measured now: some small graphs through each backend, about a second."""
+        """This machine, measured now: some small graphs through each backend, some seconds."""
         return _measured(torch.device(device))
 
 
 # Arithmetic, not measured: from what an H200 multiplies (790 TFLOP/s in half precision) and copies (4.3 TB/s).
 GPU = Machine(
     flash=7e-15, dense=3e-14, tile=1e-14, tile_result=3e-12, strip=2e-5,
-    edge=1e-10, edge_dim=1e-12, edge_result=3e-12, call=4e-5, node=3e-12, source="the defaults of a GPU",
+    edge=5e-11, edge_dim=5e-13, fetch=5e-13, edge_result=3e-12, call=4e-5, node=3e-12, source="the defaults of a GPU",
 )  # fmt: skip
 NAME = "machines.2.json"  # where they are kept: another for each way of measuring
 
@@ -104,7 +105,7 @@ def _here(setting: str, device: torch.device, threads: int) -> Machine:
 # ---------------------------------------------------------------------------------------------- the measurement
 
 
-def _seconds(*runs: Callable[[], object], rounds: int = 15) -> list[float]:
+def _seconds(*runs: Callable[[], object], rounds: int = 10) -> list[float]:
     """The least time of each call, by turns, after one to warm up: others who use the machine only add to it."""
     wait = torch.cuda.synchronize if torch.cuda.is_initialized() else lambda: None
     least = [math.inf] * len(runs)
@@ -127,49 +128,53 @@ def _tiles_of(graph: Graph, n: int, tile: tuple[int, int]) -> Tiles:
 def _measured(device: torch.device) -> Machine:
     gpu = device.type == "cuda"
     dim, n, heads, tile = (64, 16_384, 8, (128, 64)) if gpu else (64, 1024, 8, (64, 64))
-    q, k, v = torch.randn(3, 1, heads, n, dim, device=device, dtype=torch.bfloat16 if gpu else None).unbind(0)
-    half, mask = n // 2, torch.rand(n // 2, n // 2, device=device) < 0.5
-    some, few = (tuple(side[:, :, :size].contiguous() for side in (q, k, v)) for size in (half, tile[1]))
-    one, full, blocks = (
-        _tiles_of(Full(), tile[1], tile),
-        _tiles_of(Full(), n, tile),
-        _tiles_of(Chunks(tile[0]), n, tile),
-    )
-    out, lse = torch.zeros_like(q, dtype=torch.float32), torch.zeros(1, heads, n, device=device)
-    flash, dense, strip, many, least, node = _seconds(
-        lambda: scaled_dot_product_attention(q, k, v),
+    sides = torch.randn(3, 1, heads, 8 * n, dim, device=device, dtype=torch.bfloat16 if gpu else None).unbind(0)
+    few, some, most = (tuple(side[:, :, :size].contiguous() for side in sides) for size in (tile[1], n // 2, n))
+    mask = torch.rand(n // 2, n // 2, device=device) < 0.5
+    one, full = (_tiles_of(Full(), size, tile) for size in (tile[1], n))
+    blocks = _tiles_of(Chunks(tile[0]), 8 * n, tile)
+    out, lse = torch.zeros_like(sides[0], dtype=torch.float32), torch.zeros(1, heads, 8 * n, device=device)
+    flash, dense, strip, of_full, of_blocks, node = _seconds(
+        lambda: scaled_dot_product_attention(*most),
         lambda: scaled_dot_product_attention(*some, attn_mask=mask),
         lambda: tiles.forward(*few, one, None, 0.125),
-        lambda: tiles.forward(q, k, v, full, None, 0.125),
-        lambda: tiles.forward(q, k, v, blocks, None, 0.125),
-        lambda: merge(out, lse, v, lse),
+        lambda: tiles.forward(*most, full, None, 0.125),
+        lambda: tiles.forward(*sides, blocks, None, 0.125),
+        lambda: merge(out, lse, sides[2], lse),
     )
-    results, pairs = heads * n * dim, heads * tile[0] * tile[1]
-    each = max(many - least, 0) / (pairs * dim * (len(full.table.row) - len(blocks.table.row)))
-    tile_result = max(least - strip - each * pairs * dim * len(blocks.table.row), 0) / results
-    edge, edge_dim, edge_result, call = (GPU.edge, GPU.edge_dim, GPU.edge_result, GPU.call) if gpu else _measured_rows()
-    return Machine(
-        flash / (results * n), dense / (heads * half * half * dim), each, tile_result, strip,
-        edge, edge_dim, edge_result, call, node / results, f"this machine, measured on {time.strftime('%Y-%m-%d')}",
+    # of_full and of_blocks are strip + tiles · of a tile + numbers of results · of one: two equations.
+    results, share = heads * n * dim, len(blocks.table.row) / len(full.table.row)
+    tile_result = max(of_blocks - strip - share * (of_full - strip), 0) / (results * (8 - share))
+    each = max(of_full - strip - tile_result * results, 0) / (len(full.table.row) * heads * tile[0] * tile[1] * dim)
+    return replace(
+        GPU if gpu else Machine(**_measured_rows()),
+        flash=flash / (results * n), dense=dense / (results * n / 4),
+        tile=each, tile_result=tile_result, strip=strip, node=node / (8 * results),
+        source=f"this machine, measured on {time.strftime('%Y-%m-%d')}",
     )  # fmt: skip
 
 
-def _measured_rows() -> tuple[float, float, float, float]:
-    """The seconds of an edge, of each number of its dimension, of a number of a result, and of a call."""
+def _measured_rows() -> dict[str, float]:
+    """What edges one by one cost, by the names of a Machine."""
     if find_spec("numba") is None:
-        return Machine.edge, Machine.edge_dim, Machine.edge_result, Machine.call
+        return {}
     from attngraph.kernels import rows_numba
 
-    n, heads, narrow, wide = 4096, 4, 16, 64
-    few, many = (Rows.of(*Random(each, num_keys=n).edges(n, n), n, n) for each in (1, 33))
-    little = Rows.of(torch.arange(1), torch.arange(1), 1, 1)
-    sides = [torch.randn(3, 1, heads, n, dim).unbind(0) for dim in (narrow, wide)]
-    one = [side[:, :, :1].contiguous() for side in sides[0]]
-    call, *least = _seconds(
-        lambda: rows_numba.forward(*one, little, None, 1.0),
-        *(partial(rows_numba.forward, *own, layout, None, 1.0) for own in sides for layout in (few, many)),
+    def run(graph, n, dim, heads=4):
+        layout = Rows.of(*graph.at(n, n)[0].list_edges(n, n), n, n)
+        return partial(rows_numba.forward, *torch.randn(3, 1, heads, n, dim).unbind(0), layout, None, 1.0)
+
+    call, *found = _seconds(
+        run(Identity(), 64, 16),
+        *(run(Window(degree - 1, 0), 8192, dim) for dim in (16, 64) for degree in (4, 132)),
+        *(run(Random(degree), 8192, 64) for degree in (4, 36)),
     )
-    in_narrow, in_wide = ((all - some) / (heads * n * 32) for some, all in (least[:2], least[2:]))  # seconds of an edge
-    edge_dim = max(in_wide - in_narrow, 0) / (wide - narrow)
-    edge_result = max((least[2] - call) / (heads * n) - in_wide, 0) / wide
-    return max(in_narrow - narrow * edge_dim, 0), edge_dim, edge_result, call
+    narrow, wide = ((many - few) / (4 * 8192 * 128) for few, many in (found[:2], found[2:4]))
+    far, edge_dim = (found[5] - found[4]) / (4 * 8192 * 32), max(wide - narrow, 0) / 48
+    return {
+        "edge": max(narrow - 16 * edge_dim, 0),
+        "edge_dim": edge_dim,
+        "fetch": max(far - wide, 0) / 64,
+        "edge_result": max((found[2] - call) / (4 * 8192) - 4 * wide, 0) / 64,
+        "call": call,
+    }

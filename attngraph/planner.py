@@ -217,6 +217,19 @@ def _numbers(graph: Graph, head: int, n: int, m: int) -> Tensor:
 Edges = tuple[Tensor, Tensor]  # (query, key)
 
 
+class _Listed(NamedTuple):
+    """Listed edges and the tiles they lie in."""
+
+    query: Tensor
+    key: Tensor
+    tile: Tensor  # of each edge
+    edges: Tensor  # of each tile
+    blocks: Tensor  # of each tile: how many of its blocks hold edges
+
+    def chosen(self, which: Tensor) -> Edges:
+        return self.query[which], self.key[which]
+
+
 class _Way(NamedTuple):
     """A cut of the edges: what runs in tiles, what in rows; and the expected seconds."""
 
@@ -224,6 +237,8 @@ class _Way(NamedTuple):
     tiled: Edges  # of those listed, numbered in `order`
     loose: Table  # tiles whose edges run in rows
     rows: Edges
+    weight: float  # of the tiles, in full ones
+    fetched: int  # keys of rows that come from afar: of a tile, each once
     order: Tensor | None
     seconds: float
 
@@ -242,6 +257,8 @@ class _Choice:
             self.no_rows = f"rows need numba: {INSTALL_NUMBA}"
         fused = "triton" if device.type == "cuda" else "numba"
         self.fused = fast_on(device) and installed(fused) and (bias is None or fused == "triton")  # tiles in one call
+        # Of a tile, the blocks that are computed where they hold edges.
+        self.block = SKIPPED if self.fused and device.type == "cpu" else self.tile
         self.closed = closed_form(graph)
 
     def made(self) -> tuple[list[Part], dict[str, float | str]]:
@@ -266,7 +283,7 @@ class _Choice:
         """The same, by looking at the edges."""
         self._find()
         if self.backend != "auto":
-            return self._built(self._cut(0 if self.backend == "tiles" else 1 << 62)), {}
+            return self._built(self._cut(self.backend)), {}
         return self._best()
 
     def _find(self) -> None:
@@ -276,10 +293,22 @@ class _Choice:
         self.banded = tabulate(banded, self.n, self.m, self.tile)
         query, key = (side.to(self.banded.row.device) for side in scattered.list_edges(self.n, self.m))
         stray = ~banded.contains(query, key)
-        self.listed = query[stray], key[stray]
+        self.listed = self._in_tiles(query[stray], key[stray])
+
+    def _in_tiles(self, query: Tensor, key: Tensor) -> _Listed:
+        (high, wide), (tile_high, tile_wide), blocks = self.block, self.tile, -(-self.m // self.block[1])
+        block, of_edge, inside = torch.unique(
+            query // high * blocks + key // wide, return_inverse=True, return_counts=True
+        )
+        row, column = block // blocks // (tile_high // high), block % blocks // (tile_wide // wide)
+        _, of_block, count = torch.unique(
+            row * -(-self.m // tile_wide) + column, return_inverse=True, return_counts=True
+        )
+        edges = torch.zeros_like(count).index_add_(0, of_block, inside)
+        return _Listed(query, key, of_block[of_edge], edges, count)
 
     def _best(self) -> tuple[list[Part], dict[str, float | str]]:
-        ways: dict[str, _Way] = {"tiles": self._cut(0)}
+        ways: dict[str, _Way] = {"tiles": self._cut("tiles")}
         costs: dict[str, float | str] = {}
         if self.may_be_dense:
             costs["dense"] = self._dense_seconds()
@@ -287,55 +316,62 @@ class _Choice:
             self.notes.append(f"{self.no_rows}. Without them, stray edges run in tiles of their own")
             costs["rows"] = self.no_rows
         else:
-            ways["rows"] = self._cut(1 << 62)
-            cut = self._cut(self._worth())
+            ways["rows"] = self._cut("rows")
+            cut = self._cut("tiles + rows")
             if self.bias != "edge" and cut.seconds not in (way.seconds for way in ways.values()):
                 ways["tiles + rows"] = cut
             if self.around is not None and self.closed is None and not self.bias:
-                seconds = self._flash_seconds(self.around) + self._rows_seconds(len(self.listed[0]))
-                costs["dense + rows"] = self._merged(seconds)
+                beside = self._cut("rows", banded=self.banded.chosen(self.banded.row < 0))
+                costs["dense + rows"] = self._merged(self._flash_seconds(self.around) + beside.seconds)
         if (reordered := self._reordered()) is not None:
             ways["reordered"] = reordered
         costs.update((name, way.seconds) for name, way in ways.items())
         best = min((name for name, cost in costs.items() if not isinstance(cost, str)), key=costs.__getitem__)
         if best == "dense + rows":
-            apart = self._cut(1 << 62)._replace(loose=self.banded.chosen(self.banded.row < 0))
-            parts = [self._flash(self.around, int(self.banded.edges.sum())), *self._built(apart)]
+            parts = [self._flash(self.around, int(self.banded.edges.sum())), *self._built(beside)]
         else:
             parts = [self._dense()] if best == "dense" else self._built(ways[best])
         return parts, {name: cost for name, cost in costs.items() if name != best}
 
-    def _worth(self) -> int:
-        """The number of edges from which a tile is cheaper than its edges one by one."""
-        tile = self._pair_seconds() * self.tile[0] * self.tile[1]
-        return max(1, round(tile / max(self.machine.rows(1, self.dim), 1e-30)))
-
-    def _cut(self, worth: int, edges: Edges | None = None, order: Tensor | None = None) -> _Way:
-        """Tiles of at least so many edges stay tiles; the edges of others run in rows."""
-        query, key = edges or self.listed
-        dense = self.banded.edges >= worth
-        stride = -(-self.m // self.tile[1])
-        _, at, inside = torch.unique(
-            query // self.tile[0] * stride + key // self.tile[1], return_inverse=True, return_counts=True
-        )
-        close = inside[at] >= worth
-        tiles, loose = self.banded.chosen(dense), self.banded.chosen(~dense)
-        count = len(tiles.row) + int((inside >= worth).sum())
-        stray = int((~close).sum()) + int(loose.edges.sum())
-        rows = 1 if self.fused else len(torch.unique(tiles.row)) + len(torch.unique(query[close] // self.tile[0]))
-        seconds = self._tile_seconds(count, rows) + self._rows_seconds(stray)
+    def _cut(self, how: str, listed: _Listed | None = None, order: Tensor | None = None, banded: Table | None = None):
+        """All edges in tiles, or all in rows, or those in tiles that are cheaper than their edges one by one."""
+        listed, banded = listed or self.listed, self.banded if banded is None else banded
+        table_edges, blocks = banded.edges, banded.occupied(*self.block)
+        dense, close = self._in(how, table_edges, blocks), self._in(how, listed.edges, listed.blocks)
+        tiles, loose, far = banded.chosen(dense), banded.chosen(~dense), ~close[listed.tile]
+        weight = float(self._weight(torch.cat([blocks[dense], listed.blocks[close]])).sum())
+        apart = torch.cat([table_edges[~dense], listed.edges[~close]])
+        count, stray, fetched = int(dense.sum() + close.sum()), int(apart.sum()), int(self._keys(apart).sum())
+        rows = 1
+        if not self.fused:
+            rows = len(torch.unique(torch.cat([tiles.row, listed.query[~far] // self.tile[0]])))
+        seconds = self._tile_seconds(weight, rows) + self._rows_seconds(stray, fetched)
         if count and stray:
             seconds = self._merged(seconds)
         if order is not None:
             seconds += self.machine.node * self.dim * self.n * 4  # q, k, v and out change places
-        far = query[~close], key[~close]
-        if order is not None:
-            far = order[far[0]], order[far[1]]
-        return _Way(tiles, (query[close], key[close]), loose, far, order, seconds)
+        stray = listed.chosen(far) if order is None else tuple(order[side] for side in listed.chosen(far))
+        return _Way(tiles, listed.chosen(~far), loose, stray, weight, fetched, order, seconds)
+
+    def _in(self, how: str, edges: Tensor, blocks: Tensor) -> Tensor:
+        """Which tiles, with so many edges in so many blocks, are computed as tiles."""
+        if how != "tiles + rows":
+            return torch.full_like(edges, how == "tiles", dtype=torch.bool)
+        tile = self._pair_seconds() * self.tile[0] * self.tile[1]
+        return self._weight(blocks) * tile <= self.machine.rows(edges.double(), self._keys(edges).double(), self.dim)
+
+    def _weight(self, blocks: Tensor) -> Tensor:
+        """The cost of tiles with so many blocks, over that of a full one."""
+        share = blocks.double() * (self.block[0] * self.block[1] / (self.tile[0] * self.tile[1]))
+        return ALWAYS + (1 - ALWAYS) * share
+
+    def _keys(self, edges: Tensor) -> Tensor:
+        """How many keys are fetched for the edges of a tile, each once: one by one, but no more than there are."""
+        return edges.clamp(max=self.tile[1])
 
     def _reordered(self) -> _Way | None:
         """A cut after the nodes were put into an order in which edges lie close together."""
-        query, key = self.listed
+        query, key = self.listed.query, self.listed.key
         square = self.n == self.m and not len(self.banded.row) and len(query) >= FEWEST_TO_REORDER
         if self.reorder is False or self.bias or not square:
             return None
@@ -344,7 +380,7 @@ class _Choice:
             return None
         order = bandwidth_order(query, key, self.n)
         place = torch.empty_like(order).scatter_(0, order, torch.arange(self.n))
-        way = self._cut(0 if self.no_rows else self._worth(), (place[query], place[key]), order)
+        way = self._cut("tiles" if self.no_rows else "tiles + rows", self._in_tiles(place[query], place[key]), order)
         return way._replace(seconds=0.0) if self.reorder else way
 
     def _built(self, way: _Way) -> list[Part]:
@@ -363,7 +399,7 @@ class _Choice:
             why += "" if self.fused else f", {strips:,} strips"
             if way.order is not None:
                 why += "; nodes reordered"
-            seconds = self._tile_seconds(len(table.row), strips)
+            seconds = self._tile_seconds(way.weight, strips)
             parts.append(Part("tiles", layout, edges, seconds, why, order=way.order))
         query, key = way.rows
         stray = len(query) + int(way.loose.edges.sum())
@@ -376,7 +412,7 @@ class _Choice:
             code = (query * self.m + key).sort().values
             layout = Rows.of(code // self.m, code % self.m, self.n, self.m)
             why = "edges one by one: gathering each costs less than the tile around it"
-            parts.append(Part("rows", layout, len(query), self._rows_seconds(len(query)), why))
+            parts.append(Part("rows", layout, len(query), self._rows_seconds(len(query), way.fetched), why))
         return parts
 
     def _dense(self) -> Part:
@@ -409,8 +445,8 @@ class _Choice:
     def _pair_seconds(self) -> float:
         return self.machine.tile * self.dim
 
-    def _tile_seconds(self, tiles: int, rows: int) -> float:
-        """Of so many tiles in so many rows of them."""
+    def _tile_seconds(self, tiles: float, rows: int) -> float:
+        """Of as much as so many full tiles in so many rows of them."""
         if not tiles:
             return 0.0
         strips = min(rows, MOST_STRIPS) / self.heads  # a call is for all heads
@@ -421,8 +457,8 @@ class _Choice:
         """Of two parts, which take so many seconds by themselves."""
         return DOUBT * (seconds + self.machine.node * self.dim * self.n)
 
-    def _rows_seconds(self, edges: int) -> float:
-        return self.machine.rows(edges, self.dim, self.n) + self.machine.call / self.heads if edges else 0.0
+    def _rows_seconds(self, edges: int, fetched: int) -> float:
+        return self.machine.rows(edges, fetched, self.dim, self.n) + self.machine.call / self.heads if edges else 0.0
 
 
 def fast_on(device: torch.device) -> bool:
@@ -440,6 +476,8 @@ MOST_DENSE_PAIRS = 1 << 31  # beyond, a mask alone takes 2 GiB
 MOST_CLOSED_PAIRS = 1 << 31  # of Causal() or Full(): beyond, looking at their tiles takes longer than it is worth
 FLASH_KEYS = 512  # that the flash kernel of a CPU takes at once, also where only one of them is heard
 FEWEST_TO_REORDER = 1 << 12
+SKIPPED = 8, 32  # queries or keys: the blocks of a tile that the CPU's kernel skips where they hold no edge
+ALWAYS = 0.2  # of the time of a full tile, whatever is skipped
 DOUBT = 1.25  # a cut must promise to be so much faster than one part: the costs are no more exact than that
 MOST_STRIPS = 16  # kinds of rows of tiles, as far as they are guessed before they are made
 

@@ -40,6 +40,13 @@ class Table(NamedTuple):
             self.mask
         ]  # NO_MASK is the last
 
+    def occupied(self, high: int, wide: int) -> Tensor:
+        """How many of each tile's blocks (high, wide) hold edges: int64 (T,)."""
+        _, rows, words = self.words.shape
+        blocks = unpack(self.words).view(-1, rows // high, high, words * WORD // wide, wide).any(4).any(2)
+        full = self.row.new_tensor([blocks.shape[1] * blocks.shape[2]])
+        return torch.cat([blocks.sum((1, 2)), full])[self.mask]
+
     def chosen(self, which: Tensor) -> Table:
         """Some of the tiles, given by a bool tensor."""
         return Table(self.row[which], self.column[which], self.mask[which], self.words)

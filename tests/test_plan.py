@@ -38,7 +38,7 @@ every = pytest.mark.parametrize("case", GRAPHS, ids=lambda case: f"{case.graph.t
 NO_TILES = Machine(tile=1.0, edge=1e-12, edge_dim=0, call=0, dense=1.0)
 NO_ROWS = Machine(edge=1.0, dense=1.0)
 CUT = Machine(
-    tile=6e-12, strip=0, edge=1e-9, edge_dim=0, tile_result=0, edge_result=0, call=0, node=0, dense=1.0
+    tile=1e-11, strip=0, edge=1e-9, edge_dim=0, fetch=0, tile_result=0, edge_result=0, call=0, node=0, dense=1.0
 )  # a tile is worth a few edges
 MIXED = Window(20, 0) | Prefix(2) | Random(3)
 

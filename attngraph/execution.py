@@ -19,7 +19,7 @@ from attngraph.kernels.merge import merge
 from attngraph.kernels.tiles import installed
 from attngraph.planner import PLANS, Plan, plan
 
-KERNELS = {"dense": "dense", "tiles": "tiles", "rows": "rows_numba"}  # each with forward and backward
+KERNELS = {"dense": "dense", "tiles": "tiles", "rows": "rows"}  # each with forward and backward
 MOST_PLANS = 64
 MOST_BYTES = 1 << 31  # of all layouts that are kept
 

@@ -6,7 +6,9 @@ compiled program serves every graph size.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import lru_cache
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -20,22 +22,36 @@ LARGEST_CACHED = 1 << 26  # entries of a mask; larger ones cost less to build th
 
 
 class Dense(NamedTuple):
-    """All pairs of n queries and m keys: of a closed form that the kernels know, "causal" or "full", or with a mask."""
+    """All pairs of n queries and m keys: of a closed form that the kernels know, "causal" or "full", or with a mask.
+
+    With lengths, the closed form of each of so many consecutive nodes apart: packed documents.
+    """
 
     graph: Graph
     n: int
     m: int
     closed: str | None
+    lengths: tuple[int, ...] = ()
 
     @property
     def pairs(self) -> int:
         """How many scores are computed."""
-        return self.n * self.m // (2 if self.closed == "causal" else 1)
+        squares = sum(length**2 for length in self.lengths) or self.n * self.m
+        return squares // (2 if self.closed == "causal" else 1)
 
     @property
     def nbytes(self) -> int:
         """Of the mask."""
         return 0 if self.closed else self.n * self.m
+
+    def documents(self, device: torch.device) -> Iterator[tuple[Tensor, Dense]]:
+        """By their length, the nodes (documents, length) of documents, and the layout of one of them."""
+        starts = torch.tensor([0, *accumulate(self.lengths)], device=device)
+        lengths = starts.diff()
+        for length in sorted({*self.lengths} - {0}):
+            first = starts[:-1][lengths == length]
+            nodes = first[:, None] + torch.arange(length, device=device)
+            yield nodes, Dense(self.graph, length, length, self.closed)
 
     def mask(self, device: torch.device) -> Tensor | None:
         """The edges as a bool tensor (n, m), where the closed form does not tell them."""

@@ -17,7 +17,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from attngraph.graph import Graph
-from attngraph.kernels import tiles
+from attngraph.kernels import rows, tiles
 from attngraph.kernels.merge import merge
 from attngraph.patterns import Chunks, Full, Identity, Random, Window
 from attngraph.rows import Rows
@@ -147,34 +147,36 @@ def _measured(device: torch.device) -> Machine:
     tile_result = max(of_blocks - strip - share * (of_full - strip), 0) / (results * (8 - share))
     each = max(of_full - strip - tile_result * results, 0) / (len(full.table.row) * heads * tile[0] * tile[1] * dim)
     return replace(
-        GPU if gpu else Machine(**_measured_rows()),
+        GPU if gpu else Machine(),
         flash=flash / (results * n), dense=dense / (results * n / 4),
         tile=each, tile_result=tile_result, strip=strip, node=node / (8 * results),
-        source=f"this machine, measured on {time.strftime('%Y-%m-%d')}",
+        source=f"this machine, measured on {time.strftime('%Y-%m-%d')}", **_measured_rows(device),
     )  # fmt: skip
 
 
-def _measured_rows() -> dict[str, float]:
+def _measured_rows(device: torch.device) -> dict[str, float]:
     """What edges one by one cost, by the names of a Machine."""
-    if find_spec("numba") is None:
+    gpu = device.type == "cuda"
+    if not gpu and find_spec("numba") is None:
         return {}
-    from attngraph.kernels import rows_numba
+    heads, n, dtype = (4, 1 << 17, torch.bfloat16) if gpu else (4, 8192, None)
 
-    def run(graph, n, dim, heads=4):
-        layout = Rows.of(*graph.at(n, n)[0].list_edges(n, n), n, n)
-        return partial(rows_numba.forward, *torch.randn(3, 1, heads, n, dim).unbind(0), layout, None, 1.0)
+    def run(graph, n, dim):
+        with device:
+            layout = Rows.of(*graph.at(n, n)[0].list_edges(n, n), n, n)
+            return partial(rows.forward, *torch.randn(3, 1, heads, n, dim, dtype=dtype).unbind(0), layout, None, 1.0)
 
     call, *found = _seconds(
         run(Identity(), 64, 16),
-        *(run(Window(degree - 1, 0), 8192, dim) for dim in (16, 64) for degree in (4, 132)),
-        *(run(Random(degree), 8192, 64) for degree in (4, 36)),
+        *(run(Window(degree - 1, 0), n, dim) for dim in (16, 64) for degree in (4, 132)),
+        *(run(Random(degree), n, 64) for degree in (4, 36)),
     )
-    narrow, wide = ((many - few) / (4 * 8192 * 128) for few, many in (found[:2], found[2:4]))
-    far, edge_dim = (found[5] - found[4]) / (4 * 8192 * 32), max(wide - narrow, 0) / 48
+    narrow, wide = ((many - few) / (heads * n * 128) for few, many in (found[:2], found[2:4]))
+    far, edge_dim = (found[5] - found[4]) / (heads * n * 32), max(wide - narrow, 0) / 48
     return {
         "edge": max(narrow - 16 * edge_dim, 0),
         "edge_dim": edge_dim,
         "fetch": max(far - wide, 0) / 64,
-        "edge_result": max((found[2] - call) / (4 * 8192) - 4 * wide, 0) / 64,
+        "edge_result": max((found[2] - call) / (heads * n) - 4 * wide, 0) / 64,
         "call": call,
     }

@@ -195,7 +195,7 @@ def _choose(backend: str, q: Tensor, k: Tensor, graph: Graph | Plan, bias: Bias 
     if torch.compiler.is_compiling():
         return "plan"  # which is made in the operator: a compiled program serves many sizes
     parts = planned(graph.text, q, k, "auto", None if bias is None else _planned_kind(bias)).parts
-    return "dense" if [part.backend for part in parts] == ["dense"] else "plan"
+    return "dense" if [part.backend for part in parts] == ["dense"] and not parts[0].layout.lengths else "plan"
 
 
 def _for_flash(q: Tensor, k: Tensor, bias: Bias | None, request: Request) -> bool:

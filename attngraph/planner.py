@@ -7,6 +7,7 @@ is (`attngraph.machine`). Every plan of a graph computes the same function.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field, fields, replace
@@ -17,13 +18,13 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from attngraph.algebra import Sized
+from attngraph.algebra import Intersection, Sized
 from attngraph.blocks import require_memory
 from attngraph.graph import Graph, require_ints
 from attngraph.kernels.tiles import installed
 from attngraph.layout import Dense, edges_of_heads
 from attngraph.machine import Machine
-from attngraph.patterns import Causal, Full
+from attngraph.patterns import Causal, Chunks, Documents, Full
 from attngraph.reordering import bandwidth_order
 from attngraph.rows import Rows
 from attngraph.simplify import simplify, split
@@ -252,14 +253,15 @@ class _Choice:
         self.may_be_dense = may_be_dense
         self.notes: list[str] = []
         self.device, self.tile = device, TILES.get(device.type, TILES["cpu"])
-        self.no_rows = None if device.type == "cpu" else f"rows run on a CPU, not on {device.type}"
+        fused = "triton" if device.type == "cuda" else "numba"
+        self.no_rows = None if fast_on(device) else f"rows run on a CPU, or on a GPU by Triton, not on {device}"
         if device.type == "cpu" and not installed("numba"):
             self.no_rows = f"rows need numba: {INSTALL_NUMBA}"
-        fused = "triton" if device.type == "cuda" else "numba"
         self.fused = fast_on(device) and installed(fused) and (bias is None or fused == "triton")  # tiles in one call
         # Of a tile, the blocks that are computed where they hold edges.
         self.block = SKIPPED if self.fused and device.type == "cpu" else self.tile
         self.closed = closed_form(graph)
+        self.packed = None if bias else packed_form(graph, n, m)
 
     def made(self) -> tuple[list[Part], dict[str, float | str]]:
         """The parts, and what else was possible at what cost, or why not."""
@@ -419,6 +421,11 @@ class _Choice:
         edges = self.graph.count_edges(self.n, self.m)
         if self.closed is not None:
             return self._flash(self.closed, edges)
+        if self.packed is not None:
+            closed, lengths = self.packed
+            layout = Dense(closed, self.n, self.m, type(closed).__name__.lower(), lengths)
+            why = f"{len(lengths):,} documents of {len({*lengths}):,} lengths, each length a call of the flash kernel"
+            return Part("dense", layout, edges, self._dense_seconds(), why)
         layout = Dense(self.graph, self.n, self.m, None)
         return Part("dense", layout, edges, self._dense_seconds(), "all pairs, with a mask")
 
@@ -432,14 +439,20 @@ class _Choice:
     def _dense_seconds(self) -> float | str:
         if self.closed is not None:
             return self._flash_seconds(self.closed)
+        if self.packed is not None:
+            closed, lengths = self.packed
+            seconds = sum(count * self._flash_seconds(closed, length) for length, count in Counter(lengths).items())
+            calls = len({*lengths}) * self.machine.strip / self.heads
+            return seconds + calls + 4 * self.machine.node * self.dim * self.n  # q, k, v and out change places
         if self.n * self.m > MOST_DENSE_PAIRS and self.backend == "auto":
             return f"its mask would have {self.n * self.m:,} entries"
         return self.machine.dense * self.dim * self.n * self.m
 
-    def _flash_seconds(self, closed: Graph) -> float:
-        pairs = self.n * self.m
+    def _flash_seconds(self, closed: Graph, length: int | None = None) -> float:
+        n, m = (self.n, self.m) if length is None else (length, length)
+        pairs = n * m
         if type(closed) is Causal:
-            pairs = min(pairs, self.n * (self.m + FLASH_KEYS) // 2)
+            pairs = min(pairs, n * (m + FLASH_KEYS) // 2)
         return self.machine.flash * self.dim * pairs
 
     def _pair_seconds(self) -> float:
@@ -470,6 +483,20 @@ def closed_form(graph: Graph) -> Graph | None:
     """Causal() or Full(), where the graph is one of them."""
     plain = graph.graph if type(graph) is Sized else graph
     return plain if type(plain) is Full or (type(plain) is Causal and plain.offset == 0) else None
+
+
+def packed_form(graph: Graph, n: int, m: int) -> tuple[Graph, tuple[int, ...]] | None:
+    """Causal() or Full(), and the lengths of the documents in which each is by itself, where the graph is that."""
+    parts = graph.graphs if type(graph) is Intersection else (graph,)
+    plain = [part.graph if type(part) is Sized else part for part in parts]
+    apart = [part for part in plain if type(part) is Documents or (type(part) is Chunks and not part.offset)]
+    within = closed_form(next((part for part in plain if part not in apart), Full()))
+    if len(apart) != 1 or len(plain) > 2 or within is None or n != m:
+        return None
+    if type(apart[0]) is Documents:
+        return within, apart[0].lengths
+    whole, rest = divmod(n, apart[0].chunk)
+    return within, (apart[0].chunk,) * whole + (rest,) * (rest > 0)
 
 
 MOST_DENSE_PAIRS = 1 << 31  # beyond, a mask alone takes 2 GiB

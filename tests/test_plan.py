@@ -18,6 +18,8 @@ from torch.testing import assert_close
 from attngraph import (
     Alibi,
     Causal,
+    Chunks,
+    Documents,
     EdgeBias,
     EdgeList,
     Empty,
@@ -81,6 +83,33 @@ def test_causal_beside_stray_edges_runs_in_the_flash_kernel():
     q, k, v = tensors(90, 90)
     assert_equal(results(q, k, v, made, None, None, "auto"), results(q, k, v, graph, None, None, "reference"))
     assert made.edges == graph.num_edges(90, 90)
+
+
+@pytest.mark.parametrize(
+    "graph",
+    [Documents([3, 5, 0, 3, 1, 40]), Causal() & Documents([3, 5, 3, 1, 40]), Chunks(5), Chunks(4) & Causal()],
+    ids=str,
+)
+def test_packed_documents_run_in_the_flash_kernel(graph):
+    made = plan(graph, 52, 52, heads=4, head_dim=4, backend="dense")
+    assert sum(made.parts[0].layout.lengths) == 52
+    assert made.parts[0].pairs <= made.edges <= 52**2
+    q, k, v = tensors(52, 52)
+    assert_equal(results(q, k, v, made, None, None, "auto"), results(q, k, v, graph, None, None, "reference"))
+    cheap = plan(graph, 52, 52, heads=4, head_dim=4, machine=Machine(flash=0, strip=0, node=0, edge=1.0, tile=1.0))
+    assert [part.backend for part in cheap.parts] == ["dense"]
+
+
+def test_other_documents_are_no_packed_ones():
+    for graph in (
+        Documents([3, 5]) | Causal(),
+        Documents([3, 5]) & Window(2, 0),
+        Chunks(5, offset=1),
+        Causal(1) & Chunks(4),
+    ):
+        assert not plan(graph, 8, 8, backend="dense").parts[0].layout.lengths
+    assert not plan(Chunks(4), 8, 9, backend="dense").parts[0].layout.lengths
+    assert not plan(Chunks(4), 8, 8, backend="dense", bias="dense").parts[0].layout.lengths
 
 
 def test_a_dense_part_outlives_the_text_of_its_graph():
@@ -281,8 +310,8 @@ def test_what_a_plan_cannot_be_is_told():
         plan(PerHead([Causal(), Full()]), 4, 4, heads=3)
     with pytest.raises(ValueError, match="give the missing number"):
         plan(Causal(), 4)
-    with pytest.raises(ValueError, match="rows run on a CPU, not on cuda"):
-        plan(Window(3, 0), 8, 8, backend="rows", device="cuda")
+    with pytest.raises(ValueError, match="rows run on a CPU, or on a GPU by Triton, not on mps"):
+        plan(Window(3, 0), 8, 8, backend="rows", device="mps")
     with pytest.raises(ValueError, match=r"can't do normalize='sigmoid'; backend='edges' and 'reference' can"):
         attend(*torch.randn(3, 1, 1, 4, 4), Causal(), normalize="sigmoid", backend="tiles")
 

@@ -1,16 +1,22 @@
-"""The rows layout rebuilds its mask; the rows kernels equal the reference, forward and in every gradient, bit for bit
-by any number of threads."""
+"""The rows layout rebuilds its mask; the kernels, Numba's and Triton's in its interpreter, equal the reference, forward
+and in every gradient; Numba's bit for bit by any number of threads."""
 
 import threading
 
 import pytest
 import torch
+from interpreter import round_as_hardware
 
 from attngraph import EdgeBias, attend, from_dense, rows
 from attngraph.rows import Rows
 
 pytest.importorskip("numba")
 from attngraph.kernels import rows_numba, threads
+
+try:
+    from attngraph.kernels import rows_triton
+except ImportError:  # Triton runs on Linux
+    rows_triton = None
 
 KINDS = (
     "none",
@@ -25,6 +31,9 @@ KINDS = (
     "batch",
 )
 SHAPES = [(1, 4, 4), (3, 4, 2), (2, 4, 1), (1, 1, 1)]  # B, H, Hkv
+KERNELS = [(rows_numba, shape) for shape in SHAPES]
+if rows_triton is not None:  # few, as each takes seconds in the interpreter
+    KERNELS += [(rows_triton, shape) for shape in SHAPES[1:3]]
 
 
 @pytest.fixture(autouse=True)
@@ -81,12 +90,12 @@ def public(kind, values, mask):
     return values
 
 
-def rows_results(q, k, v, mask, bias, grad=True):
+def rows_results(q, k, v, mask, bias, grad=True, kernels=rows_numba):
     """out, lse, and the gradients of a loss that looks at both."""
     layout, scale = layout_of(mask), q.shape[3] ** -0.5
-    out, lse = rows_numba.forward(q, k, v, layout, bias, scale)
+    out, lse = kernels.forward(q, k, v, layout, bias, scale)
     dout, dlse = (learned(*side.shape, seed=7, dtype=side.dtype).detach() for side in (out, lse))
-    grads = rows_numba.backward(q, k, v, out, lse, dout, dlse, layout, bias, scale, bias is not None and grad)
+    grads = kernels.backward(q, k, v, out, lse, dout, dlse, layout, bias, scale, bias is not None and grad)
     return [out, lse, *grads]
 
 
@@ -106,15 +115,15 @@ def assert_close(found, expected, tolerance):
             torch.testing.assert_close(one.double(), other.double(), rtol=0, atol=float(largest) * tolerance)
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("kernels", "shape"), KERNELS, ids=lambda it: getattr(it, "__name__", str(it)))
 @pytest.mark.parametrize("kind", KINDS)
-def test_rows_equal_the_edges_in_every_gradient(shape, kind):
+def test_rows_equal_the_edges_in_every_gradient(kind, kernels, shape):
     mask = some_mask(23, 31)
     q, k, v = tensors(*shape, 23, 31)
     values = None if kind == "none" else values_of(kind, *shape[:2], mask)
     expected = edges_results(q, k, v, mask, public(kind, values, mask), values)
     name = {"keys": "dense", "batch": "dense"}.get(kind, kind.split("-")[0])
-    found = rows_results(q, k, v, mask, None if values is None else (name, values))
+    found = rows_results(q, k, v, mask, None if values is None else (name, values), kernels=kernels)
     assert_close(found[:2], expected[:2], 1e-12)
     assert_close(found[2:], expected[2:], 1e-11)
 
@@ -129,6 +138,18 @@ def test_rows_equal_the_reference(shape):
     assert_close(rows_numba.forward(*small, layout_of(mask), None, 5**-0.5), expected, 2e-6)
 
 
+@pytest.mark.skipif(rows_triton is None, reason="Triton is not installed: it runs on Linux")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_rows_in_triton_take_every_precision_and_more_heads_than_one_program(dtype, monkeypatch):
+    round_as_hardware(monkeypatch)
+    mask = some_mask(13, 17)
+    q, k, v = (side.detach().to(dtype).requires_grad_() for side in tensors(1, 6, 3, 13, 17, (130, 70)))
+    expected = edges_results(*(side.detach().double().requires_grad_() for side in (q, k, v)), mask, None, None)
+    found = rows_results(q, k, v, mask, None, kernels=rows_triton)
+    assert [part.dtype for part in found[:5]] == [dtype, torch.float32, dtype, dtype, dtype]
+    assert_close(found, expected, 2e-6 if dtype == torch.float32 else 4 * torch.finfo(dtype).eps)
+
+
 @pytest.mark.parametrize("dims", [(1, 1), (2, 7), (4, 4), (16, 16), (17, 33), (64, 20)], ids=str)
 def test_any_width_is_right_in_float32(dims):
     mask = some_mask(40, 37)
@@ -138,10 +159,11 @@ def test_any_width_is_right_in_float32(dims):
     assert_close(found, expected, 2e-6)
 
 
+@pytest.mark.parametrize("kernels", dict(KERNELS), ids=lambda kernels: kernels.__name__)
 @pytest.mark.parametrize(("n", "m"), [(0, 0), (0, 4), (4, 0), (4, 5), (1, 1)])
-def test_a_graph_without_edges_gives_zero(n, m):
+def test_a_graph_without_edges_gives_zero(n, m, kernels):
     mask = torch.zeros(n, m, dtype=torch.bool)
-    out, lse, *gradients = rows_results(*tensors(2, 4, 2, n, m), mask, None)
+    out, lse, *gradients = rows_results(*tensors(2, 4, 2, n, m), mask, None, kernels=kernels)
     assert (out == 0).all()
     assert (lse == -torch.inf).all()
     assert all((gradient == 0).all() for gradient in gradients[:3])

@@ -185,10 +185,11 @@ def test_blocks_may_be_smaller_than_tiles(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "arguments", ["--arch 90 --bytes 2", "--arch 90 --bytes 4 --dim 16 32 64", "--arch 80 --bytes 2 --dim 64 128"]
+    "arguments",
+    ["tiles --bytes 2", "tiles --bytes 4 --dim 16 32 64", "tiles --arch 80 --bytes 2 --dim 64 128", "rows --bytes 2"],
 )
 def test_compiled_kernels_keep_their_numbers_in_registers(arguments):
     """Without a GPU: no spills, and products by tensor cores, in the code that is compiled for it."""
-    command = [sys.executable, Path(__file__).with_name("compile_tiles.py"), *arguments.split()]
+    command = [sys.executable, Path(__file__).with_name("compile_triton.py"), *arguments.split()]
     done = subprocess.run(command, capture_output=True, text=True, env=without_interpreter())
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]

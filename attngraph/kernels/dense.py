@@ -87,6 +87,13 @@ HIDDEN = -1e30  # added to the score of a pair that is no edge
 
 def forward(q, k, v, layout, bias: None, scale: float) -> tuple[Tensor, Tensor]:
     """q (B, H, N, D), k and v (B, Hkv, M, ·) → out (B, H, N, ·), lse (B, H, N), by PyTorch's flash kernels."""
+    if layout.lengths:
+        out = q.new_zeros(*q.shape[:3], v.shape[3])
+        lse = q.new_zeros(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
+        for nodes, own in layout.documents(q.device):
+            for whole, part in zip((out, lse), forward(*_apart(nodes, q, k, v), own, bias, scale), strict=True):
+                _put(whole, nodes, part)
+        return out, lse
     mask, hidden = _masks(layout, q)
     sides = _of_one_width(q, _repeated(k, q), _repeated(v, q))
     out, lse = _flash_kernel(q, layout)[0](*sides, hidden, layout.closed == "causal", scale)
@@ -103,6 +110,13 @@ def backward(q, k, v, out, lse, dout, dlse, layout, bias: None, scale: float, bi
     The kernel computes Δ as Σ dout · out. Where it is Σ dout · out - dlse, the values have one more dimension, in which
     dout is -dlse, out is 1 and v is 0.
     """
+    if layout.lengths:
+        found = [torch.zeros_like(side) for side in (q, k, v)]
+        for nodes, own in layout.documents(q.device):
+            sides = _apart(nodes, q, k, v, out, lse, dout, dlse)
+            for whole, part in zip(found, backward(*sides, own, bias, scale, bias_grad)[:3], strict=True):
+                _put(whole, nodes, part)
+        return *found, None
     hidden = _masks(layout, q)[1]
     group, dim, value_dim = q.shape[1] // k.shape[1], q.shape[3], v.shape[3]
     width = max(dim, value_dim) + (dlse is not None)
@@ -113,6 +127,16 @@ def backward(q, k, v, out, lse, dout, dlse, layout, bias: None, scale: float, bi
     dq, dk, dv = _flash_kernel(q, layout)[1](dout, *sides, out, lse, hidden, layout.closed == "causal", scale)
     dk, dv = (side.unflatten(1, (-1, group)).sum(2) for side in (dk, dv))
     return dq[..., :dim], dk[..., :dim], dv[..., :value_dim], None
+
+
+def _apart(nodes: Tensor, *sides: Tensor | None) -> list[Tensor | None]:
+    """Of (B, H, N, …), the nodes (documents, length) as (B · documents, H, length, …)."""
+    return [side if side is None else side[:, :, nodes].transpose(1, 2).flatten(0, 1).contiguous() for side in sides]
+
+
+def _put(whole: Tensor, nodes: Tensor, part: Tensor) -> None:
+    """The reverse, into `whole`."""
+    whole[:, :, nodes] = part.unflatten(0, (len(whole), len(nodes))).transpose(1, 2).to(whole.dtype)
 
 
 def _masks(layout, q: Tensor) -> tuple[Tensor | None, Tensor | None]:

@@ -4,11 +4,10 @@ A program has a block of its own nodes in registers, and walks over the blocks a
 then those of full tiles, in two loops without branches. Nothing is added atomically: the same bits every run. The
 scores are exponents of 2.
 
-A tensor (B, H, nodes, D), its vectors contiguous, comes as a tuple `side`: its first number, the strides of batch, head
-and node. `tiles` are start, full, other, mask and at of a `TileRows`; `masks` are the words, those of the transposed
-masks, and the numbers of the first edges. A tile has `high` queries and `broad` keys, a block `rows` and `keys` of
-them. All pairs of a tile are multiplied: a NaN or an infinity in a key or a value may reach the queries of its tiles
-that do not hear it.
+How tensors and biases come to a kernel stands in `gpu.py`. `tiles` are start, full, other, mask and at of a `TileRows`;
+`masks` are the words, those of the transposed masks, and the numbers of the first edges. A tile has `high` queries and
+`broad` keys, a block `rows` and `keys` of them. All pairs of a tile are multiplied: a NaN or an infinity in a key or a
+value may reach the queries of its tiles that do not hear it.
 """
 
 from __future__ import annotations
@@ -20,26 +19,26 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-LOG2_E = tl.constexpr(1.4426950408889634)
-LN_2 = tl.constexpr(0.6931471805599453)
-NO_BIAS, OFFSET, DENSE, EDGE = (tl.constexpr(kind) for kind in range(4))
-KINDS = {None: 0, "offset": 1, "dense": 2, "edge": 3}
+from attngraph.kernels.gpu import (
+    DENSE,
+    EDGE,
+    KINDS,
+    LN_2,
+    LOG2_E,
+    NO_BIAS,
+    OFFSET,
+    bias_of,
+    delta,
+    like,
+    place_of_bias,
+    side_of,
+    spread,
+    summed_as,
+    vectors,
+    width,
+)
 
 # ------------------------------------------------------------------------------------------ what a block reads
-
-
-@triton.jit
-def _vectors(side, b, h, node, count, dim: tl.constexpr, wide: tl.constexpr, guard: tl.constexpr):
-    """The vectors of some nodes, (nodes, wide): 0 beyond dim, and with `guard` beyond the last node."""
-    d = tl.arange(0, wide)
-    at = side[0] + b * side[1] + h * side[2] + node[:, None] * side[3] + d[None, :]
-    if guard and dim != wide:
-        return tl.load(at, mask=(node < count)[:, None] & (d < dim)[None, :], other=0.0)
-    if guard:
-        return tl.load(at, mask=(node < count)[:, None], other=0.0)
-    if dim != wide:
-        return tl.load(at, mask=(d < dim)[None, :], other=0.0)
-    return tl.load(at)
 
 
 @triton.jit
@@ -96,14 +95,7 @@ def _edge_number(
 @triton.jit
 def _bias(bias, b, h, i, j, n, edge, keep, kind: tl.constexpr):
     """The bias of pairs (i, j), times log2 e; `edge` are their numbers. It is read for edges alone."""
-    at = bias[0] + b * bias[1] + h * bias[2]
-    if kind == OFFSET:
-        at += j - i + n - 1
-    elif kind == DENSE:
-        at += i * bias[3] + j * bias[4]
-    else:
-        at += edge
-    return tl.load(at, mask=keep, other=0.0).to(tl.float32) * LOG2_E
+    return tl.load(place_of_bias(bias, b, h, i, j, n, edge, kind), mask=keep, other=0.0).to(tl.float32) * LOG2_E
 
 
 # ----------------------------------------------------------------------------------------------------- forward
@@ -123,8 +115,8 @@ def _hear(
     for step in tl.range(lo * parts, hi * parts, num_stages=stages):
         at, column = step // parts, (step % parts) * keys
         j = tl.load(tiles[2] + at).to(tl.int64) * broad + column + tl.arange(0, keys)
-        key = _vectors(sides[1], b, key_head, j, m, dim, wide, masked)
-        value = _vectors(sides[2], b, key_head, j, m, value_dim, value_wide, masked)
+        key = vectors(sides[1], b, key_head, j, m, dim, wide, masked)
+        value = vectors(sides[2], b, key_head, j, m, value_dim, value_wide, masked)
         s = tl.dot(own, tl.trans(key), input_precision=precision) * scale
         r, c = (row + tl.arange(0, rows))[:, None], (column + tl.arange(0, keys))[None, :]
         keep = _edges(masks[0], tiles, at, row, column, high, broad, rows, keys, masked)
@@ -151,7 +143,7 @@ def _forward(sides, bias, tiles, masks, blocks, H, group, n, m, scale, shape: tl
     b, h = head // H, head % H
     parts: tl.constexpr = shape.high // shape.rows
     i = block.to(tl.int64) * shape.rows + tl.arange(0, shape.rows)
-    own = _vectors(sides[0], b, h, i, n, shape.dim, shape.wide, True)
+    own = vectors(sides[0], b, h, i, n, shape.dim, shape.wide, True)
     heard = tl.zeros([shape.rows, shape.value_wide], tl.float32)
     top, total = tl.full([shape.rows], float("-inf"), tl.float32), tl.zeros([shape.rows], tl.float32)
     lo, middle, hi = _range(tiles, block // parts)
@@ -172,17 +164,6 @@ def _forward(sides, bias, tiles, masks, blocks, H, group, n, m, scale, shape: tl
 
 
 # ---------------------------------------------------------------------------------------------------- backward
-
-
-@triton.jit(do_not_specialize=["blocks", "H", "n"])
-def _settle(out, dout, dlse, delta, blocks, H, n, dim: tl.constexpr, wide: tl.constexpr, rows: tl.constexpr):
-    """delta = Σ_d out · dout - dlse, (B, H, N)."""
-    block, head = tl.program_id(0) % blocks, (tl.program_id(0) // blocks).to(tl.int64)
-    i = block.to(tl.int64) * rows + tl.arange(0, rows)
-    a = _vectors(out, head // H, head % H, i, n, dim, wide, True).to(tl.float32)
-    b = _vectors(dout, head // H, head % H, i, n, dim, wide, True).to(tl.float32)
-    less = tl.load(dlse + head * n + i, mask=i < n, other=0.0)
-    tl.store(delta + head * n + i, tl.sum(a * b, 1) - less, mask=i < n)
 
 
 @triton.jit
@@ -207,8 +188,8 @@ def _answer(
     for step in tl.range(lo * parts, hi * parts, num_stages=stages):
         at, column = step // parts, (step % parts) * keys
         j = tl.load(tiles[2] + at).to(tl.int64) * broad + column + tl.arange(0, keys)
-        key = _vectors(sides[1], b, key_head, j, m, dim, wide, masked)
-        value = _vectors(sides[2], b, key_head, j, m, value_dim, value_wide, masked)
+        key = vectors(sides[1], b, key_head, j, m, dim, wide, masked)
+        value = vectors(sides[2], b, key_head, j, m, value_dim, value_wide, masked)
         s = tl.dot(own, tl.trans(key), input_precision=precision) * scale
         r, c = (row + tl.arange(0, rows))[:, None], (column + tl.arange(0, keys))[None, :]
         keep = _edges(masks[0], tiles, at, row, column, high, broad, rows, keys, masked)
@@ -245,8 +226,8 @@ def _backward_rows(
     b, h = head // H, head % H
     parts: tl.constexpr = shape.high // shape.rows
     i = block.to(tl.int64) * shape.rows + tl.arange(0, shape.rows)
-    own = _vectors(sides[0], b, h, i, n, shape.dim, shape.wide, True)
-    own_dout = _vectors(dout, b, h, i, n, shape.value_dim, shape.value_wide, True)
+    own = vectors(sides[0], b, h, i, n, shape.dim, shape.wide, True)
+    own_dout = vectors(dout, b, h, i, n, shape.value_dim, shape.value_wide, True)
     level, mean = _of_queries(lse, delta, head, i, n)
     found = tl.zeros([shape.rows, shape.wide], tl.float32)
     lo, middle, hi = _range(tiles, block // parts)
@@ -283,8 +264,8 @@ def _tell(
         at, row = step // (parts * group), (step % parts) * rows
         h = key_head * group + step // parts % group
         i = tl.load(tiles[2] + at).to(tl.int64) * high + row + tl.arange(0, rows)
-        query = _vectors(sides[0], b, h, i, n, dim, wide, masked)
-        query_dout = _vectors(dout, b, h, i, n, value_dim, value_wide, masked)
+        query = vectors(sides[0], b, h, i, n, dim, wide, masked)
+        query_dout = vectors(dout, b, h, i, n, value_dim, value_wide, masked)
         level, mean = _of_queries(lse, delta, b * H + h, i, n)
         s = tl.dot(own, tl.trans(query), input_precision=precision) * scale
         r, c = (row + tl.arange(0, rows))[None, :], (column + tl.arange(0, keys))[:, None]
@@ -312,8 +293,8 @@ def _backward_columns(
     b, h = head // (H // group), head % (H // group)
     parts: tl.constexpr = shape.broad // shape.keys
     j = block.to(tl.int64) * shape.keys + tl.arange(0, shape.keys)
-    own = _vectors(sides[1], b, h, j, m, shape.dim, shape.wide, True)
-    own_value = _vectors(sides[2], b, h, j, m, shape.value_dim, shape.value_wide, True)
+    own = vectors(sides[1], b, h, j, m, shape.dim, shape.wide, True)
+    own_value = vectors(sides[2], b, h, j, m, shape.value_dim, shape.value_wide, True)
     found, found_value = (
         tl.zeros([shape.keys, shape.wide], tl.float32),
         tl.zeros([shape.keys, shape.value_wide], tl.float32),
@@ -368,7 +349,7 @@ class Blocks(NamedTuple):
 
 
 # By kernel, bytes of a number, and the widest dimension: the largest of some tried blocks whose numbers all stay in
-# registers, counted in what the compiler makes for sm_90 (tests/compile_tiles.py). Not yet measured on a GPU. Beyond
+# registers, counted in what the compiler makes for sm_90 (tests/compile_triton.py). Not yet measured on a GPU. Beyond
 # dimension 64 some numbers of float32 do not fit, and on sm_80 some of half precision.
 BLOCKS = {
     ("_forward", 2): {64: Blocks(128, 64, 4, 3), 128: Blocks(128, 64, 8, 3), 256: Blocks(64, 64, 8, 2)},
@@ -399,8 +380,8 @@ def blocks_of(kernel: str, wide: int, size: int, kind: int, bias_grad: bool) -> 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, layout, bias, scale: float) -> tuple[Tensor, Tensor]:
     """See `tiles_torch.forward`; in float16, bfloat16 or float32."""
-    out, lse = _like(q, v.shape[3]), q.new_empty(q.shape[:3], dtype=torch.float32)
-    _Call(q, k, v, layout, bias, scale).run(_forward, _side(out), lse)
+    out, lse = like(q, v.shape[3]), q.new_empty(q.shape[:3], dtype=torch.float32)
+    _Call(q, k, v, layout, bias, scale).run(_forward, side_of(out), lse)
     return out, lse
 
 
@@ -414,13 +395,13 @@ def backward(
         dq, dk, dv, dbias = backward(q, k, v, out, lse, dout, dlse, layout, bias, scale, bias_grad)
         return dq, *(side.unflatten(1, (-1, group)).sum(2) for side in (dk, dv)), dbias
     call = _Call(q, k, v, layout, bias, scale)
-    dq, dk, dv = (_like(side, side.shape[3]) for side in (q, k, v))
+    dq, dk, dv = (like(side, side.shape[3]) for side in (q, k, v))
     lse = lse.contiguous()
-    past = _side(dout), lse, call.delta(out, dout, lse, dlse)
+    past = side_of(dout), lse, delta(out, dout, lse, dlse)
     room = call.room(bias, of_keys) if bias_grad else None
-    to = call.bias if room is None else _bias_side(room)
-    call.run(_backward_rows, *past, _side(dq), to, scale, bias_grad and not of_keys)
-    call.run(_backward_columns, *past, _side(dk), _side(dv), to, scale, of_keys)
+    to = call.bias if room is None else bias_of(room)
+    call.run(_backward_rows, *past, side_of(dq), to, scale, bias_grad and not of_keys)
+    call.run(_backward_columns, *past, side_of(dk), side_of(dv), to, scale, of_keys)
     return dq, dk, dv, call.gathered(room, bias) if bias_grad else None
 
 
@@ -432,12 +413,12 @@ class _Call:
         (_, H, N, D), (_, key_heads, M, Dv) = q.shape, v.shape
         self.q, self.v, self.scale = q, v, scale * LOG2_E.value
         self.kind = KINDS[bias[0]] if bias else NO_BIAS.value
-        self.sides = tuple(_side(side) for side in (q, k, v))
-        self.bias = _bias_side(_spread(bias)) if bias else self.sides[0]
+        self.sides = tuple(side_of(side) for side in (q, k, v))
+        self.bias = bias_of(spread(bias)) if bias else self.sides[0]
         words = layout.table.words
         self.masks = words, layout.words_by_key, layout.first_edge_of_word if self.kind == EDGE.value else words
         self.sizes = H, H // key_heads, N, M
-        self.dims = D, Dv, *(max(16, triton.next_power_of_2(dim)) for dim in (D, Dv))
+        self.dims = D, Dv, width(D), width(Dv)
 
     def blocks(self, kernel, bias_grad: bool) -> Blocks:
         """How a kernel runs, with blocks no larger than a tile."""
@@ -462,14 +443,6 @@ class _Call:
                 num_warps=blocks.warps, num_stages=blocks.stages,
             )  # fmt: skip
 
-    def delta(self, out: Tensor, dout: Tensor, lse: Tensor, dlse: Tensor | None) -> Tensor:
-        """Σ_d out · dout - dlse, (B, H, N)."""
-        found, (H, _, N, _), blocks = torch.empty_like(lse), self.sizes, -(-self.sizes[2] // 64)
-        dlse = torch.zeros_like(lse) if dlse is None else dlse.contiguous()
-        if programs := blocks * lse.shape[:2].numel():
-            _settle[(programs,)](_side(out), _side(dout), dlse, found, blocks, H, N, self.dims[1], self.dims[3], 64)
-        return found
-
     # The gradient of a bias: kernels store one number for each head and pair, key, or diagonal of a block, in float32;
     # then those of all that share a value are summed.
 
@@ -491,8 +464,7 @@ class _Call:
             found = self._of_diagonals(room.transpose(0, 1).sum(1, dtype=torch.float64))
             return found.sum(0, keepdim=True) if values.shape[0] == 1 else found
         room = room[:, :, 0] if self.kind == EDGE.value else room
-        shared = [axis for axis, size in enumerate(values.shape) if size == 1 != room.shape[axis]]
-        return room.sum(shared, keepdim=True) if shared else room
+        return summed_as(values, room)
 
     def _of_diagonals(self, sums: Tensor) -> Tensor:
         """Sums of the diagonals of blocks, (H, blocks, 2 · keys), to those of the plane, (H, N + M - 1), in order."""
@@ -513,37 +485,6 @@ class _Call:
         # The first number of the line is that of j - i = least · size - (size - 1).
         first = 1 - N - (least * size - size + 1)
         return line.flatten(1)[:, first : first + N + M - 1]
-
-
-# ------------------------------------------------------------------------------------------- tensors to kernels
-
-
-def _side(x: Tensor) -> tuple:
-    """A tensor as kernels take it, its vectors contiguous."""
-    x = x if x.stride(3) == 1 else x.contiguous()
-    return x, *x.stride()[:3]
-
-
-def _spread(bias) -> Tensor:
-    """The values with four dimensions: (1, H | 1, 1, N + M - 1), (B | 1, H | 1, 1, E), (B | 1, H | 1, N | 1, M)."""
-    kind, values = bias
-    if kind == "dense":
-        return values
-    return (values[None, :, None] if kind == "offset" else values[:, :, None]).contiguous()
-
-
-def _bias_side(values: Tensor) -> tuple:
-    """The same as kernels take it: a dimension of size 1 serves all."""
-    strides = (0 if size == 1 else stride for size, stride in zip(values.shape, values.stride(), strict=True))
-    return values, *strides
-
-
-def _like(x: Tensor, dim: int) -> Tensor:
-    """An empty tensor of this dimension, in memory with the nodes before the heads where x is."""
-    B, H, N, _ = x.shape
-    if x.stride(1) < x.stride(2):
-        return x.new_empty(B, N, H, dim).transpose(1, 2)
-    return x.new_empty(B, H, N, dim)
 
 
 def _precision(number: torch.dtype) -> str:

@@ -1,10 +1,10 @@
-"""Compiles the Triton tile kernels for a GPU without one, and reports registers, spills and matrix instructions.
+"""Compiles the Triton kernels for a GPU without one, and reports registers, spills, matrix products and wide loads.
 
-    python tests/compile_tiles.py [--arch 90 --bytes 2 --dim 64]
+    python tests/compile_triton.py tiles|rows [--arch 90 --bytes 2 --dim 64]
 
-Ends with an error if a kernel keeps numbers outside of registers (for sm_90), or multiplies without the tensor cores,
-or is compiled anew for another number of nodes. The launch code is the real one, on tensors of the CPU; nothing is
-launched.
+Ends with an error if a kernel keeps numbers outside of registers (for sm_90), multiplies tiles without the tensor
+cores or gathers rows by less than 16 bytes, or is compiled anew for another number of nodes. The launch code is the
+real one, on tensors of the CPU; nothing is launched.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from triton.runtime.jit import JITFunction
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from attngraph import Prefix, Window
-from attngraph.kernels import tiles_triton
+from attngraph.kernels import rows_triton, tiles_triton
+from attngraph.rows import Rows
 from attngraph.tiles import Tiles, tabulate
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -67,10 +68,15 @@ def compiled(arch: int):
         yield found
 
 
-def run(dim: int, dtype: torch.dtype, n: int, bias: str | None = None) -> None:
+def run(kernels: str, dim: int, dtype: torch.dtype, n: int, bias: str | None = None) -> None:
     """Forward and backward, with a bias and its gradient if there is one."""
     graph = Window(40, 0) | Prefix(3)
-    layout = Tiles(n, n, tabulate(graph.at(n, n)[0], n, n, (128, 64)))
+    bound, module = graph.at(n, n)[0], {"tiles": tiles_triton, "rows": rows_triton}[kernels]
+    if kernels == "tiles":
+        layout = Tiles(n, n, tabulate(bound, n, n, (128, 64)))
+    else:
+        with patch("attngraph.rows.HEAVY", 30):
+            layout = Rows.of(*bound.list_edges(n, n), n, n)
     q, k, v = torch.zeros(3, 1, 2, n, dim, dtype=dtype)
     shapes = {
         "offset": (2, 2 * n - 1),
@@ -79,8 +85,8 @@ def run(dim: int, dtype: torch.dtype, n: int, bias: str | None = None) -> None:
         "keys": (1, 2, 1, n),
     }
     given = None if bias is None else ("dense" if bias == "keys" else bias, torch.zeros(shapes[bias]))
-    out, lse = tiles_triton.forward(q, k, v, layout, given, 1.0)
-    tiles_triton.backward(q, k, v, out, lse, out, lse, layout, given, 1.0, bias is not None)
+    out, lse = module.forward(q, k, v, layout, given, 1.0)
+    module.backward(q, k, v, out, lse, out, lse, layout, given, 1.0, bias is not None)
 
 
 def report(kernel, arch: int) -> dict:
@@ -98,31 +104,35 @@ def report(kernel, arch: int) -> dict:
         "registers": registers,
         "spilled": stack + len(re.findall(r"\b(?:LDL|STL)\b", code)),
         "products": len(re.findall(rf"\b(?:{PRODUCT[arch]})\b", code)),
+        "loads": len(re.findall(r"\bLDG\.E\.(?:\w+\.)*128\b", code)),
         "shared": kernel.metadata.shared,
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("kernels", choices=("tiles", "rows"))
     parser.add_argument("--arch", type=int, default=90, choices=PRODUCT)
-    parser.add_argument("--bytes", type=int, default=2, choices=(2, 4), help="of a number: bfloat16 or float32")
+    parser.add_argument("--bytes", type=int, default=2, choices=(2, 4, 8), help="of a number")
     parser.add_argument("--dim", type=int, nargs="+", default=[16, 32, 64, 128, 256])
     options = parser.parse_args()
     warnings.simplefilter("ignore")
-    dtype, wrong = (torch.bfloat16 if options.bytes == 2 else torch.float32), []
+    dtype, wrong = {2: torch.bfloat16, 4: torch.float32, 8: torch.float64}[options.bytes], []
     for dim in options.dim:
         for bias in (None, "offset", "edge", "dense", "keys") if dim == 64 else (None,):
             with compiled(options.arch) as found:
-                run(dim, dtype, 320, bias)
+                run(options.kernels, dim, dtype, 320, bias)
             for kernel in found:
                 figures = report(kernel, options.arch)
                 known = options.arch < 90 or (figures["kernel"], bias, options.bytes) in SPILLS
-                sound = (known or not figures["spilled"]) and (figures["products"] or figures["kernel"] == "_settle")
+                main = figures["kernel"].startswith(("_forward", "_backward"))
+                wanted = figures["products" if options.kernels == "tiles" else "loads"]
+                sound = (known or not figures["spilled"]) and (wanted or not main)
                 print(dim, dtype, bias, figures, "" if sound else "WRONG", flush=True)
                 wrong += [] if sound else [figures]
     with compiled(options.arch) as found:
         for n in (320, 333, 4096):
-            run(64, dtype, n)
+            run(options.kernels, 64, dtype, n)
     kinds = {
         kernel.metadata.name: {id(one) for one in found if one.metadata.name == kernel.metadata.name}
         for kernel in found

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-HEAVY = 1024  # edges above which a node is cut into pieces
+HEAVY = {"cpu": 1024, "cuda": 256}  # edges above which a node is cut into pieces: a GPU has more at work at a time
 UNIT = 2048  # edges and nodes, together, of a run of lighter nodes
 
 
@@ -16,7 +16,7 @@ class Adjacency(NamedTuple):
 
     The work is cut into units of about one size, as the graph alone decides: so no thread waits for a hub, and sums
     are taken in the same order by any number of threads. A unit takes of each of its nodes the edges that lie between
-    two of its own; of a node with more than HEAVY edges, a unit has one piece. Units of pieces come first.
+    two of its own; of a node with more than `heavy` edges, a unit has one piece. Units of pieces come first.
     """
 
     start: Tensor  # (nodes + 1,) int64
@@ -24,13 +24,15 @@ class Adjacency(NamedTuple):
     edge: Tensor  # (E,) the number of each edge in edge_index order; (0,) where that is 0, 1, 2, …
     units: Tensor  # (units, 4) int64: first node, node after the last, first edge, edge after the last
     pieces: Tensor  # (heavy nodes, 3) int64: node, its first unit, the unit after its last
+    heavy: int  # edges above which a node is cut into pieces
 
     @staticmethod
     def of(node: Tensor, neighbor: Tensor, edge: Tensor, size: tuple[int, int]) -> Adjacency:
         """From edges sorted by (node, neighbor); size: the number of nodes on this side and on the other."""
         start = torch.zeros(size[0] + 1, dtype=torch.int64, device=node.device)
         torch.cumsum(torch.bincount(node, minlength=size[0]), 0, out=start[1:])
-        return Adjacency(start, _narrow(neighbor, size[1]), _narrow(edge, len(node)), *_work(start))
+        heavy = HEAVY[node.device.type]
+        return Adjacency(start, _narrow(neighbor, size[1]), _narrow(edge, len(node)), *_work(start, heavy), heavy)
 
     @property
     def num_pieces(self) -> int:
@@ -71,7 +73,7 @@ class Rows(NamedTuple):
     @property
     def nbytes(self) -> int:
         """Of both halves, in memory."""
-        return sum(part.nbytes for half in (self.by_query, self.by_key) for part in half)
+        return sum(part.nbytes for half in (self.by_query, self.by_key) for part in half[:-1])
 
 
 def _narrow(index: Tensor, size: int) -> Tensor:
@@ -79,11 +81,11 @@ def _narrow(index: Tensor, size: int) -> Tensor:
     return index.int() if size <= torch.iinfo(torch.int32).max else index
 
 
-def _work(start: Tensor) -> tuple[Tensor, Tensor]:
-    """The units and pieces of an Adjacency with these degrees."""
+def _work(start: Tensor, limit: int) -> tuple[Tensor, Tensor]:
+    """The units and pieces of an Adjacency with these degrees, of which some are above the limit."""
     nodes, degree = len(start) - 1, start.diff()
-    heavy = (degree > HEAVY).nonzero()[:, 0]
-    count = (degree[heavy] + HEAVY - 1) // HEAVY  # pieces of each heavy node
+    heavy = (degree > limit).nonzero()[:, 0]
+    count = (degree[heavy] + limit - 1) // limit  # pieces of each heavy node
     last = count.cumsum(0)
     pieces = torch.stack([heavy, last - count, last], 1)
 
@@ -96,6 +98,6 @@ def _work(start: Tensor) -> tuple[Tensor, Tensor]:
     even = torch.searchsorted(load, torch.arange(0, nodes + int(start[-1]), UNIT, device=start.device))
     border = torch.cat([even, heavy, heavy + 1, start.new_tensor([0, nodes])]).unique()
     first, after = border[:-1], border[1:]
-    light = degree[first] <= HEAVY
+    light = degree[first] <= limit
     first, after = first[light], after[light]
     return torch.cat([of_heavy, torch.stack([first, after, start[first], start[after]], 1)]), pieces

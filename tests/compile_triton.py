@@ -75,7 +75,7 @@ def run(kernels: str, dim: int, dtype: torch.dtype, n: int, bias: str | None = N
     if kernels == "tiles":
         layout = Tiles(n, n, tabulate(bound, n, n, (128, 64)))
     else:
-        with patch("attngraph.rows.HEAVY", 30):
+        with patch.dict("attngraph.rows.HEAVY", cpu=30):
             layout = Rows.of(*bound.list_edges(n, n), n, n)
     q, k, v = torch.zeros(3, 1, 2, n, dim, dtype=dtype)
     shapes = {

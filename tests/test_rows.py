@@ -38,7 +38,7 @@ if rows_triton is not None:  # few, as each takes seconds in the interpreter
 
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch):
-    monkeypatch.setattr(rows, "HEAVY", 10)
+    monkeypatch.setitem(rows.HEAVY, "cpu", 10)
     monkeypatch.setattr(rows, "UNIT", 24)
     yield
     torch.set_num_threads(1)
@@ -187,7 +187,7 @@ def test_the_layout_rebuilds_the_mask_and_every_edge_has_one_unit(n, m, seed):
             nodes[first:after] += 1
             assert half.start[first] <= begin
             assert end <= half.start[after]
-            assert end - begin <= (rows.HEAVY if number < half.num_pieces else rows.HEAVY + rows.UNIT)
+            assert end - begin <= (half.heavy if number < half.num_pieces else half.heavy + rows.UNIT)
         assert (taken == 1).all()
         for node, first, last in half.pieces.tolist():
             assert nodes[node] == last - first

@@ -17,7 +17,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from attngraph import rows
 from attngraph.kernels.gpu import (
     DENSE,
     EDGE,
@@ -333,7 +332,7 @@ class _Call:
         self._run(_forward, half, self.H, side_of(out), side_of(some_out), lse, some_lse)
         if heavy := len(half.pieces):
             _merge[heavy, self.B * self.H](
-                half.pieces, half.num_pieces, self.H, self.n, self._shape(_merge, 1),
+                half.pieces, half.num_pieces, self.H, self.n, self._shape(_merge, half, 1),
                 side_of(out), side_of(some_out), lse, some_lse,
             )  # fmt: skip
         return out, lse
@@ -364,15 +363,15 @@ class _Call:
         shape = (self.B, heads or self.H, nodes, dim) if dim else (self.B, self.H, nodes)
         return torch.empty(shape, dtype=self.wide, device=self.sides[0][0].device)
 
-    def _shape(self, kernel, heads: int) -> Shape:
+    def _shape(self, kernel, half, heads: int) -> Shape:
         most = NUMBERS.get(kernel.fn.__name__, 1) // (self.dims[2] if self.dims[2] > self.dims[3] else self.dims[3])
         together = min(triton.next_power_of_2(heads), max(1, most // FEWEST_EDGES))
         edges = max(1, most // together)
-        return Shape(*self.dims, together, edges, rows.HEAVY, self.kind, self.double)
+        return Shape(*self.dims, together, edges, half.heavy, self.kind, self.double)
 
     def _run(self, kernel, half, heads: int, *own) -> None:
         """A kernel, for each node or piece of one, and each block of heads."""
-        shape, works = self._shape(kernel, heads), half.num_pieces + len(half.start) - 1
+        shape, works = self._shape(kernel, half, heads), half.num_pieces + len(half.start) - 1
         blocks = -(-heads // shape.heads)
         if self.B * blocks >= MOST_ON_AN_AXIS:
             raise ValueError(f"rows on a GPU take batch · heads below {MOST_ON_AN_AXIS:,} (got {self.B * heads:,})")
@@ -387,7 +386,7 @@ class _Call:
         if heavy := len(half.pieces):
             heads, dim = total.shape[1], total.shape[3]
             _gather[heavy, self.B * heads](
-                half.pieces, heads, self._shape(_gather, 1), side_of(total), side_of(some), dim, width(dim)
+                half.pieces, heads, self._shape(_gather, half, 1), side_of(total), side_of(some), dim, width(dim)
             )
 
     # The gradient of a bias: kernels store one number for each head and edge, pair, or key; then those that share a

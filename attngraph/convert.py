@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from attngraph.assembly import PerHead
 from attngraph.edges import EdgeList, Predicate
@@ -26,13 +27,25 @@ def from_edge_index(edge_index: Tensor, size: int | tuple[int, int] | None = Non
     Without a size, there are as many nodes as the largest number says, queries and keys alike (PyG's own rule, which
     loses isolated nodes at the end: give the size where there may be some).
 
+    The graph of a tensor that lives and was not changed in place is remembered: a training loop sorts its edges once.
+
     >>> from_edge_index(torch.tensor([[0, 1], [1, 2]]), size=3)
     EdgeList([[0, 1], [1, 2]], size=(3, 3))
     """
+    lasting = isinstance(edge_index, Tensor) and not edge_index.is_inference()  # those do not count their changes
+    asked = (size, edge_index._version) if lasting else None
+    if lasting and (known := _KNOWN.get(edge_index)) is not None and known[0] == asked:
+        return known[1]
     if size is None:
         given = torch.as_tensor(edge_index)
         size = int(given.max()) + 1 if given.numel() and not given.is_floating_point() else 0
-    return EdgeList(edge_index, size)
+    graph = EdgeList(edge_index, size)
+    if lasting:
+        _KNOWN[edge_index] = asked, graph
+    return graph
+
+
+_KNOWN = WeakIdKeyDictionary()  # a tensor → what was asked of it, its graph
 
 
 def from_networkx(G: networkx.Graph, nodelist: Sequence[Any] | None = None) -> EdgeList:

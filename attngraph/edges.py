@@ -37,6 +37,9 @@ class EdgeList(Graph):
     >>> graph
     EdgeList([[0, 2], [1, 1]], size=(3, 3))
 
+    It stays on the device of the given tensor: a plan for that device reads it there. What it lists is, as of every
+    graph, on the default device.
+
     Raises ValueError for a shape other than (2, E), negative numbers and numbers beyond the size, and TypeError for
     numbers that are not integers.
     """
@@ -105,17 +108,17 @@ class EdgeList(Graph):
         return count
 
     def edges(self, n, m):
-        return self.query, self.key
+        here = torch.get_default_device()
+        return self.query.to(here), self.key.to(here)
 
     def count(self, n, m):
         return len(self.code)
 
     @cached_property
     def digest(self) -> str:
-        """A hash of the edges and the size; graphs are equal where it is."""
-        content = hashlib.sha256(str(self.size).encode())
-        content.update(self.code.numpy().tobytes())
-        return content.hexdigest()[:32]
+        """A hash of the edges and the size, the same on every device; graphs are equal where it is."""
+        sums = (int(_mixed(self.code, seed).sum()) for seed in (1, 2))  # of a set: in any order
+        return hashlib.sha256(str((self.size, len(self.code), *sums)).encode()).hexdigest()[:32]
 
     def write(self, inner):
         if inner is not repr and len(self.code) > LONGEST_TEXT:
@@ -135,8 +138,16 @@ class EdgeList(Graph):
         return (EdgeList, (torch.stack([self.key, self.query]), self.size))
 
 
+def _mixed(code: Tensor, seed: int) -> Tensor:
+    """Each int64 as another that looks random, another for each seed, by SplitMix64 (Steele et al. 2014)."""
+    for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15), (31, 1)):
+        code = code + seed * 0x1E3779B97F4A7C15
+        code = (code ^ (code >> shift & (1 << 64 - shift) - 1)) * factor
+    return code
+
+
 def _integer_tensor(edge_index) -> Tensor:
-    """(2, E) int64 on the CPU, which is where graphs are."""
+    """(2, E) int64."""
     try:
         given = torch.as_tensor(edge_index)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -149,7 +160,7 @@ def _integer_tensor(edge_index) -> Tensor:
         raise ValueError(
             f"edge_index must have shape (2, E) (got {tuple(given.shape)}); a (N, N) mask: from_dense(mask)"
         )
-    return given.detach().to("cpu", torch.int64)
+    return given.detach().to(torch.int64)
 
 
 @dataclass(frozen=True, repr=False)

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from attngraph.grammar import from_text
+from attngraph.kernels.memory import like, nodes_first
 from attngraph.kernels.merge import merge
 from attngraph.kernels.tiles import installed
-from attngraph.planner import PLANS, Plan, plan
+from attngraph.planner import LIVING, Plan, plan
 
 KERNELS = {"dense": "dense", "tiles": "tiles", "rows": "rows"}  # each with forward and backward
 MOST_PLANS = 64
@@ -28,29 +29,27 @@ Bias = tuple[str, Tensor] | None
 
 # ---------------------------------------------------------------------------------------------- the plans kept
 
-_PLANS: OrderedDict[tuple, Plan] = OrderedDict()
+_KEPT: OrderedDict[tuple, Plan] = OrderedDict()
 _LOCK = Lock()
 
 
 def planned(text: str, q: Tensor, k: Tensor, backend: str, bias: str | None) -> Plan:
     """The plan for a graph's text, made once; of those made here, the latest are kept."""
-    if (given := PLANS.get(text)) is not None:
+    if (given := LIVING.get(text)) is not None:
         return given
     key = (text, q.shape[2], k.shape[2], q.shape[1], q.shape[3], str(q.device), backend, bias)
     with _LOCK:
-        if key in _PLANS:
-            _PLANS.move_to_end(key)
-            return _PLANS[key]
+        if key in _KEPT:
+            _KEPT.move_to_end(key)
+            return _KEPT[key]
     made = plan(
         from_text(text), q.shape[2], k.shape[2],
         heads=q.shape[1], head_dim=q.shape[3], device=q.device, backend=backend, bias=bias,
     )  # fmt: skip
     with _LOCK:
-        _PLANS[key] = made
-        while len(_PLANS) > MOST_PLANS or (
-            len(_PLANS) > 1 and sum(kept.nbytes for kept in _PLANS.values()) > MOST_BYTES
-        ):
-            _PLANS.popitem(last=False)
+        _KEPT[key] = made
+        while len(_KEPT) > MOST_PLANS or (len(_KEPT) > 1 and sum(kept.nbytes for kept in _KEPT.values()) > MOST_BYTES):
+            _KEPT.popitem(last=False)
     return made
 
 
@@ -77,7 +76,7 @@ def attend_forward(
 @attend_forward.register_fake
 def _(q, k, v, bias, kind, graph, backend, scale):
     return (
-        _empty(q, v.shape[3]),
+        like(q, v.shape[3]),
         q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32)),
     )
 
@@ -101,23 +100,18 @@ def attend_backward(
 
 @attend_backward.register_fake
 def _(dout, dlse, out, lse, q, k, v, bias, kind, graph, backend, scale, bias_grad):
-    return *(_empty(side, side.shape[3]) for side in (q, k, v)), q.new_empty(bias.shape if bias_grad else 0)
+    return *(like(side, side.shape[3]) for side in (q, k, v)), q.new_empty(bias.shape if bias_grad else 0)
 
 
-def _laid_out(x: Tensor, like: Tensor) -> Tensor:
-    """x (B, H, N, D), in memory as (B, N, H, D) where the other is: as a model makes its heads; else as it reads."""
-    return x.transpose(1, 2).contiguous().transpose(1, 2) if like.stride(1) < like.stride(2) else x.contiguous()
-
-
-def _empty(like: Tensor, dim: int) -> Tensor:
-    """As `_laid_out`, of this dimension."""
-    return _laid_out(like.new_empty(*like.shape[:3], dim), like)
+def _laid_out(x: Tensor, other: Tensor) -> Tensor:
+    """x (B, H, N, D) in memory as `like` gives it; x itself where it is so."""
+    return x.transpose(1, 2).contiguous().transpose(1, 2) if nodes_first(other) else x.contiguous()
 
 
 def _remember(ctx, inputs, output):
     ctx.set_materialize_grads(False)
     q, k, v, bias, *ctx.options = inputs
-    ctx.plan = PLANS.get(inputs[5])  # stays alive until the backward pass
+    ctx.plan = LIVING.get(inputs[5])  # stays alive until the backward pass
     ctx.save_for_backward(*output, q, k, v, bias)
 
 

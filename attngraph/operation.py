@@ -190,7 +190,7 @@ def _choose(backend: str, q: Tensor, k: Tensor, graph: Graph | Plan, bias: Bias 
         return "dense"
     sparse = isinstance(graph, EdgeList) and len(graph.code) * PAIRS_PER_EDGE < q.shape[2] * k.shape[2]
     unplanned = not fast_on(q.device) or (torch.compiler.is_compiling() and bias is not None)
-    if request.beyond("tiles") or unplanned or (sparse and q.device.type != "cpu"):
+    if request.beyond("tiles") or unplanned:
         return "edges" if sparse else "dense"
     if torch.compiler.is_compiling():
         return "plan"  # which is made in the operator: a compiled program serves many sizes

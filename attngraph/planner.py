@@ -102,7 +102,7 @@ class Plan:
     text: str = field(init=False, default_factory=lambda: f"<plan {next(_NUMBERS)}>")  # another for each plan
 
     def __post_init__(self):
-        PLANS[self.text] = self  # by which the operators find it
+        LIVING[self.text] = self  # by which the operators find it
 
     def __reduce__(self):
         return Plan, tuple(getattr(self, each.name) for each in fields(self) if each.init)
@@ -130,7 +130,7 @@ class Plan:
 
 
 _NUMBERS = count(1)
-PLANS: WeakValueDictionary[str, Plan] = WeakValueDictionary()
+LIVING: WeakValueDictionary[str, Plan] = WeakValueDictionary()
 
 
 def plan(

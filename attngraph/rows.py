@@ -60,7 +60,10 @@ class Rows(NamedTuple):
         """From edges sorted by (query, key), both (E,) int64."""
         sorted_key, edge = _narrow(key, m).sort(stable=True)
         by_query = Adjacency.of(query, key, query.new_empty(0), (n, m))
-        return Rows(n, m, by_query, Adjacency.of(sorted_key, query[edge], edge, (m, n)))
+        by_key = Adjacency.of(sorted_key, query[edge], edge, (m, n))
+        if all(torch.equal(one, other) for one, other in zip(by_query[:2], by_key[:2], strict=True)):  # symmetric
+            by_key = by_query._replace(edge=by_key.edge)
+        return Rows(n, m, by_query, by_key)
 
     def mask(self) -> Tensor:
         """The edges as a bool tensor (n, m)."""
@@ -72,8 +75,9 @@ class Rows(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """Of both halves, in memory."""
-        return sum(part.nbytes for half in (self.by_query, self.by_key) for part in half[:-1])
+        """Of both halves, in memory; what they share once."""
+        parts = {id(part): part.nbytes for half in (self.by_query, self.by_key) for part in half[:-1]}
+        return sum(parts.values())
 
 
 def _narrow(index: Tensor, size: int) -> Tensor:

@@ -70,6 +70,7 @@ class TileRows(NamedTuple):
     other: Tensor  # int32 (T,): the column of each tile
     mask: Tensor  # int32 (T,): the number of its mask, or NO_MASK
     at: Tensor  # int32 (T,): its place in the table
+    order: Tensor  # int32 (rows,): the rows, those with the most tiles first
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,7 +173,8 @@ def _tile_rows(row: Tensor, column: Tensor, mask: Tensor, rows: int) -> TileRows
     row, full = row[order], mask[order] == NO_MASK
     start = torch.searchsorted(row, torch.arange(rows + 1, device=row.device))
     masked = row.new_zeros(rows).index_add_(0, row, (~full).long())
-    return TileRows(start, start[:-1] + masked, column[order].int(), mask[order].int(), order.int())
+    heavy_first = start.diff().argsort(descending=True, stable=True)
+    return TileRows(start, start[:-1] + masked, column[order].int(), mask[order].int(), order.int(), heavy_first.int())
 
 
 def tabulate(graph, n: int, m: int, tile: tuple[int, int]) -> Table:

@@ -132,7 +132,7 @@ def training_alone(progress, n: int = 4096) -> dict:
     config = TransformerConfig(embed_dim=128, num_layers=4, num_heads=4, position="rotary")
     models = [GPT(config, vocab_size=65, graph=graph) for _ in range(2)]
     models[1].load_state_dict(models[0].state_dict())
-    optimizers = [torch.optim.AdamW(model.parameters(), lr=1e-4) for model in models]
+    optimizers = [torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True) for model in models]
     tokens, mask = torch.randint(65, (1, n + 1)), graph.mask(n, n)
 
     def step(which: int) -> float:

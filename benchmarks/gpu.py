@@ -26,7 +26,21 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 
 import attngraph
-from attngraph import Causal, Documents, Full, Global, Graph, Neighborhood, Prefix, Random, Window, attend, plan
+from attngraph import (
+    Causal,
+    Documents,
+    EdgeList,
+    Full,
+    Global,
+    Graph,
+    Neighborhood,
+    Prefix,
+    Random,
+    Window,
+    attend,
+    from_edge_index,
+    plan,
+)
 from attngraph.models import GPT
 from attngraph.nn import TransformerConfig
 from benchmarks.measure import RESULTS, machine, quartiles, spread
@@ -142,10 +156,16 @@ def correctness(rate) -> Iterator[Figure]:
             right = [masked(*wide), *both(masked, [*wide, up.double()])()]
             found = [
                 [run(q, k, v), *both(run, [q, k, v, up])()]
-                for run in (lambda *sides: attend(*sides, graph, backend="tiles"), masked)  # noqa: B023  called here
+                for run in (
+                    lambda *sides: attend(*sides, graph, backend="tiles"),  # noqa: B023  called here
+                    lambda *sides: attend(*sides, graph, backend="rows"),  # noqa: B023
+                    masked,
+                )
             ]
             errors = [max(float((a - b).abs().max()) for a, b in zip(each, right, strict=True)) for each in found]
-            yield Figure(f"{graph}, D = {dim}: error over that of SDPA in bfloat16", 1.5, errors[0] / errors[1], True)
+            for backend, error in zip(("tiles", "rows"), errors, strict=False):
+                text = f"{graph}, D = {dim}, {backend}: error over that of SDPA in bfloat16"
+                yield Figure(text, 1.5, error / errors[2], True)
 
 
 def dense(rate) -> Iterator[Figure]:
@@ -243,6 +263,102 @@ def tokens(rate) -> Iterator[Figure]:
         yield Figure(f"Window(256, 0), D = 64, one head: nodes, {name}", n, reached)
 
 
+def random_edges(n: int, edges: int, power: float = 0.0) -> EdgeList:
+    """Edges between nodes drawn evenly, or the i-th in proportion to i^-power, by both ends."""
+    chance = torch.Generator("cuda").manual_seed(0)
+    at = torch.rand(2, edges, generator=chance, device="cuda", dtype=torch.float64)
+    nodes = (at ** (1 / (1 - power)) * n).long().clamp(max=n - 1)
+    mixed = torch.randperm(n, generator=chance, device="cuda")
+    return from_edge_index(mixed[nodes], n)
+
+
+def gather_scatter(graph: EdgeList, scale: float) -> Callable:
+    """What PyG's TransformerConv does, its edges sorted by target: gather, softmax over each node's edges, add up."""
+    query, key = (side.cuda() for side in graph.list_edges())
+
+    def attention(q, k, v):  # (1, H, N, D)
+        q, k, v = (side[0].transpose(0, 1) for side in (q, k, v))
+        score = (q.index_select(0, query) * k.index_select(0, key)).sum(-1).float() * scale  # (E, H)
+        top = score.new_full((len(q), score.shape[1]), -torch.inf)
+        top = top.index_reduce(0, query, score.detach(), "amax").index_select(0, query)
+        weight = (score - top).exp()
+        total = weight.new_zeros(len(q), score.shape[1]).index_add(0, query, weight).index_select(0, query)
+        message = v.index_select(0, key) * (weight / total)[..., None].to(v.dtype)
+        return torch.zeros_like(v).index_add(0, query, message).transpose(0, 1)[None]
+
+    return attention
+
+
+def peak(run: Callable) -> float:
+    """Bytes beyond those that are there before."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def rows(rate) -> Iterator[Figure]:
+    """Irregular graphs: uniform beside the gather floor and PyG; power laws of published sizes; a mixed plan."""
+    for part in (uniform, power_laws, merged):
+        torch.cuda.empty_cache()
+        yield from part(rate)
+
+
+def uniform(rate) -> Iterator[Figure]:
+    n, heads, dim = 1_000_000, 4, 64
+    graph, name = random_edges(n, 32 * n), "uniform random, N = 1M, degree 32, H = 4, D = 64"
+    sides = sides_of(n, heads, dim)
+    made = plan(graph, heads=heads, head_dim=dim, device="cuda", backend="rows")
+    ours, peer = (lambda q, k, v: attend(q, k, v, made)), gather_scatter(graph, dim**-0.5)
+    floor = len(graph.code) * heads * 4 * dim / rate[1] * 1e3  # K and V of two bytes, once an edge
+    time_of = quartiles(timed({"ours": forward(ours, sides)})["ours"])
+    yield Figure(f"{name}, forward: share of the gather floor", 0.7, floor / time_of[1], False, time_of, None, floor)
+    for label, theirs, wanted in (("PyG", peer, 12), ("PyG compiled", torch.compile(peer), 3)):
+        try:
+            text = f"{name}, forward + backward: times as fast as {label}"
+            yield compared(text, wanted, both(ours, sides), both(theirs, sides), 3.5 * floor)
+        except torch.OutOfMemoryError as error:
+            yield Figure(f"{name}, forward + backward: {label}", wanted, f"out of memory: {str(error)[:80]}")
+            torch.cuda.empty_cache()
+    try:
+        memory = peak(both(ours, sides)) / peak(both(peer, sides))
+    except torch.OutOfMemoryError:
+        memory = "theirs: out of memory"
+    yield Figure(f"{name}, forward + backward: peak extra memory over PyG's", 0.1, memory, True)
+
+
+def power_laws(rate) -> Iterator[Figure]:
+    for like, nodes, edges, wanted in (
+        ("yelp", 716_847, 13_954_819, 1.7),
+        ("igb_medium", 10_000_000, 120_077_694, 17.0),
+        ("ogbn-products", 2_449_029, 123_718_280, 15.0),
+    ):
+        torch.cuda.empty_cache()
+        graph = random_edges(nodes, edges, 0.5)
+        sides = sides_of(nodes, 1, 128, torch.float16)
+        made = plan(graph, heads=1, head_dim=128, device="cuda", backend="rows")
+        run = lambda q, k, v, made=made: attend(q, k, v, made)  # noqa: E731
+        floor, text = len(graph.code) * 4 * 128 / rate[1] * 1e3, f"power law of {like}'s size, D = 128, one head, fp16"
+        forward_ms, both_ms = (quartiles(timed({"ours": phase(run, sides)}, 5)["ours"]) for phase in (forward, both))
+        yield Figure(f"{text}, forward: ms", wanted, forward_ms[1], True, forward_ms, None, floor)
+        yield Figure(f"{text}, forward + backward: ms", math.inf, both_ms[1], True, both_ms, None, 3.5 * floor)
+
+
+def merged(rate) -> Iterator[Figure]:
+    graph, n, heads, dim = Window(512, 0) | Prefix(16) | Random(16), 262_144, 8, 64
+    plans = {
+        name: plan(graph, n, n, heads=heads, head_dim=dim, device="cuda", backend=name)
+        for name in ("auto", "tiles", "rows")
+    }
+    sides = sides_of(n, heads, dim)
+    runs = {name: forward(lambda q, k, v, made=made: attend(q, k, v, made), sides) for name, made in plans.items()}
+    for name in ("tiles", "rows"):
+        text = f"{graph}, N = 262,144, forward: the merged plan, times as fast as {name} alone"
+        yield compared(text, 1.0, runs["auto"], runs[name], math.nan)
+
+
 def training(rate) -> Iterator[Figure]:
     """Steps of GPT-2's size: causal beside SDPA at block 1024, sparse beside FlexAttention at block 32,768."""
     config = TransformerConfig(embed_dim=768, num_layers=12, num_heads=12, activation="gelu_tanh", max_length=32_768)
@@ -289,6 +405,7 @@ SECTIONS = {
     "dense": dense,
     "window": window,
     "patterns": patterns,
+    "rows": rows,
     "tokens": tokens,
     "training": training,
 }

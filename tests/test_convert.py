@@ -102,3 +102,30 @@ def test_bad_input_is_told(make, message):
     with pytest.raises(ValueError) as error:
         make()
     assert message in str(error.value)
+
+
+def test_the_graph_of_a_tensor_is_remembered_until_it_changes():
+    edge_index = torch.tensor([[0, 1], [1, 2]])
+    graph = from_edge_index(edge_index, 3)
+    assert from_edge_index(edge_index, 3) is graph
+    assert from_edge_index(edge_index, 4) != graph
+    edge_index[0, 0] = 2
+    assert from_edge_index(edge_index, 4).edge_index().tolist() == [[2, 1], [1, 2]]
+    assert from_edge_index(torch.tensor([[2, 1], [1, 2]]), 4) == from_edge_index(edge_index, 4)
+    with torch.inference_mode():
+        made = torch.tensor([[0, 1], [1, 2]])
+        assert from_edge_index(made) == from_edge_index([[0, 1], [1, 2]])
+
+
+def test_graphs_are_equal_where_their_edges_are():
+    chance = torch.Generator().manual_seed(0)
+    edges = torch.randint(1 << 20, (2, 5000), generator=chance)
+    graph = EdgeList(edges, 1 << 20)
+    assert graph == EdgeList(edges[:, torch.randperm(5000, generator=chance)], 1 << 20)
+    assert graph != EdgeList(edges, 1 << 21)
+    texts = set()
+    for column in range(200):
+        other = edges.clone()
+        other[column % 2, column] ^= 1
+        texts.add(EdgeList(other, 1 << 20).text)
+    assert len(texts | {graph.text}) == 201

@@ -247,7 +247,7 @@ def test_auto_takes_the_cheapest_way_of_the_machine():
 def test_plans_are_made_once_and_the_cache_is_bounded(monkeypatch):
     import attngraph.execution as execution
 
-    execution._PLANS.clear()
+    execution._KEPT.clear()
     q = torch.randn(1, 1, 80, 4)
     first = planned(MIXED.text, q, q, "tiles", None)
     assert planned((Window(20, 0) | Prefix(2) | Random(3)).text, q, q, "tiles", None) is first
@@ -255,10 +255,10 @@ def test_plans_are_made_once_and_the_cache_is_bounded(monkeypatch):
     graphs = [Window(width, 0) for width in range(8)]
     for graph in graphs:
         planned(graph.text, q, q, "tiles", None)
-    assert len(execution._PLANS) == 3
+    assert len(execution._KEPT) == 3
     monkeypatch.setattr(execution, "MOST_BYTES", 0)
     planned(MIXED.text, q, q, "tiles", None)
-    assert len(execution._PLANS) == 1
+    assert len(execution._KEPT) == 1
 
 
 def test_machines_are_measured_kept_and_overridden(monkeypatch, tmp_path):

@@ -196,6 +196,16 @@ def test_the_layout_rebuilds_the_mask_and_every_edge_has_one_unit(n, m, seed):
     assert layout.nbytes > 0
 
 
+def test_a_symmetric_graph_is_stored_once():
+    mask = some_mask(40, 40)
+    one, both = layout_of(mask), layout_of(mask | mask.T)
+    assert both.by_key.neighbor is both.by_query.neighbor
+    assert one.by_key.neighbor is not one.by_query.neighbor
+    edge = both.by_key.edge.long()
+    assert torch.equal(edge[edge], torch.arange(len(edge)))  # the edge the other way round
+    assert both.nbytes == sum(part.nbytes for part in (*both.by_query[:-1], both.by_key.edge))
+
+
 def test_a_bias_of_minus_infinity_silences_an_edge():
     mask = some_mask(23, 31)
     q, k, v = tensors(2, 4, 2, 23, 31)

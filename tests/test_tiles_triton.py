@@ -186,7 +186,12 @@ def test_blocks_may_be_smaller_than_tiles(monkeypatch):
 
 @pytest.mark.parametrize(
     "arguments",
-    ["tiles --bytes 2", "tiles --bytes 4 --dim 16 32 64", "tiles --arch 80 --bytes 2 --dim 64 128", "rows --bytes 2"],
+    [
+        *(f"tiles --arch {arch} --bytes {each}" for arch in (90, 80) for each in ("2", "4 --dim 16 32 64 128")),
+        "rows --bytes 2 --dim 16 64 256",
+        "rows --arch 80 --bytes 4 --dim 32 128",
+        "rows --bytes 8 --dim 64",
+    ],
 )
 def test_compiled_kernels_keep_their_numbers_in_registers(arguments):
     """Without a GPU: no spills, and products by tensor cores, in the code that is compiled for it."""

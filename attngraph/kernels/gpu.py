@@ -79,14 +79,6 @@ def spread(bias: tuple[str, Tensor]) -> Tensor:
     return (values[None, :, None] if kind == "offset" else values[:, :, None]).contiguous()
 
 
-def like(x: Tensor, dim: int) -> Tensor:
-    """An empty tensor of this dimension, in memory with the nodes before the heads where x is."""
-    B, H, N, _ = x.shape
-    if x.stride(1) < x.stride(2):
-        return x.new_empty(B, N, H, dim).transpose(1, 2)
-    return x.new_empty(B, H, N, dim)
-
-
 def width(dim: int) -> int:
     """The power of two in which vectors are held."""
     return max(16, triton.next_power_of_2(dim))

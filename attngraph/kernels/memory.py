@@ -1,10 +1,24 @@
-"""Memory for the results of CPU kernels, from NumPy: it asks for huge pages, whose first touch is far cheaper."""
+"""Memory for the results of kernels: how it lies; on a CPU from NumPy, which asks for huge pages.
+
+The first touch of a huge page is far cheaper than that of as many small ones.
+"""
 
 from __future__ import annotations
 
 import numpy as np
 import torch
 from torch import Tensor
+
+
+def nodes_first(x: Tensor) -> bool:
+    """Whether a tensor (B, H, N, D) lies in memory as (B, N, H, D), as a model makes its heads."""
+    return x.stride(1) < x.stride(2)
+
+
+def like(x: Tensor, dim: int) -> Tensor:
+    """An empty tensor (B, H, N, dim) that lies in memory as x does."""
+    B, H, N, _ = x.shape
+    return x.new_empty(B, N, H, dim).transpose(1, 2) if nodes_first(x) else x.new_empty(B, H, N, dim)
 
 
 def empty(*shape: int, like: Tensor) -> Tensor:

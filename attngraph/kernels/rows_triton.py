@@ -26,13 +26,13 @@ from attngraph.kernels.gpu import (
     NO_BIAS,
     bias_of,
     delta,
-    like,
     place_of_bias,
     side_of,
     spread,
     summed_as,
     width,
 )
+from attngraph.kernels.memory import like
 
 # ------------------------------------------------------------------------------------------ what a program reads
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from attngraph.kernels import tiles_torch
 from attngraph.kernels.tiles_torch import Bias
 
-WIDEST = 256  # dimension of a head whose blocks a GPU holds in registers
+WIDEST = {2: 256, 4: 128}  # by the bytes of a number, the dimension of a head whose blocks a GPU holds in registers
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, layout, bias: Bias, scale: float) -> tuple[Tensor, Tensor]:
@@ -31,8 +31,8 @@ def backward(q, k, v, out, lse, dout, dlse, layout, bias: Bias, scale: float, bi
 
 def _kernel(*sides: Tensor, bias: Bias):
     """The kernel, and the tensors in a precision that it takes."""
-    (device, number), wide = (sides[0].device.type, sides[0].dtype), max(side.shape[3] for side in sides) > WIDEST
-    if device == "cuda" and number != torch.float64 and not wide and installed("triton"):
+    device, number, dim = sides[0].device.type, sides[0].dtype, max(side.shape[3] for side in sides)
+    if device == "cuda" and dim <= WIDEST.get(number.itemsize, 0) and installed("triton"):
         from attngraph.kernels import tiles_triton
 
         return tiles_triton, sides

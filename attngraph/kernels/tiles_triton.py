@@ -4,14 +4,15 @@ A program has a block of its own nodes in registers, and walks over the blocks a
 then those of full tiles, in two loops without branches. Nothing is added atomically: the same bits every run. The
 scores are exponents of 2.
 
-How tensors and biases come to a kernel stands in `gpu.py`. `tiles` are start, full, other, mask and at of a `TileRows`;
-`masks` are the words, those of the transposed masks, and the numbers of the first edges. A tile has `high` queries and
-`broad` keys, a block `rows` and `keys` of them. All pairs of a tile are multiplied: a NaN or an infinity in a key or a
-value may reach the queries of its tiles that do not hear it.
+How tensors and biases come to a kernel stands in `gpu.py`. `tiles` are start, full, other, mask, at and order of a
+`TileRows`; `masks` are the words, those of the transposed masks, and the numbers of the first edges. A tile has `high`
+queries and `broad` keys, a block `rows` and `keys` of them. All pairs of a tile are multiplied: a NaN or an infinity in
+a key or a value may reach the queries of its tiles that do not hear it.
 """
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -29,7 +30,6 @@ from attngraph.kernels.gpu import (
     OFFSET,
     bias_of,
     delta,
-    like,
     place_of_bias,
     side_of,
     spread,
@@ -37,6 +37,7 @@ from attngraph.kernels.gpu import (
     vectors,
     width,
 )
+from attngraph.kernels.memory import like
 
 # ------------------------------------------------------------------------------------------ what a block reads
 
@@ -47,6 +48,12 @@ def _put(side, b, h, node, count, x, dim: tl.constexpr, wide: tl.constexpr):
     d = tl.arange(0, wide)
     at = side[0] + b * side[1] + h * side[2] + node[:, None] * side[3] + d[None, :]
     tl.store(at, x.to(side[0].dtype.element_ty), mask=(node < count)[:, None] & (d < dim)[None, :])
+
+
+@triton.jit
+def _row(tiles, block, parts: tl.constexpr, size: tl.constexpr):
+    """The row of tiles that a block lies in, those with the most tiles first; and its first node in this row."""
+    return tl.load(tiles[5] + block // parts).to(tl.int64), (block % parts) * size
 
 
 @triton.jit
@@ -142,12 +149,13 @@ def _forward(sides, bias, tiles, masks, blocks, H, group, n, m, scale, shape: tl
     block, head = tl.program_id(0) % blocks, (tl.program_id(0) // blocks).to(tl.int64)
     b, h = head // H, head % H
     parts: tl.constexpr = shape.high // shape.rows
-    i = block.to(tl.int64) * shape.rows + tl.arange(0, shape.rows)
+    row, first = _row(tiles, block, parts, shape.rows)
+    i = row * shape.high + first + tl.arange(0, shape.rows)
     own = vectors(sides[0], b, h, i, n, shape.dim, shape.wide, True)
     heard = tl.zeros([shape.rows, shape.value_wide], tl.float32)
     top, total = tl.full([shape.rows], float("-inf"), tl.float32), tl.zeros([shape.rows], tl.float32)
-    lo, middle, hi = _range(tiles, block // parts)
-    place = (b, h, h // group, i, (block % parts) * shape.rows)
+    lo, middle, hi = _range(tiles, row)
+    place = (b, h, h // group, i, first)
     heard, top, total = _hear(
         heard, top, total, own, sides, bias, tiles, masks, place, (n, m), lo, middle, scale,
         shape.dim, shape.value_dim, shape.wide, shape.value_wide, shape.high, shape.broad, shape.rows, shape.keys,
@@ -225,13 +233,14 @@ def _backward_rows(
     block, head = tl.program_id(0) % blocks, (tl.program_id(0) // blocks).to(tl.int64)
     b, h = head // H, head % H
     parts: tl.constexpr = shape.high // shape.rows
-    i = block.to(tl.int64) * shape.rows + tl.arange(0, shape.rows)
+    row, first = _row(tiles, block, parts, shape.rows)
+    i = row * shape.high + first + tl.arange(0, shape.rows)
     own = vectors(sides[0], b, h, i, n, shape.dim, shape.wide, True)
     own_dout = vectors(dout, b, h, i, n, shape.value_dim, shape.value_wide, True)
     level, mean = _of_queries(lse, delta, head, i, n)
     found = tl.zeros([shape.rows, shape.wide], tl.float32)
-    lo, middle, hi = _range(tiles, block // parts)
-    place = (b, h, h // group, i, (block % parts) * shape.rows)
+    lo, middle, hi = _range(tiles, row)
+    place = (b, h, h // group, i, first)
     found = _answer(
         found, own, own_dout, level, mean, sides, bias, dbias, tiles, masks, place, (n, m), lo, middle, scale,
         shape.dim, shape.value_dim, shape.wide, shape.value_wide, shape.high, shape.broad, shape.rows, shape.keys,
@@ -292,7 +301,8 @@ def _backward_columns(
     block, head = tl.program_id(0) % blocks, (tl.program_id(0) // blocks).to(tl.int64)
     b, h = head // (H // group), head % (H // group)
     parts: tl.constexpr = shape.broad // shape.keys
-    j = block.to(tl.int64) * shape.keys + tl.arange(0, shape.keys)
+    column, first = _row(tiles, block, parts, shape.keys)
+    j = column * shape.broad + first + tl.arange(0, shape.keys)
     own = vectors(sides[1], b, h, j, m, shape.dim, shape.wide, True)
     own_value = vectors(sides[2], b, h, j, m, shape.value_dim, shape.value_wide, True)
     found, found_value = (
@@ -300,8 +310,8 @@ def _backward_columns(
         tl.zeros([shape.keys, shape.value_wide], tl.float32),
     )
     dkey = tl.zeros([shape.keys], tl.float32)
-    lo, middle, hi = _range(tiles, block // parts)
-    place = (b, h, H, group, j, (block % parts) * shape.keys)
+    lo, middle, hi = _range(tiles, column)
+    place = (b, h, H, group, j, first)
     found, found_value, dkey = _tell(
         found, found_value, dkey, own, own_value, sides, dout, lse, delta, bias, tiles, masks, place, (n, m),
         lo, middle, scale,
@@ -348,34 +358,63 @@ class Blocks(NamedTuple):
     stages: int
 
 
-# By kernel, bytes of a number, and the widest dimension: the largest of some tried blocks whose numbers all stay in
-# registers, counted in what the compiler makes for sm_90 (tests/compile_triton.py). Not yet measured on a GPU. Beyond
-# dimension 64 some numbers of float32 do not fit, and on sm_80 some of half precision.
+# By architecture, kernel, bytes of a number, and the widest dimension: of some tried blocks the largest whose numbers
+# all stay in registers, counted in what the compiler makes (tests/compile_triton.py). Not yet measured on a GPU.
 BLOCKS = {
-    ("_forward", 2): {64: Blocks(128, 64, 4, 3), 128: Blocks(128, 64, 8, 3), 256: Blocks(64, 64, 8, 2)},
-    ("_backward_rows", 2): {
-        32: Blocks(128, 64, 4, 3),
-        128: Blocks(128, 64, 8, 3),
-        256: Blocks(32, 64, 8, 2),
+    90: {
+        ("_forward", 2): {64: Blocks(128, 64, 4, 3), 128: Blocks(128, 64, 8, 3), 256: Blocks(64, 64, 8, 2)},
+        ("_backward_rows", 2): {32: Blocks(128, 64, 4, 3), 128: Blocks(128, 64, 8, 3), 256: Blocks(32, 64, 8, 2)},
+        ("_backward_columns", 2): {64: Blocks(64, 64, 4, 3), 128: Blocks(32, 64, 8, 2), 256: Blocks(64, 32, 8, 2)},
+        ("_forward", 4): {32: Blocks(64, 64, 4, 2), 64: Blocks(64, 32, 4, 2), 128: Blocks(32, 32, 8, 1)},
+        ("_backward_rows", 4): {16: Blocks(64, 64, 4, 2), 64: Blocks(64, 32, 4, 2), 128: Blocks(32, 32, 8, 1)},
+        ("_backward_columns", 4): {32: Blocks(32, 64, 8, 2), 64: Blocks(32, 32, 4, 2), 128: Blocks(32, 32, 8, 1)},
     },
-    ("_backward_columns", 2): {64: Blocks(64, 64, 4, 3), 128: Blocks(32, 64, 8, 2), 256: Blocks(64, 32, 8, 2)},
-    ("_forward", 4): {32: Blocks(64, 64, 4, 2), 64: Blocks(64, 32, 4, 2), 256: Blocks(32, 32, 8, 2)},
-    ("_backward_rows", 4): {16: Blocks(64, 64, 4, 2), 64: Blocks(64, 32, 4, 2), 256: Blocks(32, 32, 8, 2)},
-    ("_backward_columns", 4): {32: Blocks(32, 64, 8, 2), 64: Blocks(32, 32, 4, 2), 256: Blocks(32, 32, 8, 2)},
+    80: {
+        ("_forward", 2): {64: Blocks(128, 64, 8, 2), 128: Blocks(128, 32, 8, 2), 256: Blocks(64, 32, 8, 2)},
+        ("_backward_rows", 2): {64: Blocks(128, 64, 8, 2), 128: Blocks(64, 64, 8, 2), 256: Blocks(32, 32, 8, 2)},
+        ("_backward_columns", 2): {
+            32: Blocks(64, 64, 8, 2),
+            64: Blocks(128, 32, 8, 2),
+            128: Blocks(64, 64, 8, 2),
+            256: Blocks(32, 32, 8, 2),
+        },
+        ("_forward", 4): {32: Blocks(64, 64, 8, 2), 64: Blocks(32, 64, 8, 2), 128: Blocks(32, 32, 8, 1)},
+        ("_backward_rows", 4): {
+            16: Blocks(64, 64, 8, 2),
+            32: Blocks(64, 32, 8, 2),
+            64: Blocks(32, 32, 8, 2),
+            128: Blocks(32, 32, 8, 1),
+        },
+        ("_backward_columns", 4): {16: Blocks(32, 64, 8, 2), 64: Blocks(32, 32, 8, 2), 128: Blocks(32, 32, 8, 1)},
+    },
 }
 BIASED = {
-    2: {64: Blocks(64, 64, 8, 2), 128: Blocks(64, 32, 8, 2), 256: Blocks(32, 32, 8, 1)},
-    4: {256: Blocks(32, 32, 8, 1)},
+    90: {
+        2: {64: Blocks(64, 64, 8, 2), 128: Blocks(64, 32, 8, 2), 256: Blocks(32, 32, 8, 1)},
+        4: {128: Blocks(32, 32, 8, 1)},
+    },
+    80: {
+        2: {64: Blocks(64, 32, 8, 2), 128: Blocks(64, 64, 8, 2), 256: Blocks(32, 32, 8, 1)},
+        4: {128: Blocks(32, 32, 8, 1)},
+    },
 }
-DIAGONALS = Blocks(32, 32, 4, 2)  # where the diagonals of a block are summed in registers
+DIAGONALS = {2: Blocks(32, 32, 4, 2), 4: Blocks(32, 32, 8, 1)}  # where those of a block are summed in registers
 
 
-def blocks_of(kernel: str, wide: int, size: int, kind: int, bias_grad: bool) -> Blocks:
-    """How a kernel runs, by the widest dimension, the bytes of a number, and the bias."""
+def blocks_of(kernel: str, wide: int, size: int, kind: int, bias_grad: bool, device: torch.device) -> Blocks:
+    """How a kernel runs, by the widest dimension, the bytes of a number, the bias and the architecture."""
     if kernel == "_backward_rows" and kind == OFFSET.value and bias_grad:
-        return DIAGONALS
-    table = BLOCKS[kernel, size] if kind == NO_BIAS.value else BIASED[size]
+        return DIAGONALS[size]
+    known = architecture(device)
+    table = BLOCKS[known][kernel, size] if kind == NO_BIAS.value else BIASED[known][size]
     return next(blocks for widest, blocks in table.items() if wide <= widest)
+
+
+@lru_cache
+def architecture(device: torch.device) -> int:
+    """The newest one with a table that is no newer than this device: 80 for Ampere and Ada, 90 from Hopper on."""
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
+    return 90 if capability >= (9, 0) else 80
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, layout, bias, scale: float) -> tuple[Tensor, Tensor]:
@@ -422,7 +461,8 @@ class _Call:
 
     def blocks(self, kernel, bias_grad: bool) -> Blocks:
         """How a kernel runs, with blocks no larger than a tile."""
-        found = blocks_of(kernel.fn.__name__, max(self.dims[2:]), self.q.dtype.itemsize, self.kind, bias_grad)
+        of_call = max(self.dims[2:]), self.q.dtype.itemsize, self.kind
+        found = blocks_of(kernel.fn.__name__, *of_call, bias_grad, self.q.device)
         high, broad = self.layout.tile
         return found._replace(rows=min(found.rows, high), keys=min(found.keys, broad))
 

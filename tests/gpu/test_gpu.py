@@ -72,7 +72,7 @@ def test_layouts_are_the_same_as_on_a_cpu(graph, tile):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("graph", GRAPHS, ids=str)
-@pytest.mark.parametrize("backend", ["auto", "tiles"])
+@pytest.mark.parametrize("backend", ["auto", "tiles", "rows"])
 def test_plans_equal_the_reference(graph, dtype, backend):
     sides = tensors(dtype)
     wanted = results([side.detach().double().requires_grad_() for side in sides], graph, "edges")
@@ -81,25 +81,27 @@ def test_plans_equal_the_reference(graph, dtype, backend):
 
 @pytest.mark.parametrize("dims", [(16, 16), (40, 24), (80, 80), (128, 128), (256, 256), (200, 72)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_every_dimension(dims, dtype):
+@pytest.mark.parametrize("backend", ["tiles", "rows"])
+def test_every_dimension(dims, dtype, backend):
     sides = tensors(dtype, dim=dims[0], dim_v=dims[1])
     wanted = results([side.detach().double().requires_grad_() for side in sides], GRAPHS[1], "edges")
-    close(results(sides, GRAPHS[1], "tiles"), wanted, 4e-6 if dtype == torch.float32 else 4 * torch.finfo(dtype).eps)
+    close(results(sides, GRAPHS[1], backend), wanted, 4e-6 if dtype == torch.float32 else 4 * torch.finfo(dtype).eps)
 
 
+@pytest.mark.parametrize("backend", ["tiles", "rows"])
 @pytest.mark.parametrize("kind", ["alibi", "relative", "edge", "dense", "keys"])
-def test_every_bias_and_its_gradient(kind):
+def test_every_bias_and_its_gradient(kind, backend):
     graph, chance = Window(100, 20) | Prefix(4), torch.Generator("cuda").manual_seed(2)
     shape = {"relative": (4, 32), "edge": (4, graph.num_edges(N, N)), "dense": (4, N, N), "keys": (4, 1, N)}.get(kind)
     found = []
-    for dtype, backend in ((torch.float64, "edges"), (torch.float32, "tiles")):
+    for dtype, own in ((torch.float64, "edges"), (torch.float32, backend)):
         chance.manual_seed(2)
         values = torch.randn(shape or (1,), generator=chance, device="cuda").to(dtype).requires_grad_()
         bias = {"alibi": Alibi.geometric(4), "relative": RelativeBias(values), "edge": EdgeBias(values)}.get(
             kind, values
         )
         sides = [side.detach().to(dtype).requires_grad_() for side in tensors(torch.float32)]
-        out = attend(*sides, graph, bias=bias, backend=backend)
+        out = attend(*sides, graph, bias=bias, backend=own)
         wanted = sides if kind == "alibi" else [*sides, values]
         found.append([out, *torch.autograd.grad(out.square().sum(), wanted)])
     close(found[1], found[0], 1e-5)
@@ -112,9 +114,10 @@ def test_heads_with_graphs_of_their_own():
     close(results(sides, graph), wanted, 4e-6)
 
 
-def test_two_runs_give_the_same_bits():
+@pytest.mark.parametrize("backend", ["tiles", "rows"])
+def test_two_runs_give_the_same_bits(backend):
     sides = tensors(torch.bfloat16)
-    runs = [results(sides, GRAPHS[2], "tiles") for _ in range(2)]
+    runs = [results(sides, GRAPHS[2], backend) for _ in range(2)]
     assert all(torch.equal(one, other) for one, other in zip(*runs, strict=True))
 
 
@@ -141,7 +144,24 @@ def test_an_edge_list_on_the_device():
     sides = tensors(torch.float32)
     graph = from_edge_index(edge_index, N)
     wanted = results([side.detach().double().requires_grad_() for side in sides], graph, "edges")
-    close(results(sides, graph, "tiles"), wanted, 4e-6)
+    for backend in ("auto", "tiles", "rows"):
+        close(results(sides, graph, backend), wanted, 4e-6)
+
+
+def test_rows_of_hubs_in_double_precision():
+    """A query that hears all, and a key that all hear, are cut into pieces."""
+    n = 3000
+    graph = Prefix(1) | Random(2) | from_edge_index(torch.stack([torch.arange(n), torch.zeros(n).long()]), n)
+    sides = tensors(torch.float64, n, (1, 2, 1), 16, 16)
+    close(results(sides, graph, "rows"), results(sides, graph, "edges"), 1e-12)
+
+
+def test_packed_documents():
+    graph, sides = Causal() & Documents([100, 150, 100, 50]), tensors(torch.bfloat16)
+    wanted = results([side.detach().double().requires_grad_() for side in sides], graph, "edges")
+    made = plan(graph, N, N, heads=4, device="cuda", backend="dense")
+    assert made.parts[0].layout.lengths
+    close(results(sides, made), wanted, 4 * torch.finfo(torch.bfloat16).eps)
 
 
 def test_a_plan_says_what_runs():

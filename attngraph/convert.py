@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from attngraph.assembly import PerHead
-from attngraph.edges import EdgeList, Predicate
+from attngraph.edges import EdgeList, Predicate, fingerprint, integer_tensor
 from attngraph.graph import Graph
 
 if TYPE_CHECKING:
@@ -27,20 +27,20 @@ def from_edge_index(edge_index: Tensor, size: int | tuple[int, int] | None = Non
     Without a size, there are as many nodes as the largest number says, queries and keys alike (PyG's own rule, which
     loses isolated nodes at the end: give the size where there may be some).
 
-    The graph of a tensor that lives and was not changed in place is remembered: a training loop sorts its edges once.
+    The graph of a tensor that lives is remembered until its numbers change: a training loop sorts its edges once.
 
     >>> from_edge_index(torch.tensor([[0, 1], [1, 2]]), size=3)
     EdgeList([[0, 1], [1, 2]], size=(3, 3))
     """
-    lasting = isinstance(edge_index, Tensor) and not edge_index.is_inference()  # those do not count their changes
-    asked = (size, edge_index._version) if lasting else None
-    if lasting and (known := _KNOWN.get(edge_index)) is not None and known[0] == asked:
-        return known[1]
+    given = integer_tensor(edge_index)
     if size is None:
-        given = torch.as_tensor(edge_index)
-        size = int(given.max()) + 1 if given.numel() and not given.is_floating_point() else 0
-    graph = EdgeList(edge_index, size)
-    if lasting:
+        size = int(given.max()) + 1 if given.numel() else 0
+    asked = repr(size), fingerprint(given)
+    known = _KNOWN.get(edge_index) if isinstance(edge_index, Tensor) else None
+    if known is not None and known[0] == asked:
+        return known[1]
+    graph = EdgeList(given, size)
+    if isinstance(edge_index, Tensor):
         _KNOWN[edge_index] = asked, graph
     return graph
 

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import MISSING, fields, replace
-from functools import wraps
-from operator import index
+from functools import reduce, wraps
+from operator import index, or_
 from typing import SupportsIndex
 from weakref import WeakValueDictionary
 
@@ -308,8 +308,8 @@ class Graph:
 
     def count_edges(self, n: int, m: int) -> int:
         """The number of edges of a graph that is bound to its size."""
-        if self.heads:
-            return len(self.list_edges(n, m)[0])
+        if self.heads:  # the edges that any head has
+            return reduce(or_, dict.fromkeys(self.head(h) for h in range(self.heads))).bind(n, m).count_edges(n, m)
         by_lines = lines.count(self, n, m)
         return self.count(n, m) if by_lines is None else by_lines
 

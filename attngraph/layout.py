@@ -36,8 +36,10 @@ class Dense(NamedTuple):
     @property
     def pairs(self) -> int:
         """How many scores are computed."""
-        squares = sum(length**2 for length in self.lengths) or self.n * self.m
-        return squares // (2 if self.closed == "causal" else 1)
+        sizes = [(length, length) for length in self.lengths] or [(self.n, self.m)]
+        if self.closed != "causal":
+            return sum(n * m for n, m in sizes)
+        return sum(min(n, m) * (min(n, m) + 1) // 2 + max(n - m, 0) * m for n, m in sizes)
 
     @property
     def nbytes(self) -> int:
@@ -48,7 +50,7 @@ class Dense(NamedTuple):
         """By their length, the nodes (documents, length) of documents, and the layout of one of them."""
         starts = torch.tensor([0, *accumulate(self.lengths)], device=device)
         lengths = starts.diff()
-        for length in sorted({*self.lengths} - {0}):
+        for length in sorted({*self.lengths}):
             first = starts[:-1][lengths == length]
             nodes = first[:, None] + torch.arange(length, device=device)
             yield nodes, Dense(self.graph, length, length, self.closed)

@@ -8,7 +8,7 @@ import os
 import platform
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache, partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -81,15 +81,23 @@ def _here(setting: str, device: torch.device, threads: int) -> Machine:
     if setting == "default" or not (gpu or device.type == "cpu"):
         return GPU if gpu else Machine()
     if setting not in ("", "measure"):
-        return Machine(**{**json.loads(Path(setting).read_text()), "source": setting})
+        try:
+            return Machine(**{**json.loads(Path(setting).expanduser().read_text()), "source": setting})
+        except (OSError, ValueError, TypeError) as error:
+            names = ", ".join(each.name for each in fields(Machine))
+            raise ValueError(
+                f"{VARIABLE} must be 'default', 'measure' or the path of a JSON file with some of {names} "
+                f"(got {setting!r}: {error})"
+            ) from None
     path = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "attngraph" / NAME
-    try:
-        known = json.loads(path.read_text())
-    except (OSError, ValueError):
-        known = {}
     place = torch.cuda.get_device_name(device) if gpu else f"{platform.machine()}, {threads} threads"
     name = f"{platform.node()} {place}, torch {torch.__version__}"
-    if name not in known or setting == "measure":
+    try:
+        known = json.loads(path.read_text())
+        kept = Machine(**known[name])
+    except (OSError, ValueError, TypeError, KeyError) as error:  # none yet, or not one of ours
+        known, kept = known if isinstance(error, KeyError) else {}, None
+    if kept is None or setting == "measure":
         found = _measured(device)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -99,7 +107,7 @@ def _here(setting: str, device: torch.device, threads: int) -> Machine:
         except OSError:
             pass  # nowhere to keep it: measured again in the next process
         return found
-    return Machine(**known[name])
+    return kept
 
 
 # ---------------------------------------------------------------------------------------------- the measurement

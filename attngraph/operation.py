@@ -158,6 +158,11 @@ def _in_autocast(*sides: Tensor) -> list[Tensor]:
     return [side.to(dtype) if eligible(side) else side for side in sides]
 
 
+def _functorch() -> bool:
+    """Whether a transform of `torch.func` runs, which custom operators with a gradient do not know."""
+    return torch._C._are_functorch_transforms_active()
+
+
 def _dual(*sides: Tensor) -> bool:
     """Whether forward-mode derivatives are asked for."""
     if torch.compiler.is_compiling() or forward_ad._current_level < 0:
@@ -186,10 +191,10 @@ def _choose(backend: str, q: Tensor, k: Tensor, graph: Graph | Plan, bias: Bias 
         return backend
     if request.beyond("dense") or _dual(q, k):
         return "edges"
-    if closed_form(graph) is not None and _for_flash(q, k, bias, request):
+    if closed_form(graph) is not None and _for_flash(q, k, request):
         return "dense"
     sparse = isinstance(graph, EdgeList) and len(graph.code) * PAIRS_PER_EDGE < q.shape[2] * k.shape[2]
-    unplanned = not fast_on(q.device) or (torch.compiler.is_compiling() and bias is not None)
+    unplanned = not fast_on(q.device) or (torch.compiler.is_compiling() and bias is not None) or _functorch()
     if request.beyond("tiles") or unplanned:
         return "edges" if sparse else "dense"
     if torch.compiler.is_compiling():
@@ -198,12 +203,12 @@ def _choose(backend: str, q: Tensor, k: Tensor, graph: Graph | Plan, bias: Bias 
     return "dense" if [part.backend for part in parts] == ["dense"] and not parts[0].layout.lengths else "plan"
 
 
-def _for_flash(q: Tensor, k: Tensor, bias: Bias | None, request: Request) -> bool:
+def _for_flash(q: Tensor, k: Tensor, request: Request) -> bool:
     """Whether Causal() or Full() runs by PyTorch's own kernel without a look at its plan.
 
     On a CPU, tiles are faster in long calls in full precision, and in those alone.
     """
-    if q.device.type != "cpu" or bias is not None or request.beyond("tiles") or torch.compiler.is_compiling():
+    if q.device.type != "cpu" or request.beyond("tiles") or torch.compiler.is_compiling() or _functorch():
         return True
     return q.numel() * k.shape[2] < SHORT_CALL or q.dtype.itemsize < 4
 

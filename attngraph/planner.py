@@ -260,8 +260,7 @@ class _Choice:
         self.fused = fast_on(device) and installed(fused) and (bias is None or fused == "triton")  # tiles in one call
         # Of a tile, the blocks that are computed where they hold edges.
         self.block = SKIPPED if self.fused and device.type == "cpu" else self.tile
-        self.closed = closed_form(graph)
-        self.packed = None if bias else packed_form(graph, n, m)
+        self.closed, self.packed = (None, None) if bias else (closed_form(graph), packed_form(graph, n, m))
 
     def made(self) -> tuple[list[Part], dict[str, float | str]]:
         """The parts, and what else was possible at what cost, or why not."""
@@ -413,7 +412,7 @@ class _Choice:
         if len(query):
             code = (query * self.m + key).sort().values
             layout = Rows.of(code // self.m, code % self.m, self.n, self.m)
-            why = "edges one by one: gathering each costs less than the tile around it"
+            why = "edges one by one" + ": gathering each costs less than the tile around it" * (self.backend == "auto")
             parts.append(Part("rows", layout, len(query), self._rows_seconds(len(query), way.fetched), why))
         return parts
 
@@ -494,7 +493,7 @@ def packed_form(graph: Graph, n: int, m: int) -> tuple[Graph, tuple[int, ...]] |
     if len(apart) != 1 or len(plain) > 2 or within is None or n != m:
         return None
     if type(apart[0]) is Documents:
-        return within, apart[0].lengths
+        return within, tuple(length for length in apart[0].lengths if length)
     whole, rest = divmod(n, apart[0].chunk)
     return within, (apart[0].chunk,) * whole + (rest,) * (rest > 0)
 

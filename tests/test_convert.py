@@ -1,5 +1,8 @@
 """Graphs of other libraries survive the way in and out."""
 
+import copy
+import pickle
+
 import networkx
 import pytest
 import scipy.sparse
@@ -112,9 +115,21 @@ def test_the_graph_of_a_tensor_is_remembered_until_it_changes():
     edge_index[0, 0] = 2
     assert from_edge_index(edge_index, 4).edge_index().tolist() == [[2, 1], [1, 2]]
     assert from_edge_index(torch.tensor([[2, 1], [1, 2]]), 4) == from_edge_index(edge_index, 4)
+    edge_index.numpy()[1, 1] = 3  # which the tensor does not count as a change
+    assert from_edge_index(edge_index, 4).edge_index().tolist() == [[2, 1], [1, 3]]
+    with pytest.raises(TypeError, match="num_keys"):
+        from_edge_index(edge_index, (4, 4.0))
     with torch.inference_mode():
         made = torch.tensor([[0, 1], [1, 2]])
         assert from_edge_index(made) == from_edge_index([[0, 1], [1, 2]])
+
+
+def test_a_copy_of_an_edge_list_keeps_the_given_order():
+    graph = from_edge_index(torch.tensor([[2, 0, 2], [1, 1, 1]]), 3)
+    for other in (pickle.loads(pickle.dumps(graph)), copy.deepcopy(graph)):
+        assert other == graph
+        assert torch.equal(other.position, graph.position)
+        assert torch.equal(other.order, graph.order)
 
 
 def test_graphs_are_equal_where_their_edges_are():

@@ -100,6 +100,46 @@ def test_packed_documents_run_in_the_flash_kernel(graph):
     assert [part.backend for part in cheap.parts] == ["dense"]
 
 
+def test_many_heads_are_counted_without_a_list():
+    graph = PerHead([Causal(), Window(3, 0), Full()])
+    assert plan(graph, 200_000, 200_000, heads=3).edges == 200_000**2
+    graph = PerHead([Causal(), Window(3, 4), EdgeList([[0, 9], [8, 0]], 10)])
+    assert graph.num_edges(10, 10) == graph.edge_index(10, 10).shape[1]
+
+
+def test_causal_with_a_bias_is_no_call_of_the_flash_kernel():
+    made = plan(Causal(), 4096, 4096, heads=8, bias="offset", machine=Machine())
+    assert [part.backend for part in made.parts] == ["tiles"]
+    assert "with a mask" in plan(Causal(), 64, 64, bias="dense", backend="dense").explain()
+
+
+@pytest.mark.parametrize("size", [(4, 4), (1000, 10), (1, 50), (0, 3)])
+def test_causal_computes_as_many_pairs_as_it_has_edges(size):
+    part = plan(Causal(), *size, backend="dense").parts[0]
+    assert part.pairs == part.edges
+
+
+def test_transforms_of_torch_func_reach_past_plans():
+    q, k, v = torch.randn(3, 1, 8, 1024, 64)
+    found = torch.func.grad(lambda q: attend(q, k, v, Causal()).sum())(q)
+    wanted = q.clone().requires_grad_()
+    attend(wanted, k, v, Causal()).sum().backward()
+    assert_close(found, wanted.grad)
+
+
+def test_a_machine_from_a_file_says_what_is_wrong(monkeypatch, tmp_path):
+    import attngraph.machine as machines
+
+    path = tmp_path / "speeds.json"
+    for text in ("[1]", '{"fast": 1}', "{", '{"flash": -1}'):
+        path.write_text(text)
+        monkeypatch.setenv(machines.VARIABLE, str(path))
+        machines._here.cache_clear()
+        with pytest.raises(ValueError, match=r"must be 'default', 'measure' or the path .* flash, dense"):
+            Machine.here()
+    machines._here.cache_clear()
+
+
 def test_other_documents_are_no_packed_ones():
     for graph in (
         Documents([3, 5]) | Causal(),

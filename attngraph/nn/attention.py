@@ -76,7 +76,7 @@ class Attention(nn.Module):
     ) -> Tensor:
         """x (B, N, embed_dim), memory (B, M, memory_dim) or None → (B, N, embed_dim).
 
-        `bias` is as in `attend`; `rotary` is a pair (cos, sin), each (N, head_dim / 2), as `Rotary` gives it.
+        `bias` is as in `attend`; `rotary` is a pair (cos, sin), each (N, head_dim), as `Rotary` gives it.
         """
         q, k, v = self.project(x, x if memory is None else memory, rotary)
         out = attend(q, k, v, graph, bias=bias, scale=self.scale, dropout_p=self.dropout if self.training else 0.0)

@@ -58,17 +58,17 @@ class Rotary(nn.Module):
         self.register_buffer("frequencies", _scaled(frequencies, scaling), persistent=False)
 
     def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """positions (N,) or (B, N) → cos, sin: (N, head_dim / 2) or (B, 1, N, head_dim / 2)."""
+        """positions (N,) or (B, N) → cos, sin: (N, head_dim) or (B, 1, N, head_dim), as `rotate` takes them."""
         angles = positions[..., None] * self.frequencies
         if positions.ndim == 2:
             angles = angles[:, None]  # the same for every head
-        return angles.cos(), angles.sin()
+        cos, sin = angles.cos(), angles.sin()
+        return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (x[d], x[d + D/2]) of (..., N, D) by its angle."""
-    cos, sin = torch.cat([cos, cos], dim=-1).to(x.dtype), torch.cat([-sin, sin], dim=-1).to(x.dtype)
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
+    """Turn each pair (x[d], x[d + D/2]) of (..., N, D) by its angle: cos (N, D) twice, sin (N, D) as -sin and sin."""
+    return torch.addcmul(x * cos.to(x.dtype), x.roll(x.shape[-1] // 2, dims=-1), sin.to(x.dtype))
 
 
 def _scaled(frequencies: Tensor, scaling: Mapping[str, Any] | None) -> Tensor:

@@ -154,7 +154,7 @@ def training_alone(progress, n: int = 4096) -> dict:
     if abs(losses[0] - losses[1]) > 1e-3:
         raise ValueError(f"the two models must have the same loss (got {losses})")
     progress({}, 3600.0)
-    return paired(lambda: step(0), theirs, 15, warmup=1)
+    return paired(lambda: step(0), theirs, 40, warmup=1)
 
 
 def pair_goals(options: argparse.Namespace) -> Iterator[Goal]:

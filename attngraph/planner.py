@@ -328,6 +328,8 @@ class _Choice:
             ways["reordered"] = reordered
         costs.update((name, way.seconds) for name, way in ways.items())
         best = min((name for name, cost in costs.items() if not isinstance(cost, str)), key=costs.__getitem__)
+        if self.closed is not None and costs[best] * CLEAR > costs["dense"]:
+            best = "dense"
         if best == "dense + rows":
             parts = [self._flash(self.around, int(self.banded.edges.sum())), *self._built(beside)]
         else:
@@ -505,6 +507,7 @@ FEWEST_TO_REORDER = 1 << 12
 SKIPPED = 8, 32  # queries or keys: the blocks of a tile that the CPU's kernel skips where they hold no edge
 ALWAYS = 0.2  # of the time of a full tile, whatever is skipped
 DOUBT = 1.25  # a cut must promise to be so much faster than one part: the costs are no more exact than that
+CLEAR = 1.1  # another way than PyTorch's own kernel, where that fits exactly, must promise to be so much faster
 MOST_STRIPS = 16  # kinds of rows of tiles, as far as they are guessed before they are made
 
 

@@ -107,6 +107,12 @@ def test_many_heads_are_counted_without_a_list():
     assert graph.num_edges(10, 10) == graph.edge_index(10, 10).shape[1]
 
 
+def test_pytorch_runs_what_it_runs_as_fast():
+    slower, faster = (Machine(flash=1.6e-11, tile=tile, tile_result=0, strip=0) for tile in (1.6e-11, 1.4e-11))
+    for graph, machine, backend in ((Full(), slower, "dense"), (Full(), faster, "tiles"), (Causal(), slower, "tiles")):
+        assert [part.backend for part in plan(graph, 2048, 2048, machine=machine).parts] == [backend]
+
+
 def test_causal_with_a_bias_is_no_call_of_the_flash_kernel():
     made = plan(Causal(), 4096, 4096, heads=8, bias="offset", machine=Machine())
     assert [part.backend for part in made.parts] == ["tiles"]

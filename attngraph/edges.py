@@ -147,10 +147,9 @@ def _restored(*parts) -> EdgeList:
 
 
 def fingerprint(given: Tensor) -> tuple[int, ...]:
-    """What changes with any number of a tensor of integers, in a few looks at it: its shape, and two weighted sums."""
-    place = torch.arange(given.numel(), device=given.device).view_as(given)
-    weights = (place + 1) * (place + 0x1E3779B97F4A7C15), (place + 2) * (place + 3)
-    return *given.shape, *(int((given * weight).sum()) for weight in weights)
+    """What changes with the numbers of a tensor of integers: its shape, and their sum with weights that look random."""
+    weights = _mixed(torch.arange(given.numel(), device=given.device), 3).view_as(given)
+    return *given.shape, int((given * weights).sum())
 
 
 def _mixed(code: Tensor, seed: int) -> Tensor:

@@ -160,7 +160,7 @@ def _in_autocast(*sides: Tensor) -> list[Tensor]:
 
 def _functorch() -> bool:
     """Whether a transform of `torch.func` runs, which custom operators with a gradient do not know."""
-    return torch._C._are_functorch_transforms_active()
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
 def _dual(*sides: Tensor) -> bool:

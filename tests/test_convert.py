@@ -124,6 +124,13 @@ def test_the_graph_of_a_tensor_is_remembered_until_it_changes():
         assert from_edge_index(made) == from_edge_index([[0, 1], [1, 2]])
 
 
+def test_a_change_that_any_polynomial_misses_is_seen():
+    edge_index = torch.full((2, 16), 5)
+    graph = from_edge_index(edge_index, 20)
+    edge_index.view(-1)[:16] += torch.tensor([1, -1, -1, 1, -1, 1, 1, -1, -1, 1, 1, -1, 1, -1, -1, 1])
+    assert from_edge_index(edge_index, 20) != graph
+
+
 def test_a_copy_of_an_edge_list_keeps_the_given_order():
     graph = from_edge_index(torch.tensor([[2, 0, 2], [1, 1, 1]]), 3)
     for other in (pickle.loads(pickle.dumps(graph)), copy.deepcopy(graph)):

@@ -310,6 +310,7 @@ def test_top_p_keeps_the_smallest_set():
         (lambda: Transformer(config(), [Full()] * 3), "one for each of 2 layers (got 3)"),
         (lambda: Transformer(config(position="rotary", head_dim=5), Full()), "an even head_dim (got 5)"),
         (lambda: SinusoidalPositions(7), "an even embed_dim (got 7)"),
+        (lambda: rotate(torch.ones(3, 2), torch.ones(3, 1), torch.ones(3, 1)), "of the dimension of x, 2"),
         (lambda: Rotary(8, scaling={"rope_type": "yarn"}), "'default' or 'llama3' (got 'yarn')"),
         (lambda: FeedForward(4, 8, activation="x"), "activation must be one of"),
         (lambda: GPT(config(max_length=4), 17)(torch.zeros(1, 5, dtype=torch.int64)), "4 learned positions but got 5"),

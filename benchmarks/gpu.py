@@ -5,7 +5,7 @@
 
 Each section is recorded when it is done, in results/gpu.json; --missing runs those alone that are not there yet. First
 the results are compared with float64 on this device. Contestants are compiled, warmed up and timed in turn by CUDA
-events; medians with quartiles. `predicted` is arithmetic from what this GPU multiplies and copies, measured first.
+events; medians with quartiles. `predicted` is the arithmetic of benchmarks/floors.py at the rates of this GPU.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ from attngraph import (
 )
 from attngraph.models import GPT
 from attngraph.nn import TransformerConfig
+from benchmarks import floors
 from benchmarks.measure import RESULTS, machine, quartiles, spread
 from benchmarks.peers import (
     and_masks,
@@ -170,13 +171,13 @@ def correctness(rate) -> Iterator[Figure]:
 
 def dense(rate) -> Iterator[Figure]:
     for graph in (Causal(), Full()):
-        for name, phase, factor in (("forward", forward, 4), ("forward + backward", both, 14)):
+        for name, phase in (("forward", forward), ("forward + backward", both)):
             sides = sides_of(8192, 16, 128)
             ours = phase(lambda q, k, v, graph=graph: attend(q, k, v, graph), sides)
             theirs = phase(
                 lambda q, k, v, graph=graph: scaled_dot_product_attention(q, k, v, is_causal=graph == Causal()), sides
             )
-            predicted = factor * graph.num_edges(8192, 8192) * 16 * 128 / rate[0] * 1e3
+            predicted = floors.flash(graph.num_edges(8192, 8192), 16, 128, name).expected(rate)
             yield compared(f"{graph}, N = 8192, D = 128, {name}: time over SDPA's", 1.02, ours, theirs, predicted, True)
 
 
@@ -199,11 +200,8 @@ def beside_flex(rate, graph: Graph, mask_mod, n: int, heads: int, dim: int, want
     theirs = lambda q, k, v: compiled_flex(q, k, v, block_mask=block_mask)  # noqa: E731
     ours = lambda q, k, v: attend(q, k, v, made)  # noqa: E731
     tiles = sum(part.pairs for part in made.parts)
-    for phase_name, phase, factor, least in (
-        ("forward", forward, 4, wanted[0]),
-        ("forward + backward", both, 18, wanted[1]),
-    ):
-        predicted = factor * tiles * heads * dim / (0.6 * rate[0]) * 1e3
+    for phase_name, phase, least in (("forward", forward, wanted[0]), ("forward + backward", both, wanted[1])):
+        predicted = floors.tiled(tiles, n, heads, dim, phase_name).expected(rate)
         text = f"{name}, {phase_name}: times as fast as FlexAttention"
         yield compared(text, least, phase(ours, sides), phase(theirs, sides), predicted)
     yield Figure(f"{name}: planning, times as fast as building FlexAttention's mask", wanted[2], build / planned)
@@ -312,13 +310,13 @@ def uniform(rate) -> Iterator[Figure]:
     sides = sides_of(n, heads, dim)
     made = plan(graph, heads=heads, head_dim=dim, device="cuda", backend="rows")
     ours, peer = (lambda q, k, v: attend(q, k, v, made)), gather_scatter(graph, dim**-0.5)
-    floor = len(graph.code) * heads * 4 * dim / rate[1] * 1e3  # K and V of two bytes, once an edge
+    floor, twice = (floors.gathered(len(graph.code), heads, dim, phase).floor(rate) for phase in floors.PRODUCTS)
     time_of = quartiles(timed({"ours": forward(ours, sides)})["ours"])
     yield Figure(f"{name}, forward: share of the gather floor", 0.7, floor / time_of[1], False, time_of, None, floor)
     for label, theirs, wanted in (("PyG", peer, 12), ("PyG compiled", torch.compile(peer), 3)):
         try:
             text = f"{name}, forward + backward: times as fast as {label}"
-            yield compared(text, wanted, both(ours, sides), both(theirs, sides), 3.5 * floor)
+            yield compared(text, wanted, both(ours, sides), both(theirs, sides), twice)
         except torch.OutOfMemoryError as error:
             yield Figure(f"{name}, forward + backward: {label}", wanted, f"out of memory: {str(error)[:80]}")
             torch.cuda.empty_cache()
@@ -340,10 +338,11 @@ def power_laws(rate) -> Iterator[Figure]:
         sides = sides_of(nodes, 1, 128, torch.float16)
         made = plan(graph, heads=1, head_dim=128, device="cuda", backend="rows")
         run = lambda q, k, v, made=made: attend(q, k, v, made)  # noqa: E731
-        floor, text = len(graph.code) * 4 * 128 / rate[1] * 1e3, f"power law of {like}'s size, D = 128, one head, fp16"
+        floor, twice = (floors.gathered(len(graph.code), 1, 128, phase).floor(rate) for phase in floors.PRODUCTS)
+        text = f"power law of {like}'s size, D = 128, one head, fp16"
         forward_ms, both_ms = (quartiles(timed({"ours": phase(run, sides)}, 5)["ours"]) for phase in (forward, both))
         yield Figure(f"{text}, forward: ms", wanted, forward_ms[1], True, forward_ms, None, floor)
-        yield Figure(f"{text}, forward + backward: ms", math.inf, both_ms[1], True, both_ms, None, 3.5 * floor)
+        yield Figure(f"{text}, forward + backward: ms", math.inf, both_ms[1], True, both_ms, None, twice)
 
 
 def merged(rate) -> Iterator[Figure]:
@@ -376,6 +375,8 @@ def training(rate) -> Iterator[Figure]:
         (Causal(), 1024, 8, bare, 1.02, True),
         (sparse, 32_768, 1, flex, 1.1, False),
     ):
+        pairs = floors.pairs_of(graph, n) * batch
+        attention = floors.tiled(pairs, n * batch, 12 * 12, 64, "forward + backward")
         model = GPT(config, vocab_size=50_304, graph=graph).cuda()
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
         text = torch.randint(50_304, (batch, n + 1), device="cuda")
@@ -392,7 +393,7 @@ def training(rate) -> Iterator[Figure]:
                 step()
 
         count = sum(parameter.numel() for parameter in model.parameters())
-        predicted = 6 * count * batch * n / (0.6 * rate[0]) * 1e3
+        predicted = floors.step(count, batch * n, attention).expected(rate)
         name = f"a training step, {count / 1e6:.0f}M parameters, {graph}, block {n:,}"
         unit = "time over that on SDPA" if at_most else "times as fast as on FlexAttention"
         yield compared(f"{name}: {unit}", wanted, step, other, predicted, at_most)

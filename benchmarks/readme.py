@@ -1,4 +1,4 @@
-"""Writes the figures of the README from benchmarks/results: python -m benchmarks.readme"""
+"""Writes the figures of the README, and the page on GPUs, from benchmarks/results: python -m benchmarks.readme"""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from attngraph import Machine, Prefix, Random, Window, plan
 from benchmarks.measure import RESULTS, spread
 
 README = Path(__file__).parent.parent / "README.md"
+GPU = RESULTS / "gpu.md"
 MARKS = {
     name: (f"<!-- {name}: python -m benchmarks.readme -->", f"<!-- end of {name} -->") for name in ("figures", "plan")
 }
@@ -73,12 +74,41 @@ def goals() -> list[str]:
     """What was to be reached, and what was, as recorded by `python -m benchmarks.goals`."""
     found = json.loads((RESULTS / "goals.json").read_text())
     lines = ["`python -m benchmarks.goals`:", "", "| | goal | reached | |", "|---|---|---|---|"]
-    for goal in found.values():
-        reached = f"{goal['reached']:.3g}" if isinstance(goal["reached"], float) else goal["reached"]
-        sign = "≤" if goal["at_most"] else "≥"
-        text = goal["text"].replace("|", "\\|")
-        lines.append(f"| {text} | {sign} {goal['wanted']:g} | {reached} | {'✓' if goal['yes'] else 'not reached'} |")
-    return lines
+    return lines + [_row(goal) for goal in found.values()]
+
+
+def on_a_gpu() -> str:
+    """A page: what `python -m benchmarks.floors` expects of a GPU, and what `python -m benchmarks.gpu` found there."""
+    expected = json.loads((RESULTS / "floors.json").read_text())
+    rates = f"{expected['flops'] / 1e12:.0f} TFLOP/s and {expected['bytes'] / 1e12:.1f} TB/s"
+    lines = [
+        "# On a GPU",
+        "",
+        "Written by `python -m benchmarks.readme`.",
+        "",
+        f"`python -m benchmarks.floors`: what an H200 must take at least, at {rates}, and what is expected of it where",
+        f"products reach {expected['share']:.0%} of their rate and gathers 70% of theirs:",
+        "",
+        "| | goal | floor, ms | expected |",
+        "|---|---|---|---|",
+    ]
+    for line in expected["lines"]:
+        text = line["text"].replace("|", "\\|")
+        lines.append(f"| {text} | {line['goal']} | {line['floor']:.2f} | {line['expected']} |")
+    path = RESULTS / "gpu.json"
+    if not path.exists():
+        return "\n".join([*lines, "", "`python -m benchmarks.gpu`: not yet run on hardware.", ""])
+    lines += ["", "`python -m benchmarks.gpu`:", "", "| | goal | reached | |", "|---|---|---|---|"]
+    for section in json.loads(path.read_text()).values():
+        lines += [_row(figure) for figure in section["figures"]]
+    return "\n".join([*lines, ""])
+
+
+def _row(goal: dict) -> str:
+    reached = f"{goal['reached']:.3g}" if isinstance(goal["reached"], float) else goal["reached"]
+    sign = "≤" if goal["at_most"] else "≥"
+    text = goal["text"].replace("|", "\\|")
+    return f"| {text} | {sign} {goal['wanted']:g} | {reached} | {'✓' if goal['yes'] else 'not reached'} |"
 
 
 def written(text: str) -> str:
@@ -92,3 +122,4 @@ def written(text: str) -> str:
 
 if __name__ == "__main__":
     README.write_text(written(README.read_text(encoding="utf-8")), encoding="utf-8")
+    GPU.write_text(on_a_gpu(), encoding="utf-8")

@@ -1,9 +1,11 @@
 """The house: names are documented, the README's figures are the measured ones, and the floors hold."""
 
 import inspect
+import json
 import re
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -36,6 +38,14 @@ def test_the_readme_quotes_the_recorded_figures():
 
     text = readme.README.read_text(encoding="utf-8")
     assert readme.written(text) == text, "python -m benchmarks.readme"
+    assert readme.on_a_gpu() == readme.GPU.read_text(encoding="utf-8"), "python -m benchmarks.readme"
+
+
+def test_the_recorded_floors_are_those_of_the_kernels():
+    from benchmarks import floors
+
+    recorded = json.loads((floors.RESULTS / "floors.json").read_text())["lines"]
+    assert [asdict(line) for line in floors.lines()] == recorded, "python -m benchmarks.floors"
 
 
 def test_the_readme_links_to_what_exists():

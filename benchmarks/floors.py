@@ -1,0 +1,140 @@
+"""What the goals of benchmarks/gpu.py must cost on an H200 by arithmetic alone, before anything is measured.
+
+    python -m benchmarks.floors      writes results/floors.json; needs no GPU
+
+A floor is the larger of FLOP over the rate of a matrix product and bytes over the rate of a copy. Kernels with a
+softmax between their products reach about half of that rate (`SHARE`). FlexAttention is expected to reach the same
+share, of the pairs of *its* blocks of 128 × 128.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+
+from attngraph import Causal, Documents, Full, Global, Graph, Neighborhood, Prefix, Random, Window
+from attngraph.blocks import occupied
+from attngraph.planner import TILES
+from benchmarks.measure import RESULTS
+from benchmarks.peers import documents
+
+NAME = "floors"
+H200 = (790e12, 4.3e12)  # FLOP/s of a product in bfloat16, bytes/s of a copy
+SHARE = 0.55
+FLEX = (128, 128)
+PRODUCTS = {"forward": 2, "forward + backward": 9}  # S and O; then S, dP, dQ by query; S, dP, dV, dK by key
+PASSES = {"forward": 4, "forward + backward": 18}  # over q, k, v, out; then also dout, dq, dk, dv
+SPARSE = (
+    ("Window(1024, 0)", Window(1024, 0), 65_536, (64, 128), ("≥ 1.15", "≥ 1.1")),
+    ("BigBird", Window(192, 192) | Global(range(64)) | Random(3), 32_768, (64,), ("≥ 1.15", "≥ 1")),
+    ("causal packed documents", Causal() & Documents(documents(32_768)), 32_768, (64,), ("≥ 1.15", "≥ 1")),
+    ("Neighborhood((181, 181), 6)", Neighborhood((181, 181), 6), 181 * 181, (64,), ("≥ 1.15", "≥ 1")),
+)
+IRREGULAR = (
+    ("uniform random", 1_000_000, 32_000_000, 4, 64, "floor ≥ 70% of the time"),
+    ("power law like yelp", 716_847, 13_954_819, 1, 128, "≤ 1.7 ms"),
+    ("power law like igb_medium", 10_000_000, 120_077_694, 1, 128, "≤ 17 ms"),
+    ("power law like ogbn-products", 2_449_029, 123_718_280, 1, 128, "≤ 15 ms"),
+)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is multiplied and moved."""
+
+    flops: float = 0.0
+    bytes: float = 0.0
+
+    def floor(self, rate: tuple[float, float] = H200) -> float:
+        """Milliseconds, at these FLOP/s and bytes/s."""
+        return max(self.flops / rate[0], self.bytes / rate[1]) * 1e3
+
+    def expected(self, rate: tuple[float, float] = H200) -> float:
+        """The same where products reach their usual share."""
+        return Work(self.flops / SHARE, self.bytes).floor(rate)
+
+
+def tiled(pairs: int, n: int, heads: int, dim: int, phase: str) -> Work:
+    """Attention over so many pairs of tiles, two bytes a number."""
+    return Work(2 * PRODUCTS[phase] * pairs * heads * dim, PASSES[phase] * 2 * n * heads * dim)
+
+
+def gathered(edges: int, heads: int, dim: int, phase: str) -> Work:
+    """Attention edge by edge: K and V of each; then again by query, and q and dout by key, with what is written."""
+    return Work(0.0, {"forward": 1, "forward + backward": 3.5}[phase] * 4 * dim * edges * heads)
+
+
+def flash(edges: int, heads: int, dim: int, phase: str) -> Work:
+    """All-pairs attention by PyTorch's kernel, whose backward takes one pass: S, dP, dQ, dK, dV."""
+    return Work(2 * {"forward": 2, "forward + backward": 7}[phase] * edges * heads * dim)
+
+
+def step(parameters: int, tokens: int, attention: Work) -> Work:
+    """A training step: two products forward and four backward for each parameter and token."""
+    return Work(6.0 * parameters * tokens + attention.flops)
+
+
+def pairs_of(graph: Graph, n: int, tile: tuple[int, int] = TILES["cuda"]) -> int:
+    """How many pairs the tiles of a graph have."""
+    bound, n, m = graph.at(n, n)
+    return len(occupied(bound, n, m, tile)[0]) * tile[0] * tile[1]
+
+
+@dataclass(frozen=True)
+class Line:
+    """A goal, what it costs at least, in ms, and what is expected."""
+
+    text: str
+    goal: str
+    floor: float
+    expected: str
+
+
+def lines() -> Iterator[Line]:
+    """Each workload of benchmarks/gpu.py."""
+    for graph in (Causal(), Full()):
+        for phase in PRODUCTS:
+            work = flash(graph.num_edges(8192, 8192), 16, 128, phase)
+            text = f"{graph}, N = 8,192, H = 16, D = 128, {phase}"
+            yield Line(text, "≤ 1.02 of SDPA's time", work.floor(), "1.00: it is SDPA's kernel")
+    for name, graph, n, dims, goals in SPARSE:
+        pairs = pairs_of(graph, n)
+        ratio = pairs_of(graph, n, FLEX) / pairs
+        for dim in dims:
+            for phase, goal in zip(PRODUCTS, goals, strict=True):
+                text, work = f"{name}, N = {n:,}, H = 16, D = {dim}, {phase}", tiled(pairs, n, 16, dim, phase)
+                expected = f"{work.expected():.2f} ms; FlexAttention has {ratio:.2f} times the pairs"
+                yield Line(text, f"{goal} times as fast as FlexAttention", work.floor(), expected)
+    for n, arrays, phase in ((280_000_000, 4, "forward"), (140_000_000, 7, "forward + backward")):
+        sample = 1 << 20
+        pairs = pairs_of(Window(256, 0), sample) * n // sample
+        tiles = pairs // (TILES["cuda"][0] * TILES["cuda"][1])
+        gib = (arrays * 2 * 64 * n + 8 * n + tiles * (3 * 8 + 3 * 4)) / 2**30  # numbers, lse and Δ, table and rows
+        text, work = f"Window(256, 0), {n:,} nodes, one head, D = 64, {phase}", tiled(pairs, n, 1, 64, phase)
+        yield Line(text, "fits in 139 GiB", work.floor(), f"{gib:.0f} GiB, {work.expected():.0f} ms")
+    for name, nodes, edges, heads, dim, goal in IRREGULAR:
+        for phase, wanted in zip(PRODUCTS, (goal, "runs"), strict=True):
+            floor = gathered(edges, heads, dim, phase).floor()
+            text = f"{name}, {nodes:,} nodes, {edges:,} edges, H = {heads}, D = {dim}, {phase}"
+            yield Line(text, wanted, floor, f"{floor / 0.7:.2f} ms where caches remember nothing")
+    banded, n = Window(512, 0) | Prefix(16), 262_144
+    parts = tiled(pairs_of(banded, n), n, 8, 64, "forward"), gathered(16 * n, 8, 64, "forward")
+    expected = parts[0].expected() + parts[1].expected() / 0.7
+    text = f"{banded} | Random(16), N = {n:,}, H = 8, D = 64, forward"
+    yield Line(text, "faster than tiles or rows alone", sum(part.floor() for part in parts), f"{expected:.2f} ms")
+    for graph, n, batch, goal in (
+        (Causal(), 1024, 8, "≤ 1.02 of the time on SDPA"),
+        (Causal() & (Window(512, 0) | Prefix(4)), 32_768, 1, "≥ 1.1 times as fast as on FlexAttention"),
+    ):
+        attention = tiled(pairs_of(graph, n) * batch, n * batch, 12 * 12, 64, "forward + backward")
+        work = step(124_000_000, batch * n, attention)
+        text = f"a training step of GPT-2's size, {graph}, block {n:,}, batch {batch}"
+        yield Line(text, goal, work.floor(), f"{work.expected():.0f} ms")
+
+
+if __name__ == "__main__":
+    found = {"flops": H200[0], "bytes": H200[1], "share": SHARE, "lines": [asdict(line) for line in lines()]}
+    (RESULTS / f"{NAME}.json").write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n")
+    for line in found["lines"]:
+        print(f"{line['floor']:10.2f} ms   {line['text']}   {line['goal']}   expected: {line['expected']}")

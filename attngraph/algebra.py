@@ -243,9 +243,7 @@ class Rows(Graph):
         return inner and inner.shifted(rows=-self.start)
 
     def edges(self, n, m):
-        query, key = self.graph.list_edges(self._all, m)
-        kept = (query >= self.start) & (query < self.stop)
-        return query[kept] - self.start, key[kept]
+        return self.graph.edges_of(self.start, self.stop, self._all, m)
 
     def bind(self, n, m):
         return replace(self, graph=self.graph.bind(self._all, m))

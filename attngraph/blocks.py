@@ -207,9 +207,16 @@ def same(columns: list[Tensor]) -> Tensor:
 # --------------------------------------------------------------------------------------------------- the memory
 
 
+def _available() -> int:
+    """Bytes of memory where new tensors are made."""
+    if torch.get_default_device().type != "cuda":
+        return psutil.virtual_memory().available
+    return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+
+
 def require_memory(size: int, purpose: str) -> None:
     """Raise before an allocation that this machine can't give."""
-    if size > 1 << 28 and size > (available := psutil.virtual_memory().available):
+    if size > 1 << 28 and size > (available := _available()):
         raise MemoryError(
             f"{size / 2**30:.1f} GiB of memory are required {purpose}, and {available / 2**30:.1f} GiB are available; "
             f"use a sparser graph, fewer nodes, or rows of it, graph.rows(start, stop)"

@@ -111,6 +111,11 @@ class EdgeList(Graph):
         here = torch.get_default_device()
         return self.query.to(here), self.key.to(here)
 
+    def edges_of(self, start, stop, n, m):
+        low, high = torch.searchsorted(self.code, self.code.new_tensor([start * m, stop * m])).tolist()
+        code = self.code[low:high].to(torch.get_default_device()) - start * m
+        return code // max(m, 1), code % max(m, 1)
+
     def count(self, n, m):
         return len(self.code)
 

@@ -81,6 +81,12 @@ class Graph:
             found.append(self.contains(query, torch.arange(m)[None]).nonzero() + torch.tensor([start, 0]))
         return torch.cat(found).unbind(1)
 
+    def edges_of(self, start: int, stop: int, n: int, m: int) -> tuple[Tensor, Tensor]:
+        """The edges of the queries start … stop-1, renumbered from 0; the default chooses among those of all n."""
+        query, key = self.list_edges(n, m)
+        kept = (query >= start) & (query < stop)
+        return query[kept] - start, key[kept]
+
     def count(self, n: int, m: int) -> int:
         """The number of edges; the default lists them."""
         return len(self.list_edges(n, m)[0])

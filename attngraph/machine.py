@@ -171,7 +171,7 @@ def _measured_rows(device: torch.device) -> dict[str, float]:
 
     def run(graph, n, dim):
         with device:
-            layout = Rows.of(*graph.at(n, n)[0].list_edges(n, n), n, n)
+            layout = Rows.listed(*graph.at(n, n))
             return partial(rows.forward, *torch.randn(3, 1, heads, n, dim, dtype=dtype).unbind(0), layout, None, 1.0)
 
     call, *found = _seconds(

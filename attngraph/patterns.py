@@ -348,11 +348,14 @@ class Random(Graph):
     scattered = True
 
     def edges(self, n, m):
-        degree = min(self.degree, m)
-        require_memory(n * degree * 100, f"to list the {n * degree:,} edges of {self.text}")
-        query = torch.arange(n).repeat_interleave(degree)
-        stretch = torch.arange(degree).repeat(n)
-        return query, stretch if m <= self.degree else self._drawn(query, stretch)
+        return self.edges_of(0, n, n, m)
+
+    def edges_of(self, start, stop, n, m):
+        nodes, degree = stop - start, min(self.degree, m)
+        require_memory(nodes * degree * 100, f"to list the {nodes * degree:,} edges of {self.text}")
+        query = torch.arange(nodes).repeat_interleave(degree)
+        stretch = torch.arange(degree).repeat(nodes)
+        return query, stretch if m <= self.degree else self._drawn(query + start, stretch)
 
     def count(self, n, m):
         return n * min(self.degree, m)

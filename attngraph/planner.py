@@ -26,14 +26,13 @@ from attngraph.layout import Dense, edges_of_heads
 from attngraph.machine import Machine
 from attngraph.patterns import Causal, Chunks, Documents, Full
 from attngraph.reordering import bandwidth_order
-from attngraph.rows import Rows
+from attngraph.rows import BYTES_PER_EDGE, Rows
 from attngraph.simplify import simplify, split
 from attngraph.tiles import NO_MASK, Table, Tiles, tabulate, tabulate_edges, union
 
 BACKENDS = ("auto", "reference", "edges", "dense", "tiles", "rows")
 PLANNED = ("dense", "tiles", "rows")  # what a plan is made of
 TILES = {"cpu": (64, 64), "cuda": (128, 64)}  # smaller products are slow, larger ones waste more of a band
-BYTES_PER_EDGE = 120  # while edges are sorted into rows or tiles
 INSTALL_NUMBA = "pip install 'attngraph[cpu]'"
 
 
@@ -282,10 +281,18 @@ class _Choice:
 
     def _found(self) -> tuple[list[Part], dict[str, float | str]]:
         """The same, by looking at the edges."""
+        if self.backend == "rows":
+            return self._listed_alone(), {}
         self._find()
-        if self.backend != "auto":
-            return self._built(self._cut(self.backend)), {}
-        return self._best()
+        return self._best() if self.backend == "auto" else (self._built(self._cut(self.backend)), {})
+
+    def _listed_alone(self) -> list[Part]:
+        """All edges in rows, however many."""
+        layout = Rows.listed(self.graph, self.n, self.m)
+        edges, key = len(layout.by_query.neighbor), layout.by_query.neighbor[:FEW]
+        query = torch.searchsorted(layout.by_query.start, torch.arange(len(key)), right=True) - 1
+        fetched = int(self._keys(self._in_tiles(query, key.long()).edges).sum()) * edges // max(len(key), 1)
+        return [Part("rows", layout, edges, self._rows_seconds(edges, fetched), ONE_BY_ONE)] if edges else []
 
     def _find(self) -> None:
         """The edges: those of bands and blocks as a table of tiles, the others as a list."""
@@ -378,6 +385,11 @@ class _Choice:
         square = self.n == self.m and not len(self.banded.row) and len(query) >= FEWEST_TO_REORDER
         if self.reorder is False or self.bias or not square:
             return None
+        if len(query) > MOST_TO_REORDER and not self.reorder:
+            self.notes.append(
+                f"the nodes were not reordered: for {len(query):,} edges it takes long; reorder=True does"
+            )
+            return None
         if not installed("scipy"):
             self.notes.append("the nodes were not reordered: that needs SciPy, pip install scipy")
             return None
@@ -414,7 +426,7 @@ class _Choice:
         if len(query):
             code = (query * self.m + key).sort().values
             layout = Rows.of(code // self.m, code % self.m, self.n, self.m)
-            why = "edges one by one" + ": gathering each costs less than the tile around it" * (self.backend == "auto")
+            why = f"{ONE_BY_ONE}: gathering each costs less than the tile around it"
             parts.append(Part("rows", layout, len(query), self._rows_seconds(len(query), way.fetched), why))
         return parts
 
@@ -503,7 +515,9 @@ def packed_form(graph: Graph, n: int, m: int) -> tuple[Graph, tuple[int, ...]] |
 MOST_DENSE_PAIRS = 1 << 31  # beyond, a mask alone takes 2 GiB
 MOST_CLOSED_PAIRS = 1 << 31  # of Causal() or Full(): beyond, looking at their tiles takes longer than it is worth
 FLASH_KEYS = 512  # that the flash kernel of a CPU takes at once, also where only one of them is heard
-FEWEST_TO_REORDER = 1 << 12
+FEWEST_TO_REORDER, MOST_TO_REORDER = 1 << 12, 1 << 24  # edges, as long as nobody asks for it: it takes seconds
+FEW = 1 << 20  # edges from which it is guessed how close together they lie
+ONE_BY_ONE = "edges one by one"
 SKIPPED = 8, 32  # queries or keys: the blocks of a tile that the CPU's kernel skips where they hold no edge
 ALWAYS = 0.2  # of the time of a full tile, whatever is skipped
 DOUBT = 1.25  # a cut must promise to be so much faster than one part: the costs are no more exact than that

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from attngraph.blocks import require_memory
+
 HEAVY = {"cpu": 1024, "cuda": 256}  # edges above which a node is cut into pieces: a GPU has more at work at a time
 UNIT = 2048  # edges and nodes, together, of a run of lighter nodes
+AT_ONCE = 1 << 27  # edges that are listed or sorted in one step
+BYTES_PER_EDGE = 120  # while they are
 
 
 class Adjacency(NamedTuple):
@@ -27,12 +35,10 @@ class Adjacency(NamedTuple):
     heavy: int  # edges above which a node is cut into pieces
 
     @staticmethod
-    def of(node: Tensor, neighbor: Tensor, edge: Tensor, size: tuple[int, int]) -> Adjacency:
-        """From edges sorted by (node, neighbor); size: the number of nodes on this side and on the other."""
-        start = torch.zeros(size[0] + 1, dtype=torch.int64, device=node.device)
-        torch.cumsum(torch.bincount(node, minlength=size[0]), 0, out=start[1:])
-        heavy = HEAVY[node.device.type]
-        return Adjacency(start, _narrow(neighbor, size[1]), _narrow(edge, len(node)), *_work(start, heavy), heavy)
+    def of(start: Tensor, neighbor: Tensor) -> Adjacency:
+        """From the edges of each node, their neighbours ascending."""
+        heavy = HEAVY[start.device.type]
+        return Adjacency(start, neighbor, start.new_empty(0), *_work(start, heavy), heavy)
 
     @property
     def num_pieces(self) -> int:
@@ -40,30 +46,70 @@ class Adjacency(NamedTuple):
         return int(self.pieces[-1, 2]) if len(self.pieces) else 0
 
 
-class Rows(NamedTuple):
-    """The edges of a graph with n queries and m keys, twice: the keys of each query, and the queries of each key.
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """The edges of a graph with n queries and m keys: the keys of each query; once asked for, the queries of each key.
 
     >>> rows = Rows.of(torch.tensor([0, 1, 1]), torch.tensor([2, 0, 2]), 2, 3)
     >>> rows.by_query.start.tolist(), rows.by_query.neighbor.tolist()
     ([0, 1, 3], [2, 0, 2])
-    >>> rows.by_key.start.tolist(), rows.by_key.neighbor.tolist(), rows.by_key.edge.tolist()
+    >>> rows.by_key.start.tolist(), rows.by_key.neighbor.tolist(), rows.numbered.edge.tolist()
     ([0, 1, 1, 3], [1, 0, 1], [1, 0, 2])
     """
 
     n: int
     m: int
     by_query: Adjacency  # CSR, in edge_index order
-    by_key: Adjacency  # CSC
 
     @staticmethod
     def of(query: Tensor, key: Tensor, n: int, m: int) -> Rows:
         """From edges sorted by (query, key), both (E,) int64."""
-        sorted_key, edge = _narrow(key, m).sort(stable=True)
-        by_query = Adjacency.of(query, key, query.new_empty(0), (n, m))
-        by_key = Adjacency.of(sorted_key, query[edge], edge, (m, n))
-        if all(torch.equal(one, other) for one, other in zip(by_query[:2], by_key[:2], strict=True)):  # symmetric
-            by_key = by_query._replace(edge=by_key.edge)
-        return Rows(n, m, by_query, by_key)
+        return Rows(n, m, Adjacency.of(_running(torch.bincount(query, minlength=n)), key.to(_integers(m))))
+
+    @staticmethod
+    def listed(graph, n: int, m: int) -> Rows:
+        """From a graph that is bound to its size; of more edges than `AT_ONCE`, those of some queries at a time."""
+        edges, number = graph.count_edges(n, m), _integers(m)
+        needed = edges * number.itemsize + min(edges, AT_ONCE) * BYTES_PER_EDGE
+        require_memory(needed, f"for the {edges:,} edges of {graph.text} in rows")
+        neighbor, degree, done = torch.empty(edges, dtype=number), torch.zeros(n, dtype=torch.int64), 0
+        step = max(1, n * AT_ONCE // max(edges, AT_ONCE))
+        for first in range(0, n, step):
+            after = min(first + step, n)
+            query, key = (graph if step >= n else graph.rows(first, after)).list_edges(after - first, m)
+            degree[first:after] = torch.bincount(query, minlength=after - first)
+            neighbor[done : done + len(key)] = key
+            done += len(key)
+        return Rows(n, m, Adjacency.of(_running(degree), neighbor))
+
+    @cached_property
+    def by_key(self) -> Adjacency:
+        """CSC; where every edge has its reverse, CSR again, stored once."""
+        start = _running(sum(torch.bincount(part, minlength=self.m) for part in self.by_query.neighbor.split(AT_ONCE)))
+        query = torch.arange(self.n, device=start.device, dtype=_integers(self.n))
+        query = query.repeat_interleave(self.by_query.start.diff())
+        neighbor = torch.cat([query[some] for some in self._places(start)])
+        if torch.equal(start, self.by_query.start) and torch.equal(neighbor, self.by_query.neighbor):
+            return self.by_query
+        return Adjacency.of(start, neighbor)
+
+    @cached_property
+    def numbered(self) -> Adjacency:
+        """`by_key`, with the number of each edge."""
+        number = _integers(len(self.by_query.neighbor))
+        return self.by_key._replace(edge=torch.cat([some.to(number) for some in self._places(self.by_key.start)]))
+
+    def _places(self, start: Tensor) -> Iterator[Tensor]:
+        """Of the edges sorted by key, then query: the number of each, so many at once that they can be sorted."""
+        neighbor = self.by_query.neighbor
+        if len(neighbor) <= AT_ONCE:
+            yield neighbor.sort(stable=True).indices
+            return
+        border = torch.searchsorted(start, torch.arange(AT_ONCE, len(neighbor), AT_ONCE, device=start.device))
+        for low, high in pairwise([0, *border.unique().tolist(), self.m]):
+            inside = [((part >= low) & (part < high)).nonzero()[:, 0] for part in neighbor.split(AT_ONCE)]
+            place = torch.cat([part + number * AT_ONCE for number, part in enumerate(inside)])
+            yield place[neighbor[place].sort(stable=True).indices]
 
     def mask(self) -> Tensor:
         """The edges as a bool tensor (n, m)."""
@@ -75,14 +121,21 @@ class Rows(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """Of both halves, in memory; what they share once."""
-        parts = {id(part): part.nbytes for half in (self.by_query, self.by_key) for part in half[:-1]}
-        return sum(parts.values())
+        """Of what was made so far, in memory; what is shared once."""
+        halves = [self.by_query, *(vars(self)[name] for name in ("by_key", "numbered") if name in vars(self))]
+        return sum({id(part): part.nbytes for half in halves for part in half[:-1]}.values())
 
 
-def _narrow(index: Tensor, size: int) -> Tensor:
-    """As int32, where numbers below `size` fit."""
-    return index.int() if size <= torch.iinfo(torch.int32).max else index
+def _running(degree: Tensor) -> Tensor:
+    """Where the edges of each node start, and where the last one's end."""
+    start = degree.new_zeros(len(degree) + 1)
+    torch.cumsum(degree, 0, out=start[1:])
+    return start
+
+
+def _integers(size: int) -> torch.dtype:
+    """For numbers below `size`."""
+    return torch.int32 if size <= torch.iinfo(torch.int32).max else torch.int64
 
 
 def _work(start: Tensor, limit: int) -> tuple[Tensor, Tensor]:

@@ -118,6 +118,11 @@ def lines() -> Iterator[Line]:
             floor = gathered(edges, heads, dim, phase).floor()
             text = f"{name}, {nodes:,} nodes, {edges:,} edges, H = {heads}, D = {dim}, {phase}"
             yield Line(text, wanted, floor, f"{floor / 0.7:.2f} ms where caches remember nothing")
+    for n, arrays, halves, phase in ((229_000_000, 4, 1, "forward"), (114_500_000, 7, 2, "forward + backward")):
+        gib = (arrays * 2 * 64 * n + 8 * n + halves * (4 * 32 + 8) * n) / 2**30  # numbers, lse and Δ, edges
+        floor = gathered(32 * n, 1, 64, phase).floor()
+        text = f"uniform random, {n:,} nodes, {32 * n:,} edges, one head, D = 64, {phase}"
+        yield Line(text, "fits in 139 GiB", floor, f"{gib:.0f} GiB, {floor / 0.7:.0f} ms")
     banded, n = Window(512, 0) | Prefix(16), 262_144
     parts = tiled(pairs_of(banded, n), n, 8, 64, "forward"), gathered(16 * n, 8, 64, "forward")
     expected = parts[0].expected() + parts[1].expected() / 0.7

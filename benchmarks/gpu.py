@@ -298,8 +298,8 @@ def peak(run: Callable) -> float:
 
 
 def rows(rate) -> Iterator[Figure]:
-    """Irregular graphs: uniform beside the gather floor and PyG; power laws of published sizes; a mixed plan."""
-    for part in (uniform, power_laws, merged):
+    """Irregular graphs: uniform beside the gather floor and PyG; power laws of published sizes; a mixed plan; size."""
+    for part in (uniform, power_laws, merged, largest):
         torch.cuda.empty_cache()
         yield from part(rate)
 
@@ -356,6 +356,39 @@ def merged(rate) -> Iterator[Figure]:
     for name in ("tiles", "rows"):
         text = f"{graph}, N = 262,144, forward: the merged plan, times as fast as {name} alone"
         yield compared(text, 1.0, runs["auto"], runs[name], math.nan)
+
+
+def largest(rate) -> Iterator[Figure]:
+    """How many nodes fit whose edges are stored one by one: one head, one operator, some rows checked."""
+    graph = Random(32)
+    for name, most in (("forward", 229_000_000), ("forward + backward", 114_500_000)):
+        reached: float | str = "nothing fits"
+        for share in (1.0, 0.98, 0.96, 0.9, 0.8):
+            n = int(share * most)
+            torch.cuda.empty_cache()
+            try:
+                made = plan(graph, n, n, device="cuda", backend="rows")
+                by_query = made.parts[0].layout.by_query
+                if name != "forward":
+                    _ = made.parts[0].layout.by_key  # sorted while there is room
+                torch.cuda.empty_cache()
+                q, k, v = (torch.randn(1, 1, n, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+                sides = [side.requires_grad_(name != "forward") for side in (q, k, v)]
+                out = attend(*sides, made)
+                if name != "forward":
+                    grads = torch.autograd.grad(out, sides, out.detach())
+                    assert all(bool(grad[:, :, -1000:].isfinite().all()) for grad in grads)
+                for i in (0, n // 3, n - 1):
+                    few = by_query.neighbor[by_query.start[i] : by_query.start[i + 1]].long()
+                    right = attend(q[:, :, i : i + 1], k[:, :, few], v[:, :, few], Full(), backend="dense")
+                    assert float((out[:, :, i : i + 1] - right).abs().max()) < 0.03
+                reached = float(n)
+                break
+            except (RuntimeError, MemoryError, AssertionError) as error:
+                print(f"   {n:,} nodes: {type(error).__name__}: {str(error)[:120]}")
+            finally:
+                made = by_query = out = grads = sides = q = k = v = None
+        yield Figure(f"{graph}, D = 64, one head, edges stored one by one: nodes, {name}", most, reached)
 
 
 def training(rate) -> Iterator[Figure]:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from interpreter import round_as_hardware
 
-from attngraph import EdgeBias, attend, from_dense, rows
+from attngraph import Causal, EdgeBias, Random, Window, attend, from_dense, rows
 from attngraph.rows import Rows
 
 pytest.importorskip("numba")
@@ -178,8 +178,9 @@ def test_the_layout_rebuilds_the_mask_and_every_edge_has_one_unit(n, m, seed):
     assert torch.equal(layout.mask(), mask)
     assert torch.equal(layout_of(mask.T.contiguous()).by_query.neighbor, layout.by_key.neighbor)
     query, key = mask.nonzero().unbind(1)
-    assert torch.equal(query[layout.by_key.edge.long()], layout.by_key.neighbor.long())
-    assert torch.equal(key[layout.by_key.edge.long()], key.sort(stable=True)[0])
+    edge = layout.numbered.edge.long()
+    assert torch.equal(query[edge], layout.by_key.neighbor.long())
+    assert torch.equal(key[edge], key.sort(stable=True)[0])
     for half in (layout.by_query, layout.by_key):
         taken, nodes = torch.zeros(len(half.neighbor)), torch.zeros(len(half.start) - 1)
         for number, (first, after, begin, end) in enumerate(half.units.tolist()):
@@ -201,9 +202,25 @@ def test_a_symmetric_graph_is_stored_once():
     one, both = layout_of(mask), layout_of(mask | mask.T)
     assert both.by_key.neighbor is both.by_query.neighbor
     assert one.by_key.neighbor is not one.by_query.neighbor
-    edge = both.by_key.edge.long()
-    assert torch.equal(edge[edge], torch.arange(len(edge)))  # the edge the other way round
-    assert both.nbytes == sum(part.nbytes for part in (*both.by_query[:-1], both.by_key.edge))
+    edge = both.numbered.edge
+    assert torch.equal(edge[edge.long()], torch.arange(len(edge)).int())  # the edge the other way round
+    assert both.nbytes == sum(part.nbytes for part in (*both.by_query[:-1], edge))
+
+
+LISTS = [Random(5), Random(9).sized(90, 70), Window(4, 3), from_dense(some_mask(80, 80)), Random(2) | Causal()]
+
+
+@pytest.mark.parametrize("graph", LISTS, ids=str)
+def test_edges_listed_in_steps_are_the_same(graph, monkeypatch):
+    """As they are where so many edges at once would need too much memory."""
+    bound, n, m = graph.at(*(size or 80 for size in graph.size))
+    whole = Rows.of(*bound.list_edges(n, m), n, m)
+    halves = [(half, getattr(whole, half)) for half in ("by_query", "by_key", "numbered")]
+    monkeypatch.setattr(rows, "AT_ONCE", 50)
+    steps = Rows.listed(bound, n, m)
+    for name, half in halves:
+        found = getattr(steps, name)
+        assert all(torch.equal(one, other) for one, other in zip(found[:-1], half[:-1], strict=True))
 
 
 def test_a_bias_of_minus_infinity_silences_an_edge():

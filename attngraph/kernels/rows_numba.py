@@ -362,7 +362,10 @@ def _of_keys(bias: tuple[str, Tensor]) -> bool:
 def _half(vectors, sides, layout, bias, scale, *, by_key=False, d_values=None, d_keys=False, alone=False):
     """The gradients of one side's nodes: (dq, -, -), or (dk, dv, and ds summed over the queries where d_keys)."""
     (own, own_value, _, _), (q, _, v, _, lse, delta) = vectors, sides
-    half, (B, _, H, D) = layout.by_key if by_key else layout.by_query, q.shape
+    half = layout.by_query
+    if by_key:
+        half = layout.numbered if bias and bias[0] == "edge" else layout.by_key
+    B, _, H, D = q.shape
     kind, values, strides = _terms(bias, q)
     totals = [zeros(*own.shape, like=own)]
     totals.append(zeros(*own_value.shape, like=own) if by_key else q.new_empty(0, 0, 0, 0))

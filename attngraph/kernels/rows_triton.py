@@ -345,7 +345,8 @@ class _Call:
         return dq
 
     def of_keys(self, past: tuple, dk: Tensor, dv: Tensor, room: Tensor | None) -> tuple[Tensor, Tensor]:
-        half, heads = self.layout.by_key, self.key_heads
+        half = self.layout.numbered if self.kind == EDGE.value else self.layout.by_key
+        heads = self.key_heads
         some = [self._room(half.num_pieces, side.shape[3], heads) for side in (dk, dv)]
         some_bias = self._room(half.num_pieces, 1)
         self._run(

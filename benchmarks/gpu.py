@@ -46,6 +46,7 @@ from attngraph.nn import TransformerConfig
 from benchmarks import floors
 from benchmarks.measure import RESULTS, machine, quartiles, spread
 from benchmarks.peers import (
+    WORKLOADS,
     and_masks,
     causal,
     documents,
@@ -391,6 +392,30 @@ def largest(rate) -> Iterator[Figure]:
         yield Figure(f"{graph}, D = 64, one head, edges stored one by one: nodes, {name}", most, reached)
 
 
+def grid(rate) -> Iterator[Figure]:
+    """On every graph of benchmarks/attention.py, auto beside each backend that can be named."""
+    over_best: dict[str, float] = {}
+    for workload in WORKLOADS:
+        for nodes in (8192, 65_536):
+            graph = workload.graph(nodes)
+            n = graph.size[0] or nodes
+            sides = sides_of(n, 8, workload.dim)
+            names = ("auto", "tiles", "rows", *(["dense"] if n <= 8192 else []))
+            plans = {
+                name: plan(graph, n, n, heads=8, head_dim=workload.dim, device="cuda", backend=name) for name in names
+            }
+            for phase_name, phase in (("forward", forward), ("forward + backward", both)):
+                runs = {
+                    name: phase(lambda q, k, v, made=made: attend(q, k, v, made), sides) for name, made in plans.items()
+                }
+                times = {name: quartiles(each)[1] for name, each in timed(runs, 7).items()}
+                best = min(times[name] for name in names[1:])
+                over_best[f"{workload.name}, N = {n:,}, {phase_name}"] = times["auto"] / best
+    worst = max(over_best, key=over_best.__getitem__)
+    text = f"every graph of the benchmark, N = 8,192 and 65,536: auto over the best named backend, at worst ({worst})"
+    yield Figure(text, 1.25, over_best[worst], True)
+
+
 def training(rate) -> Iterator[Figure]:
     """Steps of GPT-2's size: causal beside SDPA at block 1024, sparse beside FlexAttention at block 32,768."""
     config = TransformerConfig(embed_dim=768, num_layers=12, num_heads=12, activation="gelu_tanh", max_length=32_768)
@@ -440,6 +465,7 @@ SECTIONS = {
     "window": window,
     "patterns": patterns,
     "rows": rows,
+    "grid": grid,
     "tokens": tokens,
     "training": training,
 }

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from attngraph.graph import Graph
+from attngraph.nn.embedding import TokenEmbedding
 from attngraph.nn.transformer import Transformer, TransformerConfig
 from attngraph.patterns import Causal
 
@@ -37,7 +38,7 @@ class GPT(nn.Module):
     ):
         super().__init__()
         self.config, self.vocab_size, self.tied = config, vocab_size, tied
-        self.embedding = nn.Embedding(vocab_size, config.embed_dim)
+        self.embedding = TokenEmbedding(vocab_size, config.embed_dim)
         self.transformer = Transformer(config, graph)
         self.head = nn.Linear(config.embed_dim, vocab_size, bias=False)
         nn.init.normal_(self.embedding.weight, std=0.02)
@@ -48,6 +49,8 @@ class GPT(nn.Module):
         if tied:
             self.head.weight = self.embedding.weight
 
-    def forward(self, tokens: Tensor, graph: Graph | Sequence[Graph] | None = None) -> Tensor:
-        """tokens int64 (B, N) → logits (B, N, vocab_size)."""
-        return self.head(self.transformer(self.embedding(tokens), graph))
+    def forward(
+        self, tokens: Tensor, graph: Graph | Sequence[Graph] | None = None, *, keep: Tensor | None = None
+    ) -> Tensor:
+        """tokens int64 (B, N) → logits (B, N, vocab_size). `keep`, bool (B, N), is False for padding."""
+        return self.head(self.transformer(self.embedding(tokens), graph, keep=keep))

@@ -1,6 +1,7 @@
 """Modules: communicate (`Attention`), compute (`FeedForward`), and both in turn (`Transformer`)."""
 
 from attngraph.nn.attention import Attention
+from attngraph.nn.embedding import AudioEmbedding, PatchEmbedding, TokenEmbedding
 from attngraph.nn.feedforward import FeedForward
 from attngraph.nn.positions import (
     AlibiPositions,
@@ -15,12 +16,15 @@ from attngraph.nn.transformer import Block, Transformer, TransformerConfig
 __all__ = [
     "AlibiPositions",
     "Attention",
+    "AudioEmbedding",
     "Block",
     "FeedForward",
     "LearnedPositions",
+    "PatchEmbedding",
     "RelativePositions",
     "Rotary",
     "SinusoidalPositions",
+    "TokenEmbedding",
     "Transformer",
     "TransformerConfig",
     "rotate",

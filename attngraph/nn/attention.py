@@ -76,7 +76,8 @@ class Attention(nn.Module):
     ) -> Tensor:
         """x (B, N, embed_dim), memory (B, M, memory_dim) or None → (B, N, embed_dim).
 
-        `bias` is as in `attend`; `rotary` is a pair (cos, sin), each (N, head_dim), as `Rotary` gives it.
+        `bias` is as in `attend`; `rotary` is a pair (cos, sin), each (N, head_dim), as `Rotary` gives it; of more nodes
+        than x, the queries are the last ones.
         """
         q, k, v = self.project(x, x if memory is None else memory, rotary)
         out = attend(q, k, v, graph, bias=bias, scale=self.scale, dropout_p=self.dropout if self.training else 0.0)
@@ -92,7 +93,7 @@ class Attention(nn.Module):
         if self.query_norm is not None:  # in the gains' precision, also under autocast
             q, k = (norm(side.to(norm.weight.dtype)) for norm, side in ((self.query_norm, q), (self.key_norm, k)))
         if rotary is not None:
-            q, k = rotate(q, *rotary), rotate(k, *rotary)
+            q, k = rotate(q, *(part[..., -q.shape[-2] :, :] for part in rotary)), rotate(k, *rotary)
         return q.to(v.dtype), k.to(v.dtype), v
 
     def extra_repr(self) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from attngraph.bias import Alibi, RelativeBias
+from attngraph.nn.rope import Rope
 
 
 class LearnedPositions(nn.Module):
@@ -46,23 +46,27 @@ class SinusoidalPositions(nn.Module):
 class Rotary(nn.Module):
     """Queries and keys turned by angles that grow with the position (RoPE, Su et al. 2021): q_i·k_j depends on i - j.
 
-    The two halves of a head form the pairs that are turned ("rotate half", as Llama does). `scaling` is None or Llama
-    3's: {"rope_type": "llama3", factor, low_freq_factor, high_freq_factor, original_max_position_embeddings}.
+    The two halves of a head form the pairs that are turned ("rotate half", as Llama does). `scaling` is None, or a
+    mapping as checkpoints have it, by which longer texts are read than were trained on: {"rope_type": kind, …} of kind
+    "linear" (factor), "dynamic" (factor, original_max_position_embeddings), "yarn", "longrope" or "llama3".
     """
 
     def __init__(self, head_dim: int, base: float = 10000.0, scaling: Mapping[str, Any] | None = None):
         super().__init__()
         if head_dim % 2:
             raise ValueError(f"rotary positions need an even head_dim (got {head_dim})")
-        frequencies = base ** (-torch.arange(0, head_dim, 2) / head_dim)
-        self.register_buffer("frequencies", _scaled(frequencies, scaling), persistent=False)
+        self.rope = Rope(head_dim, base, scaling)
+        self.register_buffer("frequencies", self.rope.frequencies(), persistent=False)
 
     def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """positions (N,) or (B, N) → cos, sin: (N, head_dim) or (B, 1, N, head_dim), as `rotate` takes them."""
-        angles = positions[..., None] * self.frequencies
+        frequencies = self.frequencies
+        if self.rope.kind in Rope.BY_LENGTH and positions.numel():
+            frequencies = self.rope.frequencies(int(positions.max()) + 1).to(frequencies)
+        angles = positions[..., None] * frequencies
         if positions.ndim == 2:
             angles = angles[:, None]  # the same for every head
-        cos, sin = angles.cos(), angles.sin()
+        cos, sin = angles.cos() * self.rope.amplitude, angles.sin() * self.rope.amplitude
         return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
 
@@ -74,19 +78,6 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
             f"(got {cos.shape[-1]} and {sin.shape[-1]})"
         )
     return torch.addcmul(x * cos.to(x.dtype), x.roll(x.shape[-1] // 2, dims=-1), sin.to(x.dtype))
-
-
-def _scaled(frequencies: Tensor, scaling: Mapping[str, Any] | None) -> Tensor:
-    """Llama 3's stretching of the long wavelengths, smooth between two bounds."""
-    kind = (scaling or {}).get("rope_type", "default")
-    if kind == "default":
-        return frequencies
-    if kind != "llama3":
-        raise ValueError(f"rotary scaling must be None or of rope_type 'default' or 'llama3' (got {kind!r})")
-    low, high, factor = scaling["low_freq_factor"], scaling["high_freq_factor"], scaling["factor"]
-    turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)  # over the original context
-    smooth = ((turns - low) / (high - low)).clamp(0, 1)
-    return frequencies * ((1 - smooth) / factor + smooth)
 
 
 class AlibiPositions(nn.Module):

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout
 
+from attngraph.assembly import Beside
+from attngraph.bias import Bias
 from attngraph.graph import Graph, require_ints
 from attngraph.nn.attention import Attention
 from attngraph.nn.feedforward import ACTIVATIONS, FeedForward
@@ -51,8 +53,8 @@ class TransformerConfig:
     bias: tuple[str, ...] = ("q", "k", "v", "o", "ff", "norm")
     """What has a bias: the projections of attention, the feed-forward layer, the layer norms."""
     qk_norm: bool = False
-    scale: float | None = None
-    """Factor of the scores; by default 1/√head_dim."""
+    scale: float | tuple[float, ...] | None = None
+    """Factor of the scores, of all layers or of each; by default 1/√head_dim."""
     position: Literal["none", "learned", "sinusoidal", "rotary", "alibi", "relative"] = "learned"
     max_length: int | None = None
     """Number of learned positions."""
@@ -62,7 +64,8 @@ class TransformerConfig:
     relative_max_distance: int | None = 128
     relative_bidirectional: bool = True
     cross: bool = False
-    """A phase in which the nodes hear a memory, between hearing each other and computing."""
+    """A phase in which the nodes hear a memory, between hearing each other and computing. Without it, a memory is heard
+    beside the nodes themselves, in one phase."""
     dropout: float = 0.0
     """Of weights, hidden features and what each phase adds."""
     init: Literal["gpt2", "zero"] = "gpt2"
@@ -91,6 +94,12 @@ class TransformerConfig:
         for name in ("num_kv_heads", "head_dim", "hidden_dim", "max_length"):
             if getattr(self, name) is not None:
                 require_ints(1, **{name: getattr(self, name)})
+        if isinstance(self.scale, (tuple, list)):
+            if len(self.scale) != self.num_layers:
+                raise ValueError(
+                    f"scale must be one number, or one for each of {self.num_layers} layers (got {len(self.scale)})"
+                )
+            object.__setattr__(self, "scale", tuple(self.scale))
         if self.head_dim is None:
             if self.embed_dim % self.num_heads:
                 given = f"{self.embed_dim} and {self.num_heads}"
@@ -112,13 +121,13 @@ POSITIONS = {
 class Block(nn.Module):
     """One layer: communicate (and with `cross`, hear the memory), then compute."""
 
-    def __init__(self, config: TransformerConfig):
+    def __init__(self, config: TransformerConfig, layer: int = 0):
         super().__init__()
         self.config = config
-        self.attention = _attention(config)
+        self.attention = _attention(config, layer)
         self.attention_norm = _norm(config)
         if config.cross:
-            self.cross = _attention(config)
+            self.cross = _attention(config, layer)
             self.cross_norm = _norm(config)
         self.feedforward = FeedForward(
             config.embed_dim,
@@ -130,11 +139,19 @@ class Block(nn.Module):
         )
         self.feedforward_norm = _norm(config)
 
-    def forward(self, x: Tensor, graph: Graph, bias, rotary, memory: Tensor | None, memory_graph: Graph) -> Tensor:
+    def forward(
+        self, x: Tensor, graph: Graph, bias, rotary, memory: Tensor | None, memory_graph: Graph, memory_bias
+    ) -> Tensor:
         """(B, N, embed_dim) → (B, N, embed_dim)."""
-        x = self._add(x, self.attention_norm, lambda h: self.attention(h, graph, bias=bias, rotary=rotary))
+        beside = None if self.config.cross else memory
+
+        def communicate(h: Tensor) -> Tensor:
+            heard = None if beside is None else torch.cat([beside, h], dim=-2)
+            return self.attention(h, graph, heard, bias=bias, rotary=rotary)
+
+        x = self._add(x, self.attention_norm, communicate)
         if self.config.cross:
-            x = self._add(x, self.cross_norm, lambda h: self.cross(h, memory_graph, memory))
+            x = self._add(x, self.cross_norm, lambda h: self.cross(h, memory_graph, memory, bias=memory_bias))
         return self._add(x, self.feedforward_norm, self.feedforward)
 
     def _add(self, x: Tensor, norm: nn.Module, phase) -> Tensor:
@@ -161,10 +178,10 @@ class Transformer(nn.Module):
     def __init__(self, config: TransformerConfig, graph: Graph | Sequence[Graph]):
         super().__init__()
         self.config = config
-        self.graphs = self._per_layer(graph)
+        self.graphs = graph
         self.position = POSITIONS[config.position](config) if config.position != "none" else None
         self.embed_norm = _norm(config) if config.embed_norm else None
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
         self.final_norm = _norm(config) if config.final_norm else None
         self._initialize()
 
@@ -174,30 +191,37 @@ class Transformer(nn.Module):
         graph: Graph | Sequence[Graph] | None = None,
         *,
         positions: Tensor | None = None,
+        keep: Tensor | None = None,
         memory: Tensor | None = None,
         memory_graph: Graph | None = None,
+        memory_keep: Tensor | None = None,
     ) -> Tensor:
         """x (B, N, embed_dim) → (B, N, embed_dim).
 
         Args:
             graph: this time on another graph than the model's own, as for a batch of packed documents.
             positions: int64 (N,) or (B, N); by default 0 … N-1. For learned, sinusoidal and rotary positions.
-            memory: (B, M, embed_dim), heard in the cross phase.
+            keep: bool (B, N), False for padding, which nobody hears. Nodes keep their positions.
+            memory: (B, M, embed_dim), heard in the cross phase; or, of a config without one, beside the nodes, as
+                `Beside(memory_graph, graph)`: rotary positions then go on from those of the memory.
             memory_graph: who hears which node of the memory, by default all.
+            memory_keep: bool (B, M), False for padding in the memory.
         """
-        if (memory is not None) != self.config.cross:
-            raise ValueError(f"a memory is needed exactly where config.cross (got cross={self.config.cross})")
-        if memory_graph is not None and not self.config.cross:
-            raise ValueError("a memory_graph is of use only with config.cross")
+        if memory is None and self.config.cross:
+            raise ValueError("a model with config.cross needs a memory")
+        if memory is None and not (memory_graph is None and memory_keep is None):
+            raise ValueError("memory_graph and memory_keep are of use only with a memory")
         if positions is not None and self.config.position in ("none", "alibi", "relative"):
             raise ValueError(f"positions can't be given: position={self.config.position!r} goes by the nodes' numbers")
         graphs = self.graphs if graph is None else self._per_layer(graph)
+        length, before = x.shape[-2], 0 if memory is None else memory.shape[-2]
+        keep, memory_keep = _nodes_kept("keep", keep, x), _nodes_kept("memory_keep", memory_keep, memory)
         if positions is None:
-            positions = torch.arange(x.shape[-2], device=x.device)
+            positions = torch.arange(length, device=x.device)
         bias = rotary = None
         match self.config.position:
             case "learned" | "sinusoidal":
-                x = x + self.position(self._in_range(positions, x.shape[-2])).to(x.dtype)
+                x = x + self.position(self._in_range(positions, length)).to(x.dtype)
             case "rotary":
                 rotary = self.position(positions)
             case "alibi" | "relative":
@@ -205,9 +229,28 @@ class Transformer(nn.Module):
         if self.embed_norm is not None:
             x = self.embed_norm(x)
         heard = Full() if memory_graph is None else memory_graph
+        memory_bias = _silent(None, memory_keep, x.dtype, length)
+        if before and not self.config.cross:
+            if bias is not None:
+                raise ValueError(f"a memory beside the nodes has no place in position={self.config.position!r}")
+            if rotary is not None:
+                earlier = torch.arange(-before, 0, device=x.device).expand(*positions.shape[:-1], before)
+                rotary = self.position(torch.cat([earlier, positions], dim=-1))
+            graphs = tuple(Beside(heard.sized(None, before), each) for each in graphs)
+            keep = _both_kept(memory_keep, memory, keep, x)
+        bias = _silent(bias, keep, x.dtype, length)
         for layer, of_layer in zip(self.layers, graphs, strict=True):
-            x = layer(x, of_layer, bias, rotary, memory, heard)
+            x = layer(x, of_layer, bias, rotary, memory, heard, memory_bias)
         return x if self.final_norm is None else self.final_norm(x)
+
+    @property
+    def graphs(self) -> tuple[Graph, ...]:
+        """Who hears whom, for each layer; set it to one graph for all layers, or to one for each."""
+        return self._graphs
+
+    @graphs.setter
+    def graphs(self, graph: Graph | Sequence[Graph]) -> None:
+        self._graphs = self._per_layer(graph)
 
     def _per_layer(self, graph: Graph | Sequence[Graph]) -> tuple[Graph, ...]:
         """One graph for each layer."""
@@ -243,7 +286,36 @@ class Transformer(nn.Module):
                     nn.init.zeros_(linear.weight)
 
 
-def _attention(config: TransformerConfig) -> Attention:
+def _nodes_kept(name: str, keep: Tensor | None, x: Tensor | None) -> Tensor | None:
+    if keep is not None and (keep.dtype != torch.bool or keep.shape != x.shape[:-1]):
+        raise ValueError(
+            f"{name} must be a bool tensor of shape {tuple(x.shape[:-1])}, True for real nodes "
+            f"(got {keep.dtype} of shape {tuple(keep.shape)})"
+        )
+    return keep
+
+
+def _both_kept(memory_keep: Tensor | None, memory: Tensor, keep: Tensor | None, x: Tensor) -> Tensor | None:
+    """Of memory and nodes side by side."""
+    if memory_keep is None and keep is None:
+        return None
+    sides = ((memory_keep, memory), (keep, x))
+    every = [part.new_ones(part.shape[:-1], dtype=torch.bool) if kept is None else kept for kept, part in sides]
+    return torch.cat(every, dim=-1)
+
+
+def _silent(bias: Bias | None, keep: Tensor | None, dtype: torch.dtype, queries: int) -> Bias | Tensor | None:
+    """The bias, and -inf for the keys that are not kept."""
+    if keep is None:
+        return bias
+    silent = torch.zeros_like(keep, dtype=dtype).masked_fill(~keep, -torch.inf)[..., None, None, :]
+    if bias is None:
+        return silent
+    query, key = (torch.arange(size, device=keep.device) for size in (queries, keep.shape[-1]))
+    return bias.at(query[:, None], key[None]).to(dtype) + silent
+
+
+def _attention(config: TransformerConfig, layer: int) -> Attention:
     return Attention(
         config.embed_dim,
         config.num_heads,
@@ -251,7 +323,7 @@ def _attention(config: TransformerConfig) -> Attention:
         head_dim=config.head_dim,
         bias=config.bias,
         qk_norm=config.qk_norm,
-        scale=config.scale,
+        scale=config.scale[layer] if isinstance(config.scale, tuple) else config.scale,
         dropout=config.dropout,
     )
 

@@ -1,0 +1,261 @@
+"""From a directory with config.json and safetensors to a model, and back. What families there are: `families`."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from attngraph.grammar import parse_list
+from attngraph.hf.families import FAMILIES, TRANSPOSED, Family, Form, Settings
+from attngraph.nn.transformer import POSITIONS, Transformer
+
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+SAME_NAMES = (  # in older files, or in others of the same model
+    ("LayerNorm.gamma", "LayerNorm.weight"),
+    ("LayerNorm.beta", "LayerNorm.bias"),
+    ("cls.predictions.decoder.bias", "cls.predictions.bias"),
+)
+
+
+def load(path: str | os.PathLike, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> nn.Module:
+    """A pretrained model from a local directory: GPT-2, BERT, ViT, T5, Whisper, Llama, Qwen2, Decision Transformer.
+
+    It is an ordinary module of `attngraph.models`, in eval mode, whose graph may be changed:
+
+        model = load("gpt2")
+        logits = model(tokens)
+        model.transformer.graphs = Causal() & (Window(256, 0) | Prefix(4))
+
+    On a CPU, and without a `dtype`, the weights stay in the file until they are needed, and the file must stay as it is
+    while the model lives (`save` to the same directory puts a new one in its place). Nothing is downloaded, and
+    `transformers` is not needed.
+
+    Args:
+        path: a directory with config.json and model.safetensors, or its shards and model.safetensors.index.json.
+        dtype: convert to it; by default as in the file.
+        device: where to.
+
+    Raises:
+        FileNotFoundError: no such files.
+        ValueError: a model, a setting or a tensor that is not known, or missing, by name.
+    """
+    folder = Path(path)
+    given = _config(folder)
+    family = FAMILIES.get(given.get("model_type"))
+    if family is None:
+        known = ", ".join(FAMILIES)
+        raise ValueError(f"{folder / CONFIG}: model_type must be one of {known} (got {given.get('model_type')!r})")
+    for architecture in given.get("architectures") or ():
+        if architecture not in family.architectures:
+            known = ", ".join(family.architectures)
+            raise ValueError(f"{folder / CONFIG}: the architecture must be {known} (got {architecture})")
+    settings = Settings(given)
+    with ExitStack() as stack:
+        try:
+            found = _Tensors(folder, family, stack)
+            tied = found.tied(family.ties(settings))
+            with torch.device("meta"), _NothingDrawn():
+                model = family.build(settings, tied)
+            if unknown := settings.unknown():
+                raise ValueError(f"unknown settings: {', '.join(unknown)}")
+            places = _fill(model, family, found, dtype, torch.device(device))
+            _rewire(model, given.get("attngraph", {}))
+        except ValueError as error:
+            raise ValueError(f"{folder}: {error}") from None
+    model.pretrained = dict(given), places
+    return model.eval()
+
+
+def save(model: nn.Module, path: str | os.PathLike) -> None:
+    """Write a model that `load` made to a directory, as config.json and model.safetensors, which `load` reads again.
+
+    `transformers` reads them too, but knows nothing of a graph that was changed: that stands under "attngraph".
+
+    Raises ValueError for a model that `load` did not make, or whose graphs can't be written down.
+    """
+    from safetensors.torch import save_file
+
+    given, places = getattr(model, "pretrained", (None, None))
+    if given is None:
+        raise ValueError("save takes a model that attngraph.hf.load made, whose names and settings are known")
+    graphs = {name: ", ".join(map(repr, part.graphs)) for name, part in _transformers(model)}
+    for text in graphs.values():
+        parse_list(text)  # a graph that can't be read again is an error now
+    parts: dict[str, list[Tensor]] = {}
+    for name, parameter in model.named_parameters():
+        parts.setdefault(places[name].file, []).append(places[name].form.write(parameter.detach()))
+    fused = {place.file: place for place in places.values()}
+    tensors = {
+        file: torch.cat(some, dim=-1 if fused[file].form is TRANSPOSED else 0).contiguous().cpu()
+        for file, some in parts.items()
+    }
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    config = json.dumps({**given, "attngraph": graphs}, indent=2) + "\n"
+    _replace(folder / WEIGHTS, lambda new: save_file(tensors, new, metadata={"format": "pt"}))
+    _replace(folder / CONFIG, lambda new: new.write_text(config, encoding="utf-8"))
+
+
+# ------------------------------------------------------------------------------------------------------------ files
+
+
+def _config(folder: Path) -> dict:
+    if not folder.is_dir():
+        raise FileNotFoundError(f"load takes a local directory with {CONFIG} and {WEIGHTS} (got {folder}); download it")
+    path = folder / CONFIG
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist: load takes a directory with {CONFIG} and {WEIGHTS}")
+    try:
+        given = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} must be JSON ({error})") from None
+    if not isinstance(given, dict):
+        raise ValueError(f"{path} must hold the settings of a model by name (got a {type(given).__name__})")
+    return given
+
+
+class _Tensors:
+    """The tensors of a checkpoint, by the family's own names for them."""
+
+    def __init__(self, folder: Path, family: Family, stack: ExitStack):
+        from safetensors import SafetensorError, safe_open
+
+        self.family = family
+        index, whole = folder / f"{WEIGHTS}.index.json", folder / WEIGHTS
+        if whole.exists():
+            files = [WEIGHTS]
+        elif index.exists():
+            files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        else:
+            other = ", ".join(sorted(each.name for each in folder.glob("*.bin")))
+            hint = f"; {other} is of another format, which transformers' save_pretrained converts" if other else ""
+            raise FileNotFoundError(f"{folder} has no {WEIGHTS} and no {index.name}{hint}")
+        self.where: dict[str, tuple] = {}
+        for file in files:
+            if not (folder / file).exists():
+                raise FileNotFoundError(f"{folder / file} does not exist, and {index.name} names it")
+            try:
+                opened = stack.enter_context(safe_open(folder / file, framework="pt"))
+            except (SafetensorError, OSError) as error:
+                raise ValueError(f"{file} can't be read: {error}") from None
+            for name in opened.keys():  # noqa: SIM118  it is no dict
+                self.where[self._plain(name)] = (opened, name)
+
+    def _plain(self, name: str) -> str:
+        """Without prefix, and the name that others stand for."""
+        for old, new in SAME_NAMES:
+            name = name.replace(old, new)
+        return name.removeprefix(self.family.prefix)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.where
+
+    def __getitem__(self, name: str) -> Tensor:
+        opened, full = self.where[name]
+        return opened.get_tensor(full)
+
+    def tied(self, wanted: bool) -> bool:
+        """Whether the head is the embedding: where the settings say so, and no other head is there."""
+        head, embedding = self.family.head
+        if not wanted or head not in self or embedding not in self:
+            return wanted
+        return torch.equal(self[head], self[embedding])
+
+
+def _replace(path: Path, write) -> None:
+    """The whole file or nothing."""
+    new = path.with_name(path.name + ".new")
+    write(new)
+    os.replace(new, path)
+
+
+# ---------------------------------------------------------------------------------------------------------- tensors
+
+
+class _NothingDrawn(TorchFunctionMode):
+    """Parameters are not initialised: for tensors without memory, PyTorch would first import its compiler."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        return args[0] if function in (Tensor.normal_, Tensor.uniform_) else function(*args, **(kwargs or {}))
+
+
+class Place(NamedTuple):
+    """Where a parameter is in a checkpoint."""
+
+    file: str  # the name of its tensor there
+    together: tuple[str, ...]  # the parameters that have it in common, in their order
+    form: Form
+
+
+def _places(family: Family, name: str) -> Iterator[Place]:
+    """Where a parameter may be: under one name, or under those of older and newer models of the family."""
+    layer = re.search(r"\.(\d+)\.", name)
+    number = layer.groups() if layer else ()
+    plain = f"{name[: layer.start()]}.{{}}.{name[layer.end() :]}" if layer else name
+    for rule in family.names:
+        modules = (rule.here,) if isinstance(rule.here, str) else rule.here
+        for module in modules:
+            if plain == module or plain.rpartition(".")[0] == module:
+                leaf = plain.removeprefix(module)
+                yield Place(
+                    (rule.file + leaf).format(*number),
+                    tuple((each + leaf).format(*number) for each in modules),
+                    rule.form,
+                )
+
+
+def _fill(model: nn.Module, family: Family, found: _Tensors, dtype, device: torch.device) -> dict[str, Place]:
+    """Give every parameter of a model that has none yet its tensor, and say where it was."""
+    named = dict(model.named_parameters())
+    places: dict[str, Place] = {}
+    for name in named:
+        candidates = list(_places(family, name))
+        places[name] = next((each for each in candidates if each.file in found), candidates[0])
+    missing = sorted({found.family.full(place.file) for place in places.values() if place.file not in found})
+    if missing:
+        raise ValueError(f"missing tensors: {', '.join(missing)}")
+    read = {place.file for place in places.values()}
+    unread = [re.compile(each) for each in (*family.unread, *map(re.escape, family.head))]
+    left = [name for name in found.where if name not in read and not any(each.fullmatch(name) for each in unread)]
+    if left:
+        raise ValueError(f"left-over tensors: {', '.join(sorted(found.where[name][1] for name in left))}")
+    filled = {}
+    for name, parameter in named.items():
+        tensor, (file, together, form) = found[places[name].file], places[name]
+        whole, rows = form.read(tensor), [named[each].shape[0] for each in together]
+        wanted = (sum(rows), *parameter.shape[1:])
+        if whole.shape != wanted:
+            stored = tuple(form.write(parameter.new_empty(wanted)).shape)
+            raise ValueError(
+                f"{family.full(file)} must have the shape {stored} by the settings (got {tuple(tensor.shape)})"
+            )
+        own = whole.split(rows)[together.index(name)]
+        filled[parameter] = nn.Parameter(own.to(device, dtype))
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                module._parameters[name] = filled[parameter]  # what was shared stays shared
+    for _, part in _transformers(model):
+        if part.position is not None and not list(part.position.parameters()):  # computed, not read
+            part.position = POSITIONS[part.config.position](part.config).to(device)
+    return {name: place._replace(file=family.full(place.file)) for name, place in places.items()}
+
+
+def _transformers(model: nn.Module) -> list[tuple[str, Transformer]]:
+    return [(name, part) for name, part in model.named_modules() if isinstance(part, Transformer)]
+
+
+def _rewire(model: nn.Module, graphs: Mapping[str, str]) -> None:
+    """The graphs that `save` wrote beside the settings."""
+    for name, part in _transformers(model):
+        if name in graphs:
+            part.graphs = parse_list(graphs[name])

@@ -1,0 +1,87 @@
+"""Encoder: embed → Transformer(Full()) → head. BERT hears both sides; nothing else distinguishes it from GPT."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from attngraph.graph import Graph
+from attngraph.nn.embedding import TokenEmbedding
+from attngraph.nn.feedforward import ACTIVATIONS
+from attngraph.nn.transformer import Transformer, TransformerConfig
+from attngraph.patterns import Full
+
+
+class TokenHead(nn.Module):
+    """BERT's head: every node for itself once more, then scores of all tokens by the vectors that embed them."""
+
+    def __init__(self, config: TransformerConfig, vocab_size: int):
+        super().__init__()
+        self.dense = nn.Linear(config.embed_dim, config.embed_dim)
+        self.activation = ACTIVATIONS[config.activation]
+        self.norm = nn.LayerNorm(config.embed_dim, config.norm_eps)
+        self.scores = nn.Linear(config.embed_dim, vocab_size)
+        nn.init.zeros_(self.scores.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., embed_dim) → (..., vocab_size)."""
+        return self.scores(self.norm(self.activation(self.dense(x))))
+
+
+class Encoder(nn.Module):
+    """A model of tokens that hear each other as the graph says, to predict those that were masked (Devlin et al. 2019).
+
+    Args:
+        config: the Transformer's switches.
+        vocab_size: number of tokens.
+        graph: who hears whom; one for all layers or one for each.
+        num_types: kinds of tokens, such as those of the first and of the second sentence; 0: none.
+        tied: the head scores tokens by the vectors that embed them.
+
+    >>> from attngraph.nn import TransformerConfig
+    >>> config = TransformerConfig(embed_dim=64, num_layers=2, num_heads=4, position="rotary")
+    >>> Encoder(config, vocab_size=65)(torch.randint(65, (2, 10))).shape
+    torch.Size([2, 10, 65])
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        vocab_size: int,
+        graph: Graph | Sequence[Graph] = Full(),  # noqa: B008  a graph is a value
+        *,
+        num_types: int = 0,
+        tied: bool = True,
+    ):
+        super().__init__()
+        self.config, self.vocab_size = config, vocab_size
+        self.embedding = TokenEmbedding(vocab_size, config.embed_dim)
+        self.types = TokenEmbedding(num_types, config.embed_dim) if num_types else None
+        self.transformer = Transformer(config, graph)
+        self.head = TokenHead(config, vocab_size)
+        for table in (self.embedding, self.types, self.head.scores):
+            if table is not None:
+                nn.init.normal_(table.weight, std=0.02)
+        if tied:
+            self.head.scores.weight = self.embedding.weight
+
+    def forward(
+        self,
+        tokens: Tensor,
+        graph: Graph | Sequence[Graph] | None = None,
+        *,
+        keep: Tensor | None = None,
+        types: Tensor | None = None,
+    ) -> Tensor:
+        """tokens int64 (B, N) → logits (B, N, vocab_size).
+
+        `keep`, bool (B, N), is False for padding; `types`, int64 (B, N), are the kinds of the tokens, by default 0.
+        """
+        x = self.embedding(tokens)
+        if self.types is not None:
+            x = x + self.types(torch.zeros_like(tokens) if types is None else types)
+        elif types is not None:
+            raise ValueError("types are of use only in a model with num_types")
+        return self.head(self.transformer(x, graph, keep=keep))

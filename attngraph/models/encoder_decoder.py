@@ -1,0 +1,92 @@
+"""Encoder–decoder: two Transformers, of which the second also hears what the first has made of the source."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from attngraph.graph import Graph
+from attngraph.nn.embedding import TokenEmbedding
+from attngraph.nn.transformer import Transformer, TransformerConfig
+from attngraph.patterns import Causal, Full
+
+
+class EncoderDecoder(nn.Module):
+    """From a source to a target, token by token (Vaswani et al. 2017; T5; Whisper).
+
+    Args:
+        encoder: the switches of the Transformer of the source.
+        decoder: those of the target's: with `cross`, it hears the memory in a phase of its own; without, the memory
+            beside the earlier targets, in one: `Beside(memory, self)`.
+        vocab_size: number of target tokens, and of source tokens where `source` is not given.
+        source: what makes vectors of the source; by default the embedding of the target's tokens, shared.
+        encoder_graph, decoder_graph: who hears whom in either.
+        memory_graph: who, in the decoder, hears which node of the memory; by default all.
+        tied: the head scores tokens by the vectors that embed them.
+        logit_scale: factor of the last vectors; T5's head, which is tied, takes 1/√embed_dim.
+
+    >>> from attngraph.nn import TransformerConfig
+    >>> encoder = TransformerConfig(embed_dim=64, num_layers=2, num_heads=4, position="sinusoidal")
+    >>> decoder = TransformerConfig(embed_dim=64, num_layers=2, num_heads=4, position="sinusoidal", cross=True)
+    >>> model = EncoderDecoder(encoder, decoder, vocab_size=65)
+    >>> model(torch.randint(65, (2, 12)), torch.randint(65, (2, 7))).shape
+    torch.Size([2, 7, 65])
+    """
+
+    def __init__(
+        self,
+        encoder: TransformerConfig,
+        decoder: TransformerConfig,
+        vocab_size: int,
+        *,
+        source: nn.Module | None = None,
+        encoder_graph: Graph | Sequence[Graph] = Full(),  # noqa: B008  a graph is a value
+        decoder_graph: Graph | Sequence[Graph] = Causal(),  # noqa: B008
+        memory_graph: Graph | None = None,
+        tied: bool = True,
+        logit_scale: float = 1.0,
+    ):
+        super().__init__()
+        if encoder.embed_dim != decoder.embed_dim:
+            given = f"{encoder.embed_dim} and {decoder.embed_dim}"
+            raise ValueError(f"encoder and decoder must have the same embed_dim (got {given})")
+        if encoder.cross:
+            raise ValueError("the encoder hears no memory: its config must have cross=False")
+        self.vocab_size, self.memory_graph, self.logit_scale = vocab_size, memory_graph, logit_scale
+        self.embedding = TokenEmbedding(vocab_size, decoder.embed_dim)
+        self.source = source
+        self.encoder = Transformer(encoder, encoder_graph)
+        self.decoder = Transformer(decoder, decoder_graph)
+        self.head = nn.Linear(decoder.embed_dim, vocab_size, bias=False)
+        for table in (self.embedding, self.head):
+            nn.init.normal_(table.weight, std=0.02)
+        if tied:
+            self.head.weight = self.embedding.weight
+
+    def forward(
+        self,
+        source: Tensor,
+        target: Tensor,
+        *,
+        keep: Tensor | None = None,
+        target_keep: Tensor | None = None,
+    ) -> Tensor:
+        """source int64 (B, M), or what the source's embedding takes; target int64 (B, N) → logits (B, N, vocab_size).
+
+        `keep`, bool (B, M), and `target_keep`, bool (B, N), are False for padding.
+        """
+        return self.decode(self.encode(source, keep=keep), target, keep=keep, target_keep=target_keep)
+
+    def encode(self, source: Tensor, *, keep: Tensor | None = None) -> Tensor:
+        """The memory: (B, M, embed_dim)."""
+        return self.encoder((self.source or self.embedding)(source), keep=keep)
+
+    def decode(
+        self, memory: Tensor, target: Tensor, *, keep: Tensor | None = None, target_keep: Tensor | None = None
+    ) -> Tensor:
+        """The logits of targets that hear this memory."""
+        x = self.decoder(
+            self.embedding(target), keep=target_keep, memory=memory, memory_graph=self.memory_graph, memory_keep=keep
+        )
+        return self.head(x * self.logit_scale)

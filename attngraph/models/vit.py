@@ -1,0 +1,88 @@
+"""ViT: patches → Transformer(Full()) → class. The graph may follow the image's own grid."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from attngraph.graph import Graph
+from attngraph.nn.embedding import PatchEmbedding
+from attngraph.nn.transformer import Transformer, TransformerConfig
+from attngraph.patterns import Full
+
+
+class ViT(nn.Module):
+    """An image as a graph of its patches (Dosovitskiy et al. 2021).
+
+    Args:
+        config: the Transformer's switches; the number of learned positions, max_length, is that of all nodes.
+        num_classes: how many logits.
+        image_size, patch_size: in pixels; one number for squares, or (height, width).
+        channels: numbers of a pixel.
+        graph: which patches hear which, row by row; one for all layers or one for each. With `pool="cls"` a node that
+            hears and is heard by all patches is put in front.
+        pool: what is classified: the CLS node, or the mean of the patches.
+
+    >>> from attngraph import Neighborhood
+    >>> from attngraph.nn import TransformerConfig
+    >>> config = TransformerConfig(embed_dim=64, num_layers=2, num_heads=4, max_length=17)
+    >>> model = ViT(config, num_classes=10, image_size=8, patch_size=2, channels=1, graph=Neighborhood((4, 4), 1))
+    >>> model(torch.randn(3, 1, 8, 8)).shape
+    torch.Size([3, 10])
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        num_classes: int,
+        *,
+        image_size: int | tuple[int, int],
+        patch_size: int | tuple[int, int],
+        channels: int = 3,
+        graph: Graph | Sequence[Graph] = Full(),  # noqa: B008  a graph is a value
+        pool: Literal["cls", "mean"] = "cls",
+    ):
+        super().__init__()
+        if pool not in ("cls", "mean"):
+            raise ValueError(f"pool must be cls or mean (got {pool!r})")
+        self.config, self.pool = config, pool
+        self.patches = PatchEmbedding(_pair(image_size), _pair(patch_size), channels, config.embed_dim)
+        self.cls = nn.Parameter(torch.randn(config.embed_dim) * 0.02) if pool == "cls" else None
+        graphs = [graph] if isinstance(graph, Graph) else list(graph)
+        around = [_with_cls(each, self.num_patches) if pool == "cls" else each for each in graphs]
+        self.transformer = Transformer(config, around[0] if isinstance(graph, Graph) else around)
+        self.head = nn.Linear(config.embed_dim, num_classes)
+
+    @property
+    def num_patches(self) -> int:
+        """How many nodes an image has, without CLS."""
+        return self.patches.grid[0] * self.patches.grid[1]
+
+    def forward(
+        self, images: Tensor, graph: Graph | Sequence[Graph] | None = None, *, keep: Tensor | None = None
+    ) -> Tensor:
+        """images (B, channels, height, width) → logits (B, num_classes).
+
+        `graph` is of all nodes, CLS first; `keep`, bool (B, patches), is False for patches that are not to be heard.
+        """
+        x = self.patches(images)
+        if self.cls is None:
+            x = self.transformer(x, graph, keep=keep)
+            weight = torch.ones_like(x[..., :1]) if keep is None else keep[..., None].to(x.dtype)
+            return self.head((x * weight).sum(-2) / weight.sum(-2).clamp(min=1))
+        if keep is not None:
+            keep = torch.cat([torch.ones_like(keep[:, :1]), keep], dim=1)
+        x = torch.cat([self.cls.expand(len(x), 1, -1), x], dim=1)
+        return self.head(self.transformer(x, graph, keep=keep)[:, 0])
+
+
+def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
+def _with_cls(graph: Graph, patches: int) -> Graph:
+    """The graph of the patches and a CLS node in front."""
+    return graph if graph == Full() else graph.sized(patches, patches).with_global_nodes(1)

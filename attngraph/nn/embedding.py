@@ -1,0 +1,71 @@
+"""What enters a model becomes vectors: tokens, patches of images, frames of sound."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import gelu
+
+from attngraph.graph import require_ints
+
+
+class TokenEmbedding(nn.Embedding):
+    """A vector for each token.
+
+    Raises TypeError for tokens that are not integers, and on a CPU ValueError for numbers outside of the vocabulary (a
+    GPU would have to stop and wait for the answer; it fails by itself).
+    """
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """int64 (..., N) → (..., N, embed_dim)."""
+        if tokens.is_floating_point() or tokens.dtype == torch.bool:
+            raise TypeError(f"tokens must be integers (got {tokens.dtype})")
+        if tokens.device.type == "cpu" and tokens.numel() and not torch.compiler.is_compiling():
+            low, high = (int(end) for end in tokens.aminmax())
+            if low < 0 or high >= self.num_embeddings:
+                raise ValueError(
+                    f"tokens must be from 0 to {self.num_embeddings - 1}, the vocabulary of the model "
+                    f"(got {low} … {high})"
+                )
+        return super().forward(tokens)
+
+
+class PatchEmbedding(nn.Module):
+    """An image cut into patches, each mapped linearly to a vector (Dosovitskiy et al. 2021).
+
+    >>> PatchEmbedding((8, 8), (2, 2), channels=1, embed_dim=64)(torch.randn(3, 1, 8, 8)).shape
+    torch.Size([3, 16, 64])
+    """
+
+    def __init__(self, image_size: tuple[int, int], patch_size: tuple[int, int], channels: int, embed_dim: int):
+        super().__init__()
+        require_ints(1, height=image_size[0], width=image_size[1], channels=channels)
+        require_ints(1, patch_height=patch_size[0], patch_width=patch_size[1])
+        if image_size[0] % patch_size[0] or image_size[1] % patch_size[1]:
+            raise ValueError(f"image_size must be a multiple of patch_size (got {image_size} and {patch_size})")
+        self.image_size, self.patch_size, self.channels = image_size, patch_size, channels
+        self.grid = image_size[0] // patch_size[0], image_size[1] // patch_size[1]
+        self.project = nn.Conv2d(channels, embed_dim, patch_size, stride=patch_size)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, channels, height, width) → (B, patches, embed_dim), row by row."""
+        wanted = (self.channels, *self.image_size)
+        if images.ndim != 4 or images.shape[1:] != wanted:
+            raise ValueError(f"images must have shape (B, {', '.join(map(str, wanted))}) (got {tuple(images.shape)})")
+        return self.project(images).flatten(2).transpose(1, 2)
+
+
+class AudioEmbedding(nn.Module):
+    """Frames of a spectrogram, two convolutions, every second one kept (Whisper, Radford et al. 2022)."""
+
+    def __init__(self, channels: int, embed_dim: int):
+        super().__init__()
+        self.first = nn.Conv1d(channels, embed_dim, kernel_size=3, padding=1)
+        self.second = nn.Conv1d(embed_dim, embed_dim, kernel_size=3, stride=2, padding=1)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(B, channels, frames) → (B, frames / 2, embed_dim)."""
+        channels = self.first.in_channels
+        if features.ndim != 3 or features.shape[1] != channels:
+            raise ValueError(f"features must have shape (B, {channels}, frames) (got {tuple(features.shape)})")
+        return gelu(self.second(gelu(self.first(features)))).transpose(1, 2)

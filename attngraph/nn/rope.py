@@ -1,0 +1,109 @@
+"""The frequencies of rotary positions, and how they are changed to read longer texts than were trained on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Rope:
+    """base^(-2i/D) for i < D/2, scaled; and the amplitude of the turned vectors.
+
+    Computed in float32 and in this order, as pretrained models were.
+    """
+
+    BY_LENGTH = ("dynamic", "longrope")  # the frequencies depend on how long the text is
+
+    def __init__(self, head_dim: int, base: float = 10000.0, scaling: Mapping[str, Any] | None = None):
+        self.head_dim, self.base, self.scaling = head_dim, base, dict(scaling or {})
+        self.kind = self.scaling.get("rope_type", "default")
+        if self.kind not in RULES:
+            raise ValueError(f"rope_type of a rotary scaling must be one of {', '.join(RULES)} (got {self.kind!r})")
+        rule, needed = RULES[self.kind]
+        missing = [name for name in needed if self.scaling.get(name) is None]
+        if missing:
+            raise ValueError(f"a rotary scaling of rope_type {self.kind!r} needs {', '.join(missing)}")
+        self.rule = rule
+        self.amplitude = _amplitude(self.kind, self.scaling)
+
+    def frequencies(self, length: int = 0) -> Tensor:
+        """Radians for each position: (D/2,), for texts of this length where that makes a difference."""
+        return self.rule(self, self.scaling, length)
+
+    def plain(self, base: float | None = None) -> Tensor:
+        """As they are without scaling."""
+        exponent = torch.arange(0, self.head_dim, 2).float() / self.head_dim
+        return 1.0 / (base or self.base) ** exponent
+
+
+def _linear(rope: Rope, given: Mapping[str, Any], length: int) -> Tensor:
+    """All positions closer together (Chen et al. 2023)."""
+    return rope.plain() / given["factor"]
+
+
+def _dynamic(rope: Rope, given: Mapping[str, Any], length: int) -> Tensor:
+    """A base that grows with the text, beyond the length that was trained on (bloc97 and emozilla 2023)."""
+    trained = given["original_max_position_embeddings"]
+    stretch = given["factor"] * max(length, trained) / trained - (given["factor"] - 1)
+    return rope.plain(rope.base * stretch ** (rope.head_dim / (rope.head_dim - 2)))
+
+
+def _yarn(rope: Rope, given: Mapping[str, Any], length: int) -> Tensor:
+    """Slow turns stretched, fast ones kept, between them a ramp (Peng et al. 2023)."""
+    dim, trained, rough = rope.head_dim, given["original_max_position_embeddings"], given.get("truncate", True)
+
+    def pair_that_turns(times: float) -> float:
+        return dim * math.log(trained / (times * 2 * math.pi)) / (2 * math.log(rope.base))
+
+    low, high = (pair_that_turns(given.get(name) or times) for name, times in (("beta_fast", 32), ("beta_slow", 1)))
+    low, high = (math.floor(low), math.ceil(high)) if rough else (low, high)
+    low, high = max(low, 0), min(high, dim - 1)
+    ramp = ((torch.arange(dim // 2).float() - low) / (high - low or 0.001)).clamp(0, 1)
+    return rope.plain() / given["factor"] * ramp + rope.plain() * (1 - ramp)
+
+
+def _longrope(rope: Rope, given: Mapping[str, Any], length: int) -> Tensor:
+    """A factor of its own for each frequency, others for long texts (Ding et al. 2024)."""
+    name = "long_factor" if length > given["original_max_position_embeddings"] else "short_factor"
+    return rope.plain() / torch.tensor(given[name], dtype=torch.float32)
+
+
+def _llama3(rope: Rope, given: Mapping[str, Any], length: int) -> Tensor:
+    """Long wavelengths stretched, smoothly between two bounds (Llama 3.1, 2024)."""
+    low, high, factor = given["low_freq_factor"], given["high_freq_factor"], given["factor"]
+    frequencies = rope.plain()
+    turns = given["original_max_position_embeddings"] * frequencies / (2 * math.pi)  # over the original context
+    smooth = ((turns - low) / (high - low)).clamp(0, 1)
+    return frequencies * ((1 - smooth) / factor + smooth)
+
+
+def _amplitude(kind: str, given: Mapping[str, Any]) -> float:
+    if kind not in ("yarn", "longrope"):
+        return 1.0
+    if given.get("attention_factor") is not None:
+        return given["attention_factor"]
+    factor = given["factor"]
+    if kind == "longrope":
+        trained = given["original_max_position_embeddings"]
+        return math.sqrt(1 + math.log(factor) / math.log(trained)) if factor > 1 else 1.0
+
+    def grown(by: float) -> float:
+        return 0.1 * by * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+    some, others = given.get("mscale"), given.get("mscale_all_dim")
+    return grown(some) / grown(others) if some and others else grown(1.0)
+
+
+TRAINED = "original_max_position_embeddings"
+RULES = {
+    "default": (lambda rope, given, length: rope.plain(), ()),
+    "linear": (_linear, ("factor",)),
+    "dynamic": (_dynamic, ("factor", TRAINED)),
+    "yarn": (_yarn, ("factor", TRAINED)),
+    "longrope": (_longrope, ("factor", "long_factor", "short_factor", TRAINED)),
+    "llama3": (_llama3, ("factor", "low_freq_factor", "high_freq_factor", TRAINED)),
+}

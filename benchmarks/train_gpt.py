@@ -14,7 +14,6 @@ here, the bigram within 0.05 of its limit.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import math
 import sys
 import tempfile
@@ -30,10 +29,8 @@ from attngraph.models import GPT
 from attngraph.nn import TransformerConfig
 from benchmarks.measure import compared, record, spread
 
-spec = importlib.util.spec_from_file_location("gpt_example", Path(__file__).parent.parent / "examples" / "gpt.py")
-example = importlib.util.module_from_spec(spec)
-sys.modules["gpt_example"] = example
-spec.loader.exec_module(example)
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+import gpt as example
 
 LAYERS, HEADS, WIDTH, CONTEXT, BATCH, STEPS = 4, 4, 128, 64, 12, 2000
 

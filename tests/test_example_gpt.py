@@ -1,7 +1,6 @@
 """examples/gpt.py: it learns, resumes bit for bit, survives kills and full disks, and tells bad input."""
 
 import csv
-import importlib.util
 import io
 import json
 import os
@@ -14,16 +13,13 @@ import time
 import urllib.request
 from pathlib import Path
 
+import gpt
 import pytest
 import torch
+import training
 from safetensors.torch import load_file
 
-SCRIPT = Path(__file__).parent.parent / "examples" / "gpt.py"
-spec = importlib.util.spec_from_file_location("gpt_example", SCRIPT)
-gpt = importlib.util.module_from_spec(spec)
-sys.modules["gpt_example"] = gpt
-spec.loader.exec_module(gpt)
-
+SCRIPT = Path(gpt.__file__)
 TEXT = "the quick brown fox jumps over the lazy dog; 'tis no small thing to leap.\n" * 40
 TINY = "--layers 2 --heads 2 --width 16 --context 16 --batch 4 --steps 8 --evaluate-every 4 --sample 20 --dtype float32"
 
@@ -142,16 +138,15 @@ def test_resuming_with_other_settings_is_told(tmp_path, text, capsys):
 
 
 SAVE = """
-import importlib.util, sys, torch
+import sys, torch
 from pathlib import Path
-spec = importlib.util.spec_from_file_location("gpt_example", sys.argv[1])
-gpt = importlib.util.module_from_spec(spec); spec.loader.exec_module(gpt)
+sys.path.insert(0, sys.argv[1]); import training
 model = torch.nn.Linear(1500, 1500)
 step = 0
 while True:
     step += 1
     torch.nn.init.constant_(model.weight, step)
-    gpt.save_checkpoint(Path(sys.argv[2]), model, [], step, {"a": 1})
+    training.save_checkpoint(Path(sys.argv[2]), model, [], step, {"a": 1})
     print(step, flush=True)
 """
 
@@ -160,7 +155,7 @@ def test_a_kill_in_the_middle_of_a_save_leaves_the_last_good_checkpoint(tmp_path
     path, chance = tmp_path / "checkpoint.safetensors", random.Random(0)
     for _ in range(4):
         process = subprocess.Popen(
-            [sys.executable, "-c", SAVE, str(SCRIPT), str(path)], stdout=subprocess.PIPE, text=True
+            [sys.executable, "-c", SAVE, str(SCRIPT.parent), str(path)], stdout=subprocess.PIPE, text=True
         )
         for _ in range(2):
             assert process.stdout.readline()
@@ -169,7 +164,7 @@ def test_a_kill_in_the_middle_of_a_save_leaves_the_last_good_checkpoint(tmp_path
         saved = [int(line) for line in process.stdout.read().split()]
         process.wait()
         model = torch.nn.Linear(1500, 1500)
-        step = gpt.load_checkpoint(path, model, [], {"a": 1})
+        step = training.load_checkpoint(path, model, [], {"a": 1})
         assert step >= max([2, *saved])
         assert (model.weight == step).all()
 
@@ -178,16 +173,15 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path):
     """The kernel refuses to let files grow past a limit, as a full disk does."""
     path = tmp_path / "checkpoint.safetensors"
     small = torch.nn.Linear(10, 10)
-    gpt.save_checkpoint(path, small, [], 7, {})
+    training.save_checkpoint(path, small, [], 7, {})
     before = path.read_bytes()
     code = f"""
-import importlib.util, resource, signal, sys, torch
+import resource, signal, sys, torch
 from pathlib import Path
-spec = importlib.util.spec_from_file_location("gpt_example", {str(SCRIPT)!r})
-gpt = importlib.util.module_from_spec(spec); spec.loader.exec_module(gpt)
+sys.path.insert(0, {str(SCRIPT.parent)!r}); import training
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-gpt.save_checkpoint(Path({str(path)!r}), torch.nn.Linear(1000, 1000), [], 8, {{}})
+training.save_checkpoint(Path({str(path)!r}), torch.nn.Linear(1000, 1000), [], 8, {{}})
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 1, (done.returncode, done.stderr)
@@ -343,7 +337,7 @@ def test_validation_predicts_every_token_once():
 def test_orthogonal_makes_all_singular_values_about_one():
     torch.manual_seed(0)
     for shape in ((3, 8, 8), (2, 20, 6), (2, 6, 20)):
-        values = torch.linalg.svdvals(gpt.orthogonal(torch.randn(shape)))
+        values = torch.linalg.svdvals(training.orthogonal(torch.randn(shape)))
         assert (values > 0.3).all()
         assert (values < 1.3).all()
 
@@ -352,7 +346,7 @@ def test_muon_is_torchs_muon_but_for_its_precision():
     torch.manual_seed(0)
     ours, theirs = (torch.nn.Parameter(torch.randn(24, 16)) for _ in range(2))
     theirs.data.copy_(ours.data)
-    tools = gpt.Muon([ours], lr=0.02, weight_decay=0.1), torch.optim.Muon([theirs], lr=0.02, weight_decay=0.1)
+    tools = training.Muon([ours], lr=0.02, weight_decay=0.1), torch.optim.Muon([theirs], lr=0.02, weight_decay=0.1)
     for _ in range(3):
         gradient = torch.randn(24, 16)
         for parameter, tool in zip((ours, theirs), tools, strict=True):

@@ -185,7 +185,10 @@ class _NothingDrawn(TorchFunctionMode):
     """Parameters are not initialised: for tensors without memory, PyTorch would first import its compiler."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        return args[0] if function in (Tensor.normal_, Tensor.uniform_) else function(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if getattr(function, "__module__", "") == "torch.nn.init":
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return args[0] if function in (Tensor.normal_, Tensor.uniform_) else function(*args, **kwargs)
 
 
 class Place(NamedTuple):

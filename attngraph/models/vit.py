@@ -50,7 +50,9 @@ class ViT(nn.Module):
             raise ValueError(f"pool must be cls or mean (got {pool!r})")
         self.config, self.pool = config, pool
         self.patches = PatchEmbedding(_pair(image_size), _pair(patch_size), channels, config.embed_dim)
-        self.cls = nn.Parameter(torch.randn(config.embed_dim) * 0.02) if pool == "cls" else None
+        self.cls = nn.Parameter(torch.empty(config.embed_dim)) if pool == "cls" else None
+        if self.cls is not None:
+            nn.init.normal_(self.cls, std=0.02)
         graphs = [graph] if isinstance(graph, Graph) else list(graph)
         around = [_with_cls(each, self.num_patches) if pool == "cls" else each for each in graphs]
         self.transformer = Transformer(config, around[0] if isinstance(graph, Graph) else around)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
 from attngraph.bias import Bias
 from attngraph.graph import Graph
+from attngraph.kernels.scoring import Additive
 from attngraph.nn.positions import rotate
 from attngraph.operation import attend
 
@@ -26,6 +29,8 @@ class Attention(nn.Module):
         bias: which of the projections "q", "k", "v", "o" have a bias.
         qk_norm: normalise the queries and keys of each head, with learned gains (Henry et al. 2020; Qwen3).
         scale: factor of the scores; by default 1/√head_dim.
+        score: how a key answers a query: "dot", or "additive", w · tanh(q + k) with a learned w for each head (Bahdanau
+            et al. 2015), which takes time and memory in proportion to the edges, and is not scaled by default.
         dropout: probability with which a weight is dropped in training.
 
     >>> layer = Attention(64, num_heads=4)
@@ -44,6 +49,7 @@ class Attention(nn.Module):
         bias: Collection[str] = ("q", "k", "v", "o"),
         qk_norm: bool = False,
         scale: float | None = None,
+        score: Literal["dot", "additive"] = "dot",
         dropout: float = 0.0,
     ):
         super().__init__()
@@ -56,7 +62,10 @@ class Attention(nn.Module):
         self.head_dim = head_dim or embed_dim // num_heads
         if num_heads % self.num_kv_heads:
             raise ValueError(f"num_heads must be a multiple of num_kv_heads (got {num_heads} and {num_kv_heads})")
+        if score not in ("dot", "additive"):
+            raise ValueError(f"score must be dot or additive (got {score!r})")
         self.scale, self.dropout = scale, dropout
+        self.score_weight = nn.Parameter(torch.ones(num_heads, self.head_dim)) if score == "additive" else None
         memory_dim = memory_dim or embed_dim
         self.query = nn.Linear(embed_dim, self.num_heads * self.head_dim, bias="q" in bias)
         self.key = nn.Linear(memory_dim, self.num_kv_heads * self.head_dim, bias="k" in bias)
@@ -80,8 +89,16 @@ class Attention(nn.Module):
         than x, the queries are the last ones.
         """
         q, k, v = self.project(x, x if memory is None else memory, rotary)
-        out = attend(q, k, v, graph, bias=bias, scale=self.scale, dropout_p=self.dropout if self.training else 0.0)
+        dropout_p = self.dropout if self.training else 0.0
+        out = attend(q, k, v, graph, bias=bias, dropout_p=dropout_p, **self.scoring)
         return self.out(out.transpose(-3, -2).flatten(-2))
+
+    @property
+    def scoring(self) -> dict:
+        """How a key answers a query, as options of `attend`."""
+        if self.score_weight is None:
+            return {"scale": self.scale}
+        return {"scale": 1.0 if self.scale is None else self.scale, "score": Additive(self.score_weight)}
 
     def project(
         self, x: Tensor, memory: Tensor, rotary: tuple[Tensor, Tensor] | None = None

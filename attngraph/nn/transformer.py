@@ -55,6 +55,8 @@ class TransformerConfig:
     qk_norm: bool = False
     scale: float | tuple[float, ...] | None = None
     """Factor of the scores, of all layers or of each; by default 1/√head_dim."""
+    score: Literal["dot", "additive"] = "dot"
+    """How a key answers a query (see `Attention`)."""
     position: Literal["none", "learned", "sinusoidal", "rotary", "alibi", "relative"] = "learned"
     max_length: int | None = None
     """Number of learned positions."""
@@ -84,6 +86,7 @@ class TransformerConfig:
             "norm": ("layer", "rms"),
             "norm_order": ("pre", "post"),
             "position": ("none", *POSITIONS),
+            "score": ("dot", "additive"),
             "init": ("gpt2", "zero"),
         }
         for name, allowed in choices.items():
@@ -324,6 +327,7 @@ def _attention(config: TransformerConfig, layer: int) -> Attention:
         bias=config.bias,
         qk_norm=config.qk_norm,
         scale=config.scale[layer] if isinstance(config.scale, tuple) else config.scale,
+        score=config.score,
         dropout=config.dropout,
     )
 

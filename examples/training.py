@@ -1,0 +1,478 @@
+"""What every training run needs: settings that resume, optimisers, checkpoints, metrics, the loop. The examples use it.
+
+A run is a folder: config.json, metrics.csv, checkpoint.safetensors. It can be stopped at any time, by Ctrl-C after the
+step that it falls into, and goes on bit for bit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import math
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import attngraph
+from attngraph import Graph, draw, parse_list
+from attngraph.nn import Attention
+
+# ---------------------------------------------------------------------------------------------------------- settings
+
+FREE = ("name", "runs", "resume")  # of a run that is resumed
+
+
+def parser_of(description: str, free: tuple[str, ...] = (), **defaults) -> argparse.ArgumentParser:
+    """A command line with the settings that all runs have, and these defaults."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("--name", help="the run's folder below --runs")
+    add("--runs", default="runs", help="where runs are kept")
+    add("--resume", action="store_true", help="go on from the run's checkpoint, with the run's own settings")
+    add("--batch", type=int, help="examples in each forward pass")
+    add("--accumulate", type=int, default=1, help="forward passes for each step")
+    add("--steps", type=int)
+    add("--optimizer", default="muon", choices=["muon", "adamw"], help="for the matrices; vectors always have AdamW")
+    add("--lr", type=float, default=None, help="peak rate of the matrices; by default 0.02 for muon, 0.001 for adamw")
+    add("--adamw-lr", type=float, default=0.003, help="peak rate of embeddings, head and vectors")
+    add("--warmup", type=int, default=20, help="steps in which the rates rise from 0")
+    add("--weight-decay", type=float, default=0.0)
+    add("--clip", type=float, default=1.0, help="largest norm of the gradient; 0: any")
+    add("--dropout", type=float, default=0.0)
+    add("--seed", type=int, default=1337)
+    add("--device", default="auto", help="auto, cpu, cuda, mps")
+    add("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="auto: what trains faster here")
+    add("--evaluate-every", type=int, help="steps between evaluations and checkpoints")
+    parser.set_defaults(**defaults)
+    parser.free = (*FREE, *free)
+    return parser
+
+
+def parsed(parser: argparse.ArgumentParser, arguments: list[str] | None) -> argparse.Namespace:
+    """The settings; those of the run that is to go on, if it is to. What can't be is told before anything begins."""
+    given = parser.parse_args(arguments)
+    if given.resume:
+        unset = argparse.Namespace(**dict.fromkeys(vars(given)))
+        given = resumed(given, vars(parser.parse_args(arguments, unset)), parser)
+    least = dict.fromkeys(("warmup", "clip", "dropout", "weight_decay", "adamw_lr", "lr"), 0)
+    require_at_least(given, parser, **least, batch=1, accumulate=1, steps=1, evaluate_every=1)
+    if given.dropout >= 1:
+        parser.error(f"--dropout must be a probability below 1 (got {given.dropout})")
+    if given.device not in ("auto", "cpu", "mps") and not given.device.startswith("cuda"):
+        parser.error(f"--device must be auto, cpu, cuda or mps (got {given.device})")
+    return given
+
+
+def require_at_least(given: argparse.Namespace, parser: argparse.ArgumentParser, **least: float) -> None:
+    """An error for settings that are below what they must be."""
+    for name, bound in least.items():
+        value = getattr(given, name)
+        if value is not None and not value >= bound:
+            parser.error(f"--{name.replace('_', '-')} must be {bound} or more (got {value})")
+
+
+def resumed(given: argparse.Namespace, explicit: dict, parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The settings of the run that is to go on; one that is given beside --resume must be the same."""
+    path = Path(given.runs) / given.name / "config.json"
+    if not path.exists():
+        parser.error(f"nothing to resume: {path} does not exist")
+    saved = json.loads(path.read_text())["settings"]
+    for name, value in explicit.items():
+        if value is not None and name not in parser.free and value != saved[name]:
+            parser.error(
+                f"--resume goes on with the run's settings, and --{name.replace('_', '-')} was {saved[name]} "
+                f"(got {value}); start another run with another --name"
+            )
+    wanted = {name: explicit[name] for name in parser.free if explicit[name] is not None}
+    return argparse.Namespace(**{**vars(given), **saved, **wanted})
+
+
+def layer_graphs(text: str, layers: int, size: tuple[int, int] | None = None) -> Graph | list[Graph]:
+    """--graph: one graph, or one for each layer; it must fit any length, or be of this size."""
+    graphs = parse_list(text)
+    for graph in graphs:
+        if size is None and graph.size != (None, None):
+            raise ValueError(f"--graph must fit texts of any length, and {graph} has size {graph.size}")
+        if size is not None and any(own not in (None, wanted) for own, wanted in zip(graph.size, size, strict=True)):
+            raise ValueError(f"--graph must fit {size[0]} nodes, and {graph} has size {graph.size}")
+    if len(graphs) not in (1, layers):
+        raise ValueError(f"--graph must be one graph, or one for each of {layers} layers (got {len(graphs)})")
+    return graphs[0] if len(graphs) == 1 else graphs
+
+
+# ------------------------------------------------------------------------------------------------------ optimisation
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose every step is orthogonalised, for matrices (Jordan et al. 2024), with torch.optim.Muon's meaning.
+
+    The Newton–Schulz iteration runs over all matrices of one shape at once, in the precision that is faster here;
+    torch's runs in bfloat16, one by one, which is right for a GPU and slow on most CPUs.
+    """
+
+    def __init__(self, params, lr: float, momentum: float = 0.95, weight_decay: float = 0.0, dtype=torch.float32):
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        self.dtype = dtype
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            by_shape: dict[torch.Size, list[Tensor]] = {}
+            for param in group["params"]:
+                by_shape.setdefault(param.shape, []).append(param)
+            for shape, params in by_shape.items():
+                steps = torch.stack([self._momentum(param, group["momentum"]) for param in params])
+                updates = orthogonal(steps.to(self.dtype)).to(steps.dtype)
+                rate = group["lr"] * max(1, shape[0] / shape[1]) ** 0.5
+                for param, update in zip(params, updates, strict=True):
+                    param.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-rate)
+
+    def _momentum(self, param: Tensor, momentum: float) -> Tensor:
+        """Nesterov's."""
+        state = self.state[param]
+        if not state:
+            state["momentum_buffer"] = torch.zeros_like(param)
+        mean = state["momentum_buffer"].lerp_(param.grad, 1 - momentum)
+        return param.grad.lerp(mean, momentum)
+
+
+def orthogonal(x: Tensor) -> Tensor:
+    """About the nearest matrices with orthonormal rows or columns, by five quintic Newton–Schulz steps: (n, A, B)."""
+    tall = x.shape[-2] > x.shape[-1]
+    x = x.mT if tall else x
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(5):
+        square = x @ x.mT
+        polynomial = torch.baddbmm(square, square, square, beta=-4.7750, alpha=2.0315)
+        x = torch.baddbmm(x, polynomial, x, beta=3.4445)
+    return x.mT if tall else x
+
+
+def optimizers(model: nn.Module, args: argparse.Namespace) -> list[torch.optim.Optimizer]:
+    """The layers' matrices in the first, everything else in the last."""
+    matrices = [p for name, p in model.named_parameters() if ".layers." in name and p.ndim == 2]
+    rest = [p for p in model.parameters() if not any(p is matrix for matrix in matrices)]
+    adamw = torch.optim.AdamW(rest, lr=args.adamw_lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    if not matrices:
+        return [adamw]
+    if args.optimizer == "adamw":
+        lr = args.lr or 0.001
+        return [
+            torch.optim.AdamW(matrices, lr=lr, betas=(0.9, 0.99), weight_decay=args.weight_decay, fused=True),
+            adamw,
+        ]
+    options = {"lr": args.lr or 0.02, "momentum": 0.9, "weight_decay": args.weight_decay}
+    if matrices[0].is_cuda:
+        return [torch.optim.Muon(matrices, **options), adamw]
+    return [Muon(matrices, dtype=getattr(torch, args.dtype), **options), adamw]
+
+
+def rate(step: int, args: argparse.Namespace) -> float:
+    """The factor of the peak learning rates: warm-up, then half a cosine to 0."""
+    rising = min(1.0, (step + 1) / max(args.warmup, 1))
+    return rising * 0.5 * (1 + math.cos(math.pi * step / args.steps))
+
+
+def best_device(name: str) -> torch.device:
+    if name != "auto":
+        return torch.device(name)
+    return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def autocast(device: torch.device, dtype: str):
+    return torch.autocast(device.type, torch.bfloat16) if dtype == "bfloat16" else nullcontext()
+
+
+def faster_dtype(loss: Callable[[int], Tensor], model: nn.Module, device: torch.device) -> str:
+    """bfloat16 on GPUs; on a CPU whichever trains this very model faster, by a trial."""
+    if device.type == "cuda":
+        return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
+    if device.type == "mps":
+        return "bfloat16"
+    seconds = {}
+    for dtype in ("float32", "bfloat16") * 3:
+        start = time.perf_counter()
+        with autocast(device, dtype):
+            loss(0).backward()
+        seconds[dtype] = min(seconds.get(dtype, math.inf), time.perf_counter() - start)
+    model.zero_grad()
+    return "bfloat16" if seconds["bfloat16"] < 0.9 * seconds["float32"] else "float32"
+
+
+# ------------------------------------------------------------------------------------------------------- checkpoints
+
+
+def write_whole(path: Path, write) -> None:
+    """Write a file aside, sync it, then rename it: whoever reads the path finds the old file or the new one, whole."""
+    aside = path.with_name(f".{path.name}.partial")
+    try:
+        write(aside)
+        with open(aside, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except (OSError, SafetensorError) as error:
+        aside.unlink(missing_ok=True)
+        raise SystemExit(f"{path} can't be written ({error}); what was there before is still whole") from None
+
+
+def set_aside(folder: Path) -> Path:
+    """Rename an earlier run, so that a new one of its name loses nothing."""
+    number = next(number for number in range(1, 10**6) if not folder.with_name(f"{folder.name}.{number}").exists())
+    return folder.rename(folder.with_name(f"{folder.name}.{number}"))
+
+
+def save_checkpoint(path: Path, model: nn.Module, optimizers: list, step: int, config: dict) -> None:
+    """Weights, the optimisers' state and the step in one safetensors file."""
+    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    for number, optimizer in enumerate(optimizers):
+        for index, state in optimizer.state_dict()["state"].items():
+            for name, tensor in state.items():
+                tensors[f"optimizer.{number}.{index}.{name}"] = tensor
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    metadata = {"step": str(step), "config": json.dumps(config)}
+    write_whole(path, lambda aside: save_file(tensors, aside, metadata))
+
+
+def load_checkpoint(path: Path, model: nn.Module, optimizers: list, config: dict) -> int:
+    """Put a checkpoint into the model and the optimisers; the number of steps it had made."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
+    except SafetensorError as error:
+        head = path.read_bytes()[:9]
+        if head[:1] in (b"P", b"\x80") and head[8:] != b"{":  # a safetensors header begins there
+            raise SystemExit(f"{path} holds a pickle, which could run anything, not safetensors") from None
+        raise SystemExit(f"{path} is no whole safetensors file ({error}); delete the run and start anew") from None
+    saved = json.loads(metadata.get("config", "{}"))
+    if saved != config:
+        names = sorted(name for name in {*saved, *config} if saved.get(name) != config.get(name))
+        raise SystemExit(f"{path} is of another model: {', '.join(names) or 'no config'} differ; use its own settings")
+    model.load_state_dict({name[6:]: tensor for name, tensor in tensors.items() if name.startswith("model.")})
+    for number, optimizer in enumerate(optimizers):
+        state: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in tensors.items():
+            if name.startswith(f"optimizer.{number}."):
+                _, _, index, entry = name.split(".", 3)
+                state.setdefault(int(index), {})[entry] = tensor
+        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    return int(metadata["step"])
+
+
+class Metrics:
+    """A table, a row a step, written to its file with each checkpoint."""
+
+    def __init__(self, path: Path, unit: str, score: str, from_step: int):
+        self.columns = ("step", "seconds", unit, "training_loss", score, "rate", "gradient_norm")
+        self.path, self.rows = path, []
+        if from_step and path.exists():
+            with open(path, newline="") as file:
+                self.rows = [row for row in csv.DictReader(file) if int(row["step"]) <= from_step]
+
+    @property
+    def seconds(self) -> float:
+        return float(self.rows[-1]["seconds"]) if self.rows else 0.0
+
+    def add(self, **row) -> None:
+        self.rows.append({column: row.get(column, "") for column in self.columns})
+
+    def save(self) -> None:
+        write_whole(self.path, self._write)
+
+    def _write(self, path: Path) -> None:
+        with open(path, "w", newline="") as file:
+            table = csv.DictWriter(file, self.columns)
+            table.writeheader()
+            table.writerows(self.rows)
+
+    def column(self, name: str) -> list[tuple[int, float]]:
+        return [(int(row["step"]), float(row[name])) for row in self.rows if row[name] != ""]
+
+
+# ---------------------------------------------------------------------------------------------------------- training
+
+
+class Task(NamedTuple):
+    """What is trained, as the loop sees it."""
+
+    model: nn.Module
+    loss: Callable[[int], Tensor]  # of the batch of this number
+    evaluate: Callable[[], float]
+    device: torch.device
+    identity: dict  # what a checkpoint must agree in, beside the settings
+    record: dict  # what config.json says, beside the settings
+    unit: str = "tokens"
+    per_batch: int = 1  # of these units
+    score: str = "validation_loss"  # what evaluate gives, a column of the metrics
+    free: tuple[str, ...] = FREE  # settings in which a resumed run may differ
+
+
+def fit(args: argparse.Namespace, task: Task) -> tuple[float, Metrics]:
+    """Train, with a progress bar; leave config, metrics and checkpoints in the run's folder. The last score."""
+    folder, model = Path(args.runs) / args.name, task.model
+    if args.dtype == "auto":
+        args.dtype = faster_dtype(task.loss, model, task.device)
+    parameters = sum(p.numel() for p in model.parameters())
+    per_step = args.accumulate * task.per_batch
+    print(f"training  {args.steps} steps of {per_step:,} {task.unit} on {task.device}, {args.dtype}")
+    tools = optimizers(model, args)
+    peaks = [[group["lr"] for group in tool.param_groups] for tool in tools]
+    shape = task.identity | {name: value for name, value in vars(args).items() if name not in task.free}
+    checkpoint, first = folder / "checkpoint.safetensors", 0
+    if args.resume:
+        if not checkpoint.exists():
+            raise SystemExit(
+                f"nothing to resume: {checkpoint} does not exist; the run stopped before its first checkpoint"
+            )
+        first = load_checkpoint(checkpoint, model, tools, shape)
+    elif folder.exists():
+        print(f"kept      the run that was there before as {set_aside(folder)}")
+    folder.mkdir(parents=True, exist_ok=True)
+    kept = {name: value for name, value in vars(args).items() if name not in FREE}
+    config = json.dumps(
+        {"settings": kept, "parameters": parameters, **task.record, "attngraph": attngraph.__version__}, indent=2
+    )
+    write_whole(folder / "config.json", lambda path: path.write_text(config))
+    metrics = Metrics(folder / "metrics.csv", task.unit, task.score, first)
+    before = metrics.seconds
+    begin = time.perf_counter() - before
+
+    score = math.nan
+    bar = tqdm(range(first, args.steps), initial=first, total=args.steps, unit="step", dynamic_ncols=True)
+    with interruptible() as stopped:
+        for step in bar:
+            factor = rate(step, args)
+            for tool, peak in zip(tools, peaks, strict=True):
+                for group, lr in zip(tool.param_groups, peak, strict=True):
+                    group["lr"] = lr * factor
+            torch.manual_seed(args.seed + step)  # of dropout: a resumed run takes the same chances
+            loss = 0.0
+            for part in range(args.accumulate):
+                with autocast(task.device, args.dtype):
+                    share = task.loss(step * args.accumulate + part) / args.accumulate
+                share.backward()
+                loss += share.detach()
+            norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip or math.inf)
+            for tool in tools:
+                tool.step()
+            model.zero_grad()
+
+            done, loss, fresh = step + 1, float(loss), ""
+            if not math.isfinite(loss):
+                raise SystemExit(f"the loss is {loss} at step {done}; the last good checkpoint stays; try lower rates")
+            look = done % args.evaluate_every == 0 or done == args.steps
+            if look:
+                fresh = score = evaluated(task)
+            seconds = time.perf_counter() - begin
+            metrics.add(
+                step=done, seconds=f"{seconds:.3f}", training_loss=loss, rate=factor, gradient_norm=float(norm),
+                **{task.unit: done * per_step, task.score: fresh},
+            )  # fmt: skip
+            if look or stopped:
+                metrics.save()
+                save_checkpoint(checkpoint, model, tools, done, shape)
+            if stopped:
+                raise SystemExit(f"stopped after step {done}; go on with --name {args.name} --resume")
+            speed = (done - first) * per_step / (seconds - before)
+            name = task.score.replace("_", " ").replace("validation loss", "validation")
+            bar.set_postfix_str(f"loss {loss:.3f}, {name} {score:.3f}, {speed:,.0f} {task.unit}/s", refresh=False)
+    return (evaluated(task) if math.isnan(score) else score), metrics  # resumed at the end
+
+
+def evaluated(task: Task) -> float:
+    """The score, in eval mode and without gradients."""
+    task.model.eval()
+    with torch.no_grad():
+        score = task.evaluate()
+    task.model.train()
+    return score
+
+
+@contextmanager
+def interruptible() -> Iterator[list[int]]:
+    """Ctrl-C is noted in a list, to stop after the step that it falls into; a second one stops at once."""
+    stopped: list[int] = []
+
+    def stop(number, frame):
+        stopped.append(number)
+        signal.signal(signal.SIGINT, before)
+
+    before = signal.signal(signal.SIGINT, stop)
+    try:
+        yield stopped
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+# ---------------------------------------------------------------------------------------------------------- pictures
+
+
+def loss_curve(metrics: Metrics, title: str, loss: str, score: str):
+    """Training loss and score against the step; a score that is no loss has an axis of its own."""
+    from matplotlib.figure import Figure
+
+    ax = Figure(figsize=(6, 3.5), layout="constrained").subplots()
+    lines = ax.plot(
+        *zip(*metrics.column("training_loss"), strict=True),
+        color=draw.BLUE,
+        alpha=0.4,
+        lw=0.8,
+        label="training, each batch",
+    )
+    name = metrics.columns[4]
+    other = ax if name.endswith("_loss") else ax.twinx()
+    lines += other.plot(*zip(*metrics.column(name), strict=True), "o-", color="#c2410c", label=score)
+    if other is not ax:
+        other.set_ylabel(score)
+    ax.set(xlabel="step", ylabel=loss, title=title)
+    ax.grid(alpha=0.3)
+    ax.legend(handles=lines)
+    return ax
+
+
+def connectivity(graphs: tuple[Graph, ...], nodes: int):
+    """Who hears whom, for each layer that differs from the one before."""
+    from matplotlib.figure import Figure
+
+    first = [layer for layer, graph in enumerate(graphs) if layer == 0 or graph != graphs[layer - 1]]
+    axes = Figure(figsize=(4 * len(first), 4.2), layout="constrained").subplots(1, len(first), squeeze=False)[0]
+    for ax, layer in zip(axes, first, strict=True):
+        until = next((other for other in first if other > layer), len(graphs))
+        layers = f"layer {layer + 1}" if until == layer + 1 else f"layers {layer + 1}–{until}"
+        draw.connectivity(graphs[layer], nodes, ax=ax, title=f"{layers}: {graphs[layer]}")
+    return axes[0]
+
+
+@torch.no_grad()
+def weights_in(attention: Attention, run: Callable[[], object]) -> tuple[Tensor, Graph]:
+    """The weights (B, H, N, M) by which nodes heard each other in one layer, while `run` ran; and its graph."""
+    heard = {}
+
+    def listen(layer, inputs, options):
+        heard["inputs"] = (*inputs, None)[:3], options
+
+    hook = attention.register_forward_pre_hook(listen, with_kwargs=True)
+    run()
+    hook.remove()
+    (x, graph, memory), options = heard["inputs"]
+    q, k, v = attention.project(x, x if memory is None else memory, options.get("rotary"))
+    bias = options.get("bias")
+    return attngraph.attend(q, k, v, graph, bias=bias, return_weights=True, **attention.scoring)[1], graph
+
+
+def left_in(folder: Path) -> str:
+    """What a run has left."""
+    return f"in {folder}: {', '.join(sorted(path.name for path in folder.iterdir() if not path.name.startswith('.')))}"

@@ -458,7 +458,7 @@ def connectivity(graphs: tuple[Graph, ...], nodes: int):
 
 @torch.no_grad()
 def weights_in(attention: Attention, run: Callable[[], object]) -> tuple[Tensor, Graph]:
-    """The weights (B, H, N, M) by which nodes heard each other in one layer, while `run` ran; and its graph."""
+    """The weights (B, H, E) by which nodes heard each other in one layer, while `run` ran; and its graph."""
     heard = {}
 
     def listen(layer, inputs, options):

@@ -166,9 +166,7 @@ def train(args: argparse.Namespace) -> dict:
     edges = sum(graph.num_edges(nodes, nodes) for graph in model.transformer.graphs)
     parameters = sum(p.numel() for p in model.parameters())
     print(f"images    {args.data}: {len(images):,} to learn from, {len(test_images):,} to test, {num_classes} classes")
-    print(
-        f"model     {parameters:,} parameters, {nodes} nodes, graph {args.graph}, {edges:,} edges in all layers"
-    )
+    print(f"model     {parameters:,} parameters, {nodes} nodes, graph {args.graph}, {edges:,} edges in all layers")
 
     def loss(number: int) -> Tensor:
         chance = torch.Generator().manual_seed(args.seed + number)

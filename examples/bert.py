@@ -1,0 +1,133 @@
+"""Train gpt.py's own model to fill in characters that are masked: what makes it BERT is one line, its graph.
+
+    python examples/bert.py                                Full(), and beside it the same under Causal()
+    python examples/bert.py --graph "Window(8, 8)" --against "Window(16, 0)"       as many edges, on one side or both
+
+The text, its tokens, the model and the pictures are those of examples/gpt.py. Everything is left in runs/NAME:
+config.json, metrics.csv, checkpoint.safetensors, accuracy.png, connectivity.png, attention.png, filled.txt; and in
+runs/NAME-against what the other graph led to.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+from pathlib import Path
+
+import gpt
+import torch
+import training
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from attngraph import draw
+
+
+def settings(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line: gpt.py's model, another graph, and how much is masked."""
+    parser = training.parser_of(
+        __doc__.split("\n")[0], free=("against",), name="bert", batch=32, steps=600, evaluate_every=150
+    )
+    add = parser.add_argument
+    add("--text", help="a UTF-8 text file; by default tiny Shakespeare, or else the text that Python ships")
+    add("--tokenizer", default="char", help="char, byte, or the path of a tokenizer.json")
+    add("--graph", default="Full()", help="who hears whom; one for each layer, separated by commas")  # the one line
+    add("--against", default="Causal()", help="train the same on this graph too, and compare; '' for none")
+    add("--layers", type=int, default=4)
+    add("--heads", type=int, default=4)
+    add("--width", type=int, default=128)
+    add("--context", type=int, default=128, help="tokens that the model sees at once")
+    add("--masked", type=float, default=0.15, help="share of the tokens that are masked")
+    given = training.parsed(parser, arguments)
+    training.require_at_least(given, parser, layers=1, heads=1, width=1, context=2)
+    if not 0 < given.masked < 1:
+        parser.error(f"--masked must be between 0 and 1 (got {given.masked})")
+    given.model = "gpt"
+    return given
+
+
+def hidden(tokens: Tensor, share: float, mask: int, chance: torch.Generator) -> tuple[Tensor, Tensor]:
+    """The tokens with some of them masked, and which."""
+    which = torch.rand(tokens.shape, generator=chance) < share
+    return tokens.masked_fill(which, mask), which
+
+
+def train(args: argparse.Namespace) -> dict:
+    """Train, and leave the run's folder behind. Returns the last figures."""
+    text, source = gpt.read_text(args.text)
+    tokens = gpt.tokenizer(args.tokenizer, text)
+    corpus, mask = gpt.Corpus(tokens.encode(text), args.context), len(tokens)
+    device = training.best_device(args.device)
+    torch.manual_seed(args.seed)
+    try:
+        model = gpt.build(args, len(tokens) + 1).to(device)
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
+    print(f"text      {source}: {len(text):,} characters, {len(tokens)} different tokens and a mask")
+    print(f"model     {sum(p.numel() for p in model.parameters()):,} parameters, graph {args.graph}")
+
+    def loss(number: int) -> Tensor:
+        whole = corpus.batch(args.batch, seed=args.seed + number)[0]
+        seen, which = hidden(whole, args.masked, mask, torch.Generator().manual_seed(args.seed + number))
+        return cross_entropy(model(seen.to(device))[which.to(device)].float(), whole[which].to(device))
+
+    def accuracy() -> float:
+        chance, right, asked = torch.Generator().manual_seed(0), 0, 0  # the same holes for every model
+        for whole, _ in corpus.validation_batches(size=max(1, 4096 // args.context)):
+            seen, which = hidden(whole, args.masked, mask, chance)
+            right += int((model(seen.to(device)).argmax(-1).cpu()[which] == whole[which]).sum())
+            asked += int(which.sum())
+        return 100 * right / asked
+
+    task = training.Task(
+        model,
+        loss,
+        accuracy,
+        device,
+        identity={"vocab_size": len(tokens), "text_hash": hashlib.sha256(text.encode()).hexdigest()[:16]},
+        record={"source": source},
+        per_batch=args.batch * args.context,
+        score="validation_accuracy",
+        free=(*training.FREE, "against", "text"),
+    )
+    score, metrics = training.fit(args, task)
+    print(f"{score:.2f}% of the masked characters of the whole validation text right, after {metrics.seconds:.0f} s")
+    report(Path(args.runs) / args.name, args, model.eval(), corpus, tokens, metrics, device)
+    return {"validation_accuracy": score, "seconds": metrics.seconds}
+
+
+def report(folder: Path, args, model: nn.Module, corpus: gpt.Corpus, tokens, metrics, device: torch.device) -> None:
+    """A text whose holes are filled, and pictures."""
+    whole = corpus.validation[: args.context]
+    seen, which = hidden(whole[None], args.masked, len(tokens), torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        guess = torch.where(which[0], model(seen.to(device))[0, :, :-1].argmax(-1).cpu(), whole)
+    shown = [
+        "".join(
+            "▁" if hole else tokens.decode([token]) for token, hole in zip(side.tolist(), holes.tolist(), strict=True)
+        )
+        for side, holes in ((whole, which[0]), (guess, which[0] & False))
+    ]
+    filled = f"{shown[0]}\n{'-' * 40}\n{shown[1]}\n"
+    training.write_whole(folder / "filled.txt", lambda path: path.write_text(filled, encoding="utf-8"))
+    curve = training.loss_curve(metrics, f"masked characters, {args.graph}", "loss [nats a mask]", "masks right [%]")
+    draw.save(curve, folder / "accuracy.png")
+    draw.save(training.connectivity(model.transformer.graphs, min(args.context, 64)), folder / "connectivity.png")
+    draw.save(gpt.attention_map(model, whole[:48].to(device), tokens), folder / "attention.png")
+    print(f"{'-' * 80}\n{filled}{'-' * 80}\n{training.left_in(folder)}")
+
+
+def main(args: argparse.Namespace) -> dict:
+    """Both graphs, if there are two."""
+    figures = train(args)
+    if args.against:
+        other = argparse.Namespace(**{**vars(args), "graph": args.against, "name": f"{args.name}-against"})
+        print(f"\nthe same model and budget under {args.against}:")
+        figures["against"] = train(other)["validation_accuracy"]
+        better = figures["validation_accuracy"] - figures["against"]
+        print(f"{args.graph} is right {better:.1f} points more often than {args.against}")
+    return figures
+
+
+if __name__ == "__main__":
+    main(settings())

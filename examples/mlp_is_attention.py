@@ -1,0 +1,71 @@
+"""Any MLP is attention: over keys that do not depend on the data, with an elementwise normaliser. Exactly.
+
+    python examples/mlp_is_attention.py
+
+A hidden unit is a key node. Its input weights are its key, its output weights are its value; a data point asks with
+itself as the query, the score is the unit's pre-activation, and where softmax would stand is the activation:
+
+    W₂ · activation(W₁ x + b₁)  =  Σ_j activation(k_j · q) v_j      k_j = (W₁[j], b₁[j]),  v_j = W₂[:, j],  q = (x, 1)
+
+All data points hear all units: the graph is Full(). A pruned unit is a missing column of edges.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from attngraph import Full, Graph, attend
+
+
+def as_attention(mlp: nn.Sequential, x: Tensor, graph: Graph = Full()) -> Tensor:  # noqa: B008  a graph is a value
+    """What the MLP (Linear, activation, Linear, …, Linear) computes of x (N, in), by `attend` alone: (N, out).
+
+    The graph says which hidden units, of every layer, a data point hears.
+    """
+    linear, activations = list(mlp[::2]), list(mlp[1::2])
+    kinds = [isinstance(layer, nn.Linear) for layer in mlp]
+    if kinds != [place % 2 == 0 for place in range(len(mlp))] or len(linear) < 2:
+        raise ValueError(f"as_attention takes Linear, activation, Linear, …, Linear (got {mlp})")
+    keys, before = linear[0].weight, linear[0].bias  # (hidden, in), (hidden,)
+    for activation, after in zip(activations, linear[1:], strict=True):
+        constant = keys.new_zeros(len(keys)) if before is None else before
+        query = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)[None]  # (1, N, in + 1): one head
+        key = torch.cat([keys, constant[:, None]], dim=1)[None]
+        x = attend(query, key, after.weight.T[None], graph, scale=1.0, normalize=activation)[0]
+        if after.bias is not None:
+            x = x + after.bias
+        keys, before = torch.eye(len(after.weight), dtype=x.dtype, device=x.device), None  # what x is, asks for itself
+    return x
+
+
+def largest_difference(mlp: nn.Sequential, x: Tensor) -> tuple[float, float]:
+    """Between the MLP and its attention: of the outputs, and of the gradients of x and of every parameter."""
+    results = []
+    for run in (mlp, lambda x: as_attention(mlp, x)):
+        given = x.clone().requires_grad_()
+        out = run(given)
+        results.append((out, torch.autograd.grad(out.square().sum(), [given, *mlp.parameters()])))
+    (out, gradients), (other, others) = results
+    apart = max(float((a - b).abs().max()) for a, b in zip(gradients, others, strict=True))
+    return float((out - other).abs().max()), apart
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.float64)
+    for name, mlp in {
+        "GELU, one hidden layer": nn.Sequential(nn.Linear(20, 80), nn.GELU(), nn.Linear(80, 20)),
+        "ReLU, three hidden layers": nn.Sequential(
+            nn.Linear(20, 50), nn.ReLU(), nn.Linear(50, 40), nn.ReLU(), nn.Linear(40, 30), nn.ReLU(), nn.Linear(30, 7)
+        ),
+        "tanh and SiLU, without biases": nn.Sequential(
+            nn.Linear(20, 50, bias=False),
+            nn.Tanh(),
+            nn.Linear(50, 40, bias=False),
+            nn.SiLU(),
+            nn.Linear(40, 7, bias=False),
+        ),
+    }.items():
+        out, gradients = largest_difference(mlp, torch.randn(100, 20))
+        print(f"{name:32} outputs differ by {out:.1e}, gradients by {gradients:.1e}")

@@ -192,7 +192,8 @@ def _choose(backend: str, q: Tensor, k: Tensor, graph: Graph | Plan, bias: Bias 
     if request.beyond("dense") or _dual(q, k):
         return "edges"
     if closed_form(graph) is not None and _for_flash(q, k, request):
-        return "dense"
+        told = request.return_lse and q.device.type == "cuda"  # SDPA keeps it to itself there; a plan's kernels do not
+        return "plan" if told and bias is None and not request.dropout_p and not _functorch() else "dense"
     sparse = isinstance(graph, EdgeList) and len(graph.code) * PAIRS_PER_EDGE < q.shape[2] * k.shape[2]
     unplanned = not fast_on(q.device) or (torch.compiler.is_compiling() and bias is not None) or _functorch()
     if request.beyond("tiles") or unplanned:

@@ -181,7 +181,7 @@ def plan(
     bound, n, m = graph.at(n, m)
     if bound.heads is not None and bound.heads != heads:
         raise ValueError(f"graph has {bound.heads} heads (got heads={heads})")
-    device = torch.device(device)
+    device = _definite(torch.device(device))
     machine = machine or Machine.here(device)
     groups: dict[Graph, list[int]] = {}
     for h in range(bound.heads or 1):
@@ -205,6 +205,15 @@ def plan(
         notes += [note for note in choice.notes if note not in notes]
     edges = sum(part.edges for part in parts) if not bound.heads else bound.count_edges(n, m)
     return Plan(graph, n, m, heads, head_dim, device, tuple(parts), alternatives, edges, machine, bias, tuple(notes))
+
+
+def _definite(device: torch.device) -> torch.device:
+    """The GPU that "cuda" means now, as tensors name theirs."""
+    if device.type != "cuda":
+        return device
+    if not torch.cuda.is_available():
+        raise ValueError(f"a plan for {device} needs a GPU, and torch sees none; device='cpu' is here")
+    return torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
 
 
 def _numbers(graph: Graph, head: int, n: int, m: int) -> Tensor:

@@ -271,10 +271,11 @@ def _first_of_each(numbers: Tensor) -> Tensor:
 
 def pack(masks: Tensor) -> Tensor:
     """Bool (..., columns) as int32 words (..., columns / 32)."""
-    bit = torch.arange(WORD, device=masks.device)
-    return (masks.unflatten(-1, (-1, WORD)).long() << bit).sum(-1).to(torch.int32)
+    bit = torch.arange(WORD, device=masks.device, dtype=torch.int32)
+    return (masks.unflatten(-1, (-1, WORD)).int() << bit).sum(-1, dtype=torch.int32)
 
 
 def unpack(words: Tensor) -> Tensor:
     """The bool masks that were packed."""
-    return ((words[..., None] >> torch.arange(WORD, device=words.device)) & 1).bool().flatten(-2)
+    bit = torch.ones((), device=words.device, dtype=torch.int32) << torch.arange(WORD, device=words.device).int()
+    return (words[..., None] & bit != 0).flatten(-2)

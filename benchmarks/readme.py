@@ -87,7 +87,7 @@ def on_a_gpu() -> str:
         "Written by `python -m benchmarks.readme`.",
         "",
         f"`python -m benchmarks.floors`: what an H200 must take at least, at {rates}, and what is expected of it where",
-        f"products reach {expected['share']:.0%} of their rate and gathers 70% of theirs:",
+        f"products reach {expected['share']:.0%} of their rate and gathers {expected['gathered']:.0%} of theirs:",
         "",
         "| | goal | floor, ms | expected |",
         "|---|---|---|---|",
@@ -98,17 +98,31 @@ def on_a_gpu() -> str:
     path = RESULTS / "gpu.json"
     if not path.exists():
         return "\n".join([*lines, "", "`python -m benchmarks.gpu`: not yet run on hardware.", ""])
-    lines += ["", "`python -m benchmarks.gpu`:", "", "| | goal | reached | |", "|---|---|---|---|"]
-    for section in json.loads(path.read_text()).values():
-        lines += [_row(figure) for figure in section["figures"]]
+    found = json.loads(path.read_text())
+    machine = next(iter(found.values()))["machine"]
+    versions = ", ".join(f"{name} {machine[name]}" for name in ("driver", "cuda", "torch", "triton", "python"))
+    lines += ["", f"`python -m benchmarks.gpu` on one {machine['device']}, {versions}; medians of milliseconds:", ""]
+    lines += ["| | goal | reached | | ours | theirs | predicted |", "|---|---|---|---|---|---|---|"]
+    for name, section in found.items():
+        for figure in section["figures"]:
+            times = (figure["ours_ms"] and figure["ours_ms"][1], figure["theirs_ms"] and figure["theirs_ms"][1])
+            told = " | ".join("" if time is None else f"{time:.2f}" for time in (*times, figure["predicted_ms"]))
+            lines.append(f"{_row(figure)} {told} |")
+        if section["failure"]:
+            lines.append(f"| {name}: {_cell(section['failure'])} | | | not reached | | | |")
     return "\n".join([*lines, ""])
 
 
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")
+
+
 def _row(goal: dict) -> str:
-    reached = f"{goal['reached']:.3g}" if isinstance(goal["reached"], float) else goal["reached"]
+    reached = f"{goal['reached']:.3g}" if isinstance(goal["reached"], float) else _cell(goal["reached"])
     sign = "≤" if goal["at_most"] else "≥"
-    text = goal["text"].replace("|", "\\|")
-    return f"| {text} | {sign} {goal['wanted']:g} | {reached} | {'✓' if goal['yes'] else 'not reached'} |"
+    return (
+        f"| {_cell(goal['text'])} | {sign} {goal['wanted']:g} | {reached} | {'✓' if goal['yes'] else 'not reached'} |"
+    )
 
 
 def written(text: str) -> str:

@@ -82,6 +82,7 @@ def run(kernels: str, dim: int, dtype: torch.dtype, n: int, bias: str | None = N
     else:
         with patch.dict("attngraph.rows.HEAVY", cpu=30):
             layout = Rows.of(*bound.list_edges(n, n), n, n)
+            _ = layout.numbered  # both halves with heavy nodes
     q, k, v = torch.zeros(3, 1, 2, n, dim, dtype=dtype)
     shapes = {
         "offset": (2, 2 * n - 1),
@@ -120,11 +121,12 @@ def main() -> None:
     parser.add_argument("--arch", type=int, default=90, choices=PRODUCT)
     parser.add_argument("--bytes", type=int, default=2, choices=(2, 4, 8), help="of a number")
     parser.add_argument("--dim", type=int, nargs="+", default=[16, 32, 64, 128, 256])
+    parser.add_argument("--every", action="store_true", help="each bias with each dimension, not with 64 alone")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     dtype, wrong = {2: torch.bfloat16, 4: torch.float32, 8: torch.float64}[options.bytes], []
     for dim in options.dim:
-        for bias in (None, "offset", "edge", "dense", "keys") if dim == 64 else (None,):
+        for bias in (None, "offset", "edge", "dense", "keys") if dim == 64 or options.every else (None,):
             with compiled(options.arch) as found:
                 run(options.kernels, dim, dtype, 320, bias)
             for kernel in found:

@@ -83,6 +83,7 @@ def _repeated(k: Tensor, q: Tensor) -> Tensor:
 
 
 HIDDEN = -1e30  # added to the score of a pair that is no edge
+WIDEST_FLASH = 256  # dimension of a head that the flash kernel of a GPU takes
 
 
 def forward(q, k, v, layout, bias: None, scale: float) -> tuple[Tensor, Tensor]:
@@ -96,7 +97,7 @@ def forward(q, k, v, layout, bias: None, scale: float) -> tuple[Tensor, Tensor]:
         return out, lse
     mask, hidden = _masks(layout, q)
     sides = _of_one_width(q, _repeated(k, q), _repeated(v, q))
-    out, lse = _flash_kernel(q, layout)[0](*sides, hidden, layout.closed == "causal", scale)
+    out, lse = _flash_kernel(sides[0], layout)[0](*sides, hidden, layout.closed == "causal", scale)
     out, lse = out[..., : v.shape[3]], lse[..., : q.shape[2]]
     if mask is not None:
         nobody = ~mask.any(1)
@@ -124,7 +125,7 @@ def backward(q, k, v, out, lse, dout, dlse, layout, bias: None, scale: float, bi
     if dlse is not None:
         dout[..., value_dim], out[..., value_dim] = -dlse, 1
     lse = lse.masked_fill(lse == -torch.inf, torch.inf).contiguous()
-    dq, dk, dv = _flash_kernel(q, layout)[1](dout, *sides, out, lse, hidden, layout.closed == "causal", scale)
+    dq, dk, dv = _flash_kernel(sides[0], layout)[1](dout, *sides, out, lse, hidden, layout.closed == "causal", scale)
     dk, dv = (side.unflatten(1, (-1, group)).sum(2) for side in (dk, dv))
     return dq[..., :dim], dk[..., :dim], dv[..., :value_dim], None
 
@@ -164,7 +165,7 @@ def _flash_kernel(q: Tensor, layout) -> tuple[Callable, Callable]:
     if q.device.type != "cuda" or q.dtype == torch.float64:
         return _plain_forward, _plain_backward
     aligned = layout.closed == "full" or (layout.closed == "causal" and layout.n == layout.m)
-    if aligned and q.dtype in (torch.float16, torch.bfloat16):
+    if aligned and q.dtype in (torch.float16, torch.bfloat16) and q.shape[3] <= WIDEST_FLASH:
         return _gpu_forward, _gpu_backward
     return _efficient_forward, _efficient_backward
 
@@ -191,15 +192,23 @@ def _gpu_backward(dout, q, k, v, out, lse, hidden, causal, scale):
     )  # fmt: skip
 
 
+def _aligned(hidden: Tensor | None, q: Tensor) -> Tensor | None:
+    """For all batches and heads; each row begins at a multiple of 16 bytes, as SDPA sees to."""
+    if hidden is None:
+        return None
+    keys = hidden.shape[1]
+    return pad(hidden, (0, -keys % 8))[:, :keys].expand(*q.shape[:2], *hidden.shape)
+
+
 def _efficient_forward(q, k, v, hidden, causal, scale):
-    hidden = None if hidden is None else hidden.expand(*q.shape[:2], *hidden.shape)
+    hidden = _aligned(hidden, q)
     return torch.ops.aten._scaled_dot_product_efficient_attention(
         q, k, v, hidden, True, 0.0, causal, scale=scale
     )[:2]  # fmt: skip
 
 
 def _efficient_backward(dout, q, k, v, out, lse, hidden, causal, scale):
-    hidden = None if hidden is None else hidden.expand(*q.shape[:2], *hidden.shape)
+    hidden = _aligned(hidden, q)
     none = torch.zeros((), dtype=torch.int64)
     lse = pad(lse, (0, -lse.shape[2] % 32), value=torch.inf)  # as its own forward pass gives it
     return torch.ops.aten._scaled_dot_product_efficient_attention_backward(

@@ -6,6 +6,8 @@ node. A bias comes with its four strides.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -77,6 +79,12 @@ def spread(bias: tuple[str, Tensor]) -> Tensor:
     if kind == "dense":
         return values
     return (values[None, :, None] if kind == "offset" else values[:, :, None]).contiguous()
+
+
+def constants(shape: NamedTuple) -> NamedTuple:
+    """What a kernel is compiled for, as the compiler takes it: before Triton 3.7 a bare number in a list is none."""
+    interpreted = not isinstance(vectors, triton.JITFunction)
+    return shape if interpreted else type(shape)(*map(tl.constexpr, shape))
 
 
 def width(dim: int) -> int:

@@ -7,17 +7,20 @@ from types import ModuleType
 
 from torch import Tensor
 
+from attngraph.kernels.tiles import current
 from attngraph.kernels.tiles_torch import Bias
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, layout, bias: Bias, scale: float) -> tuple[Tensor, Tensor]:
     """See `rows_numba.forward`."""
-    return _kernel(q).forward(q, k, v, layout, bias, scale)
+    with current(q.device):
+        return _kernel(q).forward(q, k, v, layout, bias, scale)
 
 
 def backward(q, k, v, out, lse, dout, dlse, layout, bias: Bias, scale: float, bias_grad: bool):
     """See `rows_numba.backward`."""
-    return _kernel(q).backward(q, k, v, out, lse, dout, dlse, layout, bias, scale, bias_grad)
+    with current(q.device):
+        return _kernel(q).backward(q, k, v, out, lse, dout, dlse, layout, bias, scale, bias_grad)
 
 
 def _kernel(q: Tensor) -> ModuleType:

@@ -25,6 +25,7 @@ from attngraph.kernels.gpu import (
     LOG2_E,
     NO_BIAS,
     bias_of,
+    constants,
     delta,
     place_of_bias,
     side_of,
@@ -332,7 +333,7 @@ class _Call:
         self._run(_forward, half, self.H, side_of(out), side_of(some_out), lse, some_lse)
         if heavy := len(half.pieces):
             _merge[heavy, self.B * self.H](
-                half.pieces, half.num_pieces, self.H, self.n, self._shape(_merge, half, 1),
+                half.pieces, half.num_pieces, self.H, self.n, constants(self._shape(_merge, half, 1)),
                 side_of(out), side_of(some_out), lse, some_lse,
             )  # fmt: skip
         return out, lse
@@ -379,7 +380,7 @@ class _Call:
         if works * self.B:
             kernel[works, self.B * blocks](
                 self.sides, self.bias, (half.start, half.neighbor, half.units, half.edge), half.num_pieces, blocks,
-                self.H, self.H // self.key_heads, self.n, self.scale, shape, *own, num_warps=WARPS,
+                self.H, self.H // self.key_heads, self.n, self.scale, constants(shape), *own, num_warps=WARPS,
             )  # fmt: skip
 
     def _gather(self, half, total: Tensor, some: Tensor) -> None:
@@ -387,7 +388,13 @@ class _Call:
         if heavy := len(half.pieces):
             heads, dim = total.shape[1], total.shape[3]
             _gather[heavy, self.B * heads](
-                half.pieces, heads, self._shape(_gather, half, 1), side_of(total), side_of(some), dim, width(dim)
+                half.pieces,
+                heads,
+                constants(self._shape(_gather, half, 1)),
+                side_of(total),
+                side_of(some),
+                dim,
+                width(dim),
             )
 
     # The gradient of a bias: kernels store one number for each head and edge, pair, or key; then those that share a

@@ -5,6 +5,7 @@ By Triton on a GPU; fused by Numba on a CPU, in float32 without a bias; else by 
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import lru_cache
 from importlib.util import find_spec
 
@@ -20,13 +21,15 @@ WIDEST = {2: 256, 4: 128}  # by the bytes of a number, the dimension of a head w
 def forward(q: Tensor, k: Tensor, v: Tensor, layout, bias: Bias, scale: float) -> tuple[Tensor, Tensor]:
     """See `tiles_torch.forward`."""
     kernel, (q, k, v) = _kernel(q, k, v, bias=bias)
-    return kernel.forward(q, k, v, layout, bias, scale)
+    with current(q.device):
+        return kernel.forward(q, k, v, layout, bias, scale)
 
 
 def backward(q, k, v, out, lse, dout, dlse, layout, bias: Bias, scale: float, bias_grad: bool):
     """See `tiles_torch.backward`."""
     kernel, (q, k, v, out, dout) = _kernel(q, k, v, out, dout, bias=bias)
-    return kernel.backward(q, k, v, out, lse, dout, dlse, layout, bias, scale, bias_grad)
+    with current(q.device):
+        return kernel.backward(q, k, v, out, lse, dout, dlse, layout, bias, scale, bias_grad)
 
 
 def _kernel(*sides: Tensor, bias: Bias):
@@ -41,6 +44,11 @@ def _kernel(*sides: Tensor, bias: Bias):
 
         return tiles_numba, sides
     return tiles_torch, [side.to(torch.promote_types(number, torch.float32)) for side in sides]
+
+
+def current(device: torch.device):
+    """Where Triton launches: not where the tensors are, but on the current device."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 @lru_cache

@@ -29,6 +29,7 @@ from attngraph.kernels.gpu import (
     NO_BIAS,
     OFFSET,
     bias_of,
+    constants,
     delta,
     place_of_bias,
     side_of,
@@ -479,7 +480,7 @@ class _Call:
         )
         if programs := count * heads.numel():
             kernel[(programs,)](
-                self.sides, self.bias, tuple(tiles), self.masks, count, *self.sizes, self.scale, shape, *own,
+                self.sides, self.bias, tuple(tiles), self.masks, count, *self.sizes, self.scale, constants(shape), *own,
                 num_warps=blocks.warps, num_stages=blocks.stages,
             )  # fmt: skip
 

@@ -97,9 +97,12 @@ def test_every_bias_and_its_gradient(kind, backend):
     for dtype, own in ((torch.float64, "edges"), (torch.float32, backend)):
         chance.manual_seed(2)
         values = torch.randn(shape or (1,), generator=chance, device="cuda").to(dtype).requires_grad_()
-        bias = {"alibi": Alibi.geometric(4), "relative": RelativeBias(values), "edge": EdgeBias(values)}.get(
-            kind, values
-        )
+        makers = {
+            "alibi": lambda values: Alibi(Alibi.geometric(4).slopes.to(values)),
+            "relative": lambda values: RelativeBias(values, max_distance=64),
+            "edge": EdgeBias,
+        }
+        bias = makers.get(kind, lambda values: values)(values)
         sides = [side.detach().to(dtype).requires_grad_() for side in tensors(torch.float32)]
         out = attend(*sides, graph, bias=bias, backend=own)
         wanted = sides if kind == "alibi" else [*sides, values]

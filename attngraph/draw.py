@@ -40,19 +40,22 @@ def attention(
     m: int | None = None,
     *,
     labels: Sequence[str] | None = None,
+    key_labels: Sequence[str] | None = None,
     ax: Axes | None = None,
     title: str = "attention weights",
 ) -> Axes:
     """The weights (E,) of one head, as `attend` returns them, as a picture; white cells are no edges.
 
-    With labels, one for each node, rows and columns carry them.
+    With labels, one for each query, rows carry them; columns carry key_labels, by default the same.
     """
     m = n if m is None else m
     key, query = graph.edge_index(n, m)
     if weights.shape != key.shape:
         raise ValueError(f"weights must have shape ({len(key)},), one for each edge (got {tuple(weights.shape)})")
-    if labels is not None and len(labels) < max(n, m):
-        raise ValueError(f"labels must name each of {max(n, m)} nodes (got {len(labels)})")
+    key_labels = labels if key_labels is None else key_labels
+    for name, given, nodes in (("labels", labels, n), ("key_labels", key_labels, m)):
+        if given is not None and len(given) < nodes:
+            raise ValueError(f"{name} must name each of {nodes} nodes (got {len(given)})")
     picture = torch.full((n, m), torch.nan)
     picture[query, key] = weights.detach().float().cpu()
     ax = _axes((2.2 + 0.16 * m, 1.4 + 0.16 * n) if labels else (5, 5)) if ax is None else ax
@@ -60,7 +63,7 @@ def attention(
     ax.figure.colorbar(drawn, ax=ax, fraction=0.04, pad=0.02, label="weight")
     _frame(ax, n, m)
     if labels:
-        ax.set_xticks(range(m), [_visible(label) for label in labels[:m]], fontsize=7, family="monospace")
+        ax.set_xticks(range(m), [_visible(label) for label in key_labels[:m]], fontsize=7, family="monospace")
         ax.set_yticks(range(n), [_visible(label) for label in labels[:n]], fontsize=7, family="monospace")
     ax.set_title(_wrapped(title), fontsize=9)
     return ax

@@ -4,7 +4,7 @@
 
 A floor is the larger of FLOP over the rate of a matrix product and bytes over the rate of a copy. Kernels with a
 softmax between their products reach about half of that rate (`SHARE`), and gathers `GATHERED` of theirs. FlexAttention
-is expected to reach the same share, of the pairs of *its* blocks of 128 × 128: by that alone, it is as fast in a window.
+is expected to reach the same share, of the pairs of *its* blocks of 128 × 128: by that alone it is as fast in windows.
 """
 
 from __future__ import annotations

@@ -19,11 +19,7 @@ from attngraph.hf.families import FAMILIES, TRANSPOSED, Family, Form, Settings
 from attngraph.nn.transformer import POSITIONS, Transformer
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
-SAME_NAMES = (  # in older files, or in others of the same model
-    ("LayerNorm.gamma", "LayerNorm.weight"),
-    ("LayerNorm.beta", "LayerNorm.bias"),
-    ("cls.predictions.decoder.bias", "cls.predictions.bias"),
-)
+OLD_NAMES = (("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias"))
 
 
 def load(path: str | os.PathLike, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> nn.Module:
@@ -151,8 +147,8 @@ class _Tensors:
                 self.where[self._plain(name)] = (opened, name)
 
     def _plain(self, name: str) -> str:
-        """Without prefix, and the name that others stand for."""
-        for old, new in SAME_NAMES:
+        """Without prefix, and the newer of two names."""
+        for old, new in OLD_NAMES:
             name = name.replace(old, new)
         return name.removeprefix(self.family.prefix)
 

@@ -256,13 +256,18 @@ BERT = Family(
         ),
         Name("cls.predictions.transform.dense", "head.dense"),
         Name("cls.predictions.transform.LayerNorm", "head.norm"),
-        Name("cls.predictions.bias", "head.scores.bias"),
         Name("cls.predictions.decoder", "head.scores"),
+        Name("cls.predictions.bias", "head.scores.bias"),  # where the other is tied to it
     ),
     prefix="bert.",
     outside=("cls.",),
     head=("cls.predictions.decoder.weight", "embeddings.word_embeddings.weight"),
-    unread=(r"embeddings\.position_ids", r"pooler\.dense\..*", r"cls\.seq_relationship\..*"),
+    unread=(
+        r"embeddings\.position_ids",
+        r"pooler\.dense\..*",
+        r"cls\.seq_relationship\..*",
+        r"cls\.predictions\.bias",
+    ),
 )
 
 # --------------------------------------------------------------------------------------------------------------- ViT

@@ -1,0 +1,251 @@
+"""Train an encoder–decoder to translate dates as people write them into ISO 8601, and see its alignment.
+
+    python examples/translate.py                                     two languages, many formats, a minute or two
+    python examples/translate.py --score additive --name bahdanau     scores as in Bahdanau et al. 2015
+    python examples/translate.py --translate "den 3. März 1987" --resume       with the model that is there
+
+The decoder hears Causal() among itself and, in a phase of its own, the whole source. Everything is left in runs/NAME:
+config.json, metrics.csv, checkpoint.safetensors, accuracy.png, connectivity.png, alignment.png, samples.txt.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+from datetime import date, timedelta
+from pathlib import Path
+
+import torch
+import training
+from babel.dates import format_date
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from attngraph import draw
+from attngraph.models import EncoderDecoder
+from attngraph.nn import TokenEmbedding, TransformerConfig
+
+# ---------------------------------------------------------------------------------------------------------- settings
+
+
+def settings(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line. What is not given is a recipe that takes a minute or two."""
+    parser = training.parser_of(
+        __doc__.split("\n")[0], free=("translate", "beam"), name="translate", batch=128, steps=1500, evaluate_every=300
+    )
+    add = parser.add_argument
+    add("--graph", default="Window(4, 4)", help="who hears whom in the source; one for each layer, separated by commas")
+    add("--score", default="dot", choices=["dot", "additive"], help="how a key answers a query")
+    add("--layers", type=int, default=2, help="of the encoder; the decoder has as many")
+    add("--heads", type=int, default=4)
+    add("--width", type=int, default=64)
+    add("--beam", type=int, default=4, help="translations that are followed at a time; 1: greedy")
+    add("--translate", action="append", help="a date to translate at the end; may be given several times")
+    given = training.parsed(parser, arguments)
+    training.require_at_least(given, parser, layers=1, heads=1, width=1, beam=1)
+    return given
+
+
+# ------------------------------------------------------------------------------------------------------------- dates
+
+FIRST, LAST = date(1900, 1, 1), date(2099, 12, 31)
+FORMATS = {  # by language, as Babel reads them (Unicode's LDML); none can be read in two ways
+    "en": ["MMMM d, y", "MMM d, y", "d MMMM y", "d MMM y", "EEEE, MMMM d, y", "EEE, d MMM y", "M/d/y", "MM/dd/y",
+           "'the' d 'of' MMMM, y", "MMMM d y", "EEEE 'the' d 'of' MMMM y"],
+    "de": ["d. MMMM y", "d. MMM y", "EEEE, d. MMMM y", "EEEE, 'den' d. MMMM y", "d.M.y", "dd.MM.y", "d. M. y",
+           "'der' d. MMMM y", "EEE, dd.MM.y", "'am' d. MMMM 'des' 'Jahres' y"],
+}  # fmt: skip
+HELD_OUT = 2000  # days that are never trained on
+
+
+def written(day: date, chance: random.Random) -> str:
+    """The day, as somebody might write it."""
+    language = chance.choice(list(FORMATS))
+    text = format_date(day, chance.choice(FORMATS[language]), locale=language)
+    return chance.choice([text, text, text.lower(), text.upper()])
+
+
+def all_days() -> tuple[list[date], list[date]]:
+    """Those to learn from, and those that are held out."""
+    days = [FIRST + timedelta(days=number) for number in range((LAST - FIRST).days + 1)]
+    random.Random(0).shuffle(days)
+    return days[HELD_OUT:], days[:HELD_OUT]
+
+
+class Alphabet:
+    """Characters as numbers, from 1; 0 fills up."""
+
+    def __init__(self, characters: str):
+        self.characters = "\0" + "".join(sorted(set(characters)))
+        self.number = {character: number for number, character in enumerate(self.characters)}
+
+    def __len__(self) -> int:
+        return len(self.characters)
+
+    def encode(self, texts: list[str]) -> tuple[Tensor, Tensor]:
+        """(B, longest) numbers, and which of them are characters."""
+        for text in texts:
+            if unknown := sorted(set(text) - set(self.number)):
+                raise SystemExit(f"{text!r} has characters that no date was written with: {unknown}")
+        longest = max(map(len, texts))
+        rows = torch.tensor([[self.number[each] for each in text.ljust(longest, "\0")] for text in texts])
+        return rows, rows > 0
+
+    def decode(self, row: list[int]) -> str:
+        return "".join(self.characters[number] for number in row)
+
+
+SOURCE = Alphabet("".join(
+    case(format_date(date(2000, month, day), pattern, locale=language))
+    for language, patterns in FORMATS.items() for pattern in patterns for month in range(1, 13) for day in range(1, 8)
+    for case in (str, str.lower, str.upper)
+) + "0123456789")  # fmt: skip
+TARGET = Alphabet("0123456789-<")
+START, LENGTH = TARGET.number["<"], len("2000-01-01")
+
+
+# ------------------------------------------------------------------------------------------------------------- model
+
+
+def build(args: argparse.Namespace) -> EncoderDecoder:
+    common = {
+        "embed_dim": args.width,
+        "num_layers": args.layers,
+        "num_heads": args.heads,
+        "norm": "rms",
+        "activation": "squared_relu",
+        "bias": (),
+        "score": args.score,
+        "position": "sinusoidal",
+        "dropout": args.dropout,
+        "init": "zero",
+    }
+    source = TokenEmbedding(len(SOURCE), args.width)
+    return EncoderDecoder(
+        TransformerConfig(**common),
+        TransformerConfig(cross=True, **common),
+        len(TARGET),
+        source=source,
+        encoder_graph=training.layer_graphs(args.graph, args.layers),
+        tied=False,
+    )
+
+
+@torch.no_grad()
+def greedy(model: EncoderDecoder, texts: list[str], device: torch.device) -> list[str]:
+    """The likeliest next character, ten times."""
+    source, keep = (part.to(device) for part in SOURCE.encode(texts))
+    memory = model.encode(source, keep=keep)
+    target = torch.full((len(texts), 1), START, device=device)
+    for _ in range(LENGTH):
+        target = torch.cat([target, model.decode(memory, target, keep=keep)[:, -1:].argmax(-1)], dim=1)
+    return [TARGET.decode(row) for row in target[:, 1:].tolist()]
+
+
+@torch.no_grad()
+def beam_search(model: EncoderDecoder, text: str, width: int, device: torch.device) -> list[tuple[str, float]]:
+    """The `width` likeliest translations that are found by keeping as many at each step, with their log-probability."""
+    source, keep = (part.to(device) for part in SOURCE.encode([text]))
+    memory = model.encode(source, keep=keep)
+    target, score = torch.full((1, 1), START, device=device), torch.zeros(1, device=device)
+    for _ in range(LENGTH):
+        logits = model.decode(memory.expand(len(target), -1, -1), target, keep=keep.expand(len(target), -1))
+        paths = (score[:, None] + logits[:, -1].float().log_softmax(-1)).flatten()
+        score, best = paths.topk(min(width, len(paths)))
+        target = torch.cat([target[best // len(TARGET)], best[:, None] % len(TARGET)], dim=1)
+    return [(TARGET.decode(row), float(each)) for row, each in zip(target[:, 1:].tolist(), score, strict=True)]
+
+
+def alignment(model: EncoderDecoder, text: str, device: torch.device) -> tuple[Tensor, str]:
+    """How much each character of the translation hears each of the source, (10, len(text)): the mean of the heads of
+    the decoder's last layer; and the translation.
+    """
+    (source, keep), result = SOURCE.encode([text]), greedy(model, [text], device)[0]
+    target = TARGET.encode([f"<{result}"[:-1]])[0]
+    layer = model.decoder.layers[-1].cross
+    weights, _ = training.weights_in(layer, lambda: model(source.to(device), target.to(device), keep=keep.to(device)))
+    return weights[0].mean(0).view(LENGTH, len(text)).cpu(), result
+
+
+# ---------------------------------------------------------------------------------------------------------- training
+
+
+def train(args: argparse.Namespace) -> dict:
+    """Train, and leave the run's folder behind. Returns the last figures."""
+    known, unseen = all_days()
+    chance = random.Random(1)
+    questions, answers = [written(day, chance) for day in unseen], [day.isoformat() for day in unseen]
+    device = training.best_device(args.device)
+    torch.manual_seed(args.seed)
+    try:
+        model = build(args).to(device)
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
+    print(f"dates     {len(known):,} to learn from, {len(unseen):,} others to test; such as {questions[0]!r}")
+    print(f"model     {sum(p.numel() for p in model.parameters()):,} parameters, source graph {args.graph}")
+
+    def loss(number: int) -> Tensor:
+        chance = random.Random(args.seed + number)
+        days = chance.choices(known, k=args.batch)
+        source, keep = SOURCE.encode([written(day, chance) for day in days])
+        target = TARGET.encode([f"<{day.isoformat()}" for day in days])[0].to(device)
+        logits = model(source.to(device), target[:, :-1], keep=keep.to(device))
+        return cross_entropy(logits.float().flatten(0, 1), target[:, 1:].flatten())
+
+    def exact() -> float:
+        found = [
+            answer
+            for start in range(0, len(unseen), 500)
+            for answer in greedy(model, questions[start : start + 500], device)
+        ]
+        return 100 * sum(a == b for a, b in zip(found, answers, strict=True)) / len(answers)
+
+    task = training.Task(
+        model,
+        loss,
+        exact,
+        device,
+        identity={"source": len(SOURCE), "target": len(TARGET)},
+        record={},
+        unit="dates",
+        per_batch=args.batch,
+        score="exact_match",
+        free=(*training.FREE, "translate", "beam"),
+    )
+    score, metrics = training.fit(args, task)
+    print(f"{score:.2f}% of {len(unseen):,} unseen dates exactly right, after {metrics.seconds:.0f} s")
+    report(args, model.eval(), metrics, questions[:6], device)
+    return {"exact_match": score, "seconds": metrics.seconds}
+
+
+def report(args: argparse.Namespace, model: EncoderDecoder, metrics, texts: list[str], device: torch.device) -> None:
+    """Translations and pictures."""
+    folder, lines = Path(args.runs) / args.name, []
+    for text in [*texts, *(args.translate or ())]:
+        found = "   ".join(
+            f"{result} ({score:.2g})" for result, score in beam_search(model, text, args.beam, device)[:2]
+        )
+        lines.append(f"{text:40} greedy {greedy(model, [text], device)[0]}   beam {found}")
+    told = "\n".join(lines) + "\n"
+    training.write_whole(folder / "samples.txt", lambda path: path.write_text(told, encoding="utf-8"))
+    curve = training.loss_curve(metrics, "dates to ISO 8601", "loss [nats a character]", "unseen dates right [%]")
+    draw.save(curve, folder / "accuracy.png")
+    draw.save(training.connectivity(model.encoder.graphs, 32), folder / "connectivity.png")
+    text = "Dienstag, den 3. März 1987"
+    weights, result = alignment(model, text, device)
+    draw.save(picture(weights, text, result), folder / "alignment.png")
+    print(f"{told}{training.left_in(folder)}")
+
+
+def picture(weights: Tensor, text: str, result: str):
+    """The alignment: row by row, what is heard when a character is written."""
+    from attngraph import Full
+
+    title = f"what each character of {result} hears of the source"
+    return draw.attention(
+        weights.flatten(), Full(), len(result), len(text), labels=list(result), key_labels=list(text), title=title
+    )
+
+
+if __name__ == "__main__":
+    train(settings())

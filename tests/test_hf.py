@@ -1,0 +1,368 @@
+"""attngraph.hf: other people's models, the same logits; what is unknown, missing or left over is told by name."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from attngraph import Causal, Full, Neighborhood, Prefix, Window, from_function, hf
+
+transformers = pytest.importorskip("transformers")
+
+SMALL = {"initializer_range": 0.4}  # large weights: what is small would hide mistakes
+GPT2 = {"n_embd": 24, "n_layer": 2, "n_head": 3, "vocab_size": 37, "n_positions": 19, **SMALL}
+BERT = {
+    "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 50, "vocab_size": 37,
+    "max_position_embeddings": 19, **SMALL,
+}  # fmt: skip
+VIT = {
+    "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 50, "image_size": 12,
+    "patch_size": 4, "num_labels": 5, **SMALL,
+}  # fmt: skip
+T5 = {
+    "d_model": 24,
+    "num_layers": 2,
+    "num_heads": 3,
+    "d_kv": 7,
+    "d_ff": 50,
+    "vocab_size": 37,
+    "initializer_factor": 3.0,
+}
+WHISPER = {
+    "d_model": 24, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 3, "decoder_attention_heads": 3,
+    "encoder_ffn_dim": 50, "decoder_ffn_dim": 44, "vocab_size": 37, "num_mel_bins": 8, "max_source_positions": 11,
+    "max_target_positions": 13, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1,
+    "init_std": 0.3,
+}  # fmt: skip
+LLAMA = {
+    "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 10,
+    "intermediate_size": 50, "vocab_size": 37, "max_position_embeddings": 8, **SMALL,
+}  # fmt: skip
+QWEN2 = {**LLAMA, "hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 2, "max_position_embeddings": 64}
+del QWEN2["head_dim"]
+DT = {"hidden_size": 24, "n_layer": 2, "n_head": 3, "state_dim": 5, "act_dim": 2, "max_ep_len": 30, **SMALL}
+ROPE = {
+    "linear": {"factor": 3.0},
+    "dynamic": {"factor": 2.0},
+    "yarn": {"factor": 4.0, "original_max_position_embeddings": 8},
+    "llama3": {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8},
+    "longrope": {
+        "factor": 4.0, "original_max_position_embeddings": 8, "short_factor": [1.1, 1.2, 1.3, 1.4, 1.5],
+        "long_factor": [2.0, 3.0, 4.0, 5.0, 6.0],
+    },
+}  # fmt: skip
+FAMILIES = {
+    "gpt2": (
+        "GPT2LMHeadModel", "GPT2Config", GPT2,
+        [
+            {},
+            {"tie_word_embeddings": False, "n_inner": 31, "activation_function": "relu"},
+            {"scale_attn_by_inverse_layer_idx": True, "n_head": 4, "layer_norm_epsilon": 1e-3},
+            {"scale_attn_weights": False, "n_layer": 3, "activation_function": "gelu"},
+        ],
+    ),
+    "bert": (
+        "BertForMaskedLM", "BertConfig", BERT,
+        [{}, {"tie_word_embeddings": False, "hidden_act": "relu"}, {"type_vocab_size": 1, "num_attention_heads": 2}],
+    ),
+    "vit": (
+        "ViTForImageClassification", "ViTConfig", VIT,
+        [{}, {"qkv_bias": False, "num_channels": 1}, {"image_size": [8, 20], "patch_size": 2, "hidden_act": "relu"}],
+    ),
+    "t5": (
+        "T5ForConditionalGeneration", "T5Config", T5,
+        [
+            {},
+            {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False, "num_decoder_layers": 3},
+            {"feed_forward_proj": "gated-silu", "relative_attention_num_buckets": 8, "d_kv": 8},
+        ],
+    ),
+    "whisper": (
+        "WhisperForConditionalGeneration", "WhisperConfig", WHISPER,
+        [{}, {"tie_word_embeddings": False}, {"encoder_layers": 1, "decoder_attention_heads": 4, "num_mel_bins": 5}],
+    ),
+    "llama": (
+        "LlamaForCausalLM", "LlamaConfig", LLAMA,
+        [
+            {}, {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True}, {"num_key_value_heads": 3},
+            *({"rope_parameters": {"rope_type": kind, "rope_theta": 500.0, **more}} for kind, more in ROPE.items()),
+        ],
+    ),
+    "qwen2": (
+        "Qwen2ForCausalLM", "Qwen2Config", QWEN2,
+        [
+            {}, {"tie_word_embeddings": True},
+            {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1, "num_hidden_layers": 3},
+        ],
+    ),
+    "decision_transformer": (
+        "DecisionTransformerModel", "DecisionTransformerConfig", DT,
+        [{}, {"action_tanh": False, "n_head": 4}, {"activation_function": "gelu_new", "n_inner": 31, "act_dim": 1}],
+    ),
+}  # fmt: skip
+CASES = [(family, number) for family, (*_, several) in FAMILIES.items() for number in range(len(several))]
+IN_FLOAT64 = ("gpt2", "bert", "whisper", "decision_transformer")  # where the reference computes in float64
+
+
+def theirs(family, number, path):
+    """Their model, saved to disk."""
+    model, config, base, several = FAMILIES[family]
+    torch.manual_seed(number)
+    made = getattr(transformers, model)(getattr(transformers, config)(**{**base, **several[number]}))
+    with torch.no_grad():
+        for name, parameter in made.named_parameters():
+            if parameter.ndim == 1:  # biases and gains that are not all 0 or 1
+                parameter += 0.3 * torch.randn_like(parameter) * ("embed_positions" not in name)
+    made.save_pretrained(path)
+    return getattr(transformers, model).from_pretrained(path, attn_implementation="eager").eval()
+
+
+def both(family, model, reference, dtype, padded):
+    """Our logits and theirs, and where both count."""
+    model, reference = model.to(dtype), reference.to(dtype)
+    chance = torch.Generator().manual_seed(7)
+    tokens, others = (torch.randint(37, (3, length), generator=chance) for length in (11, 6))
+    keep = torch.ones(3, 11, dtype=torch.bool)
+    if padded:
+        keep[1, 7:], keep[2, :4] = False, False  # on either side
+    mask = keep.long() if padded else None
+    ours = {"keep": keep} if padded else {}
+    if family == "vit":
+        height, width = model.patches.image_size
+        images = torch.randn(3, model.patches.channels, height, width, generator=chance, dtype=dtype)
+        return model(images), reference(images).logits, slice(None)
+    if family == "whisper":
+        sounds = torch.randn(3, reference.config.num_mel_bins, 22, generator=chance, dtype=dtype)
+        ours = {"target_keep": keep[:, :6]} if padded else {}
+        told = reference(
+            input_features=sounds, decoder_input_ids=others,
+            decoder_attention_mask=None if mask is None else mask[:, :6],
+        )  # fmt: skip
+        return model(sounds, others, **ours), told.logits, keep[:, :6]
+    if family == "t5":
+        told = reference(input_ids=tokens, attention_mask=mask, decoder_input_ids=others)
+        return model(tokens, others, **ours), told.logits, slice(None)
+    if family == "decision_transformer":
+        states, actions, returns = (
+            torch.randn(3, 11, width, generator=chance, dtype=dtype) for width in (5, reference.config.act_dim, 1)
+        )
+        times = torch.randint(30, (3, 11), generator=chance)
+        told = reference(
+            states=states, actions=actions, returns_to_go=returns, timesteps=times, attention_mask=mask
+        ).action_preds
+        return model(states, actions, returns, times, **ours), told, keep
+    return model(tokens, **ours), reference(input_ids=tokens, attention_mask=mask).logits, keep
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
+@pytest.mark.parametrize(("family", "number"), CASES)
+@torch.no_grad()
+def test_the_logits_are_theirs(family, number, padded, tmp_path):
+    reference = theirs(family, number, tmp_path)
+    model = hf.load(tmp_path)
+    for dtype, close in ((torch.float32, 1e-5), (torch.float64, 1e-12))[: 1 + (family in IN_FLOAT64)]:
+        ours, right, count = both(family, model, reference, dtype, padded)
+        assert ours.shape == right.shape
+        assert (ours - right)[count].abs().max() <= close * right[count].abs().max()
+
+
+@pytest.mark.parametrize(("family", "number"), [(family, number) for family, number in CASES if number < 2])
+@torch.no_grad()
+def test_what_is_saved_is_loaded_by_both(family, number, tmp_path):
+    reference = theirs(family, number, tmp_path / "theirs")
+    model = hf.load(tmp_path / "theirs")
+    for parameter in model.parameters():
+        parameter.mul_(1.01)
+    wanted = both(family, model, reference, torch.float32, False)[0]
+    hf.save(model, tmp_path / "ours")
+    assert torch.equal(both(family, hf.load(tmp_path / "ours"), reference, torch.float32, False)[0], wanted)
+    again = type(reference).from_pretrained(tmp_path / "ours", attn_implementation="eager").eval()
+    ours, right, count = both(family, model, again, torch.float32, False)
+    assert (ours - right)[count].abs().max() <= 1e-5 * right[count].abs().max()
+    hf.save(model, tmp_path / "theirs")  # over the file that its weights are read from
+    assert torch.equal(both(family, hf.load(tmp_path / "theirs"), reference, torch.float32, False)[0], wanted)
+
+
+@torch.no_grad()
+def test_shards_are_one_model(tmp_path):
+    reference = theirs("llama", 0, tmp_path / "whole")
+    reference.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
+    assert (tmp_path / "shards" / "model.safetensors.index.json").exists()
+    whole, shards = (
+        both("llama", hf.load(tmp_path / name), reference, torch.float32, True)[0] for name in ("whole", "shards")
+    )
+    assert torch.equal(whole, shards)
+
+
+def test_a_changed_graph_is_kept_and_told(tmp_path):
+    theirs("gpt2", 0, tmp_path / "gpt2"), theirs("vit", 0, tmp_path / "vit")
+    gpt2, vit = hf.load(tmp_path / "gpt2"), hf.load(tmp_path / "vit")
+    assert gpt2.transformer.graphs == (Causal(), Causal())
+    assert vit.transformer.graphs == (Full(), Full())
+    tokens, images = torch.randint(37, (1, 15)), torch.randn(1, 3, 12, 12)
+    before = gpt2(tokens), vit(images)
+    gpt2.transformer.graphs = [Causal() & (Window(3, 0) | Prefix(2)), Causal()]
+    vit.transformer.graphs = Neighborhood((3, 3), 1).with_global_nodes(1)
+    after = gpt2(tokens), vit(images)
+    assert torch.allclose(before[0][:, :4], after[0][:, :4], atol=1e-5)
+    assert not torch.allclose(before[0][:, -1], after[0][:, -1], atol=1e-3)
+    assert not torch.allclose(before[1], after[1], atol=1e-3)
+    for model, given, name in ((gpt2, tokens, "gpt2"), (vit, images, "vit")):
+        hf.save(model, tmp_path / name)
+        again = hf.load(tmp_path / name)
+        assert again.transformer.graphs == model.transformer.graphs
+        assert torch.equal(again(given), model(given))
+    gpt2.transformer.graphs = from_function(lambda i, j: j <= i)
+    with pytest.raises(ValueError, match="from_function"):
+        hf.save(gpt2, tmp_path / "never")
+    assert not (tmp_path / "never").exists()
+
+
+@torch.no_grad()
+def test_names_of_older_files_are_known(tmp_path):
+    """Buffers, gains called gamma, tensors of other heads, and no prefix."""
+    reference = theirs("gpt2", 0, tmp_path / "gpt2")
+    tensors = load_file(tmp_path / "gpt2" / "model.safetensors")
+    tensors = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
+    tensors |= {"h.0.attn.bias": torch.ones(1, 1, 19, 19), "h.1.attn.masked_bias": torch.tensor(-1e4)}
+    tensors["lm_head.weight"] = tensors["wte.weight"].clone()
+    save_file(tensors, tmp_path / "gpt2" / "model.safetensors")
+    model = hf.load(tmp_path / "gpt2")
+    assert model.head.weight is model.embedding.weight
+    ours, right, _ = both("gpt2", model, reference, torch.float32, False)
+    assert (ours - right).abs().max() <= 1e-5 * right.abs().max()
+
+    reference = theirs("bert", 0, tmp_path / "bert")
+    tensors = load_file(tmp_path / "bert" / "model.safetensors")
+    tensors = {
+        name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): tensor
+        for name, tensor in tensors.items()
+    }
+    tensors |= {"bert.pooler.dense.weight": torch.ones(24, 24), "cls.seq_relationship.bias": torch.ones(2)}
+    tensors |= {"bert.embeddings.position_ids": torch.arange(19)[None]}
+    save_file(tensors, tmp_path / "bert" / "model.safetensors")
+    ours, right, _ = both("bert", hf.load(tmp_path / "bert"), reference, torch.float32, False)
+    assert (ours - right).abs().max() <= 1e-5 * right.abs().max()
+
+
+@torch.no_grad()
+def test_a_head_that_differs_is_not_tied(tmp_path):
+    theirs("t5", 1, tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["lm_head.weight"] = torch.randn(37, 24)
+    save_file(tensors, tmp_path / "model.safetensors")
+    model = hf.load(tmp_path)
+    assert torch.equal(model.head.weight, tensors["lm_head.weight"])
+    assert model.logit_scale == 1.0
+    reference = transformers.T5ForConditionalGeneration.from_pretrained(tmp_path, attn_implementation="eager").eval()
+    ours, right, _ = both("t5", model, reference, torch.float32, False)
+    assert (ours - right).abs().max() <= 1e-5 * right.abs().max()
+
+
+@pytest.fixture
+def gpt2(tmp_path):
+    theirs("gpt2", 0, tmp_path)
+    return tmp_path
+
+
+def changed(folder, **settings):
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))
+
+
+def rewritten(folder, change):
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda at: changed(at, flux_capacitor=3), "unknown settings: flux_capacitor"),
+        (lambda at: changed(at, model_type="gpt5"), "model_type must be one of gpt2, bert"),
+        (lambda at: changed(at, architectures=["GPT2ForSequenceClassification"]), "must be GPT2LMHeadModel"),
+        (lambda at: changed(at, activation_function="mish"), "'activation_function' must be one of gelu"),
+        (lambda at: changed(at, add_cross_attention=True), "'add_cross_attention' must be False"),
+        (lambda at: changed(at, n_embd=25), "must be a multiple of num_heads"),
+        (lambda at: changed(at, n_positions=20), "transformer.wpe.weight must have the shape (20, 24)"),
+        (lambda at: rewritten(at, lambda t: t.pop("transformer.ln_f.bias")), "missing tensors: transformer.ln_f.bias"),
+        (lambda at: rewritten(at, lambda t: t.update(extra=torch.ones(1))), "left-over tensors: extra"),
+        (lambda at: (at / "model.safetensors").write_bytes(b"no tensors"), "model.safetensors can't be read"),
+        (lambda at: (at / "config.json").write_text("{"), "must be JSON"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_named(gpt2, spoil, message):
+    spoil(gpt2)
+    with pytest.raises(ValueError) as error:
+        hf.load(gpt2)
+    assert message in str(error.value)
+
+
+def test_files_that_are_not_there_are_named(gpt2, tmp_path):
+    with pytest.raises(FileNotFoundError, match="local directory"):
+        hf.load("openai/gpt2")
+    os.rename(gpt2 / "model.safetensors", gpt2 / "pytorch_model.bin")
+    with pytest.raises(FileNotFoundError, match=r"has no model.safetensors.*pytorch_model.bin is of another format"):
+        hf.load(gpt2)
+    os.remove(gpt2 / "config.json")
+    with pytest.raises(FileNotFoundError, match=r"config.json does not exist"):
+        hf.load(gpt2)
+    with pytest.raises(ValueError, match="save takes a model that attngraph"):
+        hf.save(torch.nn.Identity(), tmp_path / "new")
+
+
+def test_a_loaded_model_is_trained_as_any_other(gpt2):
+    model = hf.load(gpt2)
+    before = (gpt2 / "model.safetensors").read_bytes()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    tokens = torch.randint(37, (4, 12))
+    losses = []
+    for _ in range(20):
+        loss = torch.nn.functional.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < losses[0] / 2
+    assert (gpt2 / "model.safetensors").read_bytes() == before
+
+
+def test_precision_is_kept_or_chosen(gpt2):
+    rewritten(gpt2, lambda tensors: tensors.update({name: tensor.half() for name, tensor in tensors.items()}))
+    assert hf.load(gpt2).embedding.weight.dtype == torch.float16
+    assert hf.load(gpt2, dtype=torch.float64).embedding.weight.dtype == torch.float64
+
+
+WEIGHT = """
+import sys, time
+import attngraph.models, safetensors
+from attngraph import hf
+def resident(field):
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(field)) * 1024
+open("/proc/self/clear_refs", "w").write("5")
+before, start = resident("VmHWM"), time.perf_counter()
+model = hf.load(sys.argv[1])
+sums = [float(parameter.detach().sum()) for parameter in model.parameters()]  # all of it is read
+seconds = time.perf_counter() - start
+size = sum(parameter.nbytes for parameter in model.parameters())
+assert "transformers" not in sys.modules
+print(seconds, (resident("VmHWM") - before) / size, size)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peak memory is read from /proc")
+def test_gpt2_small_loads_fast_and_in_its_own_size(tmp_path):
+    """124M parameters: at most 3 s, and 1.2 times its size."""
+    transformers.GPT2LMHeadModel(transformers.GPT2Config()).save_pretrained(tmp_path)
+    done = subprocess.run([sys.executable, "-c", WEIGHT, str(tmp_path)], capture_output=True, text=True, check=True)
+    shutil.rmtree(tmp_path)
+    seconds, share, size = map(float, done.stdout.split())
+    assert size == 124_439_808 * 4
+    assert seconds <= 3
+    assert share <= 1.2

@@ -50,6 +50,12 @@ class _Pointwise(Graph):
     def pattern(self, boxes):
         return [number for graph in self.graphs for number in _where_partial(graph, boxes)]
 
+    def edges_of(self, start, stop, n, m):
+        return type(self)(tuple(Rows(graph, start, stop) for graph in self.graphs)).list_edges(stop - start, m)
+
+    def by_rows(self, n, m):
+        return all(graph.by_rows(n, m) for graph in self.graphs)
+
     def _of(self, source: Graph, n: int, m: int) -> tuple[Tensor, Tensor]:
         """Those edges of a larger graph that are in this one."""
         query, key = source.list_edges(n, m)

@@ -27,18 +27,21 @@ def from_edge_index(edge_index: Tensor, size: int | tuple[int, int] | None = Non
     Without a size, there are as many nodes as the largest number says, queries and keys alike (PyG's own rule, which
     loses isolated nodes at the end: give the size where there may be some).
 
-    The graph of a tensor that lives is remembered until its numbers change: a training loop sorts its edges once.
+    The graph of a tensor that lives is remembered until its numbers change: a training loop sorts its edges once. On a
+    GPU, where looking at the numbers would stop the program, they change as torch counts it: not through `.data`.
 
     >>> from_edge_index(torch.tensor([[0, 1], [1, 2]]), size=3)
     EdgeList([[0, 1], [1, 2]], size=(3, 3))
     """
     given = integer_tensor(edge_index)
-    if size is None:
-        size = int(given.max()) + 1 if given.numel() else 0
-    asked = repr(size), fingerprint(given)
+    on_gpu = isinstance(edge_index, Tensor) and edge_index.is_cuda
+    numbers = (*given.shape, given.data_ptr(), edge_index._version) if on_gpu else fingerprint(given)
+    asked = repr(size), numbers
     known = _KNOWN.get(edge_index) if isinstance(edge_index, Tensor) else None
     if known is not None and known[0] == asked:
         return known[1]
+    if size is None:
+        size = int(given.max()) + 1 if given.numel() else 0
     graph = EdgeList(given, size)
     if isinstance(edge_index, Tensor):
         _KNOWN[edge_index] = asked, graph

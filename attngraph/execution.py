@@ -22,7 +22,7 @@ from attngraph.planner import LIVING, Plan, plan
 
 KERNELS = {"dense": "dense", "tiles": "tiles", "rows": "rows"}  # each with forward and backward
 MOST_PLANS = 64
-MOST_BYTES = 1 << 31  # of all layouts that are kept
+MOST_BYTES = {"cpu": 1 << 31, "cuda": 1 << 34}  # of all layouts that are kept for a kind of device
 
 Bias = tuple[str, Tensor] | None
 
@@ -48,7 +48,8 @@ def planned(text: str, q: Tensor, k: Tensor, backend: str, bias: str | None) -> 
     )  # fmt: skip
     with _LOCK:
         _KEPT[key] = made
-        while len(_KEPT) > MOST_PLANS or (len(_KEPT) > 1 and sum(kept.nbytes for kept in _KEPT.values()) > MOST_BYTES):
+        most = MOST_BYTES.get(q.device.type, MOST_BYTES["cpu"])
+        while len(_KEPT) > MOST_PLANS or (len(_KEPT) > 1 and sum(kept.nbytes for kept in _KEPT.values()) > most):
             _KEPT.popitem(last=False)
     return made
 

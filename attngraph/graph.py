@@ -82,10 +82,17 @@ class Graph:
         return torch.cat(found).unbind(1)
 
     def edges_of(self, start: int, stop: int, n: int, m: int) -> tuple[Tensor, Tensor]:
-        """The edges of the queries start … stop-1, renumbered from 0; the default chooses among those of all n."""
+        """The edges of the queries start … stop-1, renumbered from 0; the default chooses among those of all n.
+
+        A graph that does better says so: `by_rows`.
+        """
         query, key = self.list_edges(n, m)
         kept = (query >= start) & (query < stop)
         return query[kept] - start, key[kept]
+
+    def by_rows(self, n: int, m: int) -> bool:
+        """Whether the edges of some queries are listed at their own cost, not at that of all."""
+        return type(self).edges_of is not Graph.edges_of or self.lines(n, m) is not None
 
     def count(self, n: int, m: int) -> int:
         """The number of edges; the default lists them."""

@@ -71,7 +71,7 @@ def attend(
         ValueError: sizes, devices or dtypes that do not fit, or a backend that can't do what is asked.
         TypeError: an argument of the wrong kind.
     """
-    if isinstance(q, Tensor) and amp.is_autocast_available(q.device.type) and torch.is_autocast_enabled(q.device.type):
+    if isinstance(q, Tensor) and _autocasts(q.device.type):
         q, k, v = _in_autocast(q, k, v)
     unbatched = isinstance(q, Tensor) and q.ndim == 3
     if unbatched:
@@ -161,6 +161,11 @@ def _in_autocast(*sides: Tensor) -> list[Tensor]:
 def _functorch() -> bool:
     """Whether a transform of `torch.func` runs, which custom operators with a gradient do not know."""
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
+def _autocasts(device: str) -> bool:
+    """Whether autocast is on for a kind of device, some of which have none; a compiled program is not for those."""
+    return (torch.compiler.is_compiling() or amp.is_autocast_available(device)) and torch.is_autocast_enabled(device)
 
 
 def _dual(*sides: Tensor) -> bool:

@@ -68,12 +68,15 @@ class Rows:
 
     @staticmethod
     def listed(graph, n: int, m: int) -> Rows:
-        """From a graph that is bound to its size; of more edges than `AT_ONCE`, those of some queries at a time."""
+        """From a graph that is bound to its size; of more edges than `AT_ONCE`, those of some queries at a time, where
+        the graph can tell them.
+        """
         edges, number = graph.count_edges(n, m), _integers(m)
-        needed = edges * number.itemsize + min(edges, AT_ONCE) * BYTES_PER_EDGE
+        together = AT_ONCE if graph.by_rows(n, m) else max(edges, 1)
+        needed = edges * number.itemsize + min(edges, together) * BYTES_PER_EDGE
         require_memory(needed, f"for the {edges:,} edges of {graph.text} in rows")
         neighbor, degree, done = torch.empty(edges, dtype=number), torch.zeros(n, dtype=torch.int64), 0
-        step = max(1, n * AT_ONCE // max(edges, AT_ONCE))
+        step = max(1, n * together // max(edges, together))
         for first in range(0, n, step):
             after = min(first + step, n)
             query, key = (graph if step >= n else graph.rows(first, after)).list_edges(after - first, m)
@@ -85,6 +88,7 @@ class Rows:
     @cached_property
     def by_key(self) -> Adjacency:
         """CSC; where every edge has its reverse, CSR again, stored once."""
+        require_memory(len(self.by_query.neighbor) * 18, "to sort the edges by their keys")
         start = _running(sum(torch.bincount(part, minlength=self.m) for part in self.by_query.neighbor.split(AT_ONCE)))
         query = torch.arange(self.n, device=start.device, dtype=_integers(self.n))
         query = query.repeat_interleave(self.by_query.start.diff())

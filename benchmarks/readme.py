@@ -120,9 +120,8 @@ def _cell(text: str) -> str:
 def _row(goal: dict) -> str:
     reached = f"{goal['reached']:.3g}" if isinstance(goal["reached"], float) else _cell(goal["reached"])
     sign = "≤" if goal["at_most"] else "≥"
-    return (
-        f"| {_cell(goal['text'])} | {sign} {goal['wanted']:g} | {reached} | {'✓' if goal['yes'] else 'not reached'} |"
-    )
+    wanted = goal["wanted"] if isinstance(goal["wanted"], str) else f"{goal['wanted']:g}"
+    return f"| {_cell(goal['text'])} | {sign} {wanted} | {reached} | {'✓' if goal['yes'] else 'not reached'} |"
 
 
 def written(text: str) -> str:

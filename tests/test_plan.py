@@ -302,7 +302,7 @@ def test_plans_are_made_once_and_the_cache_is_bounded(monkeypatch):
     for graph in graphs:
         planned(graph.text, q, q, "tiles", None)
     assert len(execution._KEPT) == 3
-    monkeypatch.setattr(execution, "MOST_BYTES", 0)
+    monkeypatch.setitem(execution.MOST_BYTES, "cpu", 0)
     planned(MIXED.text, q, q, "tiles", None)
     assert len(execution._KEPT) == 1
 

@@ -49,9 +49,21 @@ def place_of_bias(bias, b, h, i, j, n, edge, kind: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["blocks", "H", "n"])
-def _settle(out, dout, dlse, delta, blocks, H, n, dim: tl.constexpr, wide: tl.constexpr, number: tl.constexpr):
+def _settle(
+    out,
+    dout,
+    dlse,
+    delta,
+    blocks,
+    H,
+    n,
+    dim: tl.constexpr,
+    wide: tl.constexpr,
+    number: tl.constexpr,
+    size: tl.constexpr,
+):
     block, head = tl.program_id(0) % blocks, (tl.program_id(0) // blocks).to(tl.int64)
-    i = block.to(tl.int64) * 64 + tl.arange(0, 64)
+    i = block.to(tl.int64) * size + tl.arange(0, size)
     a = vectors(out, head // H, head % H, i, n, dim, wide, True).to(number)
     b = vectors(dout, head // H, head % H, i, n, dim, wide, True).to(number)
     less = tl.load(dlse + head * n + i, mask=i < n, other=0.0)
@@ -94,10 +106,12 @@ def width(dim: int) -> int:
 
 def delta(out: Tensor, dout: Tensor, lse: Tensor, dlse: Tensor | None) -> Tensor:
     """Σ_d out · dout - dlse, (B, H, N)."""
-    (_, H, N, D), found, blocks = out.shape, torch.empty_like(lse), -(-out.shape[2] // 64)
+    (_, H, N, D), found = out.shape, torch.empty_like(lse)
+    size = max(8, 16384 // (width(D) * out.element_size()))  # nodes of a program, whose vectors stay in registers
+    blocks = -(-N // size)
     dlse, number = torch.zeros_like(lse) if dlse is None else dlse.contiguous(), number_of(lse)
     if programs := blocks * lse.shape[:2].numel():
-        _settle[(programs,)](side_of(out), side_of(dout), dlse, found, blocks, H, N, D, width(D), number)
+        _settle[(programs,)](side_of(out), side_of(dout), dlse, found, blocks, H, N, D, width(D), number, size)
     return found
 
 

@@ -366,7 +366,7 @@ class _Call:
         return torch.empty(shape, dtype=self.wide, device=self.sides[0][0].device)
 
     def _shape(self, kernel, half, heads: int) -> Shape:
-        most = NUMBERS.get(kernel.fn.__name__, 1) // (self.dims[2] if self.dims[2] > self.dims[3] else self.dims[3])
+        most = NUMBERS.get(kernel.fn.__name__, 1) // max(self.dims[2:]) // (1 + self.double)
         together = min(triton.next_power_of_2(heads), max(1, most // FEWEST_EDGES))
         edges = max(1, most // together)
         return Shape(*self.dims, together, edges, half.heavy, self.kind, self.double)
@@ -375,7 +375,7 @@ class _Call:
         """A kernel, for each node or piece of one, and each block of heads."""
         shape, works = self._shape(kernel, half, heads), half.num_pieces + len(half.start) - 1
         blocks = -(-heads // shape.heads)
-        if self.B * blocks >= MOST_ON_AN_AXIS:
+        if self.B * heads >= MOST_ON_AN_AXIS:
             raise ValueError(f"rows on a GPU take batch · heads below {MOST_ON_AN_AXIS:,} (got {self.B * heads:,})")
         if works * self.B:
             kernel[works, self.B * blocks](

@@ -31,7 +31,7 @@ from attngraph.nn import TokenEmbedding, TransformerConfig
 def settings(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line. What is not given is a recipe that takes a minute or two."""
     parser = training.parser_of(
-        __doc__.split("\n")[0], free=("translate", "beam"), name="translate", batch=128, steps=1500, evaluate_every=300
+        __doc__.split("\n")[0], free=("translate", "beam"), name="translate", batch=128, steps=900, evaluate_every=300
     )
     add = parser.add_argument
     add("--graph", default="Window(4, 4)", help="who hears whom in the source; one for each layer, separated by commas")

@@ -36,7 +36,7 @@ from attngraph.nn import TransformerConfig
 def settings(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line. What is not given is the recipe for digits."""
     parser = training.parser_of(
-        __doc__.split("\n")[0], free=("folder",), name="vit", batch=64, steps=1000, evaluate_every=200, warmup=50
+        __doc__.split("\n")[0], free=("folder",), name="vit", batch=128, steps=1000, evaluate_every=250, warmup=50
     )
     add = parser.add_argument
     add("--data", default="digits", choices=["digits", "mnist", "cifar10"])
@@ -47,7 +47,7 @@ def settings(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--layers", type=int, default=4)
     add("--heads", type=int, default=4)
     add("--width", type=int, default=64)
-    add("--distort", type=float, default=1.0, help="how far training images are turned, scaled and moved; 0: not")
+    add("--distort", type=float, default=0.7, help="how far training images are turned, scaled and moved; 0: not")
     given = training.parsed(parser, arguments)
     training.require_at_least(given, parser, layers=1, heads=1, width=1, patch=1, distort=0)
     return given

@@ -1,4 +1,4 @@
-"""What the examples reach with their own settings: python -m benchmarks.examples, about a quarter of an hour on two cores.
+"""What the examples reach with their own settings: python -m benchmarks.examples, a quarter of an hour on two cores.
 
 Recorded in results/examples.json, section by section; nothing else should run beside it.
 """

@@ -48,7 +48,7 @@ def figures() -> str:
     for graph in ("Causal()", "Full()"):
         ratios = (spread(overhead[f"{graph} {phase}"]["ratio"]) for phase in ("forward", "forward + backward"))
         lines.append(f"| `{graph}` | {' | '.join(ratios)} |")
-    lines += ["", *goals()]
+    lines += ["", *goals(), "", *examples()]
     if "choices" in training:
         losses = training["choices"]["losses"]
         lines += [
@@ -75,6 +75,13 @@ def goals() -> list[str]:
     found = json.loads((RESULTS / "goals.json").read_text())
     lines = ["`python -m benchmarks.goals`:", "", "| | goal | reached | |", "|---|---|---|---|"]
     return lines + [_row(goal) for goal in found.values()]
+
+
+def examples() -> list[str]:
+    """What the examples reach, as recorded by `python -m benchmarks.examples`."""
+    found = json.loads((RESULTS / "examples.json").read_text())
+    lines = ["`python -m benchmarks.examples`:", "", "| | goal | reached | |", "|---|---|---|---|"]
+    return lines + [_row(figure) for section in found.values() for figure in section["figures"]]
 
 
 def on_a_gpu() -> str:

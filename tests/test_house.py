@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 
 import attngraph
-from attngraph import analysis, draw, models, nn
+from attngraph import analysis, draw, hf, models, nn
 
 ROOT = Path(__file__).parent.parent
 PUBLIC = [
     (f"{module.__name__}.{name}", getattr(module, name))
-    for module in (attngraph, nn, models, analysis, draw)
+    for module in (attngraph, nn, models, hf, analysis, draw)
     for name in getattr(module, "__all__", vars(module))
     if not name.startswith("_")
     and (callable(getattr(module, name)) or inspect.ismodule(getattr(module, name)))

@@ -92,7 +92,7 @@ def test_a_memory_is_heard_as_torchs_decoder_hears_it():
     x, memory = torch.randn(2, 5, 32, dtype=torch.float64), torch.randn(2, 7, 32, dtype=torch.float64)
     expected = theirs(x, memory, tgt_mask=~Causal().mask(5, 5))
     torch.testing.assert_close(ours(x, memory=memory), expected, rtol=0, atol=1e-10)
-    with pytest.raises(ValueError, match="a memory is needed exactly where"):
+    with pytest.raises(ValueError, match="needs a memory"):
         ours(x)
 
 
@@ -297,7 +297,7 @@ def test_top_p_keeps_the_smallest_set():
         (lambda: config(num_heads=0), "num_heads must be 1 or more (got 0)"),
         (lambda: config(num_kv_heads=0), "num_kv_heads must be 1 or more (got 0)"),
         (lambda: Transformer(config(), PerHead([Full()] * 3)), "graph has 3 heads but the model 4"),
-        (lambda: Transformer(config(), Full())(torch.zeros(1, 2, 32), memory_graph=Full()), "only with config.cross"),
+        (lambda: Transformer(config(), Full())(torch.zeros(1, 2, 32), memory_graph=Full()), "only with a memory"),
         (
             lambda: Transformer(config(position="alibi"), Full())(torch.zeros(1, 2, 32), positions=torch.arange(2)),
             "positions can't be given",
@@ -311,7 +311,6 @@ def test_top_p_keeps_the_smallest_set():
         (lambda: Transformer(config(position="rotary", head_dim=5), Full()), "an even head_dim (got 5)"),
         (lambda: SinusoidalPositions(7), "an even embed_dim (got 7)"),
         (lambda: rotate(torch.ones(3, 2), torch.ones(3, 1), torch.ones(3, 1)), "of the dimension of x, 2"),
-        (lambda: Rotary(8, scaling={"rope_type": "yarn"}), "'default' or 'llama3' (got 'yarn')"),
         (lambda: FeedForward(4, 8, activation="x"), "activation must be one of"),
         (lambda: GPT(config(max_length=4), 17)(torch.zeros(1, 5, dtype=torch.int64)), "4 learned positions but got 5"),
         (lambda: generate(nn.Identity(), torch.zeros(1, 0), 1), "at least one token"),

@@ -1,0 +1,222 @@
+"""The examples beside gpt.py: each learns, leaves what it promises, resumes, and tells bad input."""
+
+import csv
+import json
+import runpy
+import sys
+import tarfile
+from datetime import date
+from pathlib import Path
+
+import bert
+import mlp_is_attention
+import pytest
+import torch
+import training
+import translate
+import vit
+from torch import nn
+
+from attngraph import from_dense
+
+EXAMPLES = Path(vit.__file__).parent
+TEXT = "the quick brown fox jumps over the lazy dog; 'tis no small thing to leap.\n" * 60
+
+
+def run(module, folder, *given):
+    arguments = ["--runs", str(folder), "--dtype", "float32", "--warmup", "2", *map(str, given)]
+    return module.train(module.settings(arguments))
+
+
+def left(folder):
+    return {path.name for path in folder.iterdir()}
+
+
+def scores(folder, name):
+    with open(folder / "metrics.csv", newline="") as file:
+        return [float(row[name]) for row in csv.DictReader(file) if row[name]]
+
+
+COMMON = {"config.json", "metrics.csv", "checkpoint.safetensors", "accuracy.png", "connectivity.png"}
+
+
+@pytest.mark.parametrize(
+    ("graph", "pool"),
+    [
+        ("Neighborhood((4, 4), 1)", "cls"),
+        ("ShiftedWindows((4, 4), (2, 2), (0, 0)), Full()", "mean"),
+        ("Axial((4, 4))", "cls"),
+    ],
+)
+def test_vit_learns_digits_on_any_graph(tmp_path, graph, pool):
+    found = run(
+        vit, tmp_path, "--graph", graph, "--pool", pool, "--layers", 2, "--steps", 60, "--evaluate-every", 30,
+        "--distort", 0.3,
+    )  # fmt: skip
+    assert found["test_accuracy"] > 50
+    assert found["test_accuracy"] == scores(tmp_path / "vit", "test_accuracy")[-1]
+    assert left(tmp_path / "vit") == COMMON | ({"attention.png"} if pool == "cls" else set())
+    assert json.loads((tmp_path / "vit" / "config.json").read_text())["edges"] == found["edges"]
+
+
+def test_vit_resumes_bit_for_bit(tmp_path, monkeypatch):
+    tiny = ("--layers", 1, "--width", 16, "--batch", 8, "--steps", 8, "--evaluate-every", 4)
+    run(vit, tmp_path / "whole", *tiny)
+    save, saved = training.save_checkpoint, []
+
+    def first(*arguments):
+        save(*arguments)
+        saved.append(arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training, "save_checkpoint", first)
+    with pytest.raises(KeyboardInterrupt):
+        run(vit, tmp_path / "parts", *tiny)
+    monkeypatch.undo()
+    vit.train(vit.settings(["--runs", str(tmp_path / "parts"), "--resume"]))
+    whole, parts = ((tmp_path / name / "vit" / "checkpoint.safetensors").read_bytes() for name in ("whole", "parts"))
+    assert whole == parts
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--patch", "3"], "image_size must be a multiple of patch_size"),
+        (["--graph", "Neighborhood((5, 5), 1)"], "--graph must fit 16 nodes"),
+        (["--graph", "Full(), Full(), Full()"], "one for each of 4 layers (got 3)"),
+        (["--data", "mnist", "--folder", "nowhere"], "put it into nowhere"),
+    ],
+)
+def test_vit_tells_bad_settings(tmp_path, monkeypatch, given, message):
+    monkeypatch.setattr(vit, "MNIST", "file:///no/such/place/")
+    with pytest.raises(SystemExit) as told:
+        run(vit, tmp_path, *given)
+    assert message in str(told.value)
+
+
+def test_vit_reads_cifars_own_file(tmp_path):
+    rows = torch.randint(0, 256, (4, 3073), dtype=torch.uint8)
+    rows[:, 0] = torch.tensor([3, 1, 4, 1])
+    inside = tmp_path / "cifar-10-batches-bin"
+    inside.mkdir()
+    for name in [f"data_batch_{number}.bin" for number in range(1, 6)] + ["test_batch.bin"]:
+        (inside / name).write_bytes(rows.numpy().tobytes())
+    with tarfile.open(tmp_path / "cifar-10-binary.tar.gz", "w:gz") as archive:
+        archive.add(inside, inside.name)
+    images, classes, test_images, _ = vit.cifar10(tmp_path)
+    assert images.shape == (20, 3, 32, 32)
+    assert classes[:4].tolist() == [3, 1, 4, 1]
+    torch.testing.assert_close(test_images[2, 1, 0, 5], rows[2, 1 + 1024 + 5] / 255)
+
+
+def test_bert_differs_from_gpt_in_its_graph(tmp_path, capsys):
+    """And hearing both sides it fills in better."""
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT)
+    small = ["--width", "32", "--layers", "2", "--context", "32", "--steps", "120", "--evaluate-every", "60"]
+    given = ["--runs", str(tmp_path), "--dtype", "float32", "--text", str(path), "--batch", "16", *small]
+    found = bert.main(bert.settings(given))
+    assert found["validation_accuracy"] > found["against"] + 8
+    assert left(tmp_path / "bert") == left(tmp_path / "bert-against") == COMMON | {"attention.png", "filled.txt"}
+    settings = [
+        json.loads((tmp_path / name / "config.json").read_text())["settings"] for name in ("bert", "bert-against")
+    ]
+    assert {name for name in settings[0] if settings[0][name] != settings[1][name]} == {"graph"}
+    assert "points more often than Causal()" in capsys.readouterr().out
+
+
+def test_dates_are_written_in_ways_that_can_be_read_in_one(tmp_path):
+    """No two days of some years are ever written alike, and what is tested is never trained on."""
+    known, unseen = translate.all_days()
+    assert len(set(known) | set(unseen)) == (translate.LAST - translate.FIRST).days + 1
+    assert not set(known) & set(unseen)
+    meaning = {}
+    for year in (1900, 1999, 2012):
+        for month in range(1, 13):
+            for day in (1, 2, 10, 12, 28):
+                for language, patterns in translate.FORMATS.items():
+                    for pattern in patterns:
+                        when = date(year, month, day)
+                        text = translate.format_date(when, pattern, locale=language)
+                        assert meaning.setdefault(text, when) == when, text
+                        translate.SOURCE.encode([text, text.lower(), text.upper()])
+
+
+@pytest.fixture(scope="module")
+def translator(tmp_path_factory):
+    """A model that has learned for half a minute."""
+    folder = tmp_path_factory.mktemp("runs")
+    arguments = [
+        "--runs",
+        str(folder),
+        "--dtype",
+        "float32",
+        "--steps",
+        "250",
+        "--batch",
+        "64",
+        "--evaluate-every",
+        "250",
+    ]
+    figures = translate.train(translate.settings(arguments))
+    args = translate.settings(["--runs", str(folder), "--resume"])
+    model = translate.build(args)
+    tensors = training.safe_open(folder / "translate" / "checkpoint.safetensors", framework="pt")
+    names = [name for name in tensors.keys() if name.startswith("model.")]  # noqa: SIM118
+    model.load_state_dict({name.removeprefix("model."): tensors.get_tensor(name) for name in names})
+    return model.eval(), figures, folder / "translate"
+
+
+def test_translate_learns_and_leaves_pictures(translator):
+    model, figures, folder = translator
+    assert figures["exact_match"] > 80
+    assert left(folder) == COMMON | {"alignment.png", "samples.txt"}
+    best = translate.beam_search(model, "3. März 1987", 4, torch.device("cpu"))
+    assert best[0][0] == translate.greedy(model, ["3. März 1987"], torch.device("cpu"))[0] == "1987-03-03"
+    assert [score for _, score in best] == sorted((score for _, score in best), reverse=True)
+    assert len({result for result, _ in best}) == 4
+
+
+@pytest.mark.parametrize(
+    ("text", "day", "month", "year"),
+    [
+        ("Dienstag, den 3. März 1987", "3", "März", "1987"),
+        ("October 27, 2054", "27", "October", "2054"),
+        ("the 14 of JULY, 1925", "14", "JULY", "1925"),
+        ("12/25/2031", "25", "12", "2031"),
+    ],
+)
+def test_the_alignment_points_at_day_month_and_year(translator, text, day, month, year):
+    """Of what is heard of the three while a part of the answer is written, most is that part."""
+    weights, result = translate.alignment(translator[0], text, torch.device("cpu"))
+    assert torch.allclose(weights.sum(1), torch.ones(10), atol=1e-5)
+    spans = {part: range(text.index(part), text.index(part) + len(part)) for part in (year, month, day)}
+    heard = {part: weights[:, list(span)].sum(1) for part, span in spans.items()}
+    for part, rows in ((year, slice(2, 4)), (month, slice(5, 7)), (day, slice(8, 10))):
+        total = {other: float(along[rows].sum()) for other, along in heard.items()}
+        assert max(total, key=total.get) == part, (text, result, total)
+
+
+def test_any_mlp_is_attention():
+    torch.manual_seed(0)
+    for mlp in (
+        nn.Sequential(nn.Linear(5, 9), nn.GELU(), nn.Linear(9, 4)),
+        nn.Sequential(nn.Linear(5, 9, bias=False), nn.ReLU(), nn.Linear(9, 7), nn.Tanh(), nn.Linear(7, 3, bias=False)),
+    ):
+        assert max(mlp_is_attention.largest_difference(mlp.double(), torch.randn(11, 5).double())) < 1e-12
+    with pytest.raises(ValueError, match="Linear, activation, Linear"):
+        mlp_is_attention.as_attention(nn.Sequential(nn.Linear(5, 5)), torch.ones(1, 5))
+    mlp = nn.Sequential(nn.Linear(5, 9), nn.ReLU(), nn.Linear(9, 4)).double()
+    x, pruned = torch.randn(11, 5).double(), torch.rand(11, 9) < 0.5
+    expected = (mlp[:2](x) * ~pruned) @ mlp[2].weight.T + mlp[2].bias
+    torch.testing.assert_close(mlp_is_attention.as_attention(mlp, x, from_dense(~pruned)), expected)
+
+
+@pytest.mark.parametrize("source", [[], ["--pyg"]], ids=["networkx", "pyg"])
+def test_custom_learns_on_a_graph_of_ones_own(tmp_path, monkeypatch, capsys, source):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["custom.py", *source])
+    runpy.run_path(str(EXAMPLES / "custom.py"))
+    last = capsys.readouterr().out.strip().splitlines()[-1]
+    assert int(last.split("%")[0].split()[-1]) >= 65
+    assert (tmp_path / "karate.png").exists()

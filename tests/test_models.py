@@ -1,0 +1,245 @@
+"""The classics differ in connectivity alone; padding is heard by nobody; what does not fit is told."""
+
+import pytest
+import torch
+from torch import nn
+
+from attngraph import Beside, Causal, Documents, Empty, Full, Neighborhood, Prefix, Window, attend
+from attngraph.kernels.merge import merge
+from attngraph.models import GPT, DecisionTransformer, Encoder, EncoderDecoder, ViT
+from attngraph.nn import Attention, PatchEmbedding, Rotary, Transformer, TransformerConfig
+
+
+def config(**changes):
+    return TransformerConfig(**{"embed_dim": 24, "num_layers": 2, "num_heads": 3, "max_length": 20, **changes})
+
+
+def loud(model):
+    """With weights so large that a mistake shows."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(0.3 * torch.randn_like(parameter) + (parameter.ndim == 1))
+    return model.double().eval()
+
+
+def tokens(*shape, seed=0):
+    return torch.randint(17, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def vectors(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def close(a, b):
+    torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
+
+
+def test_gpt_on_the_full_graph_is_an_encoder():
+    """The same parts with the same weights: what makes the difference is the graph."""
+    gpt, bert = loud(GPT(config(), 17, Full())), loud(Encoder(config(), 17))
+    bert.embedding.load_state_dict(gpt.embedding.state_dict())
+    bert.transformer.load_state_dict(gpt.transformer.state_dict())
+    given = tokens(2, 9)
+    x = gpt.transformer(gpt.embedding(given))
+    close(bert(given), bert.head(x))
+    bert.transformer.graphs = gpt.transformer.graphs = Causal()
+    close(bert(given), bert.head(gpt.transformer(gpt.embedding(given))))
+    assert not torch.allclose(x, gpt.transformer(gpt.embedding(given)))
+
+
+@pytest.mark.parametrize("position", ["learned", "rotary", "relative", "alibi", "sinusoidal", "none"])
+@pytest.mark.parametrize("graph", [Full(), Causal(), Causal() & Window(3, 0)], ids=str)
+def test_padding_is_heard_by_nobody(graph, position):
+    """Whatever it holds; and where it is at the end, a text has the same logits as alone."""
+    model = loud(GPT(config(position=position), 17, graph))
+    given, keep = tokens(3, 9), torch.ones(3, 9, dtype=torch.bool)
+    keep[0, 6:], keep[1, :3], keep[2, 4] = False, False, False
+    found = model(given, keep=keep)
+    other = given.where(keep, (given + 5) % 17)
+    close(found[keep], model(other, keep=keep)[keep])
+    close(found[0, :6], model(given[:1, :6])[0])
+    assert not torch.allclose(found[0, :6], model(given)[0, :6]) or graph != Full()
+
+
+def test_padding_of_other_models_is_heard_by_nobody():
+    model = loud(EncoderDecoder(config(position="relative", scale=1.0), config(position="relative", cross=True), 17))
+    source, target, keep = tokens(2, 9), tokens(2, 5, seed=1), torch.ones(2, 9, dtype=torch.bool)
+    keep[0, 6:] = False
+    close(model(source, target, keep=keep)[0], model(source[:1, :6], target[:1])[0])
+
+    model = loud(DecisionTransformer(config(), state_dim=4, action_dim=2, max_time=30))
+    sides = vectors(2, 6, 4), vectors(2, 6, 2), vectors(2, 6, 1), torch.arange(6).expand(2, 6)
+    keep = torch.ones(2, 6, dtype=torch.bool)
+    keep[0, :2] = False
+    close(model(*sides, keep=keep)[0, 2:], model(*(side[:1, 2:] for side in sides))[0])
+
+    for pool in ("cls", "mean"):
+        model = loud(ViT(config(max_length=16 + (pool == "cls")), 5, image_size=8, patch_size=2, pool=pool))
+        images, keep = vectors(2, 3, 8, 8), torch.ones(2, 16, dtype=torch.bool)
+        keep[:, 3] = False
+        changed = images.clone()
+        changed[:, :, :2, 6:] += 1  # the fourth patch
+        close(model(images, keep=keep), model(changed, keep=keep))
+        assert not torch.allclose(model(images), model(changed))
+
+
+def test_a_packed_batch_is_one_bigger_graph():
+    model = loud(GPT(config(position="rotary"), 17))
+    parts = [tokens(1, length, seed=length) for length in (3, 7, 5)]
+    packed = model(torch.cat(parts, 1), Causal() & Documents([3, 7, 5]))
+    close(packed, torch.cat([model(part) for part in parts], 1))
+
+
+def test_memory_beside_oneself_is_the_merge_of_both():
+    """One softmax over memory and self is what the two make together, by their lse."""
+    layer = loud(Attention(24, 3))
+    x, memory = vectors(2, 5, 24), vectors(2, 7, 24, seed=1)
+    q, k, v = layer.project(x, torch.cat([memory, x], dim=1))
+    parts = [
+        attend(q, k[:, :, some], v[:, :, some], graph, return_lse=True)
+        for some, graph in ((slice(7), Full()), (slice(7, None), Causal()))
+    ]
+    out, _ = merge(parts)
+    found = layer(x, Beside(Full().sized(None, 7), Causal()), torch.cat([memory, x], dim=1))
+    close(found, layer.out(out.transpose(1, 2).flatten(2)))
+
+
+@pytest.mark.parametrize("position", ["none", "learned", "rotary"])
+def test_both_forms_of_a_decoder_agree_where_nodes_hear_the_memory_alone(position):
+    """A cross phase, after a phase in which nobody hears anything; and memory beside nobody."""
+    bias = ("ff", "norm")
+    crossing = loud(Transformer(config(cross=True, position=position, bias=bias, num_layers=1), Empty()))
+    beside = loud(
+        Transformer(config(position="none" if position == "rotary" else position, bias=bias, num_layers=1), Empty())
+    )
+    for name in ("attention", "attention_norm", "feedforward", "feedforward_norm"):
+        source = crossing.layers[0].get_submodule(name.replace("attention", "cross"))
+        beside.layers[0].get_submodule(name).load_state_dict(source.state_dict())
+    beside.final_norm.load_state_dict(crossing.final_norm.state_dict())
+    if position == "learned":
+        beside.position.load_state_dict(crossing.position.state_dict())
+    x, memory, keep = vectors(2, 5, 24), vectors(2, 7, 24, seed=1), torch.ones(2, 7, dtype=torch.bool)
+    keep[1, 4:] = False
+    for options in ({}, {"memory_keep": keep}, {"memory_graph": Window(2, 2)}):
+        close(crossing(x, memory=memory, **options), beside(x, memory=memory, **options))
+
+
+def test_rotary_positions_go_on_from_those_of_the_memory():
+    """So memory beside self is heard as the earlier part of one sequence."""
+    model = loud(Transformer(config(position="rotary", num_layers=1), Causal()))
+    x = vectors(2, 9, 24)
+    q = model.layers[0].attention_norm(x)
+    close(model(x)[:, 4:], model(x[:, 4:], memory=q[:, :4]))
+
+
+def test_a_decoder_without_a_cross_phase_translates():
+    model = loud(EncoderDecoder(config(position="rotary"), config(position="rotary"), 17))
+    source, target = tokens(2, 9), tokens(2, 5, seed=1)
+    found = model(source, target)
+    assert found.shape == (2, 5, 17)
+    close(found[:, :3], model(source, target[:, :3]))
+    assert not torch.allclose(found, model(tokens(2, 9, seed=3), target))
+
+
+def test_a_vit_sees_patches_row_by_row():
+    patches = PatchEmbedding((4, 6), (2, 3), 2, 24)
+    images = torch.randn(3, 2, 4, 6)
+    cut = nn.functional.unfold(images, (2, 3), stride=(2, 3)).transpose(1, 2)
+    torch.testing.assert_close(patches(images), cut @ patches.project.weight.flatten(1).T + patches.project.bias)
+    model = ViT(config(max_length=17), 5, image_size=8, patch_size=2, graph=Neighborhood((4, 4), 1))
+    graph = model.transformer.graphs[0]
+    assert graph.num_edges(17, 17) == Neighborhood((4, 4), 1).num_edges() + 2 * 16 + 1
+    assert ViT(config(max_length=17), 5, image_size=8, patch_size=2).transformer.graphs == (Full(), Full())
+
+
+def test_the_graph_may_be_changed_and_is_checked():
+    model = GPT(config(), 17)
+    model.transformer.graphs = [Causal() & Window(3, 0), Causal() & Prefix(2)]
+    assert model.transformer.graphs == (Causal() & Window(3, 0), Causal() & Prefix(2))
+    with pytest.raises(ValueError, match="one for each of 2 layers"):
+        model.transformer.graphs = [Causal()] * 3
+    assert len(model.transformer.graphs) == 2
+
+
+def test_a_score_may_be_additive():
+    layer = loud(Attention(24, 3, score="additive"))
+    x = vectors(2, 5, 24)
+    q, k, v = layer.project(x, x)
+    scores = (torch.tanh(q[:, :, :, None] + k[:, :, None]) * layer.score_weight[:, None, None]).sum(-1)
+    weights = scores.masked_fill(~Causal().mask(5, 5), -torch.inf).softmax(-1)
+    close(layer(x, Causal()), layer.out((weights @ v).transpose(1, 2).flatten(2)))
+
+
+@pytest.mark.parametrize("kind", ["linear", "dynamic", "yarn", "llama3", "longrope"])
+@pytest.mark.parametrize("length", [5, 40])
+def test_rotary_scalings_are_those_of_transformers(kind, length):
+    transformers = pytest.importorskip("transformers")
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    scaling = {
+        "factor": 4.0, "original_max_position_embeddings": 16, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "short_factor": [1.0, 1.5, 2.0, 2.5], "long_factor": [3.0, 4.0, 5.0, 6.0], "rope_type": kind,
+    }  # fmt: skip
+    longest = 16 if kind == "dynamic" else 64
+    theirs = transformers.LlamaConfig(
+        hidden_size=16,
+        num_attention_heads=2,
+        max_position_embeddings=longest,
+        rope_parameters={**scaling, "rope_theta": 1e4},
+    )
+    wanted, amplitude = ROPE_INIT_FUNCTIONS[kind](theirs, None, seq_len=length)
+    rotary = Rotary(8, scaling=scaling)
+    torch.testing.assert_close(rotary.rope.frequencies(length), wanted, rtol=1e-6, atol=0)
+    assert rotary.rope.amplitude == pytest.approx(amplitude)
+    cos, sin = rotary(torch.arange(length))
+    torch.testing.assert_close(cos[-1, :4], (wanted * (length - 1)).cos() * amplitude)
+    torch.testing.assert_close(sin[-1, 4:], (wanted * (length - 1)).sin() * amplitude)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: GPT(config(), 17)(torch.tensor([[3, 17]])), ValueError, "from 0 to 16, the vocabulary"),
+        (lambda: Encoder(config(), 17)(torch.tensor([[-1, 3]])), ValueError, "(got -1 … 3)"),
+        (lambda: GPT(config(), 17)(torch.zeros(1, 3)), TypeError, "tokens must be integers (got torch.float32)"),
+        (lambda: GPT(config(), 17)(tokens(1, 21)), ValueError, "20 learned positions but got 21 nodes"),
+        (lambda: Encoder(config(), 17)(tokens(1, 3), types=tokens(1, 3)), ValueError, "only in a model with num_types"),
+        (lambda: Encoder(config(), 17)(tokens(1, 3), keep=torch.ones(1, 4).bool()), ValueError, "of shape (1, 3)"),
+        (lambda: Encoder(config(), 17)(tokens(1, 3), keep=torch.ones(1, 3)), ValueError, "must be a bool tensor"),
+        (lambda: ViT(config(), 5, image_size=9, patch_size=2), ValueError, "(got (9, 9) and (2, 2))"),
+        (lambda: ViT(config(), 5, image_size=8, patch_size=2)(torch.ones(1, 1, 8, 8)), ValueError, "(B, 3, 8, 8)"),
+        (lambda: ViT(config(), 5, image_size=8, patch_size=2, pool="max"), ValueError, "pool must be cls or mean"),
+        (lambda: EncoderDecoder(config(), config(embed_dim=48), 17), ValueError, "the same embed_dim (got 24 and 48)"),
+        (lambda: EncoderDecoder(config(cross=True), config(), 17), ValueError, "must have cross=False"),
+        (lambda: Transformer(config(cross=True), Full())(torch.ones(1, 2, 24)), ValueError, "needs a memory"),
+        (lambda: Transformer(config(), Full())(torch.ones(1, 2, 24), memory_graph=Full()), ValueError, "with a memory"),
+        (
+            lambda: Transformer(config(position="alibi"), Full())(torch.ones(1, 2, 24), memory=torch.ones(1, 2, 24)),
+            ValueError, "has no place in position='alibi'",
+        ),
+        (lambda: config(score="cosine"), ValueError, "score must be one of dot, additive"),
+        (lambda: config(scale=(1.0,)), ValueError, "one for each of 2 layers (got 1)"),
+        (lambda: Rotary(8, scaling={"rope_type": "yarn"}), ValueError, "needs factor, original_max_position"),
+        (lambda: Rotary(8, scaling={"rope_type": "new"}), ValueError, "must be one of default, linear, dynamic"),
+        (
+            lambda: DecisionTransformer(config(), state_dim=4, action_dim=2, max_time=9)(
+                torch.ones(1, 3, 4), torch.ones(1, 2, 2), torch.ones(1, 3, 1), tokens(1, 3)
+            ),
+            ValueError, "the same batch and number of steps",
+        ),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_is_told(make, error, message):
+    with pytest.raises(error) as told:
+        make()
+    assert message in str(told.value)
+
+
+def test_models_compile_whole():
+    for model, given in (
+        (Encoder(config(), 17), {"keep": torch.ones(2, 9, dtype=torch.bool)}),
+        (GPT(config(position="rotary"), 17), {}),
+    ):
+        compiled = torch.compile(model.eval(), fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(tokens(2, 9), **given), model(tokens(2, 9), **given))

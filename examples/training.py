@@ -437,6 +437,7 @@ def loss_curve(metrics: Metrics, title: str, loss: str, score: str):
     lines += other.plot(*zip(*metrics.column(name), strict=True), "o-", color="#c2410c", label=score)
     if other is not ax:
         other.set_ylabel(score)
+        other.set_ylim(top=min(100.5, other.get_ylim()[1]))  # in percent
     ax.set(xlabel="step", ylabel=loss, title=title)
     ax.grid(alpha=0.3)
     ax.legend(handles=lines)

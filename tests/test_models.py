@@ -91,6 +91,7 @@ def test_a_packed_batch_is_one_bigger_graph():
     close(packed, torch.cat([model(part) for part in parts], 1))
 
 
+@torch.no_grad()
 def test_memory_beside_oneself_is_the_merge_of_both():
     """One softmax over memory and self is what the two make together, by their lse."""
     layer = loud(Attention(24, 3))
@@ -100,7 +101,8 @@ def test_memory_beside_oneself_is_the_merge_of_both():
         attend(q, k[:, :, some], v[:, :, some], graph, return_lse=True)
         for some, graph in ((slice(7), Full()), (slice(7, None), Causal()))
     ]
-    out, _ = merge(parts)
+    out, lse = parts[0]
+    merge(out, lse, *parts[1])
     found = layer(x, Beside(Full().sized(None, 7), Causal()), torch.cat([memory, x], dim=1))
     close(found, layer.out(out.transpose(1, 2).flatten(2)))
 

@@ -42,6 +42,11 @@ def settings(arguments: list[str] | None = None) -> argparse.Namespace:
     training.require_at_least(given, parser, layers=1, heads=1, width=1, context=2)
     if not 0 < given.masked < 1:
         parser.error(f"--masked must be between 0 and 1 (got {given.masked})")
+    for name in ("graph", "against"):
+        try:
+            _ = getattr(given, name) and training.layer_graphs(getattr(given, name), given.layers)
+        except ValueError as error:
+            parser.error(f"--{name}: {error}")
     given.model = "gpt"
     return given
 

@@ -48,7 +48,7 @@ def largest_difference(mlp: nn.Sequential, x: Tensor) -> tuple[float, float]:
         results.append((out, torch.autograd.grad(out.square().sum(), [given, *mlp.parameters()])))
     (out, gradients), (other, others) = results
     apart = max(float((a - b).abs().max()) for a, b in zip(gradients, others, strict=True))
-    return float((out - other).abs().max()), apart
+    return float((out - other).detach().abs().max()), apart
 
 
 if __name__ == "__main__":

@@ -43,6 +43,9 @@ def settings(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--translate", action="append", help="a date to translate at the end; may be given several times")
     given = training.parsed(parser, arguments)
     training.require_at_least(given, parser, layers=1, heads=1, width=1, beam=1)
+    for text in given.translate or ():
+        if not text or not SOURCE.knows(text):
+            parser.error(f"--translate takes dates in characters that dates are written with (got {text!r})")
     return given
 
 
@@ -82,11 +85,14 @@ class Alphabet:
     def __len__(self) -> int:
         return len(self.characters)
 
+    def knows(self, text: str) -> bool:
+        return set(text) <= set(self.number)
+
     def encode(self, texts: list[str]) -> tuple[Tensor, Tensor]:
         """(B, longest) numbers, and which of them are characters."""
         for text in texts:
-            if unknown := sorted(set(text) - set(self.number)):
-                raise SystemExit(f"{text!r} has characters that no date was written with: {unknown}")
+            if not self.knows(text):
+                raise ValueError(f"{text!r} has characters that no date is written with")
         longest = max(map(len, texts))
         rows = torch.tensor([[self.number[each] for each in text.ljust(longest, "\0")] for text in texts])
         return rows, rows > 0

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -223,6 +224,32 @@ def test_a_changed_graph_is_kept_and_told(tmp_path):
     assert not (tmp_path / "never").exists()
 
 
+def test_the_graph_of_the_memory_is_kept(tmp_path):
+    theirs("t5", 0, tmp_path)
+    model = hf.load(tmp_path)
+    model.memory_graph = Window(2, 2)
+    hf.save(model.double(), tmp_path)
+    assert hf.load(tmp_path).memory_graph == Window(2, 2)
+    assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "float64"
+    model.head = torch.nn.Linear(24, 3)
+    with pytest.raises(ValueError, match=r"not those that load made: head.bias"):
+        hf.save(model, tmp_path)
+
+
+@pytest.mark.parametrize("rope", [{"bogus": 1}, {"full_attention": {"rope_type": "default"}}])
+def test_unknown_rotary_settings_are_named(tmp_path, rope):
+    theirs("llama", 0, tmp_path)
+    changed(tmp_path, rope_parameters={"rope_type": "default", **rope})
+    with pytest.raises(ValueError, match=f"rotary positions: {next(iter(rope))}"):
+        hf.load(tmp_path)
+
+
+def test_a_loaded_model_can_be_pickled(tmp_path):
+    theirs("llama", 3, tmp_path)
+    model, tokens = hf.load(tmp_path), torch.randint(37, (1, 5))
+    assert torch.equal(pickle.loads(pickle.dumps(model))(tokens), model(tokens))
+
+
 @torch.no_grad()
 def test_names_of_older_files_are_known(tmp_path):
     """Buffers, gains called gamma, tensors of other heads, and no prefix."""
@@ -295,6 +322,10 @@ def rewritten(folder, change):
         (lambda at: rewritten(at, lambda t: t.update(extra=torch.ones(1))), "left-over tensors: extra"),
         (lambda at: (at / "model.safetensors").write_bytes(b"no tensors"), "model.safetensors can't be read"),
         (lambda at: (at / "config.json").write_text("{"), "must be JSON"),
+        (lambda at: changed(at, n_embd="24"), "'n_embd' must be like 768 (got '24')"),
+        (lambda at: changed(at, n_head=0), "a setting is of the wrong kind"),
+        (lambda at: changed(at, attngraph={"transformr": "Causal()"}), "must give graphs to transformer or memory"),
+        (lambda at: rewritten(at, lambda t: t.update({"wte.weight": torch.ones(1)})), "two tensors of one name"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_named(gpt2, spoil, message):

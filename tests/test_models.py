@@ -199,12 +199,21 @@ def test_rotary_scalings_are_those_of_transformers(kind, length):
     torch.testing.assert_close(sin[-1, 4:], (wanted * (length - 1)).sin() * amplitude)
 
 
+def test_padding_of_the_source_takes_no_places():
+    """Whether a decoder hears it in a phase of its own or beside itself, the answer is that without padding."""
+    for cross in (False, True):
+        model = loud(EncoderDecoder(config(position="rotary"), config(position="rotary", cross=cross), 17))
+        source, target, keep = tokens(2, 9), tokens(2, 5, seed=1), torch.ones(2, 9, dtype=torch.bool)
+        keep[0, 6:] = False
+        close(model(source, target, keep=keep)[0], model(source[:1, :6], target[:1])[0])
+
+
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
-        (lambda: GPT(config(), 17)(torch.tensor([[3, 17]])), ValueError, "from 0 to 16, the vocabulary"),
+        (lambda: GPT(config(), 17)(torch.tensor([[3, 17]])), ValueError, "tokens must be from 0 to 16"),
         (lambda: Encoder(config(), 17)(torch.tensor([[-1, 3]])), ValueError, "(got -1 … 3)"),
-        (lambda: GPT(config(), 17)(torch.zeros(1, 3)), TypeError, "tokens must be integers (got torch.float32)"),
+        (lambda: GPT(config(), 17)(torch.zeros(1, 3)), TypeError, "must be a tensor of integers"),
         (lambda: GPT(config(), 17)(tokens(1, 21)), ValueError, "20 learned positions but got 21 nodes"),
         (lambda: Encoder(config(), 17)(tokens(1, 3), types=tokens(1, 3)), ValueError, "only in a model with num_types"),
         (lambda: Encoder(config(), 17)(tokens(1, 3), keep=torch.ones(1, 4).bool()), ValueError, "of shape (1, 3)"),

@@ -44,9 +44,12 @@ def load(path: str | os.PathLike, *, dtype: torch.dtype | None = None, device: t
         FileNotFoundError: no such files.
         ValueError: a model, a setting or a tensor that is not known, or missing, by name.
     """
+    if not (dtype is None or (isinstance(dtype, torch.dtype) and dtype.is_floating_point)):
+        raise TypeError(f"dtype must be a floating-point torch.dtype, such as torch.bfloat16, or None (got {dtype!r})")
     folder = Path(path)
     given = _config(folder)
-    family = FAMILIES.get(given.get("model_type"))
+    kind = given.get("model_type")
+    family = FAMILIES.get(kind) if isinstance(kind, str) else None
     if family is None:
         known = ", ".join(FAMILIES)
         raise ValueError(f"{folder / CONFIG}: model_type must be one of {known} (got {given.get('model_type')!r})")
@@ -59,8 +62,11 @@ def load(path: str | os.PathLike, *, dtype: torch.dtype | None = None, device: t
         try:
             found = _Tensors(folder, family, stack)
             tied = found.tied(family.ties(settings))
-            with torch.device("meta"), _NothingDrawn():
-                model = family.build(settings, tied)
+            try:
+                with torch.device("meta"), _NothingDrawn():
+                    model = family.build(settings, tied)
+            except (TypeError, ArithmeticError) as error:
+                raise ValueError(f"a setting is of the wrong kind: {error}") from None
             if unknown := settings.unknown():
                 raise ValueError(f"unknown settings: {', '.join(unknown)}")
             places = _fill(model, family, found, dtype, torch.device(device))
@@ -83,11 +89,16 @@ def save(model: nn.Module, path: str | os.PathLike) -> None:
     given, places = getattr(model, "pretrained", (None, None))
     if given is None:
         raise ValueError("save takes a model that attngraph.hf.load made, whose names and settings are known")
+    named = dict(model.named_parameters())
+    if strange := sorted(named.keys() ^ places.keys()):
+        raise ValueError(f"the model's parameters are not those that load made: {', '.join(strange)}")
     graphs = {name: ", ".join(map(repr, part.graphs)) for name, part in _transformers(model)}
+    if getattr(model, "memory_graph", None) is not None:
+        graphs["memory"] = repr(model.memory_graph)
     for text in graphs.values():
         parse_list(text)  # a graph that can't be read again is an error now
     parts: dict[str, list[Tensor]] = {}
-    for name, parameter in model.named_parameters():
+    for name, parameter in named.items():
         parts.setdefault(places[name].file, []).append(places[name].form.write(parameter.detach()))
     fused = {place.file: place for place in places.values()}
     tensors = {
@@ -96,7 +107,9 @@ def save(model: nn.Module, path: str | os.PathLike) -> None:
     }
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
-    config = json.dumps({**given, "attngraph": graphs}, indent=2) + "\n"
+    number = str(next(iter(named.values())).dtype).removeprefix("torch.")
+    told = {"torch_dtype" if "torch_dtype" in given else "dtype": number, "attngraph": graphs}
+    config = json.dumps({**given, **told}, indent=2) + "\n"
     _replace(folder / WEIGHTS, lambda new: save_file(tensors, new, metadata={"format": "pt"}))
     _replace(folder / CONFIG, lambda new: new.write_text(config, encoding="utf-8"))
 
@@ -106,7 +119,8 @@ def save(model: nn.Module, path: str | os.PathLike) -> None:
 
 def _config(folder: Path) -> dict:
     if not folder.is_dir():
-        raise FileNotFoundError(f"load takes a local directory with {CONFIG} and {WEIGHTS} (got {folder}); download it")
+        what = "the file" if folder.exists() else "what is not there:"
+        raise FileNotFoundError(f"load takes a local directory with {CONFIG} and {WEIGHTS} (got {what} {folder})")
     path = folder / CONFIG
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist: load takes a directory with {CONFIG} and {WEIGHTS}")
@@ -130,7 +144,7 @@ class _Tensors:
         if whole.exists():
             files = [WEIGHTS]
         elif index.exists():
-            files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            files = _shards(index)
         else:
             other = ", ".join(sorted(each.name for each in folder.glob("*.bin")))
             hint = f"; {other} is of another format, which transformers' save_pretrained converts" if other else ""
@@ -144,7 +158,10 @@ class _Tensors:
             except (SafetensorError, OSError) as error:
                 raise ValueError(f"{file} can't be read: {error}") from None
             for name in opened.keys():  # noqa: SIM118  it is no dict
-                self.where[self._plain(name)] = (opened, name)
+                plain = self._plain(name)
+                if plain in self.where:
+                    raise ValueError(f"two tensors of one name: {self.where[plain][1]} and {name}")
+                self.where[plain] = (opened, name)
 
     def _plain(self, name: str) -> str:
         """Without prefix, and the newer of two names."""
@@ -165,6 +182,19 @@ class _Tensors:
         if not wanted or head not in self or embedding not in self:
             return wanted
         return torch.equal(self[head], self[embedding])
+
+
+def _shards(index: Path) -> list[str]:
+    """The files that an index names, beside it."""
+    try:
+        files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        if any(Path(file).name != file for file in files):
+            raise ValueError("files elsewhere")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{index.name} must be JSON with a weight_map from tensors to files beside it ({error})"
+        ) from None
+    return files
 
 
 def _replace(path: Path, write) -> None:
@@ -237,6 +267,8 @@ def _fill(model: nn.Module, family: Family, found: _Tensors, dtype, device: torc
             raise ValueError(
                 f"{family.full(file)} must have the shape {stored} by the settings (got {tuple(tensor.shape)})"
             )
+        if not tensor.is_floating_point():
+            raise ValueError(f"{family.full(file)} must hold floating-point numbers (got {tensor.dtype})")
         own = whole.split(rows)[together.index(name)]
         filled[parameter] = nn.Parameter(own.to(device, dtype))
     for module in model.modules():
@@ -255,6 +287,12 @@ def _transformers(model: nn.Module) -> list[tuple[str, Transformer]]:
 
 def _rewire(model: nn.Module, graphs: Mapping[str, str]) -> None:
     """The graphs that `save` wrote beside the settings."""
-    for name, part in _transformers(model):
-        if name in graphs:
-            part.graphs = parse_list(graphs[name])
+    parts = dict(_transformers(model))
+    if not isinstance(graphs, dict) or graphs.keys() - parts.keys() - {"memory"}:
+        raise ValueError(f"the setting 'attngraph' must give graphs to {', '.join(parts)} or memory (got {graphs!r})")
+    for name, text in graphs.items():
+        found = parse_list(text)
+        if name == "memory":
+            model.memory_graph = found[0]
+        else:
+            parts[name].graphs = found

@@ -6,6 +6,7 @@ A family differs from the others in its switches and in its graph; the rest is n
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from operator import methodcaller
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -26,6 +27,9 @@ class Settings:
         """A setting, or what it is by default where it is absent or null."""
         self.asked.add(name)
         value = self.given.get(name)
+        kind = (int, float) if isinstance(default, (int, float)) else type(default)
+        if not (value is None or default is None or isinstance(value, (kind, list)) or kind is tuple):
+            raise ValueError(f"the setting {name!r} must be like {default!r} (got {value!r})")
         return default if value is None else value
 
     def need(self, name: str) -> Any:
@@ -40,12 +44,14 @@ class Settings:
             raise ValueError(f"the setting {name!r} must be {' or '.join(map(repr, allowed))} (got {found!r})")
 
     def activation(self, name: str, default: str) -> str:
+        """One of those that are here, by our own name for it."""
         found = self(name, default)
-        if found not in ACTIVATIONS:
+        if not isinstance(found, str) or found not in ACTIVATIONS:
             raise ValueError(f"the setting {name!r} must be one of {', '.join(ACTIVATIONS)} (got {found!r})")
         return ACTIVATIONS[found]
 
     def unknown(self) -> list[str]:
+        """The settings that nobody asked for."""
         return sorted(name for name in self.given if name not in self.asked)
 
 
@@ -55,6 +61,10 @@ ACTIVATIONS = {
 }  # fmt: skip
 # What changes no logit: names, training, text generation, other heads, how something is computed.
 _IRRELEVANT = """
+    _attn_implementation_autoset auto_map cache_implementation cross_attention_hidden_size diversity_penalty
+    encoder_no_repeat_ngram_size exponential_decay_length_penalty no_repeat_ngram_size num_beam_groups output_scores
+    remove_invalid_values return_dict_in_generate tf_legacy_loss tie_encoder_decoder torchscript typical_p
+    unsloth_version use_bfloat16 use_mrope
     _name_or_path activation_dropout apply_spec_augment architectures attention_dropout attention_probs_dropout_prob
     attn_implementation attn_pdrop attngraph bad_words_ids begin_suppress_tokens bos_token_id
     chunk_size_feed_forward classifier_dropout classifier_proj_size cls_token_id decoder_layerdrop
@@ -80,10 +90,17 @@ class Form(NamedTuple):
     write: Callable[[Tensor], Tensor]
 
 
-SAME = Form(lambda x: x, lambda x: x)
-TRANSPOSED = Form(lambda x: x.mT if x.ndim == 2 else x, lambda x: x.mT if x.ndim == 2 else x)
-IN_A_BATCH = Form(lambda x: x[0], lambda x: x[None])
-ALONE_IN_A_BATCH = Form(lambda x: x[0, 0], lambda x: x[None, None])
+def _same(x: Tensor) -> Tensor:
+    return x
+
+
+def _transposed(x: Tensor) -> Tensor:
+    return x.mT if x.ndim == 2 else x
+
+
+SAME, TRANSPOSED = Form(_same, _same), Form(_transposed, _transposed)
+IN_A_BATCH = Form(methodcaller("squeeze", 0), methodcaller("unsqueeze", 0))
+ALONE_IN_A_BATCH = Form(methodcaller("squeeze", (0, 1)), methodcaller("expand", 1, 1, -1))
 
 
 class Name(NamedTuple):
@@ -472,16 +489,27 @@ WHISPER = Family(
 # --------------------------------------------------------------------------------------------------- Llama and Qwen2
 
 
+SCALINGS = {
+    "factor", "original_max_position_embeddings", "attention_factor", "mscale", "mscale_all_dim", "beta_fast",
+    "beta_slow", "truncate", "low_freq_factor", "high_freq_factor", "short_factor", "long_factor",
+}  # fmt: skip
+
+
 def _rotary(given: Settings) -> tuple[float, dict[str, Any] | None]:
     """Base and scaling, as configs of either age say them."""
     old = given("rope_scaling")
-    found = dict(given("rope_parameters") or old or {})
+    found = given("rope_parameters") or old or {}
+    if not isinstance(found, dict):
+        raise ValueError(f"the setting 'rope_scaling' or 'rope_parameters' must be a mapping (got {found!r})")
+    found = dict(found)
     kind = found.pop("rope_type", found.pop("type", "default"))
     base = found.pop("rope_theta", None) or given("rope_theta", 10000.0)
     given("rope_theta")
     found.pop("type", None)
     if found.pop("partial_rotary_factor", 1.0) != 1.0:
         raise ValueError("the setting 'partial_rotary_factor' must be 1.0: all of a head is turned")
+    if unknown := sorted(set(found) - SCALINGS):
+        raise ValueError(f"unknown settings of the rotary positions: {', '.join(unknown)}")
     longest = given("max_position_embeddings", 2048)
     trained = found.get("original_max_position_embeddings") or given("original_max_position_embeddings", longest)
     if kind == "default":
@@ -526,6 +554,8 @@ def _qwen2(given: Settings, tied: bool) -> nn.Module:
         "sliding_attention" if width and layer >= given("max_window_layers", 28) else "full_attention"
         for layer in range(config.num_layers)
     ]
+    if len(kinds) != config.num_layers:
+        raise ValueError(f"the setting 'layer_types' must name {config.num_layers} layers (got {len(kinds)})")
     return GPT(config, given("vocab_size", 151936), [_heard(kind, width) for kind in kinds], tied=tied)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from attngraph.graph import Graph
 from attngraph.nn.embedding import TokenEmbedding
-from attngraph.nn.transformer import Transformer, TransformerConfig
+from attngraph.nn.transformer import Transformer, TransformerConfig, nodes_kept
 from attngraph.patterns import Causal
 
 
@@ -46,7 +46,7 @@ class DecisionTransformer(nn.Module):
     ):
         super().__init__()
         self.config, self.bounded = config, bounded
-        self.time = TokenEmbedding(max_time, config.embed_dim)
+        self.time = TokenEmbedding(max_time, config.embed_dim, "timesteps")
         self.embed_return = nn.Linear(1, config.embed_dim)
         self.embed_state = nn.Linear(state_dim, config.embed_dim)
         self.embed_action = nn.Linear(action_dim, config.embed_dim)
@@ -72,7 +72,11 @@ class DecisionTransformer(nn.Module):
                 "states, actions, returns and timesteps must have the same batch and number of steps, as in "
                 f"(B, T, state_dim), (B, T, action_dim), (B, T, 1), (B, T) (got {shapes})"
             )
+        if not (states.ndim == actions.ndim == returns.ndim == 3 and returns.shape[2] == 1):
+            shapes = ", ".join(str(tuple(part.shape)) for part in (states, actions, returns))
+            raise ValueError(f"states, actions and returns must have 3 dimensions, returns one number (got {shapes})")
         time = self.time(timesteps)
+        keep = nodes_kept("keep", keep, time)
         parts = self.embed_return(returns) + time, self.embed_state(states) + time, self.embed_action(actions) + time
         x = self.norm(torch.stack(parts, dim=2).flatten(1, 2))  # return, state, action; return, state, …
         if keep is not None:

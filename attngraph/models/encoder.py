@@ -58,7 +58,7 @@ class Encoder(nn.Module):
         super().__init__()
         self.config, self.vocab_size = config, vocab_size
         self.embedding = TokenEmbedding(vocab_size, config.embed_dim)
-        self.types = TokenEmbedding(num_types, config.embed_dim) if num_types else None
+        self.types = TokenEmbedding(num_types, config.embed_dim, "types") if num_types else None
         self.transformer = Transformer(config, graph)
         self.head = TokenHead(config, vocab_size)
         for table in (self.embedding, self.types, self.head.scores):
@@ -80,6 +80,8 @@ class Encoder(nn.Module):
         `keep`, bool (B, N), is False for padding; `types`, int64 (B, N), are the kinds of the tokens, by default 0.
         """
         x = self.embedding(tokens)
+        if types is not None and types.shape != tokens.shape:
+            raise ValueError(f"types must have the shape of tokens, {tuple(tokens.shape)} (got {tuple(types.shape)})")
         if self.types is not None:
             x = x + self.types(torch.zeros_like(tokens) if types is None else types)
         elif types is not None:

@@ -8,9 +8,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from attngraph.graph import Graph
+from attngraph.graph import Graph, require_ints
 from attngraph.nn.embedding import PatchEmbedding
-from attngraph.nn.transformer import Transformer, TransformerConfig
+from attngraph.nn.transformer import Transformer, TransformerConfig, nodes_kept
 from attngraph.patterns import Full
 
 
@@ -48,6 +48,7 @@ class ViT(nn.Module):
         super().__init__()
         if pool not in ("cls", "mean"):
             raise ValueError(f"pool must be cls or mean (got {pool!r})")
+        require_ints(1, num_classes=num_classes)
         self.config, self.pool = config, pool
         self.patches = PatchEmbedding(_pair(image_size), _pair(patch_size), channels, config.embed_dim)
         self.cls = nn.Parameter(torch.empty(config.embed_dim)) if pool == "cls" else None
@@ -71,6 +72,7 @@ class ViT(nn.Module):
         `graph` is of all nodes, CLS first; `keep`, bool (B, patches), is False for patches that are not to be heard.
         """
         x = self.patches(images)
+        keep = nodes_kept("keep", keep, x)
         if self.cls is None:
             x = self.transformer(x, graph, keep=keep)
             weight = torch.ones_like(x[..., :1]) if keep is None else keep[..., None].to(x.dtype)

@@ -10,24 +10,28 @@ from attngraph.graph import require_ints
 
 
 class TokenEmbedding(nn.Embedding):
-    """A vector for each token.
+    """A vector for each token, or whatever else is numbered; `what` names it in errors.
 
     Raises TypeError for tokens that are not integers, and on a CPU ValueError for numbers outside of the vocabulary (a
     GPU would have to stop and wait for the answer; it fails by itself).
     """
 
+    def __init__(self, num_embeddings: int, embed_dim: int, what: str = "tokens"):
+        require_ints(1, **{f"number of {what}": num_embeddings})
+        super().__init__(num_embeddings, embed_dim)
+        self.what = what
+
     def forward(self, tokens: Tensor) -> Tensor:
         """int64 (..., N) → (..., N, embed_dim)."""
-        if tokens.is_floating_point() or tokens.dtype == torch.bool:
-            raise TypeError(f"tokens must be integers (got {tokens.dtype})")
+        kind = tokens.dtype if isinstance(tokens, Tensor) else type(tokens).__name__
+        if not isinstance(tokens, Tensor) or tokens.is_floating_point() or tokens.dtype == torch.bool:
+            raise TypeError(f"{self.what} must be a tensor of integers (got {kind})")
         if tokens.device.type == "cpu" and tokens.numel() and not torch.compiler.is_compiling():
             low, high = (int(end) for end in tokens.aminmax())
             if low < 0 or high >= self.num_embeddings:
-                raise ValueError(
-                    f"tokens must be from 0 to {self.num_embeddings - 1}, the vocabulary of the model "
-                    f"(got {low} … {high})"
-                )
-        return super().forward(tokens)
+                most = self.num_embeddings - 1
+                raise ValueError(f"{self.what} must be from 0 to {most}: the model has no others (got {low} … {high})")
+        return super().forward(tokens if tokens.dtype in (torch.int32, torch.int64) else tokens.long())
 
 
 class PatchEmbedding(nn.Module):
@@ -52,6 +56,8 @@ class PatchEmbedding(nn.Module):
         wanted = (self.channels, *self.image_size)
         if images.ndim != 4 or images.shape[1:] != wanted:
             raise ValueError(f"images must have shape (B, {', '.join(map(str, wanted))}) (got {tuple(images.shape)})")
+        if not images.is_floating_point():
+            raise TypeError(f"images must be floating-point numbers (got {images.dtype})")
         return self.project(images).flatten(2).transpose(1, 2)
 
 
@@ -68,4 +74,6 @@ class AudioEmbedding(nn.Module):
         channels = self.first.in_channels
         if features.ndim != 3 or features.shape[1] != channels:
             raise ValueError(f"features must have shape (B, {channels}, frames) (got {tuple(features.shape)})")
+        if not features.is_floating_point():
+            raise TypeError(f"features must be floating-point numbers (got {features.dtype})")
         return gelu(self.second(gelu(self.first(features)))).transpose(1, 2)

@@ -27,6 +27,9 @@ class Rope:
         missing = [name for name in needed if self.scaling.get(name) is None]
         if missing:
             raise ValueError(f"a rotary scaling of rope_type {self.kind!r} needs {', '.join(missing)}")
+        for name in ("short_factor", "long_factor"):
+            if name in needed and len(self.scaling[name]) != head_dim // 2:
+                raise ValueError(f"{name} must have {head_dim // 2} numbers (got {len(self.scaling[name])})")
         self.rule = rule
         self.amplitude = _amplitude(self.kind, self.scaling)
 
@@ -38,6 +41,10 @@ class Rope:
         """As they are without scaling."""
         exponent = torch.arange(0, self.head_dim, 2).float() / self.head_dim
         return 1.0 / (base or self.base) ** exponent
+
+
+def _default(rope: Rope, given: Mapping[str, Any], length: int) -> Tensor:
+    return rope.plain()
 
 
 def _linear(rope: Rope, given: Mapping[str, Any], length: int) -> Tensor:
@@ -100,7 +107,7 @@ def _amplitude(kind: str, given: Mapping[str, Any]) -> float:
 
 TRAINED = "original_max_position_embeddings"
 RULES = {
-    "default": (lambda rope, given, length: rope.plain(), ()),
+    "default": (_default, ()),
     "linear": (_linear, ("factor",)),
     "dynamic": (_dynamic, ("factor", TRAINED)),
     "yarn": (_yarn, ("factor", TRAINED)),

@@ -218,7 +218,7 @@ class Transformer(nn.Module):
             raise ValueError(f"positions can't be given: position={self.config.position!r} goes by the nodes' numbers")
         graphs = self.graphs if graph is None else self._per_layer(graph)
         length, before = x.shape[-2], 0 if memory is None else memory.shape[-2]
-        keep, memory_keep = _nodes_kept("keep", keep, x), _nodes_kept("memory_keep", memory_keep, memory)
+        keep, memory_keep = nodes_kept("keep", keep, x), nodes_kept("memory_keep", memory_keep, memory)
         if positions is None:
             positions = torch.arange(length, device=x.device)
         bias = rotary = None
@@ -237,8 +237,12 @@ class Transformer(nn.Module):
             if bias is not None:
                 raise ValueError(f"a memory beside the nodes has no place in position={self.config.position!r}")
             if rotary is not None:
-                earlier = torch.arange(-before, 0, device=x.device).expand(*positions.shape[:-1], before)
-                rotary = self.position(torch.cat([earlier, positions], dim=-1))
+                earlier = torch.arange(-before, 0, device=x.device)
+                if memory_keep is not None:  # however much padding there is, it takes no places
+                    earlier = memory_keep.cumsum(-1) - memory_keep.sum(-1, keepdim=True) - 1
+                many = torch.broadcast_shapes(earlier.shape[:-1], positions.shape[:-1])
+                both = [side.expand(*many, side.shape[-1]) for side in (earlier, positions)]
+                rotary = self.position(torch.cat(both, dim=-1))
             graphs = tuple(Beside(heard.sized(None, before), each) for each in graphs)
             keep = _both_kept(memory_keep, memory, keep, x)
         bias = _silent(bias, keep, x.dtype, length)
@@ -289,7 +293,8 @@ class Transformer(nn.Module):
                     nn.init.zeros_(linear.weight)
 
 
-def _nodes_kept(name: str, keep: Tensor | None, x: Tensor | None) -> Tensor | None:
+def nodes_kept(name: str, keep: Tensor | None, x: Tensor | None) -> Tensor | None:
+    """`keep`, if it is a bool for each node of x (B, N, D)."""
     if keep is not None and (keep.dtype != torch.bool or keep.shape != x.shape[:-1]):
         raise ValueError(
             f"{name} must be a bool tensor of shape {tuple(x.shape[:-1])}, True for real nodes "

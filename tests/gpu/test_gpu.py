@@ -20,7 +20,9 @@ from attngraph import (
     attend,
     from_edge_index,
     plan,
+    rows,
 )
+from attngraph.rows import Rows
 from attngraph.tiles import Tiles, tabulate
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
@@ -149,6 +151,43 @@ def test_an_edge_list_on_the_device():
     wanted = results([side.detach().double().requires_grad_() for side in sides], graph, "edges")
     for backend in ("auto", "tiles", "rows"):
         close(results(sides, graph, backend), wanted, 4e-6)
+
+
+@pytest.mark.parametrize("graph", GRAPHS, ids=str)
+def test_rows_are_the_same_as_on_a_cpu(graph, monkeypatch):
+    monkeypatch.setitem(rows.HEAVY, "cpu", rows.HEAVY["cuda"])
+    here = Rows.listed(*graph.at(N, N))
+    with torch.device("cuda"):
+        there = Rows.listed(*graph.at(N, N))
+    for name in ("by_query", "by_key", "numbered"):
+        for one, other in zip(getattr(here, name)[:-1], getattr(there, name)[:-1], strict=True):
+            assert other.is_cuda
+            assert torch.equal(one, other.cpu())
+
+
+def test_a_tensor_on_the_device_is_remembered_until_it_changes():
+    edge_index = torch.randint(N, (2, 3000), device="cuda")
+    graph = from_edge_index(edge_index, N)
+    assert from_edge_index(edge_index, N) is graph
+    edge_index[0, 0] = (edge_index[0, 0] + 1) % N
+    assert from_edge_index(edge_index, N) is not graph
+
+
+@pytest.mark.parametrize("graph", [Full(), Causal()], ids=str)
+@pytest.mark.parametrize("dim", [64, 256])
+def test_the_lse_of_all_pairs_and_its_gradient(graph, dim):
+    sides = tensors(torch.bfloat16, dim=dim, dim_v=dim)
+    wanted = results([side.detach().double().requires_grad_() for side in sides], graph, "edges")
+    close(results(sides, graph), wanted, 4 * torch.finfo(torch.bfloat16).eps)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_masks_of_sizes_that_are_no_multiple_of_8(dtype):
+    graph, sides = Neighborhood((15, 15), 2), tensors(dtype, 225)
+    wanted = results([side.detach().double().requires_grad_() for side in sides], graph, "edges")
+    for backend in ("auto", "dense", "tiles", "rows"):
+        made = plan(graph, 225, 225, heads=4, device="cuda", backend=backend)
+        close(results(sides, made), wanted, 1e-5 if dtype == torch.float32 else 4 * torch.finfo(dtype).eps)
 
 
 def test_rows_of_hubs_in_double_precision():

@@ -207,16 +207,17 @@ def same(columns: list[Tensor]) -> Tensor:
 # --------------------------------------------------------------------------------------------------- the memory
 
 
-def _available() -> int:
-    """Bytes of memory where new tensors are made."""
-    if torch.get_default_device().type != "cuda":
+def _available(device: torch.device) -> int:
+    """Bytes of memory of a device; what torch holds back from earlier tensors is there."""
+    if device.type != "cuda":
         return psutil.virtual_memory().available
-    return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + held
 
 
-def require_memory(size: int, purpose: str) -> None:
-    """Raise before an allocation that this machine can't give."""
-    if size > 1 << 28 and size > (available := _available()):
+def require_memory(size: int, purpose: str, device: torch.device | None = None) -> None:
+    """Raise before an allocation that this device, by default where new tensors are made, can't give."""
+    if size > 1 << 28 and size > (available := _available(device or torch.get_default_device())):
         raise MemoryError(
             f"{size / 2**30:.1f} GiB of memory are required {purpose}, and {available / 2**30:.1f} GiB are available; "
             f"use a sparser graph, fewer nodes, or rows of it, graph.rows(start, stop)"

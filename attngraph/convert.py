@@ -34,8 +34,8 @@ def from_edge_index(edge_index: Tensor, size: int | tuple[int, int] | None = Non
     EdgeList([[0, 1], [1, 2]], size=(3, 3))
     """
     given = integer_tensor(edge_index)
-    on_gpu = isinstance(edge_index, Tensor) and edge_index.is_cuda
-    numbers = (*given.shape, given.data_ptr(), edge_index._version) if on_gpu else fingerprint(given)
+    counted = isinstance(edge_index, Tensor) and edge_index.is_cuda and not edge_index.is_inference()
+    numbers = (*given.shape, edge_index.data_ptr(), edge_index._version) if counted else fingerprint(given)
     asked = repr(size), numbers
     known = _KNOWN.get(edge_index) if isinstance(edge_index, Tensor) else None
     if known is not None and known[0] == asked:

@@ -88,8 +88,9 @@ class Rows:
     @cached_property
     def by_key(self) -> Adjacency:
         """CSC; where every edge has its reverse, CSR again, stored once."""
-        require_memory(len(self.by_query.neighbor) * 18, "to sort the edges by their keys")
-        start = _running(sum(torch.bincount(part, minlength=self.m) for part in self.by_query.neighbor.split(AT_ONCE)))
+        neighbor = self.by_query.neighbor
+        require_memory(len(neighbor) * 18, "to sort the edges by their keys", neighbor.device)
+        start = _running(sum(torch.bincount(part, minlength=self.m) for part in neighbor.split(AT_ONCE)))
         query = torch.arange(self.n, device=start.device, dtype=_integers(self.n))
         query = query.repeat_interleave(self.by_query.start.diff())
         neighbor = torch.cat([query[some] for some in self._places(start)])

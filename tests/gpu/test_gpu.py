@@ -165,8 +165,9 @@ def test_rows_are_the_same_as_on_a_cpu(graph, monkeypatch):
             assert torch.equal(one, other.cpu())
 
 
-def test_a_tensor_on_the_device_is_remembered_until_it_changes():
-    edge_index = torch.randint(N, (2, 3000), device="cuda")
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32], ids=str)
+def test_a_tensor_on_the_device_is_remembered_until_it_changes(dtype):
+    edge_index = torch.randint(N, (2, 3000), device="cuda", dtype=dtype)
     graph = from_edge_index(edge_index, N)
     assert from_edge_index(edge_index, N) is graph
     edge_index[0, 0] = (edge_index[0, 0] + 1) % N

@@ -5,13 +5,19 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test lint format nightly bench-gpt clean
+.PHONY: demo test bench wheel lint format nightly bench-gpt clean
 
 demo: $(VENV)/installed
 	$(RUN) examples/gpt.py $(ARGS)
 
 test: $(VENV)/installed lint
 	$(RUN) -m pytest -n auto
+
+bench: $(VENV)/installed  # dense against sparse on this machine, in ten minutes: runs/bench/report.html
+	$(RUN) -m benchmarks $(ARGS)
+
+wheel: $(VENV)/installed  # built, installed into an empty environment, and its demo run there
+	$(RUN) tests/wheel.py
 
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check

@@ -92,10 +92,8 @@ def save(ax: Axes, path: str) -> None:
 
 def _axes(size: tuple[float, float]) -> Axes:
     """New axes that belong to no window and no global state."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("attngraph.draw needs matplotlib: pip install 'attngraph[draw]'") from error
+    from matplotlib.figure import Figure
+
     return Figure(figsize=size, layout="constrained").subplots()
 
 

@@ -6,21 +6,19 @@ Ratios of medians in one run, float32; see `attention.py`, whose contestants, gr
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
-from unittest.mock import patch
 
 import torch
-from torch.nn.functional import cross_entropy, scaled_dot_product_attention
+from torch.nn.functional import scaled_dot_product_attention
 
-import attngraph
-from attngraph import Causal, Prefix, Window, attend, parse
-from attngraph.models import GPT
-from attngraph.nn import TransformerConfig
+from attngraph import Causal, attend
+from benchmarks import planning, steps
 from benchmarks.attention import GEMM, PHASES, measured, status
-from benchmarks.measure import RESULTS, cost, isolated, paired, record
-from benchmarks.peers import AUTO, FLEX, PYG, SDPA_CAUSAL, SDPA_MASK, WORKLOADS
+from benchmarks.measure import RESULTS, isolated, paired, record
+from benchmarks.peers import AUTO, FLEX, PYG, PYG_COMPILED, SDPA_CAUSAL, SDPA_MASK, WORKLOADS
 
 
 class Goal(NamedTuple):
@@ -52,9 +50,13 @@ def faster(found: dict, phase: str, peer: str) -> float | str:
     return figure(found, phase, peer, lambda own: own["over_ours"][1])
 
 
+def at_size(workload: str, nodes: int, options: argparse.Namespace) -> dict[str, dict]:
+    return dict(measured(workload, [nodes], options))[nodes]
+
+
 def window_goals(options: argparse.Namespace) -> Iterator[Goal]:
     options.peer = [AUTO, SDPA_MASK, SDPA_CAUSAL, FLEX]
-    found, name = measured("window", 8192, options), "Window(256, 0), N = 8192"
+    found, name = at_size("window", 8192, options), "Window(256, 0), N = 8192"
     for phase, peer, wanted in (
         ("forward", SDPA_MASK, 24), ("forward", SDPA_CAUSAL, 9), ("forward", FLEX, 1.8),
         ("forward + backward", SDPA_MASK, 20), ("forward + backward", SDPA_CAUSAL, 9),
@@ -62,25 +64,27 @@ def window_goals(options: argparse.Namespace) -> Iterator[Goal]:
         yield Goal(f"{name}, {phase}: times as fast as {peer}", wanted, faster(found, phase, peer))
     forward = found["forward"]
     share = figure(found, "forward", AUTO, lambda own: own["useful_gflops"] / forward["gemm_gflops"])
-    yield Goal(f"{name}, forward: useful FLOP/s over those of a {GEMM}³ GEMM", 0.5, share)
+    yield Goal(f"{name}, forward: useful FLOP/s over those of a {GEMM['cpu']}³ GEMM", 0.5, share)
 
 
 def irregular_goals(options: argparse.Namespace) -> Iterator[Goal]:
-    options.peer = [AUTO, PYG]
-    found, name = measured("uniform", 20_000, options), "uniform random, N = 20,000, degree 16, D = 16"
-    for phase, wanted in zip(PHASES, (12, 9), strict=True):
-        yield Goal(f"{name}, {phase}: times as fast as PyG", wanted, faster(found, phase, PYG))
+    options.peer = [AUTO, PYG, PYG_COMPILED]
+    found, name = at_size("uniform", 20_000, options), "uniform random, N = 20,000, degree 16, D = 16"
+    for peer, least in ((PYG, (12, 9)), (PYG_COMPILED, (1, 1))):
+        for phase, wanted in zip(PHASES, least, strict=True):
+            yield Goal(f"{name}, {phase}: times as fast as {peer}", wanted, faster(found, phase, peer))
     own = found[PHASES[1]]["contestants"][AUTO]
     less = figure(found, PHASES[1], PYG, lambda theirs: own["extra_mib"] / theirs["extra_mib"])
     yield Goal(f"{name}, {PHASES[1]}: peak extra memory over PyG's", 0.1, less, at_most=True)
-    found = measured("power law", 100_000, options)
+    found = at_size("power law", 100_000, options)
     name = f"power law, {found['forward'].get('edges', 0):,} edges, a hub of degree 50,000, D = 16"
-    yield Goal(f"{name}, forward: times as fast as PyG", 8, faster(found, "forward", PYG))
+    for peer, wanted in ((PYG, 8), (PYG_COMPILED, 1)):
+        yield Goal(f"{name}, forward: times as fast as {peer}", wanted, faster(found, "forward", peer))
 
 
 def mixed_goals(options: argparse.Namespace) -> Iterator[Goal]:
     options.peer = [AUTO, FLEX]
-    found, name = measured("mixed", 65_536, options), "Window(256, 0) | Prefix(4) | Random(8), N = 65,536"
+    found, name = at_size("mixed", 65_536, options), "Window(256, 0) | Prefix(4) | Random(8), N = 65,536"
     ours = found["forward"]["contestants"][AUTO]
 
     def times(own: dict, planning: float) -> float:
@@ -99,21 +103,14 @@ def most_memory(own: dict) -> float | str:
     return own.get("failure") or max(own["prepare_mib"], own["first_mib"]) / 1024
 
 
-def plan_alone(progress, text: str, n: int) -> dict:
-    graph = parse(text)
-    attngraph.Machine.here()  # measured once on a machine, not once a plan
-    seconds, mib = cost(lambda: attngraph.plan(graph, n, n, heads=8, head_dim=64))
-    return {"seconds": seconds, "mib": mib}
-
-
 def planning_goals(options: argparse.Namespace) -> Iterator[Goal]:
     for text, n, limits in (
         ("Window(256, 0)", 1_000_000, {"seconds": 0.5, "mib": 100}),
         ("Window(256, 0) | Prefix(4) | Random(8)", 262_144, {"seconds": 5}),
     ):
-        found = isolated(plan_alone, text, n, seconds=options.limit, gib=options.memory)
+        found = isolated(planning.alone, text, n, "cpu", 1, seconds=options.limit, gib=options.memory)
         for unit, wanted in limits.items():
-            reached = found.get("failure") or found[unit]
+            reached = found.get("failure") or found[unit][0]
             yield Goal(f"plan({text}, {n:,}, {n:,}): {unit}", wanted, reached, at_most=True)
 
 
@@ -125,36 +122,15 @@ def overhead_alone(progress) -> dict:
         )
 
 
-def training_alone(progress, n: int = 4096) -> dict:
+def training_alone(progress) -> dict:
     """Training steps of a GPT, on ours and with its `attend` replaced by SDPA with a mask, which is built once."""
-    graph = Causal() & (Window(64, 0) | Prefix(4))
-    torch.manual_seed(0)
-    config = TransformerConfig(embed_dim=128, num_layers=4, num_heads=4, position="rotary")
-    models = [GPT(config, vocab_size=65, graph=graph) for _ in range(2)]
-    models[1].load_state_dict(models[0].state_dict())
-    optimizers = [torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True) for model in models]
-    tokens, mask = torch.randint(65, (1, n + 1)), graph.mask(n, n)
-
-    def step(which: int) -> float:
-        loss = cross_entropy(models[which](tokens[:, :-1])[0], tokens[0, 1:])
-        optimizers[which].zero_grad()
-        loss.backward()
-        optimizers[which].step()
-        return loss.item()
-
-    def masked(q, k, v, graph, *, bias, scale, dropout_p):
-        return scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
-
-    def theirs() -> float:
-        with patch.object(attngraph.nn.attention, "attend", masked):
-            return step(1)
-
     progress({}, 600.0)
-    losses = step(0), theirs()
+    ours, theirs = steps.contestants("GPT", 4096, "cpu", steps.CONTESTANTS[1:]).values()
+    losses = ours(), theirs()
     if abs(losses[0] - losses[1]) > 1e-3:
         raise ValueError(f"the two models must have the same loss (got {losses})")
     progress({}, 3600.0)
-    return paired(lambda: step(0), theirs, 40, warmup=1)
+    return paired(ours, theirs, 40, warmup=1)
 
 
 def pair_goals(options: argparse.Namespace) -> Iterator[Goal]:
@@ -174,7 +150,7 @@ def grid_goals(options: argparse.Namespace) -> Iterator[Goal]:
     for workload in WORKLOADS:
         for n, repeats in SIZES.items():
             options.repeats = repeats
-            for phase, found in measured(workload.name, n, options).items():
+            for phase, found in at_size(workload.name, n, options).items():
                 over = [own["over_ours"][1] for name in named if "over_ours" in (own := found["contestants"][name])]
                 if over:
                     over_best[f"{workload.name}, N = {n}, {phase}"] = 1 / min(over)
@@ -203,10 +179,10 @@ def main() -> None:
     parser.add_argument("--section", action="append", choices=list(SECTIONS), help="some of the goals; all by default")
     parser.add_argument("--repeats", type=int, default=15, help="turns of each contestant")
     parser.add_argument("--limit", type=float, default=300.0, help="seconds a call, and about that for all turns")
-    parser.add_argument("--memory", type=float, default=12.0, help="GiB of resident memory of a contestant")
+    parser.add_argument("--memory", type=float, default=18.0, help="GiB of resident memory of all contestants")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of goals.json")
     options = parser.parse_args()
-    options.phase, found = "both", []
+    options.phase, options.device, options.until, found = "both", "cpu", math.inf, []
     for section in options.section or SECTIONS:
         for goal in SECTIONS[section](options):
             status()

@@ -15,7 +15,6 @@ import json
 import math
 import random
 import re
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,7 +23,6 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 
 import attngraph
@@ -52,6 +50,8 @@ from benchmarks.peers import (
     WORKLOADS,
     and_masks,
     causal,
+    compiled_block_mask,
+    compiled_flex,
     documents,
     drawn,
     first_are_global,
@@ -63,8 +63,6 @@ from benchmarks.peers import (
 )
 
 NAME = "gpu"
-torch._dynamo.config.recompile_limit = 256  # FlexAttention is compiled for each of its masks, and must stay compiled
-compiled_flex, compiled_mask = (torch.compile(part, dynamic=False) for part in (flex_attention, create_block_mask))
 
 
 class Figure(NamedTuple):
@@ -192,9 +190,9 @@ def beside_flex(rate, graph: Graph, mask_mod, n: int, heads: int, dim: int, want
     """Forward, and forward + backward, and the building of the mask, beside FlexAttention."""
     sides, name = sides_of(n, heads, dim), f"{short(graph)}, N = {n:,}, H = {heads}, D = {dim}"
     try:
-        block_mask = compiled_mask(mask_mod, None, None, n, n, device="cuda")
+        block_mask = compiled_block_mask(mask_mod, None, None, n, n, device="cuda")
         start = time.perf_counter()
-        block_mask = compiled_mask(mask_mod, None, None, n, n, device="cuda")
+        block_mask = compiled_block_mask(mask_mod, None, None, n, n, device="cuda")
         torch.cuda.synchronize()
         build = time.perf_counter() - start
     except Exception as error:
@@ -403,7 +401,7 @@ def merged(rate) -> Iterator[Figure]:
     mask_mod = or_masks(near(512, 0), prefix(16), drawn(16, n, "cuda"))
     text = f"{graph}, N = 262,144, forward: the merged plan, times as fast as FlexAttention"
     try:
-        block_mask = compiled_mask(mask_mod, None, None, n, n, device="cuda")
+        block_mask = compiled_block_mask(mask_mod, None, None, n, n, device="cuda")
         flex = forward(lambda q, k, v: compiled_flex(q, k, v, block_mask=block_mask), sides)
         yield compared(text, 1.0, runs["auto"], flex, None)
     except Exception as error:
@@ -472,7 +470,7 @@ def training(rate) -> Iterator[Figure]:
     config = TransformerConfig(embed_dim=768, num_layers=12, num_heads=12, activation="gelu_tanh", max_length=32_768)
     sparse = Causal() & (Window(512, 0) | Prefix(4))
     mask_mod = and_masks(causal, or_masks(near(512, 0), prefix(4)))
-    block_mask = compiled_mask(mask_mod, None, None, 32_768, 32_768, device="cuda")
+    block_mask = compiled_block_mask(mask_mod, None, None, 32_768, 32_768, device="cuda")
 
     def bare(q, k, v, graph, *, bias, scale, dropout_p):
         return scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
@@ -555,7 +553,7 @@ def main() -> None:
             "seconds": round(time.perf_counter() - begun, 1),
             "flops": rate[0],
             "bytes": rate[1],
-            "machine": device(),
+            "machine": machine("cuda"),
         }
         options.out.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(known, indent=2, allow_nan=False) + "\n")
@@ -585,20 +583,6 @@ def show(figure: Figure) -> None:
         times += f", theirs {spread(figure.theirs_ms, 2)} ms" if figure.theirs_ms else ""
         times += f", predicted {figure.predicted_ms:.2f} ms" if figure.predicted_ms else ""
     print(f"{'yes' if figure.yes else 'no':4}{sign} {figure.wanted:<6g}{reached:<8} {figure.text}{times}", flush=True)
-
-
-def device() -> dict:
-    """Where this was measured."""
-    import triton
-
-    properties = torch.cuda.get_device_properties(0)
-    try:
-        asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        driver = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.split("\n")[0]
-    except (OSError, subprocess.CalledProcessError):
-        driver = "unknown"
-    own = {"device": properties.name, "gib": round(properties.total_memory / 2**30), "driver": driver}
-    return {**machine(), **own, "cuda": torch.version.cuda, "triton": triton.__version__}
 
 
 if __name__ == "__main__":

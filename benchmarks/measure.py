@@ -9,9 +9,12 @@ import multiprocessing
 import platform
 import random
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -19,6 +22,21 @@ import psutil
 import torch
 
 RESULTS = Path(__file__).parent / "results"
+
+
+def wait() -> None:
+    """Until a GPU has done all that it was given, if one is in use: what is timed is then over."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+def seconds_of(run: Callable[[], object]) -> float:
+    """Of one call, to its very end."""
+    wait()
+    start = time.perf_counter()
+    run()
+    wait()
+    return time.perf_counter() - start
 
 
 def paired(ours: Callable[[], object], theirs: Callable[[], object], repeats: int, warmup: int = 3) -> dict:
@@ -31,9 +49,7 @@ def paired(ours: Callable[[], object], theirs: Callable[[], object], repeats: in
     times: dict[str, list[float]] = {"ours": [], "theirs": []}
     for repeat in range(repeats):
         for name, run in (("ours", ours), ("theirs", theirs)) if repeat % 2 else (("theirs", theirs), ("ours", ours)):
-            start = time.perf_counter()
-            run()
-            times[name].append(time.perf_counter() - start)
+            times[name].append(seconds_of(run))
     return compared(times["ours"], times["theirs"])
 
 
@@ -48,9 +64,7 @@ def in_turn(runs: dict[str, Callable[[], object]], repeats: int, seconds: float)
     for _ in range(repeats):
         for name in order.sample(list(runs), len(runs)):
             if len(times[name]) < 3 or sum(times[name]) < seconds:
-                start = time.perf_counter()
-                runs[name]()
-                times[name].append(time.perf_counter() - start)
+                times[name].append(seconds_of(runs[name]))
     return times
 
 
@@ -76,21 +90,26 @@ def spread(three: list[float], digits: int = 3) -> str:
 
 
 def cost(run: Callable[[], object]) -> tuple[float, float | None]:
-    """Seconds of a call, and the MiB by which it raised resident memory at its highest (None where not on Linux).
+    """Seconds of a call, and the MiB by which it raised the memory in use at its highest.
 
-    The kernel's own high-water mark (VmHWM, reset through /proc/self/clear_refs) misses no short peak, as sampling
-    would. What the allocator holds back from earlier calls is first returned, else the call would reuse it unseen.
+    On a GPU that is what PyTorch's allocator gave out. On a CPU it is resident memory, by the kernel's own high-water
+    mark (VmHWM, reset through /proc/self/clear_refs), which misses no short peak as sampling would; what the allocator
+    holds back from earlier calls is first returned, else the call would reuse it unseen. None where not on Linux.
     """
     gc.collect()
+    if torch.cuda.is_initialized():
+        wait()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        seconds = seconds_of(run)
+        return seconds, (torch.cuda.max_memory_allocated() - before) / 2**20
     try:
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
         before = _resident("VmHWM")
     except (OSError, AttributeError):
         before = None
-    start = time.perf_counter()
-    run()
-    seconds = time.perf_counter() - start
+    seconds = seconds_of(run)
     return seconds, None if before is None else (_resident("VmHWM") - before) / 1024
 
 
@@ -160,22 +179,46 @@ def _watched(process: multiprocessing.Process, pipe: Connection, seconds: float,
             return {**figures, "failure": f"ended by itself, exit code {process.exitcode}"}
 
 
-def machine() -> dict:
-    """Where this was measured."""
-    return {
-        "processor": platform.processor() or platform.machine(),
+def machine(device: str = "cpu") -> dict:
+    """Where this was measured, and with which versions."""
+    found = {
+        "processor": _processor(),
         "threads": torch.get_num_threads(),
+        "gib": round(psutil.virtual_memory().total / 2**30),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "date": time.strftime("%Y-%m-%d"),
     }
+    for package in ("numba", "triton", "torch-geometric"):
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    if torch.device(device).type == "cuda":
+        found |= {"device": torch.cuda.get_device_name(), "driver": _driver(), "cuda": torch.version.cuda}
+        found["gib"] = round(torch.cuda.get_device_properties(0).total_memory / 2**30)
+    return found
 
 
-def record(name: str, figures: dict, folder: Path = RESULTS) -> Path:
+def _processor() -> str:
+    """As it calls itself, where that can be told."""
+    with suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    return platform.processor() or platform.machine()
+
+
+def _driver() -> str:
+    try:
+        asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        return subprocess.run(asked, capture_output=True, text=True, check=True).stdout.split("\n")[0]
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def record(name: str, figures: dict, folder: Path = RESULTS, device: str = "cpu") -> Path:
     """Keep the figures of some sections under benchmarks/results, each with its machine, beside the other sections."""
     folder.mkdir(exist_ok=True, parents=True)
     path = folder / f"{name}.json"
     earlier = json.loads(path.read_text()) if path.exists() else {}
-    new = {section: {**found, "machine": machine()} for section, found in figures.items()}
+    new = {section: {**found, "machine": machine(device)} for section, found in figures.items()}
     path.write_text(json.dumps({**earlier, **new}, indent=2) + "\n")
     return path

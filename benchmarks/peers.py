@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.util import find_spec
 from typing import NamedTuple
 
 import numpy as np
@@ -116,11 +117,14 @@ def small_world(n: int) -> EdgeList:
 
 
 class Workload(NamedTuple):
-    """A graph of n nodes, at which sizes, and what its users write for FlexAttention (None: look into a dense mask)."""
+    """A graph of n nodes, at which sizes, and what its users write for FlexAttention (None: look into a dense mask).
+
+    What they write is a function of n and of the device.
+    """
 
     name: str
     graph: Callable[[int], Graph]
-    mask_mod: Callable[[int], MaskMod] | None
+    mask_mod: Callable[[int, str], MaskMod] | None
     sizes: tuple[int, ...] = (512, 2048, 8192, 32_768, 131_072)
     dim: int = 64
     causal: bool = False  # all edges are causal, so that SDPA's is_causal computes at least these
@@ -128,37 +132,37 @@ class Workload(NamedTuple):
 
 SQUARES = (1024, 4096, 16_384, 65_536)
 WORKLOADS = [
-    Workload("window", lambda n: Window(256, 0), lambda n: near(256, 0), causal=True),
+    Workload("window", lambda n: Window(256, 0), lambda n, device: near(256, 0), causal=True),
     Workload(
         "window + sinks",
         lambda n: Causal() & (Window(256, 0) | Prefix(4)),
-        lambda n: and_masks(causal, or_masks(near(256, 0), prefix(4))),
+        lambda n, device: and_masks(causal, or_masks(near(256, 0), prefix(4))),
         causal=True,
     ),
     Workload(
         "BigBird",
         lambda n: Window(192, 192) | Global(range(64)) | Random(3),
-        lambda n: or_masks(near(192, 192), first_are_global(64), drawn(3, n)),
+        lambda n, device: or_masks(near(192, 192), first_are_global(64), drawn(3, n, device)),
     ),
     Workload(
         "mixed",
         lambda n: Window(256, 0) | Prefix(4) | Random(8),
-        lambda n: or_masks(near(256, 0), prefix(4), drawn(8, n)),
+        lambda n, device: or_masks(near(256, 0), prefix(4), drawn(8, n, device)),
         (512, 2048, 8192, 65_536, 131_072),
     ),
     Workload(
         "neighbourhood",
         lambda n: Neighborhood((math.isqrt(n),) * 2, 6),
-        lambda n: near_on_grid(math.isqrt(n), 6),
+        lambda n, device: near_on_grid(math.isqrt(n), 6),
         SQUARES,
     ),
     Workload(
         "documents",
         lambda n: Causal() & Documents(documents(n)),
-        lambda n: and_masks(causal, same_document(documents(n))),
+        lambda n, device: and_masks(causal, same_document(documents(n), device)),
         causal=True,
     ),
-    Workload("causal", lambda n: Causal(), lambda n: causal, causal=True),
+    Workload("causal", lambda n: Causal(), lambda n, device: causal, causal=True),
     Workload("power law", power_law, None, (1600, 6400, 25_000, 100_000), dim=16),
     Workload("uniform", uniform, None, (1250, 5000, 20_000, 80_000), dim=16),
     Workload("clusters", clusters, None),
@@ -172,6 +176,7 @@ class Task:
 
     workload: Workload
     nodes: int
+    device: str = "cpu"
     heads: int = 8
 
     @cached_property
@@ -186,8 +191,13 @@ class Task:
     @cached_property
     def edges(self) -> tuple[Tensor, Tensor]:
         """(query, key), each (E,), sorted by query."""
-        key, query = self.graph.edge_index(self.n, self.n)
+        key, query = self.graph.edge_index(self.n, self.n).to(self.device)
         return query, key
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What is usual on the device."""
+        return torch.float32 if self.device == "cpu" else torch.bfloat16
 
     @property
     def scale(self) -> float:
@@ -196,9 +206,10 @@ class Task:
     def mask(self) -> Tensor:
         """The dense bool mask (n, n), a few rows at a time."""
         graph, n, _ = self.graph.at(self.n, self.n)
-        mask, rows, keys = torch.empty(n, n, dtype=torch.bool), max(1, (1 << 20) // n), torch.arange(n)[None]
-        for start in range(0, n, rows):
-            mask[start : start + rows] = graph.contains(torch.arange(start, min(start + rows, n))[:, None], keys)
+        mask, rows = torch.empty(n, n, dtype=torch.bool, device=self.device), max(1, (1 << 20) // n)
+        every = torch.arange(n, device=self.device)
+        for some in every.split(rows):
+            mask[some[0] : some[-1] + 1] = graph.contains(some[:, None], every)
         return mask
 
     def inputs(self, node_major: bool, grad: bool) -> list[Tensor]:
@@ -208,6 +219,7 @@ class Task:
         """
         random = torch.Generator().manual_seed(0)
         sides = [torch.randn(1, self.heads, self.n, self.workload.dim, generator=random) for _ in range(4)]
+        sides = [side.to(self.device, self.dtype) for side in sides]
         if node_major or self.workload.mask_mod is None:
             sides = [side[0].transpose(0, 1).contiguous() for side in sides]
             sides = sides if node_major else [side.transpose(0, 1)[None] for side in sides]
@@ -228,20 +240,22 @@ def sdpa_causal(task: Task) -> Attention:
     return lambda q, k, v: scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
-compiled_block_mask, compiled_flex = torch.compile(create_block_mask), torch.compile(flex_attention)
+torch._dynamo.config.recompile_limit = 256  # each size and mask is compiled for itself, and stays compiled
+compiled_block_mask = torch.compile(create_block_mask, dynamic=False)
+compiled_flex = torch.compile(flex_attention, dynamic=False)
 
 
 def flex(task: Task) -> Attention:
     """FlexAttention, it and its block mask compiled, as its documentation advises."""
     if task.workload.mask_mod:
-        mask_mod = task.workload.mask_mod(task.n)
+        mask_mod = task.workload.mask_mod(task.n, task.device)
     else:
         mask = task.mask()
 
         def mask_mod(b, h, q_idx, kv_idx):
             return mask[q_idx, kv_idx]
 
-    block_mask = compiled_block_mask(mask_mod, None, None, task.n, task.n, device="cpu")
+    block_mask = compiled_block_mask(mask_mod, None, None, task.n, task.n, device=task.device)
     return lambda q, k, v: compiled_flex(q, k, v, block_mask=block_mask)
 
 
@@ -254,6 +268,22 @@ def gather_scatter(task: Task) -> Attention:
         alpha = (q.index_select(0, dst) * k.index_select(0, src)).sum(-1) * task.scale  # (E, H)
         alpha = softmax(alpha, ptr=ptr)
         return torch.zeros_like(v).index_add(0, dst, v.index_select(0, src) * alpha[..., None])
+
+    return attention
+
+
+def gather_scatter_compiled(task: Task) -> Attention:
+    return torch.compile(gather_scatter(task), dynamic=False)
+
+
+def flash_attn(task: Task) -> Attention:
+    """Tri Dao's own package, on the window that it knows; it takes (B, N, H, D)."""
+    from flash_attn import flash_attn_func
+
+    window = (task.graph.left, task.graph.right)
+
+    def attention(q, k, v):
+        return flash_attn_func(*(side.transpose(1, 2) for side in (q, k, v)), window_size=window).transpose(1, 2)
 
     return attention
 
@@ -273,7 +303,7 @@ def padded(task: Task) -> Attention:
     for bucket in buckets:
         longest = int(degree[bucket].max()) if len(bucket) else 0
         for nodes in bucket.split(max(1, GATHERED // (max(longest, 1) * task.heads * task.workload.dim))):
-            place = torch.arange(longest)
+            place = torch.arange(longest, device=nodes.device)
             heard = place < degree[nodes, None]  # (n, longest)
             tables.append((nodes, key[(start[nodes, None] + place).where(heard, 0)], ~heard[..., None]))
     back = order.argsort()
@@ -295,7 +325,8 @@ def ours(backend: str) -> Callable[[Task], Attention]:
 
     def build(task: Task) -> Attention:
         if backend == "auto":
-            attngraph.plan(task.graph, task.n, task.n, heads=task.heads, head_dim=task.workload.dim)
+            sizes = {"heads": task.heads, "head_dim": task.workload.dim, "device": task.device}
+            attngraph.plan(task.graph, task.n, task.n, **sizes)
         return lambda q, k, v: attend(q, k, v, task.graph, backend=backend)
 
     return build
@@ -309,22 +340,34 @@ class Peer(NamedTuple):
     node_major: bool = False  # takes and gives (N, H, D)
     compiles: bool = False  # its first build and call take long, and say nothing
     all_causal: bool = False  # computes all causal edges, whatever the graph
+    only: Callable[[Workload], bool] = lambda workload: True
+    package: str | None = None  # that must be installed, beside ours
+    gpu: bool = False  # runs on nothing else
+
+    def absent(self, device: str) -> str | None:
+        """Why it can't be here."""
+        if self.package and find_spec(self.package.replace("-", "_")) is None:
+            return f"{self.package} is not installed"
+        return "runs on a GPU only" if self.gpu and device == "cpu" else None
 
 
-AUTO, SDPA_MASK, SDPA_CAUSAL, FLEX, PYG = (
+AUTO, SDPA_MASK, SDPA_CAUSAL, FLEX, PYG, PYG_COMPILED = (
     "ours, auto",
     "SDPA + mask",
     "SDPA is_causal, all edges",
     "FlexAttention",
     "PyG",
+    "PyG compiled",
 )
 PEERS = [
     Peer(AUTO, ours("auto"), compiles=True),
     Peer("ours, tiles", ours("tiles"), compiles=True),
     Peer("ours, rows", ours("rows"), compiles=True),
     Peer(SDPA_MASK, sdpa_mask),
-    Peer(SDPA_CAUSAL, sdpa_causal, all_causal=True),
+    Peer(SDPA_CAUSAL, sdpa_causal, all_causal=True, only=lambda workload: workload.causal),
     Peer(FLEX, flex, compiles=True),
+    Peer("flash-attn", flash_attn, package="flash-attn", gpu=True, only=lambda workload: workload.name == "window"),
     Peer(PYG, gather_scatter, node_major=True),
+    Peer(PYG_COMPILED, gather_scatter_compiled, node_major=True, compiles=True),
     Peer("padded buckets", padded),
 ]

@@ -33,6 +33,48 @@ def connectivity(
     return ax
 
 
+def messages(
+    graph: Graph,
+    n: int,
+    m: int | None = None,
+    *,
+    node: int | None = None,
+    ax: Axes | None = None,
+    title: str | None = None,
+) -> Axes:
+    """The graph as messages: a line from each key, on top, to each query below that hears it.
+
+    With `node`, the messages that this query receives stand out. For graphs of a few dozen nodes.
+
+    Raises:
+        ValueError: a node that there is not.
+    """
+    from matplotlib.collections import LineCollection
+
+    m = n if m is None else m
+    if node is not None and not 0 <= node < n:
+        raise ValueError(f"node must be one of {n} queries, from 0 on (got {node})")
+    key, query = (side.tolist() for side in graph.edge_index(n, m))
+    ax = _axes((max(3.0, 0.45 * max(n, m)), 2.4)) if ax is None else ax
+    own = [node is None or q == node for q in query]
+    order = sorted(range(len(own)), key=own.__getitem__)  # what stands out is drawn last
+    lines = LineCollection(
+        [[(key[at], 1), (query[at], 0)] for at in order],
+        colors=[BLUE if own[at] else "#d5d9e0" for at in order],
+        linewidths=[2 if node is not None and own[at] else 1 for at in order],
+    )
+    ax.add_collection(lines)
+    for count, height, name in ((m, 1, "keys"), (n, 0, "queries")):
+        ax.scatter(range(count), [height] * count, s=130, color="white", edgecolor=BLUE, zorder=3)
+        for i in range(count):
+            ax.text(i, height, str(i), ha="center", va="center", fontsize=7, zorder=4)
+        ax.text(-0.7, height, name, ha="right", va="center", fontsize=8)
+    ax.set(xlim=(-2.2, max(n, m) - 0.3), ylim=(-0.25, 1.25))
+    ax.set_axis_off()
+    ax.set_title(_wrapped(str(graph.text) if title is None else title, 60), fontsize=8)
+    return ax
+
+
 def attention(
     weights: Tensor,
     graph: Graph,

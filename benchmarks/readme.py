@@ -1,4 +1,7 @@
-"""Writes the figures of the README, and the page on GPUs, from benchmarks/results: python -m benchmarks.readme"""
+"""Writes what is measured, from benchmarks/results, into README.md, docs/measured.md and results/gpu.md.
+
+python -m benchmarks.readme
+"""
 
 from __future__ import annotations
 
@@ -6,25 +9,70 @@ import json
 from pathlib import Path
 
 from attngraph import Machine, Prefix, Random, Window, plan
+from benchmarks import report
 from benchmarks.measure import RESULTS, spread
 
-README = Path(__file__).parent.parent / "README.md"
-GPU = RESULTS / "gpu.md"
+ROOT = Path(__file__).parent.parent
+README, MEASURED, GPU = ROOT / "README.md", ROOT / "docs" / "measured.md", RESULTS / "gpu.md"
+PICTURES = ROOT / "docs" / "pictures" / "measured"
+HEAD = ("| | goal | reached | |", "|---|---|---|---|")
 MARKS = {
     name: (f"<!-- {name}: python -m benchmarks.readme -->", f"<!-- end of {name} -->") for name in ("figures", "plan")
 }
 
 
 def figures() -> str:
-    """The section as Markdown."""
-    overhead, training = (json.loads((RESULTS / f"{name}.json").read_text()) for name in ("overhead", "train_gpt"))
-    nanogpt, demo, bigram = (training[name] for name in ("nanogpt", "demo", "bigram"))
-    machine = nanogpt["machine"]
+    """The README's section: what users ask first."""
+    records = report.Records(RESULTS)
+    answer = list(report.answer(records))
+    quality = list(report.losses(records, lambda name, content: link(name)))
     lines = [
-        f"On {machine['threads']} cores ({machine['processor']}), torch {machine['torch']}, Python {machine['python']},"
-        f" {nanogpt['text']}; losses in nats per character, medians with quartiles.",
+        *answer[answer.index("") + 1 :],  # without its heading
+        *(line for line in quality if not line.startswith("*val")),
+        *training(),
         "",
-        "`python -m benchmarks.train_gpt`:",
+        "Everything else, with every figure's spread: [docs/measured.md](docs/measured.md).",
+    ]
+    return "\n".join(line.replace("(pictures/", "(docs/pictures/").replace("## ", "### ") for line in lines)
+
+
+def measured() -> str:
+    """The page docs/measured.md: the report, then the goals of this project."""
+    lines = [
+        report.text(RESULTS, lambda name, content: link(name)),
+        "# The goals of this project",
+        "",
+        *training(),
+        "",
+        *overhead(),
+        "",
+        *goals(),
+        "",
+        *examples(),
+        "",
+        *choices(),
+        "",
+        "On a GPU: [benchmarks/results/gpu.md](../benchmarks/results/gpu.md).",
+        "",
+    ]
+    return "Written by `python -m benchmarks.readme` from `benchmarks/results`.\n\n" + "\n".join(lines)
+
+
+def link(name: str) -> str:
+    """Of a picture, from docs/."""
+    return f"pictures/measured/{name}.png"
+
+
+def training() -> list[str]:
+    """GPTs on text, as recorded by `python -m benchmarks.train_gpt`."""
+    found = json.loads((RESULTS / "train_gpt.json").read_text())
+    nanogpt, demo, bigram = (found[name] for name in ("nanogpt", "demo", "bigram"))
+    machine = nanogpt["machine"]
+    return [
+        "## Training",
+        "",
+        f"`python -m benchmarks.train_gpt`, on {nanogpt['text']} ({machine['threads']} threads, torch "
+        f"{machine['torch']}); losses in nats per character:",
         "",
         "| | validation loss, whole text | seconds |",
         "|---|---|---|",
@@ -37,8 +85,16 @@ def figures() -> str:
         f"| `--model bigram` | {bigram['validation_loss']:.3f}; its limit, from counts, is "
         f"{bigram['limit_from_training_counts']:.3f} | |",
         "",
-        f"A step of the first takes {spread(nanogpt['ratio'])} times as long as one of the second, in "
-        f"{nanogpt['pairs']} alternating pairs.",
+        f"A step of the first takes {spread(nanogpt['ratio'])} times as long as one of the second: median and "
+        f"quartiles of {nanogpt['pairs']} alternating pairs.",
+    ]
+
+
+def overhead() -> list[str]:
+    """What `attend` adds to SDPA, as recorded by `python -m benchmarks.overhead`."""
+    found = json.loads((RESULTS / "overhead.json").read_text())
+    lines = [
+        "## Beside bare SDPA",
         "",
         "`python -m benchmarks.overhead`, N = 1024, H = 8, D = 64: the time of `attend` over that of bare SDPA",
         "",
@@ -46,21 +102,24 @@ def figures() -> str:
         "|---|---|---|",
     ]
     for graph in ("Causal()", "Full()"):
-        ratios = (spread(overhead[f"{graph} {phase}"]["ratio"]) for phase in ("forward", "forward + backward"))
+        ratios = (spread(found[f"{graph} {phase}"]["ratio"]) for phase in ("forward", "forward + backward"))
         lines.append(f"| `{graph}` | {' | '.join(ratios)} |")
-    lines += ["", *goals(), "", *examples()]
-    if "choices" in training:
-        losses = training["choices"]["losses"]
-        lines += [
-            "",
-            "What each choice of the demo's recipe bought, by undoing it at the same number of tokens "
-            "(`--sections choices`; one run each, nothing tuned again: small differences mean little):",
-            "",
-            "| undone | validation loss | |",
-            "|---|---|---|",
-            *(f"| {name} | {loss:.3f} | {loss - losses['the recipe']:+.3f} |" for name, loss in losses.items()),
-        ]
-    return "\n".join(lines)
+    return lines
+
+
+def choices() -> list[str]:
+    """What the demo's recipe is made of."""
+    losses = json.loads((RESULTS / "train_gpt.json").read_text())["choices"]["losses"]
+    return [
+        "## The demo's recipe",
+        "",
+        "What each choice bought, by undoing it at the same number of tokens (`python -m benchmarks.train_gpt "
+        "--sections choices`; one run each, nothing tuned again: small differences mean little):",
+        "",
+        "| undone | validation loss | |",
+        "|---|---|---|",
+        *(f"| {name} | {loss:.3f} | {loss - losses['the recipe']:+.3f} |" for name, loss in losses.items()),
+    ]
 
 
 def explained() -> str:
@@ -73,14 +132,28 @@ def explained() -> str:
 def goals() -> list[str]:
     """What was to be reached, and what was, as recorded by `python -m benchmarks.goals`."""
     found = json.loads((RESULTS / "goals.json").read_text())
-    lines = ["`python -m benchmarks.goals`:", "", "| | goal | reached | |", "|---|---|---|---|"]
+    lines = [
+        "## Speed and memory",
+        "",
+        "`python -m benchmarks.goals`:",
+        "",
+        "| | goal | reached | |",
+        "|---|---|---|---|",
+    ]
     return lines + [_row(goal) for goal in found.values()]
 
 
 def examples() -> list[str]:
     """What the examples reach, as recorded by `python -m benchmarks.examples`."""
     found = json.loads((RESULTS / "examples.json").read_text())
-    lines = ["`python -m benchmarks.examples`:", "", "| | goal | reached | |", "|---|---|---|---|"]
+    lines = [
+        "## The examples",
+        "",
+        "`python -m benchmarks.examples`:",
+        "",
+        "| | goal | reached | |",
+        "|---|---|---|---|",
+    ]
     return lines + [_row(figure) for section in found.values() for figure in section["figures"]]
 
 
@@ -140,6 +213,15 @@ def written(text: str) -> str:
     return text
 
 
-if __name__ == "__main__":
+def main() -> None:
     README.write_text(written(README.read_text(encoding="utf-8")), encoding="utf-8")
     GPU.write_text(on_a_gpu(), encoding="utf-8")
+    PICTURES.mkdir(parents=True, exist_ok=True)
+    for old in PICTURES.glob("*.png"):
+        old.unlink()
+    report.text(RESULTS, lambda name, content: str((PICTURES / f"{name}.png").write_bytes(content)))
+    MEASURED.write_text(measured(), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,5 +1,10 @@
-"""Draws the pictures of the README and of docs/graphs.md: python docs/pictures.py"""
+"""Draws the pictures of the README and of the docs: python docs/pictures.py
 
+attention-map.png is left by a run of the demo: python docs/pictures.py runs/gpt
+"""
+
+import shutil
+import sys
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -58,6 +63,18 @@ def main() -> None:
         draw.connectivity(graph, n, graph.size[1] or (22 if name == "beside" else n), ax=ax, title="")
         ax.set(xlabel="", ylabel="", xticks=[], yticks=[])
         ax.figure.savefig(FOLDER / f"{name}.png", dpi=70)
+    tell()
+    if sys.argv[1:]:
+        shutil.copy(Path(sys.argv[1]) / "attention.png", FOLDER / "attention-map.png")
+
+
+def tell() -> None:
+    """The pictures of docs/attention.md."""
+    hears = parse("Causal() & (Window(3, 0) | Prefix(1))")
+    draw.messages(hears, 12, node=8).figure.savefig(FOLDER / "messages.png", dpi=100)
+    draw.connectivity(hears, 12).figure.savefig(FOLDER / "messages-mask.png", dpi=80)
+    layers = [parse("Causal() & Window(2, 0)")] * 4
+    draw.receptive_field(layers, 20, 24).figure.savefig(FOLDER / "cone.png", dpi=90)
 
 
 if __name__ == "__main__":

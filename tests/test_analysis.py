@@ -67,6 +67,9 @@ def test_pictures_can_be_drawn(tmp_path):
     axes = draw.attention(weights, graph, 8, labels=list("to be or"))
     assert [label.get_text() for label in axes.get_xticklabels()] == list("to␣be␣or")
     draw.save(axes, tmp_path / "weights.png")
+    draw.save(draw.messages(graph, 12, node=3), tmp_path / "messages.png")
+    with pytest.raises(ValueError, match="one of 12 queries"):
+        draw.messages(graph, 12, node=12)
     draw.save(draw.receptive_field([graph] * 3, 12, 16), tmp_path / "field.png")
     assert len(list(tmp_path.iterdir())) == 4
     with pytest.raises(ValueError, match="one for each edge"):

@@ -114,4 +114,5 @@ class Attention(nn.Module):
         return q.to(v.dtype), k.to(v.dtype), v
 
     def extra_repr(self) -> str:
+        """What `print(layer)` says of it."""
         return f"num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, head_dim={self.head_dim}"

@@ -8,6 +8,15 @@ alone. GPT, BERT, the encoder–decoder and ViT are one Transformer that differs
 >>> q, k, v = torch.randn(3, 1, 8, 1024, 64)
 >>> attend(q, k, v, graph).shape
 torch.Size([1, 8, 1024, 64])
+
+Graphs      Full Empty Identity Causal Window Prefix Global Strided Chunks Random, of any size
+            Documents Tree Neighborhood Axial ShiftedWindows EdgeList, which know theirs
+            | & - ^ ~ .T @ of them; Disjoint, Beside, PerHead of several; `Graph` has the views, and how to add one
+In and out  from_ and to_: edge_index, networkx, scipy_sparse_matrix, dense, function, block_mask; parse, parse_list
+Attention   attend, with the biases Alibi, RelativeBias, EdgeBias and the score Additive; plan, Plan, Machine: how it runs
+Modules     nn (Attention, Transformer), models (GPT, Encoder, EncoderDecoder, ViT, DecisionTransformer), generate
+            attngraph.hf: load and save checkpoints of Hugging Face
+Questions   analysis (causality, leaks, receptive fields, cost), draw (pictures)
 """
 
 from attngraph import analysis, draw, models, nn

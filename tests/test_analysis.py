@@ -71,7 +71,7 @@ def test_pictures_can_be_drawn(tmp_path):
     with pytest.raises(ValueError, match="one of 12 queries"):
         draw.messages(graph, 12, node=12)
     draw.save(draw.receptive_field([graph] * 3, 12, 16), tmp_path / "field.png")
-    assert len(list(tmp_path.iterdir())) == 4
+    assert len(list(tmp_path.iterdir())) == 5
     with pytest.raises(ValueError, match="one for each edge"):
         draw.attention(weights[1:], graph, 8)
 

@@ -13,7 +13,8 @@ Graphs      Full Empty Identity Causal Window Prefix Global Strided Chunks Rando
             Documents Tree Neighborhood Axial ShiftedWindows EdgeList, which know theirs
             | & - ^ ~ .T @ of them; Disjoint, Beside, PerHead of several; `Graph` has the views, and how to add one
 In and out  from_ and to_: edge_index, networkx, scipy_sparse_matrix, dense, function, block_mask; parse, parse_list
-Attention   attend, with the biases Alibi, RelativeBias, EdgeBias and the score Additive; how it runs: plan, Plan, Machine
+Attention   attend, with the biases Alibi, RelativeBias, EdgeBias and the score Additive
+Plans       plan, Plan, Machine: how it runs
 Modules     nn (Attention, Transformer), models (GPT, Encoder, EncoderDecoder, ViT, DecisionTransformer), generate
             attngraph.hf: load and save checkpoints of Hugging Face
 Questions   analysis (causality, leaks, receptive fields, cost), draw (pictures)

@@ -13,6 +13,8 @@ import os
 import time
 from pathlib import Path
 
+import torch
+
 from benchmarks import attention, density, planning, quality, report, steps
 
 WORKLOADS = (
@@ -32,28 +34,26 @@ SECTIONS = {
 
 
 def settings(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks",
-        description=__doc__.split("\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--device", default="cpu", choices=list(SIZES), help="where to measure")
-    add("--minutes", type=float, default=10.0, help="about how long it may take; inf: until all is measured")
+    add("--device", default="cpu", choices=list(SIZES), help="where to measure; by default %(default)s")
+    add("--minutes", type=float, default=10.0, help="about how long it may take, or inf; by default %(default)g")
     add("--section", action="append", choices=list(SECTIONS), help="a part of the report; all by default")
     add("--workload", action="append", choices=WORKLOADS, help="a graph for time against size; all, if there is time")
-    add("--n", type=int, nargs="+", help=f"numbers of nodes for these (default: {SIZES})")
-    add("--steps", type=int, default=250, help="of training, to compare quality")
-    add("--seeds", type=int, default=2, help="runs of each graph, to compare quality")
+    add("--n", type=int, nargs="+", help=f"numbers of nodes for these; by default {SIZES}")
+    add("--steps", type=int, default=250, help="of training, to compare quality; by default %(default)s")
+    add("--seeds", type=int, default=2, help="runs of each graph, to compare quality; by default %(default)s")
     add("--text", help="what to train on, to compare quality; by default that of examples/gpt.py")
-    add("--limit", type=float, default=1.0, help="seconds that a call may take, and about that for all turns")
-    add("--repeats", type=int, default=7, help="turns of each contestant")
-    add("--memory", type=float, default=18.0, help="GiB of memory that the contestants may take together")
-    add("--out", type=Path, default=Path("runs/bench"), help="folder of the report and its records")
+    add("--limit", type=float, default=1.0, help="seconds a call, and about that for all turns; by default %(default)g")
+    add("--repeats", type=int, default=7, help="turns of each contestant; by default %(default)s")
+    add("--memory", type=float, default=18.0, help="GiB that all contestants may take; by default %(default)g")
+    add("--out", type=Path, default=Path("runs/bench"), help="folder of report and records; by default %(default)s")
     given = parser.parse_args(arguments)
     for name in ("minutes", "limit", "memory", "steps", "seeds", "repeats"):
         if not getattr(given, name) > 0:
             parser.error(f"--{name} must be more than 0 (got {getattr(given, name)})")
+    if given.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda needs a GPU, and torch sees none; --device cpu is here")
     if given.n and min(given.n) < 16:
         parser.error(f"--n must be 16 nodes or more (got {min(given.n)})")
     return given

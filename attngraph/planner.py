@@ -468,7 +468,7 @@ class _Choice:
             return seconds + calls + 4 * self.machine.node * self.dim * self.n  # q, k, v and out change places
         if self.n * self.m > MOST_DENSE_PAIRS and self.backend == "auto":
             return f"its mask would have {self.n * self.m:,} entries"
-        return self.machine.dense * self.dim * self.n * self.m
+        return self.machine.dense * self.dim * self.n * self.m + self.machine.call / self.heads
 
     def _flash_seconds(self, closed: Graph, length: int | None = None) -> float:
         n, m = (self.n, self.m) if length is None else (length, length)
@@ -493,6 +493,9 @@ class _Choice:
         return DOUBT * (seconds + self.machine.node * self.dim * self.n)
 
     def _rows_seconds(self, edges: int, fetched: int) -> float:
+        """Of so many edges. Keys are fetched once a tile, if those of a row of tiles stay near; else by most edges."""
+        if self.device.type == "cpu" and 8 * self.dim * fetched * self.tile[0] > NEAR * self.n:
+            fetched = max(fetched, int(AGAIN * edges))
         return self.machine.rows(edges, fetched, self.dim, self.n) + self.machine.call / self.heads if edges else 0.0
 
 
@@ -527,6 +530,8 @@ FLASH_KEYS = 512  # that the flash kernel of a CPU takes at once, also where onl
 FEWEST_TO_REORDER, MOST_TO_REORDER = 1 << 12, 1 << 24  # edges, as long as nobody asks for it: it takes seconds
 FEW = 1 << 20  # edges from which it is guessed how close together they lie
 ONE_BY_ONE = "edges one by one"
+NEAR = 400_000  # bytes of keys and values that stay in the cache of a CPU's core from one query to the next
+AGAIN = 0.7  # of the edges fetch their key again where they do not stay
 SKIPPED = 8, 32  # queries or keys: the blocks of a tile that the CPU's kernel skips where they hold no edge
 ALWAYS = 0.2  # of the time of a full tile, whatever is skipped
 DOUBT = 1.25  # a cut must promise to be so much faster than one part: the costs are no more exact than that

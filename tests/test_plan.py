@@ -568,3 +568,18 @@ def test_a_plan_checks_what_it_is_given(options, message):
         plan("Causal()", 9, 9)
     with pytest.raises(ValueError, match="tile of a Machine"):
         Machine(tile=float("nan"))
+
+
+def test_keys_that_do_not_stay_near_are_fetched_by_most_edges():
+    """With 600 keys a query, in a band the next one finds them near; scattered over 2,048, they are a cache away."""
+    band, n = Window(300, 300), 2048
+    edges = band.num_edges(n, n)
+    pairs = torch.randperm(n * n, generator=torch.Generator().manual_seed(0))[:edges]
+    scattered = EdgeList(torch.stack([pairs % n, pairs // n]), size=n)
+    near, far = (plan(graph, n, n, backend="rows", machine=Machine()).seconds for graph in (band, scattered))
+    assert far > 1.5 * near
+
+
+def test_a_mask_costs_a_call():
+    """However few the pairs: else the smallest graphs were dense, which is slower than their few edges."""
+    assert plan(Window(1, 1), 64, 64, backend="dense", machine=Machine()).seconds > Machine().call

@@ -29,6 +29,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 import gpt as example
 import training
 
+from benchmarks.train_gpt import named
+
 NAME = "quality"
 CONTEXT = 256
 GRAPHS = {
@@ -66,7 +68,7 @@ def trained(progress, graph: str, seed: int, steps: int, text: str | None, devic
 
         score, metrics = training.fit(args, training.Task(model, loss, evaluate, device, identity={}, record={}))
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    known = {"parameters": parameters, "tokens": steps * args.batch * CONTEXT, "source": source}
+    known = {"parameters": parameters, "tokens": steps * args.batch * CONTEXT, "source": named(content, source)}
     return {"loss": score, "seconds": metrics.seconds, **known}
 
 

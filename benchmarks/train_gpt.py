@@ -229,6 +229,11 @@ def counts_entropy(tokens: Tensor, size: int) -> float:
     return float(-(counts * likely.log().nan_to_num(neginf=0)).sum() / counts.sum())
 
 
+def named(text: str, source: str) -> str:
+    """What a text is called in a record, wherever it lay."""
+    return "tiny Shakespeare" if example.hashlib.sha256(text.encode()).hexdigest() == example.SHA256 else source
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--text", help="a text file; by default the example's choice")
@@ -236,7 +241,7 @@ def main() -> None:
     parser.add_argument("--sections", default="nanogpt,demo,bigram")
     args = parser.parse_args()
     text, source = example.read_text(args.text)
-    source = "tiny Shakespeare" if example.hashlib.sha256(text.encode()).hexdigest() == example.SHA256 else source
+    source = named(text, source)
     figures: dict = {}
     lines = [f"text: {source}"]
     if "nanogpt" in args.sections:

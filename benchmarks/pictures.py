@@ -101,7 +101,7 @@ def regrets(found: list[tuple[str, list[float]]]) -> Figure:
     ax.axhline(1.0, color="black", lw=0.8)
     ax.axhline(1.25, color=BACKENDS["rows"], lw=0.8, ls="--", label="1.25")
     ax.set(xlabel="graphs and sizes, sorted", ylabel="auto over the best, times", xticks=[])
-    ax.set_ylim(0.5, max(2.0, 1.05 * max(middle)))
+    ax.set_ylim(0.95 * min(middle), max(2.0, 1.05 * max(middle)))
     ax.legend(frameon=False)
     ax.grid(alpha=0.3, axis="y")
     return figure

@@ -55,7 +55,8 @@ def measured() -> str:
         "On a GPU: [benchmarks/results/gpu.md](../benchmarks/results/gpu.md).",
         "",
     ]
-    return "Written by `python -m benchmarks.readme` from `benchmarks/results`.\n\n" + "\n".join(lines)
+    lines[-2] += " This page is written by `python -m benchmarks.readme` from `benchmarks/results`."
+    return "\n".join(lines)
 
 
 def link(name: str) -> str:

@@ -18,7 +18,7 @@ from markdown_it import MarkdownIt
 
 from benchmarks import density, pictures, planning, quality, steps
 from benchmarks.measure import spread
-from benchmarks.peers import AUTO, FLEX, PEERS, PYG, PYG_COMPILED, SDPA_CAUSAL, SDPA_MASK, WORKLOADS
+from benchmarks.peers import FLEX, PEERS, PYG, PYG_COMPILED, SDPA_CAUSAL, SDPA_MASK, WORKLOADS
 
 DENSE = (SDPA_MASK, SDPA_CAUSAL)
 IRREGULAR = (PYG, PYG_COMPILED)
@@ -125,37 +125,38 @@ def answer(records: Records) -> Iterator[str]:
     yield from table(head, rows)
 
 
-def fastest(figures: dict, names: tuple[str, ...]) -> list[float] | None:
-    """The quartiles of the fastest of these."""
-    found = [own["ms"] for name in names if "ms" in (own := figures["contestants"].get(name, {}))]
-    return min(found, key=lambda ms: ms[1], default=None)
+def fastest(figures: dict, names: tuple[str, ...]) -> dict | None:
+    """The figures of the fastest of these."""
+    found = [own for name in names if "ms" in (own := figures["contestants"].get(name, {}))]
+    return min(found, key=lambda own: own["ms"][1], default=None)
 
 
 def worth(sizes: list[dict]) -> str:
     """The number of nodes from which on sparse is faster than dense."""
-    points = [
-        (figures["n"], dense[1] / sparse[1])
-        for figures in sizes
-        if (sparse := fastest(figures, (AUTO,))) and (dense := fastest(figures, DENSE))
-    ]
-    slower = [at for at, (_, ratio) in enumerate(points) if ratio < 1]
-    if not points:
+    dense = [(figures["n"], found["over_ours"][1]) for figures in sizes if (found := beside(figures, DENSE))]
+    slower = [at for at, (_, ratio) in enumerate(dense) if ratio < 1]
+    if not dense:
         return "not measured"
     if not slower:
-        return f"{points[0][0]:,} or less"
-    if slower[-1] == len(points) - 1:
-        return f"not up to {points[-1][0]:,}"
-    (n, ratio), (next_n, next_ratio) = points[slower[-1]], points[slower[-1] + 1]
+        return f"{dense[0][0]:,} or less"
+    if slower[-1] == len(dense) - 1:
+        return f"not up to {dense[-1][0]:,}"
+    (n, ratio), (next_n, next_ratio) = dense[slower[-1]], dense[slower[-1] + 1]
     share = -math.log(ratio) / (math.log(next_ratio) - math.log(ratio))
     return f"{n * (next_n / n) ** share:,.0f}"
+
+
+def beside(figures: dict, names: tuple[str, ...]) -> dict | None:
+    """The fastest of these, if it ran beside ours."""
+    found = fastest(figures, names)
+    return found if found and "over_ours" in found else None
 
 
 def largest(sizes: list[dict], names: tuple[str, ...] = DENSE) -> str:
     """How many times as fast as the best of these, at the largest size where one of them ran."""
     for figures in reversed(sizes):
-        theirs, ours = fastest(figures, names), fastest(figures, (AUTO,))
-        if theirs and ours:
-            return f"{theirs[1] / ours[1]:.1f} at N = {figures['n']:,}"
+        if theirs := beside(figures, names):
+            return f"{spread(theirs['over_ours'], 1)} at N = {figures['n']:,}"
     return "none ran"
 
 
@@ -201,7 +202,7 @@ def backends(records: Records, keep: Keep) -> Iterator[str]:
     yield from ["## Which backend wins, by density and size", ""]
     caption = (
         f"the fastest backend of each cell, and how many times as fast as the next one; {one['phase']}, batch 1, "
-        f"{one['heads']} heads of dimension {one['dim']}"
+        f"{one['heads']} heads of dimension {one['dim']}, {'bfloat16' if 'device' in one['machine'] else 'float32'}"
     )
     yield from figure(keep, "density", pictures.heat_map(records.density), caption)
     rows = []
@@ -339,8 +340,8 @@ def compared(records: Records) -> Iterator[str]:
         its TransformerConv does between the projections: gather, softmax over each node's edges, add up. Memory is by
         how much a call raises the memory in use at its highest.
     """)
-    if absent:
-        yield from [f"Absent: {', '.join(absent)}.", ""]
+    natten = "NATTEN shifts its windows at borders, which is another graph, and is not compared"
+    yield from [f"Absent: {', '.join(absent)}; {natten}." if absent else f"{natten}.", ""]
     if left and records.attention:
         yield from [f"Graphs that were not measured: {', '.join(left)}; `--workload` names them.", ""]
 

@@ -63,15 +63,30 @@ def main(arguments: list[str] | None = None) -> None:
     options = settings(arguments)
     options.peer, options.phase, options.quick = None, "both", False
     options.workload, options.n = options.workload or list(WORKLOADS), options.n or SIZES[options.device]
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+        (options.out / "report.md").touch()
+    except OSError as error:
+        raise SystemExit(
+            f"{options.out} must be a folder to write to ({error.strerror}); --out names another"
+        ) from None
     begun = time.monotonic()
+    try:
+        measure(options, begun)
+    except KeyboardInterrupt:
+        print("\nstopped; the report has what was recorded before")
+    busy = os.getloadavg()[0] if hasattr(os, "getloadavg") else math.nan
+    print(f"\nafter {(time.monotonic() - begun) / 60:.1f} minutes, load {busy:.1f}: {report.write(options.out)}")
+
+
+def measure(options: argparse.Namespace, begun: float) -> None:
+    """Section after section, each in its share of the time."""
     for name, (run, share) in SECTIONS.items():
         if options.section and name not in options.section:
             continue
         options.until = begun + 60 * options.minutes * share
         print(f"\n{name}\n{'-' * len(name)}", flush=True)
         run(options)
-    busy = os.getloadavg()[0] if hasattr(os, "getloadavg") else math.nan
-    print(f"\nafter {(time.monotonic() - begun) / 60:.1f} minutes, load {busy:.1f}: {report.write(options.out)}")
 
 
 if __name__ == "__main__":

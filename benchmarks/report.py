@@ -371,7 +371,12 @@ def write(folder: Path) -> Path:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("folder", type=Path, nargs="?", default=Path("runs/bench"), help="where the records are")
-    print(f"written: {write(parser.parse_args().folder)}")
+    folder = parser.parse_args().folder
+    if not any(Records(folder).all.values()):
+        parser.error(
+            f"{folder} must hold records, such as attention.json (none found): python -m benchmarks makes them"
+        )
+    print(f"written: {write(folder)}")
 
 
 if __name__ == "__main__":

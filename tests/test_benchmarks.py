@@ -163,3 +163,17 @@ def test_settings_that_make_no_sense_are_errors(wrong, capsys):
     with pytest.raises(SystemExit):
         bench.settings(wrong.split())
     assert "error" in capsys.readouterr().err
+
+
+def test_a_report_of_nothing_is_an_error(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["report", str(tmp_path)])
+    with pytest.raises(SystemExit):
+        report.main()
+    assert "must hold records" in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_anything_is_measured(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit, match="must be a folder to write to"):
+        bench.main(["--out", str(tmp_path / "file")])
+    assert (tmp_path / "file").read_text() == ""

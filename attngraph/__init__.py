@@ -21,27 +21,14 @@ Questions   analysis (causality, leaks, receptive fields, cost), draw (pictures)
 """
 
 from attngraph import analysis, draw, models, nn
-from attngraph.assembly import Beside, Disjoint, PerHead
+from attngraph.attention import attend
 from attngraph.bias import Alibi, EdgeBias, RelativeBias
-from attngraph.convert import (
-    from_dense,
-    from_edge_index,
-    from_function,
-    from_networkx,
-    from_scipy_sparse_matrix,
-    to_networkx,
-    to_scipy_sparse_matrix,
-)
-from attngraph.edges import EdgeList
-from attngraph.flex import to_block_mask
-from attngraph.generation import generate
-from attngraph.grammar import parse, parse_list
-from attngraph.graph import Graph
-from attngraph.grids import Axial, Neighborhood, ShiftedWindows
-from attngraph.kernels.scoring import Additive
-from attngraph.machine import Machine
-from attngraph.operation import attend
-from attngraph.patterns import (
+from attngraph.generation.sampling import generate
+from attngraph.graph.base import Graph
+from attngraph.graph.compose import Beside, Disjoint, PerHead
+from attngraph.graph.edge_list import EdgeList
+from attngraph.graph.grids import Axial, Neighborhood, ShiftedWindows
+from attngraph.graph.patterns import (
     Causal,
     Chunks,
     Documents,
@@ -55,7 +42,20 @@ from attngraph.patterns import (
     Tree,
     Window,
 )
-from attngraph.planner import Plan, plan
+from attngraph.graph.text import parse, parse_list
+from attngraph.interop.convert import (
+    from_dense,
+    from_edge_index,
+    from_function,
+    from_networkx,
+    from_scipy_sparse_matrix,
+    to_networkx,
+    to_scipy_sparse_matrix,
+)
+from attngraph.interop.flex import to_block_mask
+from attngraph.kernels.scoring import Additive
+from attngraph.planning.costs import Machine
+from attngraph.planning.planner import Plan, plan
 
 __version__ = "0.1.0"
 

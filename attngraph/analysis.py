@@ -8,9 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from attngraph import lines
-from attngraph.graph import Graph
-from attngraph.patterns import Causal
+from attngraph.graph import counting as lines
+from attngraph.graph.base import Graph
+from attngraph.graph.patterns import Causal
 
 FAR = 1 << 20  # the number of nodes at which a graph that fits any size is looked at
 

@@ -14,9 +14,9 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
 from attngraph import Causal, Documents, Full, Global, Graph, Neighborhood, Prefix, Random, Window
-from attngraph.blocks import occupied
-from attngraph.planner import TILES
-from attngraph.simplify import split
+from attngraph.graph.boxes import occupied
+from attngraph.graph.rewrite import split
+from attngraph.planning.planner import TILES
 from benchmarks.measure import RESULTS
 from benchmarks.peers import documents
 

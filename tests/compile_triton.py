@@ -27,9 +27,10 @@ from triton.runtime.jit import JITFunction
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from attngraph import Prefix, Window
-from attngraph.kernels import rows_triton, tiles_triton
-from attngraph.rows import Rows
-from attngraph.tiles import Tiles, tabulate
+from attngraph.kernels.triton import rows as rows_triton
+from attngraph.kernels.triton import tiles as tiles_triton
+from attngraph.planning.layouts.csr import Rows
+from attngraph.planning.layouts.tiles import Tiles, tabulate
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 PRODUCT = {80: "HMMA", 90: "HGMMA|HMMA"}
@@ -81,7 +82,7 @@ def run(kernels: str, dim: int, dtype: torch.dtype, n: int, bias: str | None = N
     if kernels == "tiles":
         layout = Tiles(n, n, tabulate(bound, n, n, (128, 64)))
     else:
-        with patch.dict("attngraph.rows.HEAVY", cpu=30):
+        with patch.dict("attngraph.planning.layouts.csr.HEAVY", cpu=30):
             layout = Rows.of(*bound.list_edges(n, n), n, n)
             _ = layout.numbered  # both halves with heavy nodes
     q, k, v = torch.zeros(3, 1, 2, n, dim, dtype=dtype)

@@ -35,7 +35,7 @@ from attngraph import (
     from_function,
     parse,
 )
-from attngraph.edges import Predicate
+from attngraph.graph.edge_list import Predicate
 
 every = pytest.mark.parametrize("case", GRAPHS, ids=lambda case: f"{case.graph.text[:60]}-{case.n}x{case.m}")
 
@@ -211,7 +211,7 @@ def test_a_graph_of_ones_own_needs_one_method():
 
 def test_equal_graphs_keep_each_other_known():
     """A compiled program finds a graph by its text, as long as any equal graph lives."""
-    from attngraph.graph import known
+    from attngraph.graph.base import known
 
     first = from_function(lambda q, k: q == k) | Causal()
     second = copy.copy(first)

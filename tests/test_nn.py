@@ -280,7 +280,7 @@ def test_generate_samples_as_told():
 
 
 def test_top_p_keeps_the_smallest_set():
-    from attngraph.generation import _truncated
+    from attngraph.generation.sampling import _truncated
 
     logits = torch.tensor([[0.5, 0.25, 0.15, 0.1]]).log()
     assert (_truncated(logits, None, 0.7) > -torch.inf).tolist() == [[True, True, False, False]]

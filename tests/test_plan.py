@@ -33,8 +33,8 @@ from attngraph import (
     from_networkx,
     plan,
 )
-from attngraph import planner as planning
-from attngraph.execution import attend_forward, planned
+from attngraph.planning import planner as planning
+from attngraph.planning.execution import attend_forward, planned
 
 every = pytest.mark.parametrize("case", GRAPHS, ids=lambda case: f"{case.graph.text[:60]}-{case.n}x{case.m}")
 NO_TILES = Machine(tile=1.0, edge=1e-12, edge_dim=0, call=0, dense=1.0)
@@ -134,7 +134,7 @@ def test_transforms_of_torch_func_reach_past_plans():
 
 
 def test_a_machine_from_a_file_says_what_is_wrong(monkeypatch, tmp_path):
-    import attngraph.machine as machines
+    import attngraph.planning.costs as machines
 
     path = tmp_path / "speeds.json"
     for text in ("[1]", '{"fast": 1}', "{", '{"flash": -1}'):
@@ -171,7 +171,7 @@ def test_a_dense_part_outlives_the_text_of_its_graph():
 
 @pytest.mark.parametrize("backend", ["tiles", "rows"])
 def test_a_bias_that_asks_for_no_gradient_costs_none(backend, monkeypatch):
-    import attngraph.execution as execution
+    import attngraph.planning.execution as execution
 
     asked = []
     backward = execution._backward
@@ -292,7 +292,7 @@ def test_auto_takes_the_cheapest_way_of_the_machine():
 
 
 def test_plans_are_made_once_and_the_cache_is_bounded(monkeypatch):
-    import attngraph.execution as execution
+    import attngraph.planning.execution as execution
 
     execution._KEPT.clear()
     q = torch.randn(1, 1, 80, 4)
@@ -309,7 +309,7 @@ def test_plans_are_made_once_and_the_cache_is_bounded(monkeypatch):
 
 
 def test_machines_are_measured_kept_and_overridden(monkeypatch, tmp_path):
-    import attngraph.machine as machines
+    import attngraph.planning.costs as machines
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("ATTNGRAPH_MACHINE", "")

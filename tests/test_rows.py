@@ -7,14 +7,16 @@ import pytest
 import torch
 from interpreter import round_as_hardware
 
-from attngraph import Causal, EdgeBias, Random, Window, attend, from_dense, rows
-from attngraph.rows import Rows
+from attngraph import Causal, EdgeBias, Random, Window, attend, from_dense
+from attngraph.planning.layouts import csr as rows
+from attngraph.planning.layouts.csr import Rows
 
 pytest.importorskip("numba")
-from attngraph.kernels import rows_numba, threads
+from attngraph.kernels.cpu import rows as rows_numba
+from attngraph.kernels.cpu import threads
 
 try:
-    from attngraph.kernels import rows_triton
+    from attngraph.kernels.triton import rows as rows_triton
 except ImportError:  # Triton runs on Linux
     rows_triton = None
 

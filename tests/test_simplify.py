@@ -7,7 +7,7 @@ from hypothesis import given
 from test_properties import sized_graphs
 
 from attngraph import parse
-from attngraph.simplify import PAIRS, RULES, simplify, split
+from attngraph.graph.rewrite import PAIRS, RULES, simplify, split
 
 every = pytest.mark.parametrize("case", GRAPHS, ids=lambda case: f"{case.graph.text[:60]}-{case.n}x{case.m}")
 
@@ -82,13 +82,13 @@ def test_a_rule_makes_the_expression_shorter_and_keeps_its_edges(before, after):
 @pytest.mark.parametrize(("place", "example"), list(enumerate(REWRITES)), ids=lambda each: str(each)[:40])
 def test_each_example_needs_its_rule(place, example, monkeypatch):
     rules = [rule for at, rule in enumerate(RULES) if at != place]
-    monkeypatch.setattr("attngraph.simplify.RULES", rules)
+    monkeypatch.setattr("attngraph.graph.rewrite.RULES", rules)
     assert simplify(parse(example[0])) != parse(example[1])
 
 
 @pytest.mark.parametrize(("place", "example"), list(enumerate(PAIR_REWRITES)), ids=lambda each: str(each)[:40])
 def test_each_example_of_pairs_needs_its_rule(place, example, monkeypatch):
-    monkeypatch.setattr("attngraph.simplify.PAIRS", [rule for at, rule in enumerate(PAIRS) if at != place])
+    monkeypatch.setattr("attngraph.graph.rewrite.PAIRS", [rule for at, rule in enumerate(PAIRS) if at != place])
     assert simplify(parse(example[0])) != parse(example[1])
 
 

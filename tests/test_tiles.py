@@ -10,8 +10,8 @@ from hypothesis import given
 from test_properties import sized_graphs
 
 from attngraph import Causal, Documents, EdgeList, Neighborhood, Prefix, Window, from_function, parse
-from attngraph.blocks import FULL, Boxes, occupied, same
-from attngraph.tiles import Tiles, pack, tabulate, tabulate_edges, union, unpack
+from attngraph.graph.boxes import FULL, Boxes, occupied, same
+from attngraph.planning.layouts.tiles import Tiles, pack, tabulate, tabulate_edges, union, unpack
 
 TILES = [(1, 32), (2, 32), (4, 64), (64, 64)]
 

@@ -16,11 +16,11 @@ from attngraph import (
     Random,
     Window,
 )
-from attngraph.kernels import tiles_torch
-from attngraph.tiles import Tiles, tabulate
+from attngraph.kernels.torch import tiles as tiles_torch
+from attngraph.planning.layouts.tiles import Tiles, tabulate
 
 pytest.importorskip("numba")
-from attngraph.kernels import tiles_numba
+from attngraph.kernels.cpu import tiles as tiles_numba
 
 chance = torch.Generator().manual_seed(0)
 SOME_EDGES = torch.stack([torch.randint(size, (900,), generator=chance) for size in (150, 200)]).unique(dim=1)

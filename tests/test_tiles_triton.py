@@ -10,10 +10,10 @@ from interpreter import round_as_hardware, without_interpreter
 
 from attngraph import Causal, Documents, EdgeList, Empty, Full, Global, Neighborhood, Prefix, Random, Window, attend
 from attngraph.bias import DenseBias, EdgeBias
-from attngraph.tiles import Tiles, tabulate
+from attngraph.planning.layouts.tiles import Tiles, tabulate
 
 pytest.importorskip("triton", reason="Triton is not installed: it runs on Linux")
-from attngraph.kernels import tiles_triton
+from attngraph.kernels.triton import tiles as tiles_triton
 
 TILES = [(128, 64), (64, 64)]
 chance = torch.Generator().manual_seed(0)

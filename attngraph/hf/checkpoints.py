@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from attngraph.grammar import parse_list
+from attngraph.graph.text import parse_list
 from attngraph.hf.families import FAMILIES, TRANSPOSED, Family, Form, Settings
 from attngraph.nn.transformer import POSITIONS, Transformer
 

@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from attngraph.graph import Graph
+from attngraph.graph.base import Graph
+from attngraph.graph.patterns import Causal, Window
 from attngraph.models import GPT, DecisionTransformer, Encoder, EncoderDecoder, ViT
 from attngraph.nn import AudioEmbedding, TransformerConfig
-from attngraph.patterns import Causal, Window
 
 
 class Settings:

@@ -8,7 +8,7 @@ from types import ModuleType
 from torch import Tensor
 
 from attngraph.kernels.tiles import current
-from attngraph.kernels.tiles_torch import Bias
+from attngraph.kernels.torch.tiles import Bias
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, layout, bias: Bias, scale: float) -> tuple[Tensor, Tensor]:
@@ -24,4 +24,4 @@ def backward(q, k, v, out, lse, dout, dlse, layout, bias: Bias, scale: float, bi
 
 
 def _kernel(q: Tensor) -> ModuleType:
-    return import_module(f"attngraph.kernels.rows_{'triton' if q.device.type == 'cuda' else 'numba'}")
+    return import_module(f"attngraph.kernels.{'triton' if q.device.type == 'cuda' else 'cpu'}.rows")

@@ -12,8 +12,8 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from attngraph.kernels import tiles_torch
-from attngraph.kernels.tiles_torch import Bias
+from attngraph.kernels.torch import tiles as tiles_torch
+from attngraph.kernels.torch.tiles import Bias
 
 WIDEST = {2: 256, 4: 128}  # by the bytes of a number, the dimension of a head whose blocks a GPU holds in registers
 
@@ -36,11 +36,11 @@ def _kernel(*sides: Tensor, bias: Bias):
     """The kernel, and the tensors in a precision that it takes."""
     device, number, dim = sides[0].device.type, sides[0].dtype, max(side.shape[3] for side in sides)
     if device == "cuda" and dim <= WIDEST.get(number.itemsize, 0) and installed("triton"):
-        from attngraph.kernels import tiles_triton
+        from attngraph.kernels.triton import tiles as tiles_triton
 
         return tiles_triton, sides
     if device == "cpu" and number == torch.float32 and bias is None and installed("numba"):
-        from attngraph.kernels import tiles_numba
+        from attngraph.kernels.cpu import tiles as tiles_numba
 
         return tiles_numba, sides
     return tiles_torch, [side.to(torch.promote_types(number, torch.float32)) for side in sides]

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from attngraph.graph import Graph
+from attngraph.graph.base import Graph
+from attngraph.graph.patterns import Causal
 from attngraph.nn.embedding import TokenEmbedding
 from attngraph.nn.transformer import Transformer, TransformerConfig, nodes_kept
-from attngraph.patterns import Causal
 
 
 class DecisionTransformer(nn.Module):

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from attngraph.graph import Graph
+from attngraph.graph.base import Graph
+from attngraph.graph.patterns import Full
 from attngraph.nn.embedding import TokenEmbedding
 from attngraph.nn.feedforward import ACTIVATIONS
 from attngraph.nn.transformer import Transformer, TransformerConfig
-from attngraph.patterns import Full
 
 
 class TokenHead(nn.Module):

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from attngraph.graph import Graph
+from attngraph.graph.base import Graph
+from attngraph.graph.patterns import Causal, Full
 from attngraph.nn.embedding import TokenEmbedding
 from attngraph.nn.transformer import Transformer, TransformerConfig
-from attngraph.patterns import Causal, Full
 
 
 class EncoderDecoder(nn.Module):

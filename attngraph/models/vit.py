@@ -8,10 +8,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from attngraph.graph import Graph, require_ints
+from attngraph.graph.base import Graph, require_ints
+from attngraph.graph.patterns import Full
 from attngraph.nn.embedding import PatchEmbedding
 from attngraph.nn.transformer import Transformer, TransformerConfig, nodes_kept
-from attngraph.patterns import Full
 
 
 class ViT(nn.Module):

@@ -8,11 +8,11 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from attngraph.attention import attend
 from attngraph.bias import Bias
-from attngraph.graph import Graph
+from attngraph.graph.base import Graph
 from attngraph.kernels.scoring import Additive
 from attngraph.nn.positions import rotate
-from attngraph.operation import attend
 
 
 class Attention(nn.Module):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu
 
-from attngraph.graph import require_ints
+from attngraph.graph.base import require_ints
 
 
 class TokenEmbedding(nn.Embedding):

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout
 
-from attngraph.assembly import Beside
 from attngraph.bias import Bias
-from attngraph.graph import Graph, require_ints
+from attngraph.graph.base import Graph, require_ints
+from attngraph.graph.compose import Beside
+from attngraph.graph.patterns import Full
 from attngraph.nn.attention import Attention
 from attngraph.nn.feedforward import ACTIVATIONS, FeedForward
 from attngraph.nn.positions import AlibiPositions, LearnedPositions, RelativePositions, Rotary, SinusoidalPositions
-from attngraph.patterns import Full
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,10 +20,10 @@ from attngraph import (
     attend,
     from_edge_index,
     plan,
-    rows,
 )
-from attngraph.rows import Rows
-from attngraph.tiles import Tiles, tabulate
+from attngraph.planning.layouts import csr as rows
+from attngraph.planning.layouts.csr import Rows
+from attngraph.planning.layouts.tiles import Tiles, tabulate
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
 

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from attngraph.graph import Graph
-from attngraph.tiles import Tiles, tabulate
+from attngraph.graph.base import Graph
+from attngraph.planning.layouts.tiles import Tiles, tabulate
 
 MOST_PLACES = 1 << 20  # of a list of blocks that has a place for every column
 

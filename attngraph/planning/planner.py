@@ -18,17 +18,17 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from attngraph.algebra import Intersection, Sized
-from attngraph.blocks import require_memory
-from attngraph.graph import Graph, require_ints
+from attngraph.graph.algebra import Intersection, Sized
+from attngraph.graph.base import Graph, require_ints
+from attngraph.graph.boxes import require_memory
+from attngraph.graph.patterns import Causal, Chunks, Documents, Full
+from attngraph.graph.rewrite import simplify, split
 from attngraph.kernels.tiles import installed
-from attngraph.layout import Dense, edges_of_heads
-from attngraph.machine import Machine
-from attngraph.patterns import Causal, Chunks, Documents, Full
-from attngraph.reordering import bandwidth_order
-from attngraph.rows import BYTES_PER_EDGE, Rows
-from attngraph.simplify import simplify, split
-from attngraph.tiles import NO_MASK, Table, Tiles, tabulate, tabulate_edges, union
+from attngraph.planning.costs import Machine
+from attngraph.planning.layouts.csr import BYTES_PER_EDGE, Rows
+from attngraph.planning.layouts.dense import Dense, edges_of_heads
+from attngraph.planning.layouts.tiles import NO_MASK, Table, Tiles, tabulate, tabulate_edges, union
+from attngraph.planning.reordering import bandwidth_order
 
 BACKENDS = ("auto", "reference", "edges", "dense", "tiles", "rows")
 PLANNED = ("dense", "tiles", "rows")  # what a plan is made of

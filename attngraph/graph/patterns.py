@@ -10,9 +10,9 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from attngraph.blocks import EMPTY, FULL, between_diagonals, decide, one_class, require_memory, same_group
-from attngraph.graph import Graph, merge_edges, require_ints
-from attngraph.lines import Lines
+from attngraph.graph.base import Graph, merge_edges, require_ints
+from attngraph.graph.boxes import EMPTY, FULL, between_diagonals, decide, one_class, require_memory, same_group
+from attngraph.graph.counting import Lines
 
 MOST_BORDERS = 1 << 12  # chunks beyond which their borders are no short list
 

@@ -20,7 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from attngraph.kernels.gpu import (
+from attngraph.kernels.memory import like
+from attngraph.kernels.triton.common import (
     DENSE,
     EDGE,
     KINDS,
@@ -38,7 +39,6 @@ from attngraph.kernels.gpu import (
     vectors,
     width,
 )
-from attngraph.kernels.memory import like
 
 # ------------------------------------------------------------------------------------------ what a block reads
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from attngraph.blocks import require_memory
+from attngraph.graph.boxes import require_memory
 
 HEAVY = {"cpu": 1024, "cuda": 256}  # edges above which a node is cut into pieces: a GPU has more at work at a time
 UNIT = 2048  # edges and nodes, together, of a run of lighter nodes

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from attngraph.blocks import same
+from attngraph.graph.boxes import same
 
 WIDEST = 64  # tiles of one row in a strip
 CUT = 32  # longer rows are cut at multiples of this

@@ -17,7 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from attngraph.kernels.gpu import (
+from attngraph.kernels.memory import like
+from attngraph.kernels.triton.common import (
     DENSE,
     EDGE,
     KINDS,
@@ -33,7 +34,6 @@ from attngraph.kernels.gpu import (
     summed_as,
     width,
 )
-from attngraph.kernels.memory import like
 
 # ------------------------------------------------------------------------------------------ what a program reads
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from attngraph.graph import Graph
+from attngraph.graph.base import Graph
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -9,10 +9,10 @@ from operator import or_
 import torch
 from torch import Tensor
 
-from attngraph.algebra import normal_graphs
-from attngraph.blocks import blocks_side_by_side, patterns_side_by_side, touched
-from attngraph.graph import Graph, common_size, sort_edges
-from attngraph.lines import Lines
+from attngraph.graph.algebra import normal_graphs
+from attngraph.graph.base import Graph, common_size, sort_edges
+from attngraph.graph.boxes import blocks_side_by_side, patterns_side_by_side, touched
+from attngraph.graph.counting import Lines
 
 
 @dataclass(frozen=True, repr=False)

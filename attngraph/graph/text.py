@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ast
 
-from attngraph import assembly, edges, grids, patterns
-from attngraph.graph import Graph, known
+from attngraph.graph import compose as assembly
+from attngraph.graph import edge_list as edges
+from attngraph.graph import grids, patterns
+from attngraph.graph.base import Graph, known
 
 LONGEST = 1 << 24  # characters
 DEEPEST = 100  # nested operations

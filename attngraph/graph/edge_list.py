@@ -11,8 +11,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from attngraph.blocks import Boxes, decide
-from attngraph.graph import Graph, require_ints
+from attngraph.graph.base import Graph, require_ints
+from attngraph.graph.boxes import Boxes, decide
 
 ROWS_AT_ONCE = 1 << 22  # rows of boxes whose edges are counted in one step
 LONGEST_TEXT = 16  # edges; longer lists are named by their hash where the text must be short

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from functools import reduce
 from operator import or_
 
-from attngraph.algebra import (
+from attngraph.graph.algebra import (
     Complement,
     Difference,
     Intersection,
@@ -21,9 +21,9 @@ from attngraph.algebra import (
     Union,
     WithGlobalNodes,
 )
-from attngraph.assembly import Beside, Disjoint
-from attngraph.graph import Graph
-from attngraph.patterns import Causal, Chunks, Empty, Full, Global, Identity, Prefix, Random, Strided, Window
+from attngraph.graph.base import Graph
+from attngraph.graph.compose import Beside, Disjoint
+from attngraph.graph.patterns import Causal, Chunks, Empty, Full, Global, Identity, Prefix, Random, Strided, Window
 
 NOTHING, ALL = Empty(), Full()
 

@@ -14,9 +14,9 @@ import torch
 from numba import njit
 from torch import Tensor
 
+from attngraph.kernels.cpu.threads import share
+from attngraph.kernels.cpu.vectors import adds, dots, exp
 from attngraph.kernels.memory import zeros
-from attngraph.kernels.threads import share
-from attngraph.kernels.vectors import adds, dots, exp
 
 CHUNK = 64  # edges of a node whose neighbours stay in the cache between their scores and their sums
 HONEST = {"reassoc", "contract", "nsz", "arcp"}  # of fastmath, what keeps inf and nan

@@ -9,17 +9,17 @@ from torch import Tensor, amp
 from torch.autograd import forward_ad
 from torch.nn.functional import pad
 
-from attngraph import layout
 from attngraph.bias import Bias, DenseBias, EdgeBias
-from attngraph.edges import EdgeList
-from attngraph.execution import attend_forward, planned
-from attngraph.graph import Graph
+from attngraph.graph.base import Graph
+from attngraph.graph.edge_list import EdgeList
+from attngraph.graph.patterns import Causal
 from attngraph.kernels.dense import dense, logsumexp
-from attngraph.kernels.edges import edges
+from attngraph.kernels.edge import edges
 from attngraph.kernels.reference import reference
 from attngraph.kernels.scoring import NORMALIZERS, SCORES
-from attngraph.patterns import Causal
-from attngraph.planner import BACKENDS, Plan, Request, closed_form, fast_on
+from attngraph.planning.execution import attend_forward, planned
+from attngraph.planning.layouts import dense as layout
+from attngraph.planning.planner import BACKENDS, Plan, Request, closed_form, fast_on
 
 
 def attend(

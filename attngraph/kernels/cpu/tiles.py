@@ -16,9 +16,8 @@ from numba import njit
 from torch import Tensor
 from torch.nn.functional import pad
 
-from attngraph.kernels.memory import empty, zeros
-from attngraph.kernels.threads import share
-from attngraph.kernels.vectors import (
+from attngraph.kernels.cpu.threads import share
+from attngraph.kernels.cpu.vectors import (
     LANES,
     LOG2_E,
     ROWS,
@@ -34,6 +33,7 @@ from attngraph.kernels.vectors import (
     total_of,
     turn_block,
 )
+from attngraph.kernels.memory import empty, zeros
 
 TILES_A_JOB = 128  # of one head, at most: a millisecond
 LOW = np.float32(-1e30)  # below every score, and finite: a query that hears nobody is no NaN

@@ -16,12 +16,12 @@ from pathlib import Path
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from attngraph.graph import Graph
+from attngraph.graph.base import Graph
+from attngraph.graph.patterns import Chunks, Full, Identity, Random, Window
 from attngraph.kernels import rows, tiles
 from attngraph.kernels.merge import merge
-from attngraph.patterns import Chunks, Full, Identity, Random, Window
-from attngraph.rows import Rows
-from attngraph.tiles import Tiles, tabulate
+from attngraph.planning.layouts.csr import Rows
+from attngraph.planning.layouts.tiles import Tiles, tabulate
 
 VARIABLE = "ATTNGRAPH_MACHINE"
 

@@ -14,8 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from attngraph.grammar import from_text
-from attngraph.graph import Graph
+from attngraph.graph.base import Graph
+from attngraph.graph.text import from_text
 
 MOST_CACHED = 16  # layouts of each kind
 LARGEST_CACHED = 1 << 26  # entries of a mask; larger ones cost less to build than to keep

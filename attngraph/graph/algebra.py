@@ -13,9 +13,9 @@ from operator import and_, or_, xor
 import torch
 from torch import Tensor
 
-from attngraph.blocks import FULL, PARTIAL, Boxes, decide, patterns_side_by_side
-from attngraph.graph import Graph, common_size, merge_edges, require_ints, sort_edges
-from attngraph.lines import Lines
+from attngraph.graph.base import Graph, common_size, merge_edges, require_ints, sort_edges
+from attngraph.graph.boxes import FULL, PARTIAL, Boxes, decide, patterns_side_by_side
+from attngraph.graph.counting import Lines
 
 PATHS_AT_ONCE = 1 << 22  # paths of two hops that are looked at in one step
 

@@ -9,8 +9,8 @@ from math import prod
 import torch
 from torch import Tensor
 
-from attngraph.graph import Graph, merge_edges, require_ints
-from attngraph.patterns import Chunks, Full, Identity, Window, integers
+from attngraph.graph.base import Graph, merge_edges, require_ints
+from attngraph.graph.patterns import Chunks, Full, Identity, Window, integers
 
 
 @dataclass(frozen=True, repr=False)

@@ -13,8 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from attngraph.blocks import Boxes, occupied, require_memory, same
-from attngraph.strips import Strip, strips
+from attngraph.graph.boxes import Boxes, occupied, require_memory, same
+from attngraph.planning.layouts.strips import Strip, strips
 
 WORD = 32
 PAIRS_AT_ONCE = 1 << 22  # pairs of tiles whose masks are looked at in one step

@@ -14,11 +14,11 @@ from threading import Lock
 import torch
 from torch import Tensor
 
-from attngraph.grammar import from_text
+from attngraph.graph.text import from_text
 from attngraph.kernels.memory import like, nodes_first
 from attngraph.kernels.merge import merge
 from attngraph.kernels.tiles import installed
-from attngraph.planner import LIVING, Plan, plan
+from attngraph.planning.planner import LIVING, Plan, plan
 
 KERNELS = {"dense": "dense", "tiles": "tiles", "rows": "rows"}  # each with forward and backward
 MOST_PLANS = 64

@@ -15,10 +15,10 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from attngraph import blocks as of_boxes
-from attngraph import lines
-from attngraph.blocks import Boxes
-from attngraph.lines import Lines
+from attngraph.graph import boxes as of_boxes
+from attngraph.graph import counting as lines
+from attngraph.graph.boxes import Boxes
+from attngraph.graph.counting import Lines
 
 Size = tuple[int | None, int | None]
 
@@ -400,4 +400,4 @@ def merge_edges(parts: list[tuple[Tensor, Tensor]], m: int) -> tuple[Tensor, Ten
     return code // max(m, 1), code % max(m, 1)
 
 
-from attngraph import algebra  # noqa: E402  what the operators of Graph build derives from Graph
+from attngraph.graph import algebra  # noqa: E402  what the operators of Graph build derives from Graph

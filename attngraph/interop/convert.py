@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from attngraph.assembly import PerHead
-from attngraph.edges import EdgeList, Predicate, fingerprint, integer_tensor
-from attngraph.graph import Graph
+from attngraph.graph.base import Graph
+from attngraph.graph.compose import PerHead
+from attngraph.graph.edge_list import EdgeList, Predicate, fingerprint, integer_tensor
 
 if TYPE_CHECKING:
     import networkx

@@ -1,0 +1,5 @@
+"""Decoding from language models."""
+
+from attngraph.generation.sampling import generate
+
+__all__ = ["generate"]

@@ -1,0 +1,1 @@
+"""Graphs of other libraries in and out: PyG, networkx, SciPy, dense masks, FlexAttention."""

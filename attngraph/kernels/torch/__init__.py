@@ -1,0 +1,1 @@
+"""Kernels of PyTorch's own operators: right on every device."""

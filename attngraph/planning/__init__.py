@@ -1,0 +1,1 @@
+"""What runs where, and why: one contract for backends, and the planner that asks them."""

@@ -1,0 +1,1 @@
+"""A graph as kernels read it: tiles, compressed rows, or all pairs."""

@@ -14,13 +14,13 @@ Graphs      Full Empty Identity Causal Window Prefix Global Strided Chunks Rando
             | & - ^ ~ .T @ of them; Disjoint, Beside, PerHead of several; `Graph` has the views, and how to add one
 In and out  from_ and to_: edge_index, networkx, scipy_sparse_matrix, dense, function, block_mask; parse, parse_list
 Attention   attend, with the biases Alibi, RelativeBias, EdgeBias and the score Additive
-Plans       plan, Plan, Machine: how it runs
+Plans       plan, Plan, Costs, calibrate: how it runs; cache: what is kept
 Modules     nn (Attention, Transformer), models (GPT, Encoder, EncoderDecoder, ViT, DecisionTransformer), generate
             attngraph.hf: load and save checkpoints of Hugging Face
 Questions   analysis (causality, leaks, receptive fields, cost), draw (pictures)
 """
 
-from attngraph import analysis, draw, models, nn
+from attngraph import analysis, cache, draw, models, nn
 from attngraph.attention import attend
 from attngraph.bias import Alibi, EdgeBias, RelativeBias
 from attngraph.generation.sampling import generate
@@ -54,7 +54,8 @@ from attngraph.interop.convert import (
 )
 from attngraph.interop.flex import to_block_mask
 from attngraph.kernels.scoring import Additive
-from attngraph.planning.costs import Machine
+from attngraph.planning.calibrate import calibrate
+from attngraph.planning.costs import Costs
 from attngraph.planning.planner import Plan, plan
 
 __version__ = "0.1.0"
@@ -66,6 +67,7 @@ __all__ = [
     "Beside",
     "Causal",
     "Chunks",
+    "Costs",
     "Disjoint",
     "Documents",
     "EdgeBias",
@@ -75,7 +77,6 @@ __all__ = [
     "Global",
     "Graph",
     "Identity",
-    "Machine",
     "Neighborhood",
     "PerHead",
     "Plan",
@@ -88,6 +89,8 @@ __all__ = [
     "Window",
     "analysis",
     "attend",
+    "cache",
+    "calibrate",
     "draw",
     "from_dense",
     "from_edge_index",

@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from attngraph.graph import counting as lines
-from attngraph.graph.base import Graph
+from attngraph.graph import counting
+from attngraph.graph.base import Graph, at_size, list_edges
 from attngraph.graph.patterns import Causal
 
 FAR = 1 << 20  # the number of nodes at which a graph that fits any size is looked at
@@ -47,7 +47,7 @@ def leaks(graphs: Sequence[Graph], n: int | None = None) -> list[Leak]:
         future = graph - Causal()
         hearing = future.in_degrees(n_of, m_of).nonzero()[:1, 0]
         for query in hearing.tolist():
-            row = future.at(n_of, m_of)[0].contains(torch.tensor([[query]]), torch.arange(m_of)[None])
+            row = at_size(future, n_of, m_of)[0].contains(torch.tensor([[query]]), torch.arange(m_of)[None])
             found.append(Leak(layer, int(row.reshape(-1, m_of).any(0).nonzero()[0, 0]), query))
     return found
 
@@ -62,7 +62,7 @@ def receptive_field(graphs: Sequence[Graph], node: int, n: int) -> Tensor:
         raise ValueError(f"node must be from 0 to {n - 1} (got {node})")
     heard, every = torch.tensor([node]), torch.arange(n)
     for graph in reversed(graphs):
-        inside = graph.at(n, n)[0].contains(heard[:, None], every[None])
+        inside = at_size(graph, n, n)[0].contains(heard[:, None], every[None])
         heard = torch.unique(torch.cat([heard, every[inside.reshape(-1, n).any(0)]]))
     return heard
 
@@ -83,11 +83,11 @@ def last_reader(graph: Graph, n: int | None = None, m: int | None = None) -> Ten
     >>> last_reader(Causal() & (Window(2, 0) | Prefix(1)), 6, 6)
     tensor([5, 3, 4, 5, 5, 5])
     """
-    bound, n, m = graph.at(n, m)
+    bound, n, m = at_size(graph, n, m)
     last = torch.full((m,), -1)
-    runs = None if graph.heads else lines.runs(bound.T, m, n)
+    runs = None if graph.heads else counting.runs(bound.T, m, n)
     if runs is None:
-        query, key = bound.list_edges(n, m)
+        query, key = list_edges(bound, n, m)
         return last.scatter_reduce(0, key, query, "amax")
     ends = torch.where(runs.length > 0, runs.key + (runs.length - 1) * runs.period, -1)
     return last.scatter_reduce(0, runs.query, ends, "amax")
@@ -116,7 +116,7 @@ def cost(graph: Graph, n: int, dim: int, heads: int) -> Cost:
         raise ValueError(f"graph has {graph.heads} heads, but the cost of {heads} was asked for")
     if dim % heads:
         raise ValueError(f"dim must be a multiple of heads (got {dim} and {heads})")
-    per_head = [graph.head(h).num_edges(n, n) for h in range(graph.heads)] if graph.heads else [graph.num_edges(n, n)]
+    per_head = [graph._head(h).num_edges(n, n) for h in range(graph.heads)] if graph.heads else [graph.num_edges(n, n)]
     mean = sum(per_head) / len(per_head)
     return Cost(graph.num_edges(n, n), mean / max(n * n, 1), round(4 * mean * dim), 4 * n * n * dim)
 
@@ -124,7 +124,7 @@ def cost(graph: Graph, n: int, dim: int, heads: int) -> Cost:
 def _size(graph: Graph, n: int | None) -> tuple[int, int]:
     n = graph.size[0] if n is None else n
     if n is None:
-        if graph.lines(FAR, FAR) is None:
-            raise ValueError(f"give the number of nodes, n: {graph.text} can only be looked at edge by edge")
+        if graph._breakpoints(FAR, FAR) is None:
+            raise ValueError(f"give the number of nodes, n: {graph} can only be looked at edge by edge")
         n = FAR
     return n, n if graph.size[1] is None else graph.size[1]

@@ -1,4 +1,4 @@
-"""`attend`, the one operation: it validates, chooses a backend and calls its kernel. Only here are inputs validated."""
+"""`attend`, the one operation: it validates its inputs, finds the plan of the call, and runs it."""
 
 from __future__ import annotations
 
@@ -7,19 +7,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, amp
 from torch.autograd import forward_ad
-from torch.nn.functional import pad
 
-from attngraph.bias import Bias, DenseBias, EdgeBias
+from attngraph.bias import Bias, DenseBias, kind_of
 from attngraph.graph.base import Graph
-from attngraph.graph.edge_list import EdgeList
-from attngraph.graph.patterns import Causal
-from attngraph.kernels.dense import dense, logsumexp
-from attngraph.kernels.edge import edges
-from attngraph.kernels.reference import reference
 from attngraph.kernels.scoring import NORMALIZERS, SCORES
-from attngraph.planning.execution import attend_forward, planned
-from attngraph.planning.layouts import dense as layout
-from attngraph.planning.planner import BACKENDS, Plan, Request, closed_form, fast_on
+from attngraph.planning.backends.base import Results
+from attngraph.planning.call import Call, Request, Transform, name_of
+from attngraph.planning.execution import run, run_traced
+from attngraph.planning.planner import Plan, fitted, planned, traced
 
 
 def attend(
@@ -81,86 +76,49 @@ def attend(
     _check(q, k, v, graph, bias, scale, score, normalize, dropout_p)
     if return_lse and normalize != "softmax":
         raise ValueError(f"return_lse needs normalize='softmax' (got {normalize!r}): other weights have no common sum")
-    request = Request(score, normalize, dropout_p, return_lse, return_weights)
     if scale is None:
         scale = max(q.shape[3], 1) ** -0.5 if score == "dot" else 1.0
-    run = RUN[_choose(backend, q, k, graph, bias, request)]
-    out, lse, weights = run(q, k, v, graph, bias, scale, backend, request)
+    request = Request(scale, score, normalize, dropout_p, return_lse, return_weights)
+    results = _run(q, k, v, graph, bias, _call(q, k, v, bias, request), request, backend)
     asked = (True, return_lse, return_weights)
-    found = [part[0] if unbatched else part for part, wanted in zip((out, lse, weights), asked, strict=True) if wanted]
+    found = [part[0] if unbatched else part for part, wanted in zip(results, asked, strict=True) if wanted]
     return found[0] if len(found) == 1 else tuple(found)
 
 
-# ---------------------------------------------------------------------- one function a backend: layout, kernel
+def _run(
+    q: Tensor, k: Tensor, v: Tensor, graph: Graph | Plan, bias: Bias | None, call: Call, request: Request, name: str
+) -> Results:
+    """By the plan of the call; in a program that is being compiled, as far as it can be known there."""
+    if call.compiled:
+        backend = traced(graph, call, name)
+        if backend is None:
+            return run_traced(graph, name, q, k, v, bias, request)
+        layout = backend.traced_layout(graph, call.num_queries, call.num_keys, call.device)
+        return backend.attend(q, k, v, layout, bias, request)
+    made = fitted(graph, call, name) if isinstance(graph, Plan) else planned(graph, call, name)
+    return run(made, q, k, v, bias, call, request)
 
 
-def _run_reference(q, k, v, graph, bias, scale, _, request):
-    if isinstance(bias, EdgeBias):
-        _check_edge_bias(bias, graph.num_edges(q.shape[2], k.shape[2]), q)
-    elif bias is not None:
-        bias = DenseBias(_over_pairs(bias, q, k, None).double())
-    options = {"dropout_p": request.dropout_p, "score": request.score, "normalize": request.normalize}
-    out, lse, weights = reference(q, k, v, graph, bias=bias, scale=scale, **options)
-    if request.return_weights:
-        key, query = graph.edge_index(q.shape[2], k.shape[2]).to(q.device)
-        weights = weights[:, :, query, key].to(q.dtype)
-    return out.to(q.dtype), lse.to(torch.promote_types(q.dtype, torch.float32)), weights
-
-
-def _run_edges(q, k, v, graph, bias, scale, _, request):
-    query, key, member = layout.edges(graph.text, q.shape[2], k.shape[2], q.device)
-    if bias is not None:
-        if isinstance(bias, EdgeBias):
-            _check_edge_bias(bias, query.shape[0], q)
-        elif isinstance(bias, DenseBias):
-            bias = _full(bias, q, k)
-        edge = torch.arange(query.shape[0], device=q.device)
-        bias = _for_heads(bias.at(query, key, edge), q, edges=1)
-    options = {"dropout_p": request.dropout_p, "score": request.score, "normalize": request.normalize}
-    return edges(q, k, v, query, key, member, bias=bias, scale=scale, **options)
-
-
-def _run_dense(q, k, v, graph, bias, scale, _, request):
-    n, m, mask, graph = q.shape[2], k.shape[2], None, graph.graph if isinstance(graph, Plan) else graph
-    closed = closed_form(graph)
-    causal = type(closed) is Causal
-    if closed is None or (causal and bias is not None):
-        mask, causal = layout.mask(graph.text, n, m, q.device), False
-    if bias is not None:
-        bias = _over_pairs(bias, q, k, graph)
-    out = dense(q, k, v, mask, causal=causal, bias=bias, scale=scale, dropout_p=request.dropout_p)
-    lse = logsumexp(q, k, mask, causal=causal, bias=bias, scale=scale) if request.return_lse else None
-    return out, lse, None
-
-
-def _run_planned(q, k, v, graph, bias, scale, backend, request):
-    if _dual(q, k, v):
-        raise RuntimeError(
-            "tiles, rows and plans have no forward-mode derivatives; backend='edges' and 'reference' have"
-        )
-    if not q.shape[3]:  # all scores are 0: as those of one number that is
-        q, k = pad(q, (0, 1)), pad(k, (0, 1))
-    kind, values, of_query = _planned_bias(bias, q, k)
-    exact = torch.promote_types(q.dtype, torch.float32)
-    values = None if values is None else values.to(exact)
-    out, lse = attend_forward(q, k, v, values, kind, graph.text, backend, float(scale))
-    if of_query is not None:  # the same for all that a query hears: its weights do not change
-        heard = of_query.masked_fill(of_query == -torch.inf, 0)
-        out = out.masked_fill(of_query == -torch.inf, 0) + (0 * heard).to(q.dtype)  # NaN where it is NaN or inf
-        lse = lse + of_query[..., 0].to(exact)
-    return out, lse, None
+def _call(q: Tensor, k: Tensor, v: Tensor, bias: Bias | None, request: Request) -> Call:
+    """What decides how the call may run."""
+    _, heads, n, dim = q.shape
+    _, kv_heads, m, value_dim = v.shape
+    return Call(
+        n, m, heads, kv_heads, dim, value_dim, q.dtype, q.device, kind_of(bias),
+        name_of(request.score), name_of(request.normalize), request.dropout_p > 0,
+        request.return_lse, request.return_weights, _transform(q, k, v), torch.compiler.is_compiling(),
+    )  # fmt: skip
 
 
 def _in_autocast(*sides: Tensor) -> list[Tensor]:
     """In autocast's dtype, as PyTorch's own attention takes them, whatever the backend."""
     dtype = torch.get_autocast_dtype(sides[0].device.type)
-    eligible = lambda x: isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64  # noqa: E731
-    return [side.to(dtype) if eligible(side) else side for side in sides]
+    return [side.to(dtype) if _is_cast(side) else side for side in sides]
 
 
-def _functorch() -> bool:
-    """Whether a transform of `torch.func` runs, which custom operators with a gradient do not know."""
-    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+def _is_cast(side: object) -> bool:
+    """Whether autocast changes the dtype of an argument."""
+    return isinstance(side, Tensor) and side.is_floating_point() and side.dtype != torch.float64
 
 
 def _autocasts(device: str) -> bool:
@@ -168,147 +126,20 @@ def _autocasts(device: str) -> bool:
     return (torch.compiler.is_compiling() or amp.is_autocast_available(device)) and torch.is_autocast_enabled(device)
 
 
-def _dual(*sides: Tensor) -> bool:
-    """Whether forward-mode derivatives are asked for."""
-    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
-        return False
-    return any(forward_ad.unpack_dual(side).tangent is not None for side in sides)
-
-
-RUN = {
-    "reference": _run_reference, "edges": _run_edges, "dense": _run_dense, "tiles": _run_planned, "rows": _run_planned,
-    "plan": _run_planned,
-}  # fmt: skip
-
-
-def _choose(backend: str, q: Tensor, k: Tensor, graph: Graph | Plan, bias: Bias | None, request: Request) -> str:
-    """The key of RUN for this request."""
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)} (got {backend!r})")
-    if isinstance(graph, Plan):
-        return _choose_of_plan(backend, graph, bias, request)
-    if backend != "auto":
-        if beyond := request.beyond(backend):
-            others = [name for name in BACKENDS[1:] if not request.beyond(name)]
-            raise ValueError(
-                f"backend={backend!r} can't do {beyond}; backend={others[-1]!r} and 'reference' can, and 'auto' chooses"
-            )
-        return backend
-    if request.beyond("dense") or _dual(q, k):
-        return "edges"
-    if closed_form(graph) is not None and _for_flash(q, k, request):
-        told = request.return_lse and q.device.type == "cuda"  # SDPA keeps it to itself there; a plan's kernels do not
-        return "plan" if told and bias is None and not request.dropout_p and not _functorch() else "dense"
-    sparse = isinstance(graph, EdgeList) and len(graph.code) * PAIRS_PER_EDGE < q.shape[2] * k.shape[2]
-    unplanned = not fast_on(q.device) or (torch.compiler.is_compiling() and bias is not None) or _functorch()
-    if request.beyond("tiles") or unplanned:
-        return "edges" if sparse else "dense"
+def _transform(*sides: Tensor) -> Transform | None:
+    """What differentiates or maps the call from outside, if backward passes of our own are in its way."""
     if torch.compiler.is_compiling():
-        return "plan"  # which is made in the operator: a compiled program serves many sizes
-    parts = planned(graph.text, q, k, "auto", None if bias is None else _planned_kind(bias)).parts
-    return "dense" if [part.backend for part in parts] == ["dense"] and not parts[0].layout.lengths else "plan"
-
-
-def _for_flash(q: Tensor, k: Tensor, request: Request) -> bool:
-    """Whether Causal() or Full() runs by PyTorch's own kernel without a look at its plan.
-
-    On a CPU, tiles are faster in long calls in full precision, and in those alone.
-    """
-    if q.device.type != "cpu" or request.beyond("tiles") or torch.compiler.is_compiling() or _functorch():
-        return True
-    return q.numel() * k.shape[2] < SHORT_CALL or q.dtype.itemsize < 4
-
-
-def _choose_of_plan(backend: str, plan: Plan, bias: Bias | None, request: Request) -> str:
-    kind = None if bias is None else _planned_kind(bias)
-    if kind not in (None, plan.bias):
-        raise ValueError(f"the plan was made for bias={plan.bias!r} (got one of kind {kind!r}): plan(…, bias={kind!r})")
-    if backend != "auto":
-        raise ValueError(
-            f"a plan has chosen its backends: leave out backend={backend!r}, or plan(…, backend={backend!r})"
-        )
-    for part in plan.parts:
-        if beyond := request.beyond(part.backend):
-            raise ValueError(f"{plan} can't do {beyond}; attend with the graph itself chooses a backend that can")
-    whole = request.dropout_p or kind  # which dense does as a whole, not as a part
-    return "dense" if whole and any(part.backend == "dense" for part in plan.parts) else "plan"
-
-
-SHORT_CALL = 1 << 26  # B · H · N · M · D of a millisecond
-PAIRS_PER_EDGE = 64  # gathering one edge costs about as much as this many pairs of a dense product
-
-
-# ------------------------------------------------------------------------------------------------------ biases
-
-
-def _planned_kind(bias: Bias) -> str:
-    return "edge" if isinstance(bias, EdgeBias) else "dense" if isinstance(bias, DenseBias) else "offset"
-
-
-def _planned_bias(bias: Bias | None, q: Tensor, k: Tensor) -> tuple[str, Tensor | None, Tensor | None]:
-    """A bias as kernels take it: its kind and values; and apart, what of it is the same for all keys, (…, N, 1)."""
-    n, m = q.shape[2], k.shape[2]
-    if bias is None:
-        return "", None, None
-    kind = _planned_kind(bias)
-    if kind == "offset":  # of j - i alone
-        ahead = torch.arange(1 - n, m, device=q.device) if n and m else torch.arange(0, device=q.device)
-        return kind, _for_heads(bias.at((-ahead).clamp(min=0), ahead.clamp(min=0)), q, edges=1), None
-    values = _for_heads(bias.values, q, edges=1 if kind == "edge" else 2)
-    values = values.view(*[1] * (2 + (kind == "dense") + 1 - values.ndim), *values.shape)
-    if kind == "edge":
-        return kind, values, None
-    if values.shape[2] not in (1, n) or values.shape[3] not in (1, m):
-        raise ValueError(f"a bias tensor must broadcast to (B, H, {n}, {m}) (got {tuple(bias.values.shape)})")
-    return ("", None, values) if values.shape[3] == 1 != m else (kind, values, None)
-
-
-def _over_pairs(bias: Bias, q: Tensor, k: Tensor, graph: Graph) -> Tensor:
-    """A bias for all pairs: a tensor that broadcasts to (B, H, N, M)."""
-    n, m = q.shape[2], k.shape[2]
-    if isinstance(bias, DenseBias):
-        return _full(bias, q, k).values
-    if isinstance(bias, EdgeBias):
-        query, key, _ = layout.edges(graph.text, n, m, q.device)
-        _check_edge_bias(bias, query.shape[0], q)
-        values = bias.values.new_zeros(*bias.values.shape[:-1], n * m).index_copy(-1, query * m + key, bias.values)
-        return _for_heads(values.unflatten(-1, (n, m)), q, edges=2)
-    query, key = torch.arange(n, device=q.device)[:, None], torch.arange(m, device=q.device)[None]
-    return _for_heads(bias.at(query, key), q, edges=2)
-
-
-def _full(bias: DenseBias, q: Tensor, k: Tensor) -> DenseBias:
-    """A dense bias with its last two dimensions written out."""
-    values, n, m = bias.values, q.shape[2], k.shape[2]
-    if values.shape[-2] not in (1, n) or values.shape[-1] not in (1, m):
-        raise ValueError(f"a bias tensor must broadcast to (B, H, {n}, {m}) (got {tuple(values.shape)})")
-    return DenseBias(_for_heads(values.expand(*values.shape[:-2], n, m), q, edges=2))
-
-
-def _for_heads(values: Tensor, q: Tensor, edges: int) -> Tensor:
-    """The same values, if their leading dimensions fit (B, H); else an error."""
-    lead = values.shape[: values.ndim - edges]
-    fits = all(given in (1, own) for given, own in zip(reversed(lead), (q.shape[1], q.shape[0]), strict=False))
-    if len(lead) > 2 or not fits:
-        raise ValueError(f"a bias must fit {q.shape[1]} heads and a batch of {q.shape[0]} (got one for {tuple(lead)})")
-    return values
-
-
-def _check_edge_bias(bias: EdgeBias, count: int, q: Tensor) -> None:
-    if torch.compiler.is_compiling():
-        torch._check(bias.values.shape[-1] == count)
-    elif bias.values.shape[-1] != count:
-        raise ValueError(
-            f"EdgeBias needs one value for each of the graph's {count} edges, in edge_index order (got "
-            f"{bias.values.shape[-1]}); an EdgeList merges edges given twice: values[..., graph.order]"
-        )
-    _for_heads(bias.values, q, edges=1)
+        return None
+    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(side).tangent is not None for side in sides):
+        return "forward-mode"
+    return "torch.func" if torch._C._are_functorch_transforms_active() else None
 
 
 # -------------------------------------------------------------------------------------------------- validation
 
 
 def _check(q, k, v, graph, bias, scale, score, normalize, dropout_p) -> None:
+    """Raise unless the arguments of `attend` fit each other."""
     for name, side in (("q", q), ("k", k), ("v", v)):
         if not isinstance(side, Tensor):
             raise TypeError(f"{name} must be a tensor (got {type(side).__name__})")
@@ -368,9 +199,11 @@ def _check(q, k, v, graph, bias, scale, score, normalize, dropout_p) -> None:
 
 
 def _check_plan(plan: Plan, q: Tensor, k: Tensor) -> None:
-    made, given = (plan.n, plan.m, plan.heads), (q.shape[2], k.shape[2], q.shape[1])
-    if made != given or plan.device != q.device:
+    """Raise unless a plan was made for tensors of these sizes."""
+    call = plan.call
+    made, given = (call.num_queries, call.num_keys, call.heads), (q.shape[2], k.shape[2], q.shape[1])
+    if made != given or call.device != q.device:
         raise ValueError(
-            f"the plan was made for {made[0]} queries, {made[1]} keys and {made[2]} heads on {plan.device} (got "
+            f"the plan was made for {made[0]} queries, {made[1]} keys and {made[2]} heads on {call.device} (got "
             f"{given[0]}, {given[1]} and {given[2]} on {q.device}); make one for these, or attend with the graph itself"
         )

@@ -1,4 +1,4 @@
-"""Additive terms of the scores, one number per edge and head, all differentiable. Data only: no kernels, no graphs.
+"""Additive terms of the scores, one number per edge and head, all differentiable; and their forms for kernels.
 
 A bias answers `at(q_idx, kv_idx, edge)` with a tensor that broadcasts to (B, H, *edges) for any edges it is asked for;
 `edge` is their number in `edge_index` order.
@@ -7,10 +7,13 @@ A bias answers `at(q_idx, kv_idx, edge)` with a tensor that broadcasts to (B, H,
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from attngraph.kernels.contract import BiasKind, ScoreBias
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,3 +131,97 @@ class DenseBias:
 
 
 Bias = Alibi | RelativeBias | EdgeBias | DenseBias
+
+
+# -------------------------------------------------------------------------------------------- as kernels take them
+
+
+def kind_of(bias: Bias | None) -> BiasKind | None:
+    """What a `ScoreBias` of it would be: by the offset j - i, by the edge, or by the pair of nodes."""
+    match bias:
+        case None:
+            return None
+        case EdgeBias():
+            return "edge"
+        case DenseBias():
+            return "dense"
+    return "offset"
+
+
+def score_bias(bias: Bias | None, q: Tensor, k: Tensor) -> tuple[ScoreBias | None, Tensor | None]:
+    """A bias as kernels take it; and apart, (B | 1, H | 1, N, 1), what is the same for all keys of a query."""
+    n, m, kind = q.shape[2], k.shape[2], kind_of(bias)
+    if bias is None or kind is None:
+        return None, None
+    if kind == "offset":
+        ahead = torch.arange(1 - n, m, device=q.device) if n and m else torch.arange(0, device=q.device)
+        return ScoreBias(kind, _fits_heads(bias.at((-ahead).clamp(min=0), ahead.clamp(min=0)), q, edge_dims=1)), None
+    assert isinstance(bias, EdgeBias | DenseBias)
+    edge_dims = 1 if kind == "edge" else 2
+    values = _fits_heads(bias.values, q, edge_dims)
+    values = values.view(*[1] * (2 + edge_dims - values.ndim), *values.shape)
+    if kind == "edge":
+        return ScoreBias(kind, values), None
+    if values.shape[2] not in (1, n) or values.shape[3] not in (1, m):
+        raise ValueError(f"a bias tensor must broadcast to (B, H, {n}, {m}) (got {tuple(bias.values.shape)})")
+    return (None, values) if values.shape[3] == 1 != m else (ScoreBias(kind, values), None)
+
+
+def over_edges(bias: Bias, q: Tensor, k: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    """A bias for each edge: a tensor that broadcasts to (B, H, E)."""
+    if isinstance(bias, EdgeBias):
+        check_edge_bias(bias, query.shape[0], q)
+    elif isinstance(bias, DenseBias):
+        bias = _all_pairs(bias, q, k)
+    edge = torch.arange(query.shape[0], device=q.device)
+    return _fits_heads(bias.at(query, key, edge), q, edge_dims=1)
+
+
+def over_pairs(bias: Bias, q: Tensor, k: Tensor, edges: Callable[[], tuple[Tensor, ...]] | None) -> Tensor:
+    """A bias for all pairs: a tensor that broadcasts to (B, H, N, M); `edges` gives (query, key, …) for an EdgeBias."""
+    n, m = q.shape[2], k.shape[2]
+    if isinstance(bias, DenseBias):
+        return _all_pairs(bias, q, k).values
+    if isinstance(bias, EdgeBias):
+        assert edges is not None
+        query, key = edges()[:2]
+        check_edge_bias(bias, query.shape[0], q)
+        values = bias.values.new_zeros(*bias.values.shape[:-1], n * m).index_copy(-1, query * m + key, bias.values)
+        return _fits_heads(values.unflatten(-1, (n, m)), q, edge_dims=2)
+    query, key = torch.arange(n, device=q.device)[:, None], torch.arange(m, device=q.device)[None]
+    return _fits_heads(bias.at(query, key), q, edge_dims=2)
+
+
+def _all_pairs(bias: DenseBias, q: Tensor, k: Tensor) -> DenseBias:
+    """A dense bias with its last two dimensions written out."""
+    values, n, m = bias.values, q.shape[2], k.shape[2]
+    if values.shape[-2] not in (1, n) or values.shape[-1] not in (1, m):
+        raise ValueError(f"a bias tensor must broadcast to (B, H, {n}, {m}) (got {tuple(values.shape)})")
+    return DenseBias(_fits_heads(values.expand(*values.shape[:-2], n, m), q, edge_dims=2))
+
+
+def _fits_heads(values: Tensor, q: Tensor, edge_dims: int) -> Tensor:
+    """The same values, if their dimensions before the last `edge_dims` fit (B, H); else an error."""
+    lead = values.shape[: values.ndim - edge_dims]
+    fits = all(given in (1, own) for given, own in zip(reversed(lead), (q.shape[1], q.shape[0]), strict=False))
+    if len(lead) > 2 or not fits:
+        raise ValueError(f"a bias must fit {q.shape[1]} heads and a batch of {q.shape[0]} (got one for {tuple(lead)})")
+    return values
+
+
+def check_edge_bias(bias: EdgeBias, count: int, q: Tensor) -> None:
+    """Raise unless there is one value for each of so many edges."""
+    if torch.compiler.is_compiling():
+        torch._check(bias.values.shape[-1] == count)
+    else:
+        require_edge_count(bias.values, count)
+    _fits_heads(bias.values, q, edge_dims=1)
+
+
+def require_edge_count(values: Tensor, count: int) -> None:
+    """Raise unless the values of an EdgeBias are as many as the edges."""
+    if values.shape[-1] != count:
+        raise ValueError(
+            f"EdgeBias needs one value for each of the graph's {count} edges, in edge_index order (got "
+            f"{values.shape[-1]}); an EdgeList merges edges given twice: values[..., graph.order]"
+        )

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
 from attngraph import Causal, Documents, Full, Global, Graph, Neighborhood, Prefix, Random, Window
+from attngraph.graph.base import at_size
 from attngraph.graph.boxes import occupied
 from attngraph.graph.rewrite import split
 from attngraph.planning.planner import TILES
@@ -84,7 +85,7 @@ def step(parameters: int, tokens: int, attention: Work) -> Work:
 
 def pairs_of(graph: Graph, n: int, tile: tuple[int, int] = TILES["cuda"]) -> int:
     """How many pairs the tiles of a graph have."""
-    bound, n, m = graph.at(n, n)
+    bound, n, m = at_size(graph, n, n)
     return len(occupied(bound, n, m, tile)[0]) * tile[0] * tile[1]
 
 
@@ -106,7 +107,7 @@ def lines() -> Iterator[Line]:
             text = f"{graph}, N = 8,192, H = 16, D = 128, {phase}"
             yield Line(text, "≤ 1.02 of SDPA's time", work.floor(), "1.00: it is SDPA's kernel")
     for name, graph, n, dims, goals in SPARSE:
-        banded, stray = split(graph.at(n, n)[0])  # what tiles run, and what rows do
+        banded, stray = split(at_size(graph, n, n)[0])  # what tiles run, and what rows do
         pairs, edges, of_flex = pairs_of(banded, n), stray.num_edges(n, n), pairs_of(graph, n, FLEX)
         for dim in dims:
             for phase, goal in zip(PRODUCTS, goals, strict=True):

@@ -42,6 +42,7 @@ from attngraph import (
     from_edge_index,
     plan,
 )
+from attngraph.graph.base import list_edges
 from attngraph.models import GPT
 from attngraph.nn import TransformerConfig
 from benchmarks import floors
@@ -305,7 +306,7 @@ def gather_scatter(graph: EdgeList, scale: float) -> Callable:
     """What PyG's TransformerConv does, with its own softmax: gather along edges sorted by target, weigh, add up."""
     from torch_geometric.utils import softmax
 
-    query, key = (side.cuda() for side in graph.list_edges(*graph.size))
+    query, key = (side.cuda() for side in list_edges(graph, *graph.size))
 
     def attention(q, k, v):  # (1, H, N, D)
         q, k, v = (side[0].transpose(0, 1) for side in (q, k, v))

@@ -22,6 +22,7 @@ from torch_geometric.utils import softmax
 
 import attngraph
 from attngraph import Causal, Documents, EdgeList, Global, Graph, Neighborhood, Prefix, Random, Window, attend
+from attngraph.graph.base import at_size
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # FlexAttention's (batch, head, q_idx, kv_idx) → bool
@@ -205,7 +206,7 @@ class Task:
 
     def mask(self) -> Tensor:
         """The dense bool mask (n, n), a few rows at a time."""
-        graph, n, _ = self.graph.at(self.n, self.n)
+        graph, n, _ = at_size(self.graph, self.n, self.n)
         mask, rows = torch.empty(n, n, dtype=torch.bool, device=self.device), max(1, (1 << 20) // n)
         every = torch.arange(n, device=self.device)
         for some in every.split(rows):

@@ -27,9 +27,10 @@ from triton.runtime.jit import JITFunction
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from attngraph import Prefix, Window
+from attngraph.graph.base import at_size, list_edges
 from attngraph.kernels.triton import rows as rows_triton
 from attngraph.kernels.triton import tiles as tiles_triton
-from attngraph.planning.layouts.csr import Rows
+from attngraph.planning.layouts.csr import CSR
 from attngraph.planning.layouts.tiles import Tiles, tabulate
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -78,12 +79,12 @@ def compiled(arch: int):
 def run(kernels: str, dim: int, dtype: torch.dtype, n: int, bias: str | None = None) -> None:
     """Forward and backward, with a bias and its gradient if there is one."""
     graph = Window(40, 0) | Prefix(3)
-    bound, module = graph.at(n, n)[0], {"tiles": tiles_triton, "rows": rows_triton}[kernels]
+    bound, module = at_size(graph, n, n)[0], {"tiles": tiles_triton, "rows": rows_triton}[kernels]
     if kernels == "tiles":
         layout = Tiles(n, n, tabulate(bound, n, n, (128, 64)))
     else:
         with patch.dict("attngraph.planning.layouts.csr.HEAVY", cpu=30):
-            layout = Rows.of(*bound.list_edges(n, n), n, n)
+            layout = CSR.from_edges(*list_edges(bound, n, n), n, n)
             _ = layout.numbered  # both halves with heavy nodes
     q, k, v = torch.zeros(3, 1, 2, n, dim, dtype=dtype)
     shapes = {

@@ -6,9 +6,9 @@ from graphs import GRAPHS
 
 from attngraph import Causal, Documents, Full, PerHead, Prefix, Random, Window, analysis, draw, from_function
 
-every = pytest.mark.parametrize("case", GRAPHS, ids=lambda case: f"{case.graph.text[:60]}-{case.n}x{case.m}")
+every = pytest.mark.parametrize("case", GRAPHS, ids=lambda case: f"{str(case.graph)[:60]}-{case.n}x{case.m}")
 square = pytest.mark.parametrize(
-    "case", [case for case in GRAPHS if case.n == case.m], ids=lambda case: f"{case.graph.text[:60]}-{case.n}"
+    "case", [case for case in GRAPHS if case.n == case.m], ids=lambda case: f"{str(case.graph)[:60]}-{case.n}"
 )
 
 

@@ -25,7 +25,7 @@ from attngraph import (
     to_scipy_sparse_matrix,
 )
 
-every = pytest.mark.parametrize("case", GRAPHS, ids=lambda case: f"{case.graph.text[:60]}-{case.n}x{case.m}")
+every = pytest.mark.parametrize("case", GRAPHS, ids=lambda case: f"{str(case.graph)[:60]}-{case.n}x{case.m}")
 
 
 @every
@@ -149,5 +149,5 @@ def test_graphs_are_equal_where_their_edges_are():
     for column in range(200):
         other = edges.clone()
         other[column % 2, column] ^= 1
-        texts.add(EdgeList(other, 1 << 20).text)
-    assert len(texts | {graph.text}) == 201
+        texts.add(EdgeList(other, 1 << 20)._key)
+    assert len(texts | {graph._key}) == 201

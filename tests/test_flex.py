@@ -7,7 +7,7 @@ from torch.nn.attention.flex_attention import flex_attention
 
 from attngraph import Causal, EdgeList, Empty, PerHead, Prefix, Random, Window, attend, to_block_mask
 
-every = pytest.mark.parametrize("case", GRAPHS, ids=lambda case: f"{case.graph.text[:60]}-{case.n}x{case.m}")
+every = pytest.mark.parametrize("case", GRAPHS, ids=lambda case: f"{str(case.graph)[:60]}-{case.n}x{case.m}")
 
 
 @every

@@ -8,8 +8,9 @@ import torch
 from interpreter import round_as_hardware
 
 from attngraph import Causal, EdgeBias, Random, Window, attend, from_dense
+from attngraph.graph.base import at_size, list_edges
 from attngraph.planning.layouts import csr as rows
-from attngraph.planning.layouts.csr import Rows
+from attngraph.planning.layouts.csr import CSR
 
 pytest.importorskip("numba")
 from attngraph.kernels.cpu import rows as rows_numba
@@ -56,7 +57,7 @@ def some_mask(n, m, seed=0):
 
 
 def layout_of(mask):
-    return Rows.of(*mask.nonzero().unbind(1), *mask.shape)
+    return CSR.from_edges(*mask.nonzero().unbind(1), *mask.shape)
 
 
 def learned(*shape, seed=1, dtype=torch.float64):
@@ -215,11 +216,11 @@ LISTS = [Random(5), Random(9).sized(90, 70), Window(4, 3), from_dense(some_mask(
 @pytest.mark.parametrize("graph", LISTS, ids=str)
 def test_edges_listed_in_steps_are_the_same(graph, monkeypatch):
     """As they are where so many edges at once would need too much memory."""
-    bound, n, m = graph.at(*(size or 80 for size in graph.size))
-    whole = Rows.of(*bound.list_edges(n, m), n, m)
+    bound, n, m = at_size(graph, *(size or 80 for size in graph.size))
+    whole = CSR.from_edges(*list_edges(bound, n, m), n, m)
     halves = [(half, getattr(whole, half)) for half in ("by_query", "by_key", "numbered")]
     monkeypatch.setattr(rows, "AT_ONCE", 50)
-    steps = Rows.listed(bound, n, m)
+    steps = CSR.from_graph(bound, n, m)
     for name, half in halves:
         found = getattr(steps, name)
         assert all(torch.equal(one, other) for one, other in zip(found[:-1], half[:-1], strict=True))

@@ -10,6 +10,7 @@ from hypothesis import given
 from test_properties import sized_graphs
 
 from attngraph import Causal, Documents, EdgeList, Neighborhood, Prefix, Window, from_function, parse
+from attngraph.graph.base import at_size
 from attngraph.graph.boxes import FULL, Boxes, occupied, same
 from attngraph.planning.layouts.tiles import Tiles, pack, tabulate, tabulate_edges, union, unpack
 
@@ -20,9 +21,9 @@ def cases():
     """Every graph without heads, and each head of the others: bound, with its size and its mask by the oracle."""
     for case in GRAPHS:
         for h in range(case.graph.heads or 1):
-            graph, n, m = case.graph.head(h).at(case.n, case.m)
+            graph, n, m = at_size(case.graph._head(h), case.n, case.m)
             yield pytest.param(
-                graph, n, m, case.mask[h] if case.graph.heads else case.mask, id=f"{graph.text[:60]}-{h}"
+                graph, n, m, case.mask[h] if case.graph.heads else case.mask, id=f"{str(graph)[:60]}-{h}"
             )
 
 
@@ -44,7 +45,7 @@ def inside(mask, boxes):
 @pytest.mark.parametrize("size", [(1, 1), (2, 3), (3, 2), (4, 4), (64, 64)])
 def test_the_class_of_a_box_is_true(graph, n, m, mask, size):
     boxes = boxes_of(n, m, size)
-    for kind, part in zip(graph.blocks(boxes).tolist(), inside(mask, boxes), strict=True):
+    for kind, part in zip(graph._classify_boxes(boxes).tolist(), inside(mask, boxes), strict=True):
         assert kind == 1 or part.any() == part.all() == (kind == FULL)
 
 
@@ -56,7 +57,7 @@ def test_boxes_of_one_pattern_have_the_same_edges(graph, n, m, mask, size):
         return
     shape = [boxes.bottom - boxes.top, boxes.right - boxes.left]
     first = {}
-    for number, part in zip(same([*shape, *graph.pattern(boxes)]).tolist(), inside(mask, boxes), strict=True):
+    for number, part in zip(same([*shape, *graph._box_pattern(boxes)]).tolist(), inside(mask, boxes), strict=True):
         # An EMPTY or FULL box needs no pattern: a graph may look at its boxes before it asks for one.
         if part.any() and not part.all():
             assert torch.equal(first.setdefault(number, part), part)
@@ -66,7 +67,7 @@ def test_boxes_of_one_pattern_have_the_same_edges(graph, n, m, mask, size):
 def test_edge_lists_know_each_box_exactly(graph, n, m, mask):
     listed = EdgeList(graph.edge_index(n, m), (n, m))
     boxes = boxes_of(n, m, (3, 2))
-    for kind, part in zip(listed.blocks(boxes).tolist(), inside(mask, boxes), strict=True):
+    for kind, part in zip(listed._classify_boxes(boxes).tolist(), inside(mask, boxes), strict=True):
         assert kind == (2 if part.all() else int(part.any()))
 
 
@@ -119,7 +120,7 @@ def test_block_csr_and_its_transpose_list_the_same_tiles(graph, n, m, mask, tile
 @every
 def test_the_union_of_tiles_is_the_union_of_edges(graph, n, m, mask):
     for tile in TILES:
-        one, other = tabulate(graph, n, m, tile), tabulate(Causal().at(n, m)[0], n, m, tile)
+        one, other = tabulate(graph, n, m, tile), tabulate(at_size(Causal(), n, m)[0], n, m, tile)
         assert torch.equal(Tiles(n, m, union(one, other)).mask(), mask | Causal().mask(n, m))
 
 
@@ -134,7 +135,7 @@ def test_tiles_know_the_number_of_each_edge(graph, n, m, mask):
 
 @pytest.mark.parametrize("text", ["Causal()", "Window(300, 0) | Prefix(4)", "Random(9).sized(700, 700)", "Full()"])
 def test_strips_hold_every_tile_once_where_it_belongs(text):
-    graph, n, m = parse(text).at(700, 700)
+    graph, n, m = at_size(parse(text), 700, 700)
     layout = Tiles(n, m, tabulate(graph, n, m, (2, 32)))  # rows of 22 tiles
     found = torch.zeros(len(layout.table.row), dtype=torch.int64)
     for strip in layout.strips:
@@ -159,7 +160,7 @@ def test_packing_is_undone_by_unpacking():
 
 
 def test_a_million_nodes_in_a_window_are_two_masks():
-    graph, n, m = Window(256, 0).at(1_000_000, 1_000_000)
+    graph, n, m = at_size(Window(256, 0), 1_000_000, 1_000_000)
     table = tabulate(graph, n, m, (64, 64))
     assert len(table.words) == 2
     assert int(table.edges.sum()) == graph.num_edges(n, m)
@@ -168,7 +169,7 @@ def test_a_million_nodes_in_a_window_are_two_masks():
 
 @pytest.mark.parametrize("graph", [Causal() & (Window(256, 0) | Prefix(4)), Neighborhood((300, 300), 3)], ids=str)
 def test_masks_of_an_invariant_graph_do_not_grow_with_it(graph):
-    graph, n, m = graph.at(90_000, 90_000)
+    graph, n, m = at_size(graph, 90_000, 90_000)
     table = tabulate(graph, n, m, (64, 64))
     assert len(table.words) < 500
     assert int(table.edges.sum()) == graph.num_edges(n, m)
@@ -177,8 +178,10 @@ def test_masks_of_an_invariant_graph_do_not_grow_with_it(graph):
 def test_planning_cost_grows_with_the_occupied_tiles(monkeypatch):
     """Twice the nodes of a window are about twice the boxes looked at, not four times."""
     looked = []
-    blocks = Window.blocks
-    monkeypatch.setattr(Window, "blocks", lambda self, boxes: (looked.append(len(boxes.top)), blocks(self, boxes))[1])
+    classify = Window._classify_boxes
+    monkeypatch.setattr(
+        Window, "_classify_boxes", lambda self, boxes: (looked.append(len(boxes.top)), classify(self, boxes))[1]
+    )
     totals = []
     for n in (1 << 16, 1 << 17):
         looked.clear()
@@ -191,11 +194,11 @@ def test_planning_cost_grows_with_the_occupied_tiles(monkeypatch):
 @given(sized_graphs())
 def test_tiles_rebuild_the_mask_of_any_expression(case):
     graph, n, m = case
-    bound, n, m = graph.at(n, m)
+    bound, n, m = at_size(graph, n, m)
     mask = graph.mask(n, m)
     assert torch.equal(Tiles(n, m, tabulate(bound, n, m, (2, 32))).mask(), mask)
     boxes = boxes_of(n, m, (3, 2))
-    for kind, part in zip(bound.blocks(boxes).tolist(), inside(mask, boxes), strict=True):
+    for kind, part in zip(bound._classify_boxes(boxes).tolist(), inside(mask, boxes), strict=True):
         assert kind == 1 or part.any() == part.all() == (kind == FULL)
 
 

@@ -10,6 +10,7 @@ from interpreter import round_as_hardware, without_interpreter
 
 from attngraph import Causal, Documents, EdgeList, Empty, Full, Global, Neighborhood, Prefix, Random, Window, attend
 from attngraph.bias import DenseBias, EdgeBias
+from attngraph.graph.base import at_size
 from attngraph.planning.layouts.tiles import Tiles, tabulate
 
 pytest.importorskip("triton", reason="Triton is not installed: it runs on Linux")
@@ -36,7 +37,7 @@ GRAPHS = [
 
 
 def layout_of(graph, n, m, tile):
-    return Tiles(n, m, tabulate(graph.at(n, m)[0], n, m, tile))
+    return Tiles(n, m, tabulate(at_size(graph, n, m)[0], n, m, tile))
 
 
 def tensors(heads, n, m, dims, dtype=torch.float32):

@@ -29,7 +29,7 @@ def connectivity(
     mask = mask.mean(0) if mask.ndim == 3 else mask
     ax.imshow(mask.numpy(), cmap=_blues(), vmin=0, vmax=1, interpolation="nearest")
     _frame(ax, n, m)
-    ax.set_title(_wrapped(str(graph.text) if title is None else title), fontsize=8)
+    ax.set_title(_wrapped(str(graph) if title is None else title), fontsize=8)
     return ax
 
 
@@ -71,7 +71,7 @@ def messages(
         ax.text(-0.7, height, name, ha="right", va="center", fontsize=8)
     ax.set(xlim=(-2.2, max(n, m) - 0.3), ylim=(-0.25, 1.25))
     ax.set_axis_off()
-    ax.set_title(_wrapped(str(graph.text) if title is None else title, 60), fontsize=8)
+    ax.set_title(_wrapped(str(graph) if title is None else title, 60), fontsize=8)
     return ax
 
 

@@ -5,47 +5,78 @@ No kernels, no devices, no weights: a graph is a value that answers questions ab
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
-from dataclasses import MISSING, fields, replace
+from dataclasses import MISSING, FrozenInstanceError, dataclass, fields, replace
 from functools import reduce, wraps
+from inspect import get_annotations
 from operator import index, or_
-from typing import SupportsIndex
-from weakref import WeakValueDictionary
+from typing import TYPE_CHECKING, Any, SupportsIndex, cast, dataclass_transform
 
 import torch
 from torch import Tensor
 
+from attngraph import cache
 from attngraph.graph import boxes as of_boxes
-from attngraph.graph import counting as lines
+from attngraph.graph import counting
 from attngraph.graph.boxes import Boxes
-from attngraph.graph.counting import Lines
+from attngraph.graph.counting import Breakpoints
 
 Size = tuple[int | None, int | None]
+Edges = tuple[Tensor, Tensor]
+"""Edges as (query, key), each int64 (E,), sorted by query, then key."""
 
-PAIRS_AT_ONCE = 1 << 24  # how many pairs a scan of a predicate looks at in one step
+PAIRS_PER_STEP = 1 << 24  # pairs (query, key) that a scan of a predicate looks at in one step: 16 MiB of bools
+_CLASS_NUMBERS = itertools.count(1)
 
 
+@dataclass_transform(frozen_default=True)
+@dataclass(frozen=True, repr=False, eq=False)
 class Graph:
     """A set of directed edges k → q, "query q hears key k", over any number of nodes.
 
     A graph is frozen, hashable and comparable, and its `repr` is an expression that rebuilds it. Graphs combine as
     Python's `set` does, ``|  &  -  ^  ~``, and further with ``.T`` (every edge reversed) and ``@`` (two hops).
 
-    A new graph is a frozen dataclass with one method, `contains`. The methods `blocks`, `pattern`, `lines`, `edges` and
-    `count` are optional speed-ups that must agree with it; `check` validates the arguments.
+    A graph of your own is a class with fields and one method, `contains`. Deriving from Graph makes it a frozen
+    dataclass; ``@dataclass(frozen=True)`` may stand above it, and changes nothing.
 
-    >>> from attngraph import Causal, Prefix, Window
-    >>> graph = Causal() & (Window(1, 0) | Prefix(1))
-    >>> graph
-    Causal() & (Window(1, 0) | Prefix(1))
-    >>> graph.mask(4, 4).int()
-    tensor([[1, 0, 0, 0],
-            [1, 1, 0, 0],
+    >>> from attngraph import Causal
+    >>> class Ring(Graph):
+    ...     nodes: int
+    ...
+    ...     def contains(self, q_idx, kv_idx):
+    ...         return (kv_idx - q_idx) % self.nodes == 1
+    >>> (Ring(nodes=4) | Causal()).mask(4, 4).int()
+    tensor([[1, 1, 0, 0],
             [1, 1, 1, 0],
-            [1, 0, 1, 1]], dtype=torch.int32)
-    >>> graph.num_edges(10**9, 10**9)
-    2999999997
+            [1, 1, 1, 1],
+            [1, 1, 1, 1]], dtype=torch.int32)
     """
+
+    if TYPE_CHECKING:  # plain attributes, set when a graph is made, so that torch.compile reads constants
+
+        @property
+        def size(self) -> Size:
+            """(num_queries, num_keys), None where any number fits."""
+            ...
+
+        @property
+        def heads(self) -> int | None:
+            """How many heads have each their own graph, or None: one graph for all heads."""
+            ...
+
+        @property
+        def _key(self) -> str:
+            """Which graph this is, as text: how a graph travels into a compiled program."""
+            ...
+
+        @property
+        def _may_change(self) -> bool:
+            """Whether `_state` has to be asked."""
+            ...
+
+    # ================================================================== what a graph MUST define
 
     def contains(self, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         """The definition: which pairs of node numbers (broadcasting int64 tensors) are edges, as a bool tensor.
@@ -54,94 +85,125 @@ class Graph:
         """
         raise TypeError(f"{type(self).__name__} must define contains(q_idx, kv_idx)")
 
-    def __init_subclass__(cls, **options):
-        super().__init_subclass__(**options)
-        if "contains" in cls.__dict__:
-            cls.contains = _checked(cls.contains)
+    # ====================================================== what a graph MAY define, to be faster or to check itself
+    # Each has a default, and must agree with `contains`: the tests of GRAPHS hold it to that.
 
-    # ------------------------------------------------------ what a graph may know besides, each with a default
-
-    def check(self) -> None:
+    def _check(self) -> None:
         """Raise ValueError or TypeError if the arguments make no graph; put them into their normal form."""
 
-    def own_size(self) -> Size:
+    def _own_size(self) -> Size:
         """(num_queries, num_keys), None where any number fits."""
         return (None, None)
 
-    def lines(self, n: int, m: int) -> Lines | None:
-        """The lines at which membership can change, where they can be named (see `attngraph.lines`)."""
+    def _breakpoints(self, n: int, m: int) -> Breakpoints | None:
+        """Rows, columns and diagonals at which membership can change, where they can be named (see `counting`)."""
         return None
 
-    def edges(self, n: int, m: int) -> tuple[Tensor, Tensor]:
-        """All edges as (query, key), sorted by query then key; the default scans `contains`."""
-        step = max(1, PAIRS_AT_ONCE // max(m, 1))
+    def _edges(self, n: int, m: int) -> Edges:
+        """All edges, sorted; the default scans `contains`."""
+        step = max(1, PAIRS_PER_STEP // max(m, 1))
         found = [torch.empty(0, 2, dtype=torch.int64)]
         for start in range(0, n, step):
             query = torch.arange(start, min(start + step, n))[:, None]
             found.append(self.contains(query, torch.arange(m)[None]).nonzero() + torch.tensor([start, 0]))
-        return torch.cat(found).unbind(1)
+        query, key = torch.cat(found).unbind(1)
+        return query, key
 
-    def edges_of(self, start: int, stop: int, n: int, m: int) -> tuple[Tensor, Tensor]:
-        """The edges of the queries start … stop-1, renumbered from 0; the default chooses among those of all n.
+    def _edges_of_rows(self, start: int, stop: int, n: int, m: int) -> Edges:
+        """The edges of the queries start … stop-1, renumbered from 0; the default chooses among those of all n."""
+        query, key = list_edges(self, n, m)
+        inside = (query >= start) & (query < stop)
+        return query[inside] - start, key[inside]
 
-        A graph that does better says so: `by_rows`.
-        """
-        query, key = self.list_edges(n, m)
-        kept = (query >= start) & (query < stop)
-        return query[kept] - start, key[kept]
+    def _lists_rows(self, n: int, m: int) -> bool:
+        """Whether `_edges_of_rows` costs as much as the edges it lists, not as those of all queries."""
+        return type(self)._edges_of_rows is not Graph._edges_of_rows or self._breakpoints(n, m) is not None
 
-    def by_rows(self, n: int, m: int) -> bool:
-        """Whether the edges of some queries are listed at their own cost, not at that of all."""
-        return type(self).edges_of is not Graph.edges_of or self.lines(n, m) is not None
-
-    def count(self, n: int, m: int) -> int:
+    def _count(self, n: int, m: int) -> int:
         """The number of edges; the default lists them."""
-        return len(self.list_edges(n, m)[0])
+        return len(list_edges(self, n, m)[0])
 
-    def blocks(self, boxes: Boxes) -> Tensor:
-        """EMPTY, PARTIAL or FULL for each box (see `attngraph.blocks`), int8; PARTIAL is always safe."""
+    def _classify_boxes(self, boxes: Boxes) -> Tensor:
+        """EMPTY, PARTIAL or FULL for each box (see `boxes`), int8; PARTIAL is always safe."""
         return of_boxes.one_class(boxes, of_boxes.PARTIAL)
 
-    def pattern(self, boxes: Boxes) -> list[Tensor]:
+    def _box_pattern(self, boxes: Boxes) -> list[Tensor]:
         """Numbers that decide which pairs of a box are edges: boxes of one shape that agree in all have equal edges."""
         return [boxes.top, boxes.left]
 
-    @property
-    def scattered(self) -> bool:
+    def _found_by_listing(self) -> bool:
         """Whether to find the edges by listing them, rather than by boxes: true of a graph that can do only that."""
-        return type(self).edges is not Graph.edges and type(self).blocks is Graph.blocks
+        return type(self)._edges is not Graph._edges and type(self)._classify_boxes is Graph._classify_boxes
 
-    def bind(self, n: int | None, m: int | None) -> Graph:
+    def _bind(self, n: int | None, m: int | None) -> Graph:
         """The same graph, told its size; only what depends on the size (Random, two hops) listens."""
-        return self.map(lambda part: part.bind(n, m))
+        return self._map(lambda part: part._bind(n, m))
 
-    # ---------------------------------------------------------------------------- what follows from the fields
+    def _head(self, index: int) -> Graph:
+        """The graph of one head."""
+        return self._map(lambda part: part._head(index)) if self.heads else self
 
-    size: Size
-    """(num_queries, num_keys), None where any number fits."""
-    heads: int | None
-    """How many heads have each their own graph, or None: one graph for all heads."""
-    text: str
-    """The graph as text, short also where `repr` is long: how a graph travels into a compiled program."""
+    def _write(self, inner: Callable[[Graph], str]) -> str:
+        """The graph as an expression, its parts written by `inner`."""
+        given = [(getattr(self, field.name), field.default) for field in fields(cast(Any, self))]
+        while given and given[-1][1] is not MISSING and given[-1][0] == given[-1][1]:
+            given.pop()
+        return f"{type(self).__name__}({', '.join(_argument(value, inner) for value, _ in given)})"
+
+    def _write_key(self) -> str:
+        """The graph as text that no other graph of this process has: equal graphs have equal keys."""
+        own = "" if type(self).__module__.startswith("attngraph.") else f"#{self._class_number} "
+        return own + self._write(lambda part: part._key)
+
+    def _state(self) -> tuple:
+        """What changes when the edges do, of a graph whose definition reads something that can change."""
+        return tuple(state for part in self._children for state in part._state())
+
+    # ========================================================================= what follows from the fields
+
+    _class_number = 0
+    _precedence = 6
+
+    def __init_subclass__(cls, **options: Any):
+        super().__init_subclass__(**options)
+        _refuse_reserved_fields(cls)
+        if "contains" in cls.__dict__:
+            setattr(cls, "contains", _checked(cls.contains))  # noqa: B010  its type stays
+            for name in _FOLLOWS_CONTAINS - set(vars(cls)):  # of a base class, whose edges were others
+                setattr(cls, name, getattr(Graph, name))
+        cls._class_number = next(_CLASS_NUMBERS)
+        own = cls.__dict__
+        cls.__repr__ = cls.__repr__  # the class's own, so that no dataclass decorator makes another
+        if "__eq__" not in own:
+            cls.__hash__ = Graph.__hash__
+        dataclass(frozen=True, repr=False)(cls)
+        del cls.__setattr__, cls.__delattr__  # Graph's serve; a dataclass decorator would refuse to make them again
 
     def __post_init__(self):
-        self.check()
-        heads = {part.heads for part in self.children if part.heads}
+        self._check()
+        if not torch.compiler.is_compiling():
+            _require_values(self)
+        children = self._children
+        heads = {part.heads for part in children if part.heads}
         if len(heads) > 1:
             raise ValueError(f"graphs with different numbers of heads do not combine (got {sorted(heads)})")
-        # Plain attributes, not properties: torch.compile reads them as constants.
-        object.__setattr__(self, "size", self.own_size())
-        object.__setattr__(self, "heads", heads.pop() if heads else None)
-        object.__setattr__(self, "text", self.write(lambda part: part.text))
+        self._set(size=self._own_size(), heads=heads.pop() if heads else None)
+        self._set(_may_change=any(part._may_change for part in children) or type(self)._state is not Graph._state)
+        key = self._write_key()
         if not torch.compiler.is_compiling():
-            first = _KNOWN.setdefault(self.text, self)
-            if first is not self:  # equal graphs keep the known one alive
-                object.__setattr__(self, "twin", first)
+            key, equal = cache.COMPILED.register(key, self)
+            self._set(_equal=equal)  # which stays alive as long as this one: its key names both
+        self._set(_key=key)
+
+    def _set(self, **values: object) -> None:
+        """Attributes of a graph that is being made."""
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
 
     @property
-    def children(self) -> tuple[Graph, ...]:
+    def _children(self) -> tuple[Graph, ...]:
         """The graphs this one is made of."""
-        values = (getattr(self, field.name) for field in fields(self))
+        values = (getattr(self, field.name) for field in fields(cast(Any, self)))
         return tuple(
             part
             for value in values
@@ -149,41 +211,40 @@ class Graph:
             if isinstance(part, Graph)
         )
 
-    def map(self, change: Callable[[Graph], Graph]) -> Graph:
+    def _map(self, change: Callable[[Graph], Graph]) -> Graph:
         """The same combination of changed parts."""
-        if not self.children:
+        if not self._children:
             return self
         changed = {}
-        for field in fields(self):
+        for field in fields(cast(Any, self)):
             value = getattr(self, field.name)
             if isinstance(value, Graph):
                 changed[field.name] = change(value)
             elif isinstance(value, tuple) and value and isinstance(value[0], Graph):
                 changed[field.name] = tuple(change(part) for part in value)
-        return replace(self, **changed)
+        return replace(cast(Any, self), **changed)
 
-    def head(self, index: int) -> Graph:
-        """The graph of one head."""
-        return self.map(lambda part: part.head(index)) if self.heads else self
-
-    def write(self, inner: Callable[[Graph], str]) -> str:
-        """The graph as an expression, its parts written by `inner`."""
-        given = [(getattr(self, field.name), field.default) for field in fields(self)]
-        while given and given[-1][1] is not MISSING and given[-1][0] == given[-1][1]:
-            given.pop()
-        name = type(self).__name__
-        if inner is not repr and not type(self).__module__.startswith("attngraph."):
-            name += f"@{id(type(self)):x}"  # two classes of users may have one name, and differ
-        return f"{name}({', '.join(_argument(value, inner) for value, _ in given)})"
+    def __hash__(self) -> int:
+        known = self.__dict__.get("_hash")
+        if known is None:
+            known = hash((type(self), *(getattr(self, field.name) for field in fields(cast(Any, self)))))
+            self._set(_hash=known)
+        return known
 
     def __repr__(self) -> str:
-        return self.write(repr)
+        return self._write(repr)
 
-    def __reduce__(self):
-        return (type(self), tuple(getattr(self, field.name) for field in fields(self)))
+    def __str__(self) -> str:
+        return self._write(str)
 
-    def __deepcopy__(self, memo) -> Graph:
+    def __reduce__(self) -> tuple:
+        return (type(self), tuple(getattr(self, field.name) for field in fields(cast(Any, self))))
+
+    def __copy__(self) -> Graph:
         return self  # a value
+
+    def __deepcopy__(self, memo: dict) -> Graph:
+        return self
 
     def __bool__(self) -> bool:
         raise TypeError(
@@ -191,7 +252,7 @@ class Graph:
             "graphs with & | ~, not with and, or, not"
         )
 
-    # --------------------------------------------------------------------------------------------- the algebra
+    # ================================================================================================ the algebra
 
     def __or__(self, other: Graph) -> Graph:
         return algebra.chain(algebra.Union, self, other) if isinstance(other, Graph) else NotImplemented
@@ -224,7 +285,7 @@ class Graph:
         >>> Causal().rows(2, 3).mask(1, 4).int()
         tensor([[1, 1, 1, 0]], dtype=torch.int32)
         """
-        return algebra.Rows(self, start, stop)
+        return algebra.QuerySlice(self, start, stop)
 
     def sized(self, num_queries: int | None = None, num_keys: int | None = None) -> Graph:
         """The same graph, knowing its size; a size that contradicts its own is an error.
@@ -246,11 +307,11 @@ class Graph:
         """
         return algebra.WithGlobalNodes(self, count)
 
-    # ----------------------------------------------------------------------------------------------- the views
+    # ================================================================================================== the views
 
     def mask(self, n: int | None = None, m: int | None = None, device: torch.device | str | None = None) -> Tensor:
         """The edges as a bool tensor (n, m), or (H, n, m): rows are queries, columns are keys, True is an edge."""
-        graph, n, m = self.at(n, m)
+        graph, n, m = at_size(self, n, m)
         query, key = torch.arange(n, device=device)[:, None], torch.arange(m, device=device)[None]
         return graph.contains(query, key)
 
@@ -265,8 +326,8 @@ class Graph:
         tensor([[0, 0, 1],
                 [0, 1, 1]])
         """
-        graph, n, m = self.at(n, m)
-        query, key = graph.list_edges(n, m)
+        graph, n, m = at_size(self, n, m)
+        query, key = list_edges(graph, n, m)
         return torch.stack([key, query])
 
     def num_edges(self, n: int | None = None, m: int | None = None) -> int:
@@ -276,18 +337,18 @@ class Graph:
         >>> Causal().num_edges(10**9, 10**9)
         500000000500000000
         """
-        graph, n, m = self.at(n, m)
-        return graph.count_edges(n, m)
+        graph, n, m = at_size(self, n, m)
+        return count_edges(graph, n, m)
 
     def in_degrees(self, n: int | None = None, m: int | None = None) -> Tensor:
         """How many keys each query hears: int64 (n,)."""
-        graph, n, m = self.at(n, m)
-        by_lines = None if graph.heads else lines.in_degrees(graph, n, m)
-        return torch.bincount(graph.list_edges(n, m)[0], minlength=n) if by_lines is None else by_lines
+        graph, n, m = at_size(self, n, m)
+        found = None if graph.heads else counting.in_degrees(graph, n, m)
+        return torch.bincount(list_edges(graph, n, m)[0], minlength=n) if found is None else found
 
     def out_degrees(self, n: int | None = None, m: int | None = None) -> Tensor:
         """How many queries hear each key: int64 (m,)."""
-        graph, n, m = self.at(n, m)
+        graph, n, m = at_size(self, n, m)
         return graph.T.in_degrees(m, n)
 
     def spans(self, start: int, stop: int, n: int | None = None, m: int | None = None) -> list[tuple[int, int]]:
@@ -297,45 +358,92 @@ class Graph:
         >>> (Causal() & (Window(2, 0) | Prefix(1))).spans(10, 12, 100, 100)
         [(0, 1), (8, 12)]
         """
-        graph, n, m = self.at(n, m)
+        graph, n, m = at_size(self, n, m)
         if not 0 <= start <= stop <= n:
             raise ValueError(f"spans needs 0 <= start <= stop <= {n}, the number of queries (got {start} and {stop})")
         return of_boxes.spans(graph, start, stop, m)
 
-    # -------------------------------------------------------------------------------- by the fastest way known
 
-    def at(self, n: int | None = None, m: int | None = None) -> tuple[Graph, int, int]:
-        """This graph bound to a definite size, and that size; what is not given is the graph's own."""
-        n, m = (_node_count(name, given) for name, given in (("n", n), ("m", m)))
-        n, m = common_size(f"graph {self.text} and the size asked for", self.size, (n, m))
-        if n is None or m is None:
-            raise ValueError(f"graph {self.text} has size {(n, m)}: give the missing number, as in graph.mask(n, m)")
-        return self.bind(n, m), n, m
-
-    def list_edges(self, n: int, m: int) -> tuple[Tensor, Tensor]:
-        """All edges as (query, key), sorted, of a graph that is bound to its size."""
-        if self.heads:
-            return merge_edges([self.head(h).list_edges(n, m) for h in range(self.heads)], m)
-        by_lines = lines.edges(self, n, m)
-        return self.edges(n, m) if by_lines is None else by_lines
-
-    def count_edges(self, n: int, m: int) -> int:
-        """The number of edges of a graph that is bound to its size."""
-        if self.heads:  # the edges that any head has
-            return reduce(or_, dict.fromkeys(self.head(h) for h in range(self.heads))).bind(n, m).count_edges(n, m)
-        by_lines = lines.count(self, n, m)
-        return self.count(n, m) if by_lines is None else by_lines
+_FOLLOWS_CONTAINS = {
+    "_breakpoints", "_edges", "_edges_of_rows", "_lists_rows", "_count", "_classify_boxes", "_box_pattern",
+    "_found_by_listing",
+}  # fmt: skip
+"""What a graph may define besides `contains`, and what is of no use to a class with another `contains`."""
 
 
-_KNOWN: WeakValueDictionary[str, Graph] = WeakValueDictionary()
+def _refuse_assignment(self: Graph, name: str, value: object = None) -> None:
+    raise FrozenInstanceError(f"a graph is a value: field {name!r} of {type(self).__name__} cannot change")
 
 
-def known(text: str) -> Graph | None:
-    """The living graph with this `text`, if there is one."""
-    return _KNOWN.get(text)
+for _name in ("__setattr__", "__delattr__"):
+    setattr(Graph, _name, _refuse_assignment)
 
 
-def _checked(contains):
+# ------------------------------------------------------------------------ of any graph, by the fastest way known
+
+
+def at_size(graph: Graph, n: int | None = None, m: int | None = None) -> tuple[Graph, int, int]:
+    """The graph bound to a definite size, and that size; what is not given is the graph's own."""
+    n, m = (_node_count(name, given) for name, given in (("n", n), ("m", m)))
+    n, m = common_size(f"graph {graph} and the size asked for", graph.size, (n, m))
+    if n is None or m is None:
+        raise ValueError(f"graph {graph} has size {(n, m)}: give the missing number, as in graph.mask(n, m)")
+    return graph._bind(n, m), n, m
+
+
+def list_edges(graph: Graph, n: int, m: int) -> Edges:
+    """All edges, sorted, of a graph that is bound to its size; where heads have graphs of their own, those of any."""
+    if graph.heads:
+        return merge_edges([list_edges(graph._head(h), n, m) for h in range(graph.heads)], m)
+    found = counting.edges(graph, n, m)
+    return graph._edges(n, m) if found is None else found
+
+
+def count_edges(graph: Graph, n: int, m: int) -> int:
+    """The number of edges of a graph that is bound to its size."""
+    if graph.heads:
+        of_any_head = reduce(or_, dict.fromkeys(graph._head(h) for h in range(graph.heads)))
+        return count_edges(of_any_head._bind(n, m), n, m)
+    found = counting.count(graph, n, m)
+    return graph._count(n, m) if found is None else found
+
+
+# -------------------------------------------------------------------------------------------- how a class is made
+
+
+_ATTRIBUTES = {"size", "heads", "_key", "_may_change", "_equal", "_hash"}  # of every graph, set when it is made
+
+
+def _refuse_reserved_fields(cls: type[Graph]) -> None:
+    """Raise if a field would hide what every graph has."""
+    reserved = {name for name in vars(Graph) if not name.startswith("__")} | _ATTRIBUTES
+    for name in get_annotations(cls):
+        if name in reserved:
+            raise TypeError(
+                f"{cls.__name__} can't have a field called {name!r}: every graph has an attribute of this name; "
+                f"choose another one"
+            )
+
+
+def _require_values(graph: Graph) -> None:
+    """Raise unless every field is a value: what can't be compared can't be looked up."""
+    for field in fields(cast(Any, graph)):
+        value = getattr(graph, field.name)
+        if isinstance(value, Tensor):
+            raise TypeError(
+                f"field {field.name!r} of {type(graph).__name__} must be a number, a tuple or a graph, so that the "
+                f"graph is a value (got a Tensor): give it as a tuple, tensor.tolist(), or make an EdgeList"
+            )
+        try:
+            hash(value)
+        except TypeError:
+            raise TypeError(
+                f"field {field.name!r} of {type(graph).__name__} must be hashable, so that the graph is a value (got a "
+                f"{type(value).__name__}): give a tuple, or turn it into one in _check"
+            ) from None
+
+
+def _checked(contains: Callable[[Any, Tensor, Tensor], Tensor]) -> Callable[[Any, Tensor, Tensor], Tensor]:
     """A graph's `contains` whose result is known to be a bool for every pair."""
 
     @wraps(contains)
@@ -350,9 +458,7 @@ def _checked(contains):
     return checked
 
 
-def _argument(value, inner: Callable[[Graph], str]) -> str:
-    if isinstance(value, Tensor):
-        raise TypeError("a graph's fields are numbers, tuples and graphs, so that it is a value (got a Tensor)")
+def _argument(value: object, inner: Callable[[Graph], str]) -> str:
     if isinstance(value, tuple):
         return f"[{', '.join(_argument(item, inner) for item in value)}]"
     return inner(value) if isinstance(value, Graph) else repr(value)

@@ -104,10 +104,12 @@ def occupied(graph, n: int, m: int, tile: tuple[int, int]) -> Occupied:
     found = [(row[:0], row[:0], torch.zeros(0, dtype=torch.bool))]
     for level in range(max(rows - 1, columns - 1, 0).bit_length(), -1, -1):
         high, wide = tile[0] << level, tile[1] << level
-        kind = graph.blocks(Boxes(row * high, (row + 1) * high, column * wide, (column + 1) * wide).clipped(n, m))
+        kind = graph._classify_boxes(
+            Boxes(row * high, (row + 1) * high, column * wide, (column + 1) * wide).clipped(n, m)
+        )
         full, partial = kind == FULL, kind == PARTIAL
         settled = int(full.sum()) << 2 * level
-        require_memory((settled + 4 * int(partial.sum())) * BYTES_PER_BOX, f"to plan {graph.text} at {n} × {m}")
+        require_memory((settled + 4 * int(partial.sum())) * BYTES_PER_BOX, f"to plan {graph} at {n} × {m}")
         found.append((*_quartered(row[full], column[full], level, rows, columns), torch.ones(1, dtype=torch.bool)))
         if level == 0:
             found.append((row[partial], column[partial], torch.zeros(1, dtype=torch.bool)))
@@ -136,7 +138,7 @@ def spans(graph, start: int, stop: int, m: int) -> list[tuple[int, int]]:
     left = torch.zeros(1 if start < stop and m else 0, dtype=torch.int64)
     right, found = torch.full_like(left, m), []
     while len(left):
-        kind = graph.blocks(Boxes(torch.full_like(left, start), torch.full_like(left, stop), left, right))
+        kind = graph._classify_boxes(Boxes(torch.full_like(left, start), torch.full_like(left, stop), left, right))
         done = (kind != EMPTY) & ((kind == FULL) | (right - left == 1))
         found += zip(left[done].tolist(), right[done].tolist(), strict=True)
         left, right = (side[(kind == PARTIAL) & ~done] for side in (left, right))
@@ -174,7 +176,7 @@ def blocks_side_by_side(placed, boxes: Boxes) -> Tensor:
     found = one_class(boxes, EMPTY)
     for graph, _, _, inside, some, part in touched(placed, boxes):
         if len(part.top):
-            kind = graph.blocks(part)
+            kind = graph._classify_boxes(part)
             found[some] = torch.maximum(found[some], torch.where(inside[some], kind, kind.clamp(max=PARTIAL)))
     return found
 
@@ -184,7 +186,7 @@ def patterns_side_by_side(parts, boxes: Boxes) -> list[Tensor]:
     numbers = torch.stack([torch.full_like(boxes.top, -1), boxes.top, boxes.left])
     kinds: dict = {}
     for graph, row, column, inside in parts:
-        own = graph.pattern(boxes.chosen(inside).shifted(-row, -column))
+        own = graph._box_pattern(boxes.chosen(inside).shifted(-row, -column))
         numbers = torch.cat([numbers, numbers.new_zeros(max(0, 1 + len(own) - len(numbers)), len(boxes.top))])
         numbers[:, inside] = 0
         for place, number in enumerate([kinds.setdefault(graph, len(kinds)), *own]):

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from functools import reduce
 from operator import or_
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from attngraph.graph.algebra import normal_graphs
-from attngraph.graph.base import Graph, common_size, sort_edges
+from attngraph.graph.base import Graph, Size, common_size, count_edges, list_edges, sort_edges
 from attngraph.graph.boxes import blocks_side_by_side, patterns_side_by_side, touched
-from attngraph.graph.counting import Lines
+from attngraph.graph.counting import Breakpoints
 
 
-@dataclass(frozen=True, repr=False)
 class Disjoint(Graph):
     """Graphs side by side that do not hear each other: a batch *is* one bigger graph (packing, padding, ragged).
 
@@ -28,29 +28,37 @@ class Disjoint(Graph):
             [0, 1, 1]], dtype=torch.int32)
     """
 
-    graphs: tuple[Graph, ...]
+    graphs: Sequence[Graph]
 
-    def check(self):
+    def _check(self):
         normal_graphs(self, "graphs")
         for position, graph in enumerate(self.graphs[:-1]):
             if None in graph.size:
                 raise ValueError(
-                    f"Disjoint must know where each graph begins: graph {position}, {graph.text}, has size "
+                    f"Disjoint must know where each graph begins: graph {position}, {graph}, has size "
                     f"{graph.size}; give it one, graph.sized(num_queries, num_keys)"
                 )
 
-    def own_size(self):
-        sides = zip(*(graph.size for graph in self.graphs), strict=True)
-        return tuple(None if None in side else sum(side) for side in sides)
+    def _own_size(self):
+        queries, keys = zip(*(graph.size for graph in self.graphs), strict=True)
+        return _sum(queries), _sum(keys)
 
-    def _placed(self, n: int | None, m: int | None):
+    def _placed(self, n: int | None, m: int | None) -> Iterator[tuple[Graph, int, int, Size]]:
         """Each graph with its first query, its first key and its size in n × m nodes."""
         row = column = 0
         for graph in self.graphs:
             rest = (None if n is None else max(n - row, 0), None if m is None else max(m - column, 0))
-            size = tuple(r if own is None else own for own, r in zip(graph.size, rest, strict=True))
+            size = (
+                rest[0] if graph.size[0] is None else graph.size[0],
+                rest[1] if graph.size[1] is None else graph.size[1],
+            )
             yield graph, row, column, size
             row, column = row + (size[0] or 0), column + (size[1] or 0)
+
+    def _placed_in(self, n: int, m: int) -> Iterator[tuple[Graph, int, int, tuple[int, int]]]:
+        """The same in a definite number of nodes."""
+        for graph, row, column, size in self._placed(n, m):
+            yield graph, row, column, cast(tuple[int, int], size)
 
     def contains(self, q_idx, kv_idx):
         found = []
@@ -60,38 +68,36 @@ class Disjoint(Graph):
             found.append(graph.contains(query, key) & q_inside & k_inside)
         return reduce(or_, found)
 
-    def blocks(self, boxes):
+    def _classify_boxes(self, boxes):
         return blocks_side_by_side(self._placed(None, None), boxes)
 
-    def pattern(self, boxes):
+    def _box_pattern(self, boxes):
         return patterns_side_by_side([part[:4] for part in touched(self._placed(None, None), boxes)], boxes)
 
-    @property
-    def scattered(self):
-        return all(graph.scattered for graph in self.graphs)
+    def _found_by_listing(self):
+        return all(graph._found_by_listing() for graph in self.graphs)
 
-    def lines(self, n, m):
+    def _breakpoints(self, n, m):
         parts = []
-        for graph, row, column, size in self._placed(n, m):
-            inner = graph.lines(*size)
-            parts += [inner and inner.shifted(row, column), Lines(frozenset({row}), frozenset({column}))]
-        return Lines.union(parts)
+        for graph, row, column, size in self._placed_in(n, m):
+            inner = graph._breakpoints(*size)
+            parts += [inner and inner.shifted(row, column), Breakpoints(frozenset({row}), frozenset({column}))]
+        return Breakpoints.union(parts)
 
-    def edges(self, n, m):
-        parts = [(*graph.list_edges(*size), row, column) for graph, row, column, size in self._placed(n, m)]
+    def _edges(self, n, m):
+        parts = [(*list_edges(graph, *size), row, column) for graph, row, column, size in self._placed_in(n, m)]
         return (
             torch.cat([query + row for query, _, row, _ in parts]),
             torch.cat([key + column for _, key, _, column in parts]),
         )
 
-    def count(self, n, m):
-        return sum(graph.count_edges(*size) for graph, _, _, size in self._placed(n, m))
+    def _count(self, n, m):
+        return sum(count_edges(graph, *size) for graph, _, _, size in self._placed_in(n, m))
 
-    def bind(self, n, m):
-        return Disjoint(tuple(graph.bind(*size) for graph, _, _, size in self._placed(n, m)))
+    def _bind(self, n, m):
+        return Disjoint(tuple(graph._bind(*size) for graph, _, _, size in self._placed(n, m)))
 
 
-@dataclass(frozen=True, repr=False)
 class Beside(Graph):
     """The keys of a, then the keys of b, both heard by the same queries: memory | self.
 
@@ -104,57 +110,60 @@ class Beside(Graph):
     a: Graph
     b: Graph
 
-    def check(self):
-        common_size("the graphs of Beside(a, b)", self.a.size[:1], self.b.size[:1])
+    def _check(self):
+        common_size("the graphs of Beside(a, b)", (self.a.size[0], None), (self.b.size[0], None))
         if self.a.size[1] is None:
             raise ValueError(
-                f"Beside(a, b) must know where the keys of b begin: a, {self.a.text}, has size {self.a.size}; "
+                f"Beside(a, b) must know where the keys of b begin: a, {self.a}, has size {self.a.size}; "
                 f"give it a number of keys, a.sized(None, num_keys)"
             )
 
-    def own_size(self):
-        queries = common_size("graphs", self.a.size[:1], self.b.size[:1])[0]
-        return (queries, None if self.b.size[1] is None else self.a.size[1] + self.b.size[1])
+    def _own_size(self):
+        queries = common_size("graphs", (self.a.size[0], None), (self.b.size[0], None))[0]
+        return (queries, None if self.b.size[1] is None else self._first + self.b.size[1])
 
     def contains(self, q_idx, kv_idx):
         in_a, a_inside = _inside(kv_idx, self.a.size[1])
-        in_b, b_inside = _inside(kv_idx - self.a.size[1], self.b.size[1])
+        in_b, b_inside = _inside(kv_idx - self._first, self.b.size[1])
         return (self.a.contains(q_idx, in_a) & a_inside) | (self.b.contains(q_idx, in_b) & b_inside)
 
-    def _placed(self):
-        yield self.a, 0, 0, self.a.size
-        yield self.b, 0, self.a.size[1], self.b.size
+    @property
+    def _first(self) -> int:
+        """The first key of b."""
+        return cast(int, self.a.size[1])
 
-    def blocks(self, boxes):
+    def _placed(self) -> Iterator[tuple[Graph, int, int, Size]]:
+        yield self.a, 0, 0, self.a.size
+        yield self.b, 0, self._first, self.b.size
+
+    def _classify_boxes(self, boxes):
         return blocks_side_by_side(self._placed(), boxes)
 
-    def pattern(self, boxes):
+    def _box_pattern(self, boxes):
         return patterns_side_by_side([part[:4] for part in touched(self._placed(), boxes)], boxes)
 
-    @property
-    def scattered(self):
-        return self.a.scattered and self.b.scattered
+    def _found_by_listing(self):
+        return self.a._found_by_listing() and self.b._found_by_listing()
 
-    def lines(self, n, m):
-        keys = self.a.size[1]
-        a, b = self.a.lines(n, keys), self.b.lines(n, max(m - keys, 0))
-        return Lines.union([a, b and b.shifted(columns=keys), Lines(columns=frozenset({keys}))])
+    def _breakpoints(self, n, m):
+        keys = self._first
+        a, b = self.a._breakpoints(n, keys), self.b._breakpoints(n, max(m - keys, 0))
+        return Breakpoints.union([a, b and b.shifted(columns=keys), Breakpoints(columns=frozenset({keys}))])
 
-    def edges(self, n, m):
-        keys = self.a.size[1]
-        (q_a, k_a), (q_b, k_b) = self.a.list_edges(n, keys), self.b.list_edges(n, max(m - keys, 0))
+    def _edges(self, n, m):
+        keys = self._first
+        (q_a, k_a), (q_b, k_b) = list_edges(self.a, n, keys), list_edges(self.b, n, max(m - keys, 0))
         return sort_edges(torch.cat([q_a, q_b]), torch.cat([k_a, k_b + keys]), m)
 
-    def count(self, n, m):
-        keys = self.a.size[1]
-        return self.a.count_edges(n, keys) + self.b.count_edges(n, max(m - keys, 0))
+    def _count(self, n, m):
+        keys = self._first
+        return count_edges(self.a, n, keys) + count_edges(self.b, n, max(m - keys, 0))
 
-    def bind(self, n, m):
-        keys = self.a.size[1]
-        return Beside(self.a.bind(n, keys), self.b.bind(n, None if m is None else max(m - keys, 0)))
+    def _bind(self, n, m):
+        keys = self._first
+        return Beside(self.a._bind(n, keys), self.b._bind(n, None if m is None else max(m - keys, 0)))
 
 
-@dataclass(frozen=True, repr=False)
 class PerHead(Graph):
     """One graph for each head: its mask is (H, n, m). It combines with other graphs as any graph does.
 
@@ -164,9 +173,9 @@ class PerHead(Graph):
     (2, torch.Size([2, 3, 3]))
     """
 
-    graphs: tuple[Graph, ...]
+    graphs: Sequence[Graph]
 
-    def check(self):
+    def _check(self):
         if any(graph.heads for graph in normal_graphs(self, "graphs")):
             raise ValueError("PerHead takes one graph for each head, without heads of its own")
         common_size("the graphs of PerHead", *(graph.size for graph in self.graphs))
@@ -175,14 +184,24 @@ class PerHead(Graph):
         super().__post_init__()
         object.__setattr__(self, "heads", len(self.graphs))
 
-    def own_size(self):
+    def _own_size(self):
         return common_size("graphs", *(graph.size for graph in self.graphs))
 
     def contains(self, q_idx, kv_idx):
         return torch.stack([graph.contains(q_idx, kv_idx) for graph in self.graphs])
 
-    def head(self, index):
+    def _head(self, index):
         return self.graphs[index]
+
+
+def _sum(counts: Sequence[int | None]) -> int | None:
+    """The sum of counts, if all are known."""
+    total = 0
+    for count in counts:
+        if count is None:
+            return None
+        total += count
+    return total
 
 
 def _inside(index: Tensor, count: int | None) -> tuple[Tensor, Tensor]:

@@ -1,8 +1,8 @@
-"""Counting and listing edges without looking at each pair: by the lines at which membership can change.
+"""Counting and listing edges without looking at each pair: by the breakpoints at which membership can change.
 
-A causal graph changes at a diagonal, a prefix at a column, a document at a row. A graph that can name its `Lines` is
-constant in each cell between them (up to a period along the diagonals), so one look at `contains` decides a whole
-cell, and cells are counted by a formula. Lines of a combination are the lines of its parts: the algebra is for free.
+A causal graph changes at a diagonal, a prefix at a column, a document at a row. A graph that can name its `Breakpoints`
+is constant in each cell between them (up to a period along the diagonals), so one look at `contains` decides a whole
+cell, and cells are counted by a formula. Those of a combination are those of its parts: the algebra is for free.
 """
 
 from __future__ import annotations
@@ -10,17 +10,20 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from math import lcm
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-MOST_CELLS = 1 << 25  # beyond this many looks at `contains`, lines are no saving
-CELLS_AT_ONCE = 1 << 20
+if TYPE_CHECKING:
+    from attngraph.graph.base import Graph
+
+MAX_CELLS = 1 << 25  # looks at `contains`; beyond, cells are no saving
+CELLS_PER_STEP = 1 << 20  # cells of one step: 8 MiB for each of about 20 tensors
 
 
 @dataclass(frozen=True)
-class Lines:
+class Breakpoints:
     """Where membership of (query i, key j) can change.
 
     Between i < r and i >= r for r in `rows`; between j < c and j >= c for c in `columns`; between j - i < d and
@@ -34,7 +37,7 @@ class Lines:
     period: int = 1
 
     @staticmethod
-    def union(parts: Iterable[Lines | None]) -> Lines | None:
+    def union(parts: Iterable[Breakpoints | None]) -> Breakpoints | None:
         """The lines of all parts; None where one part can't name its lines."""
         rows, columns, diagonals, period = set(), set(), set(), 1
         for part in parts:
@@ -44,15 +47,15 @@ class Lines:
             columns |= part.columns
             diagonals |= part.diagonals
             period = lcm(period, part.period)
-        return Lines(frozenset(rows), frozenset(columns), frozenset(diagonals), period)
+        return Breakpoints(frozenset(rows), frozenset(columns), frozenset(diagonals), period)
 
-    def transposed(self) -> Lines:
+    def transposed(self) -> Breakpoints:
         """The lines after queries and keys changed places."""
-        return Lines(self.columns, self.rows, frozenset(1 - d for d in self.diagonals), self.period)
+        return Breakpoints(self.columns, self.rows, frozenset(1 - d for d in self.diagonals), self.period)
 
-    def shifted(self, rows: int = 0, columns: int = 0) -> Lines:
+    def shifted(self, rows: int = 0, columns: int = 0) -> Breakpoints:
         """The lines after the nodes moved by this much."""
-        return Lines(
+        return Breakpoints(
             frozenset(r + rows for r in self.rows),
             frozenset(c + columns for c in self.columns),
             frozenset(d + columns - rows for d in self.diagonals),
@@ -76,25 +79,26 @@ class Cells(NamedTuple):
     residue: Tensor
 
 
-def cells(graph, n: int, m: int) -> tuple[Cells, int] | None:
+def cells(graph: Graph, n: int, m: int) -> tuple[Cells, int] | None:
     """The cells of a graph at size n × m with their period, or None where lines are no saving."""
-    found = graph.lines(n, m)
+    found = graph._breakpoints(n, m)
     if found is None:
         return None
     columns = sorted({0, m} | {c for c in found.columns if 0 < c < m})
     diagonals = sorted(d for d in found.diagonals if -n < d < m)
     borders = {0, n} | {r for r in found.rows if 0 < r < n}
-    if (len(borders) + len(columns) * len(diagonals)) * (len(columns) + len(diagonals)) * found.period > MOST_CELLS:
+    if (len(borders) + len(columns) * len(diagonals)) * (len(columns) + len(diagonals)) * found.period > MAX_CELLS:
         return None
     # Between two borders no two lines cross, so their order from left to right is one and the same.
     borders |= {c - d for c in columns for d in diagonals if 0 < c - d < n}
     edge = torch.tensor(sorted(borders))
     upright, slanted = torch.tensor(columns), torch.tensor(diagonals, dtype=torch.int64)
-    step = max(1, CELLS_AT_ONCE // ((len(columns) + len(diagonals)) * found.period))
+    step = max(1, CELLS_PER_STEP // ((len(columns) + len(diagonals)) * found.period))
     bands = zip(edge[:-1].split(step), edge[1:].split(step), strict=True)
-    parts = [_members(graph, *_table(*band, upright, slanted, m), found.period) for band in bands]
+    parts = [_members(graph, _table(first, stop, upright, slanted, m), found.period) for first, stop in bands]
     nothing = torch.empty(0, dtype=torch.int64)
-    return Cells(*(torch.cat(column) for column in zip(*parts, strict=True)) if parts else [nothing] * 7), found.period
+    columns = [torch.cat(column) for column in zip(*parts, strict=True)] if parts else [nothing] * 7
+    return Cells(*columns), found.period
 
 
 def _table(first: Tensor, stop: Tensor, upright: Tensor, slanted: Tensor, m: int) -> list[Tensor]:
@@ -111,12 +115,10 @@ def _table(first: Tensor, stop: Tensor, upright: Tensor, slanted: Tensor, m: int
     return [column.expand_as(occupied)[occupied] for column in table]
 
 
-def _members(graph, first, stop, low, low_slope, high, high_slope, period: int) -> Cells:
+def _members(graph: Graph, table: list[Tensor], period: int) -> Cells:
     """Of all cells and residues, those that belong to the graph, decided by one pair of each."""
-    residue = torch.arange(period).repeat(len(first))
-    first, stop, low, low_slope, high, high_slope = (
-        column.repeat_interleave(period) for column in (first, stop, low, low_slope, high, high_slope)
-    )
+    residue = torch.arange(period).repeat(len(table[0]))
+    first, stop, low, low_slope, high, high_slope = (column.repeat_interleave(period) for column in table)
     least = torch.where(low_slope == 1, low - first, low - stop + 1)  # the smallest j - i in the cell
     offset = least + (residue - least) % period
     query = torch.where(low_slope == 1, first, torch.maximum(first, low - offset))
@@ -127,7 +129,7 @@ def _members(graph, first, stop, low, low_slope, high, high_slope, period: int) 
     return Cells(*(column[kept] for column in (first, stop, low, low_slope, high, high_slope, residue)))
 
 
-def count(graph, n: int, m: int) -> int | None:
+def count(graph: Graph, n: int, m: int) -> int | None:
     """The exact number of edges, in Python's integers."""
     found = cells(graph, n, m)
     if found is None:
@@ -154,13 +156,13 @@ def _sum_of_ceilings(x: int, period: int) -> int:
     return period * (whole * (whole + 1) // 2) + rest * (whole + 1)
 
 
-def in_degrees(graph, n: int, m: int) -> Tensor | None:
+def in_degrees(graph: Graph, n: int, m: int) -> Tensor | None:
     """How many keys each query hears: (n,)."""
     found = runs(graph, n, m)
     return found and torch.zeros(n, dtype=torch.int64).index_add_(0, found.query, found.length)
 
 
-def edges(graph, n: int, m: int) -> tuple[Tensor, Tensor] | None:
+def edges(graph: Graph, n: int, m: int) -> tuple[Tensor, Tensor] | None:
     """All edges as (query, key), sorted by query then key."""
     found = runs(graph, n, m)
     if found is None:
@@ -182,7 +184,7 @@ class Runs(NamedTuple):
     period: int
 
 
-def runs(graph, n: int, m: int) -> Runs | None:
+def runs(graph: Graph, n: int, m: int) -> Runs | None:
     """The edges as runs of keys in rows, or None where lines are no saving."""
     found = cells(graph, n, m)
     if found is None:

@@ -1,12 +1,11 @@
-"""Graphs that are given, not computed: a list of edges, or any predicate."""
+"""Graphs that are given as a list of their edges."""
 
 from __future__ import annotations
 
 import hashlib
-import itertools
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from functools import cached_property
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
@@ -14,11 +13,10 @@ from torch import Tensor
 from attngraph.graph.base import Graph, require_ints
 from attngraph.graph.boxes import Boxes, decide
 
-ROWS_AT_ONCE = 1 << 22  # rows of boxes whose edges are counted in one step
-LONGEST_TEXT = 16  # edges; longer lists are named by their hash where the text must be short
+ROWS_PER_STEP = 1 << 22  # rows of boxes whose edges are counted in one step: 32 MiB for each of a few tensors
+MAX_EDGES_WRITTEN = 16  # by `str`; longer lists are named by their digest
 
 
-@dataclass(frozen=True, repr=False, eq=False, init=False)
 class EdgeList(Graph):
     """The edges in a tensor (2, E): row 0 the key (source), row 1 the query (target), as in PyG.
 
@@ -44,13 +42,18 @@ class EdgeList(Graph):
     numbers that are not integers.
     """
 
-    code: Tensor
-    position: Tensor
-    order: Tensor
+    if TYPE_CHECKING:
+        code: Tensor
+        """query · num_keys + key of each edge, ascending: int64 (E,)."""
+        position: Tensor
+        """The edge that each given column became: int64 (given,)."""
+        order: Tensor
+        """The column from which each edge came: int64 (E,)."""
 
-    def __init__(self, edge_index, size: int | tuple[int, int]):
+    def __init__(self, edge_index: Tensor | Sequence[Sequence[int]], size: int | tuple[int, int]):
         given = integer_tensor(edge_index)
-        n, m = size = (size, size) if isinstance(size, int) else tuple(size)
+        n, m = (size, size) if isinstance(size, int) else size
+        size = (n, m)
         require_ints(0, num_queries=n, num_keys=m)
         if n * m >= 1 << 63:
             raise ValueError(
@@ -65,88 +68,98 @@ class EdgeList(Graph):
         code, position = torch.unique(given[1] * m + given[0], return_inverse=True)
         columns = torch.arange(given.shape[1], device=given.device)
         order = torch.zeros_like(code).scatter_reduce_(0, position, columns, "amin", include_self=False)
-        for name, value in {"size": size, "code": code, "position": position, "order": order}.items():
-            object.__setattr__(self, name, value)
+        self._set(size=size, code=code, position=position, order=order)
         self.__post_init__()
 
-    def own_size(self):
+    def _own_size(self):
         return self.size
+
+    @property
+    def _keys(self) -> int:
+        return cast(int, self.size[1])
 
     @property
     def query(self) -> Tensor:
         """The query of each edge, ascending: int64 (E,)."""
-        return self.code // max(self.size[1], 1)
+        return self.code // max(self._keys, 1)
 
     @property
     def key(self) -> Tensor:
         """The key of each edge, ascending for each query: int64 (E,)."""
-        return self.code % max(self.size[1], 1)
+        return self.code % max(self._keys, 1)
 
     def contains(self, q_idx, kv_idx):
         code = self.code.to(q_idx.device)
         if not len(code):
             return (q_idx < 0) & (kv_idx < 0)
-        wanted = q_idx * self.size[1] + kv_idx
+        wanted = q_idx * self._keys + kv_idx
         return code[torch.searchsorted(code, wanted).clamp(max=len(code) - 1)] == wanted
 
-    scattered = True  # what is listed is found by its list
+    def _found_by_listing(self):
+        return True
 
-    def blocks(self, boxes):
+    def _classify_boxes(self, boxes):
         area, inside = (boxes.bottom - boxes.top) * (boxes.right - boxes.left), self._count_inside(boxes)
         return decide(inside == 0, inside == area)
 
     def _count_inside(self, boxes: Boxes) -> Tensor:
         """How many edges each box has: in every row, the edges between two columns lie together."""
         count, high, code = torch.zeros_like(boxes.top), boxes.bottom - boxes.top, self.code.to(boxes.top.device)
-        step = max(1, ROWS_AT_ONCE // int(high.max())) if len(high) else 1
+        step = max(1, ROWS_PER_STEP // int(high.max())) if len(high) else 1
         for some in torch.arange(len(high)).split(step):
             box = some.repeat_interleave(high[some])
             row = torch.arange(len(box)) - (high[some].cumsum(0) - high[some]).repeat_interleave(high[some])
-            first = (boxes.top[box] + row) * self.size[1]
+            first = (boxes.top[box] + row) * self._keys
             left, right = (torch.searchsorted(code, first + side[box]) for side in (boxes.left, boxes.right))
             count.index_add_(0, box, right - left)
         return count
 
-    def edges(self, n, m):
+    def _edges(self, n, m):
         here = torch.get_default_device()
         return self.query.to(here), self.key.to(here)
 
-    def edges_of(self, start, stop, n, m):
+    def _edges_of_rows(self, start, stop, n, m):
         low, high = torch.searchsorted(self.code, self.code.new_tensor([start * m, stop * m])).tolist()
         code = self.code[low:high].to(torch.get_default_device()) - start * m
         return code // max(m, 1), code % max(m, 1)
 
-    def count(self, n, m):
+    def _count(self, n, m):
         return len(self.code)
 
     @cached_property
     def digest(self) -> str:
-        """A hash of the edges and the size, the same on every device; graphs are equal where it is."""
+        """A hash of the edges and the size, the same on every device."""
         sums = (int(_mixed(self.code, seed).sum()) for seed in (1, 2))  # of a set: in any order
         return hashlib.sha256(str((self.size, len(self.code), *sums)).encode()).hexdigest()[:32]
 
-    def write(self, inner):
-        if inner is not repr and len(self.code) > LONGEST_TEXT:
-            return f"EdgeList(<{len(self.code)} edges, {self.digest}>, size={self.size})"
+    def _write(self, inner: Callable[[Graph], str]) -> str:
         return f"EdgeList({[self.key.tolist(), self.query.tolist()]}, size={self.size})"
 
+    def _write_key(self) -> str:
+        return str(self)
+
     def __str__(self) -> str:
-        return self.text
+        if len(self.code) <= MAX_EDGES_WRITTEN:
+            return repr(self)
+        return f"EdgeList(<{len(self.code)} edges, {self.digest}>, size={self.size})"
 
-    def __eq__(self, other):
-        return self.digest == other.digest if isinstance(other, EdgeList) else NotImplemented
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, EdgeList):
+            return NotImplemented
+        if self is other:
+            return True
+        return self.digest == other.digest and torch.equal(self.code, other.code.to(self.code.device))
 
-    def __hash__(self):
+    def __hash__(self) -> int:
         return hash(self.digest)
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple:
         return _restored, (self.size, self.code, self.position, self.order)
 
 
-def _restored(*parts) -> EdgeList:
+def _restored(size: tuple[int, int], code: Tensor, position: Tensor, order: Tensor) -> EdgeList:
     graph = object.__new__(EdgeList)
-    for name, value in zip(("size", "code", "position", "order"), parts, strict=True):
-        object.__setattr__(graph, name, value)
+    graph._set(size=size, code=code, position=position, order=order)
     graph.__post_init__()
     return graph
 
@@ -166,7 +179,7 @@ def _mixed(code: Tensor, seed: int) -> Tensor:
     return code
 
 
-def integer_tensor(edge_index) -> Tensor:
+def integer_tensor(edge_index: Tensor | Sequence[Sequence[int]]) -> Tensor:
     """(2, E) int64."""
     try:
         given = torch.as_tensor(edge_index)
@@ -181,27 +194,3 @@ def integer_tensor(edge_index) -> Tensor:
             f"edge_index must have shape (2, E) (got {tuple(given.shape)}); a (N, N) mask: from_dense(mask)"
         )
     return given.detach().to(torch.int64)
-
-
-@dataclass(frozen=True, repr=False)
-class Predicate(Graph):
-    """The pairs for which a function says so; see `attngraph.from_function`. Every pair is looked at."""
-
-    function: Callable[[Tensor, Tensor], Tensor]
-
-    def check(self):
-        if not callable(self.function):
-            raise TypeError(f"from_function takes a function of (q_idx, kv_idx) (got {self.function!r})")
-
-    def contains(self, q_idx, kv_idx):
-        return self.function(q_idx, kv_idx)
-
-    def __post_init__(self):
-        object.__setattr__(self, "number", next(_NUMBERS))
-        super().__post_init__()
-
-    def write(self, inner):
-        return f"from_function(<{getattr(self.function, '__qualname__', 'function')}, the {self.number}th>)"
-
-
-_NUMBERS = itertools.count(1)  # tells one function from a later one at the same address

@@ -2,32 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from math import prod
 
 import torch
 from torch import Tensor
 
-from attngraph.graph.base import Graph, merge_edges, require_ints
+from attngraph.graph.base import Graph, list_edges, merge_edges, require_ints
 from attngraph.graph.patterns import Chunks, Full, Identity, Window, integers
 
 
-@dataclass(frozen=True, repr=False)
 class _Grid(Graph):
     """Nodes on a grid, numbered row by row; connectivity that is decided axis by axis."""
 
-    shape: tuple[int, ...]
+    shape: Sequence[int]
 
-    def check(self):
+    def _check(self):
         if isinstance(self.shape, int):
             object.__setattr__(self, "shape", (self.shape,))
         integers(self, "shape", at_least=1)
         if not self.shape:
             raise ValueError("shape must have at least one axis (got none)")
 
-    def own_size(self):
-        return (prod(self.shape),) * 2
+    def _own_size(self):
+        nodes = prod(self.shape)
+        return nodes, nodes
 
     @property
     def products(self) -> tuple[tuple[Graph, ...], ...]:
@@ -49,37 +48,38 @@ class _Grid(Graph):
         ]
         return torch.stack(joined).any(0)
 
-    def blocks(self, boxes):
+    def _classify_boxes(self, boxes):
         inner, found = 1, [[] for _ in self.products]
         for axis in reversed(range(len(self.shape))):
             at = boxes.along(inner, self.shape[axis])
             for kinds, axes in zip(found, self.products, strict=True):
-                kinds.append(axes[axis].blocks(at))
+                kinds.append(axes[axis]._classify_boxes(at))
             inner *= self.shape[axis]
         return torch.stack([torch.stack(kinds).amin(0) for kinds in found]).amax(0)
 
-    def pattern(self, boxes):
+    def _box_pattern(self, boxes):
         # All axes but the first repeat, and along the first the axis' own graph tells.
         inner = prod(self.shape[1:])
         first = boxes.along(inner, self.shape[0])
-        own = [number for axes in self.products for number in axes[0].pattern(first)]
+        own = [number for axes in self.products for number in axes[0]._box_pattern(first)]
         return [boxes.top % inner, boxes.left % inner, *own]
 
-    def edges(self, n, m):
+    def _edges(self, n, m):
         return merge_edges([self._product_edges(axes) for axes in self.products], m)
 
     def _product_edges(self, axes: tuple[Graph, ...]) -> tuple[Tensor, Tensor]:
         query = key = torch.zeros(1, dtype=torch.int64)
         for axis, length in zip(axes, self.shape, strict=True):
-            q_axis, k_axis = axis.list_edges(length, length)
+            q_axis, k_axis = list_edges(axis, length, length)
             query = (query[:, None] * length + q_axis).flatten()
             key = (key[:, None] * length + k_axis).flatten()
         return query, key
 
-    def count(self, n, m):
+    def _count(self, n, m):
         if len(self.products) > 1:
-            return super().count(n, m)
-        return prod(axis.num_edges(length, length) for axis, length in zip(self.products[0], self.shape, strict=True))
+            return super()._count(n, m)
+        (axes,) = self.products
+        return prod(axis.num_edges(length, length) for axis, length in zip(axes, self.shape, strict=True))
 
     def _each_axis(self, name: str, at_least: int) -> None:
         """A field with one number for all axes, or one for each."""
@@ -96,7 +96,6 @@ class _Grid(Graph):
         return value if isinstance(value, tuple) else (value,) * len(self.shape)
 
 
-@dataclass(frozen=True, repr=False)
 class Neighborhood(_Grid):
     """On a 1-, 2- or 3-D grid, each node hears those at most `radius` steps away on every axis.
 
@@ -114,8 +113,8 @@ class Neighborhood(_Grid):
     radius: int | tuple[int, ...]
     dilation: int | tuple[int, ...] = 1
 
-    def check(self):
-        super().check()
+    def _check(self):
+        super()._check()
         self._each_axis("radius", at_least=0)
         self._each_axis("dilation", at_least=1)
 
@@ -126,7 +125,6 @@ class Neighborhood(_Grid):
         )
 
 
-@dataclass(frozen=True, repr=False)
 class Axial(_Grid):
     """On a grid, each node hears those on its own lines: all but one coordinate are the same (Ho et al. 2019).
 
@@ -142,11 +140,10 @@ class Axial(_Grid):
         axes = range(len(self.shape))
         return tuple(tuple(Full() if axis == free else Identity() for axis in axes) for free in axes)
 
-    def count(self, n, m):
+    def _count(self, n, m):
         return n * (sum(self.shape) - len(self.shape) + 1)
 
 
-@dataclass(frozen=True, repr=False)
 class ShiftedWindows(_Grid):
     """On a grid, the windows of a tiling hear each other, its borders moved by `shift` (Swin, Liu et al. 2021).
 
@@ -162,8 +159,8 @@ class ShiftedWindows(_Grid):
     window: int | tuple[int, ...]
     shift: int | tuple[int, ...] = 0
 
-    def check(self):
-        super().check()
+    def _check(self):
+        super()._check()
         self._each_axis("window", at_least=1)
         self._each_axis("shift", at_least=0)
 

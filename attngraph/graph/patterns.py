@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import cached_property
 from itertools import accumulate
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from attngraph.graph.base import Graph, merge_edges, require_ints
 from attngraph.graph.boxes import EMPTY, FULL, between_diagonals, decide, one_class, require_memory, same_group
-from attngraph.graph.counting import Lines
+from attngraph.graph.counting import Breakpoints
 
 MOST_BORDERS = 1 << 12  # chunks beyond which their borders are no short list
 
 # ----------------------------------------------------------------------------------------- any number of nodes
 
 
-@dataclass(frozen=True, repr=False)
 class Full(Graph):
     """Everyone hears everyone: BERT, the encoder, ViT.
 
@@ -31,17 +31,16 @@ class Full(Graph):
     def contains(self, q_idx, kv_idx):
         return (q_idx >= 0) & (kv_idx >= 0)
 
-    def blocks(self, boxes):
+    def _classify_boxes(self, boxes):
         return one_class(boxes, FULL)
 
-    def pattern(self, boxes):
+    def _box_pattern(self, boxes):
         return []
 
-    def lines(self, n, m):
-        return Lines()
+    def _breakpoints(self, n, m):
+        return Breakpoints()
 
 
-@dataclass(frozen=True, repr=False)
 class Empty(Graph):
     """Nobody hears anybody.
 
@@ -52,17 +51,16 @@ class Empty(Graph):
     def contains(self, q_idx, kv_idx):
         return (q_idx < 0) & (kv_idx < 0)
 
-    def blocks(self, boxes):
+    def _classify_boxes(self, boxes):
         return one_class(boxes, EMPTY)
 
-    def pattern(self, boxes):
+    def _box_pattern(self, boxes):
         return []
 
-    def lines(self, n, m):
-        return Lines()
+    def _breakpoints(self, n, m):
+        return Breakpoints()
 
 
-@dataclass(frozen=True, repr=False)
 class Identity(Graph):
     """Everyone hears itself alone.
 
@@ -74,17 +72,16 @@ class Identity(Graph):
     def contains(self, q_idx, kv_idx):
         return q_idx == kv_idx
 
-    def blocks(self, boxes):
+    def _classify_boxes(self, boxes):
         return between_diagonals(boxes, 0, 0)
 
-    def pattern(self, boxes):
+    def _box_pattern(self, boxes):
         return [boxes.left - boxes.top]
 
-    def lines(self, n, m):
-        return Lines(diagonals=frozenset({0, 1}))
+    def _breakpoints(self, n, m):
+        return Breakpoints(diagonals=frozenset({0, 1}))
 
 
-@dataclass(frozen=True, repr=False)
 class Causal(Graph):
     """Query i hears the keys j ≤ i + offset: GPT. An offset of -1 leaves out the node itself.
 
@@ -96,23 +93,22 @@ class Causal(Graph):
 
     offset: int = 0
 
-    def check(self):
+    def _check(self):
         require_ints(None, offset=self.offset)
 
     def contains(self, q_idx, kv_idx):
         return kv_idx <= q_idx + self.offset
 
-    def blocks(self, boxes):
+    def _classify_boxes(self, boxes):
         return between_diagonals(boxes, None, self.offset)
 
-    def pattern(self, boxes):
+    def _box_pattern(self, boxes):
         return [boxes.left - boxes.top]
 
-    def lines(self, n, m):
-        return Lines(diagonals=frozenset({self.offset + 1}))
+    def _breakpoints(self, n, m):
+        return Breakpoints(diagonals=frozenset({self.offset + 1}))
 
 
-@dataclass(frozen=True, repr=False)
 class Window(Graph):
     """Query i hears the keys i - left … i + right, inclusive, as in FlashAttention.
 
@@ -128,7 +124,7 @@ class Window(Graph):
     right: int
     dilation: int = 1
 
-    def check(self):
+    def _check(self):
         require_ints(0, left=self.left, right=self.right)
         require_ints(1, dilation=self.dilation)
 
@@ -137,18 +133,17 @@ class Window(Graph):
         near = (ahead >= -self.left * self.dilation) & (ahead <= self.right * self.dilation)
         return near if self.dilation == 1 else near & (ahead % self.dilation == 0)
 
-    def blocks(self, boxes):
+    def _classify_boxes(self, boxes):
         return between_diagonals(boxes, -self.left * self.dilation, self.right * self.dilation, self.dilation)
 
-    def pattern(self, boxes):
+    def _box_pattern(self, boxes):
         return [boxes.left - boxes.top]
 
-    def lines(self, n, m):
+    def _breakpoints(self, n, m):
         ends = frozenset({-self.left * self.dilation, self.right * self.dilation + 1})
-        return Lines(diagonals=ends, period=self.dilation)
+        return Breakpoints(diagonals=ends, period=self.dilation)
 
 
-@dataclass(frozen=True, repr=False)
 class Prefix(Graph):
     """Everyone hears the first `length` keys: attention sinks; with Causal, the prefix-LM.
 
@@ -159,23 +154,22 @@ class Prefix(Graph):
 
     length: int
 
-    def check(self):
+    def _check(self):
         require_ints(0, length=self.length)
 
     def contains(self, q_idx, kv_idx):
         return (q_idx >= 0) & (kv_idx < self.length)
 
-    def blocks(self, boxes):
+    def _classify_boxes(self, boxes):
         return decide(boxes.left >= self.length, boxes.right <= self.length)
 
-    def pattern(self, boxes):
+    def _box_pattern(self, boxes):
         return [boxes.left]
 
-    def lines(self, n, m):
-        return Lines(columns=frozenset({self.length}))
+    def _breakpoints(self, n, m):
+        return Breakpoints(columns=frozenset({self.length}))
 
 
-@dataclass(frozen=True, repr=False)
 class Global(Graph):
     """These nodes hear all and are heard by all (Longformer, Beltagy et al. 2020).
 
@@ -185,9 +179,9 @@ class Global(Graph):
             [0, 1, 0]], dtype=torch.int32)
     """
 
-    nodes: tuple[int, ...]
+    nodes: Sequence[int]
 
-    def check(self):
+    def _check(self):
         integers(self, "nodes", at_least=0)
         object.__setattr__(self, "nodes", tuple(sorted(set(self.nodes))))
 
@@ -195,34 +189,34 @@ class Global(Graph):
         nodes = torch.tensor(self.nodes, dtype=torch.int64, device=q_idx.device)
         return (q_idx[..., None] == nodes).any(-1) | (kv_idx[..., None] == nodes).any(-1)
 
-    def blocks(self, boxes):
+    def _classify_boxes(self, boxes):
         nodes = torch.tensor(self.nodes, dtype=torch.int64)
         top, bottom, left, right = (torch.searchsorted(nodes, side) for side in boxes)
         rows, columns = bottom - top, right - left  # how many of the nodes the box has on each side
         full = (rows == boxes.bottom - boxes.top) | (columns == boxes.right - boxes.left)
         return decide((rows == 0) & (columns == 0), full)
 
-    def pattern(self, boxes):
+    def _box_pattern(self, boxes):
         nodes = torch.tensor(self.nodes, dtype=torch.int64)
         top, bottom, left, right = (torch.searchsorted(nodes, side) for side in boxes)
         return [torch.where(bottom > top, boxes.top, -1), torch.where(right > left, boxes.left, -1)]
 
-    def lines(self, n, m):
+    def _breakpoints(self, n, m):
         ends = frozenset(end for node in self.nodes for end in (node, node + 1))
-        return Lines(rows=ends, columns=ends)
+        return Breakpoints(rows=ends, columns=ends)
 
-    def edges(self, n, m):
+    def _edges(self, n, m):
         rows, columns = ([node for node in self.nodes if node < side] for side in (n, m))
-        hearing = torch.cartesian_prod(torch.tensor(rows, dtype=torch.int64), torch.arange(m)).reshape(-1, 2)
-        heard = torch.cartesian_prod(torch.arange(n), torch.tensor(columns, dtype=torch.int64)).reshape(-1, 2)
-        return merge_edges([hearing.unbind(1), heard.unbind(1)], m)
+        global_queries, global_keys = (torch.tensor(side, dtype=torch.int64) for side in (rows, columns))
+        of_global_queries = global_queries.repeat_interleave(m), torch.arange(m).repeat(len(rows))
+        of_global_keys = torch.arange(n).repeat_interleave(len(columns)), global_keys.repeat(n)
+        return merge_edges([of_global_queries, of_global_keys], m)
 
-    def count(self, n, m):
+    def _count(self, n, m):
         rows, columns = (sum(node < side for node in self.nodes) for side in (n, m))
         return rows * m + columns * n - rows * columns
 
 
-@dataclass(frozen=True, repr=False)
 class Strided(Graph):
     """Query i hears each key whose distance is a multiple of the stride (Sparse Transformer, Child et al. 2019).
 
@@ -233,29 +227,28 @@ class Strided(Graph):
 
     stride: int
 
-    def check(self):
+    def _check(self):
         require_ints(1, stride=self.stride)
 
     def contains(self, q_idx, kv_idx):
         return (kv_idx - q_idx) % self.stride == 0
 
-    def blocks(self, boxes):
+    def _classify_boxes(self, boxes):
         return between_diagonals(boxes, None, None, self.stride)
 
-    def pattern(self, boxes):
+    def _box_pattern(self, boxes):
         return [(boxes.left - boxes.top) % self.stride]
 
-    def lines(self, n, m):
-        return Lines(period=self.stride)
+    def _breakpoints(self, n, m):
+        return Breakpoints(period=self.stride)
 
-    def edges(self, n, m):
+    def _edges(self, n, m):
         ahead = torch.arange(-((n - 1) // self.stride), (m - 1) // self.stride + 1) * self.stride
         query, ahead = torch.cartesian_prod(torch.arange(n), ahead).reshape(-1, 2).unbind(1)
         kept = (query + ahead >= 0) & (query + ahead < m)
         return query[kept], (query + ahead)[kept]
 
 
-@dataclass(frozen=True, repr=False)
 class Chunks(Graph):
     """Consecutive groups of `chunk` nodes hear each other; with an offset, the borders lie at offset + multiples.
 
@@ -268,34 +261,34 @@ class Chunks(Graph):
     chunk: int
     offset: int = 0
 
-    def check(self):
+    def _check(self):
         require_ints(1, chunk=self.chunk)
         require_ints(None, offset=self.offset)
 
     def contains(self, q_idx, kv_idx):
         return (q_idx - self.offset) // self.chunk == (kv_idx - self.offset) // self.chunk
 
-    def blocks(self, boxes):
+    def _classify_boxes(self, boxes):
         nodes = (boxes.top, boxes.bottom - 1, boxes.left, boxes.right - 1)
         return same_group(*((node - self.offset) // self.chunk for node in nodes))
 
-    def pattern(self, boxes):
+    def _box_pattern(self, boxes):
         return [boxes.left - boxes.top, (boxes.top - self.offset) % self.chunk]
 
-    def lines(self, n, m):
+    def _breakpoints(self, n, m):
         first = self.offset % self.chunk
         if max(n, m) // self.chunk > MOST_BORDERS:
             return None
         borders = frozenset(range(first, max(n, m), self.chunk))
-        return Lines(rows=borders, columns=borders)
+        return Breakpoints(rows=borders, columns=borders)
 
-    def edges(self, n, m):
+    def _edges(self, n, m):
         query, step = torch.cartesian_prod(torch.arange(n), torch.arange(self.chunk)).reshape(-1, 2).unbind(1)
         key = (query - self.offset) // self.chunk * self.chunk + self.offset + step
         kept = (key >= 0) & (key < m)
         return query[kept], key[kept]
 
-    def count(self, n, m):
+    def _count(self, n, m):
         both, first = min(n, m), self.offset % self.chunk
         if both <= first:
             return min(n, first) * min(m, first)
@@ -305,7 +298,6 @@ class Chunks(Graph):
         return first * first + whole * self.chunk**2 + rest_n * rest_m
 
 
-@dataclass(frozen=True, repr=False)
 class Random(Graph):
     """Every query hears `degree` different keys, picked at random: the same on every device and in every run.
 
@@ -320,21 +312,21 @@ class Random(Graph):
     seed: int = 0
     num_keys: int | None = None
 
-    def check(self):
+    def _check(self):
         require_ints(0, degree=self.degree)
         require_ints(None, seed=self.seed)
         if self.num_keys is not None:
             require_ints(0, num_keys=self.num_keys)
 
-    def own_size(self):
+    def _own_size(self):
         return (None, self.num_keys)
 
-    def bind(self, n, m):
+    def _bind(self, n, m):
         return replace(self, num_keys=m) if m is not None else self
 
     def contains(self, q_idx, kv_idx):
         if self.num_keys is None:
-            raise ValueError(f"{self.text} needs its number of keys: graph.sized(num_queries, num_keys)")
+            raise ValueError(f"{self} needs its number of keys: graph.sized(num_queries, num_keys)")
         if self.num_keys <= self.degree or not self.degree:
             return (q_idx >= 0) & (kv_idx >= (0 if self.degree else self.num_keys))
         stretch = ((kv_idx + 1) * self.degree - 1) // self.num_keys
@@ -342,22 +334,24 @@ class Random(Graph):
 
     def _drawn(self, query: Tensor, stretch: Tensor) -> Tensor:
         """The key that a query hears in a stretch of the keys."""
-        start, stop = stretch * self.num_keys // self.degree, (stretch + 1) * self.num_keys // self.degree
+        keys = cast(int, self.num_keys)
+        start, stop = stretch * keys // self.degree, (stretch + 1) * keys // self.degree
         return start + _hash(_hash(query, self.seed) + stretch, 0) % (stop - start).clamp(min=1)
 
-    scattered = True
+    def _found_by_listing(self):
+        return True
 
-    def edges(self, n, m):
-        return self.edges_of(0, n, n, m)
+    def _edges(self, n, m):
+        return self._edges_of_rows(0, n, n, m)
 
-    def edges_of(self, start, stop, n, m):
+    def _edges_of_rows(self, start, stop, n, m):
         nodes, degree = stop - start, min(self.degree, m)
-        require_memory(nodes * degree * 100, f"to list the {nodes * degree:,} edges of {self.text}")
+        require_memory(nodes * degree * 100, f"to list the {nodes * degree:,} edges of {self}")
         query = torch.arange(nodes).repeat_interleave(degree)
         stretch = torch.arange(degree).repeat(nodes)
         return query, stretch if m <= self.degree else self._drawn(query + start, stretch)
 
-    def count(self, n, m):
+    def _count(self, n, m):
         return n * min(self.degree, m)
 
 
@@ -372,7 +366,6 @@ def _hash(x: Tensor, seed: int) -> Tensor:
 # ------------------------------------------------------------------------------------- a given number of nodes
 
 
-@dataclass(frozen=True, repr=False)
 class Documents(Graph):
     """Consecutive documents of these lengths, each hearing itself: packing that cannot leak.
 
@@ -382,13 +375,14 @@ class Documents(Graph):
             [0, 1, 1]], dtype=torch.int32)
     """
 
-    lengths: tuple[int, ...]
+    lengths: Sequence[int]
 
-    def check(self):
+    def _check(self):
         integers(self, "lengths", at_least=0)
 
-    def own_size(self):
-        return (sum(self.lengths),) * 2
+    def _own_size(self):
+        nodes = sum(self.lengths)
+        return nodes, nodes
 
     @cached_property
     def starts(self) -> Tensor:
@@ -401,16 +395,16 @@ class Documents(Graph):
     def contains(self, q_idx, kv_idx):
         return self._document(q_idx) == self._document(kv_idx)
 
-    def blocks(self, boxes):
+    def _classify_boxes(self, boxes):
         return same_group(
             *(self._document(node) for node in (boxes.top, boxes.bottom - 1, boxes.left, boxes.right - 1))
         )
 
-    def lines(self, n, m):
+    def _breakpoints(self, n, m):
         borders = frozenset(self.starts.tolist())
-        return Lines(rows=borders, columns=borders)
+        return Breakpoints(rows=borders, columns=borders)
 
-    def edges(self, n, m):
+    def _edges(self, n, m):
         lengths = torch.tensor(self.lengths, dtype=torch.int64)
         start, length = (column.repeat_interleave(lengths) for column in (self.starts[:-1].to(lengths.device), lengths))
         query = torch.arange(n).repeat_interleave(length)
@@ -418,11 +412,10 @@ class Documents(Graph):
         step = torch.arange(len(query)) - first.repeat_interleave(length)
         return query, start.repeat_interleave(length) + step
 
-    def count(self, n, m):
+    def _count(self, n, m):
         return sum(length**2 for length in self.lengths)
 
 
-@dataclass(frozen=True, repr=False)
 class Tree(Graph):
     """Each node hears its ancestors and itself; `parents[i]` is the parent of node i, -1 for a root.
 
@@ -433,9 +426,9 @@ class Tree(Graph):
             [1, 1, 0, 1]], dtype=torch.int32)
     """
 
-    parents: tuple[int, ...]
+    parents: Sequence[int]
 
-    def check(self):
+    def _check(self):
         integers(self, "parents", at_least=-1)
         for node, parent in enumerate(self.parents):
             if parent >= len(self.parents):
@@ -444,8 +437,8 @@ class Tree(Graph):
                 )
         self.interval  # noqa: B018  finds cycles
 
-    def own_size(self):
-        return (len(self.parents),) * 2
+    def _own_size(self):
+        return len(self.parents), len(self.parents)
 
     @cached_property
     def interval(self) -> Tensor:
@@ -476,7 +469,7 @@ class Tree(Graph):
         enter, leave = self.interval.to(q_idx.device)
         return (enter[kv_idx] <= enter[q_idx]) & (enter[q_idx] < leave[kv_idx])
 
-    def edges(self, n, m):
+    def _edges(self, n, m):
         parents = torch.tensor(self.parents, dtype=torch.int64)
         query = key = torch.arange(n)
         found = []

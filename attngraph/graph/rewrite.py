@@ -1,20 +1,18 @@
-"""The same graph, said more simply: rewrites that keep every edge, and the split into what is banded and what is not.
+"""The same graph, said more simply: rewrites that keep every edge; and the split into boxes and listed edges.
 
-A rule is one line: a kind of expression, and what it is equal to, or None where the rule does not apply. Nothing here
-depends on a size.
+A rule is one `case`: a kind of expression, and what it is equal to. Nothing here depends on a size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import reduce
-from operator import or_
+from operator import and_, or_
 
 from attngraph.graph.algebra import (
     Complement,
     Difference,
     Intersection,
-    Rows,
+    QuerySlice,
     Sized,
     SymmetricDifference,
     Transpose,
@@ -25,81 +23,117 @@ from attngraph.graph.base import Graph
 from attngraph.graph.compose import Beside, Disjoint
 from attngraph.graph.patterns import Causal, Chunks, Empty, Full, Global, Identity, Prefix, Random, Strided, Window
 
-NOTHING, ALL = Empty(), Full()
-
-# Of one graph.
-RULES: list[tuple[type[Graph], Callable[[Graph], Graph | None]]] = [
-    (Complement, lambda g: g.graph.graph if type(g.graph) is Complement else None),
-    (Complement, lambda g: NOTHING if g.graph == ALL else None),
-    (Complement, lambda g: ALL if g.graph == NOTHING else None),
-    (Complement, lambda g: reduce(Graph.__and__, map(Complement, g.graph.graphs)) if type(g.graph) is Union else None),
-    (Complement, lambda g: reduce(or_, map(Complement, g.graph.graphs)) if type(g.graph) is Intersection else None),
-    (Transpose, lambda g: g.graph.graph if type(g.graph) is Transpose else None),
-    (Transpose, lambda g: g.graph if g.graph in (ALL, NOTHING, Identity()) else None),
-    (Transpose, lambda g: g.graph if type(g.graph) in (Global, Strided, Chunks) else None),
-    (Transpose, lambda g: Window(g.graph.right, g.graph.left, g.graph.dilation) if type(g.graph) is Window else None),
-    (Transpose, lambda g: ~Causal(-1 - g.graph.offset) if type(g.graph) is Causal else None),
-    (Transpose, lambda g: ~g.graph.graph.T if type(g.graph) is Complement else None),
-    (Transpose, lambda g: type(g.graph)(tuple(map(Transpose, g.graph.graphs))) if type(g.graph) in POINTWISE else None),
-    (Window, lambda g: Identity() if (g.left, g.right) == (0, 0) else None),
-    (Prefix, lambda g: NOTHING if g.length == 0 else None),
-    (Global, lambda g: NOTHING if not g.nodes else None),
-    (Random, lambda g: NOTHING if g.degree == 0 else None),
-    (Strided, lambda g: ALL if g.stride == 1 else None),
-    (Chunks, lambda g: Identity() if g.chunk == 1 else None),
-    (Difference, lambda g: NOTHING if g.graphs[0] == g.graphs[1] else None),
-    (Difference, lambda g: g.graphs[0] if g.graphs[1] == NOTHING else None),
-    (Difference, lambda g: NOTHING if g.graphs[0] == NOTHING or g.graphs[1] == ALL else None),
-    (Difference, lambda g: ~g.graphs[1] if g.graphs[0] == ALL else None),
-    (Difference, lambda g: g.graphs[0] & g.graphs[1].graph if type(g.graphs[1]) is Complement else None),
-    (SymmetricDifference, lambda g: NOTHING if g.graphs[0] == g.graphs[1] else None),
-    (SymmetricDifference, lambda g: _other(g.graphs, NOTHING)),
-    (SymmetricDifference, lambda g: ~other if (other := _other(g.graphs, ALL)) is not None else None),
-    (Rows, lambda g: g.graph if g.graph in (ALL, NOTHING) else None),
-    (Rows, lambda g: Rows(g.graph.graph, g.graph.start + g.start, g.graph.start + g.stop)
-        if type(g.graph) is Rows else None),
-    (Rows, lambda g: Causal(g.graph.offset + g.start) if type(g.graph) is Causal else None),
-    (Rows, lambda g: g.graph if type(g.graph) is Prefix else None),
-    (WithGlobalNodes, lambda g: g.graph if g.num_global == 0 else None),
-    (WithGlobalNodes, lambda g: ALL if g.graph == ALL else None),
-    (Sized, lambda g: g.graph.graph.sized(*g.size) if type(g.graph) is Sized else None),
-    (Disjoint, lambda g: g.graphs[0] if len(g.graphs) == 1 else None),
-]  # fmt: skip
-
-# Of two operands of | or of &, in either order.
-PAIRS: list[tuple[type[Graph], Callable[[Graph, Graph], Graph | None]]] = [
-    (Union, lambda a, b: a if a == b or b == NOTHING else None),
-    (Union, lambda a, b: ALL if a == ALL or (type(a) is Complement and a.graph == b) else None),
-    (Union, lambda a, b: Causal(max(a.offset, b.offset)) if type(a) is type(b) is Causal else None),
-    (Union, lambda a, b: Prefix(max(a.length, b.length)) if type(a) is type(b) is Prefix else None),
-    (Union, lambda a, b: a if _is_window(a) and _is_window(b) and _inside(b, a) else None),
-    (Union, lambda a, b: b if type(a) is Intersection and b in a.graphs else None),
-    (Intersection, lambda a, b: a if a == b or b == ALL else None),
-    (Intersection, lambda a, b: NOTHING if a == NOTHING else None),
-    (Intersection, lambda a, b: a - b.graph if type(b) is Complement and type(a) is not Complement else None),
-    (Intersection, lambda a, b: Causal(min(a.offset, b.offset)) if type(a) is type(b) is Causal else None),
-    (Intersection, lambda a, b: Prefix(min(a.length, b.length)) if type(a) is type(b) is Prefix else None),
-    (Intersection, lambda a, b: Window(min(a.left, b.left), min(a.right, b.right))
-        if _is_window(a) and _is_window(b) else None),
-    (Intersection, lambda a, b: Window(b.left, min(b.right, a.offset))
-        if type(a) is Causal and a.offset >= 0 and _is_window(b) else None),
-    (Intersection, lambda a, b: b if type(a) is Union and b in a.graphs else None),
-]  # fmt: skip
-
-POINTWISE = (Union, Intersection, Difference, SymmetricDifference)
+EMPTY, FULL = Empty(), Full()
 
 
-def _is_window(graph: Graph) -> bool:
-    return type(graph) is Window and graph.dilation == 1
+def _rewritten(graph: Graph) -> Graph | None:
+    """A simpler form of one graph, or None."""
+    match graph:
+        case Complement(Complement(a)):  # ~~a -> a
+            return a
+        case Complement(Full()):  # ~Full() -> Empty()
+            return EMPTY
+        case Complement(Empty()):  # ~Empty() -> Full()
+            return FULL
+        case Complement(Union(graphs)):  # ~(a | b) -> ~a & ~b
+            return reduce(and_, [~part for part in graphs])
+        case Complement(Intersection(graphs)):  # ~(a & b) -> ~a | ~b
+            return reduce(or_, [~part for part in graphs])
+        case Transpose(Transpose(a)):  # a.T.T -> a
+            return a
+        case Transpose(Full() | Empty() | Identity() | Global() | Strided() | Chunks() as a):  # a.T -> a, if symmetric
+            return a
+        case Transpose(Window(left, right, dilation)):  # Window(l, r).T -> Window(r, l)
+            return Window(right, left, dilation)
+        case Transpose(Causal(offset)):  # Causal(o).T -> ~Causal(-1 - o)
+            return ~Causal(-1 - offset)
+        case Transpose(Complement(a)):  # (~a).T -> ~(a.T)
+            return ~a.T
+        case Transpose((Union() | Intersection() | Difference() | SymmetricDifference()) as a):
+            return a._map(Transpose)  # (a op b).T -> a.T op b.T
+        case Window(0, 0):  # Window(0, 0) -> Identity()
+            return Identity()
+        case Prefix(0) | Global(()) | Random(0):  # -> Empty()
+            return EMPTY
+        case Strided(1):  # Strided(1) -> Full()
+            return FULL
+        case Chunks(1):  # Chunks(1) -> Identity()
+            return Identity()
+        case Difference((a, b)) if a == b:  # a - a -> Empty()
+            return EMPTY
+        case Difference((a, Empty())):  # a - Empty() -> a
+            return a
+        case Difference((Empty(), _) | (_, Full())):  # Empty() - b, a - Full() -> Empty()
+            return EMPTY
+        case Difference((Full(), b)):  # Full() - b -> ~b
+            return ~b
+        case Difference((a, Complement(b))):  # a - ~b -> a & b
+            return a & b
+        case SymmetricDifference((a, b)) if a == b:  # a ^ a -> Empty()
+            return EMPTY
+        case SymmetricDifference((Empty(), a) | (a, Empty())):  # a ^ Empty() -> a
+            return a
+        case SymmetricDifference((Full(), a) | (a, Full())):  # a ^ Full() -> ~a
+            return ~a
+        case QuerySlice((Full() | Empty() | Prefix()) as a):  # a.rows(i, j) -> a, if all queries are alike
+            return a
+        case QuerySlice(QuerySlice(a, start, _), more, stop):  # a.rows(i, j).rows(k, l) -> a.rows(i + k, i + l)
+            return QuerySlice(a, start + more, start + stop)
+        case QuerySlice(Causal(offset), start, _):  # Causal(o).rows(i, j) -> Causal(o + i)
+            return Causal(offset + start)
+        case WithGlobalNodes(a, 0) | WithGlobalNodes(Full() as a):  # no global nodes, or all pairs as it is -> a
+            return a
+        case Sized(Sized(a)):  # a.sized(…).sized(n, m) -> a.sized(n, m)
+            return a.sized(*graph.size)
+        case Disjoint((a,)):  # Disjoint([a]) -> a
+            return a
+    return None
 
 
-def _inside(a: Window, b: Window) -> bool:
-    return a.left <= b.left and a.right <= b.right
+def _rewritten_union(a: Graph, b: Graph) -> Graph | None:
+    """A simpler form of ``a | b``, or None; it is asked in either order."""
+    if a == b:  # a | a -> a
+        return a
+    match a, b:
+        case _, Empty():  # a | Empty() -> a
+            return a
+        case Full(), _:  # Full() | b -> Full()
+            return FULL
+        case Complement(inner), _ if inner == b:  # ~b | b -> Full()
+            return FULL
+        case Causal(one), Causal(other):  # Causal(i) | Causal(j) -> Causal(max(i, j))
+            return Causal(max(one, other))
+        case Prefix(one), Prefix(other):  # Prefix(i) | Prefix(j) -> Prefix(max(i, j))
+            return Prefix(max(one, other))
+        case Window(l, r, 1), Window(k, s, 1) if k <= l and s <= r:  # of two windows, the one that holds the other
+            return a
+        case Intersection(graphs), _ if b in graphs:  # (b & c) | b -> b
+            return b
+    return None
 
 
-def _other(pair: tuple[Graph, ...], one: Graph) -> Graph | None:
-    """Of two graphs, the one beside this one."""
-    return pair[1] if pair[0] == one else pair[0] if pair[1] == one else None
+def _rewritten_intersection(a: Graph, b: Graph) -> Graph | None:
+    """A simpler form of ``a & b``, or None; it is asked in either order."""
+    if a == b:  # a & a -> a
+        return a
+    match a, b:
+        case _, Full():  # a & Full() -> a
+            return a
+        case Empty(), _:  # Empty() & b -> Empty()
+            return EMPTY
+        case _, Complement(inner) if not isinstance(a, Complement):  # a & ~b -> a - b
+            return a - inner
+        case Causal(one), Causal(other):  # Causal(i) & Causal(j) -> Causal(min(i, j))
+            return Causal(min(one, other))
+        case Prefix(one), Prefix(other):  # Prefix(i) & Prefix(j) -> Prefix(min(i, j))
+            return Prefix(min(one, other))
+        case Window(l, r, 1), Window(k, s, 1):  # Window(l, r) & Window(k, s) -> Window(min(l, k), min(r, s))
+            return Window(min(l, k), min(r, s))
+        case Causal(offset), Window(l, r, 1) if offset >= 0:  # Causal(o) & Window(l, r) -> Window(l, min(r, o))
+            return Window(l, min(r, offset))
+        case Union(graphs), _ if b in graphs:  # (b | c) & b -> b
+            return b
+    return None
 
 
 def simplify(graph: Graph) -> Graph:
@@ -109,21 +143,35 @@ def simplify(graph: Graph) -> Graph:
     >>> simplify(parse("~~(Causal() & Window(8, 8)) | Empty()"))
     Window(8, 0)
     """
-    found = graph.map(simplify)
-    for kind, rule in RULES:
-        if type(found) is kind and not found.heads and (better := rule(found)) is not None:
+    found = graph._map(simplify)
+    if not found.heads and _is_built_in(found):
+        better = _rewritten(found)
+        if better is not None:
             return simplify(_as_large(better, graph))
-    if type(found) in (Union, Intersection):
-        for one, a in enumerate(found.graphs):
-            for other, b in enumerate(found.graphs):
-                if one == other or a.heads or b.heads:
-                    continue
-                rules = (rule for kind, rule in PAIRS if kind is type(found))
-                better = next((new for rule in rules if (new := rule(_plain(a), _plain(b))) is not None), None)
-                if better is not None:
-                    rest = [graph for place, graph in enumerate(found.graphs) if place not in (one, other)]
-                    return simplify(_as_large(reduce(found.operator, [better, *rest]), graph))
+    if isinstance(found, Union | Intersection):
+        better = _with_a_pair_rewritten(found)
+        if better is not None:
+            return simplify(_as_large(better, graph))
     return _as_large(found, graph)
+
+
+def _with_a_pair_rewritten(graph: Union | Intersection) -> Graph | None:
+    """A union or intersection in which one pair of operands was put together, or None."""
+    rule = _rewritten_union if isinstance(graph, Union) else _rewritten_intersection
+    for one, a in enumerate(graph.graphs):
+        for other, b in enumerate(graph.graphs):
+            if one == other or a.heads or b.heads or not (_is_built_in(a) and _is_built_in(b)):
+                continue
+            better = rule(_plain(a), _plain(b))
+            if better is not None:
+                rest = [part for place, part in enumerate(graph.graphs) if place not in (one, other)]
+                return reduce(graph.operator, [better, *rest])
+    return None
+
+
+def _is_built_in(graph: Graph) -> bool:
+    """Whether a graph and its parts are what their classes say here: a class derived from one of ours may differ."""
+    return all(type(part).__module__.startswith("attngraph.graph.") for part in (graph, *graph._children))
 
 
 def _plain(graph: Graph) -> Graph:
@@ -143,27 +191,29 @@ def split(graph: Graph) -> tuple[Graph, Graph]:
     >>> split(parse("Causal() & (Window(8, 0) | Random(2))"))
     (Window(8, 0), Random(2) & Causal())
     """
-    return tuple(simplify(part) for part in _split(graph))
+    banded, listed = _split(graph)
+    return simplify(banded), simplify(listed)
 
 
 def _split(graph: Graph) -> tuple[Graph, Graph]:
-    if graph.scattered:
-        return NOTHING, graph
-    parts = {child: _split(child) for child in graph.children}
-    if isinstance(graph, Union | Transpose | Rows | Sized | Disjoint | Beside):
-        return tuple(graph.map(lambda child, which=which: _as_large(parts[child][which], child)) for which in (0, 1))
+    if graph._found_by_listing():
+        return EMPTY, graph
+    parts = {child: _split(child) for child in graph._children}
+    if isinstance(graph, Union | Transpose | QuerySlice | Sized | Disjoint | Beside):
+        banded = graph._map(lambda child: _as_large(parts[child][0], child))
+        return banded, graph._map(lambda child: _as_large(parts[child][1], child))
     if isinstance(graph, WithGlobalNodes):
         banded, scattered = parts[graph.graph]
-        apart = Disjoint([NOTHING.sized(graph.num_global, graph.num_global), scattered])
+        apart = Disjoint([EMPTY.sized(graph.num_global, graph.num_global), scattered])
         return _as_large(banded, graph.graph).with_global_nodes(graph.num_global), apart
     if isinstance(graph, Intersection):
-        listed = [scattered for _, scattered in parts.values() if scattered != NOTHING]
-        banded = reduce(Graph.__and__, (banded for banded, _ in parts.values()))
-        return banded, (reduce(or_, listed) & graph if listed else NOTHING)
+        listed = [scattered for _, scattered in parts.values() if scattered != EMPTY]
+        banded = reduce(and_, (banded for banded, _ in parts.values()))
+        return banded, (reduce(or_, listed) & graph if listed else EMPTY)
     if isinstance(graph, Difference):
         banded, scattered = parts[graph.graphs[0]]
         return banded - graph.graphs[1], scattered - graph.graphs[1]
     if isinstance(graph, SymmetricDifference):
         a, b = graph.graphs
         return _split((a - b) | (b - a))
-    return graph, NOTHING
+    return graph, EMPTY

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import ast
+from typing import Any
 
-from attngraph.graph import compose as assembly
-from attngraph.graph import edge_list as edges
-from attngraph.graph import grids, patterns
-from attngraph.graph.base import Graph, known
+from attngraph import cache
+from attngraph.graph import compose, edge_list, grids, patterns
+from attngraph.graph.base import Graph
 
 LONGEST = 1 << 24  # characters
 DEEPEST = 100  # nested operations
@@ -17,8 +17,8 @@ NAMES = {
     for kind in (
         patterns.Full, patterns.Empty, patterns.Identity, patterns.Causal, patterns.Window, patterns.Prefix,
         patterns.Global, patterns.Strided, patterns.Chunks, patterns.Documents, grids.Neighborhood, grids.Axial,
-        grids.ShiftedWindows, patterns.Tree, patterns.Random, edges.EdgeList, assembly.Disjoint, assembly.Beside,
-        assembly.PerHead,
+        grids.ShiftedWindows, patterns.Tree, patterns.Random, edge_list.EdgeList, compose.Disjoint, compose.Beside,
+        compose.PerHead,
     )
 }  # fmt: skip
 OPERATORS = {
@@ -55,13 +55,13 @@ def parse_list(text: str) -> list[Graph]:
     [Causal() & Window(8, 0), Causal()]
     """
     graphs = _parsed(text)
-    graphs = graphs if isinstance(graphs, list) else [graphs]
+    graphs = [*graphs] if isinstance(graphs, list) else [graphs]
     if not graphs or not all(isinstance(graph, Graph) for graph in graphs):
         raise ValueError(f"not graphs, separated by commas: {_short(text)!r}; {_HINT}")
     return graphs
 
 
-def _parsed(text: str):
+def _parsed(text: str) -> Any:
     """The value of an expression: a graph, a number, or a list of them."""
     if not isinstance(text, str):
         raise TypeError(f"a graph expression is a str (got {type(text).__name__})")
@@ -78,7 +78,7 @@ def _parsed(text: str):
 _HINT = f"write for example Causal() & (Window(256, 0) | Prefix(4)), of {', '.join(NAMES)}"
 
 
-def _value(node: ast.expr, text: str, depth: int):
+def _value(node: ast.expr, text: str, depth: int) -> Any:
     """A graph, a number or a list."""
     if depth > DEEPEST:
         raise ValueError(f"a graph expression nests at most {DEEPEST} operations: {_short(text)!r}")
@@ -87,10 +87,10 @@ def _value(node: ast.expr, text: str, depth: int):
         return _value(part, text, depth + 1)
 
     match node:
-        case ast.Constant(value=int() | None) if not isinstance(node.value, bool):
-            return node.value
-        case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int())):
-            return -node.operand.value
+        case ast.Constant(value=int() | None as number) if not isinstance(number, bool):
+            return number
+        case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int(number))):
+            return -number
         case ast.List() | ast.Tuple():
             return [inner(part) for part in node.elts]
         case ast.UnaryOp(op=ast.Invert()):
@@ -106,8 +106,8 @@ def _value(node: ast.expr, text: str, depth: int):
             return graph
         case ast.Attribute(attr="T"):
             return _graph(inner(node.value), text).T
-        case ast.Call(func=ast.Attribute(attr=name)) if name in METHODS:
-            return _call(getattr(_graph(inner(node.func.value), text), name), node, text, inner)
+        case ast.Call(func=ast.Attribute(value=inside, attr=name)) if name in METHODS:
+            return _call(getattr(_graph(inner(inside), text), name), node, text, inner)
         case ast.Call(func=ast.Name(id=name)) if name in NAMES:
             return _call(NAMES[name], node, text, inner)
     raise ValueError(
@@ -119,7 +119,7 @@ def _call(function, node: ast.Call, text: str, inner):
     if any(keyword.arg is None for keyword in node.keywords):
         raise ValueError(f"not part of a graph expression: ** in {_short(text)!r}")
     arguments = [inner(part) for part in node.args]
-    named = {keyword.arg: inner(keyword.value) for keyword in node.keywords}
+    named = {str(keyword.arg): inner(keyword.value) for keyword in node.keywords}
     try:
         return function(*arguments, **named)
     except TypeError as error:
@@ -136,7 +136,15 @@ def _short(text: str) -> str:
     return text if len(text) <= 80 else text[:77] + "…"
 
 
-def from_text(text: str) -> Graph:
-    """The graph with this `Graph.text`: the living one, or else a new one, where the text says all."""
-    living = known(text)
-    return parse(text) if living is None else living
+def from_key(key: str) -> Any:
+    """The graph or plan that a compiled program names: the one made here, or else a new graph, if the text says all."""
+    known = cache.COMPILED.find(key)
+    if known is not None:
+        return known
+    try:
+        return parse(key)
+    except ValueError:
+        raise RuntimeError(
+            f"a compiled program runs on the graph {_short(key)}, which is not in this process, or was forgotten by "
+            f"attngraph.cache.clear(): compile it again where the graph is made"
+        ) from None

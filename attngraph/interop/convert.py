@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
-from attngraph.graph.base import Graph
+from attngraph import cache
+from attngraph.graph.base import Graph, at_size
 from attngraph.graph.compose import PerHead
-from attngraph.graph.edge_list import EdgeList, Predicate, fingerprint, integer_tensor
+from attngraph.graph.edge_list import EdgeList, fingerprint, integer_tensor
+from attngraph.graph.predicate import Predicate
 
 if TYPE_CHECKING:
     import networkx
@@ -37,18 +38,15 @@ def from_edge_index(edge_index: Tensor, size: int | tuple[int, int] | None = Non
     counted = isinstance(edge_index, Tensor) and edge_index.is_cuda and not edge_index.is_inference()
     numbers = (*given.shape, edge_index.data_ptr(), edge_index._version) if counted else fingerprint(given)
     asked = repr(size), numbers
-    known = _KNOWN.get(edge_index) if isinstance(edge_index, Tensor) else None
+    known = cache.EDGE_INDEX.get(edge_index) if isinstance(edge_index, Tensor) else None
     if known is not None and known[0] == asked:
         return known[1]
     if size is None:
         size = int(given.max()) + 1 if given.numel() else 0
     graph = EdgeList(given, size)
     if isinstance(edge_index, Tensor):
-        _KNOWN[edge_index] = asked, graph
+        cache.EDGE_INDEX[edge_index] = asked, graph
     return graph
-
-
-_KNOWN = WeakIdKeyDictionary()  # a tensor → what was asked of it, its graph
 
 
 def from_networkx(G: networkx.Graph, nodelist: Sequence[Any] | None = None) -> EdgeList:
@@ -118,7 +116,7 @@ def to_networkx(graph: Graph, n: int | None = None, m: int | None = None) -> net
     import networkx
 
     found = networkx.DiGraph()
-    bound, n, m = graph.at(n, m)
+    bound, n, m = at_size(graph, n, m)
     found.add_nodes_from(range(max(n, m)))
     found.add_edges_from(bound.edge_index(n, m).T.tolist())
     return found
@@ -128,6 +126,6 @@ def to_scipy_sparse_matrix(graph: Graph, n: int | None = None, m: int | None = N
     """The edges as a SciPy matrix with A[k, q] = 1 for each edge k → q: the inverse of `from_scipy_sparse_matrix`."""
     from scipy.sparse import coo_matrix
 
-    bound, n, m = graph.at(n, m)
+    bound, n, m = at_size(graph, n, m)
     key, query = bound.edge_index(n, m).numpy()
     return coo_matrix(([1] * len(key), (key, query)), shape=(m, n))

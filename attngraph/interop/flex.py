@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from attngraph.graph.base import Graph
+from attngraph.graph.base import Graph, at_size
 from attngraph.planning.layouts.tiles import Tiles, tabulate
 
 MOST_PLACES = 1 << 20  # of a list of blocks that has a place for every column
@@ -39,9 +39,9 @@ def to_block_mask(
     """
     if block_size < 1 or block_size % 32:
         raise ValueError(f"block_size must be a multiple of 32 (got {block_size})")
-    bound, n, m = graph.at(n, m)
+    bound, n, m = at_size(graph, n, m)
     tile = (block_size, block_size)
-    layouts = [Tiles(n, m, tabulate(bound.head(h), n, m, tile)) for h in range(bound.heads or 1)]
+    layouts = [Tiles(n, m, tabulate(bound._head(h), n, m, tile)) for h in range(bound.heads or 1)]
     lists = {}
     for side, half in (("kv", "by_query"), ("q", "by_key")):
         rows, columns = [getattr(layout, half) for layout in layouts], layouts[0].grid[1 if side == "kv" else 0]

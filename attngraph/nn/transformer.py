@@ -269,7 +269,7 @@ class Transformer(nn.Module):
                     f"graph must be one graph, or one for each of {layers} layers (got a {type(part).__name__})"
                 )
             if part.heads not in (None, heads):
-                raise ValueError(f"graph has {part.heads} heads but the model {heads}: {part.text}")
+                raise ValueError(f"graph has {part.heads} heads but the model {heads}: {part}")
         if len(graphs) != layers:
             raise ValueError(f"graph must be one graph, or one for each of {layers} layers (got {len(graphs)})")
         return graphs

@@ -1,107 +1,116 @@
-"""Running a plan: each of its parts by its kernel, the results merged; forward and backward as one pair of operators.
+"""Running a plan: each of its parts by its backend, the results merged; forward and backward.
 
-For `torch.compile` a plan is one opaque call that takes the graph as text, so that a compiled program serves every
-graph size. The backward pass needs of the forward pass only its result (out, lse), whatever the parts.
+The backward pass needs of the forward pass only its result (out, lse), whatever the parts. An eager call holds its plan
+until then; a compiled program names its graph by text, and its operators look the plan up.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable
-from importlib import import_module
-from threading import Lock
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from attngraph.graph.text import from_text
+from attngraph.bias import Bias, require_edge_count, score_bias
+from attngraph.graph.base import Graph
+from attngraph.graph.text import from_key
+from attngraph.kernels.contract import BiasKind, ScoreBias
 from attngraph.kernels.memory import like, nodes_first
 from attngraph.kernels.merge import merge
-from attngraph.kernels.tiles import installed
-from attngraph.planning.planner import LIVING, Plan, plan
-
-KERNELS = {"dense": "dense", "tiles": "tiles", "rows": "rows"}  # each with forward and backward
-MOST_PLANS = 64
-MOST_BYTES = {"cpu": 1 << 31, "cuda": 1 << 34}  # of all layouts that are kept for a kind of device
-
-Bias = tuple[str, Tensor] | None
+from attngraph.planning.backends.base import INSTALLED, Results
+from attngraph.planning.call import Call, Request
+from attngraph.planning.planner import Part, Plan, fitted, planned
 
 
-# ---------------------------------------------------------------------------------------------- the plans kept
-
-_KEPT: OrderedDict[tuple, Plan] = OrderedDict()
-_LOCK = Lock()
-
-
-def planned(text: str, q: Tensor, k: Tensor, backend: str, bias: str | None) -> Plan:
-    """The plan for a graph's text, made once; of those made here, the latest are kept."""
-    if (given := LIVING.get(text)) is not None:
-        return given
-    key = (text, q.shape[2], k.shape[2], q.shape[1], q.shape[3], str(q.device), backend, bias)
-    with _LOCK:
-        if key in _KEPT:
-            _KEPT.move_to_end(key)
-            return _KEPT[key]
-    made = plan(
-        from_text(text), q.shape[2], k.shape[2],
-        heads=q.shape[1], head_dim=q.shape[3], device=q.device, backend=backend, bias=bias,
-    )  # fmt: skip
-    with _LOCK:
-        _KEPT[key] = made
-        most = MOST_BYTES.get(q.device.type, MOST_BYTES["cpu"])
-        while len(_KEPT) > MOST_PLANS or (len(_KEPT) > 1 and sum(kept.nbytes for kept in _KEPT.values()) > most):
-            _KEPT.popitem(last=False)
-    return made
+def run(plan: Plan, q: Tensor, k: Tensor, v: Tensor, bias: Bias | None, call: Call, request: Request) -> Results:
+    """A call by its plan → out, lse, weights, the last two where they are asked for."""
+    if plan.runs_whole(call):
+        (part,) = plan.parts
+        return part.backend.attend(q, k, v, part.layout, bias, request)
+    return _merged(q, k, v, bias, request.scale, lambda *sides: _Attention.apply(*sides, plan))
 
 
-# ------------------------------------------------------------------------------------------------ the operators
+def run_traced(
+    graph: Graph | Plan, name: str, q: Tensor, k: Tensor, v: Tensor, bias: Bias | None, request: Request
+) -> Results:
+    """The same in a program that is being compiled: as one operator, which looks its plan up when it runs."""
+    return _merged(q, k, v, bias, request.scale, lambda *sides: attend_forward(*sides, graph._key, name))
 
 
-@torch.library.custom_op("attngraph::attend_forward", mutates_args=())
-def attend_forward(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, kind: str, graph: str, backend: str, scale: float
-) -> tuple[Tensor, Tensor]:
-    """q (B, H, N, D), k and v (B, Hkv, M, ·), bias of its kind (see `kernels.tiles_torch`) → out (B, H, N, ·), lse."""
-    chosen = planned(graph, q, k, backend, kind or None)
-    if kind == "edge" and bias.shape[-1] != chosen.edges:
-        raise ValueError(
-            f"EdgeBias needs one value for each of the graph's {chosen.edges} edges, in edge_index order (got "
-            f"{bias.shape[-1]}); an EdgeList merges edges given twice: values[..., graph.order]"
-        )
+def _merged(q: Tensor, k: Tensor, v: Tensor, bias: Bias | None, scale: float, attention: Any) -> Results:
+    """`attention`(q, k, v, values, kind, scale) → out, lse; with what a bias adds to all keys of a query alike."""
+    if not q.shape[3]:  # all scores are 0: as those of one number that is
+        q, k = pad(q, (0, 1)), pad(k, (0, 1))
+    exact = torch.promote_types(q.dtype, torch.float32)
+    of_keys, of_query = score_bias(bias, q, k)
+    kind, values = (None, None) if of_keys is None else (of_keys.kind, of_keys.values.to(exact))
+    out, lse = attention(q, k, v, values, kind or "", float(scale))
+    if of_query is not None:  # the same for all keys of a query: its weights do not change
+        finite = of_query.masked_fill(of_query == -torch.inf, 0)
+        out = out.masked_fill(of_query == -torch.inf, 0) + (0 * finite).to(q.dtype)  # NaN where it is NaN or inf
+        lse = lse + of_query[..., 0].to(exact)
+    return out, lse, None
+
+
+# --------------------------------------------------------------------------------------------------------- eager
+
+TWICE = "tiles, rows and plans can be differentiated once; backend='edges' and 'reference' again and again"
+
+
+class _Attention(torch.autograd.Function):
+    """Attention by a plan, which it holds for its backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, q, k, v, values, kind, scale, plan) -> tuple[Tensor, Tensor]:
+        out, lse = _forward_call(plan, q, k, v, values, kind, scale)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(q, k, v, values, out, lse)
+        ctx.kind, ctx.scale, ctx.plan = kind, scale, plan
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, dout, dlse):
+        q, k, v, values, out, lse = ctx.saved_tensors
+        dout = torch.zeros_like(out) if dout is None else dout
+        options = ctx.kind, ctx.scale, ctx.plan, ctx.needs_input_grad[3]
+        if torch.is_grad_enabled():  # create_graph=True
+            gradients = _Gradients.apply(dout, dlse, out, lse, q, k, v, values, *options)
+        else:
+            gradients = _backward_call(dout, dlse, out, lse, q, k, v, values, *options)
+        return *gradients, None, None, None
+
+
+class _Gradients(torch.autograd.Function):
+    """The backward pass where it is to be differentiated itself, which it can't be."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments):
+        return _backward_call(*arguments)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients):
+        raise RuntimeError(TWICE)
+
+
+def _forward_call(plan: Plan, q, k, v, values, kind, scale) -> tuple[Tensor, Tensor]:
+    """In the precision of the kernels, and back."""
+    if kind == "edge":
+        require_edge_count(values, plan.edges)
     with torch.autocast(q.device.type, enabled=False):
-        wide = _wide(q, k, v, bias)
-        out, lse = _forward(chosen, *wide[:3], (kind, wide[3]) if kind else None, scale)
+        q_, k_, v_, values_ = _kernel_precision(q, k, v, values)
+        out, lse = _forward(plan, q_, k_, v_, ScoreBias(kind, values_) if kind else None, scale)
     return _laid_out(out.to(q.dtype), q), lse.contiguous()
 
 
-@attend_forward.register_fake
-def _(q, k, v, bias, kind, graph, backend, scale):
-    return (
-        like(q, v.shape[3]),
-        q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32)),
-    )
-
-
-@torch.library.custom_op("attngraph::attend_backward", mutates_args=())
-def attend_backward(
-    dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor,
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, kind: str, graph: str, backend: str, scale: float,
-    bias_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """The gradients of q, k, v and, with bias_grad, of the bias; else an empty tensor."""
-    chosen = planned(graph, q, k, backend, kind or None)
+def _backward_call(dout, dlse, out, lse, q, k, v, values, kind, scale, plan, bias_grad):
+    """The gradients of q, k, v and, with bias_grad, of the bias's values; else None."""
     with torch.autocast(q.device.type, enabled=False):
-        q_, k_, v_, bias_, dout_, out_ = _wide(q, k, v, bias, dout, out)
-        given = (kind, bias_) if kind else None
-        dq, dk, dv, dbias = _backward(chosen, q_, k_, v_, out_, lse, dout_, dlse, given, scale, bias_grad)
-    dbias = dbias.to(bias.dtype) if bias_grad else q.new_empty(0)
-    found = (_laid_out(more.to(q.dtype), side) for more, side in zip((dq, dk, dv), (q, k, v), strict=True))
-    return *found, dbias.contiguous()
-
-
-@attend_backward.register_fake
-def _(dout, dlse, out, lse, q, k, v, bias, kind, graph, backend, scale, bias_grad):
-    return *(like(side, side.shape[3]) for side in (q, k, v)), q.new_empty(bias.shape if bias_grad else 0)
+        q_, k_, v_, values_, dout_, out_ = _kernel_precision(q, k, v, values, dout, out)
+        bias = ScoreBias(kind, values_) if kind else None
+        dq, dk, dv, dbias = _backward(plan, q_, k_, v_, out_, lse, dout_, dlse, bias, scale, bias_grad)
+    dq, dk, dv = (_laid_out(part.to(q.dtype), side) for part, side in ((dq, q), (dk, k), (dv, v)))
+    return dq, dk, dv, dbias.to(values.dtype).contiguous() if bias_grad else None
 
 
 def _laid_out(x: Tensor, other: Tensor) -> Tensor:
@@ -109,107 +118,150 @@ def _laid_out(x: Tensor, other: Tensor) -> Tensor:
     return x.transpose(1, 2).contiguous().transpose(1, 2) if nodes_first(other) else x.contiguous()
 
 
-def _remember(ctx, inputs, output):
+def _kernel_precision(*sides: Any) -> list[Any]:
+    """Half precision as float32, but where kernels multiply it so."""
+    if sides[0].device.type == "cuda" and INSTALLED["triton"]:
+        return list(sides)
+    return [side if side is None else side.to(torch.promote_types(side.dtype, torch.float32)) for side in sides]
+
+
+# ------------------------------------------------------------------------------------------ in compiled programs
+
+
+def _known_plan(graph: str, name: str, q: Tensor, k: Tensor, v: Tensor, kind: str) -> Plan:
+    """The plan that a compiled program runs by, from the text of its graph."""
+    found = from_key(graph)
+    bias: BiasKind | None = kind or None  # type: ignore[assignment]
+    heads, kv_heads = q.shape[1], k.shape[1]
+    call = Call(q.shape[2], k.shape[2], heads, kv_heads, q.shape[3], v.shape[3], q.dtype, q.device, bias)
+    return fitted(found, call) if isinstance(found, Plan) else planned(found, call, name)
+
+
+@torch.library.custom_op("attngraph::attend_forward", mutates_args=())
+def attend_forward(
+    q: Tensor, k: Tensor, v: Tensor, values: Tensor | None, kind: str, scale: float, graph: str, name: str
+) -> tuple[Tensor, Tensor]:
+    """q (B, H, N, D), k and v (B, Hkv, M, ·), the values and kind of a `ScoreBias` → out (B, H, N, Dv), lse."""
+    return _forward_call(_known_plan(graph, name, q, k, v, kind), q, k, v, values, kind, scale)
+
+
+@attend_forward.register_fake
+def _(q, k, v, values, kind, scale, graph, name):
+    return like(q, v.shape[3]), q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
+
+
+@torch.library.custom_op("attngraph::attend_backward", mutates_args=())
+def attend_backward(
+    dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor,
+    q: Tensor, k: Tensor, v: Tensor, values: Tensor | None, kind: str, scale: float, graph: str, name: str,
+    bias_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """The gradients of q, k, v and, with bias_grad, of the bias's values; else an empty tensor."""
+    plan = _known_plan(graph, name, q, k, v, kind)
+    dq, dk, dv, dbias = _backward_call(dout, dlse, out, lse, q, k, v, values, kind, scale, plan, bias_grad)
+    return dq, dk, dv, q.new_empty(0) if dbias is None else dbias
+
+
+@attend_backward.register_fake
+def _(dout, dlse, out, lse, q, k, v, values, kind, scale, graph, name, bias_grad):
+    return *(like(side, side.shape[3]) for side in (q, k, v)), q.new_empty(values.shape if bias_grad else 0)
+
+
+def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.set_materialize_grads(False)
-    q, k, v, bias, *ctx.options = inputs
-    ctx.plan = LIVING.get(inputs[5])  # stays alive until the backward pass
-    ctx.save_for_backward(*output, q, k, v, bias)
+    q, k, v, values, *ctx.options = inputs
+    ctx.save_for_backward(*output, q, k, v, values)
 
 
-def _gradients(ctx, dout, dlse):
-    out, lse, q, k, v, bias = ctx.saved_tensors
+def _gradients(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple:
+    out, lse, q, k, v, values = ctx.saved_tensors
     dout = torch.zeros_like(out) if dout is None else dout
     bias_grad = ctx.needs_input_grad[3]
-    dq, dk, dv, dbias = attend_backward(dout, dlse, out, lse, q, k, v, bias, *ctx.options, bias_grad)
+    dq, dk, dv, dbias = attend_backward(dout, dlse, out, lse, q, k, v, values, *ctx.options, bias_grad)
     return dq, dk, dv, dbias if bias_grad else None, None, None, None, None
 
 
-def _no_second(ctx, *gradients):
-    raise RuntimeError(
-        "tiles, rows and plans can be differentiated once; backend='edges' and 'reference' again and again"
-    )
+def _not_twice(ctx: Any, *gradients: Tensor) -> None:
+    raise RuntimeError(TWICE)
 
 
-attend_forward.register_autograd(_gradients, setup_context=_remember)
-attend_backward.register_autograd(_no_second)
+attend_forward.register_autograd(_gradients, setup_context=_save)
+attend_backward.register_autograd(_not_twice)
 
 
 # -------------------------------------------------------------------------------------------- part after part
 
 
-def _kernel(name: str) -> Callable:
-    return import_module(f"attngraph.kernels.{KERNELS[name]}")
+def _parts(plan: Plan, q: Tensor, k: Tensor) -> tuple[Part, ...]:
+    """The parts that have anything to compute."""
+    return plan.parts if q.shape[:3].numel() and k.shape[2] else ()
 
 
-def _wide(*sides: Tensor | None) -> list[Tensor | None]:
-    """Half precision as float32, but where kernels multiply it so."""
-    if sides[0].device.type == "cuda" and installed("triton"):
-        return list(sides)
-    return [side if side is None else side.to(torch.promote_types(side.dtype, torch.float32)) for side in sides]
-
-
-def _forward(chosen: Plan, q, k, v, bias: Bias, scale: float) -> tuple[Tensor, Tensor]:
-    parts = chosen.parts if q.shape[:3].numel() and k.shape[2] else ()
-    if len(parts) == 1 and parts[0].heads is None and parts[0].order is None:
-        return _kernel(parts[0].backend).forward(q, k, v, parts[0].layout, bias, scale)
-    wide, out, lse = torch.promote_types(q.dtype, torch.float32), None, None
+def _forward(plan: Plan, q, k, v, bias: ScoreBias | None, scale: float) -> tuple[Tensor, Tensor]:
+    parts = _parts(plan, q, k)
+    if len(parts) == 1 and parts[0].is_all:
+        return parts[0].backend.forward(q, k, v, parts[0].layout, bias, scale)
+    exact = torch.promote_types(q.dtype, torch.float32)
+    out = lse = None
     if not parts or parts[0].heads:  # else the first part's results are the first sums
-        out, lse = q.new_zeros(*q.shape[:3], v.shape[3], dtype=wide), q.new_full(q.shape[:3], -torch.inf, dtype=wide)
+        out = q.new_zeros(*q.shape[:3], v.shape[3], dtype=exact)
+        lse = q.new_full(q.shape[:3], -torch.inf, dtype=exact)
     for part in parts:
         view = _View(part, q, k)
-        found = _kernel(part.backend).forward(
-            view.queries(q), view.keys(k), view.keys(v), part.layout, view.bias(bias), scale
-        )
-        more_out, more_lse = (view.back_in_order(side).to(wide) for side in found)
-        if out is None:
-            out, lse = more_out, more_lse
+        sides = view.queries(q), view.keys(k), view.keys(v)
+        part_out, part_lse = part.backend.forward(*sides, part.layout, view.bias(bias), scale)
+        part_out, part_lse = view.in_own_order(part_out).to(exact), view.in_own_order(part_lse).to(exact)
+        if out is None or lse is None:
+            out, lse = part_out, part_lse
         elif part.heads is None:
-            merge(out, lse, more_out, more_lse)
+            merge(out, lse, part_out, part_lse)
         else:
-            own_out, own_lse = out[:, view.heads], lse[:, view.heads]
-            merge(own_out, own_lse, more_out, more_lse)
-            out[:, view.heads], lse[:, view.heads] = own_out, own_lse
+            heads_out, heads_lse = out[:, view.heads], lse[:, view.heads]
+            merge(heads_out, heads_lse, part_out, part_lse)
+            out[:, view.heads], lse[:, view.heads] = heads_out, heads_lse
+    assert out is not None
+    assert lse is not None
     return out, lse
 
 
-def _backward(chosen: Plan, q, k, v, out, lse, dout, dlse, bias: Bias, scale: float, bias_grad: bool):
-    parts = chosen.parts if q.shape[:3].numel() and k.shape[2] else ()
-    if len(parts) == 1 and parts[0].heads is None and parts[0].order is None:
-        return _kernel(parts[0].backend).backward(
-            q, k, v, out, lse, dout, dlse, parts[0].layout, bias, scale, bias_grad
-        )
-    wide, totals = torch.promote_types(q.dtype, torch.float32), None
+def _backward(plan: Plan, q, k, v, out, lse, dout, dlse, bias: ScoreBias | None, scale: float, bias_grad: bool):
+    parts = _parts(plan, q, k)
+    if len(parts) == 1 and parts[0].is_all:
+        return parts[0].backend.backward(q, k, v, out, lse, dout, dlse, parts[0].layout, bias, scale, bias_grad)
+    exact, totals, dbias = torch.promote_types(q.dtype, torch.float32), None, None
     if not parts or parts[0].heads:
-        totals = [torch.zeros_like(side, dtype=wide) for side in (q, k, v)]
-    dbias = torch.zeros_like(bias[1], dtype=torch.promote_types(bias[1].dtype, torch.float32)) if bias_grad else None
+        totals = [torch.zeros_like(side, dtype=exact) for side in (q, k, v)]
+    if bias_grad and bias is not None:
+        dbias = torch.zeros_like(bias.values, dtype=torch.promote_types(bias.values.dtype, torch.float32))
     for part in parts:
         view = _View(part, q, k)
-        of_queries = (side if side is None else view.queries(side) for side in (out, lse, dout, dlse))
+        of_queries = [side if side is None else view.queries(side) for side in (out, lse, dout, dlse)]
         sides = view.queries(q), view.keys(k), view.keys(v), *of_queries
-        *more, more_bias = _kernel(part.backend).backward(*sides, part.layout, view.bias(bias), scale, bias_grad)
-        more = [view.back_in_order(side).to(wide) for side in more]
+        *gradients, part_dbias = part.backend.backward(*sides, part.layout, view.bias(bias), scale, bias_grad)
+        gradients = [view.in_own_order(side).to(exact) for side in gradients]
         if totals is None:
-            totals = more
+            totals = gradients
         else:
-            for total, heads, side in zip(totals, (view.heads, view.key_heads, view.key_heads), more, strict=True):
-                total.index_add_(1, heads, side) if part.heads else total.add_(side)
-        if bias_grad:
-            view.add_bias(dbias, bias[0], more_bias)
+            heads = view.heads, view.key_heads, view.key_heads
+            for total, own, side in zip(totals, heads, gradients, strict=True):
+                total.index_add_(1, own, side) if part.heads else total.add_(side)
+        if dbias is not None and bias is not None and part_dbias is not None:
+            view.add_bias_gradient(dbias, bias.kind, part_dbias)
+    assert totals is not None
     return *totals, dbias
 
 
 class _View:
     """What one part of a plan sees: its heads, its nodes in its order, its edges."""
 
-    def __init__(self, part, q: Tensor, k: Tensor):
+    def __init__(self, part: Part, q: Tensor, k: Tensor):
         group = q.shape[1] // k.shape[1]
         self.part = part
         self.heads = torch.tensor(part.heads or range(q.shape[1]), device=q.device)
         # With heads of its own, each query head has its key head beside it; else the groups stay together.
         self.key_heads = self.heads // group if part.heads else torch.arange(k.shape[1], device=q.device)
         self.order = None if part.order is None else part.order.to(q.device)
-        if self.order is not None:
-            self.back = torch.empty_like(self.order).scatter_(0, self.order, torch.arange(q.shape[2], device=q.device))
+        self.edges = None if part.edge_numbers is None else part.edge_numbers.to(q.device)
 
     def queries(self, x: Tensor) -> Tensor:
         """Of x (B, H, N, …), the heads and nodes of this part."""
@@ -221,27 +273,29 @@ class _View:
         x = x.index_select(1, self.key_heads) if self.part.heads else x
         return x if self.order is None else x.index_select(2, self.order)
 
-    def back_in_order(self, x: Tensor) -> Tensor:
-        """The nodes in their own order again."""
-        return x if self.order is None else x.index_select(2, self.back)
+    def in_own_order(self, x: Tensor) -> Tensor:
+        """Results of this part, (B, H, N, …), the nodes in the order of the graph again."""
+        if self.order is None:
+            return x
+        place = torch.empty_like(self.order).scatter_(0, self.order, torch.arange(x.shape[2], device=x.device))
+        return x.index_select(2, place)
 
-    def bias(self, bias: Bias) -> Bias:
+    def bias(self, bias: ScoreBias | None) -> ScoreBias | None:
         """The values of this part's heads and edges."""
         if bias is None or not self.part.heads:
             return bias
-        kind, values = bias
-        axis = 0 if kind == "offset" else 1
-        values = values.index_select(axis, self.heads) if values.shape[axis] > 1 else values
-        return kind, values if self.part.number is None else values[..., self.part.number.to(values.device)]
+        axis = 0 if bias.kind == "offset" else 1
+        values = bias.values.index_select(axis, self.heads) if bias.values.shape[axis] > 1 else bias.values
+        return ScoreBias(bias.kind, values if self.edges is None else values[..., self.edges])
 
-    def add_bias(self, total: Tensor, kind: str, more: Tensor) -> None:
+    def add_bias_gradient(self, total: Tensor, kind: BiasKind, gradient: Tensor) -> None:
         """Add the gradient of `bias` to that of all heads and edges."""
-        more = more.to(total.dtype)
-        if self.part.number is not None:
-            wide = more.new_zeros(*more.shape[:-1], total.shape[-1])
-            more = wide.index_copy_(-1, self.part.number.to(more.device), more)
+        gradient = gradient.to(total.dtype)
+        if self.edges is not None:
+            of_all_edges = gradient.new_zeros(*gradient.shape[:-1], total.shape[-1])
+            gradient = of_all_edges.index_copy_(-1, self.edges, gradient)
         axis = 0 if kind == "offset" else 1
         if self.part.heads and total.shape[axis] > 1:
-            total.index_add_(axis, self.heads, more)
+            total.index_add_(axis, self.heads, gradient)
         else:
-            total += more
+            total += gradient

@@ -21,8 +21,9 @@ from attngraph import (
     from_edge_index,
     plan,
 )
+from attngraph.graph.base import at_size
 from attngraph.planning.layouts import csr as rows
-from attngraph.planning.layouts.csr import Rows
+from attngraph.planning.layouts.csr import CSR
 from attngraph.planning.layouts.tiles import Tiles, tabulate
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
@@ -64,7 +65,7 @@ def close(found, wanted, tolerance):
 @pytest.mark.parametrize("graph", GRAPHS, ids=str)
 @pytest.mark.parametrize("tile", [(128, 64), (64, 64)])
 def test_layouts_are_the_same_as_on_a_cpu(graph, tile):
-    bound, n, m = graph.at(N, N)
+    bound, n, m = at_size(graph, N, N)
     here = tabulate(bound, n, m, tile)
     with torch.device("cuda"):
         there = tabulate(bound, n, m, tile)
@@ -156,9 +157,9 @@ def test_an_edge_list_on_the_device():
 @pytest.mark.parametrize("graph", GRAPHS, ids=str)
 def test_rows_are_the_same_as_on_a_cpu(graph, monkeypatch):
     monkeypatch.setitem(rows.HEAVY, "cpu", rows.HEAVY["cuda"])
-    here = Rows.listed(*graph.at(N, N))
+    here = CSR.from_graph(*at_size(graph, N, N))
     with torch.device("cuda"):
-        there = Rows.listed(*graph.at(N, N))
+        there = CSR.from_graph(*at_size(graph, N, N))
     for name in ("by_query", "by_key", "numbered"):
         for one, other in zip(getattr(here, name)[:-1], getattr(there, name)[:-1], strict=True):
             assert other.is_cuda

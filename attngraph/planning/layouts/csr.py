@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from attngraph.graph.base import count_edges, list_edges
 from attngraph.graph.boxes import require_memory
 
 HEAVY = {"cpu": 1024, "cuda": 256}  # edges above which a node is cut into pieces: a GPU has more at work at a time
@@ -47,10 +48,10 @@ class Adjacency(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Rows:
+class CSR:
     """The edges of a graph with n queries and m keys: the keys of each query; once asked for, the queries of each key.
 
-    >>> rows = Rows.of(torch.tensor([0, 1, 1]), torch.tensor([2, 0, 2]), 2, 3)
+    >>> rows = CSR.from_edges(torch.tensor([0, 1, 1]), torch.tensor([2, 0, 2]), 2, 3)
     >>> rows.by_query.start.tolist(), rows.by_query.neighbor.tolist()
     ([0, 1, 3], [2, 0, 2])
     >>> rows.by_key.start.tolist(), rows.by_key.neighbor.tolist(), rows.numbered.edge.tolist()
@@ -62,28 +63,28 @@ class Rows:
     by_query: Adjacency  # CSR, in edge_index order
 
     @staticmethod
-    def of(query: Tensor, key: Tensor, n: int, m: int) -> Rows:
+    def from_edges(query: Tensor, key: Tensor, n: int, m: int) -> CSR:
         """From edges sorted by (query, key), both (E,) int64."""
-        return Rows(n, m, Adjacency.of(_running(torch.bincount(query, minlength=n)), key.to(_integers(m))))
+        return CSR(n, m, Adjacency.of(_running(torch.bincount(query, minlength=n)), key.to(_integers(m))))
 
     @staticmethod
-    def listed(graph, n: int, m: int) -> Rows:
+    def from_graph(graph, n: int, m: int) -> CSR:
         """From a graph that is bound to its size; of more edges than `AT_ONCE`, those of some queries at a time, where
         the graph can tell them.
         """
-        edges, number = graph.count_edges(n, m), _integers(m)
-        together = AT_ONCE if graph.by_rows(n, m) else max(edges, 1)
+        edges, number = count_edges(graph, n, m), _integers(m)
+        together = AT_ONCE if graph._lists_rows(n, m) else max(edges, 1)
         needed = edges * number.itemsize + min(edges, together) * BYTES_PER_EDGE
-        require_memory(needed, f"for the {edges:,} edges of {graph.text} in rows")
+        require_memory(needed, f"for the {edges:,} edges of {graph} in rows")
         neighbor, degree, done = torch.empty(edges, dtype=number), torch.zeros(n, dtype=torch.int64), 0
         step = max(1, n * together // max(edges, together))
         for first in range(0, n, step):
             after = min(first + step, n)
-            query, key = (graph if step >= n else graph.rows(first, after)).list_edges(after - first, m)
+            query, key = list_edges(graph if step >= n else graph.rows(first, after), after - first, m)
             degree[first:after] = torch.bincount(query, minlength=after - first)
             neighbor[done : done + len(key)] = key
             done += len(key)
-        return Rows(n, m, Adjacency.of(_running(degree), neighbor))
+        return CSR(n, m, Adjacency.of(_running(degree), neighbor))
 
     @cached_property
     def by_key(self) -> Adjacency:

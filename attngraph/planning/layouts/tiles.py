@@ -186,10 +186,15 @@ def tabulate(graph, n: int, m: int, tile: tuple[int, int]) -> Table:
     masked = boxes.chosen(~whole)
     inside = masked.clipped(n, m)
     alike = same(
-        [inside.bottom - inside.top, inside.right - inside.left, graph.blocks(inside).long(), *graph.pattern(inside)]
+        [
+            inside.bottom - inside.top,
+            inside.right - inside.left,
+            graph._classify_boxes(inside).long(),
+            *graph._box_pattern(inside),
+        ]
     )
     first = _first_of_each(alike)
-    require_memory(len(first) * (tile[0] * tile[1] // 8 + 64), f"for the masks of {graph.text} at {n} × {m}")
+    require_memory(len(first) * (tile[0] * tile[1] // 8 + 64), f"for the masks of {graph} at {n} × {m}")
     words = _masks(graph, n, m, tile, masked.top[first], masked.left[first])
     mask[~whole] = alike
     return _tidy(Table(row, column, mask, words), tile)

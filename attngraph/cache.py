@@ -1,0 +1,165 @@
+"""Every cache of the library: what is kept from one call to the next, for how long, and how to empty it.
+
+No other module keeps anything between calls, apart from compiled kernels. `cache_info` says what is held, `clear` frees
+it; results do not depend on either.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from threading import RLock
+from typing import Any, Generic, NamedTuple, TypeVar
+from weakref import WeakValueDictionary
+
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+Value = TypeVar("Value")
+
+
+class CacheInfo(NamedTuple):
+    """What a cache holds: how many entries, how many at most, and their bytes where they are counted."""
+
+    entries: int
+    max_entries: int
+    nbytes: int
+
+
+class Cache(Generic[Value]):
+    """The values used last, by key: at most so many, and of so many bytes by their `nbytes`. Safe among threads.
+
+    Two threads that miss the same key at once both make the value; both get the one that was kept first.
+    """
+
+    def __init__(self, max_entries: int, max_bytes: int | None = None):
+        self.max_entries, self.max_bytes = max_entries, max_bytes
+        self._entries: OrderedDict[Hashable, Value] = OrderedDict()
+        self._lock = RLock()
+
+    def get(self, key: Hashable) -> Value | None:
+        """The value of a key, which is then the latest; None where there is none."""
+        with self._lock:
+            found = self._entries.get(key)
+            if found is not None:
+                self._entries.move_to_end(key)
+            return found
+
+    def keep(self, key: Hashable, value: Value) -> Value:
+        """Keep a value, unless the key has one by now; the one that is kept."""
+        with self._lock:
+            kept = self._entries.setdefault(key, value)
+            self._entries.move_to_end(key)
+            while len(self._entries) > self.max_entries or (len(self._entries) > 1 and self._too_large()):
+                self._entries.popitem(last=False)
+            return kept
+
+    def get_or_make(self, key: Hashable, make: Callable[[], Value]) -> Value:
+        """The value of a key, made if there is none."""
+        found = self.get(key)
+        return self.keep(key, make()) if found is None else found
+
+    def _too_large(self) -> bool:
+        return self.max_bytes is not None and self.nbytes > self.max_bytes
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all values, as each tells them now: layouts grow when a gradient first asks for their transpose."""
+        return sum(getattr(value, "nbytes", 0) for value in self._entries.values())
+
+    def info(self) -> CacheInfo:
+        """How much is held."""
+        with self._lock:
+            return CacheInfo(len(self._entries), self.max_entries, self.nbytes)
+
+    def clear(self) -> None:
+        """Forget everything."""
+        with self._lock:
+            self._entries.clear()
+
+
+class CompiledPrograms(Cache[Any]):
+    """What compiled programs name by text: a graph or a plan, which their operators look up when they run.
+
+    Whatever is made here is found as long as it lives. What a program has asked for once stays, also when nobody else
+    holds it, among the latest `max_entries`: the backward pass of a program may run after its graph is gone.
+    """
+
+    def __init__(self, max_entries: int):
+        super().__init__(max_entries)
+        self._living: WeakValueDictionary[str, Any] = WeakValueDictionary()
+        self._collisions = 0
+
+    def register(self, text: str, thing: Any) -> tuple[str, Any]:
+        """The text by which to find this, and the equal thing that is found by it, which is to be held beside it."""
+        with self._lock:
+            known = self._living.setdefault(text, thing)
+            if known is thing or known == thing:
+                return text, known
+            self._collisions += 1  # two digests that agree by chance, or on purpose
+            text = f"{text} #{self._collisions}"
+            self._living[text] = thing
+            return text, thing
+
+    def find(self, text: str) -> Any | None:
+        """What has this text; from now on held."""
+        found = self.get(text)
+        if found is None and (found := self._living.get(text)) is not None:
+            self.keep(text, found)
+        return found
+
+
+PLANS: Cache[Any] = Cache(max_entries=64, max_bytes=1 << 31)
+"""(graph, its state, call, backend) → plan, with its layouts."""
+PLANS_ON_GPU: Cache[Any] = Cache(max_entries=64, max_bytes=1 << 34)
+"""The same for plans whose layouts lie on a GPU."""
+MASKS: Cache[Tensor] = Cache(max_entries=16)
+"""(graph, its state, n, m, device) → mask."""
+EDGES: Cache[Any] = Cache(max_entries=16)
+"""(graph, its state, n, m, device) → the edges with one bool for each head."""
+COSTS: Cache[Any] = Cache(max_entries=16)
+"""(setting, device, threads) → costs, as read from a file or by default."""
+COMPILED = CompiledPrograms(max_entries=1024)
+"""Text → graph or plan, for compiled programs."""
+EDGE_INDEX: WeakIdKeyDictionary = WeakIdKeyDictionary()
+"""A tensor `edge_index` that lives → what was asked of it, and its graph."""
+
+_NAMED: dict[str, Cache[Any]] = {
+    "plans": PLANS,
+    "plans on a GPU": PLANS_ON_GPU,
+    "masks": MASKS,
+    "edges": EDGES,
+    "costs": COSTS,
+    "compiled programs": COMPILED,
+}
+
+
+def cache_info() -> dict[str, CacheInfo]:
+    """What each cache holds.
+
+    >>> from attngraph import cache
+    >>> sorted(cache.cache_info())
+    ['compiled programs', 'costs', 'edges', 'masks', 'plans', 'plans on a GPU']
+    """
+    return {name: each.info() for name, each in _NAMED.items()}
+
+
+def clear() -> None:
+    """Forget all plans, masks, edges and costs.
+
+    Compiled programs whose graph nobody else holds have to be compiled again.
+    """
+    for each in _NAMED.values():
+        each.clear()
+    EDGE_INDEX.clear()
+
+
+def _unlock() -> None:
+    """In a process that was forked: a thread that held a lock is not there to release it."""
+    for each in _NAMED.values():
+        each._lock = RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_unlock)

@@ -1,0 +1,42 @@
+"""Every way to run attention on a graph, in one dict. Nothing else decides what can run, or what it would take."""
+
+from __future__ import annotations
+
+from attngraph.planning.backends.base import Backend
+from attngraph.planning.backends.dense import Dense
+from attngraph.planning.backends.edges import Edges
+from attngraph.planning.backends.reference import Reference
+from attngraph.planning.backends.rows import NumbaRows, TritonRows
+from attngraph.planning.backends.tiles import NumbaTiles, TorchTiles, TritonTiles
+from attngraph.planning.call import Call
+
+BACKENDS: dict[str, Backend] = {
+    "reference": Reference(),
+    "edges": Edges(),
+    "dense": Dense(),
+    "tiles (triton)": TritonTiles(),
+    "tiles (numba)": NumbaTiles(),
+    "tiles (torch)": TorchTiles(),
+    "rows (triton)": TritonRows(),
+    "rows (numba)": NumbaRows(),
+}
+"""By label; of several with one name, those that are faster where they can run come first."""
+
+
+def names() -> list[str]:
+    """What ``attend(…, backend=…)`` may be, apart from "auto"."""
+    return list(dict.fromkeys(backend.name for backend in BACKENDS.values()))
+
+
+def kernel_for(name: str, call: Call) -> Backend | None:
+    """The first backend of this name that can run the call."""
+    for backend in BACKENDS.values():
+        if backend.name == name and backend.supports(call) is None:
+            return backend
+    return None
+
+
+def reasons(name: str, call: Call) -> dict[str, str]:
+    """Why no backend of this name can run the call: by label."""
+    found = {label: backend.supports(call) for label, backend in BACKENDS.items() if backend.name == name}
+    return {label: reason for label, reason in found.items() if reason is not None}

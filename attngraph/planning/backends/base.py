@@ -1,0 +1,154 @@
+"""What a backend is: the one contract by which the planner asks what can run a call, and what it would take."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from importlib.util import find_spec
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from attngraph.bias import Bias
+from attngraph.graph.base import Graph
+from attngraph.kernels.contract import ScoreBias
+from attngraph.planning.call import Call, Request
+from attngraph.planning.costs import Costs
+from attngraph.planning.edge_set import EdgeSet, Tiling
+
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor | None]
+Results = tuple[Tensor, Tensor | None, Tensor | None]
+
+
+class Backend(ABC):
+    """One way to compute attention on a graph. A new one is a file with a class, and a line in `BACKENDS`.
+
+    A backend with a `backward` can run some of a graph's edges beside other backends, as results merge by their lse.
+    One without is differentiated by torch itself, and runs all edges of all heads.
+    """
+
+    name: ClassVar[str]
+    """What `attend(…, backend=…)` calls it. Several kernels of one strategy share a name: the first that can, runs."""
+    kernel: ClassVar[str] = ""
+    """What it is made of, where several share a name."""
+    tiling: Tiling | None = None
+    """The tiles in which it computes, if it does: then `tile_seconds` must be there."""
+
+    # ================================================================== what a backend MUST define
+
+    @abstractmethod
+    def supports(self, call: Call) -> str | None:
+        """None if it can run the call, else the reason why not, as "it has no dropout"."""
+
+    @abstractmethod
+    def estimate(self, edges: EdgeSet, call: Call, costs: Costs) -> float:
+        """The seconds that a forward pass over these edges takes, for all heads of one batch entry."""
+
+    @abstractmethod
+    def build(self, edges: EdgeSet, call: Call) -> Any:
+        """The layout of these edges that its kernels read."""
+
+    @abstractmethod
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, layout: Any, bias: ScoreBias | None, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """q (B, H, N, D), k and v (B, Hkv, M, ·) → out (B, H, N, Dv), lse (B, H, N).
+
+        A query without edges has out 0 and lse -inf.
+        """
+
+    # =================================================================== what a backend MAY define
+
+    def backward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        dout: Tensor,
+        dlse: Tensor | None,
+        layout: Any,
+        bias: ScoreBias | None,
+        scale: float,
+        bias_grad: bool,
+    ) -> Gradients:
+        """What these edges add to (dq, dk, dv, dbias), from the final out and lse of each query.
+
+        With p = exp(s - lse) and Δ = Σ dout · out - dlse: dv = pᵀ dout, ds = p ∘ (dout vᵀ - Δ), dq = scale · ds k,
+        dk = scale · dsᵀ q, dbias = ds. Without it, torch differentiates `forward`.
+        """
+        raise NotImplementedError
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, layout: Any, bias: Bias | None, request: Request) -> Results:
+        """All edges with all options of a call → out, and lse and weights where asked for; by torch's autograd.
+
+        A backend that defines it takes biases as they are given, and options beyond scale and lse.
+        """
+        raise NotImplementedError
+
+    def runs_whole(self, layout: Any, call: Call) -> bool:
+        """Whether `attend` runs the call, rather than `forward` and `backward`."""
+        return type(self).attend is not Backend.attend
+
+    def traced_layout(self, graph: Graph, n: int, m: int, device: torch.device) -> Any:
+        """The layout in a program that is being compiled, where sizes are symbols."""
+        raise NotImplementedError
+
+    def only_by_name(self, call: Call) -> str | None:
+        """Why `backend="auto"` does not choose it, though it can run the call; None where it may."""
+        return None
+
+    def overhead(self, edges: EdgeSet, call: Call, costs: Costs) -> float:
+        """Seconds that it takes at least, without a look at where the edges lie."""
+        return 0.0
+
+    def tile_seconds(self, edges: Tensor, blocks: Tensor, call: Call, costs: Costs) -> Tensor:
+        """For tiles with so many edges in so many blocks, what one head of each would add to the estimate."""
+        raise NotImplementedError
+
+    def pairs(self, edges: EdgeSet, layout: Any) -> int:
+        """How many scores are computed for each head."""
+        return edges.count
+
+    def describe(self, edges: EdgeSet, layout: Any, call: Call) -> str:
+        """Why this is a way to run these edges: a line of `Plan.explain`."""
+        return ""
+
+    # ===============================================================================================
+
+    @property
+    def label(self) -> str:
+        """Its name in explanations."""
+        return f"{self.name} ({self.kernel})" if self.kernel else self.name
+
+    @property
+    def merges(self) -> bool:
+        """Whether it can run some of the edges, beside other backends."""
+        return type(self).backward is not Backend.backward
+
+
+def only_plain_attention(call: Call) -> str | None:
+    """Why a kernel of softmax attention on dot products, with a backward pass of its own, can't run a call."""
+    if call.score != "dot":
+        return f"it has no score={call.score!r}"
+    if call.normalize != "softmax":
+        return f"it has no normalize={call.normalize!r}"
+    if call.return_weights:
+        return "it gives no weights"
+    if call.dropout:
+        return "it has no dropout"
+    if call.transform == "forward-mode":
+        return "it has no forward-mode derivatives"
+    if call.transform is not None:
+        return f"{call.transform} can't transform its backward pass"
+    return None
+
+
+def width_factor(call: Call) -> float:
+    """How much wider a number is than float32, in which costs are measured: float64 takes twice the time."""
+    return 2.0 if call.number_bytes > 4 else 1.0
+
+
+INSTALLED = {name: find_spec(name) is not None for name in ("numba", "scipy", "triton")}
+"""Which packages that a backend may need are there."""

@@ -1,0 +1,150 @@
+"""Tiles of the adjacency, only where there are edges: in Triton on a GPU, by Numba or by PyTorch's kernels else."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from attngraph.kernels.contract import ScoreBias
+from attngraph.planning.backends.base import INSTALLED, Backend, Gradients, only_plain_attention, width_factor
+from attngraph.planning.call import Call
+from attngraph.planning.costs import Costs
+from attngraph.planning.edge_set import EdgeSet, Tiling
+from attngraph.planning.layouts.tiles import NO_MASK, Tiles
+
+FIXED_SHARE = 0.2  # of the time of a full tile: what a tile takes however few of its blocks hold edges
+MAX_ROW_GROUPS = 16  # groups of alike rows of tiles, as far as their number is estimated before they are made
+
+
+class _TilesOfAnyKernel(Backend):
+    """What the kernels of tiles have in common."""
+
+    name = "tiles"
+    tiling = Tiling((64, 64), block=(64, 64))
+    module: str  # of the kernels
+    fused = True  # all tiles in one call
+
+    def estimate(self, edges: EdgeSet, call: Call, costs: Costs) -> float:
+        tiles = edges.tabulated(self.tiling)
+        if not len(tiles.edges_per_tile):
+            return 0.0
+        of_tiles = float(self.tile_seconds(tiles.edges_per_tile, tiles.blocks_per_tile, call, costs).sum())
+        calls = 1 if self.fused else min(tiles.tile_rows, MAX_ROW_GROUPS)
+        results = costs.tile_s_per_result_dim * edges.n * call.head_dim
+        return (of_tiles + results) * call.heads + calls * costs.tile_s_per_call
+
+    def tile_seconds(self, edges: Tensor, blocks: Tensor, call: Call, costs: Costs) -> Tensor:
+        (rows, columns), (block_rows, block_columns) = self.tiling.tile, self.tiling.block
+        share = blocks.double() * (block_rows * block_columns / (rows * columns))
+        full = costs.tile_s_per_pair_dim * call.head_dim * rows * columns * width_factor(call)
+        return full * (FIXED_SHARE + (1 - FIXED_SHARE) * share)
+
+    def overhead(self, edges: EdgeSet, call: Call, costs: Costs) -> float:
+        return costs.tile_s_per_call
+
+    def build(self, edges: EdgeSet, call: Call) -> Tiles:
+        return Tiles(edges.n, edges.m, edges.tabulated(self.tiling).to_table())
+
+    @property
+    def kernels(self) -> ModuleType:
+        """Imported when they are first used."""
+        return import_module(self.module)
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, layout: Tiles, bias: ScoreBias | None, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        return self.kernels.forward(q, k, v, layout, bias, scale)
+
+    def backward(self, q, k, v, out, lse, dout, dlse, layout, bias, scale, bias_grad) -> Gradients:
+        return self.kernels.backward(q, k, v, out, lse, dout, dlse, layout, bias, scale, bias_grad)
+
+    def pairs(self, edges: EdgeSet, layout: Tiles) -> int:
+        return len(layout.table.row) * layout.tile[0] * layout.tile[1]
+
+    def describe(self, edges: EdgeSet, layout: Tiles, call: Call) -> str:
+        tiles = len(layout.table.row)
+        full, fill = int((layout.table.mask == NO_MASK).sum()), edges.count / max(self.pairs(edges, layout), 1)
+        text = f"{tiles:,} tiles, {full:,} full; {fill:.0%} of their pairs are edges; "
+        text += f"{len(layout.table.words):,} distinct masks"
+        if not self.fused:
+            text += f", {len(layout.strips):,} groups of rows"
+        return text if edges.order is None else f"{text}; nodes reordered"
+
+
+class NumbaTiles(_TilesOfAnyKernel):
+    """See `kernels.cpu.tiles`: products, softmax and gradients of a tile in one pass, in float32."""
+
+    kernel, module = "numba", "attngraph.kernels.cpu.tiles"
+    tiling = Tiling((64, 64), block=(8, 32))
+
+    def supports(self, call: Call) -> str | None:
+        if (reason := only_plain_attention(call)) is not None:
+            return reason
+        if call.device.type != "cpu":
+            return f"it runs on a CPU, not on {call.device}"
+        if not INSTALLED["numba"]:
+            return "it needs numba: pip install 'attngraph[cpu]'"
+        if call.number_bytes > 4:
+            return "it computes in float32"
+        return "it has no bias" if call.bias is not None else None
+
+
+class TorchTiles(_TilesOfAnyKernel):
+    """See `kernels.torch.tiles`: PyTorch's own kernels on groups of tiles, on every device."""
+
+    kernel, module, fused = "torch", "attngraph.kernels.torch.tiles", False
+    tiling = Tiling((64, 64), block=(64, 64))
+
+    def supports(self, call: Call) -> str | None:
+        return only_plain_attention(call)
+
+    def only_by_name(self, call: Call) -> str | None:
+        return None if call.device.type == "cpu" else f"only by name on {call.device}"
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, layout: Tiles, bias: ScoreBias | None, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        return self.kernels.forward(*_widened(q, k, v), layout, bias, scale)
+
+    def backward(self, q, k, v, out, lse, dout, dlse, layout, bias, scale, bias_grad) -> Gradients:
+        q, k, v, out, dout = _widened(q, k, v, out, dout)
+        return self.kernels.backward(q, k, v, out, lse, dout, dlse, layout, bias, scale, bias_grad)
+
+
+class TritonTiles(_TilesOfAnyKernel):
+    """See `kernels.triton.tiles`: fused, on a GPU, in float16, bfloat16 and float32."""
+
+    kernel, module = "triton", "attngraph.kernels.triton.tiles"
+    tiling = Tiling((128, 64), block=(128, 64))
+    max_head_dim = {2: 256, 4: 128}
+    """By the bytes of a number, the dimension of a head whose blocks fit in the registers."""
+
+    def supports(self, call: Call) -> str | None:
+        if (reason := only_plain_attention(call)) is not None:
+            return reason
+        if call.device.type != "cuda":
+            return f"it runs on a GPU, not on {call.device}"
+        if not INSTALLED["triton"]:
+            return "it needs triton: pip install triton"
+        most, dim = self.max_head_dim.get(call.number_bytes, 0), max(call.head_dim, call.value_dim)
+        if dim > most:
+            return f"a head of dimension {dim} in {call.dtype} does not fit in its registers (at most {most})"
+        return None
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, layout: Tiles, bias: ScoreBias | None, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        with torch.cuda.device(q.device):  # where Triton launches
+            return super().forward(q, k, v, layout, bias, scale)
+
+    def backward(self, q, k, v, out, lse, dout, dlse, layout, bias, scale, bias_grad) -> Gradients:
+        with torch.cuda.device(q.device):
+            return super().backward(q, k, v, out, lse, dout, dlse, layout, bias, scale, bias_grad)
+
+
+def _widened(*sides: Tensor) -> list[Tensor]:
+    """Half precision as float32."""
+    return [side.to(torch.promote_types(side.dtype, torch.float32)) for side in sides]

@@ -1,0 +1,76 @@
+"""What a call of `attend` asks for: everything that decides how it may run. Data only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from attngraph.kernels.contract import BiasKind
+
+Transform = Literal["torch.func", "forward-mode"]
+
+
+class Call(NamedTuple):
+    """The sizes and kinds of a call: what backends are asked about, and what a plan is kept for.
+
+    The batch size is not among them: costs are those of one batch entry, and one plan serves every batch size.
+    """
+
+    num_queries: int
+    num_keys: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    value_dim: int
+    dtype: torch.dtype
+    device: torch.device
+    bias: BiasKind | None = None
+    score: str = "dot"
+    """Its name, or "a function"."""
+    normalize: str = "softmax"
+    """Its name, or "a function"."""
+    dropout: bool = False
+    return_lse: bool = False
+    return_weights: bool = False
+    transform: Transform | None = None
+    """A transform of torch.func, or forward-mode differentiation, that is at work."""
+    compiled: bool = False
+    """Whether torch.compile traces the call."""
+    part: bool = False
+    """Whether the backend runs some of the edges or heads, beside others."""
+
+    @property
+    def number_bytes(self) -> int:
+        """Bytes of a number of q."""
+        return self.dtype.itemsize
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Request:
+    """The options of a call that are numbers or functions: what runs, not how."""
+
+    scale: float
+    score: str | Callable[[Tensor, Tensor], Tensor] = "dot"
+    normalize: str | Callable[[Tensor], Tensor] = "softmax"
+    dropout_p: float = 0.0
+    return_lse: bool = False
+    return_weights: bool = False
+
+    @property
+    def generic(self) -> dict:
+        """What the generic kernels take."""
+        return {
+            "scale": self.scale,
+            "score": self.score,
+            "normalize": self.normalize,
+            "dropout_p": self.dropout_p,
+        }
+
+
+def name_of(option: object) -> str:
+    """A score or normaliser in a `Call`."""
+    return option if isinstance(option, str) else "a function"

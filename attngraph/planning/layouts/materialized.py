@@ -1,0 +1,83 @@
+"""Masks and lists of edges of a graph, made once for a size and a device; also inside compiled programs.
+
+`torch.compile` sees one opaque operator that takes the graph as text, so that a compiled program serves every size.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from attngraph import cache
+from attngraph.graph.base import Graph, at_size, list_edges
+from attngraph.graph.text import from_key
+
+MAX_MASK_BYTES = 1 << 26  # of a mask that is kept; larger ones cost less to build than to keep
+
+
+class EdgesOfHeads(NamedTuple):
+    """All edges that any head has, sorted by query, then key; and which head has which."""
+
+    query: Tensor
+    """int64 (E,)"""
+    key: Tensor
+    """int64 (E,)"""
+    member: Tensor
+    """bool (H, E); (0, E) where all heads have one graph"""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors."""
+        return sum(part.nbytes for part in self)
+
+
+def mask(graph: Graph, n: int, m: int, device: torch.device) -> Tensor:
+    """The edges as a bool tensor (n, m) or (H, n, m), not to be changed; kept if it is small."""
+    if torch.compiler.is_compiling():
+        return _mask_operator(graph._key, n, m, device)
+    if n * m > MAX_MASK_BYTES:
+        return graph.mask(n, m, device)
+    return cache.MASKS.get_or_make((graph, graph._state(), n, m, device), lambda: graph.mask(n, m, device))
+
+
+def edges_of_heads(graph: Graph, n: int, m: int, device: torch.device) -> EdgesOfHeads:
+    """The edges as a list, not to be changed; kept."""
+    if torch.compiler.is_compiling():
+        return EdgesOfHeads(*_edges_operator(graph._key, n, m, device))
+    return cache.EDGES.get_or_make((graph, graph._state(), n, m, device), lambda: _listed(graph, n, m, device))
+
+
+def _listed(graph: Graph, n: int, m: int, device: torch.device) -> EdgesOfHeads:
+    bound, n, m = at_size(graph, n, m)
+    query, key = list_edges(bound, n, m)
+    member = torch.empty(0, len(query), dtype=torch.bool)
+    if graph.heads:
+        member = torch.stack([bound._head(h).contains(query, key) for h in range(graph.heads)])
+    return EdgesOfHeads(query.to(device), key.to(device), member.to(device))
+
+
+@torch.library.custom_op("attngraph::mask", mutates_args=())
+def _mask_operator(graph: str, n: int, m: int, device: torch.device) -> Tensor:
+    found = mask(from_key(graph), n, m, device)
+    return found if n * m > MAX_MASK_BYTES else found.clone()  # an operator's result belongs to its caller
+
+
+@_mask_operator.register_fake
+def _(graph: str, n: int, m: int, device: torch.device) -> Tensor:
+    heads = from_key(graph).heads
+    return torch.empty((n, m) if heads is None else (heads, n, m), dtype=torch.bool, device=device)
+
+
+@torch.library.custom_op("attngraph::edges", mutates_args=())
+def _edges_operator(graph: str, n: int, m: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    query, key, member = edges_of_heads(from_key(graph), n, m, device)
+    return query.clone(), key.clone(), member.clone()
+
+
+@_edges_operator.register_fake
+def _(graph: str, n: int, m: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    count = torch.library.get_ctx().new_dynamic_size()
+    query, key = (torch.empty(count, dtype=torch.int64, device=device) for _ in range(2))
+    return query, key, torch.empty(from_key(graph).heads or 0, count, dtype=torch.bool, device=device)

@@ -128,36 +128,36 @@ def both(family, model, reference, dtype, padded):
     model, reference = model.to(dtype), reference.to(dtype)
     chance = torch.Generator().manual_seed(7)
     tokens, others = (torch.randint(37, (3, length), generator=chance) for length in (11, 6))
-    keep = torch.ones(3, 11, dtype=torch.bool)
+    real = torch.ones(3, 11, dtype=torch.bool)
     if padded:
-        keep[1, 7:], keep[2, :4] = False, False  # on either side
-    mask = keep.long() if padded else None
-    ours = {"keep": keep} if padded else {}
+        real[1, 7:], real[2, :4] = False, False  # on either side
+    mask = real.long() if padded else None
+    ours = {"attention_mask": mask}
     if family == "vit":
         height, width = model.patches.image_size
         images = torch.randn(3, model.patches.channels, height, width, generator=chance, dtype=dtype)
         return model(images), reference(images).logits, slice(None)
     if family == "whisper":
         sounds = torch.randn(3, reference.config.num_mel_bins, 22, generator=chance, dtype=dtype)
-        ours = {"target_keep": keep[:, :6]} if padded else {}
-        told = reference(
+        ours = {"decoder_attention_mask": real[:, :6] if padded else None}
+        found = reference(
             input_features=sounds, decoder_input_ids=others,
             decoder_attention_mask=None if mask is None else mask[:, :6],
         )  # fmt: skip
-        return model(sounds, others, **ours), told.logits, keep[:, :6]
+        return model(sounds, others, **ours), found.logits, real[:, :6]
     if family == "t5":
-        told = reference(input_ids=tokens, attention_mask=mask, decoder_input_ids=others)
-        return model(tokens, others, **ours), told.logits, slice(None)
+        found = reference(input_ids=tokens, attention_mask=mask, decoder_input_ids=others)
+        return model(tokens, others, **ours), found.logits, slice(None)
     if family == "decision_transformer":
         states, actions, returns = (
             torch.randn(3, 11, width, generator=chance, dtype=dtype) for width in (5, reference.config.act_dim, 1)
         )
         times = torch.randint(30, (3, 11), generator=chance)
-        told = reference(
+        found = reference(
             states=states, actions=actions, returns_to_go=returns, timesteps=times, attention_mask=mask
         ).action_preds
-        return model(states, actions, returns, times, **ours), told, keep
-    return model(tokens, **ours), reference(input_ids=tokens, attention_mask=mask).logits, keep
+        return model(states, actions, returns, times, **ours), found, real
+    return model(tokens, **ours), reference(input_ids=tokens, attention_mask=mask).logits, real
 
 
 @pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
@@ -200,7 +200,7 @@ def test_shards_are_one_model(tmp_path):
     assert torch.equal(whole, shards)
 
 
-def test_a_changed_graph_is_kept_and_told(tmp_path):
+def test_a_changed_graph_is_saved_or_an_error(tmp_path):
     theirs("gpt2", 0, tmp_path / "gpt2"), theirs("vit", 0, tmp_path / "vit")
     gpt2, vit = hf.load(tmp_path / "gpt2"), hf.load(tmp_path / "vit")
     assert gpt2.transformer.graphs == (Causal(), Causal())
@@ -324,7 +324,7 @@ def rewritten(folder, change):
         (lambda at: (at / "config.json").write_text("{"), "must be JSON"),
         (lambda at: changed(at, n_embd="24"), "'n_embd' must be like 768 (got '24')"),
         (lambda at: changed(at, n_head=0), "a setting is of the wrong kind"),
-        (lambda at: changed(at, attngraph={"transformr": "Causal()"}), "must give graphs to transformer or memory"),
+        (lambda at: changed(at, attngraph={"transformr": "Causal()"}), "must give graphs to transformer (got"),
         (lambda at: rewritten(at, lambda t: t.update({"wte.weight": torch.ones(1)})), "two tensors of one name"),
     ],
 )  # fmt: skip

@@ -259,7 +259,7 @@ def test_tied_heads_share_their_weights():
     assert untied.head.weight is not untied.embedding.weight
 
 
-def test_generate_samples_as_told():
+def test_generate_samples_by_its_settings():
     torch.manual_seed(0)
     model = shaken(GPT(config(position="rotary"), 17))
     prompt = torch.randint(17, (3, 4))
@@ -319,7 +319,7 @@ def test_top_p_keeps_the_smallest_set():
         (lambda: generate(nn.Identity(), torch.zeros(1, 1), 1, top_p=1.5), "top_p must be a probability"),
     ],
 )
-def test_bad_input_is_told(make, message):
+def test_bad_input_is_an_error(make, message):
     with pytest.raises(ValueError) as error:
         make()
     assert message in str(error.value)

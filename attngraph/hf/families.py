@@ -21,7 +21,8 @@ class Settings:
     """What a config.json says, and which of it was asked for: what nobody asks for is unknown, and an error."""
 
     def __init__(self, given: Mapping[str, Any]):
-        self.given, self.asked = given, set(IRRELEVANT)
+        self.given = given
+        self.asked: set[str] = set(IRRELEVANT)
 
     def __call__(self, name: str, default: Any = None) -> Any:
         """A setting, or what it is by default where it is absent or null."""
@@ -146,18 +147,19 @@ ATTENTION = ("attention.query", "attention.key", "attention.value")
 
 
 def _gpt2_config(given: Settings, activation: str, *, width: str, layers: int, heads: int) -> TransformerConfig:
+    """`width` is the name of the setting; `layers` and `heads` are what there is by default."""
     given.must("add_cross_attention", False)
-    width, layers, heads = given(width, 768), given("n_layer", layers), given("n_head", heads)
-    scale = (width // heads) ** -0.5 if given("scale_attn_weights", True) else 1.0
-    smaller = given("scale_attn_by_inverse_layer_idx", False)
+    embed_dim, num_layers, num_heads = given(width, 768), given("n_layer", layers), given("n_head", heads)
+    scale = (embed_dim // num_heads) ** -0.5 if given("scale_attn_weights", True) else 1.0
+    by_layer = given("scale_attn_by_inverse_layer_idx", False)
     return TransformerConfig(
-        embed_dim=width,
-        num_layers=layers,
-        num_heads=heads,
+        embed_dim=embed_dim,
+        num_layers=num_layers,
+        num_heads=num_heads,
         hidden_dim=given("n_inner"),
         activation=given.activation("activation_function", activation),
         norm_eps=given("layer_norm_epsilon", 1e-5),
-        scale=tuple(scale / (layer + 1) for layer in range(layers)) if smaller else scale,
+        scale=tuple(scale / (layer + 1) for layer in range(num_layers)) if by_layer else scale,
         position="learned",
         max_length=given("n_positions", 1024),
         dropout=given("resid_pdrop", 0.1),
@@ -291,7 +293,7 @@ BERT = Family(
 
 
 def _vit(given: Settings, tied: bool) -> nn.Module:
-    image, patch = (_pair(given(name, default)) for name, default in (("image_size", 224), ("patch_size", 16)))
+    image, patch = _pair(given("image_size", 224)), _pair(given("patch_size", 16))
     config = TransformerConfig(
         embed_dim=given("hidden_size", 768),
         num_layers=given("num_hidden_layers", 12),
@@ -342,7 +344,7 @@ VIT = Family(
 
 def _t5(given: Settings, tied: bool) -> nn.Module:
     given.must("is_decoder", False)
-    gate, _, activation = given("feed_forward_proj", "relu").rpartition("-")
+    gate, _, activation = str(given("feed_forward_proj", "relu")).rpartition("-")
     if gate not in ("", "gated"):
         raise ValueError(f"the setting 'feed_forward_proj' must be like relu or gated-gelu (got {gate}-{activation})")
     given.asked |= {"n_positions", "dense_act_fn", "is_gated_act"}
@@ -438,11 +440,11 @@ def _whisper(given: Settings, tied: bool) -> nn.Module:
             num_layers=given(f"{side}_layers", 4),
             num_heads=given(f"{side}_attention_heads", 6),
             hidden_dim=given(f"{side}_ffn_dim", 1536),
-            max_length=given(f"max_{what}_positions", most),
+            max_length=given(f"max_{what}_positions", positions),
             cross=side == "decoder",
             **common,
         )
-        for side, what, most in (("encoder", "source", 1500), ("decoder", "target", 448))
+        for side, what, positions in (("encoder", "source", 1500), ("decoder", "target", 448))
     )
     source = AudioEmbedding(given("num_mel_bins", 80), common["embed_dim"])
     return EncoderDecoder(encoder, decoder, given("vocab_size", 51865), source=source, tied=tied)
@@ -549,17 +551,17 @@ def _llama(given: Settings, tied: bool) -> nn.Module:
 def _qwen2(given: Settings, tied: bool) -> nn.Module:
     config = _llama_config(given, ("q", "k", "v"), 1e-6)
     width = given("sliding_window", 4096) if given("use_sliding_window", False) else None
-    given("sliding_window"), given("max_window_layers")
+    given.asked |= {"sliding_window", "max_window_layers"}  # used or not
     kinds = given("layer_types") or [
         "sliding_attention" if width and layer >= given("max_window_layers", 28) else "full_attention"
         for layer in range(config.num_layers)
     ]
     if len(kinds) != config.num_layers:
         raise ValueError(f"the setting 'layer_types' must name {config.num_layers} layers (got {len(kinds)})")
-    return GPT(config, given("vocab_size", 151936), [_heard(kind, width) for kind in kinds], tied=tied)
+    return GPT(config, given("vocab_size", 151936), [_layer_graph(kind, width) for kind in kinds], tied=tied)
 
 
-def _heard(kind: str, width: int | None) -> Graph:
+def _layer_graph(kind: str, width: int | None) -> Graph:
     if kind == "full_attention":
         return Causal()
     if kind != "sliding_attention" or not width:

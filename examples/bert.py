@@ -77,12 +77,12 @@ def train(args: argparse.Namespace) -> dict:
         return cross_entropy(model(seen.to(device))[which.to(device)].float(), whole[which].to(device))
 
     def accuracy() -> float:
-        chance, right, asked = torch.Generator().manual_seed(0), 0, 0  # the same holes for every model
+        chance, right, total = torch.Generator().manual_seed(0), 0, 0  # the same holes for every model
         for whole, _ in corpus.validation_batches(size=max(1, 4096 // args.context)):
             seen, which = hidden(whole, args.masked, mask, chance)
             right += int((model(seen.to(device)).argmax(-1).cpu()[which] == whole[which]).sum())
-            asked += int(which.sum())
-        return 100 * right / asked
+            total += int(which.sum())
+        return 100 * right / total
 
     task = training.Task(
         model,
@@ -107,13 +107,9 @@ def report(folder: Path, args, model: nn.Module, corpus: gpt.Corpus, tokens, met
     seen, which = hidden(whole[None], args.masked, len(tokens), torch.Generator().manual_seed(0))
     with torch.no_grad():
         guess = torch.where(which[0], model(seen.to(device))[0, :, :-1].argmax(-1).cpu(), whole)
-    shown = [
-        "".join(
-            "▁" if hole else tokens.decode([token]) for token, hole in zip(side.tolist(), holes.tolist(), strict=True)
-        )
-        for side, holes in ((whole, which[0]), (guess, which[0] & False))
-    ]
-    filled = f"{shown[0]}\n{'-' * 40}\n{shown[1]}\n"
+    characters = [tokens.decode([token]) for token in whole.tolist()]
+    masked = "".join("▁" if hole else text for text, hole in zip(characters, which[0].tolist(), strict=True))
+    filled = f"{masked}\n{'-' * 40}\n{''.join(tokens.decode([token]) for token in guess.tolist())}\n"
     training.write_whole(folder / "filled.txt", lambda path: path.write_text(filled, encoding="utf-8"))
     curve = training.loss_curve(metrics, f"masked characters, {args.graph}", "loss [nats a mask]", "masks right [%]")
     draw.save(curve, folder / "accuracy.png")

@@ -187,8 +187,9 @@ class Corpus:
     def validation_batches(self, size: int):
         """The whole validation text, each token predicted once, in pieces of the context's length."""
         whole = (len(self.validation) - 1) // self.context * self.context
-        pieces = (side[:whole].view(-1, self.context) for side in (self.validation[:-1], self.validation[1:]))
-        yield from zip(*(side.split(size) for side in pieces), strict=True)
+        inputs = self.validation[:-1][:whole].view(-1, self.context)
+        targets = self.validation[1:][:whole].view(-1, self.context)
+        yield from zip(inputs.split(size), targets.split(size), strict=True)
         if whole < len(self.validation) - 1:
             yield self.validation[None, whole:-1], self.validation[None, whole + 1 :]
 
@@ -307,7 +308,7 @@ def attention_map(model: GPT, sentence: Tensor, tokens):
     weights, graph = training.weights_in(layers[-1].attention, lambda: model(sentence[None]))
     head = int(weights[0].square().sum(-1).argmax())
     labels = [tokens.decode([token]) for token in sentence.tolist()]
-    title = f"layer {len(layers)}, head {head + 1}: whom each character hears"
+    title = f"layer {len(layers)}, head {head + 1}: attention of each character"
     return draw.attention(weights[0, head], graph, len(labels), labels=labels, title=title)
 
 

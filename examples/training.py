@@ -341,9 +341,9 @@ def fit(args: argparse.Namespace, task: Task) -> tuple[float, Metrics]:
     elif folder.exists():
         print(f"kept      the run that was there before as {set_aside(folder)}")
     folder.mkdir(parents=True, exist_ok=True)
-    kept = {name: value for name, value in vars(args).items() if name not in FREE}
+    settings = {name: value for name, value in vars(args).items() if name not in FREE}
     config = json.dumps(
-        {"settings": kept, "parameters": parameters, **task.record, "attngraph": attngraph.__version__}, indent=2
+        {"settings": settings, "parameters": parameters, **task.record, "attngraph": attngraph.__version__}, indent=2
     )
     write_whole(folder / "config.json", lambda path: path.write_text(config))
     metrics = Metrics(folder / "metrics.csv", task.unit, task.score, first)
@@ -362,26 +362,26 @@ def fit(args: argparse.Namespace, task: Task) -> tuple[float, Metrics]:
             loss = 0.0
             for part in range(args.accumulate):
                 with autocast(task.device, args.dtype):
-                    share = task.loss(step * args.accumulate + part) / args.accumulate
-                share.backward()
-                loss += share.detach()
+                    part_loss = task.loss(step * args.accumulate + part) / args.accumulate
+                part_loss.backward()
+                loss += part_loss.detach()
             norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip or math.inf)
             for tool in tools:
                 tool.step()
             model.zero_grad()
 
-            done, loss, fresh = step + 1, float(loss), ""
+            done, loss, new_score = step + 1, float(loss), ""
             if not math.isfinite(loss):
                 raise SystemExit(f"the loss is {loss} at step {done}; the last good checkpoint stays; try lower rates")
-            look = done % args.evaluate_every == 0 or done == args.steps
-            if look:
-                fresh = score = evaluated(task)
+            evaluates = done % args.evaluate_every == 0 or done == args.steps
+            if evaluates:
+                new_score = score = evaluated(task)
             seconds = time.perf_counter() - begin
             metrics.add(
                 step=done, seconds=f"{seconds:.3f}", training_loss=loss, rate=factor, gradient_norm=float(norm),
-                **{task.unit: done * per_step, task.score: fresh},
+                **{task.unit: done * per_step, task.score: new_score},
             )  # fmt: skip
-            if look or stopped:
+            if evaluates or stopped:
                 metrics.save()
                 save_checkpoint(checkpoint, model, tools, done, shape)
             if stopped:
@@ -459,16 +459,16 @@ def connectivity(graphs: tuple[Graph, ...], nodes: int):
 
 @torch.no_grad()
 def weights_in(attention: Attention, run: Callable[[], object]) -> tuple[Tensor, Graph]:
-    """The weights (B, H, E) by which nodes heard each other in one layer, while `run` ran; and its graph."""
-    heard = {}
+    """The attention weights (B, H, E) of one layer, while `run` ran; and its graph."""
+    captured = {}
 
-    def listen(layer, inputs, options):
-        heard["inputs"] = (*inputs, None)[:3], options
+    def capture(layer, inputs, options):
+        captured["inputs"] = (*inputs, None)[:3], options
 
-    hook = attention.register_forward_pre_hook(listen, with_kwargs=True)
+    hook = attention.register_forward_pre_hook(capture, with_kwargs=True)
     run()
     hook.remove()
-    (x, graph, memory), options = heard["inputs"]
+    (x, graph, memory), options = captured["inputs"]
     q, k, v = attention.project(x, x if memory is None else memory, options.get("rotary"))
     bias = options.get("bias")
     return attngraph.attend(q, k, v, graph, bias=bias, return_weights=True, **attention.scoring)[1], graph

@@ -170,14 +170,14 @@ def train(args: argparse.Namespace) -> dict:
 
     def loss(number: int) -> Tensor:
         chance = torch.Generator().manual_seed(args.seed + number)
-        some = torch.randint(len(images), (args.batch,), generator=chance)
-        seen = images[some] if args.distort == 0 else distorted(images[some], args.distort, chance)
-        return cross_entropy(model(((seen - mean) / deviation).to(device)).float(), classes[some].to(device))
+        index = torch.randint(len(images), (args.batch,), generator=chance)
+        batch = images[index] if args.distort == 0 else distorted(images[index], args.distort, chance)
+        return cross_entropy(model(((batch - mean) / deviation).to(device)).float(), classes[index].to(device))
 
     def accuracy() -> float:
         right = 0
-        for seen, wanted in zip(test_images.split(500), test_classes.split(500), strict=True):
-            right += int((model(((seen - mean) / deviation).to(device)).argmax(-1).cpu() == wanted).sum())
+        for batch, targets in zip(test_images.split(500), test_classes.split(500), strict=True):
+            right += int((model(((batch - mean) / deviation).to(device)).argmax(-1).cpu() == targets).sum())
         return 100 * right / len(test_classes)
 
     task = training.Task(
@@ -216,29 +216,29 @@ def attention_map(model: ViT, images: Tensor, scale: tuple[Tensor, Tensor], devi
     """Test images, and over each what the CLS node hears in the last layer, the mean of its heads."""
     from matplotlib.figure import Figure
 
-    seen = ((images - scale[0]) / scale[1]).to(device)
-    weights, _ = training.weights_in(model.transformer.layers[-1].attention, lambda: model(seen))
+    batch = ((images - scale[0]) / scale[1]).to(device)
+    weights, _ = training.weights_in(model.transformer.layers[-1].attention, lambda: model(batch))
     of_cls = slice(1, 1 + model.num_patches)  # the first edges are those of node 0, which hears itself and every patch
-    heard = weights.mean(1)[:, of_cls].unflatten(1, model.patches.grid).cpu()
-    guess = model(seen).argmax(-1).tolist()
+    maps = weights.mean(1)[:, of_cls].unflatten(1, model.patches.grid).cpu()
+    guess = model(batch).argmax(-1).tolist()
     figure = Figure(figsize=(1.6 * len(images), 4), layout="constrained")
     axes = figure.subplots(2, len(images), squeeze=False)
     extent = (0, images.shape[-1], images.shape[-2], 0)
-    for column, (image, weight) in enumerate(zip(images, heard, strict=True)):
+    for column, (image, weight) in enumerate(zip(images, maps, strict=True)):
         shown, colors = image.movedim(0, -1).squeeze(-1), None if len(image) == 3 else "gray"
         axes[0, column].imshow(shown, cmap=colors, extent=extent)
         axes[0, column].set_title(f"taken for {guess[column]}", fontsize=9)
         axes[1, column].imshow(shown, cmap=colors, extent=extent)
-        over = axes[1, column].imshow(
-            weight, cmap="inferno", alpha=0.65, extent=extent, vmin=0, vmax=float(heard.max())
-        )
+        over = axes[1, column].imshow(weight, cmap="inferno", alpha=0.65, extent=extent, vmin=0, vmax=float(maps.max()))
         for ax in axes[:, column]:
             ax.set_xticks([])
             ax.set_yticks([])
     axes[0, 0].set_ylabel("test image")
-    axes[1, 0].set_ylabel("heard by CLS")
+    axes[1, 0].set_ylabel("attention of CLS")
     figure.colorbar(over, ax=axes[1].tolist(), label="weight of a patch", shrink=0.8)
-    figure.suptitle(f"what the CLS node hears in layer {len(model.transformer.layers)}, mean of its heads", fontsize=10)
+    figure.suptitle(
+        f"attention of the CLS node in layer {len(model.transformer.layers)}, mean of its heads", fontsize=10
+    )
     return axes[0, 0]
 
 

@@ -91,9 +91,9 @@ def test_vit_resumes_bit_for_bit(tmp_path, monkeypatch):
 )
 def test_vit_tells_bad_settings(tmp_path, monkeypatch, given, message):
     monkeypatch.setattr(vit, "MNIST", "file:///no/such/place/")
-    with pytest.raises(SystemExit) as told:
+    with pytest.raises(SystemExit) as raised:
         run(vit, tmp_path, *given)
-    assert message in str(told.value)
+    assert message in str(raised.value)
 
 
 def test_vit_reads_cifars_own_file(tmp_path):

@@ -409,6 +409,7 @@ print(seconds, (resident("VmHWM") - before) / size, size)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peak memory is read from /proc")
 def test_gpt2_small_loads_fast_and_in_its_own_size(tmp_path):
     """124M parameters: at most 3 s, and 1.2 times its size."""

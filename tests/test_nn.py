@@ -213,20 +213,28 @@ def test_no_module_builds_a_mask(monkeypatch):
     assert asked == []
 
 
-@pytest.mark.parametrize("position", POSITIONS)
-def test_compiled_models_are_the_same_and_recompile_once_for_all_lengths(position):
+BY_LAYER_AND_HEAD = [Causal() & (Window(4, 0) | Prefix(2)), PerHead([Causal(), Window(2, 0)] * 2)]
+COMPILED = [(position, graph) for position in POSITIONS for graph in (Causal(), BY_LAYER_AND_HEAD)]
+FAST_TO_COMPILE = [("relative", Causal()), ("rotary", BY_LAYER_AND_HEAD)]
+
+
+@pytest.mark.parametrize(
+    ("position", "graph"),
+    [pytest.param(*case, marks=[] if case in FAST_TO_COMPILE else pytest.mark.slow) for case in COMPILED],
+    ids=lambda value: value if isinstance(value, str) else "one" if isinstance(value, Causal) else "several",
+)
+def test_compiled_models_are_the_same_and_recompile_once_for_all_lengths(position, graph):
     import torch._dynamo as dynamo
 
-    for graph in (Causal(), [Causal() & (Window(4, 0) | Prefix(2)), PerHead([Causal(), Window(2, 0)] * 2)]):
-        dynamo.reset()
-        dynamo.utils.counters.clear()
-        model = GPT(config(position=position), 17, graph)
-        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-        for length in (8, 12, 16, 24):
-            tokens = torch.randint(17, (2, length))
-            torch.testing.assert_close(compiled(tokens), model(tokens), rtol=1e-5, atol=1e-5)
-            compiled(tokens).sum().backward()
-        assert dynamo.utils.counters["stats"]["unique_graphs"] <= 2
+    dynamo.reset()
+    dynamo.utils.counters.clear()
+    model = GPT(config(position=position), 17, graph)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for length in (8, 12, 16, 24):
+        tokens = torch.randint(17, (2, length))
+        torch.testing.assert_close(compiled(tokens), model(tokens), rtol=1e-5, atol=1e-5)
+        compiled(tokens).sum().backward()
+    assert dynamo.utils.counters["stats"]["unique_graphs"] <= 2
 
 
 def test_inductor_compiles_a_model():

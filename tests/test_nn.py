@@ -126,8 +126,8 @@ def test_every_switch_builds_a_model_whose_parameters_all_learn(switches):
             parameter.add_(torch.randn_like(parameter) * 0.05)
     model(torch.randn(2, 12, 32)).square().sum().backward()
     # A bias of the keys adds the same to all scores of a query; softmax does not see it.
-    silent = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
-    assert not [name for name in silent if not name.endswith("key.bias")]
+    without_gradient = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+    assert not [name for name in without_gradient if not name.endswith("key.bias")]
 
 
 def test_biases_are_where_the_config_says():

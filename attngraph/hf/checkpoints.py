@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -64,14 +64,14 @@ def load(path: str | os.PathLike, *, dtype: torch.dtype | None = None, device: t
             found = _Tensors(folder, family, stack)
             tied = found.tied(family.ties(settings))
             try:
-                with torch.device("meta"), _NothingDrawn():
+                with torch.device("meta"), _NoInitialization():
                     model = family.build(settings, tied)
             except (TypeError, ArithmeticError) as error:
                 raise ValueError(f"a setting is of the wrong kind: {error}") from None
             if unknown := settings.unknown():
                 raise ValueError(f"unknown settings: {', '.join(unknown)}")
             places = _fill(model, family, found, dtype, torch.device(device))
-            _rewire(model, given.get("attngraph", {}))
+            _set_graphs(model, given.get("attngraph", {}))
         except ValueError as error:
             raise ValueError(f"{folder}: {error}") from None
     cast(Any, model).pretrained = Pretrained(dict(given), places)  # typed for modules and tensors alone
@@ -202,14 +202,20 @@ def _replace(path: Path, write: Callable[[Path], object]) -> None:
 # ---------------------------------------------------------------------------------------------------------- tensors
 
 
-class _NothingDrawn(TorchFunctionMode):
+class _NoInitialization(TorchFunctionMode):
     """Parameters are not initialised: for tensors without memory, PyTorch would first import its compiler."""
 
-    def __torch_function__(self, function, types, args=(), kwargs=None):
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
         kwargs = kwargs or {}
-        if getattr(function, "__module__", "") == "torch.nn.init":
+        if getattr(func, "__module__", "") == "torch.nn.init":
             return kwargs["tensor"] if "tensor" in kwargs else args[0]
-        return args[0] if function in (Tensor.normal_, Tensor.uniform_) else function(*args, **kwargs)
+        return args[0] if func in (Tensor.normal_, Tensor.uniform_) else func(*args, **kwargs)
 
 
 class Place(NamedTuple):
@@ -300,7 +306,7 @@ def _transformers(model: nn.Module) -> list[tuple[str, Transformer]]:
     return [(name, part) for name, part in model.named_modules() if isinstance(part, Transformer)]
 
 
-def _rewire(model: nn.Module, graphs: Mapping[str, str]) -> None:
+def _set_graphs(model: nn.Module, graphs: Mapping[str, str]) -> None:
     """The graphs that `save` wrote beside the settings."""
     parts = dict(_transformers(model))
     known = [*parts, "memory"] if isinstance(model, EncoderDecoder) else [*parts]

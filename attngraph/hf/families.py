@@ -5,7 +5,7 @@ A family differs from the others in its switches and in its graph; the rest is n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from operator import methodcaller
 from typing import Any, NamedTuple
 
@@ -143,6 +143,13 @@ def of_layers(layers: str, *names: Name) -> tuple[Name, ...]:
 
 ATTENTION = ("attention.query", "attention.key", "attention.value")
 
+
+def projections(file: str, here: str, names: Sequence[str]) -> tuple[Name, ...]:
+    """The four projections of attention: what those of the queries, keys, values and output are called in the file."""
+    pairs = zip(names, ("query", "key", "value", "out"), strict=True)
+    return tuple(Name(f"{file}.{name}", f"{here}.{own}") for name, own in pairs)
+
+
 # ------------------------------------------------------------------------------------------------------------- GPT-2
 
 
@@ -234,17 +241,24 @@ DECISION = Family(
 # -------------------------------------------------------------------------------------------------------------- BERT
 
 
+def _bert_sizes(given: Settings) -> dict[str, Any]:
+    """The switches whose settings BERT and ViT call the same."""
+    return {
+        "embed_dim": given("hidden_size", 768),
+        "num_layers": given("num_hidden_layers", 12),
+        "num_heads": given("num_attention_heads", 12),
+        "hidden_dim": given("intermediate_size", 3072),
+        "activation": given.activation("hidden_act", "gelu"),
+        "norm_eps": given("layer_norm_eps", 1e-12),
+    }
+
+
 def _bert(given: Settings, tied: bool) -> nn.Module:
     given.must("is_decoder", False)
     given.must("add_cross_attention", False)
     given.must("position_embedding_type", "absolute")
     config = TransformerConfig(
-        embed_dim=given("hidden_size", 768),
-        num_layers=given("num_hidden_layers", 12),
-        num_heads=given("num_attention_heads", 12),
-        hidden_dim=given("intermediate_size", 3072),
-        activation=given.activation("hidden_act", "gelu"),
-        norm_eps=given("layer_norm_eps", 1e-12),
+        **_bert_sizes(given),
         norm_order="post",
         embed_norm=True,
         final_norm=False,
@@ -264,10 +278,7 @@ BERT = Family(
         Name("embeddings.LayerNorm", "transformer.embed_norm"),
         *of_layers(
             "encoder.layer.{} = transformer.layers.{}",
-            Name("attention.self.query", "attention.query"),
-            Name("attention.self.key", "attention.key"),
-            Name("attention.self.value", "attention.value"),
-            Name("attention.output.dense", "attention.out"),
+            *projections("attention", "attention", ("self.query", "self.key", "self.value", "output.dense")),
             Name("attention.output.LayerNorm", "attention_norm"),
             Name("intermediate.dense", "feedforward.up"),
             Name("output.dense", "feedforward.down"),
@@ -295,12 +306,7 @@ BERT = Family(
 def _vit(given: Settings, tied: bool) -> nn.Module:
     image, patch = _pair(given("image_size", 224)), _pair(given("patch_size", 16))
     config = TransformerConfig(
-        embed_dim=given("hidden_size", 768),
-        num_layers=given("num_hidden_layers", 12),
-        num_heads=given("num_attention_heads", 12),
-        hidden_dim=given("intermediate_size", 3072),
-        activation=given.activation("hidden_act", "gelu"),
-        norm_eps=given("layer_norm_eps", 1e-12),
+        **_bert_sizes(given),
         bias=(*("q", "k", "v") * bool(given("qkv_bias", True)), "o", "ff", "norm"),
         max_length=1 + (image[0] // patch[0]) * (image[1] // patch[1]),
         dropout=given("hidden_dropout_prob", 0.0),
@@ -323,10 +329,9 @@ VIT = Family(
         *of_layers(
             "encoder.layer.{} = transformer.layers.{}",
             Name("layernorm_before", "attention_norm"),
-            Name("attention.attention.query", "attention.query"),
-            Name("attention.attention.key", "attention.key"),
-            Name("attention.attention.value", "attention.value"),
-            Name("attention.output.dense", "attention.out"),
+            *projections(
+                "attention", "attention", ("attention.query", "attention.key", "attention.value", "output.dense")
+            ),
             Name("layernorm_after", "feedforward_norm"),
             Name("intermediate.dense", "feedforward.up"),
             Name("output.dense", "feedforward.down"),
@@ -381,8 +386,7 @@ def _t5(given: Settings, tied: bool) -> nn.Module:
 
 
 def _t5_attention(file: str, here: str, norm: str) -> tuple[Name, ...]:
-    pairs = (("q", "query"), ("k", "key"), ("v", "value"), ("o", "out"))
-    return (*(Name(f"{file}.{one}", f"{here}.{other}") for one, other in pairs), Name(norm, f"{here}_norm"))
+    return (*projections(file, here, ("q", "k", "v", "o")), Name(norm, f"{here}_norm"))
 
 
 def _t5_compute(layer: str) -> tuple[Name, ...]:
@@ -450,11 +454,9 @@ def _whisper(given: Settings, tied: bool) -> nn.Module:
     return EncoderDecoder(encoder, decoder, given("vocab_size", 51865), source=source, tied=tied)
 
 
+_WHISPER_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
 _WHISPER_SELF = (
-    Name("self_attn.q_proj", "attention.query"),
-    Name("self_attn.k_proj", "attention.key"),
-    Name("self_attn.v_proj", "attention.value"),
-    Name("self_attn.out_proj", "attention.out"),
+    *projections("self_attn", "attention", _WHISPER_PROJECTIONS),
     Name("self_attn_layer_norm", "attention_norm"),
     Name("fc1", "feedforward.up"),
     Name("fc2", "feedforward.down"),
@@ -474,10 +476,7 @@ WHISPER = Family(
         *of_layers(
             "decoder.layers.{} = decoder.layers.{}",
             *_WHISPER_SELF,
-            Name("encoder_attn.q_proj", "cross.query"),
-            Name("encoder_attn.k_proj", "cross.key"),
-            Name("encoder_attn.v_proj", "cross.value"),
-            Name("encoder_attn.out_proj", "cross.out"),
+            *projections("encoder_attn", "cross", _WHISPER_PROJECTIONS),
             Name("encoder_attn_layer_norm", "cross_norm"),
         ),
         Name("decoder.layer_norm", "decoder.final_norm"),
@@ -574,10 +573,7 @@ _LLAMA_NAMES = (
     *of_layers(
         "layers.{} = transformer.layers.{}",
         Name("input_layernorm", "attention_norm"),
-        Name("self_attn.q_proj", "attention.query"),
-        Name("self_attn.k_proj", "attention.key"),
-        Name("self_attn.v_proj", "attention.value"),
-        Name("self_attn.o_proj", "attention.out"),
+        *projections("self_attn", "attention", ("q_proj", "k_proj", "v_proj", "o_proj")),
         Name("post_attention_layernorm", "feedforward_norm"),
         Name("mlp.gate_proj", "feedforward.gate"),
         Name("mlp.up_proj", "feedforward.up"),

@@ -19,7 +19,7 @@ from attngraph.nn import Transformer, TransformerConfig
 if "--pyg" in sys.argv:
     from torch_geometric.datasets import KarateClub
 
-    data = KarateClub()[0]
+    data = KarateClub().get(0)
     graph, labels = from_edge_index(data.edge_index, num_nodes=data.num_nodes), data.y
 else:
     import networkx

@@ -23,9 +23,8 @@ def as_attention(mlp: nn.Sequential, x: Tensor, graph: Graph = Full()) -> Tensor
 
     The graph says which hidden units, of every layer, a data point hears.
     """
-    linear, activations = list(mlp[::2]), list(mlp[1::2])
-    kinds = [isinstance(layer, nn.Linear) for layer in mlp]
-    if kinds != [place % 2 == 0 for place in range(len(mlp))] or len(linear) < 2:
+    linear, activations = [layer for layer in mlp if isinstance(layer, nn.Linear)], list(mlp[1::2])
+    if list(mlp[::2]) != linear or len(linear) < 2 or len(mlp) % 2 == 0:
         raise ValueError(f"as_attention takes Linear, activation, Linear, …, Linear (got {mlp})")
     keys, key_bias = linear[0].weight, linear[0].bias  # (hidden, in), (hidden,)
     for activation, values in zip(activations, linear[1:], strict=True):

@@ -14,6 +14,7 @@ import argparse
 import random
 from datetime import date, timedelta
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import training
@@ -25,13 +26,16 @@ from attngraph import draw
 from attngraph.models import EncoderDecoder
 from attngraph.nn import TokenEmbedding, TransformerConfig
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 # ---------------------------------------------------------------------------------------------------------- settings
 
 
 def settings(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line. What is not given is a recipe that takes a minute or two."""
     parser = training.parser_of(
-        __doc__.split("\n")[0], free=("translate", "beam"), name="translate", batch=128, steps=900, evaluate_every=300
+        __doc__, free=("translate", "beam"), name="translate", batch=128, steps=900, evaluate_every=300
     )
     add = parser.add_argument
     add("--graph", default="Window(4, 4)", help="who hears whom in the source; one for each layer, separated by commas")
@@ -61,11 +65,11 @@ FORMATS = {  # by language, as Babel reads them (Unicode's LDML); none can be re
 HELD_OUT = 2000  # days that are never trained on
 
 
-def written(day: date, chance: random.Random) -> str:
+def written(day: date, rng: random.Random) -> str:
     """The day, as somebody might write it."""
-    language = chance.choice(list(FORMATS))
-    text = format_date(day, chance.choice(FORMATS[language]), locale=language)
-    return chance.choice([text, text, text.lower(), text.upper()])
+    language = rng.choice(list(FORMATS))
+    text = format_date(day, rng.choice(FORMATS[language]), locale=language)
+    return rng.choice([text, text, text.lower(), text.upper()])
 
 
 def all_days() -> tuple[list[date], list[date]]:
@@ -181,8 +185,8 @@ def alignment(model: EncoderDecoder, text: str, device: torch.device) -> tuple[T
 def train(args: argparse.Namespace) -> dict:
     """Train, and leave the run's folder behind. Returns the last figures."""
     known, unseen = all_days()
-    chance = random.Random(1)
-    questions, answers = [written(day, chance) for day in unseen], [day.isoformat() for day in unseen]
+    rng = random.Random(1)
+    questions, answers = [written(day, rng) for day in unseen], [day.isoformat() for day in unseen]
     device = training.best_device(args.device)
     torch.manual_seed(args.seed)
     try:
@@ -193,9 +197,9 @@ def train(args: argparse.Namespace) -> dict:
     print(f"model     {sum(p.numel() for p in model.parameters()):,} parameters, source graph {args.graph}")
 
     def loss(number: int) -> Tensor:
-        chance = random.Random(args.seed + number)
-        days = chance.choices(known, k=args.batch)
-        source, mask = SOURCE.encode([written(day, chance) for day in days])
+        rng = random.Random(args.seed + number)
+        days = rng.choices(known, k=args.batch)
+        source, mask = SOURCE.encode([written(day, rng) for day in days])
         target = TARGET.encode([f"<{day.isoformat()}" for day in days])[0].to(device)
         logits = model(source.to(device), target[:, :-1], attention_mask=mask.to(device))
         return cross_entropy(logits.float().flatten(0, 1), target[:, 1:].flatten())
@@ -224,7 +228,13 @@ def train(args: argparse.Namespace) -> dict:
     return {"exact_match": score, "seconds": metrics.seconds}
 
 
-def report(args: argparse.Namespace, model: EncoderDecoder, metrics, texts: list[str], device: torch.device) -> None:
+def report(
+    args: argparse.Namespace,
+    model: EncoderDecoder,
+    metrics: training.Metrics,
+    texts: list[str],
+    device: torch.device,
+) -> None:
     """Translations and pictures."""
     folder, lines = Path(args.runs) / args.name, []
     for text in [*texts, *(args.translate or ())]:
@@ -243,7 +253,7 @@ def report(args: argparse.Namespace, model: EncoderDecoder, metrics, texts: list
     print(f"{samples}{training.left_in(folder)}")
 
 
-def picture(weights: Tensor, text: str, result: str):
+def picture(weights: Tensor, text: str, result: str) -> Axes:
     """The alignment: row by row, what a character of the translation hears."""
     from attngraph import Full
 

@@ -283,7 +283,7 @@ def test_what_does_not_fit_is_an_error(make, error, message):
 
 def test_models_compile_whole():
     for model, given in (
-        (Encoder(config(), 17), {"attention_mask": torch.ones(2, 9, dtype=torch.bool)}),
+        (Encoder(config(), 17), {"attention_mask": torch.ones(2, 9, dtype=torch.int64)}),
         (GPT(config(position="rotary"), 17), {}),
     ):
         compiled = torch.compile(model.eval(), fullgraph=True, backend="aot_eager")

@@ -239,15 +239,13 @@ class Transformer(nn.Module):
         num_queries = x.shape[-2]
         mask = padding_mask("attention_mask", attention_mask, x)
         memory_graph = Full() if memory_graph is None else memory_graph
-        memory_mask = memory_bias = None
+        memory_mask = None
         if memory is not None:
             memory_mask = padding_mask("memory_attention_mask", memory_attention_mask, memory)
         if positions is None:
             positions = torch.arange(num_queries, device=x.device)
         key_positions = positions
-        if self.config.cross:
-            memory_bias = padding_bias(None, memory_mask, num_queries, x.dtype)
-        elif memory is not None and memory.shape[-2]:  # its nodes are keys before the own ones
+        if memory is not None and memory.shape[-2] and not self.config.cross:  # its nodes are keys before the own ones
             if self.config.position in ("alibi", "relative"):
                 raise ValueError(f"a memory beside the nodes has no place in position={self.config.position!r}")
             key_positions = _joint_positions(memory, memory_mask, positions)
@@ -257,6 +255,7 @@ class Transformer(nn.Module):
         if self.embed_norm is not None:
             x = self.embed_norm(x)
         bias = padding_bias(bias, mask, num_queries, x.dtype)
+        memory_bias = padding_bias(None, memory_mask, num_queries, x.dtype) if self.config.cross else None
         for layer, layer_graph in zip(self.layers, graphs, strict=True):
             x = layer(
                 x,

@@ -43,16 +43,16 @@ from attngraph.graph.patterns import (
     Window,
 )
 from attngraph.graph.text import parse, parse_list
-from attngraph.interop.convert import (
+from attngraph.interop import (
     from_dense,
     from_edge_index,
     from_function,
     from_networkx,
     from_scipy_sparse_matrix,
+    to_block_mask,
     to_networkx,
     to_scipy_sparse_matrix,
 )
-from attngraph.interop.flex import to_block_mask
 from attngraph.kernels.scoring import Additive
 from attngraph.planning.calibrate import calibrate
 from attngraph.planning.costs import Costs

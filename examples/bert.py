@@ -17,17 +17,16 @@ from pathlib import Path
 import gpt
 import torch
 import training
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from attngraph import draw
+from attngraph.models import GPT
 
 
 def settings(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line: gpt.py's model, another graph, and how much is masked."""
-    parser = training.parser_of(
-        __doc__.split("\n")[0], free=("against",), name="bert", batch=32, steps=600, evaluate_every=150
-    )
+    parser = training.parser_of(__doc__, free=("against",), name="bert", batch=32, steps=600, evaluate_every=150)
     add = parser.add_argument
     add("--text", help="a UTF-8 text file; by default tiny Shakespeare, or else the text that Python ships")
     add("--tokenizer", default="char", help="char, byte, or the path of a tokenizer.json")
@@ -51,9 +50,9 @@ def settings(arguments: list[str] | None = None) -> argparse.Namespace:
     return given
 
 
-def hidden(tokens: Tensor, share: float, mask: int, chance: torch.Generator) -> tuple[Tensor, Tensor]:
+def hidden(tokens: Tensor, share: float, mask: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """The tokens with some of them masked, and which."""
-    which = torch.rand(tokens.shape, generator=chance) < share
+    which = torch.rand(tokens.shape, generator=generator) < share
     return tokens.masked_fill(which, mask), which
 
 
@@ -66,6 +65,7 @@ def train(args: argparse.Namespace) -> dict:
     torch.manual_seed(args.seed)
     try:
         model = gpt.build(args, len(tokens) + 1).to(device)
+        assert isinstance(model, GPT)  # as --model says
     except ValueError as error:
         raise SystemExit(str(error)) from None
     print(f"text      {source}: {len(text):,} characters, {len(tokens)} different tokens and a mask")
@@ -77,12 +77,12 @@ def train(args: argparse.Namespace) -> dict:
         return cross_entropy(model(seen.to(device))[which.to(device)].float(), whole[which].to(device))
 
     def accuracy() -> float:
-        chance, right, asked = torch.Generator().manual_seed(0), 0, 0  # the same holes for every model
+        generator, right, total = torch.Generator().manual_seed(0), 0, 0  # the same holes for every model
         for whole, _ in corpus.validation_batches(size=max(1, 4096 // args.context)):
-            seen, which = hidden(whole, args.masked, mask, chance)
+            seen, which = hidden(whole, args.masked, mask, generator)
             right += int((model(seen.to(device)).argmax(-1).cpu()[which] == whole[which]).sum())
-            asked += int(which.sum())
-        return 100 * right / asked
+            total += int(which.sum())
+        return 100 * right / total
 
     task = training.Task(
         model,
@@ -101,19 +101,23 @@ def train(args: argparse.Namespace) -> dict:
     return {"validation_accuracy": score, "seconds": metrics.seconds}
 
 
-def report(folder: Path, args, model: nn.Module, corpus: gpt.Corpus, tokens, metrics, device: torch.device) -> None:
+def report(
+    folder: Path,
+    args: argparse.Namespace,
+    model: GPT,
+    corpus: gpt.Corpus,
+    tokens: gpt.Tokenizer,
+    metrics: training.Metrics,
+    device: torch.device,
+) -> None:
     """A text whose holes are filled, and pictures."""
     whole = corpus.validation[: args.context]
     seen, which = hidden(whole[None], args.masked, len(tokens), torch.Generator().manual_seed(0))
     with torch.no_grad():
         guess = torch.where(which[0], model(seen.to(device))[0, :, :-1].argmax(-1).cpu(), whole)
-    shown = [
-        "".join(
-            "▁" if hole else tokens.decode([token]) for token, hole in zip(side.tolist(), holes.tolist(), strict=True)
-        )
-        for side, holes in ((whole, which[0]), (guess, which[0] & False))
-    ]
-    filled = f"{shown[0]}\n{'-' * 40}\n{shown[1]}\n"
+    characters = [tokens.decode([token]) for token in whole.tolist()]
+    masked = "".join("▁" if hole else text for text, hole in zip(characters, which[0].tolist(), strict=True))
+    filled = f"{masked}\n{'-' * 40}\n{''.join(tokens.decode([token]) for token in guess.tolist())}\n"
     training.write_whole(folder / "filled.txt", lambda path: path.write_text(filled, encoding="utf-8"))
     curve = training.loss_curve(metrics, f"masked characters, {args.graph}", "loss [nats a mask]", "masks right [%]")
     draw.save(curve, folder / "accuracy.png")

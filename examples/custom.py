@@ -19,30 +19,30 @@ from attngraph.nn import Transformer, TransformerConfig
 if "--pyg" in sys.argv:
     from torch_geometric.datasets import KarateClub
 
-    data = KarateClub()[0]
-    graph, sides = from_edge_index(data.edge_index, data.num_nodes), data.y
+    data = KarateClub().get(0)
+    graph, labels = from_edge_index(data.edge_index, num_nodes=data.num_nodes), data.y
 else:
     import networkx
 
     club = networkx.karate_club_graph()
-    graph, sides = from_networkx(club), torch.tensor([club.nodes[node]["club"] == "Officer" for node in club]).long()
+    graph, labels = from_networkx(club), torch.tensor([club.nodes[node]["club"] == "Officer" for node in club]).long()
 
-graph, nodes, unknown = graph | Identity(), len(sides), int(sides.max()) + 1  # everybody hears friends, and themself
+graph, nodes, unknown = graph | Identity(), len(labels), int(labels.max()) + 1  # everybody hears friends, and themself
 torch.manual_seed(0)
 known = torch.rand(nodes) < 0.5
 config = TransformerConfig(embed_dim=32, num_layers=2, num_heads=2, position="none")
-side_of, model, head = nn.Embedding(unknown + 1, 32), Transformer(config, graph), nn.Linear(32, unknown)
-parameters = [parameter for part in (side_of, model, head) for parameter in part.parameters()]
+embedding, model, head = nn.Embedding(unknown + 1, 32), Transformer(config, graph), nn.Linear(32, unknown)
+parameters = [parameter for part in (embedding, model, head) for parameter in part.parameters()]
 optimizer = torch.optim.AdamW(parameters, lr=0.003, weight_decay=0.1)
 for step in range(1, 201):
-    asked = known & (torch.rand(nodes) < 0.5)  # of the known, some are hidden and guessed from the others
-    logits = head(model(side_of(sides.where(known & ~asked, unknown))[None]))[0]
-    loss = cross_entropy(logits[asked], sides[asked])
+    masked = known & (torch.rand(nodes) < 0.5)  # of the known, some are hidden and guessed from the others
+    logits = head(model(embedding(labels.where(known & ~masked, unknown))[None]))[0]
+    loss = cross_entropy(logits[masked], labels[masked])
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
     if step % 40 == 0:
-        guess = head(model(side_of(sides.where(known, unknown))[None]))[0].argmax(-1)
-        right = (guess == sides)[~known].float().mean()
+        guess = head(model(embedding(labels.where(known, unknown))[None]))[0].argmax(-1)
+        right = (guess == labels)[~known].float().mean()
         print(f"step {step:3}   loss {loss.item():.3f}   {right:.0%} of the {int((~known).sum())} others right")
-draw.save(draw.connectivity(graph, nodes, title="the karate club: rows hear columns"), "karate.png")
+draw.save(draw.connectivity(graph, nodes, title="the karate club"), "karate.png")

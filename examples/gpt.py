@@ -16,7 +16,9 @@ import argparse
 import hashlib
 import os
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import training
@@ -27,12 +29,15 @@ from attngraph import analysis, draw, generate
 from attngraph.models import GPT
 from attngraph.nn import TransformerConfig
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 # ---------------------------------------------------------------------------------------------------------- settings
 
 
 def settings(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line. What is not given is the demo's recipe."""
-    parser = training.parser_of(__doc__.split("\n")[0], free=FREE, name="gpt", batch=16, steps=725, evaluate_every=145)
+    parser = training.parser_of(__doc__, free=FREE, name="gpt", batch=16, steps=725, evaluate_every=145)
     add = parser.add_argument
     add("--text", help="a UTF-8 text file; by default tiny Shakespeare, or else the text that Python ships")
     add("--tokenizer", default="char", help="char, byte, or the path of a tokenizer.json")
@@ -160,7 +165,10 @@ class Subwords:
         return self.tokenizer.decode(tokens)
 
 
-def tokenizer(kind: str, text: str) -> Characters | Bytes | Subwords:
+Tokenizer = Characters | Bytes | Subwords
+
+
+def tokenizer(kind: str, text: str) -> Tokenizer:
     return Characters(text) if kind == "char" else Bytes() if kind == "byte" else Subwords(kind)
 
 
@@ -179,16 +187,17 @@ class Corpus:
 
     def batch(self, size: int, seed: int) -> tuple[Tensor, Tensor]:
         """Random pieces of the training text, and what follows each token: two (size, context)."""
-        chance = torch.Generator().manual_seed(seed)
-        start = torch.randint(len(self.training) - self.context, (size, 1), generator=chance)
+        generator = torch.Generator().manual_seed(seed)
+        start = torch.randint(len(self.training) - self.context, (size, 1), generator=generator)
         pieces = self.training[start + torch.arange(self.context + 1)]
         return pieces[:, :-1], pieces[:, 1:]
 
-    def validation_batches(self, size: int):
+    def validation_batches(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """The whole validation text, each token predicted once, in pieces of the context's length."""
         whole = (len(self.validation) - 1) // self.context * self.context
-        pieces = (side[:whole].view(-1, self.context) for side in (self.validation[:-1], self.validation[1:]))
-        yield from zip(*(side.split(size) for side in pieces), strict=True)
+        inputs = self.validation[:-1][:whole].view(-1, self.context)
+        targets = self.validation[1:][:whole].view(-1, self.context)
+        yield from zip(inputs.split(size), targets.split(size), strict=True)
         if whole < len(self.validation) - 1:
             yield self.validation[None, whole:-1], self.validation[None, whole + 1 :]
 
@@ -250,7 +259,7 @@ def train(args: argparse.Namespace) -> dict:
     except ValueError as error:
         raise SystemExit(str(error)) from None
     prompt = torch.tensor([tokens.encode(args.prompt)])
-    for leak in analysis.leaks(model.transformer.graphs, args.context) if args.model == "gpt" else ():
+    for leak in analysis.leaks(model.transformer.graphs, args.context) if isinstance(model, GPT) else ():
         edge = f"node {leak.query} hears node {leak.key}"
         print(f"WARNING   layer {leak.layer + 1} hears the future ({edge}): the loss means nothing")
     parameters = sum(p.numel() for p in model.parameters())
@@ -282,18 +291,35 @@ def train(args: argparse.Namespace) -> dict:
 # --------------------------------------------------------------------------------------------------- what it learned
 
 
-def report(folder: Path, args, model: nn.Module, corpus: Corpus, tokens, prompt: Tensor, metrics) -> None:
+def report(
+    folder: Path,
+    args: argparse.Namespace,
+    model: nn.Module,
+    corpus: Corpus,
+    tokens: Tokenizer,
+    prompt: Tensor,
+    metrics: training.Metrics,
+) -> None:
     """Samples and pictures."""
     model.eval()
-    chance = torch.Generator(device=prompt.device).manual_seed(args.seed)
-    choice = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p, "generator": chance}
-    sample = tokens.decode(generate(model, prompt, args.sample, context=args.context, **choice)[0].tolist())
+    generator = torch.Generator(device=prompt.device).manual_seed(args.seed)
+    continued = generate(
+        model,
+        prompt,
+        max_new_tokens=args.sample,
+        context=args.context,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        generator=generator,
+    )
+    sample = tokens.decode(continued[0].tolist())
     training.write_whole(folder / "sample.txt", lambda path: path.write_text(sample, encoding="utf-8"))
     curve = training.loss_curve(
         metrics, f"{args.model} on {args.graph}", "loss [nats a token]", "validation, whole text"
     )
     draw.save(curve, folder / "loss.png")
-    if args.model == "gpt":
+    if isinstance(model, GPT):
         graphs = model.transformer.graphs
         draw.save(training.connectivity(graphs, min(args.context, 64)), folder / "connectivity.png")
         sentence = corpus.validation[: min(args.context, 48)].to(prompt.device)
@@ -301,13 +327,13 @@ def report(folder: Path, args, model: nn.Module, corpus: Corpus, tokens, prompt:
     print(f"{'-' * 80}\n{sample.strip()}\n{'-' * 80}\n{training.left_in(folder)}")
 
 
-def attention_map(model: GPT, sentence: Tensor, tokens):
+def attention_map(model: GPT, sentence: Tensor, tokens: Tokenizer) -> Axes:
     """The weights of the last layer's most decided head, over a sentence."""
     layers = model.transformer.layers
     weights, graph = training.weights_in(layers[-1].attention, lambda: model(sentence[None]))
     head = int(weights[0].square().sum(-1).argmax())
     labels = [tokens.decode([token]) for token in sentence.tolist()]
-    title = f"layer {len(layers)}, head {head + 1}: whom each character hears"
+    title = f"layer {len(layers)}, head {head + 1}: attention of each character"
     return draw.attention(weights[0, head], graph, len(labels), labels=labels, title=title)
 
 

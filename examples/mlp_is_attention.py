@@ -23,19 +23,18 @@ def as_attention(mlp: nn.Sequential, x: Tensor, graph: Graph = Full()) -> Tensor
 
     The graph says which hidden units, of every layer, a data point hears.
     """
-    linear, activations = list(mlp[::2]), list(mlp[1::2])
-    kinds = [isinstance(layer, nn.Linear) for layer in mlp]
-    if kinds != [place % 2 == 0 for place in range(len(mlp))] or len(linear) < 2:
+    linear, activations = [layer for layer in mlp if isinstance(layer, nn.Linear)], list(mlp[1::2])
+    if list(mlp[::2]) != linear or len(linear) < 2 or len(mlp) % 2 == 0:
         raise ValueError(f"as_attention takes Linear, activation, Linear, …, Linear (got {mlp})")
-    keys, before = linear[0].weight, linear[0].bias  # (hidden, in), (hidden,)
-    for activation, after in zip(activations, linear[1:], strict=True):
-        constant = keys.new_zeros(len(keys)) if before is None else before
+    keys, key_bias = linear[0].weight, linear[0].bias  # (hidden, in), (hidden,)
+    for activation, values in zip(activations, linear[1:], strict=True):
+        constant = keys.new_zeros(len(keys)) if key_bias is None else key_bias
         query = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)[None]  # (1, N, in + 1): one head
         key = torch.cat([keys, constant[:, None]], dim=1)[None]
-        x = attend(query, key, after.weight.T[None], graph, scale=1.0, normalize=activation)[0]
-        if after.bias is not None:
-            x = x + after.bias
-        keys, before = torch.eye(len(after.weight), dtype=x.dtype, device=x.device), None  # what x is, asks for itself
+        x = attend(query, key, values.weight.T[None], graph, scale=1.0, normalize=activation)[0]
+        if values.bias is not None:
+            x = x + values.bias
+        keys, key_bias = torch.eye(len(values.weight), dtype=x.dtype, device=x.device), None  # x is the pre-activation
     return x
 
 
@@ -43,12 +42,12 @@ def largest_difference(mlp: nn.Sequential, x: Tensor) -> tuple[float, float]:
     """Between the MLP and its attention: of the outputs, and of the gradients of x and of every parameter."""
     results = []
     for run in (mlp, lambda x: as_attention(mlp, x)):
-        given = x.clone().requires_grad_()
-        out = run(given)
-        results.append((out, torch.autograd.grad(out.square().sum(), [given, *mlp.parameters()])))
-    (out, gradients), (other, others) = results
-    apart = max(float((a - b).abs().max()) for a, b in zip(gradients, others, strict=True))
-    return float((out - other).detach().abs().max()), apart
+        leaf = x.clone().requires_grad_()
+        out = run(leaf)
+        results.append((out, torch.autograd.grad(out.square().sum(), [leaf, *mlp.parameters()])))
+    (out, gradients), (expected, expected_gradients) = results
+    of_gradients = max(float((a - b).abs().max()) for a, b in zip(gradients, expected_gradients, strict=True))
+    return float((out - expected).detach().abs().max()), of_gradients
 
 
 if __name__ == "__main__":

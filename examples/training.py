@@ -13,10 +13,10 @@ import math
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -28,15 +28,26 @@ import attngraph
 from attngraph import Graph, draw, parse_list
 from attngraph.nn import Attention
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 # ---------------------------------------------------------------------------------------------------------- settings
 
 FREE = ("name", "runs", "resume")  # of a run that is resumed
 
 
-def parser_of(description: str, free: tuple[str, ...] = (), **defaults) -> argparse.ArgumentParser:
-    """A command line with the settings that all runs have, and these defaults."""
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
+class Parser(argparse.ArgumentParser):
+    """A command line; of a run that is resumed, the `free` settings may be others."""
+
+    free: tuple[str, ...] = FREE
+
+
+def parser_of(doc: str | None, free: tuple[str, ...] = (), **defaults: Any) -> Parser:
+    """A command line, described by the first line of `doc`, with the settings that all runs have and these defaults."""
+    parser = Parser(
+        description=(doc or "").split("\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
     )
     add = parser.add_argument
     add("--name", help="the run's folder below --runs")
@@ -61,7 +72,7 @@ def parser_of(description: str, free: tuple[str, ...] = (), **defaults) -> argpa
     return parser
 
 
-def parsed(parser: argparse.ArgumentParser, arguments: list[str] | None) -> argparse.Namespace:
+def parsed(parser: Parser, arguments: list[str] | None) -> argparse.Namespace:
     """The settings; those of the run that is to go on, if it is to. What can't be is told before anything begins."""
     given = parser.parse_args(arguments)
     if given.resume:
@@ -84,7 +95,7 @@ def require_at_least(given: argparse.Namespace, parser: argparse.ArgumentParser,
             parser.error(f"--{name.replace('_', '-')} must be {bound} or more (got {value})")
 
 
-def resumed(given: argparse.Namespace, explicit: dict, parser: argparse.ArgumentParser) -> argparse.Namespace:
+def resumed(given: argparse.Namespace, explicit: dict[str, Any], parser: Parser) -> argparse.Namespace:
     """The settings of the run that is to go on; one that is given beside --resume must be the same."""
     path = Path(given.runs) / given.name / "config.json"
     if not path.exists():
@@ -123,12 +134,24 @@ class Muon(torch.optim.Optimizer):
     torch's runs in bfloat16, one by one, which is right for a GPU and slow on most CPUs.
     """
 
-    def __init__(self, params, lr: float, momentum: float = 0.95, weight_decay: float = 0.0, dtype=torch.float32):
+    def __init__(
+        self,
+        params: Iterable[nn.Parameter],
+        lr: float,
+        momentum: float = 0.95,
+        weight_decay: float = 0.0,
+        dtype: torch.dtype = torch.float32,
+    ):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
         self.dtype = dtype
 
     @torch.no_grad()
-    def step(self):
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step; of a closure, which computes the loss and its gradients, first that."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
         for group in self.param_groups:
             by_shape: dict[torch.Size, list[Tensor]] = {}
             for param in group["params"]:
@@ -139,9 +162,11 @@ class Muon(torch.optim.Optimizer):
                 rate = group["lr"] * max(1, shape[0] / shape[1]) ** 0.5
                 for param, update in zip(params, updates, strict=True):
                     param.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-rate)
+        return loss
 
     def _momentum(self, param: Tensor, momentum: float) -> Tensor:
         """Nesterov's."""
+        assert param.grad is not None  # every matrix of a layer has its part in the loss
         state = self.state[param]
         if not state:
             state["momentum_buffer"] = torch.zeros_like(param)
@@ -192,7 +217,7 @@ def best_device(name: str) -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
 
 
-def autocast(device: torch.device, dtype: str):
+def autocast(device: torch.device, dtype: str) -> AbstractContextManager[Any]:
     return torch.autocast(device.type, torch.bfloat16) if dtype == "bfloat16" else nullcontext()
 
 
@@ -215,7 +240,7 @@ def faster_dtype(loss: Callable[[int], Tensor], model: nn.Module, device: torch.
 # ------------------------------------------------------------------------------------------------------- checkpoints
 
 
-def write_whole(path: Path, write) -> None:
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Write a file aside, sync it, then rename it: whoever reads the path finds the old file or the new one, whole."""
     aside = path.with_name(f".{path.name}.partial")
     try:
@@ -234,7 +259,9 @@ def set_aside(folder: Path) -> Path:
     return folder.rename(folder.with_name(f"{folder.name}.{number}"))
 
 
-def save_checkpoint(path: Path, model: nn.Module, optimizers: list, step: int, config: dict) -> None:
+def save_checkpoint(
+    path: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer], step: int, config: dict[str, Any]
+) -> None:
     """Weights, the optimisers' state and the step in one safetensors file."""
     tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     for number, optimizer in enumerate(optimizers):
@@ -246,7 +273,9 @@ def save_checkpoint(path: Path, model: nn.Module, optimizers: list, step: int, c
     write_whole(path, lambda aside: save_file(tensors, aside, metadata))
 
 
-def load_checkpoint(path: Path, model: nn.Module, optimizers: list, config: dict) -> int:
+def load_checkpoint(
+    path: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer], config: dict[str, Any]
+) -> int:
     """Put a checkpoint into the model and the optimisers; the number of steps it had made."""
     try:
         with safe_open(path, framework="pt") as file:
@@ -286,7 +315,7 @@ class Metrics:
     def seconds(self) -> float:
         return float(self.rows[-1]["seconds"]) if self.rows else 0.0
 
-    def add(self, **row) -> None:
+    def add(self, **row: Any) -> None:
         self.rows.append({column: row.get(column, "") for column in self.columns})
 
     def save(self) -> None:
@@ -328,8 +357,8 @@ def fit(args: argparse.Namespace, task: Task) -> tuple[float, Metrics]:
     parameters = sum(p.numel() for p in model.parameters())
     per_step = args.accumulate * task.per_batch
     print(f"training  {args.steps} steps of {per_step:,} {task.unit} on {task.device}, {args.dtype}")
-    tools = optimizers(model, args)
-    peaks = [[group["lr"] for group in tool.param_groups] for tool in tools]
+    steppers = optimizers(model, args)
+    peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in steppers]
     shape = task.identity | {name: value for name, value in vars(args).items() if name not in task.free}
     checkpoint, first = folder / "checkpoint.safetensors", 0
     if args.resume:
@@ -337,13 +366,13 @@ def fit(args: argparse.Namespace, task: Task) -> tuple[float, Metrics]:
             raise SystemExit(
                 f"nothing to resume: {checkpoint} does not exist; the run stopped before its first checkpoint"
             )
-        first = load_checkpoint(checkpoint, model, tools, shape)
+        first = load_checkpoint(checkpoint, model, steppers, shape)
     elif folder.exists():
         print(f"kept      the run that was there before as {set_aside(folder)}")
     folder.mkdir(parents=True, exist_ok=True)
-    kept = {name: value for name, value in vars(args).items() if name not in FREE}
+    settings = {name: value for name, value in vars(args).items() if name not in FREE}
     config = json.dumps(
-        {"settings": kept, "parameters": parameters, **task.record, "attngraph": attngraph.__version__}, indent=2
+        {"settings": settings, "parameters": parameters, **task.record, "attngraph": attngraph.__version__}, indent=2
     )
     write_whole(folder / "config.json", lambda path: path.write_text(config))
     metrics = Metrics(folder / "metrics.csv", task.unit, task.score, first)
@@ -355,35 +384,35 @@ def fit(args: argparse.Namespace, task: Task) -> tuple[float, Metrics]:
     with interruptible() as stopped:
         for step in bar:
             factor = rate(step, args)
-            for tool, peak in zip(tools, peaks, strict=True):
-                for group, lr in zip(tool.param_groups, peak, strict=True):
+            for optimizer, peak in zip(steppers, peaks, strict=True):
+                for group, lr in zip(optimizer.param_groups, peak, strict=True):
                     group["lr"] = lr * factor
             torch.manual_seed(args.seed + step)  # of dropout: a resumed run takes the same chances
             loss = 0.0
             for part in range(args.accumulate):
                 with autocast(task.device, args.dtype):
-                    share = task.loss(step * args.accumulate + part) / args.accumulate
-                share.backward()
-                loss += share.detach()
+                    part_loss = task.loss(step * args.accumulate + part) / args.accumulate
+                part_loss.backward()
+                loss += part_loss.detach()
             norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip or math.inf)
-            for tool in tools:
-                tool.step()
+            for optimizer in steppers:
+                optimizer.step()
             model.zero_grad()
 
-            done, loss, fresh = step + 1, float(loss), ""
+            done, loss, new_score = step + 1, float(loss), ""
             if not math.isfinite(loss):
                 raise SystemExit(f"the loss is {loss} at step {done}; the last good checkpoint stays; try lower rates")
-            look = done % args.evaluate_every == 0 or done == args.steps
-            if look:
-                fresh = score = evaluated(task)
+            evaluates = done % args.evaluate_every == 0 or done == args.steps
+            if evaluates:
+                new_score = score = evaluated(task)
             seconds = time.perf_counter() - begin
             metrics.add(
                 step=done, seconds=f"{seconds:.3f}", training_loss=loss, rate=factor, gradient_norm=float(norm),
-                **{task.unit: done * per_step, task.score: fresh},
+                **{task.unit: done * per_step, task.score: new_score},
             )  # fmt: skip
-            if look or stopped:
+            if evaluates or stopped:
                 metrics.save()
-                save_checkpoint(checkpoint, model, tools, done, shape)
+                save_checkpoint(checkpoint, model, steppers, done, shape)
             if stopped:
                 raise SystemExit(f"stopped after step {done}; go on with --name {args.name} --resume")
             speed = (done - first) * per_step / (seconds - before)
@@ -406,7 +435,7 @@ def interruptible() -> Iterator[list[int]]:
     """Ctrl-C is noted in a list, to stop after the step that it falls into; a second one stops at once."""
     stopped: list[int] = []
 
-    def stop(number, frame):
+    def stop(number: int, frame: object) -> None:
         stopped.append(number)
         signal.signal(signal.SIGINT, before)
 
@@ -420,7 +449,7 @@ def interruptible() -> Iterator[list[int]]:
 # ---------------------------------------------------------------------------------------------------------- pictures
 
 
-def loss_curve(metrics: Metrics, title: str, loss: str, score: str):
+def loss_curve(metrics: Metrics, title: str, loss: str, score: str) -> Axes:
     """Training loss and score against the step; a score that is no loss has an axis of its own."""
     from matplotlib.figure import Figure
 
@@ -444,7 +473,7 @@ def loss_curve(metrics: Metrics, title: str, loss: str, score: str):
     return ax
 
 
-def connectivity(graphs: tuple[Graph, ...], nodes: int):
+def connectivity(graphs: tuple[Graph, ...], nodes: int) -> Axes:
     """Who hears whom, for each layer that differs from the one before."""
     from matplotlib.figure import Figure
 
@@ -458,17 +487,19 @@ def connectivity(graphs: tuple[Graph, ...], nodes: int):
 
 
 @torch.no_grad()
-def weights_in(attention: Attention, run: Callable[[], object]) -> tuple[Tensor, Graph]:
-    """The weights (B, H, E) by which nodes heard each other in one layer, while `run` ran; and its graph."""
-    heard = {}
+def weights_in(attention: nn.Module | Tensor, run: Callable[[], object]) -> tuple[Tensor, Graph]:
+    """The attention weights (B, H, E) of one `Attention` of a model, while `run` ran; and its graph."""
+    if not isinstance(attention, Attention):
+        raise TypeError(f"weights_in takes an Attention (got a {type(attention).__name__})")
+    captured: dict[str, Any] = {}
 
-    def listen(layer, inputs, options):
-        heard["inputs"] = (*inputs, None)[:3], options
+    def capture(layer: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any]) -> None:
+        captured["inputs"] = (*inputs, None)[:3], options
 
-    hook = attention.register_forward_pre_hook(listen, with_kwargs=True)
+    hook = attention.register_forward_pre_hook(capture, with_kwargs=True)
     run()
     hook.remove()
-    (x, graph, memory), options = heard["inputs"]
+    (x, graph, memory), options = captured["inputs"]
     q, k, v = attention.project(x, x if memory is None else memory, options.get("rotary"))
     bias = options.get("bias")
     return attngraph.attend(q, k, v, graph, bias=bias, return_weights=True, **attention.scoring)[1], graph

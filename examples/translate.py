@@ -14,6 +14,7 @@ import argparse
 import random
 from datetime import date, timedelta
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import training
@@ -25,13 +26,16 @@ from attngraph import draw
 from attngraph.models import EncoderDecoder
 from attngraph.nn import TokenEmbedding, TransformerConfig
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 # ---------------------------------------------------------------------------------------------------------- settings
 
 
 def settings(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line. What is not given is a recipe that takes a minute or two."""
     parser = training.parser_of(
-        __doc__.split("\n")[0], free=("translate", "beam"), name="translate", batch=128, steps=900, evaluate_every=300
+        __doc__, free=("translate", "beam"), name="translate", batch=128, steps=900, evaluate_every=300
     )
     add = parser.add_argument
     add("--graph", default="Window(4, 4)", help="who hears whom in the source; one for each layer, separated by commas")
@@ -61,11 +65,11 @@ FORMATS = {  # by language, as Babel reads them (Unicode's LDML); none can be re
 HELD_OUT = 2000  # days that are never trained on
 
 
-def written(day: date, chance: random.Random) -> str:
+def written(day: date, rng: random.Random) -> str:
     """The day, as somebody might write it."""
-    language = chance.choice(list(FORMATS))
-    text = format_date(day, chance.choice(FORMATS[language]), locale=language)
-    return chance.choice([text, text, text.lower(), text.upper()])
+    language = rng.choice(list(FORMATS))
+    text = format_date(day, rng.choice(FORMATS[language]), locale=language)
+    return rng.choice([text, text, text.lower(), text.upper()])
 
 
 def all_days() -> tuple[list[date], list[date]]:
@@ -140,22 +144,24 @@ def build(args: argparse.Namespace) -> EncoderDecoder:
 @torch.no_grad()
 def greedy(model: EncoderDecoder, texts: list[str], device: torch.device) -> list[str]:
     """The likeliest next character, ten times."""
-    source, keep = (part.to(device) for part in SOURCE.encode(texts))
-    memory = model.encode(source, keep=keep)
+    source, mask = (part.to(device) for part in SOURCE.encode(texts))
+    memory = model.encode(source, attention_mask=mask)
     target = torch.full((len(texts), 1), START, device=device)
     for _ in range(LENGTH):
-        target = torch.cat([target, model.decode(memory, target, keep=keep)[:, -1:].argmax(-1)], dim=1)
+        logits = model.decode(memory, target, attention_mask=mask)
+        target = torch.cat([target, logits[:, -1:].argmax(-1)], dim=1)
     return [TARGET.decode(row) for row in target[:, 1:].tolist()]
 
 
 @torch.no_grad()
 def beam_search(model: EncoderDecoder, text: str, width: int, device: torch.device) -> list[tuple[str, float]]:
     """The `width` likeliest translations that are found by keeping as many at each step, with their log-probability."""
-    source, keep = (part.to(device) for part in SOURCE.encode([text]))
-    memory = model.encode(source, keep=keep)
+    source, mask = (part.to(device) for part in SOURCE.encode([text]))
+    memory = model.encode(source, attention_mask=mask)
     target, score = torch.full((1, 1), START, device=device), torch.zeros(1, device=device)
     for _ in range(LENGTH):
-        logits = model.decode(memory.expand(len(target), -1, -1), target, keep=keep.expand(len(target), -1))
+        beams = len(target)
+        logits = model.decode(memory.expand(beams, -1, -1), target, attention_mask=mask.expand(beams, -1))
         paths = (score[:, None] + logits[:, -1].float().log_softmax(-1)).flatten()
         score, best = paths.topk(min(width, len(paths)))
         target = torch.cat([target[best // len(TARGET)], best[:, None] % len(TARGET)], dim=1)
@@ -166,10 +172,10 @@ def alignment(model: EncoderDecoder, text: str, device: torch.device) -> tuple[T
     """How much each character of the translation hears each of the source, (10, len(text)): the mean of the heads of
     the decoder's last layer; and the translation.
     """
-    (source, keep), result = SOURCE.encode([text]), greedy(model, [text], device)[0]
-    target = TARGET.encode([f"<{result}"[:-1]])[0]
+    result = greedy(model, [text], device)[0]
+    source, target = SOURCE.encode([text])[0], TARGET.encode([f"<{result}"[:-1]])[0]
     layer = model.decoder.layers[-1].cross
-    weights, _ = training.weights_in(layer, lambda: model(source.to(device), target.to(device), keep=keep.to(device)))
+    weights, _ = training.weights_in(layer, lambda: model(source.to(device), target.to(device)))
     return weights[0].mean(0).view(LENGTH, len(text)).cpu(), result
 
 
@@ -179,8 +185,8 @@ def alignment(model: EncoderDecoder, text: str, device: torch.device) -> tuple[T
 def train(args: argparse.Namespace) -> dict:
     """Train, and leave the run's folder behind. Returns the last figures."""
     known, unseen = all_days()
-    chance = random.Random(1)
-    questions, answers = [written(day, chance) for day in unseen], [day.isoformat() for day in unseen]
+    rng = random.Random(1)
+    questions, answers = [written(day, rng) for day in unseen], [day.isoformat() for day in unseen]
     device = training.best_device(args.device)
     torch.manual_seed(args.seed)
     try:
@@ -191,20 +197,18 @@ def train(args: argparse.Namespace) -> dict:
     print(f"model     {sum(p.numel() for p in model.parameters()):,} parameters, source graph {args.graph}")
 
     def loss(number: int) -> Tensor:
-        chance = random.Random(args.seed + number)
-        days = chance.choices(known, k=args.batch)
-        source, keep = SOURCE.encode([written(day, chance) for day in days])
+        rng = random.Random(args.seed + number)
+        days = rng.choices(known, k=args.batch)
+        source, mask = SOURCE.encode([written(day, rng) for day in days])
         target = TARGET.encode([f"<{day.isoformat()}" for day in days])[0].to(device)
-        logits = model(source.to(device), target[:, :-1], keep=keep.to(device))
+        logits = model(source.to(device), target[:, :-1], attention_mask=mask.to(device))
         return cross_entropy(logits.float().flatten(0, 1), target[:, 1:].flatten())
 
     def exact() -> float:
-        found = [
-            answer
-            for start in range(0, len(unseen), 500)
-            for answer in greedy(model, questions[start : start + 500], device)
-        ]
-        return 100 * sum(a == b for a, b in zip(found, answers, strict=True)) / len(answers)
+        translations: list[str] = []
+        for start in range(0, len(unseen), 500):
+            translations += greedy(model, questions[start : start + 500], device)
+        return 100 * sum(a == b for a, b in zip(translations, answers, strict=True)) / len(answers)
 
     task = training.Task(
         model,
@@ -224,30 +228,36 @@ def train(args: argparse.Namespace) -> dict:
     return {"exact_match": score, "seconds": metrics.seconds}
 
 
-def report(args: argparse.Namespace, model: EncoderDecoder, metrics, texts: list[str], device: torch.device) -> None:
+def report(
+    args: argparse.Namespace,
+    model: EncoderDecoder,
+    metrics: training.Metrics,
+    texts: list[str],
+    device: torch.device,
+) -> None:
     """Translations and pictures."""
     folder, lines = Path(args.runs) / args.name, []
     for text in [*texts, *(args.translate or ())]:
-        found = "   ".join(
+        beams = "   ".join(
             f"{result} ({score:.2g})" for result, score in beam_search(model, text, args.beam, device)[:2]
         )
-        lines.append(f"{text:40} greedy {greedy(model, [text], device)[0]}   beam {found}")
-    told = "\n".join(lines) + "\n"
-    training.write_whole(folder / "samples.txt", lambda path: path.write_text(told, encoding="utf-8"))
+        lines.append(f"{text:40} greedy {greedy(model, [text], device)[0]}   beam {beams}")
+    samples = "\n".join(lines) + "\n"
+    training.write_whole(folder / "samples.txt", lambda path: path.write_text(samples, encoding="utf-8"))
     curve = training.loss_curve(metrics, "dates to ISO 8601", "loss [nats a character]", "unseen dates right [%]")
     draw.save(curve, folder / "accuracy.png")
     draw.save(training.connectivity(model.encoder.graphs, 32), folder / "connectivity.png")
     text = "Dienstag, den 3. März 1987"
     weights, result = alignment(model, text, device)
     draw.save(picture(weights, text, result), folder / "alignment.png")
-    print(f"{told}{training.left_in(folder)}")
+    print(f"{samples}{training.left_in(folder)}")
 
 
-def picture(weights: Tensor, text: str, result: str):
-    """The alignment: row by row, what is heard when a character is written."""
+def picture(weights: Tensor, text: str, result: str) -> Axes:
+    """The alignment: row by row, what a character of the translation hears."""
     from attngraph import Full
 
-    title = f"what each character of {result} hears of the source"
+    title = f"attention of each character of {result} to the source"
     return draw.attention(
         weights.flatten(), Full(), len(result), len(text), labels=list(result), key_labels=list(text), title=title
     )

@@ -19,6 +19,7 @@ import os
 import tarfile
 import urllib.request
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -30,13 +31,16 @@ from attngraph import draw
 from attngraph.models import ViT
 from attngraph.nn import TransformerConfig
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 # ---------------------------------------------------------------------------------------------------------- settings
 
 
 def settings(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line. What is not given is the recipe for digits."""
     parser = training.parser_of(
-        __doc__.split("\n")[0], free=("folder",), name="vit", batch=128, steps=1000, evaluate_every=250, warmup=50
+        __doc__, free=("folder",), name="vit", batch=128, steps=1000, evaluate_every=250, warmup=50
     )
     add = parser.add_argument
     add("--data", default="digits", choices=["digits", "mnist", "cifar10"])
@@ -94,7 +98,8 @@ def cifar10(folder: Path) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     found = []
     with tarfile.open(path) as archive:
         for names in ([f"data_batch_{number}" for number in range(1, 6)], ["test_batch"]):
-            parts = [archive.extractfile(f"cifar-10-batches-bin/{name}.bin").read() for name in names]
+            files = [archive.extractfile(f"cifar-10-batches-bin/{name}.bin") for name in names]
+            parts = [file.read() for file in files if file is not None]  # all are plain files
             rows = torch.from_numpy(np.frombuffer(b"".join(parts), np.uint8).reshape(-1, 1 + 3 * 32 * 32).copy())
             found += [rows[:, 1:].reshape(-1, 3, 32, 32) / 255, rows[:, 0].long()]
     return tuple(found)
@@ -115,9 +120,9 @@ def fetched(address: str, name: str, folder: Path) -> Path:
     return path
 
 
-def distorted(images: Tensor, amount: float, chance: torch.Generator) -> Tensor:
+def distorted(images: Tensor, amount: float, generator: torch.Generator) -> Tensor:
     """Each turned by up to 15°, scaled by up to 10%, sheared a little and moved by up to a tenth of its size."""
-    turn, grow, shear, right, down = amount * (2 * torch.rand(5, len(images), generator=chance) - 1)
+    turn, grow, shear, right, down = amount * (2 * torch.rand(5, len(images), generator=generator) - 1)
     turn, grow, shear = turn * 0.26, 1 + 0.1 * grow, 0.1 * shear
     rows = [grow * turn.cos(), shear - grow * turn.sin(), 0.2 * right, grow * turn.sin(), grow * turn.cos(), 0.2 * down]
     grid = affine_grid(torch.stack(rows, 1).view(-1, 2, 3), list(images.shape), align_corners=False)
@@ -169,15 +174,15 @@ def train(args: argparse.Namespace) -> dict:
     print(f"model     {parameters:,} parameters, {nodes} nodes, graph {args.graph}, {edges:,} edges in all layers")
 
     def loss(number: int) -> Tensor:
-        chance = torch.Generator().manual_seed(args.seed + number)
-        some = torch.randint(len(images), (args.batch,), generator=chance)
-        seen = images[some] if args.distort == 0 else distorted(images[some], args.distort, chance)
-        return cross_entropy(model(((seen - mean) / deviation).to(device)).float(), classes[some].to(device))
+        generator = torch.Generator().manual_seed(args.seed + number)
+        index = torch.randint(len(images), (args.batch,), generator=generator)
+        batch = images[index] if args.distort == 0 else distorted(images[index], args.distort, generator)
+        return cross_entropy(model(((batch - mean) / deviation).to(device)).float(), classes[index].to(device))
 
     def accuracy() -> float:
         right = 0
-        for seen, wanted in zip(test_images.split(500), test_classes.split(500), strict=True):
-            right += int((model(((seen - mean) / deviation).to(device)).argmax(-1).cpu() == wanted).sum())
+        for batch, targets in zip(test_images.split(500), test_classes.split(500), strict=True):
+            right += int((model(((batch - mean) / deviation).to(device)).argmax(-1).cpu() == targets).sum())
         return 100 * right / len(test_classes)
 
     task = training.Task(
@@ -212,33 +217,33 @@ def train(args: argparse.Namespace) -> dict:
 # --------------------------------------------------------------------------------------------------- what it learned
 
 
-def attention_map(model: ViT, images: Tensor, scale: tuple[Tensor, Tensor], device: torch.device):
+def attention_map(model: ViT, images: Tensor, scale: tuple[Tensor, Tensor], device: torch.device) -> Axes:
     """Test images, and over each what the CLS node hears in the last layer, the mean of its heads."""
     from matplotlib.figure import Figure
 
-    seen = ((images - scale[0]) / scale[1]).to(device)
-    weights, _ = training.weights_in(model.transformer.layers[-1].attention, lambda: model(seen))
+    batch = ((images - scale[0]) / scale[1]).to(device)
+    weights, _ = training.weights_in(model.transformer.layers[-1].attention, lambda: model(batch))
     of_cls = slice(1, 1 + model.num_patches)  # the first edges are those of node 0, which hears itself and every patch
-    heard = weights.mean(1)[:, of_cls].unflatten(1, model.patches.grid).cpu()
-    guess = model(seen).argmax(-1).tolist()
+    maps = weights.mean(1)[:, of_cls].unflatten(1, model.patches.grid).cpu()
+    guess = model(batch).argmax(-1).tolist()
     figure = Figure(figsize=(1.6 * len(images), 4), layout="constrained")
     axes = figure.subplots(2, len(images), squeeze=False)
     extent = (0, images.shape[-1], images.shape[-2], 0)
-    for column, (image, weight) in enumerate(zip(images, heard, strict=True)):
+    for column, (image, weight) in enumerate(zip(images, maps, strict=True)):
         shown, colors = image.movedim(0, -1).squeeze(-1), None if len(image) == 3 else "gray"
         axes[0, column].imshow(shown, cmap=colors, extent=extent)
         axes[0, column].set_title(f"taken for {guess[column]}", fontsize=9)
         axes[1, column].imshow(shown, cmap=colors, extent=extent)
-        over = axes[1, column].imshow(
-            weight, cmap="inferno", alpha=0.65, extent=extent, vmin=0, vmax=float(heard.max())
-        )
+        axes[1, column].imshow(weight, cmap="inferno", alpha=0.65, extent=extent, vmin=0, vmax=float(maps.max()))
         for ax in axes[:, column]:
             ax.set_xticks([])
             ax.set_yticks([])
     axes[0, 0].set_ylabel("test image")
-    axes[1, 0].set_ylabel("heard by CLS")
-    figure.colorbar(over, ax=axes[1].tolist(), label="weight of a patch", shrink=0.8)
-    figure.suptitle(f"what the CLS node hears in layer {len(model.transformer.layers)}, mean of its heads", fontsize=10)
+    axes[1, 0].set_ylabel("attention of CLS")
+    figure.colorbar(axes[1, 0].images[-1], ax=axes[1].tolist(), label="weight of a patch", shrink=0.8)
+    figure.suptitle(
+        f"attention of the CLS node in layer {len(model.transformer.layers)}, mean of its heads", fontsize=10
+    )
     return axes[0, 0]
 
 

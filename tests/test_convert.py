@@ -87,6 +87,8 @@ def test_heads_and_sizes():
     assert isinstance(from_dense(mask), PerHead)
     assert torch.equal(from_dense(mask).mask(), mask)
     assert from_edge_index(torch.tensor([[0, 4], [1, 2]])).size == (5, 5)
+    assert from_edge_index(torch.tensor([[0, 4], [1, 2]]), num_nodes=7).size == (7, 7)
+    assert from_edge_index(torch.tensor([[0, 4], [1, 2]]), num_nodes=(3, 6)).size == (3, 6)  # queries, keys
     assert from_edge_index(torch.zeros(2, 0, dtype=torch.int64)).size == (0, 0)
     assert from_function(lambda q, k: q > k, size=(3, 4)).size == (3, 4)
 
@@ -101,7 +103,7 @@ def test_heads_and_sizes():
         (lambda: to_networkx(Window(1, 0), 3, -1), "m must be a number of nodes"),
     ],
 )
-def test_bad_input_is_told(make, message):
+def test_bad_input_is_an_error(make, message):
     with pytest.raises(ValueError) as error:
         make()
     assert message in str(error.value)

@@ -45,8 +45,8 @@ COMMON = {"config.json", "metrics.csv", "checkpoint.safetensors", "accuracy.png"
     ("graph", "pool"),
     [
         ("Neighborhood((4, 4), 1)", "cls"),
-        ("ShiftedWindows((4, 4), (2, 2), (0, 0)), Full()", "mean"),
-        ("Axial((4, 4))", "cls"),
+        pytest.param("ShiftedWindows((4, 4), (2, 2), (0, 0)), Full()", "mean", marks=pytest.mark.slow),
+        pytest.param("Axial((4, 4))", "cls", marks=pytest.mark.slow),
     ],
 )
 def test_vit_learns_digits_on_any_graph(tmp_path, graph, pool):
@@ -91,9 +91,9 @@ def test_vit_resumes_bit_for_bit(tmp_path, monkeypatch):
 )
 def test_vit_tells_bad_settings(tmp_path, monkeypatch, given, message):
     monkeypatch.setattr(vit, "MNIST", "file:///no/such/place/")
-    with pytest.raises(SystemExit) as told:
+    with pytest.raises(SystemExit) as raised:
         run(vit, tmp_path, *given)
-    assert message in str(told.value)
+    assert message in str(raised.value)
 
 
 def test_vit_reads_cifars_own_file(tmp_path):
@@ -169,6 +169,19 @@ def translator(tmp_path_factory):
     return model.eval(), figures, folder / "translate"
 
 
+def test_translate_leaves_pictures_and_translations(tmp_path, monkeypatch):
+    monkeypatch.setattr(translate, "HELD_OUT", 50)
+    tiny = ("--layers", 1, "--width", 16, "--batch", 8, "--steps", 8, "--evaluate-every", 4)
+    found = run(translate, tmp_path, *tiny, "--translate", "3. März 1987", "--graph", "Window(2, 2)")
+    assert found["exact_match"] == scores(tmp_path / "translate", "exact_match")[-1]
+    assert left(tmp_path / "translate") == COMMON | {"alignment.png", "samples.txt"}
+    lines = (tmp_path / "translate" / "samples.txt").read_text(encoding="utf-8").splitlines()
+    assert lines[-1].startswith("3. März 1987")
+    losses = scores(tmp_path / "translate", "training_loss")
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.slow
 def test_translate_learns_and_leaves_pictures(translator):
     model, figures, folder = translator
     assert figures["exact_match"] > 80
@@ -179,6 +192,7 @@ def test_translate_learns_and_leaves_pictures(translator):
     assert len({result for result, _ in best}) == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("text", "day", "month", "year"),
     [
@@ -189,13 +203,13 @@ def test_translate_learns_and_leaves_pictures(translator):
     ],
 )
 def test_the_alignment_points_at_day_month_and_year(translator, text, day, month, year):
-    """Of what is heard of the three while a part of the answer is written, most is that part."""
+    """Of the weight on the three while a part of the answer is written, most is on that part."""
     weights, result = translate.alignment(translator[0], text, torch.device("cpu"))
     assert torch.allclose(weights.sum(1), torch.ones(10), atol=1e-5)
     spans = {part: range(text.index(part), text.index(part) + len(part)) for part in (year, month, day)}
-    heard = {part: weights[:, list(span)].sum(1) for part, span in spans.items()}
+    by_part = {part: weights[:, list(span)].sum(1) for part, span in spans.items()}
     for part, rows in ((year, slice(2, 4)), (month, slice(5, 7)), (day, slice(8, 10))):
-        total = {other: float(along[rows].sum()) for other, along in heard.items()}
+        total = {other: float(along[rows].sum()) for other, along in by_part.items()}
         assert max(total, key=total.get) == part, (text, result, total)
 
 
@@ -214,7 +228,7 @@ def test_any_mlp_is_attention():
     torch.testing.assert_close(mlp_is_attention.as_attention(mlp, x, from_dense(~pruned)), expected)
 
 
-@pytest.mark.parametrize("source", [[], ["--pyg"]], ids=["networkx", "pyg"])
+@pytest.mark.parametrize("source", [[], pytest.param(["--pyg"], marks=pytest.mark.slow)], ids=["networkx", "pyg"])
 def test_custom_learns_on_a_graph_of_ones_own(tmp_path, monkeypatch, capsys, source):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["custom.py", *source])

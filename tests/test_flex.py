@@ -60,6 +60,6 @@ def test_a_block_mask_of_many_nodes_needs_no_pairs():
     assert block.kv_indices.numel() < 10 * 200_000 // 128
 
 
-def test_a_block_size_that_words_do_not_fill_is_told():
+def test_a_block_size_that_words_do_not_fill_is_an_error():
     with pytest.raises(ValueError, match="multiple of 32"):
         to_block_mask(Causal(), 64, 64, block_size=48)

@@ -1,4 +1,4 @@
-"""The classics differ in connectivity alone; padding is heard by nobody; what does not fit is told."""
+"""The classics differ in connectivity alone; padding is heard by nobody; what does not fit is an error that says so."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ def config(**changes):
     return TransformerConfig(**{"embed_dim": 24, "num_layers": 2, "num_heads": 3, "max_length": 20, **changes})
 
 
-def loud(model):
+def shaken(model):
     """With weights so large that a mistake shows."""
     torch.manual_seed(0)
     with torch.no_grad():
@@ -37,7 +37,7 @@ def close(a, b):
 
 def test_gpt_on_the_full_graph_is_an_encoder():
     """The same parts with the same weights: what makes the difference is the graph."""
-    gpt, bert = loud(GPT(config(), 17, Full())), loud(Encoder(config(), 17))
+    gpt, bert = shaken(GPT(config(), 17, Full())), shaken(Encoder(config(), 17))
     bert.embedding.load_state_dict(gpt.embedding.state_dict())
     bert.transformer.load_state_dict(gpt.transformer.state_dict())
     given = tokens(2, 9)
@@ -52,40 +52,51 @@ def test_gpt_on_the_full_graph_is_an_encoder():
 @pytest.mark.parametrize("graph", [Full(), Causal(), Causal() & Window(3, 0)], ids=str)
 def test_padding_is_heard_by_nobody(graph, position):
     """Whatever it holds; and where it is at the end, a text has the same logits as alone."""
-    model = loud(GPT(config(position=position), 17, graph))
-    given, keep = tokens(3, 9), torch.ones(3, 9, dtype=torch.bool)
-    keep[0, 6:], keep[1, :3], keep[2, 4] = False, False, False
-    found = model(given, keep=keep)
-    other = given.where(keep, (given + 5) % 17)
-    close(found[keep], model(other, keep=keep)[keep])
+    model = shaken(GPT(config(position=position), 17, graph))
+    given, mask = tokens(3, 9), torch.ones(3, 9, dtype=torch.bool)
+    mask[0, 6:], mask[1, :3], mask[2, 4] = False, False, False
+    found = model(given, attention_mask=mask)
+    other = given.where(mask, (given + 5) % 17)
+    close(found[mask], model(other, attention_mask=mask)[mask])
     close(found[0, :6], model(given[:1, :6])[0])
     assert not torch.allclose(found[0, :6], model(given)[0, :6]) or graph != Full()
 
 
-def test_padding_of_other_models_is_heard_by_nobody():
-    model = loud(EncoderDecoder(config(position="relative", scale=1.0), config(position="relative", cross=True), 17))
-    source, target, keep = tokens(2, 9), tokens(2, 5, seed=1), torch.ones(2, 9, dtype=torch.bool)
-    keep[0, 6:] = False
-    close(model(source, target, keep=keep)[0], model(source[:1, :6], target[:1])[0])
+def test_a_padding_mask_is_bool_or_zeros_and_ones():
+    model = shaken(EncoderDecoder(config(position="rotary"), config(position="rotary"), 17))
+    source, target = tokens(2, 9), tokens(2, 5, seed=1)
+    of_source, of_target = torch.rand(2, 9) < 0.7, torch.rand(2, 5) < 0.7
+    wanted = model(source, target, attention_mask=of_source, decoder_attention_mask=of_target)
+    for dtype in (torch.int64, torch.int32, torch.uint8):
+        masks = {"attention_mask": of_source.to(dtype), "decoder_attention_mask": of_target.to(dtype)}
+        assert torch.equal(model(source, target, **masks), wanted)
+    assert not torch.allclose(model(source, target), wanted)
 
-    model = loud(DecisionTransformer(config(), state_dim=4, action_dim=2, max_time=30))
+
+def test_padding_of_other_models_is_heard_by_nobody():
+    model = shaken(EncoderDecoder(config(position="relative", scale=1.0), config(position="relative", cross=True), 17))
+    source, target, mask = tokens(2, 9), tokens(2, 5, seed=1), torch.ones(2, 9, dtype=torch.bool)
+    mask[0, 6:] = False
+    close(model(source, target, attention_mask=mask)[0], model(source[:1, :6], target[:1])[0])
+
+    model = shaken(DecisionTransformer(config(), state_dim=4, action_dim=2, max_time=30))
     sides = vectors(2, 6, 4), vectors(2, 6, 2), vectors(2, 6, 1), torch.arange(6).expand(2, 6)
-    keep = torch.ones(2, 6, dtype=torch.bool)
-    keep[0, :2] = False
-    close(model(*sides, keep=keep)[0, 2:], model(*(side[:1, 2:] for side in sides))[0])
+    mask = torch.ones(2, 6, dtype=torch.bool)
+    mask[0, :2] = False
+    close(model(*sides, attention_mask=mask)[0, 2:], model(*(side[:1, 2:] for side in sides))[0])
 
     for pool in ("cls", "mean"):
-        model = loud(ViT(config(max_length=16 + (pool == "cls")), 5, image_size=8, patch_size=2, pool=pool))
-        images, keep = vectors(2, 3, 8, 8), torch.ones(2, 16, dtype=torch.bool)
-        keep[:, 3] = False
+        model = shaken(ViT(config(max_length=16 + (pool == "cls")), 5, image_size=8, patch_size=2, pool=pool))
+        images, mask = vectors(2, 3, 8, 8), torch.ones(2, 16, dtype=torch.bool)
+        mask[:, 3] = False
         changed = images.clone()
         changed[:, :, :2, 6:] += 1  # the fourth patch
-        close(model(images, keep=keep), model(changed, keep=keep))
+        close(model(images, attention_mask=mask), model(changed, attention_mask=mask))
         assert not torch.allclose(model(images), model(changed))
 
 
 def test_a_packed_batch_is_one_bigger_graph():
-    model = loud(GPT(config(position="rotary"), 17))
+    model = shaken(GPT(config(position="rotary"), 17))
     parts = [tokens(1, length, seed=length) for length in (3, 7, 5)]
     packed = model(torch.cat(parts, 1), Causal() & Documents([3, 7, 5]))
     close(packed, torch.cat([model(part) for part in parts], 1))
@@ -94,7 +105,7 @@ def test_a_packed_batch_is_one_bigger_graph():
 @torch.no_grad()
 def test_memory_beside_oneself_is_the_merge_of_both():
     """One softmax over memory and self is what the two make together, by their lse."""
-    layer = loud(Attention(24, 3))
+    layer = shaken(Attention(24, 3))
     x, memory = vectors(2, 5, 24), vectors(2, 7, 24, seed=1)
     q, k, v = layer.project(x, torch.cat([memory, x], dim=1))
     parts = [
@@ -111,8 +122,8 @@ def test_memory_beside_oneself_is_the_merge_of_both():
 def test_both_forms_of_a_decoder_agree_where_nodes_hear_the_memory_alone(position):
     """A cross phase, after a phase in which nobody hears anything; and memory beside nobody."""
     bias = ("ff", "norm")
-    crossing = loud(Transformer(config(cross=True, position=position, bias=bias, num_layers=1), Empty()))
-    beside = loud(
+    crossing = shaken(Transformer(config(cross=True, position=position, bias=bias, num_layers=1), Empty()))
+    beside = shaken(
         Transformer(config(position="none" if position == "rotary" else position, bias=bias, num_layers=1), Empty())
     )
     for name in ("attention", "attention_norm", "feedforward", "feedforward_norm"):
@@ -121,22 +132,22 @@ def test_both_forms_of_a_decoder_agree_where_nodes_hear_the_memory_alone(positio
     beside.final_norm.load_state_dict(crossing.final_norm.state_dict())
     if position == "learned":
         beside.position.load_state_dict(crossing.position.state_dict())
-    x, memory, keep = vectors(2, 5, 24), vectors(2, 7, 24, seed=1), torch.ones(2, 7, dtype=torch.bool)
-    keep[1, 4:] = False
-    for options in ({}, {"memory_keep": keep}, {"memory_graph": Window(2, 2)}):
+    x, memory, mask = vectors(2, 5, 24), vectors(2, 7, 24, seed=1), torch.ones(2, 7, dtype=torch.bool)
+    mask[1, 4:] = False
+    for options in ({}, {"memory_attention_mask": mask}, {"memory_graph": Window(2, 2)}):
         close(crossing(x, memory=memory, **options), beside(x, memory=memory, **options))
 
 
 def test_rotary_positions_go_on_from_those_of_the_memory():
     """So memory beside self is heard as the earlier part of one sequence."""
-    model = loud(Transformer(config(position="rotary", num_layers=1), Causal()))
+    model = shaken(Transformer(config(position="rotary", num_layers=1), Causal()))
     x = vectors(2, 9, 24)
     q = model.layers[0].attention_norm(x)
     close(model(x)[:, 4:], model(x[:, 4:], memory=q[:, :4]))
 
 
 def test_a_decoder_without_a_cross_phase_translates():
-    model = loud(EncoderDecoder(config(position="rotary"), config(position="rotary"), 17))
+    model = shaken(EncoderDecoder(config(position="rotary"), config(position="rotary"), 17))
     source, target = tokens(2, 9), tokens(2, 5, seed=1)
     found = model(source, target)
     assert found.shape == (2, 5, 17)
@@ -165,7 +176,7 @@ def test_the_graph_may_be_changed_and_is_checked():
 
 
 def test_a_score_may_be_additive():
-    layer = loud(Attention(24, 3, score="additive"))
+    layer = shaken(Attention(24, 3, score="additive"))
     x = vectors(2, 5, 24)
     q, k, v = layer.project(x, x)
     scores = (torch.tanh(q[:, :, :, None] + k[:, :, None]) * layer.score_weight[:, None, None]).sum(-1)
@@ -202,10 +213,10 @@ def test_rotary_scalings_are_those_of_transformers(kind, length):
 def test_padding_of_the_source_takes_no_places():
     """Whether a decoder hears it in a phase of its own or beside itself, the answer is that without padding."""
     for cross in (False, True):
-        model = loud(EncoderDecoder(config(position="rotary"), config(position="rotary", cross=cross), 17))
-        source, target, keep = tokens(2, 9), tokens(2, 5, seed=1), torch.ones(2, 9, dtype=torch.bool)
-        keep[0, 6:] = False
-        close(model(source, target, keep=keep)[0], model(source[:1, :6], target[:1])[0])
+        model = shaken(EncoderDecoder(config(position="rotary"), config(position="rotary", cross=cross), 17))
+        source, target, mask = tokens(2, 9), tokens(2, 5, seed=1), torch.ones(2, 9, dtype=torch.bool)
+        mask[0, 6:] = False
+        close(model(source, target, attention_mask=mask)[0], model(source[:1, :6], target[:1])[0])
 
 
 @pytest.mark.parametrize(
@@ -216,8 +227,31 @@ def test_padding_of_the_source_takes_no_places():
         (lambda: GPT(config(), 17)(torch.zeros(1, 3)), TypeError, "must be a tensor of integers"),
         (lambda: GPT(config(), 17)(tokens(1, 21)), ValueError, "20 learned positions but got 21 nodes"),
         (lambda: Encoder(config(), 17)(tokens(1, 3), types=tokens(1, 3)), ValueError, "only in a model with num_types"),
-        (lambda: Encoder(config(), 17)(tokens(1, 3), keep=torch.ones(1, 4).bool()), ValueError, "of shape (1, 3)"),
-        (lambda: Encoder(config(), 17)(tokens(1, 3), keep=torch.ones(1, 3)), ValueError, "must be a bool tensor"),
+        (
+            lambda: Encoder(config(), 17)(tokens(1, 3), attention_mask=torch.ones(1, 4).bool()), ValueError,
+            "of shape (1, 3): True or 1 for real nodes (got shape (1, 4))",
+        ),
+        (
+            lambda: Encoder(config(), 17)(tokens(1, 3), attention_mask=torch.ones(1, 3)), TypeError,
+            "a tensor of bool, or of integers 0 and 1, of shape (1, 3): True or 1 for real nodes (got torch.float32)",
+        ),
+        (
+            lambda: GPT(config(), 17)(tokens(1, 3), attention_mask=torch.tensor([[2, 1, 0]])), ValueError,
+            "(got integers 0 … 2)",
+        ),
+        (lambda: GPT(config(), 17)(tokens(1, 3), attention_mask=[[1, 1, 1]]), TypeError, "(got a list)"),
+        (
+            lambda: EncoderDecoder(config(), config(cross=True), 17)(
+                tokens(1, 3), tokens(1, 4), decoder_attention_mask=torch.ones(1, 3).bool()
+            ),
+            ValueError, "of shape (1, 4)",
+        ),
+        (
+            lambda: Transformer(config(cross=True), Full())(
+                torch.ones(1, 2, 24), memory=torch.ones(1, 3, 24), memory_attention_mask=torch.ones(1, 2).bool()
+            ),
+            ValueError, "memory_attention_mask must be",
+        ),
         (lambda: ViT(config(), 5, image_size=9, patch_size=2), ValueError, "(got (9, 9) and (2, 2))"),
         (lambda: ViT(config(), 5, image_size=8, patch_size=2)(torch.ones(1, 1, 8, 8)), ValueError, "(B, 3, 8, 8)"),
         (lambda: ViT(config(), 5, image_size=8, patch_size=2, pool="max"), ValueError, "pool must be cls or mean"),
@@ -241,15 +275,15 @@ def test_padding_of_the_source_takes_no_places():
         ),
     ],
 )  # fmt: skip
-def test_what_does_not_fit_is_told(make, error, message):
-    with pytest.raises(error) as told:
+def test_what_does_not_fit_is_an_error(make, error, message):
+    with pytest.raises(error) as raised:
         make()
-    assert message in str(told.value)
+    assert message in str(raised.value)
 
 
 def test_models_compile_whole():
     for model, given in (
-        (Encoder(config(), 17), {"keep": torch.ones(2, 9, dtype=torch.bool)}),
+        (Encoder(config(), 17), {"attention_mask": torch.ones(2, 9, dtype=torch.int64)}),
         (GPT(config(position="rotary"), 17), {}),
     ):
         compiled = torch.compile(model.eval(), fullgraph=True, backend="aot_eager")

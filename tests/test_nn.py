@@ -126,8 +126,8 @@ def test_every_switch_builds_a_model_whose_parameters_all_learn(switches):
             parameter.add_(torch.randn_like(parameter) * 0.05)
     model(torch.randn(2, 12, 32)).square().sum().backward()
     # A bias of the keys adds the same to all scores of a query; softmax does not see it.
-    silent = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
-    assert not [name for name in silent if not name.endswith("key.bias")]
+    without_gradient = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+    assert not [name for name in without_gradient if not name.endswith("key.bias")]
 
 
 def test_biases_are_where_the_config_says():
@@ -213,20 +213,28 @@ def test_no_module_builds_a_mask(monkeypatch):
     assert asked == []
 
 
-@pytest.mark.parametrize("position", POSITIONS)
-def test_compiled_models_are_the_same_and_recompile_once_for_all_lengths(position):
+BY_LAYER_AND_HEAD = [Causal() & (Window(4, 0) | Prefix(2)), PerHead([Causal(), Window(2, 0)] * 2)]
+COMPILED = [(position, graph) for position in POSITIONS for graph in (Causal(), BY_LAYER_AND_HEAD)]
+FAST_TO_COMPILE = [("relative", Causal()), ("rotary", BY_LAYER_AND_HEAD)]
+
+
+@pytest.mark.parametrize(
+    ("position", "graph"),
+    [pytest.param(*case, marks=[] if case in FAST_TO_COMPILE else pytest.mark.slow) for case in COMPILED],
+    ids=lambda value: value if isinstance(value, str) else "one" if isinstance(value, Causal) else "several",
+)
+def test_compiled_models_are_the_same_and_recompile_once_for_all_lengths(position, graph):
     import torch._dynamo as dynamo
 
-    for graph in (Causal(), [Causal() & (Window(4, 0) | Prefix(2)), PerHead([Causal(), Window(2, 0)] * 2)]):
-        dynamo.reset()
-        dynamo.utils.counters.clear()
-        model = GPT(config(position=position), 17, graph)
-        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-        for length in (8, 12, 16, 24):
-            tokens = torch.randint(17, (2, length))
-            torch.testing.assert_close(compiled(tokens), model(tokens), rtol=1e-5, atol=1e-5)
-            compiled(tokens).sum().backward()
-        assert dynamo.utils.counters["stats"]["unique_graphs"] <= 2
+    dynamo.reset()
+    dynamo.utils.counters.clear()
+    model = GPT(config(position=position), 17, graph)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for length in (8, 12, 16, 24):
+        tokens = torch.randint(17, (2, length))
+        torch.testing.assert_close(compiled(tokens), model(tokens), rtol=1e-5, atol=1e-5)
+        compiled(tokens).sum().backward()
+    assert dynamo.utils.counters["stats"]["unique_graphs"] <= 2
 
 
 def test_inductor_compiles_a_model():
@@ -259,7 +267,7 @@ def test_tied_heads_share_their_weights():
     assert untied.head.weight is not untied.embedding.weight
 
 
-def test_generate_samples_as_told():
+def test_generate_samples_by_its_settings():
     torch.manual_seed(0)
     model = shaken(GPT(config(position="rotary"), 17))
     prompt = torch.randint(17, (3, 4))
@@ -319,7 +327,7 @@ def test_top_p_keeps_the_smallest_set():
         (lambda: generate(nn.Identity(), torch.zeros(1, 1), 1, top_p=1.5), "top_p must be a probability"),
     ],
 )
-def test_bad_input_is_told(make, message):
+def test_bad_input_is_an_error(make, message):
     with pytest.raises(ValueError) as error:
         make()
     assert message in str(error.value)

@@ -1,5 +1,5 @@
 """Pictures of graphs and of attention."""
 
-from attngraph.draw.pictures import attention, connectivity, messages, receptive_field, save
+from attngraph.draw.pictures import BLUE, attention, connectivity, messages, receptive_field, save
 
-__all__ = ["attention", "connectivity", "messages", "receptive_field", "save"]
+__all__ = ["BLUE", "attention", "connectivity", "messages", "receptive_field", "save"]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
@@ -12,8 +13,10 @@ from attngraph.graph.base import Graph
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.colors import LinearSegmentedColormap
+    from matplotlib.figure import Figure
 
-BLUE, LIGHT = "#2a5d9f", "#d7e3f2"
+BLUE, LIGHT, GREY = "#2a5d9f", "#d7e3f2", "#d5d9e0"
 
 
 def connectivity(
@@ -54,14 +57,14 @@ def messages(
     m = n if m is None else m
     if node is not None and not 0 <= node < n:
         raise ValueError(f"node must be one of {n} queries, from 0 on (got {node})")
-    key, query = (side.tolist() for side in graph.edge_index(n, m))
+    key, query = graph.edge_index(n, m).tolist()
     ax = _axes((max(3.0, 0.45 * max(n, m)), 2.4)) if ax is None else ax
-    own = [node is None or q == node for q in query]
-    order = sorted(range(len(own)), key=own.__getitem__)  # what stands out is drawn last
+    edges = [(k, q, node is None or q == node) for k, q in zip(key, query, strict=True)]
+    edges.sort(key=lambda edge: edge[2])  # what stands out is drawn last
     lines = LineCollection(
-        [[(key[at], 1), (query[at], 0)] for at in order],
-        colors=[BLUE if own[at] else "#d5d9e0" for at in order],
-        linewidths=[2 if node is not None and own[at] else 1 for at in order],
+        [[(k, 1), (q, 0)] for k, q, _ in edges],
+        colors=[BLUE if stands_out else GREY for *_, stands_out in edges],
+        linewidths=[2 if node is not None and stands_out else 1 for *_, stands_out in edges],
     )
     ax.add_collection(lines)
     for count, height, name in ((m, 1, "keys"), (n, 0, "queries")):
@@ -101,10 +104,10 @@ def attention(
     picture = torch.full((n, m), torch.nan)
     picture[query, key] = weights.detach().float().cpu()
     ax = _axes((2.2 + 0.16 * m, 1.4 + 0.16 * n) if labels else (5, 5)) if ax is None else ax
-    drawn = ax.imshow(picture.numpy(), cmap="viridis", vmin=0, interpolation="nearest")
-    ax.figure.colorbar(drawn, ax=ax, fraction=0.04, pad=0.02, label="weight")
+    image = ax.imshow(picture.numpy(), cmap="viridis", vmin=0, interpolation="nearest")
+    ax.figure.colorbar(image, ax=ax, fraction=0.04, pad=0.02, label="weight")
     _frame(ax, n, m)
-    if labels:
+    if labels is not None and key_labels is not None:
         ax.set_xticks(range(m), [_visible(label) for label in key_labels[:m]], fontsize=7, family="monospace")
         ax.set_yticks(range(n), [_visible(label) for label in labels[:n]], fontsize=7, family="monospace")
     ax.set_title(_wrapped(title), fontsize=9)
@@ -118,18 +121,18 @@ def receptive_field(graphs: Sequence[Graph], node: int, n: int, *, ax: Axes | No
     rows = [analysis.receptive_field(graphs[depth:], node, n) for depth in range(len(graphs), -1, -1)]
     ax = _axes((6, 0.4 * len(rows) + 1)) if ax is None else ax
     picture = torch.zeros(len(rows), n)
-    for row, heard in enumerate(rows):
-        picture[row, heard] = 1
+    for row, nodes in enumerate(rows):
+        picture[row, nodes] = 1
     ax.imshow(picture.numpy(), cmap=_blues(), vmin=0, vmax=1, aspect="auto", interpolation="nearest")
     ax.set_yticks(range(len(rows)), ["output", *[f"into layer {depth}" for depth in range(len(graphs) - 1, -1, -1)]])
     ax.set_xlabel("node")
-    ax.set_title(_wrapped(f"what node {node} hears"), fontsize=9)
+    ax.set_title(_wrapped(f"receptive field of node {node}"), fontsize=9)
     return ax
 
 
-def save(ax: Axes, path: str) -> None:
+def save(ax: Axes, path: str | os.PathLike[str]) -> None:
     """Write the picture that holds these axes to a file; its ending says the format."""
-    ax.figure.savefig(path, dpi=150, bbox_inches="tight")
+    cast("Figure", ax.figure).savefig(path, dpi=150, bbox_inches="tight")
 
 
 def _axes(size: tuple[float, float]) -> Axes:
@@ -139,17 +142,17 @@ def _axes(size: tuple[float, float]) -> Axes:
     return Figure(figsize=size, layout="constrained").subplots()
 
 
-def _blues():
+def _blues() -> LinearSegmentedColormap:
     from matplotlib.colors import LinearSegmentedColormap
 
     return LinearSegmentedColormap.from_list("edges", ["white", BLUE])
 
 
 def _frame(ax: Axes, n: int, m: int) -> None:
-    ax.set_xlabel("key: is heard")
-    ax.set_ylabel("query: hears")
-    for side, count in ((ax.xaxis, m), (ax.yaxis, n)):
-        side.set_ticks(sorted({0, count // 2, count - 1}) if count > 1 else range(count))
+    ax.set_xlabel("key node")
+    ax.set_ylabel("query node")
+    for axis, count in ((ax.xaxis, m), (ax.yaxis, n)):
+        axis.set_ticks(sorted({0, count // 2, count - 1}) if count > 1 else range(count))
     if max(n, m) <= 32:
         ax.set_xticks([i - 0.5 for i in range(m + 1)], minor=True)
         ax.set_yticks([i - 0.5 for i in range(n + 1)], minor=True)

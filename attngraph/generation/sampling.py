@@ -10,7 +10,7 @@ from torch import Tensor, nn
 def generate(
     model: nn.Module,
     tokens: Tensor,
-    count: int,
+    max_new_tokens: int,
     *,
     context: int | None = None,
     temperature: float = 1.0,
@@ -18,7 +18,7 @@ def generate(
     top_p: float | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Continue each row of tokens (B, N) by `count` sampled ones: (B, N + count).
+    """Continue each row of tokens (B, N) by `max_new_tokens` sampled ones: (B, N + max_new_tokens).
 
     Args:
         model: tokens (B, N) → logits (B, N, V).
@@ -40,14 +40,14 @@ def generate(
         raise ValueError(f"top_p must be a probability above 0 (got {top_p})")
     training = model.training
     model.eval()  # no dropout
-    for _ in range(count):
+    for _ in range(max_new_tokens):
         logits = model(tokens if context is None else tokens[:, -context:])[:, -1].float()
         if temperature == 0:
-            following = logits.argmax(-1, keepdim=True)
+            next_token = logits.argmax(-1, keepdim=True)
         else:
-            likely = _truncated(logits / temperature, top_k, top_p).softmax(-1)
-            following = torch.multinomial(likely, 1, generator=generator)
-        tokens = torch.cat([tokens, following], dim=1)
+            probabilities = _truncated(logits / temperature, top_k, top_p).softmax(-1)
+            next_token = torch.multinomial(probabilities, 1, generator=generator)
+        tokens = torch.cat([tokens, next_token], dim=1)
     model.train(training)
     return tokens
 
@@ -55,10 +55,10 @@ def generate(
 def _truncated(logits: Tensor, top_k: int | None, top_p: float | None) -> Tensor:
     """Logits (B, V) with -inf for tokens that are not to be sampled."""
     if top_k is not None and top_k < logits.shape[-1]:
-        kept = logits.topk(top_k)  # of equal logits too, no more than k
-        logits = torch.full_like(logits, -torch.inf).scatter(1, kept.indices, kept.values)
+        top = logits.topk(top_k)  # of equal logits too, no more than k
+        logits = torch.full_like(logits, -torch.inf).scatter(1, top.indices, top.values)
     if top_p is not None:
         ordered, order = logits.softmax(-1).sort(descending=True)
-        before = ordered.cumsum(-1) - ordered  # the probability of all likelier tokens
-        logits = logits.masked_fill((before >= top_p).scatter(1, order, before >= top_p), -torch.inf)
+        unlikely = ordered.cumsum(-1) - ordered >= top_p  # all likelier tokens together have the probability already
+        logits = logits.masked_fill(unlikely.scatter(1, order, unlikely), -torch.inf)
     return logits

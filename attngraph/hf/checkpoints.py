@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from attngraph.graph.text import parse_list
 from attngraph.hf.families import FAMILIES, TRANSPOSED, Family, Form, Settings
+from attngraph.models import EncoderDecoder
 from attngraph.nn.transformer import POSITIONS, Transformer
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
@@ -63,17 +64,17 @@ def load(path: str | os.PathLike, *, dtype: torch.dtype | None = None, device: t
             found = _Tensors(folder, family, stack)
             tied = found.tied(family.ties(settings))
             try:
-                with torch.device("meta"), _NothingDrawn():
+                with torch.device("meta"), _NoInitialization():
                     model = family.build(settings, tied)
             except (TypeError, ArithmeticError) as error:
                 raise ValueError(f"a setting is of the wrong kind: {error}") from None
             if unknown := settings.unknown():
                 raise ValueError(f"unknown settings: {', '.join(unknown)}")
             places = _fill(model, family, found, dtype, torch.device(device))
-            _rewire(model, given.get("attngraph", {}))
+            _set_graphs(model, given.get("attngraph", {}))
         except ValueError as error:
             raise ValueError(f"{folder}: {error}") from None
-    model.pretrained = dict(given), places
+    cast(Any, model).pretrained = Pretrained(dict(given), places)  # typed for modules and tensors alone
     return model.eval()
 
 
@@ -86,30 +87,24 @@ def save(model: nn.Module, path: str | os.PathLike) -> None:
     """
     from safetensors.torch import save_file
 
-    given, places = getattr(model, "pretrained", (None, None))
-    if given is None:
+    pretrained = getattr(model, "pretrained", None)
+    if not isinstance(pretrained, Pretrained):
         raise ValueError("save takes a model that attngraph.hf.load made, whose names and settings are known")
+    given, places = pretrained
     named = dict(model.named_parameters())
-    if strange := sorted(named.keys() ^ places.keys()):
-        raise ValueError(f"the model's parameters are not those that load made: {', '.join(strange)}")
+    if unknown := sorted(named.keys() ^ places.keys()):
+        raise ValueError(f"the model's parameters are not those that load made: {', '.join(unknown)}")
     graphs = {name: ", ".join(map(repr, part.graphs)) for name, part in _transformers(model)}
-    if getattr(model, "memory_graph", None) is not None:
+    if isinstance(model, EncoderDecoder) and model.memory_graph is not None:
         graphs["memory"] = repr(model.memory_graph)
     for text in graphs.values():
         parse_list(text)  # a graph that can't be read again is an error now
-    parts: dict[str, list[Tensor]] = {}
-    for name, parameter in named.items():
-        parts.setdefault(places[name].file, []).append(places[name].form.write(parameter.detach()))
-    fused = {place.file: place for place in places.values()}
-    tensors = {
-        file: torch.cat(some, dim=-1 if fused[file].form is TRANSPOSED else 0).contiguous().cpu()
-        for file, some in parts.items()
-    }
+    tensors = _as_in_files(named, places)
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
-    number = str(next(iter(named.values())).dtype).removeprefix("torch.")
-    told = {"torch_dtype" if "torch_dtype" in given else "dtype": number, "attngraph": graphs}
-    config = json.dumps({**given, **told}, indent=2) + "\n"
+    dtype = str(next(iter(named.values())).dtype).removeprefix("torch.")
+    changes = {"torch_dtype" if "torch_dtype" in given else "dtype": dtype, "attngraph": graphs}
+    config = json.dumps({**given, **changes}, indent=2) + "\n"
     _replace(folder / WEIGHTS, lambda new: save_file(tensors, new, metadata={"format": "pt"}))
     _replace(folder / CONFIG, lambda new: new.write_text(config, encoding="utf-8"))
 
@@ -149,7 +144,7 @@ class _Tensors:
             other = ", ".join(sorted(each.name for each in folder.glob("*.bin")))
             hint = f"; {other} is of another format, which transformers' save_pretrained converts" if other else ""
             raise FileNotFoundError(f"{folder} has no {WEIGHTS} and no {index.name}{hint}")
-        self.where: dict[str, tuple] = {}
+        self.where: dict[str, tuple[Any, str]] = {}  # by plain name: the open file, and the name there
         for file in files:
             if not (folder / file).exists():
                 raise FileNotFoundError(f"{folder / file} does not exist, and {index.name} names it")
@@ -197,7 +192,7 @@ def _shards(index: Path) -> list[str]:
     return files
 
 
-def _replace(path: Path, write) -> None:
+def _replace(path: Path, write: Callable[[Path], object]) -> None:
     """The whole file or nothing."""
     new = path.with_name(path.name + ".new")
     write(new)
@@ -207,14 +202,20 @@ def _replace(path: Path, write) -> None:
 # ---------------------------------------------------------------------------------------------------------- tensors
 
 
-class _NothingDrawn(TorchFunctionMode):
+class _NoInitialization(TorchFunctionMode):
     """Parameters are not initialised: for tensors without memory, PyTorch would first import its compiler."""
 
-    def __torch_function__(self, function, types, args=(), kwargs=None):
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
         kwargs = kwargs or {}
-        if getattr(function, "__module__", "") == "torch.nn.init":
+        if getattr(func, "__module__", "") == "torch.nn.init":
             return kwargs["tensor"] if "tensor" in kwargs else args[0]
-        return args[0] if function in (Tensor.normal_, Tensor.uniform_) else function(*args, **kwargs)
+        return args[0] if func in (Tensor.normal_, Tensor.uniform_) else func(*args, **kwargs)
 
 
 class Place(NamedTuple):
@@ -242,7 +243,27 @@ def _places(family: Family, name: str) -> Iterator[Place]:
                 )
 
 
-def _fill(model: nn.Module, family: Family, found: _Tensors, dtype, device: torch.device) -> dict[str, Place]:
+class Pretrained(NamedTuple):
+    """What a model that `load` made is written with again."""
+
+    config: dict[str, Any]
+    places: dict[str, Place]  # by the name of the parameter
+
+
+def _as_in_files(named: Mapping[str, nn.Parameter], places: Mapping[str, Place]) -> dict[str, Tensor]:
+    """The tensors of a checkpoint: parameters as files have them, those that are one tensor there joined."""
+    parts: dict[str, list[Tensor]] = {}
+    axis: dict[str, int] = {}
+    for name, parameter in named.items():
+        file, _, form = places[name]
+        parts.setdefault(file, []).append(form.write(parameter.detach()))
+        axis[file] = -1 if form is TRANSPOSED else 0
+    return {file: torch.cat(tensors, dim=axis[file]).contiguous().cpu() for file, tensors in parts.items()}
+
+
+def _fill(
+    model: nn.Module, family: Family, found: _Tensors, dtype: torch.dtype | None, device: torch.device
+) -> dict[str, Place]:
     """Give every parameter of a model that has none yet its tensor, and say where it was."""
     named = dict(model.named_parameters())
     places: dict[str, Place] = {}
@@ -285,14 +306,15 @@ def _transformers(model: nn.Module) -> list[tuple[str, Transformer]]:
     return [(name, part) for name, part in model.named_modules() if isinstance(part, Transformer)]
 
 
-def _rewire(model: nn.Module, graphs: Mapping[str, str]) -> None:
+def _set_graphs(model: nn.Module, graphs: Mapping[str, str]) -> None:
     """The graphs that `save` wrote beside the settings."""
     parts = dict(_transformers(model))
-    if not isinstance(graphs, dict) or graphs.keys() - parts.keys() - {"memory"}:
-        raise ValueError(f"the setting 'attngraph' must give graphs to {', '.join(parts)} or memory (got {graphs!r})")
+    known = [*parts, "memory"] if isinstance(model, EncoderDecoder) else [*parts]
+    if not isinstance(graphs, dict) or graphs.keys() - set(known):
+        raise ValueError(f"the setting 'attngraph' must give graphs to {' or '.join(known)} (got {graphs!r})")
     for name, text in graphs.items():
         found = parse_list(text)
-        if name == "memory":
+        if name == "memory" and isinstance(model, EncoderDecoder):
             model.memory_graph = found[0]
         else:
             parts[name].graphs = found

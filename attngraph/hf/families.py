@@ -5,7 +5,7 @@ A family differs from the others in its switches and in its graph; the rest is n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from operator import methodcaller
 from typing import Any, NamedTuple
 
@@ -21,7 +21,8 @@ class Settings:
     """What a config.json says, and which of it was asked for: what nobody asks for is unknown, and an error."""
 
     def __init__(self, given: Mapping[str, Any]):
-        self.given, self.asked = given, set(IRRELEVANT)
+        self.given = given
+        self.asked: set[str] = set(IRRELEVANT)
 
     def __call__(self, name: str, default: Any = None) -> Any:
         """A setting, or what it is by default where it is absent or null."""
@@ -142,22 +143,30 @@ def of_layers(layers: str, *names: Name) -> tuple[Name, ...]:
 
 ATTENTION = ("attention.query", "attention.key", "attention.value")
 
+
+def projections(file: str, here: str, names: Sequence[str]) -> tuple[Name, ...]:
+    """The four projections of attention: what those of the queries, keys, values and output are called in the file."""
+    pairs = zip(names, ("query", "key", "value", "out"), strict=True)
+    return tuple(Name(f"{file}.{name}", f"{here}.{own}") for name, own in pairs)
+
+
 # ------------------------------------------------------------------------------------------------------------- GPT-2
 
 
 def _gpt2_config(given: Settings, activation: str, *, width: str, layers: int, heads: int) -> TransformerConfig:
+    """`width` is the name of the setting; `layers` and `heads` are what there is by default."""
     given.must("add_cross_attention", False)
-    width, layers, heads = given(width, 768), given("n_layer", layers), given("n_head", heads)
-    scale = (width // heads) ** -0.5 if given("scale_attn_weights", True) else 1.0
-    smaller = given("scale_attn_by_inverse_layer_idx", False)
+    embed_dim, num_layers, num_heads = given(width, 768), given("n_layer", layers), given("n_head", heads)
+    scale = (embed_dim // num_heads) ** -0.5 if given("scale_attn_weights", True) else 1.0
+    by_layer = given("scale_attn_by_inverse_layer_idx", False)
     return TransformerConfig(
-        embed_dim=width,
-        num_layers=layers,
-        num_heads=heads,
+        embed_dim=embed_dim,
+        num_layers=num_layers,
+        num_heads=num_heads,
         hidden_dim=given("n_inner"),
         activation=given.activation("activation_function", activation),
         norm_eps=given("layer_norm_epsilon", 1e-5),
-        scale=tuple(scale / (layer + 1) for layer in range(layers)) if smaller else scale,
+        scale=tuple(scale / (layer + 1) for layer in range(num_layers)) if by_layer else scale,
         position="learned",
         max_length=given("n_positions", 1024),
         dropout=given("resid_pdrop", 0.1),
@@ -232,17 +241,24 @@ DECISION = Family(
 # -------------------------------------------------------------------------------------------------------------- BERT
 
 
+def _bert_sizes(given: Settings) -> dict[str, Any]:
+    """The switches whose settings BERT and ViT call the same."""
+    return {
+        "embed_dim": given("hidden_size", 768),
+        "num_layers": given("num_hidden_layers", 12),
+        "num_heads": given("num_attention_heads", 12),
+        "hidden_dim": given("intermediate_size", 3072),
+        "activation": given.activation("hidden_act", "gelu"),
+        "norm_eps": given("layer_norm_eps", 1e-12),
+    }
+
+
 def _bert(given: Settings, tied: bool) -> nn.Module:
     given.must("is_decoder", False)
     given.must("add_cross_attention", False)
     given.must("position_embedding_type", "absolute")
     config = TransformerConfig(
-        embed_dim=given("hidden_size", 768),
-        num_layers=given("num_hidden_layers", 12),
-        num_heads=given("num_attention_heads", 12),
-        hidden_dim=given("intermediate_size", 3072),
-        activation=given.activation("hidden_act", "gelu"),
-        norm_eps=given("layer_norm_eps", 1e-12),
+        **_bert_sizes(given),
         norm_order="post",
         embed_norm=True,
         final_norm=False,
@@ -262,10 +278,7 @@ BERT = Family(
         Name("embeddings.LayerNorm", "transformer.embed_norm"),
         *of_layers(
             "encoder.layer.{} = transformer.layers.{}",
-            Name("attention.self.query", "attention.query"),
-            Name("attention.self.key", "attention.key"),
-            Name("attention.self.value", "attention.value"),
-            Name("attention.output.dense", "attention.out"),
+            *projections("attention", "attention", ("self.query", "self.key", "self.value", "output.dense")),
             Name("attention.output.LayerNorm", "attention_norm"),
             Name("intermediate.dense", "feedforward.up"),
             Name("output.dense", "feedforward.down"),
@@ -291,14 +304,9 @@ BERT = Family(
 
 
 def _vit(given: Settings, tied: bool) -> nn.Module:
-    image, patch = (_pair(given(name, default)) for name, default in (("image_size", 224), ("patch_size", 16)))
+    image, patch = _pair(given("image_size", 224)), _pair(given("patch_size", 16))
     config = TransformerConfig(
-        embed_dim=given("hidden_size", 768),
-        num_layers=given("num_hidden_layers", 12),
-        num_heads=given("num_attention_heads", 12),
-        hidden_dim=given("intermediate_size", 3072),
-        activation=given.activation("hidden_act", "gelu"),
-        norm_eps=given("layer_norm_eps", 1e-12),
+        **_bert_sizes(given),
         bias=(*("q", "k", "v") * bool(given("qkv_bias", True)), "o", "ff", "norm"),
         max_length=1 + (image[0] // patch[0]) * (image[1] // patch[1]),
         dropout=given("hidden_dropout_prob", 0.0),
@@ -321,10 +329,9 @@ VIT = Family(
         *of_layers(
             "encoder.layer.{} = transformer.layers.{}",
             Name("layernorm_before", "attention_norm"),
-            Name("attention.attention.query", "attention.query"),
-            Name("attention.attention.key", "attention.key"),
-            Name("attention.attention.value", "attention.value"),
-            Name("attention.output.dense", "attention.out"),
+            *projections(
+                "attention", "attention", ("attention.query", "attention.key", "attention.value", "output.dense")
+            ),
             Name("layernorm_after", "feedforward_norm"),
             Name("intermediate.dense", "feedforward.up"),
             Name("output.dense", "feedforward.down"),
@@ -342,7 +349,7 @@ VIT = Family(
 
 def _t5(given: Settings, tied: bool) -> nn.Module:
     given.must("is_decoder", False)
-    gate, _, activation = given("feed_forward_proj", "relu").rpartition("-")
+    gate, _, activation = str(given("feed_forward_proj", "relu")).rpartition("-")
     if gate not in ("", "gated"):
         raise ValueError(f"the setting 'feed_forward_proj' must be like relu or gated-gelu (got {gate}-{activation})")
     given.asked |= {"n_positions", "dense_act_fn", "is_gated_act"}
@@ -379,8 +386,7 @@ def _t5(given: Settings, tied: bool) -> nn.Module:
 
 
 def _t5_attention(file: str, here: str, norm: str) -> tuple[Name, ...]:
-    pairs = (("q", "query"), ("k", "key"), ("v", "value"), ("o", "out"))
-    return (*(Name(f"{file}.{one}", f"{here}.{other}") for one, other in pairs), Name(norm, f"{here}_norm"))
+    return (*projections(file, here, ("q", "k", "v", "o")), Name(norm, f"{here}_norm"))
 
 
 def _t5_compute(layer: str) -> tuple[Name, ...]:
@@ -438,21 +444,19 @@ def _whisper(given: Settings, tied: bool) -> nn.Module:
             num_layers=given(f"{side}_layers", 4),
             num_heads=given(f"{side}_attention_heads", 6),
             hidden_dim=given(f"{side}_ffn_dim", 1536),
-            max_length=given(f"max_{what}_positions", most),
+            max_length=given(f"max_{what}_positions", positions),
             cross=side == "decoder",
             **common,
         )
-        for side, what, most in (("encoder", "source", 1500), ("decoder", "target", 448))
+        for side, what, positions in (("encoder", "source", 1500), ("decoder", "target", 448))
     )
     source = AudioEmbedding(given("num_mel_bins", 80), common["embed_dim"])
     return EncoderDecoder(encoder, decoder, given("vocab_size", 51865), source=source, tied=tied)
 
 
+_WHISPER_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
 _WHISPER_SELF = (
-    Name("self_attn.q_proj", "attention.query"),
-    Name("self_attn.k_proj", "attention.key"),
-    Name("self_attn.v_proj", "attention.value"),
-    Name("self_attn.out_proj", "attention.out"),
+    *projections("self_attn", "attention", _WHISPER_PROJECTIONS),
     Name("self_attn_layer_norm", "attention_norm"),
     Name("fc1", "feedforward.up"),
     Name("fc2", "feedforward.down"),
@@ -472,10 +476,7 @@ WHISPER = Family(
         *of_layers(
             "decoder.layers.{} = decoder.layers.{}",
             *_WHISPER_SELF,
-            Name("encoder_attn.q_proj", "cross.query"),
-            Name("encoder_attn.k_proj", "cross.key"),
-            Name("encoder_attn.v_proj", "cross.value"),
-            Name("encoder_attn.out_proj", "cross.out"),
+            *projections("encoder_attn", "cross", _WHISPER_PROJECTIONS),
             Name("encoder_attn_layer_norm", "cross_norm"),
         ),
         Name("decoder.layer_norm", "decoder.final_norm"),
@@ -549,17 +550,17 @@ def _llama(given: Settings, tied: bool) -> nn.Module:
 def _qwen2(given: Settings, tied: bool) -> nn.Module:
     config = _llama_config(given, ("q", "k", "v"), 1e-6)
     width = given("sliding_window", 4096) if given("use_sliding_window", False) else None
-    given("sliding_window"), given("max_window_layers")
+    given.asked |= {"sliding_window", "max_window_layers"}  # used or not
     kinds = given("layer_types") or [
         "sliding_attention" if width and layer >= given("max_window_layers", 28) else "full_attention"
         for layer in range(config.num_layers)
     ]
     if len(kinds) != config.num_layers:
         raise ValueError(f"the setting 'layer_types' must name {config.num_layers} layers (got {len(kinds)})")
-    return GPT(config, given("vocab_size", 151936), [_heard(kind, width) for kind in kinds], tied=tied)
+    return GPT(config, given("vocab_size", 151936), [_layer_graph(kind, width) for kind in kinds], tied=tied)
 
 
-def _heard(kind: str, width: int | None) -> Graph:
+def _layer_graph(kind: str, width: int | None) -> Graph:
     if kind == "full_attention":
         return Causal()
     if kind != "sliding_attention" or not width:
@@ -572,10 +573,7 @@ _LLAMA_NAMES = (
     *of_layers(
         "layers.{} = transformer.layers.{}",
         Name("input_layernorm", "attention_norm"),
-        Name("self_attn.q_proj", "attention.query"),
-        Name("self_attn.k_proj", "attention.key"),
-        Name("self_attn.v_proj", "attention.value"),
-        Name("self_attn.o_proj", "attention.out"),
+        *projections("self_attn", "attention", ("q_proj", "k_proj", "v_proj", "o_proj")),
         Name("post_attention_layernorm", "feedforward_norm"),
         Name("mlp.gate_proj", "feedforward.gate"),
         Name("mlp.up_proj", "feedforward.up"),

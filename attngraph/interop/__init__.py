@@ -1,1 +1,21 @@
-"""Graphs of other libraries in and out: PyG, networkx, SciPy, dense masks, FlexAttention."""
+"""Graphs of other libraries in and out: PyG, networkx, SciPy, dense masks, FlexAttention.
+
+Everything is a conversion; nothing here keeps a reference to the other library's object.
+"""
+
+from attngraph.interop.dense import from_dense, from_function
+from attngraph.interop.edge_index import from_edge_index
+from attngraph.interop.flex import to_block_mask
+from attngraph.interop.networkx import from_networkx, to_networkx
+from attngraph.interop.scipy import from_scipy_sparse_matrix, to_scipy_sparse_matrix
+
+__all__ = [
+    "from_dense",
+    "from_edge_index",
+    "from_function",
+    "from_networkx",
+    "from_scipy_sparse_matrix",
+    "to_block_mask",
+    "to_networkx",
+    "to_scipy_sparse_matrix",
+]

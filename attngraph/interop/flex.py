@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
@@ -9,7 +11,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from attngraph.graph.base import Graph, at_size
 from attngraph.planning.layouts.tiles import Tiles, tabulate
 
-MOST_PLACES = 1 << 20  # of a list of blocks that has a place for every column
+MAX_LIST_ENTRIES = 1 << 20  # of a list of blocks that has an entry for every column
 
 
 def to_block_mask(
@@ -43,54 +45,63 @@ def to_block_mask(
     tile = (block_size, block_size)
     layouts = [Tiles(n, m, tabulate(bound._head(h), n, m, tile)) for h in range(bound.heads or 1)]
     lists = {}
-    for side, half in (("kv", "by_query"), ("q", "by_key")):
-        rows, columns = [getattr(layout, half) for layout in layouts], layouts[0].grid[1 if side == "kv" else 0]
-        lists[f"{side}_num_blocks"], lists[f"{side}_indices"] = _lists(rows, columns, device, full=False)
-        lists[f"full_{side}_num_blocks"], lists[f"full_{side}_indices"] = _lists(rows, columns, device, full=True)
+    by_query, by_key = [layout.by_query for layout in layouts], [layout.by_key for layout in layouts]
+    num_rows, num_columns = layouts[0].grid
+    for side, tiles, columns in (("kv", by_query, num_columns), ("q", by_key, num_rows)):
+        lists[f"{side}_num_blocks"], lists[f"{side}_indices"] = _lists(tiles, columns, device, full=False)
+        lists[f"full_{side}_num_blocks"], lists[f"full_{side}_indices"] = _lists(tiles, columns, device, full=True)
     return BlockMask(seq_lengths=(n, m), BLOCK_SIZE=tile, mask_mod=_mask_mod(layouts, bound.heads, device), **lists)
 
 
-def _lists(rows, columns: int, device, full: bool) -> tuple[Tensor, Tensor]:
-    """How many blocks each row has, masked or full, int32 (1, H, rows), and which, (1, H, rows, most)."""
-    first = torch.stack([half.full if full else half.start[:-1] for half in rows])
-    stop = torch.stack([half.start[1:] if full else half.full for half in rows])
+def _lists(tiles, columns: int, device: torch.device | str, full: bool) -> tuple[Tensor, Tensor]:
+    """How many blocks each row has, masked or full, int32 (1, H, rows), and which, (1, H, rows, entries).
+
+    `tiles` are the tiles of each head, sorted by row.
+    """
+    first = torch.stack([head.full if full else head.start[:-1] for head in tiles])
+    stop = torch.stack([head.start[1:] if full else head.full for head in tiles])
     count = stop - first
-    # Some methods of BlockMask want as many places as there are columns; many nodes get only those that are used.
-    most = max(int(count.max()), 1) if count.numel() else 1
-    place = torch.arange(most if count.shape[1] * columns > MOST_PLACES else columns)
-    other = torch.stack([torch.cat([half.other, half.other.new_zeros(1)])[
-        (first[h][:, None] + place).clamp(max=len(half.other))] for h, half in enumerate(rows)])  # fmt: skip
-    other = other.where(place < count[..., None], 0)
-    return count[None].int().to(device), other[None].int().contiguous().to(device)
+    # Some methods of BlockMask want as many entries as there are columns; many nodes get only those that are used.
+    longest = max(int(count.max()), 1) if count.numel() else 1
+    entry = torch.arange(longest if count.shape[1] * columns > MAX_LIST_ENTRIES else columns)
+    indices = torch.zeros((*count.shape, len(entry)), dtype=torch.int32)
+    for h, head in enumerate(tiles):
+        column = torch.cat([head.other, head.other.new_zeros(1)])
+        indices[h] = column[(first[h][:, None] + entry).clamp(max=len(head.other))]
+    indices = indices.where(entry < count[..., None], 0)
+    return count[None].int().to(device), indices[None].contiguous().to(device)
 
 
-def _mask_mod(layouts: list[Tiles], heads: int | None, device):
+def _mask_mod(
+    layouts: list[Tiles], heads: int | None, device: torch.device | str
+) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
     """(b, h, q_idx, kv_idx) → bool, from the blocks of all heads in one table."""
     size, rows = layouts[0].tile[0], layouts[0].grid[0]
-    tiles, masks, starts, columns, numbers, words = 0, 0, [], [], [], []
+    num_tiles = num_masks = 0
+    starts, columns, masks, words = [], [], [], []
     for layout in layouts:
         table = layout.table
-        starts.append(torch.searchsorted(table.row, torch.arange(rows)) + tiles)
+        starts.append(torch.searchsorted(table.row, torch.arange(rows)) + num_tiles)
         columns.append(table.column)
-        numbers.append(torch.where(table.mask < 0, -1, table.mask + masks))
+        masks.append(torch.where(table.mask < 0, -1, table.mask + num_masks))  # -1: a full tile
         words.append(table.words)
-        tiles, masks = tiles + len(table.row), masks + len(table.words)
-    start = torch.cat([*starts, torch.tensor([tiles])]).to(device)
+        num_tiles, num_masks = num_tiles + len(table.row), num_masks + len(table.words)
+    start = torch.cat([*starts, torch.tensor([num_tiles])]).to(device)
     column = torch.cat([*columns, torch.tensor([-1])]).to(device)
-    number = torch.cat([*numbers, torch.tensor([-1])]).to(device)
+    mask_of_tile = torch.cat([*masks, torch.tensor([-1])]).to(device)
     bits = torch.cat([*words, words[0].new_zeros(1, size, size // 32)]).to(device)
     steps = int(start.diff().max()).bit_length() if len(start) > 1 else 0
 
-    def mask_mod(b, h, q_idx, kv_idx):
-        row = q_idx // size + (0 if heads is None else h * rows)
-        low, high, wanted = start[row], start[row + 1], kv_idx // size
+    def mask_mod(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        row, key_column = q_idx // size + (0 if heads is None else h * rows), kv_idx // size
+        low, high = start[row], start[row + 1]
         for _ in range(steps):
             middle = (low + high) // 2
-            before = (column[middle] < wanted) & (low < high)
+            before = (column[middle] < key_column) & (low < high)
             low, high = torch.where(before, middle + 1, low), torch.where(before, high, middle)
-        there = (low < start[row + 1]) & (column[low] == wanted)
-        mask = number[low]
+        has_tile = (low < start[row + 1]) & (column[low] == key_column)
+        mask = mask_of_tile[low]
         word = bits[torch.where(mask < 0, 0, mask), q_idx % size, kv_idx % size // 32]
-        return there & ((mask < 0) | (((word >> (kv_idx % 32)) & 1) == 1))
+        return has_tile & ((mask < 0) | (((word >> (kv_idx % 32)) & 1) == 1))
 
     return mask_mod

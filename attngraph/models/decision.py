@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from attngraph.graph.base import Graph
 from attngraph.graph.patterns import Causal
 from attngraph.nn.embedding import TokenEmbedding
-from attngraph.nn.transformer import Transformer, TransformerConfig, nodes_kept
+from attngraph.nn.padding import padding_mask
+from attngraph.nn.transformer import Transformer, TransformerConfig
 
 
 class DecisionTransformer(nn.Module):
@@ -61,10 +62,12 @@ class DecisionTransformer(nn.Module):
         returns: Tensor,
         timesteps: Tensor,
         *,
-        keep: Tensor | None = None,
+        attention_mask: Tensor | None = None,
     ) -> Tensor:
         """states (B, T, state_dim), actions (B, T, action_dim), returns to go (B, T, 1), timesteps int64 (B, T) → the
-        action to take at each step, (B, T, action_dim). `keep`, bool (B, T), is False for padding.
+        action to take at each step, (B, T, action_dim).
+
+        `attention_mask`, bool or integers 0 and 1, (B, T), is True or 1 for real time steps.
         """
         if not states.shape[:2] == actions.shape[:2] == returns.shape[:2] == timesteps.shape:
             shapes = ", ".join(str(tuple(part.shape)) for part in (states, actions, returns, timesteps))
@@ -76,14 +79,14 @@ class DecisionTransformer(nn.Module):
             shapes = ", ".join(str(tuple(part.shape)) for part in (states, actions, returns))
             raise ValueError(f"states, actions and returns must have 3 dimensions, returns one number (got {shapes})")
         time = self.time(timesteps)
-        keep = nodes_kept("keep", keep, time)
+        mask = padding_mask("attention_mask", attention_mask, time)
         parts = self.embed_return(returns) + time, self.embed_state(states) + time, self.embed_action(actions) + time
         x = self.norm(torch.stack(parts, dim=2).flatten(1, 2))  # return, state, action; return, state, …
-        if keep is not None:
-            keep = keep.repeat_interleave(3, dim=1)
+        if mask is not None:
+            mask = mask.repeat_interleave(3, dim=1)
         positions = None
         if self.config.position == "learned":  # checkpoints have them, all nodes the first
             positions = torch.zeros(x.shape[1], dtype=torch.int64, device=x.device)
-        x = self.transformer(x, positions=positions, keep=keep)
+        x = self.transformer(x, positions=positions, attention_mask=mask)
         actions = self.head(x[:, 1::3])  # what each state leads to
         return actions.tanh() if self.bounded else actions

@@ -72,12 +72,13 @@ class Encoder(nn.Module):
         tokens: Tensor,
         graph: Graph | Sequence[Graph] | None = None,
         *,
-        keep: Tensor | None = None,
+        attention_mask: Tensor | None = None,
         types: Tensor | None = None,
     ) -> Tensor:
         """tokens int64 (B, N) → logits (B, N, vocab_size).
 
-        `keep`, bool (B, N), is False for padding; `types`, int64 (B, N), are the kinds of the tokens, by default 0.
+        `attention_mask`, bool or integers 0 and 1, (B, N), is True or 1 for real tokens; `types`, int64 (B, N), are the
+        kinds of the tokens, by default 0.
         """
         x = self.embedding(tokens)
         if types is not None and types.shape != tokens.shape:
@@ -86,4 +87,4 @@ class Encoder(nn.Module):
             x = x + self.types(torch.zeros_like(tokens) if types is None else types)
         elif types is not None:
             raise ValueError("types are of use only in a model with num_types")
-        return self.head(self.transformer(x, graph, keep=keep))
+        return self.head(self.transformer(x, graph, attention_mask=attention_mask))

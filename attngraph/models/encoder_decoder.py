@@ -69,24 +69,35 @@ class EncoderDecoder(nn.Module):
         source: Tensor,
         target: Tensor,
         *,
-        keep: Tensor | None = None,
-        target_keep: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        decoder_attention_mask: Tensor | None = None,
     ) -> Tensor:
         """source int64 (B, M), or what the source's embedding takes; target int64 (B, N) → logits (B, N, vocab_size).
 
-        `keep`, bool (B, M), and `target_keep`, bool (B, N), are False for padding.
+        `attention_mask` (B, M) of the source and `decoder_attention_mask` (B, N) of the target, bool or integers 0 and
+        1, are True or 1 for real tokens.
         """
-        return self.decode(self.encode(source, keep=keep), target, keep=keep, target_keep=target_keep)
+        memory = self.encode(source, attention_mask=attention_mask)
+        return self.decode(memory, target, attention_mask=attention_mask, decoder_attention_mask=decoder_attention_mask)
 
-    def encode(self, source: Tensor, *, keep: Tensor | None = None) -> Tensor:
+    def encode(self, source: Tensor, *, attention_mask: Tensor | None = None) -> Tensor:
         """The memory: (B, M, embed_dim)."""
-        return self.encoder((self.source or self.embedding)(source), keep=keep)
+        return self.encoder((self.source or self.embedding)(source), attention_mask=attention_mask)
 
     def decode(
-        self, memory: Tensor, target: Tensor, *, keep: Tensor | None = None, target_keep: Tensor | None = None
+        self,
+        memory: Tensor,
+        target: Tensor,
+        *,
+        attention_mask: Tensor | None = None,
+        decoder_attention_mask: Tensor | None = None,
     ) -> Tensor:
-        """The logits of targets that hear this memory."""
+        """The logits of targets that hear this memory, of which `attention_mask` (B, M) says what is real."""
         x = self.decoder(
-            self.embedding(target), keep=target_keep, memory=memory, memory_graph=self.memory_graph, memory_keep=keep
+            self.embedding(target),
+            attention_mask=decoder_attention_mask,
+            memory=memory,
+            memory_graph=self.memory_graph,
+            memory_attention_mask=attention_mask,
         )
         return self.head(x * self.logit_scale)

@@ -50,7 +50,10 @@ class GPT(nn.Module):
             self.head.weight = self.embedding.weight
 
     def forward(
-        self, tokens: Tensor, graph: Graph | Sequence[Graph] | None = None, *, keep: Tensor | None = None
+        self, tokens: Tensor, graph: Graph | Sequence[Graph] | None = None, *, attention_mask: Tensor | None = None
     ) -> Tensor:
-        """tokens int64 (B, N) → logits (B, N, vocab_size). `keep`, bool (B, N), is False for padding."""
-        return self.head(self.transformer(self.embedding(tokens), graph, keep=keep))
+        """tokens int64 (B, N) → logits (B, N, vocab_size).
+
+        `attention_mask`, bool or integers 0 and 1, (B, N), is True or 1 for real tokens.
+        """
+        return self.head(self.transformer(self.embedding(tokens), graph, attention_mask=attention_mask))

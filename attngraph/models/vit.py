@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from attngraph.graph.base import Graph, require_ints
 from attngraph.graph.patterns import Full
 from attngraph.nn.embedding import PatchEmbedding
-from attngraph.nn.transformer import Transformer, TransformerConfig, nodes_kept
+from attngraph.nn.padding import padding_mask
+from attngraph.nn.transformer import Transformer, TransformerConfig
 
 
 class ViT(nn.Module):
@@ -55,8 +56,9 @@ class ViT(nn.Module):
         if self.cls is not None:
             nn.init.normal_(self.cls, std=0.02)
         graphs = [graph] if isinstance(graph, Graph) else list(graph)
-        around = [_with_cls(each, self.num_patches) if pool == "cls" else each for each in graphs]
-        self.transformer = Transformer(config, around[0] if isinstance(graph, Graph) else around)
+        if pool == "cls":
+            graphs = [_with_cls(each, self.num_patches) for each in graphs]
+        self.transformer = Transformer(config, graphs[0] if isinstance(graph, Graph) else graphs)
         self.head = nn.Linear(config.embed_dim, num_classes)
 
     @property
@@ -65,26 +67,27 @@ class ViT(nn.Module):
         return self.patches.grid[0] * self.patches.grid[1]
 
     def forward(
-        self, images: Tensor, graph: Graph | Sequence[Graph] | None = None, *, keep: Tensor | None = None
+        self, images: Tensor, graph: Graph | Sequence[Graph] | None = None, *, attention_mask: Tensor | None = None
     ) -> Tensor:
         """images (B, channels, height, width) → logits (B, num_classes).
 
-        `graph` is of all nodes, CLS first; `keep`, bool (B, patches), is False for patches that are not to be heard.
+        `graph` is of all nodes, CLS first; `attention_mask`, bool or integers 0 and 1, (B, patches), is False or 0 for
+        patches that are not to be heard.
         """
         x = self.patches(images)
-        keep = nodes_kept("keep", keep, x)
+        mask = padding_mask("attention_mask", attention_mask, x)
         if self.cls is None:
-            x = self.transformer(x, graph, keep=keep)
-            weight = torch.ones_like(x[..., :1]) if keep is None else keep[..., None].to(x.dtype)
+            x = self.transformer(x, graph, attention_mask=mask)
+            weight = torch.ones_like(x[..., :1]) if mask is None else mask[..., None].to(x.dtype)
             return self.head((x * weight).sum(-2) / weight.sum(-2).clamp(min=1))
-        if keep is not None:
-            keep = torch.cat([torch.ones_like(keep[:, :1]), keep], dim=1)
+        if mask is not None:
+            mask = torch.cat([torch.ones_like(mask[:, :1]), mask], dim=1)
         x = torch.cat([self.cls.expand(len(x), 1, -1), x], dim=1)
-        return self.head(self.transformer(x, graph, keep=keep)[:, 0])
+        return self.head(self.transformer(x, graph, attention_mask=mask)[:, 0])
 
 
 def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else tuple(size)
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
 def _with_cls(graph: Graph, patches: int) -> Graph:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Literal
+from typing import Literal, TypedDict, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,13 @@ from attngraph.bias import Bias
 from attngraph.graph.base import Graph
 from attngraph.kernels.scoring import Additive
 from attngraph.nn.positions import rotate
+
+
+class Scoring(TypedDict, total=False):
+    """How a key answers a query, as options of `attend`."""
+
+    scale: float | None
+    score: Additive
 
 
 class Attention(nn.Module):
@@ -90,11 +97,11 @@ class Attention(nn.Module):
         """
         q, k, v = self.project(x, x if memory is None else memory, rotary)
         dropout_p = self.dropout if self.training else 0.0
-        out = attend(q, k, v, graph, bias=bias, dropout_p=dropout_p, **self.scoring)
+        out = cast(Tensor, attend(q, k, v, graph, bias=bias, dropout_p=dropout_p, **self.scoring))
         return self.out(out.transpose(-3, -2).flatten(-2))
 
     @property
-    def scoring(self) -> dict:
+    def scoring(self) -> Scoring:
         """How a key answers a query, as options of `attend`."""
         if self.score_weight is None:
             return {"scale": self.scale}
@@ -107,10 +114,14 @@ class Attention(nn.Module):
         q = self.query(x).unflatten(-1, (self.num_heads, -1)).transpose(-3, -2)
         k = self.key(memory).unflatten(-1, (self.num_kv_heads, -1)).transpose(-3, -2)
         v = self.value(memory).unflatten(-1, (self.num_kv_heads, -1)).transpose(-3, -2)
-        if self.query_norm is not None:  # in the gains' precision, also under autocast
-            q, k = (norm(side.to(norm.weight.dtype)) for norm, side in ((self.query_norm, q), (self.key_norm, k)))
+        if self.query_norm is not None and self.key_norm is not None:  # in the gains' precision, also under autocast
+            q = self.query_norm(q.to(self.query_norm.weight.dtype))
+            k = self.key_norm(k.to(self.key_norm.weight.dtype))
         if rotary is not None:
-            q, k = rotate(q, *(part[..., -q.shape[-2] :, :] for part in rotary)), rotate(k, *rotary)
+            cos, sin = rotary
+            num_queries = q.shape[-2]
+            q = rotate(q, cos[..., -num_queries:, :], sin[..., -num_queries:, :])
+            k = rotate(k, cos, sin)
         return q.to(v.dtype), k.to(v.dtype), v
 
     def extra_repr(self) -> str:

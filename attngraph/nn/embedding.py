@@ -21,17 +21,17 @@ class TokenEmbedding(nn.Embedding):
         super().__init__(num_embeddings, embed_dim)
         self.what = what
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """int64 (..., N) → (..., N, embed_dim)."""
-        kind = tokens.dtype if isinstance(tokens, Tensor) else type(tokens).__name__
-        if not isinstance(tokens, Tensor) or tokens.is_floating_point() or tokens.dtype == torch.bool:
-            raise TypeError(f"{self.what} must be a tensor of integers (got {kind})")
-        if tokens.device.type == "cpu" and tokens.numel() and not torch.compiler.is_compiling():
-            low, high = (int(end) for end in tokens.aminmax())
+    def forward(self, input: Tensor) -> Tensor:
+        """Integers (..., N) → (..., N, embed_dim)."""
+        dtype = input.dtype if isinstance(input, Tensor) else type(input).__name__
+        if not isinstance(input, Tensor) or input.is_floating_point() or input.dtype == torch.bool:
+            raise TypeError(f"{self.what} must be a tensor of integers (got {dtype})")
+        if input.device.type == "cpu" and input.numel() and not torch.compiler.is_compiling():
+            low, high = (int(end) for end in input.aminmax())
             if low < 0 or high >= self.num_embeddings:
-                most = self.num_embeddings - 1
-                raise ValueError(f"{self.what} must be from 0 to {most}: the model has no others (got {low} … {high})")
-        return super().forward(tokens if tokens.dtype in (torch.int32, torch.int64) else tokens.long())
+                last = self.num_embeddings - 1
+                raise ValueError(f"{self.what} must be from 0 to {last}: the model has no others (got {low} … {high})")
+        return super().forward(input if input.dtype in (torch.int32, torch.int64) else input.long())
 
 
 class PatchEmbedding(nn.Module):

@@ -31,6 +31,8 @@ class SinusoidalPositions(nn.Module):
     P[p, 2i] = sin(p / base^(2i/d)) and P[p, 2i+1] = cos of the same.
     """
 
+    frequencies: Tensor
+
     def __init__(self, embed_dim: int, base: float = 10000.0):
         super().__init__()
         if embed_dim % 2:
@@ -50,6 +52,8 @@ class Rotary(nn.Module):
     mapping as checkpoints have it, by which longer texts are read than were trained on: {"rope_type": kind, …} of kind
     "linear" (factor), "dynamic" (factor, original_max_position_embeddings), "yarn", "longrope" or "llama3".
     """
+
+    frequencies: Tensor
 
     def __init__(self, head_dim: int, base: float = 10000.0, scaling: Mapping[str, Any] | None = None):
         super().__init__()
@@ -82,6 +86,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 class AlibiPositions(nn.Module):
     """A penalty that grows with the distance, with the fixed slopes of Press et al. 2022."""
+
+    slopes: Tensor
 
     def __init__(self, num_heads: int):
         super().__init__()

@@ -61,13 +61,15 @@ def _dynamic(rope: Rope, given: Mapping[str, Any], length: int) -> Tensor:
 
 def _yarn(rope: Rope, given: Mapping[str, Any], length: int) -> Tensor:
     """Slow turns stretched, fast ones kept, between them a ramp (Peng et al. 2023)."""
-    dim, trained, rough = rope.head_dim, given["original_max_position_embeddings"], given.get("truncate", True)
+    dim, trained = rope.head_dim, given["original_max_position_embeddings"]
 
-    def pair_that_turns(times: float) -> float:
-        return dim * math.log(trained / (times * 2 * math.pi)) / (2 * math.log(rope.base))
+    def pair_with_rotations(rotations: float) -> float:
+        return dim * math.log(trained / (rotations * 2 * math.pi)) / (2 * math.log(rope.base))
 
-    low, high = (pair_that_turns(given.get(name) or times) for name, times in (("beta_fast", 32), ("beta_slow", 1)))
-    low, high = (math.floor(low), math.ceil(high)) if rough else (low, high)
+    low = pair_with_rotations(given.get("beta_fast") or 32)
+    high = pair_with_rotations(given.get("beta_slow") or 1)
+    if given.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, dim - 1)
     ramp = ((torch.arange(dim // 2).float() - low) / (high - low or 0.001)).clamp(0, 1)
     return rope.plain() / given["factor"] * ramp + rope.plain() * (1 - ramp)
@@ -98,11 +100,11 @@ def _amplitude(kind: str, given: Mapping[str, Any]) -> float:
         trained = given["original_max_position_embeddings"]
         return math.sqrt(1 + math.log(factor) / math.log(trained)) if factor > 1 else 1.0
 
-    def grown(by: float) -> float:
-        return 0.1 * by * math.log(factor) + 1.0 if factor > 1 else 1.0
+    def scaled(mscale: float) -> float:
+        return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
-    some, others = given.get("mscale"), given.get("mscale_all_dim")
-    return grown(some) / grown(others) if some and others else grown(1.0)
+    mscale, mscale_all_dim = given.get("mscale"), given.get("mscale_all_dim")
+    return scaled(mscale) / scaled(mscale_all_dim) if mscale and mscale_all_dim else scaled(1.0)
 
 
 TRAINED = "original_max_position_embeddings"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout
 
-from attngraph.bias import Bias
+from attngraph.bias import Alibi, Bias, RelativeBias
 from attngraph.graph.base import Graph, require_ints
 from attngraph.graph.compose import Beside
 from attngraph.graph.patterns import Full
 from attngraph.nn.attention import Attention
 from attngraph.nn.feedforward import ACTIVATIONS, FeedForward
+from attngraph.nn.padding import joint_padding_mask, padding_bias, padding_mask
 from attngraph.nn.positions import AlibiPositions, LearnedPositions, RelativePositions, Rotary, SinusoidalPositions
 
 
@@ -143,21 +144,36 @@ class Block(nn.Module):
         self.feedforward_norm = _norm(config)
 
     def forward(
-        self, x: Tensor, graph: Graph, bias, rotary, memory: Tensor | None, memory_graph: Graph, memory_bias
+        self,
+        x: Tensor,
+        graph: Graph,
+        *,
+        bias: Bias | Tensor | None = None,
+        rotary: tuple[Tensor, Tensor] | None = None,
+        memory: Tensor | None = None,
+        memory_graph: Graph | None = None,
+        memory_bias: Bias | Tensor | None = None,
     ) -> Tensor:
-        """(B, N, embed_dim) → (B, N, embed_dim)."""
-        beside = None if self.config.cross else memory
+        """(B, N, embed_dim) → (B, N, embed_dim).
+
+        `bias` and `rotary` are as in `Attention`. Of a config with `cross`, `memory_graph` (by default `Full()`) and
+        `memory_bias` are those of the memory's phase; without, the keys are memory and nodes in one, and `graph` is of
+        these.
+        """
 
         def communicate(h: Tensor) -> Tensor:
-            heard = None if beside is None else torch.cat([beside, h], dim=-2)
-            return self.attention(h, graph, heard, bias=bias, rotary=rotary)
+            keys = None if memory is None or self.config.cross else torch.cat([memory, h], dim=-2)
+            return self.attention(h, graph, keys, bias=bias, rotary=rotary)
+
+        def hear_memory(h: Tensor) -> Tensor:
+            return self.cross(h, Full() if memory_graph is None else memory_graph, memory, bias=memory_bias)
 
         x = self._add(x, self.attention_norm, communicate)
         if self.config.cross:
-            x = self._add(x, self.cross_norm, lambda h: self.cross(h, memory_graph, memory, bias=memory_bias))
+            x = self._add(x, self.cross_norm, hear_memory)
         return self._add(x, self.feedforward_norm, self.feedforward)
 
-    def _add(self, x: Tensor, norm: nn.Module, phase) -> Tensor:
+    def _add(self, x: Tensor, norm: nn.Module, phase: Callable[[Tensor], Tensor]) -> Tensor:
         """One phase around the residual stream."""
         if self.config.norm_order == "pre":
             return x + dropout(phase(norm(x)), self.config.dropout, self.training)
@@ -184,9 +200,10 @@ class Transformer(nn.Module):
         self.graphs = graph
         self.position = POSITIONS[config.position](config) if config.position != "none" else None
         self.embed_norm = _norm(config) if config.embed_norm else None
-        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
+        blocks = [Block(config, layer) for layer in range(config.num_layers)]
+        self.layers = nn.ModuleList(blocks)
         self.final_norm = _norm(config) if config.final_norm else None
-        self._initialize()
+        self._initialize(blocks)
 
     def forward(
         self,
@@ -194,61 +211,78 @@ class Transformer(nn.Module):
         graph: Graph | Sequence[Graph] | None = None,
         *,
         positions: Tensor | None = None,
-        keep: Tensor | None = None,
+        attention_mask: Tensor | None = None,
         memory: Tensor | None = None,
         memory_graph: Graph | None = None,
-        memory_keep: Tensor | None = None,
+        memory_attention_mask: Tensor | None = None,
     ) -> Tensor:
         """x (B, N, embed_dim) → (B, N, embed_dim).
 
         Args:
             graph: this time on another graph than the model's own, as for a batch of packed documents.
             positions: int64 (N,) or (B, N); by default 0 … N-1. For learned, sinusoidal and rotary positions.
-            keep: bool (B, N), False for padding, which nobody hears. Nodes keep their positions.
+            attention_mask: bool or integers 0 and 1, (B, N): True or 1 for real nodes, False or 0 for padding, which
+                nobody hears. Nodes keep their positions.
             memory: (B, M, embed_dim), heard in the cross phase; or, of a config without one, beside the nodes, as
                 `Beside(memory_graph, graph)`: rotary positions then go on from those of the memory.
             memory_graph: who hears which node of the memory, by default all.
-            memory_keep: bool (B, M), False for padding in the memory.
+            memory_attention_mask: the same of the memory's nodes, (B, M).
         """
-        if memory is None and self.config.cross:
-            raise ValueError("a model with config.cross needs a memory")
-        if memory is None and not (memory_graph is None and memory_keep is None):
-            raise ValueError("memory_graph and memory_keep are of use only with a memory")
+        if memory is None:
+            if self.config.cross:
+                raise ValueError("a model with config.cross needs a memory")
+            if memory_graph is not None or memory_attention_mask is not None:
+                raise ValueError("memory_graph and memory_attention_mask are of use only with a memory")
         if positions is not None and self.config.position in ("none", "alibi", "relative"):
             raise ValueError(f"positions can't be given: position={self.config.position!r} goes by the nodes' numbers")
         graphs = self.graphs if graph is None else self._per_layer(graph)
-        length, before = x.shape[-2], 0 if memory is None else memory.shape[-2]
-        keep, memory_keep = nodes_kept("keep", keep, x), nodes_kept("memory_keep", memory_keep, memory)
+        num_queries = x.shape[-2]
+        mask = padding_mask("attention_mask", attention_mask, x)
+        memory_graph = Full() if memory_graph is None else memory_graph
+        memory_mask = None
+        if memory is not None:
+            memory_mask = padding_mask("memory_attention_mask", memory_attention_mask, memory)
         if positions is None:
-            positions = torch.arange(length, device=x.device)
-        bias = rotary = None
-        match self.config.position:
-            case "learned" | "sinusoidal":
-                x = x + self.position(self._in_range(positions, length)).to(x.dtype)
-            case "rotary":
-                rotary = self.position(positions)
-            case "alibi" | "relative":
-                bias = self.position()
+            positions = torch.arange(num_queries, device=x.device)
+        key_positions = positions
+        if memory is not None and memory.shape[-2] and not self.config.cross:  # its nodes are keys before the own ones
+            if self.config.position in ("alibi", "relative"):
+                raise ValueError(f"a memory beside the nodes has no place in position={self.config.position!r}")
+            key_positions = _joint_positions(memory, memory_mask, positions)
+            graphs = tuple(Beside(memory_graph.sized(None, memory.shape[-2]), each) for each in graphs)
+            mask = joint_padding_mask(memory_mask, memory, mask, x)
+        x, rotary, bias = self._with_positions(x, positions, key_positions)
         if self.embed_norm is not None:
             x = self.embed_norm(x)
-        heard = Full() if memory_graph is None else memory_graph
-        memory_bias = _silent(None, memory_keep, x.dtype, length)
-        if before and not self.config.cross:
-            if bias is not None:
-                raise ValueError(f"a memory beside the nodes has no place in position={self.config.position!r}")
-            if rotary is not None:
-                earlier = torch.arange(-before, 0, device=x.device)
-                if memory_keep is not None:  # however much padding there is, it takes no places
-                    earlier = memory_keep.cumsum(-1) - memory_keep.sum(-1, keepdim=True) - 1
-                many = torch.broadcast_shapes(earlier.shape[:-1], positions.shape[:-1])
-                both = [side.expand(*many, side.shape[-1]) for side in (earlier, positions)]
-                rotary = self.position(torch.cat(both, dim=-1))
-            graphs = tuple(Beside(heard.sized(None, before), each) for each in graphs)
-            keep = _both_kept(memory_keep, memory, keep, x)
-        bias = _silent(bias, keep, x.dtype, length)
-        for layer, of_layer in zip(self.layers, graphs, strict=True):
-            x = layer(x, of_layer, bias, rotary, memory, heard, memory_bias)
+        bias = padding_bias(bias, mask, num_queries, x.dtype)
+        memory_bias = padding_bias(None, memory_mask, num_queries, x.dtype) if self.config.cross else None
+        for layer, layer_graph in zip(self.layers, graphs, strict=True):
+            x = layer(
+                x,
+                layer_graph,
+                bias=bias,
+                rotary=rotary,
+                memory=memory,
+                memory_graph=memory_graph,
+                memory_bias=memory_bias,
+            )
         return x if self.final_norm is None else self.final_norm(x)
+
+    def _with_positions(
+        self, x: Tensor, positions: Tensor, key_positions: Tensor
+    ) -> tuple[Tensor, tuple[Tensor, Tensor] | None, Alibi | RelativeBias | None]:
+        """What tells nodes their places: added to x; or cos and sin that turn queries and keys; or a bias."""
+        if self.position is None:
+            return x, None, None
+        match self.config.position:
+            case "rotary":
+                return x, self.position(key_positions), None
+            case "alibi" | "relative":
+                return x, None, self.position()
+        longest = self.config.max_length
+        if self.config.position == "learned" and longest is not None and x.shape[-2] > longest:
+            raise ValueError(f"the model has {longest} learned positions but got {x.shape[-2]} nodes")
+        return x + self.position(positions).to(x.dtype), None, None
 
     @property
     def graphs(self) -> tuple[Graph, ...]:
@@ -274,53 +308,29 @@ class Transformer(nn.Module):
             raise ValueError(f"graph must be one graph, or one for each of {layers} layers (got {len(graphs)})")
         return graphs
 
-    def _in_range(self, positions: Tensor, length: int) -> Tensor:
-        if self.config.position == "learned" and length > self.config.max_length:
-            raise ValueError(f"the model has {self.config.max_length} learned positions but got {length} nodes")
-        return positions
-
     @torch.no_grad()
-    def _initialize(self) -> None:
-        for block in self.layers:
-            writing = [block.attention.out, block.feedforward.down] + ([block.cross.out] if self.config.cross else [])
+    def _initialize(self, blocks: Iterable[Block]) -> None:
+        for block in blocks:
+            residual = [block.attention.out, block.feedforward.down] + ([block.cross.out] if self.config.cross else [])
             for linear in (part for part in block.modules() if isinstance(part, nn.Linear)):
                 if linear.bias is not None:
                     nn.init.zeros_(linear.bias)
                 if self.config.init == "gpt2":
-                    depth = (2 * self.config.num_layers) ** -0.5 if linear in writing else 1.0
+                    depth = (2 * self.config.num_layers) ** -0.5 if linear in residual else 1.0
                     nn.init.normal_(linear.weight, std=0.02 * depth)
-                elif linear in writing:
+                elif linear in residual:
                     nn.init.zeros_(linear.weight)
 
 
-def nodes_kept(name: str, keep: Tensor | None, x: Tensor | None) -> Tensor | None:
-    """`keep`, if it is a bool for each node of x (B, N, D)."""
-    if keep is not None and (keep.dtype != torch.bool or keep.shape != x.shape[:-1]):
-        raise ValueError(
-            f"{name} must be a bool tensor of shape {tuple(x.shape[:-1])}, True for real nodes "
-            f"(got {keep.dtype} of shape {tuple(keep.shape)})"
-        )
-    return keep
-
-
-def _both_kept(memory_keep: Tensor | None, memory: Tensor, keep: Tensor | None, x: Tensor) -> Tensor | None:
-    """Of memory and nodes side by side."""
-    if memory_keep is None and keep is None:
-        return None
-    sides = ((memory_keep, memory), (keep, x))
-    every = [part.new_ones(part.shape[:-1], dtype=torch.bool) if kept is None else kept for kept, part in sides]
-    return torch.cat(every, dim=-1)
-
-
-def _silent(bias: Bias | None, keep: Tensor | None, dtype: torch.dtype, queries: int) -> Bias | Tensor | None:
-    """The bias, and -inf for the keys that are not kept."""
-    if keep is None:
-        return bias
-    silent = torch.zeros_like(keep, dtype=dtype).masked_fill(~keep, -torch.inf)[..., None, None, :]
-    if bias is None:
-        return silent
-    query, key = (torch.arange(size, device=keep.device) for size in (queries, keep.shape[-1]))
-    return bias.at(query[:, None], key[None]).to(dtype) + silent
+def _joint_positions(memory: Tensor, memory_mask: Tensor | None, positions: Tensor) -> Tensor:
+    """Of the memory's nodes, which end at -1, and then of the nodes: (M + N,) or (B, M + N)."""
+    num_memory, num_queries = memory.shape[-2], positions.shape[-1]
+    if memory_mask is None:
+        memory_positions = torch.arange(-num_memory, 0, device=positions.device)
+    else:  # however much padding there is, it takes no places
+        memory_positions = memory_mask.cumsum(-1) - memory_mask.sum(-1, keepdim=True) - 1
+    batch = torch.broadcast_shapes(memory_positions.shape[:-1], positions.shape[:-1])
+    return torch.cat([memory_positions.expand(*batch, num_memory), positions.expand(*batch, num_queries)], dim=-1)
 
 
 def _attention(config: TransformerConfig, layer: int) -> Attention:

@@ -1,0 +1,36 @@
+"""PyG's `edge_index` as a graph. (The way out is the graph's own `edge_index`.)"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from attngraph import cache
+from attngraph.graph.edge_list import EdgeList, fingerprint, integer_tensor
+
+
+def from_edge_index(edge_index: Tensor, num_nodes: int | tuple[int, int] | None = None) -> EdgeList:
+    """A graph from PyG's `edge_index` (2, E): row 0 the source = key, row 1 the target = query.
+
+    `num_nodes` is the number of nodes, queries and keys alike, or a pair (num_queries, num_keys) where these are two
+    sets of nodes. Without it, there are as many nodes as the largest number says (PyG's own rule, which loses isolated
+    nodes at the end: give it where there may be some).
+
+    The graph of a tensor that lives is remembered until its numbers change: a training loop sorts its edges once. On a
+    GPU, where looking at the numbers would stop the program, they change as torch counts it: not through `.data`.
+
+    >>> from_edge_index(torch.tensor([[0, 1], [1, 2]]), num_nodes=3)
+    EdgeList([[0, 1], [1, 2]], size=(3, 3))
+    """
+    given = integer_tensor(edge_index)
+    by_version = isinstance(edge_index, Tensor) and edge_index.is_cuda and not edge_index.is_inference()
+    state = (*given.shape, edge_index.data_ptr(), edge_index._version) if by_version else fingerprint(given)
+    wanted = repr(num_nodes), state
+    known = cache.EDGE_INDEX.get(edge_index) if isinstance(edge_index, Tensor) else None
+    if known is not None and known[0] == wanted:
+        return known[1]
+    if num_nodes is None:
+        num_nodes = int(given.max()) + 1 if given.numel() else 0
+    graph = EdgeList(given, num_nodes)
+    if isinstance(edge_index, Tensor):
+        cache.EDGE_INDEX[edge_index] = wanted, graph
+    return graph

@@ -1,0 +1,58 @@
+"""Padding masks: which nodes of a batch are real, as transformers' `attention_mask` says it. No graphs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from attngraph.bias import Alibi, RelativeBias
+
+
+def padding_mask(name: str, mask: Tensor | None, nodes: Tensor) -> Tensor | None:
+    """The mask of nodes (B, N, D) as bool (B, N), True for real nodes; None, where all are real, stays None.
+
+    Raises TypeError for what is neither bool nor integer, and ValueError for another shape and, on a CPU, for integers
+    other than 0 and 1 (a GPU would have to stop and wait for the answer; there, all but 0 is real).
+    """
+    if mask is None:
+        return None
+    shape = tuple(nodes.shape[:-1])
+    wanted = f"{name} must be a tensor of bool, or of integers 0 and 1, of shape {shape}: True or 1 for real nodes"
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"{wanted} (got a {type(mask).__name__})")
+    if mask.is_floating_point() or mask.is_complex():
+        raise TypeError(f"{wanted} (got {mask.dtype}); of a mask that is 1.0 for real nodes, mask.bool()")
+    if tuple(mask.shape) != shape:
+        raise ValueError(f"{wanted} (got shape {tuple(mask.shape)})")
+    if mask.dtype == torch.bool:
+        return mask
+    if mask.device.type == "cpu" and mask.numel() and not torch.compiler.is_compiling():
+        low, high = (int(end) for end in mask.aminmax())
+        if low < 0 or high > 1:
+            raise ValueError(f"{wanted} (got integers {low} … {high})")
+    return mask != 0
+
+
+def joint_padding_mask(memory_mask: Tensor | None, memory: Tensor, mask: Tensor | None, nodes: Tensor) -> Tensor | None:
+    """The mask of keys that are the memory's nodes (B, M, D) and then the nodes (B, N, D): bool (B, M + N)."""
+    if memory_mask is None and mask is None:
+        return None
+    if memory_mask is None:
+        memory_mask = memory.new_ones(memory.shape[:-1], dtype=torch.bool)
+    if mask is None:
+        mask = nodes.new_ones(nodes.shape[:-1], dtype=torch.bool)
+    return torch.cat([memory_mask, mask], dim=-1)
+
+
+def padding_bias(
+    bias: Alibi | RelativeBias | None, mask: Tensor | None, num_queries: int, dtype: torch.dtype
+) -> Alibi | RelativeBias | Tensor | None:
+    """The bias of the positions, and -inf for keys that are padding: (B, 1 or H, 1 or N, M) where there is a mask."""
+    if mask is None:
+        return bias
+    padding = torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, -torch.inf)[..., None, None, :]
+    if bias is None:
+        return padding
+    q_idx = torch.arange(num_queries, device=mask.device)
+    kv_idx = torch.arange(mask.shape[-1], device=mask.device)
+    return bias.at(q_idx[:, None], kv_idx[None]).to(dtype) + padding

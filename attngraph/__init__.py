@@ -57,7 +57,7 @@ from attngraph.kernels.scoring import Additive
 from attngraph.planning.costs import Machine
 from attngraph.planning.planner import Plan, plan
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "Additive",

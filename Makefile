@@ -56,7 +56,7 @@ wheel: $(VENV)/installed  # built, looked into, installed into an empty environm
 	$(RUN) tests/wheel.py
 
 docs: $(VENV)/installed-docs  # the documentation as a site: runs/docs/index.html
-	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
 
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields
 
 import torch
 from torch import Tensor, amp
@@ -171,7 +172,8 @@ def _check(q, k, v, graph, bias, scale, score, normalize, dropout_p) -> None:
         raise TypeError(f"bias must be a tensor or Alibi, RelativeBias or EdgeBias (got {type(bias).__name__})")
     if isinstance(bias, DenseBias) and not bias.values.is_floating_point():
         raise TypeError(f"a bias is added to the scores (got {bias.values.dtype}); a mask is a graph, from_dense(mask)")
-    for values in () if bias is None else vars(bias).values():
+    for field in () if bias is None else fields(bias):
+        values = getattr(bias, field.name)
         if isinstance(values, Tensor) and (values.device != q.device or not values.is_floating_point()):
             raise ValueError(
                 f"a bias must hold floating-point numbers on q's device, {q.device} "

@@ -63,16 +63,16 @@ def main() -> None:
         draw.connectivity(graph, n, graph.size[1] or (22 if name == "beside" else n), ax=ax, title="")
         ax.set(xlabel="", ylabel="", xticks=[], yticks=[])
         ax.figure.savefig(FOLDER / f"{name}.png", dpi=70)
-    tell()
+    draw_attention_page()
     if sys.argv[1:]:
         shutil.copy(Path(sys.argv[1]) / "attention.png", FOLDER / "attention-map.png")
 
 
-def tell() -> None:
+def draw_attention_page() -> None:
     """The pictures of docs/attention.md."""
-    hears = parse("Causal() & (Window(3, 0) | Prefix(1))")
-    draw.messages(hears, 12, node=8).figure.savefig(FOLDER / "messages.png", dpi=100)
-    draw.connectivity(hears, 12).figure.savefig(FOLDER / "messages-mask.png", dpi=80)
+    graph = parse("Causal() & (Window(3, 0) | Prefix(1))")
+    draw.messages(graph, 12, node=8).figure.savefig(FOLDER / "messages.png", dpi=100)
+    draw.connectivity(graph, 12).figure.savefig(FOLDER / "messages-mask.png", dpi=80)
     layers = [parse("Causal() & Window(2, 0)")] * 4
     draw.receptive_field(layers, 20, 24).figure.savefig(FOLDER / "cone.png", dpi=90)
 

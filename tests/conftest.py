@@ -15,6 +15,7 @@ except ImportError:  # tests/gpu run without it
     pass
 else:
     common = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}
-    settings.register_profile("default", max_examples=500, derandomize=True, **common)
+    settings.register_profile("default", max_examples=60, derandomize=True, **common)
+    settings.register_profile("thorough", max_examples=500, derandomize=True, **common)  # make test-all
     settings.register_profile("nightly", max_examples=20_000, **common)
     settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))

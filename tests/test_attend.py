@@ -268,6 +268,7 @@ def test_two_runs_give_the_same_bits():
         assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
+@pytest.mark.slow
 def test_torch_compile_gives_the_same_and_recompiles_once_for_all_lengths():
     import torch._dynamo as dynamo
 

@@ -202,6 +202,7 @@ def test_a_bias_that_asks_for_no_gradient_costs_none(backend, monkeypatch):
     assert asked == [False, True]
 
 
+@pytest.mark.slow
 def test_float32_is_right_to_2e_6_of_the_largest_value():
     graph, n = MIXED | Causal() & Prefix(70), 700
     inputs = [side.float().detach().requires_grad_() for side in tensors(n, n, dim=32, value_dim=32)]
@@ -457,7 +458,7 @@ print(high() - before)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peak memory is read from /proc")
-@pytest.mark.parametrize("backend", ["tiles", "rows"])
+@pytest.mark.parametrize("backend", ["tiles", pytest.param("rows", marks=pytest.mark.slow)])
 def test_nothing_of_size_n_squared_or_edges_times_heads_is_allocated(backend):
     """At N = 131,072: N² is 16 GiB of bytes, E · H · D 1 to 4 GiB of float32; what is taken is a few times q."""
     done = subprocess.run([sys.executable, "-c", PEAK, backend], capture_output=True, text=True, check=True)

@@ -1,4 +1,7 @@
-"""Laws over generated graphs, shapes, biases and head groupings. HYPOTHESIS_PROFILE=nightly tries 20,000 of each."""
+"""Laws over generated graphs, shapes, biases and head groupings. 60 examples of each.
+
+HYPOTHESIS_PROFILE=thorough tries 500, as make test-all does; nightly 20,000.
+"""
 
 import pytest
 import torch

@@ -204,6 +204,27 @@ def _load_bias(bias, batch, head, offs_m, offs_n, edge, num_queries, mask, BIAS_
     return tl.load(ptrs, mask=mask, other=0.0).to(tl.float32) * LOG2_E
 
 
+@triton.jit
+def _add_bias_and_mask(qk, inputs, block, tile, start_n, offs_n, config: tl.constexpr, IS_MASKED: tl.constexpr):
+    """The scores of a block of queries with their bias, -inf where there is no edge; which pairs are edges; and the
+    numbers of these edges."""
+    row = (block.start_m + tl.arange(0, config.BLOCK_M))[:, None]
+    col = (start_n + tl.arange(0, config.BLOCK_N))[None, :]
+    mask = _load_mask(
+        inputs.masks.words, inputs.tiles, tile, block.start_m, start_n,
+        config.TILE_M, config.TILE_N, config.BLOCK_M, config.BLOCK_N, IS_MASKED,
+    )  # fmt: skip
+    edge = _edge_numbers(inputs.masks, inputs.tiles, tile, row, col, config, IS_MASKED)
+    if config.BIAS_KIND != NO_BIAS:
+        qk += _load_bias(
+            inputs.bias, block.batch, block.head, block.offs_m[:, None], offs_n[None, :], edge, block.num_queries, mask,
+            config.BIAS_KIND,
+        )  # fmt: skip
+    if IS_MASKED:
+        qk = tl.where(mask, qk, float("-inf"))
+    return qk, mask, edge
+
+
 # ----------------------------------------------------------------------------------------------------- forward
 
 
@@ -212,10 +233,9 @@ def _fwd_inner(
     acc, row_max, row_sum, q, inputs, block, begin, end, scale, config: tl.constexpr, IS_MASKED: tl.constexpr
 ):
     """Online softmax of a block of queries over the tiles begin … end - 1."""
-    batch, head, kv_head, offs_m, start_m, num_queries, num_keys = block
-    BLOCK_M: tl.constexpr = config.BLOCK_M
+    batch, kv_head, num_keys = block.batch, block.kv_head, block.num_keys
     BLOCK_N: tl.constexpr = config.BLOCK_N
-    BLOCKS: tl.constexpr = config.TILE_N // BLOCK_N
+    BLOCKS: tl.constexpr = config.TILE_N // BLOCK_N  # of a tile
     for step in tl.range(begin * BLOCKS, end * BLOCKS, num_stages=config.NUM_STAGES):
         tile, start_n = step // BLOCKS, (step % BLOCKS) * BLOCK_N
         column = tl.load(inputs.tiles.column + tile).to(tl.int64)
@@ -224,18 +244,7 @@ def _fwd_inner(
         v = load_rows(inputs.v, batch, kv_head, offs_n, num_keys, config.VALUE_DIM, config.BLOCK_DV, IS_MASKED)
 
         qk = tl.dot(q, tl.trans(k), input_precision=config.PRECISION) * scale  # (BLOCK_M, BLOCK_N)
-        row, col = (start_m + tl.arange(0, BLOCK_M))[:, None], (start_n + tl.arange(0, BLOCK_N))[None, :]
-        mask = _load_mask(
-            inputs.masks.words, inputs.tiles, tile, start_m, start_n,
-            config.TILE_M, config.TILE_N, BLOCK_M, BLOCK_N, IS_MASKED,
-        )  # fmt: skip
-        if config.BIAS_KIND != NO_BIAS:
-            edge = _edge_numbers(inputs.masks, inputs.tiles, tile, row, col, config, IS_MASKED)
-            qk += _load_bias(
-                inputs.bias, batch, head, offs_m[:, None], offs_n[None, :], edge, num_queries, mask, config.BIAS_KIND
-            )
-        if IS_MASKED:
-            qk = tl.where(mask, qk, float("-inf"))
+        qk = _add_bias_and_mask(qk, inputs, block, tile, start_n, offs_n, config, IS_MASKED)[0]
 
         new_max = tl.maximum(row_max, tl.max(qk, 1))
         safe_max = new_max
@@ -294,10 +303,10 @@ def _bwd_dq_inner(
     config: tl.constexpr, IS_MASKED: tl.constexpr, BIAS_GRAD: tl.constexpr,
 ):  # fmt: skip
     """What the tiles begin … end - 1 add to the dq of a block of queries; and the gradient of their bias, stored."""
-    batch, head, kv_head, offs_m, start_m, num_queries, num_keys = block
+    batch, kv_head, num_keys = block.batch, block.kv_head, block.num_keys
     BLOCK_M: tl.constexpr = config.BLOCK_M
     BLOCK_N: tl.constexpr = config.BLOCK_N
-    BLOCKS: tl.constexpr = config.TILE_N // BLOCK_N
+    BLOCKS: tl.constexpr = config.TILE_N // BLOCK_N  # of a tile
     for step in tl.range(begin * BLOCKS, end * BLOCKS, num_stages=config.NUM_STAGES):
         tile, start_n = step // BLOCKS, (step % BLOCKS) * BLOCK_N
         column = tl.load(inputs.tiles.column + tile).to(tl.int64)
@@ -306,33 +315,22 @@ def _bwd_dq_inner(
         v = load_rows(inputs.v, batch, kv_head, offs_n, num_keys, config.VALUE_DIM, config.BLOCK_DV, IS_MASKED)
 
         qk = tl.dot(q, tl.trans(k), input_precision=config.PRECISION) * scale  # (BLOCK_M, BLOCK_N)
-        row, col = (start_m + tl.arange(0, BLOCK_M))[:, None], (start_n + tl.arange(0, BLOCK_N))[None, :]
-        mask = _load_mask(
-            inputs.masks.words, inputs.tiles, tile, start_m, start_n,
-            config.TILE_M, config.TILE_N, BLOCK_M, BLOCK_N, IS_MASKED,
-        )  # fmt: skip
-        edge = _edge_numbers(inputs.masks, inputs.tiles, tile, row, col, config, IS_MASKED)
-        if config.BIAS_KIND != NO_BIAS:
-            qk += _load_bias(
-                inputs.bias, batch, head, offs_m[:, None], offs_n[None, :], edge, num_queries, mask, config.BIAS_KIND
-            )
-        if IS_MASKED:
-            qk = tl.where(mask, qk, float("-inf"))
+        qk, mask, edge = _add_bias_and_mask(qk, inputs, block, tile, start_n, offs_n, config, IS_MASKED)
 
         ds = tl.exp2(qk - lse[:, None])
         ds *= tl.dot(do, tl.trans(v), input_precision=config.PRECISION) - delta[:, None]
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=config.PRECISION)
         if BIAS_GRAD:
-            ptrs = dbias.ptr + batch * dbias.stride_batch + head * dbias.stride_head
+            ptrs = dbias.ptr + batch * dbias.stride_batch + block.head * dbias.stride_head
             if config.BIAS_KIND == EDGE:
                 tl.store(ptrs + edge, ds, mask=mask)
             elif config.BIAS_KIND == DENSE:
-                ptrs = ptrs + offs_m[:, None] * dbias.stride_query + offs_n[None, :] * dbias.stride_key
+                ptrs = ptrs + block.offs_m[:, None] * dbias.stride_query + offs_n[None, :] * dbias.stride_key
                 tl.store(ptrs, ds, mask=mask)
             else:
                 sums = _diagonal_sums(ds, BLOCK_M, BLOCK_N)
                 index = tl.load(inputs.tiles.table_index + tile).to(tl.int64)
-                block_index = (index * (config.TILE_M // BLOCK_M) + start_m // BLOCK_M) * BLOCKS + step % BLOCKS
+                block_index = (index * (config.TILE_M // BLOCK_M) + block.start_m // BLOCK_M) * BLOCKS + step % BLOCKS
                 ptrs = ptrs + block_index * (2 * BLOCK_N) + tl.arange(0, 2 * BLOCK_N)
                 tl.store(ptrs, sums)
     return dq
@@ -381,7 +379,7 @@ def _bwd_dkdv_inner(
     batch, kv_head, num_heads, group, offs_n, start_n, num_queries = block
     BLOCK_M: tl.constexpr = config.BLOCK_M
     BLOCK_N: tl.constexpr = config.BLOCK_N
-    BLOCKS: tl.constexpr = config.TILE_M // BLOCK_M
+    BLOCKS: tl.constexpr = config.TILE_M // BLOCK_M  # of a tile
     for step in tl.range(begin * BLOCKS * group, end * BLOCKS * group, num_stages=config.NUM_STAGES):
         tile, start_m = step // (BLOCKS * group), (step % BLOCKS) * BLOCK_M
         head = kv_head * group + step // BLOCKS % group

@@ -37,14 +37,34 @@ TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 TENSOR_CORES = {80: "HMMA", 90: "HGMMA|HMMA"}  # instructions that multiply matrices
 BIASES = (None, "offset", "edge", "dense", "keys")
 
-SPILLS = {"3.8": {}}
+# What does not quite fit, whatever the blocks: the kernels of tiles in float32, which multiplies three times as TF32.
+# By version of Triton: by architecture, kernel and dimension, and by bias, bytes of a thread outside of registers.
+SPILLS = {  # the newest version last
+    "3.6": {
+        (80, "_fwd_kernel", 128): {None: 24},
+        (80, "_bwd_dq_kernel", 32): {"offset": 32},
+        (80, "_bwd_dq_kernel", 64): {"offset": 8},
+        (80, "_bwd_dq_kernel", 128): {"offset": 80, "edge": 8},
+        (80, "_bwd_dkdv_kernel", 32): {None: 8, "offset": 8, "edge": 16, "dense": 48, "keys": 64},
+        (80, "_bwd_dkdv_kernel", 128): {None: 32, "offset": 48, "edge": 56},
+    },
+    "3.8": {
+        (80, "_fwd_kernel", 32): {None: 8},
+        (80, "_bwd_dq_kernel", 32): {"offset": 16},
+        (80, "_bwd_dq_kernel", 64): {"offset": 8},
+        (80, "_bwd_dq_kernel", 128): {"offset": 80},
+        (80, "_bwd_dkdv_kernel", 32): {None: 40, "offset": 8, "edge": 32, "dense": 48, "keys": 64},
+        (80, "_bwd_dkdv_kernel", 128): {None: 24, "offset": 16},
+        (90, "_bwd_dkdv_kernel", 128): {None: 16},
+    },
+}
 
 
-def known_to_spill(arch: int, itemsize: int, kernel: str, bias: str | None, dim: int) -> int:
-    """How many bytes a thread may keep outside of registers, with this version of Triton, or the newest known one."""
+def known_to_spill(kernel: str, bias: str | None, arch: int, dim: int) -> int:
+    """How many bytes a kernel of tiles may spill in float32; a version without a table goes by the newest."""
     version = ".".join(triton.__version__.split(".")[:2])
-    known = SPILLS.get(version) or SPILLS[max(SPILLS, key=lambda each: tuple(map(int, each.split("."))))]
-    return known.get((arch, itemsize, kernel), {}).get((bias, dim), 0)
+    table = SPILLS.get(version, list(SPILLS.values())[-1])
+    return table.get((arch, kernel, dim), {}).get(bias, 0)
 
 
 class OfflineDriver:
@@ -130,7 +150,8 @@ def check_code(family: str, arch: int, dtype: torch.dtype, dim: int, bias: str |
         run(family, dim, dtype, 320, bias)
     for kernel in kernels:
         figures = report(kernel, arch)
-        allowed = known_to_spill(arch, dtype.itemsize, f"{family}.{figures['kernel']}", bias, dim)
+        may_spill = family == "tiles" and dtype == torch.float32
+        allowed = known_to_spill(figures["kernel"], bias, arch, dim) if may_spill else 0
         is_main = figures["kernel"] in ("_fwd_kernel", "_bwd_dq_kernel", "_bwd_dkdv_kernel")
         wanted = figures["products" if family == "tiles" else "loads"]
         is_sound = figures["spilled"] <= allowed and (wanted > 0 or not is_main)
@@ -171,7 +192,8 @@ def main() -> None:
             biases = [None if bias == "none" else bias for bias in options.bias]
         for bias in biases:
             wrong += check_code(options.family, options.arch, dtype, dim, bias)
-    wrong += compiled_anew(options.family, options.arch, dtype, dims[0])
+        if None in biases:
+            wrong += compiled_anew(options.family, options.arch, dtype, dim)
     if wrong:
         sys.exit(f"wrong: {wrong}")
 

@@ -47,15 +47,20 @@ SPILLS = {  # the newest version last
         (80, "_bwd_dq_kernel", 128): {"offset": 80, "edge": 8},
         (80, "_bwd_dkdv_kernel", 32): {None: 8, "offset": 8, "edge": 16, "dense": 48, "keys": 64},
         (80, "_bwd_dkdv_kernel", 128): {None: 32, "offset": 48, "edge": 56},
+        (90, "_fwd_kernel", 128): {None: 40},
+        (90, "_bwd_dkdv_kernel", 128): {None: 16},
     },
     "3.8": {
         (80, "_fwd_kernel", 32): {None: 8},
         (80, "_bwd_dq_kernel", 32): {"offset": 16},
         (80, "_bwd_dq_kernel", 64): {"offset": 8},
-        (80, "_bwd_dq_kernel", 128): {"offset": 80},
+        (80, "_bwd_dq_kernel", 128): {"offset": 80, "edge": 48, "dense": 48, "keys": 32},
         (80, "_bwd_dkdv_kernel", 32): {None: 40, "offset": 8, "edge": 32, "dense": 48, "keys": 64},
-        (80, "_bwd_dkdv_kernel", 128): {None: 24, "offset": 16},
-        (90, "_bwd_dkdv_kernel", 128): {None: 16},
+        (80, "_bwd_dkdv_kernel", 128): {None: 24, "offset": 16, "edge": 24, "dense": 24, "keys": 56},
+        (90, "_bwd_dq_kernel", 32): {"offset": 8},
+        (90, "_bwd_dq_kernel", 128): {"offset": 112, "edge": 48, "dense": 56, "keys": 56},
+        (90, "_bwd_dkdv_kernel", 32): {"offset": 8, "edge": 24, "dense": 32, "keys": 48},
+        (90, "_bwd_dkdv_kernel", 128): {None: 16, "offset": 32, "edge": 40, "dense": 80, "keys": 136},
     },
 }
 

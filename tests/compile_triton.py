@@ -48,6 +48,8 @@ SPILLS = {  # the newest version last
         (80, "_bwd_dkdv_kernel", 32): {None: 8, "offset": 8, "edge": 16, "dense": 48, "keys": 64},
         (80, "_bwd_dkdv_kernel", 128): {None: 32, "offset": 48, "edge": 56},
         (90, "_fwd_kernel", 128): {None: 40},
+        (90, "_bwd_dq_kernel", 64): {"offset": 8},
+        (90, "_bwd_dkdv_kernel", 64): {None: 8},
         (90, "_bwd_dkdv_kernel", 128): {None: 16},
     },
     "3.8": {

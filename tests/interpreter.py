@@ -18,15 +18,15 @@ def round_as_hardware(monkeypatch) -> None:
 
     dot, convert = interpreter.InterpreterBuilder.create_dot, interpreter._convert_float
 
-    def wide(handle):
+    def as_float32(handle):
         if handle.dtype.scalar != tl.bfloat16:
             return handle
         return interpreter.TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
 
     def create_dot(self, a, b, *rest):
-        return dot(self, wide(a), wide(b), *rest)
+        return dot(self, as_float32(a), as_float32(b), *rest)
 
-    def converted(x, source, target, rounding):
+    def convert_float(x, source, target, rounding):
         if (source, target) == (tl.float32, tl.bfloat16):
             numbers = np.ascontiguousarray(x).view(np.float32).reshape(x.shape).copy()
             return torch.from_numpy(numbers).bfloat16().view(torch.int16).numpy().view(np.uint16)
@@ -35,4 +35,4 @@ def round_as_hardware(monkeypatch) -> None:
         return convert(x, source, target, rounding)
 
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
-    monkeypatch.setattr(interpreter, "_convert_float", converted)
+    monkeypatch.setattr(interpreter, "_convert_float", convert_float)

@@ -34,9 +34,11 @@ KINDS = (
     "batch",
 )
 SHAPES = [(1, 4, 4), (3, 4, 2), (2, 4, 1), (1, 1, 1)]  # B, H, Hkv
-KERNELS = [(rows_numba, shape) for shape in SHAPES]
-if rows_triton is not None:  # few, as each takes seconds in the interpreter
-    KERNELS += [(rows_triton, shape) for shape in SHAPES[1:3]]
+MODULES = [rows_numba] if rows_triton is None else [rows_numba, rows_triton]
+KERNELS = [(rows_numba, shape, (23, 31)) for shape in SHAPES]
+if rows_triton is not None:  # each takes seconds in the interpreter
+    KERNELS += [(rows_triton, (1, 4, 2), (14, 13))]  # with a heavy query and a heavy key
+    KERNELS += [pytest.param(rows_triton, shape, (23, 31), marks=pytest.mark.slow) for shape in SHAPES[1:3]]
 
 
 @pytest.fixture(autouse=True)
@@ -118,11 +120,11 @@ def assert_close(found, expected, tolerance):
             torch.testing.assert_close(one.double(), other.double(), rtol=0, atol=float(largest) * tolerance)
 
 
-@pytest.mark.parametrize(("kernels", "shape"), KERNELS, ids=lambda it: getattr(it, "__name__", str(it)))
+@pytest.mark.parametrize(("kernels", "shape", "size"), KERNELS, ids=lambda it: getattr(it, "__name__", str(it)))
 @pytest.mark.parametrize("kind", KINDS)
-def test_rows_equal_the_edges_in_every_gradient(kind, kernels, shape):
-    mask = some_mask(23, 31)
-    q, k, v = tensors(*shape, 23, 31)
+def test_rows_equal_the_edges_in_every_gradient(kind, kernels, shape, size):
+    mask = some_mask(*size)
+    q, k, v = tensors(*shape, *size)
     values = None if kind == "none" else values_of(kind, *shape[:2], mask)
     expected = edges_results(q, k, v, mask, public(kind, values, mask), values)
     name = {"keys": "dense", "batch": "dense"}.get(kind, kind.split("-")[0])
@@ -142,7 +144,10 @@ def test_rows_equal_the_reference(shape):
 
 
 @pytest.mark.skipif(rows_triton is None, reason="Triton is not installed: it runs on Linux")
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, *(pytest.param(each, marks=pytest.mark.slow) for each in (torch.float16, torch.float32))],
+    ids=str,
+)  # fmt: skip
 def test_rows_in_triton_take_every_precision_and_more_heads_than_one_program(dtype, monkeypatch):
     round_as_hardware(monkeypatch)
     mask = some_mask(13, 17)
@@ -162,7 +167,7 @@ def test_any_width_is_right_in_float32(dims):
     assert_close(found, expected, 2e-6)
 
 
-@pytest.mark.parametrize("kernels", dict(KERNELS), ids=lambda kernels: kernels.__name__)
+@pytest.mark.parametrize("kernels", MODULES, ids=lambda kernels: kernels.__name__)
 @pytest.mark.parametrize(("n", "m"), [(0, 0), (0, 4), (4, 0), (4, 5), (1, 1)])
 def test_a_graph_without_edges_gives_zero(n, m, kernels):
     mask = torch.zeros(n, m, dtype=torch.bool)

@@ -11,12 +11,14 @@ from interpreter import round_as_hardware, without_interpreter
 from attngraph import Causal, Documents, EdgeList, Empty, Full, Global, Neighborhood, Prefix, Random, Window, attend
 from attngraph.bias import DenseBias, EdgeBias
 from attngraph.graph.base import at_size
+from attngraph.kernels.contract import ScoreBias
 from attngraph.planning.layouts.tiles import Tiles, tabulate
 
 pytest.importorskip("triton", reason="Triton is not installed: it runs on Linux")
 from attngraph.kernels.triton import tiles as tiles_triton
 
-TILES = [(128, 64), (64, 64)]
+slow = pytest.mark.slow
+TILES = [(128, 64), pytest.param((64, 64), marks=slow)]
 chance = torch.Generator().manual_seed(0)
 SOME_EDGES = torch.stack([torch.randint(size, (600,), generator=chance) for size in (150, 100)]).unique(dim=1)
 GRAPHS = [
@@ -83,23 +85,24 @@ def test_it_equals_the_reference(graph, n, m, tile):
     assert_close(results(sides, layout_of(graph, n, m, tile))[:5], expected(sides, graph), 2e-6)
 
 
-@pytest.mark.parametrize("dims", [(16, 24), (5, 3), (80, 16), (16, 120)])
-@pytest.mark.parametrize("heads", [(2, 2, 1), (1, 6, 2)])
+@pytest.mark.parametrize("dims", [(16, 24), (5, 3), (80, 16), pytest.param((16, 120), marks=slow)])
+@pytest.mark.parametrize("heads", [(2, 2, 1), pytest.param((1, 6, 2), marks=slow)])
 def test_any_heads_and_dimensions(heads, dims):
     graph = Causal() & (Window(20, 0) | Prefix(3))
     sides = tensors(heads, 70, 70, dims)
     assert_close(results(sides, layout_of(graph, 70, 70, (128, 64)))[:5], expected(sides, graph), 2e-6)
 
 
-@pytest.mark.parametrize("group", [1, 2])
+BIASES = ("offset", "edge", "dense", "keys")
+
+
+@pytest.mark.parametrize("group", [pytest.param(1, marks=slow), 2])
 @pytest.mark.parametrize("tile", TILES)
-@pytest.mark.parametrize(
-    "kind", ["offset", "offset of all heads", "edge", "edge of all", "dense", "dense of all", "keys", "keys of all"]
-)
+@pytest.mark.parametrize("kind", [*BIASES, *(pytest.param(f"{kind} of all", marks=slow) for kind in BIASES)])
 def test_every_bias_and_its_gradient(kind, tile, group):
     graph, n, m = Window(30, 5) | Prefix(2), 100, 90
     sides = tensors((2, 2, 2 // group), n, m, (16, 16))
-    B, H = (1, 1) if kind.endswith(("all", "heads")) else (2, 2)
+    B, H = (1, 1) if kind.endswith("of all") else (2, 2)
     shape = {
         "offset": (H, n + m - 1),
         "edge": (B, H, graph.num_edges(n, m)),
@@ -113,8 +116,8 @@ def test_every_bias_and_its_gradient(kind, tile, group):
         bias = DenseBias(values[:, ahead])
     else:
         bias = EdgeBias(values) if name == "edge" else DenseBias(values.expand(-1, -1, n, m))
-    given = ("dense" if name == "keys" else name, values.detach().float())
-    found = results(sides, layout_of(graph, n, m, tile), given, True)
+    score_bias = ScoreBias("dense" if name == "keys" else name, values.detach().float())
+    found = results(sides, layout_of(graph, n, m, tile), score_bias, True)
     assert_close(found, expected(sides, graph, bias, values), 4e-6)
 
 
@@ -131,10 +134,10 @@ def test_a_bias_of_minus_infinity_hides(kind):
         values[:, n:] = -torch.inf  # causal
     bias = DenseBias(values.double()) if kind == "dense" else None
     right = expected(sides, Causal() if bias is None else graph, bias)
-    assert_close(results(sides, layout_of(graph, n, n, (128, 64)), (kind, values))[:5], right, 2e-6)
+    assert_close(results(sides, layout_of(graph, n, n, (128, 64)), ScoreBias(kind, values))[:5], right, 2e-6)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float16, marks=slow), torch.bfloat16], ids=str)
 def test_half_precision(dtype, monkeypatch):
     """As exact as results in half precision can be."""
     round_as_hardware(monkeypatch)
@@ -171,31 +174,40 @@ def test_gradients_of_parts_add_up():
     assert_close([sum(side) for side in zip(*shares, strict=True)], [side.double() for side in whole[2:5]], 2e-6)
 
 
+@slow
 def test_blocks_may_be_smaller_than_tiles(monkeypatch):
     graph, n = Window(50, 20) | Prefix(3), 140
     sides = tensors((1, 2, 1), n, n, (16, 16))
-    values = torch.randn(1, 1, graph.num_edges(n, n))
-    right = results(sides, layout_of(graph, n, n, (128, 64)), ("edge", values), True)
+    bias = ScoreBias("edge", torch.randn(1, 1, graph.num_edges(n, n)))
+    right = results(sides, layout_of(graph, n, n, (128, 64)), bias, True)
     for blocks in ((32, 32, 4, 2), (64, 32, 4, 2), (32, 64, 4, 2)):
-        monkeypatch.setattr(tiles_triton, "blocks_of", lambda *_, blocks=blocks: tiles_triton.Blocks(*blocks))
-        found = results(sides, layout_of(graph, n, n, (128, 64)), ("edge", values), True)
+        monkeypatch.setattr(tiles_triton, "block_sizes", lambda *_, blocks=blocks: tiles_triton.Blocks(*blocks))
+        found = results(sides, layout_of(graph, n, n, (128, 64)), bias, True)
         assert_close(found, [part.double() for part in right], 4e-6)
 
 
 # --------------------------------------------------------------------------------------------- the compiled code
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        *(f"tiles --arch {arch} --bytes {each}" for arch in (90, 80) for each in ("2", "4 --dim 16 32 64 128")),
-        "rows --bytes 2 --dim 16 64 256",
-        "rows --arch 80 --bytes 4 --dim 32 128",
-        "rows --bytes 8 --dim 64",
-    ],
-)
+COMPILED = [
+    "tiles --dim 64 --bias none edge",
+    "tiles --dim 64 --bias offset dense keys",
+    "rows --dim 64 --bias none edge",
+]
+COMPILED_SLOWLY = [
+    *(f"tiles --arch 90 --dim {dim}" for dim in (16, 32, 128, 256)),
+    *(f"tiles --arch 80 --dim {dim}" for dim in (16, 32, 64, 128, 256)),
+    *(f"tiles --arch {arch} --bytes 4 --dim {dim}" for arch in (90, 80) for dim in (16, 32, 64, 128)),
+    "rows --dim 64 --bias offset dense keys",
+    *(f"rows --dim {dim}" for dim in (16, 256)),
+    *(f"rows --arch 80 --bytes 4 --dim {dim}" for dim in (32, 128)),
+    "rows --bytes 8 --dim 64",
+]
+
+
+@pytest.mark.parametrize("arguments", [*COMPILED, *(pytest.param(each, marks=slow) for each in COMPILED_SLOWLY)])
 def test_compiled_kernels_keep_their_numbers_in_registers(arguments):
-    """Without a GPU: no spills, and products by tensor cores, in the code that is compiled for it."""
+    """Without a GPU: no spills but known ones, and products by tensor cores, in the code that is compiled for it."""
     command = [sys.executable, Path(__file__).with_name("compile_triton.py"), *arguments.split()]
     done = subprocess.run(command, capture_output=True, text=True, env=without_interpreter())
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]

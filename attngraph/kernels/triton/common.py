@@ -1,12 +1,21 @@
-"""What the Triton kernels of tiles and of rows share: how tensors and biases come to them, and Δ of each query.
+"""What the Triton kernels of tiles and of rows share: tensors and biases as kernel arguments, and the delta of a query.
 
-A tensor (B, H, nodes, D), its vectors contiguous, comes as a tuple: its first number, the strides of batch, head and
-node. A bias comes with its four strides.
+A tensor goes to a kernel together with its strides, as one named tuple:
+
+| argument | fields | of |
+|---|---|---|
+| `Strided` | ptr, stride_batch, stride_head, stride_row | (B, H, nodes, D), the vectors contiguous |
+| `StridedBias` | ptr, stride_batch, stride_head, stride_query, stride_key | the values of a bias |
+| `Upstream` | dout, lse, delta | what the backward kernels read of the forward pass and of the loss |
 """
+
+# pyright: reportIndexIssue=false, reportArgumentType=false, reportOperatorIssue=false, reportCallIssue=false
+# pyright: reportAttributeAccessIssue=false, reportReturnType=false
+# Triton compiles the functions under @triton.jit: what Python takes for a constexpr is a `Config`, a number or a block.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 import triton
@@ -15,112 +24,228 @@ from torch import Tensor
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
-NO_BIAS, OFFSET, DENSE, EDGE = (tl.constexpr(kind) for kind in range(4))
-KINDS = {None: 0, "offset": 1, "dense": 2, "edge": 3}
+NO_BIAS, OFFSET, DENSE, EDGE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
+BIAS_KINDS = {None: NO_BIAS.value, "offset": OFFSET.value, "dense": DENSE.value, "edge": EDGE.value}
+
+
+# -------------------------------------------------------------------------- layouts, as far as these kernels read them
+
+
+class TileRows(Protocol):
+    """The tiles of each row, or of each column, of tiles."""
+
+    start: Tensor
+    full: Tensor
+    other: Tensor
+    mask: Tensor
+    at: Tensor
+    order: Tensor
+
+
+class TileTable(Protocol):
+    """All tiles, sorted by row, then column."""
+
+    row: Tensor
+    column: Tensor
+    words: Tensor
+
+
+class TilesLayout(Protocol):
+    """The tiles of a graph."""
+
+    table: TileTable
+
+    @property
+    def tile(self) -> tuple[int, int]: ...
+    @property
+    def grid(self) -> tuple[int, int]: ...
+    @property
+    def by_query(self) -> TileRows: ...
+    @property
+    def by_key(self) -> TileRows: ...
+    @property
+    def words_by_key(self) -> Tensor: ...
+    @property
+    def first_edge_of_word(self) -> Tensor: ...
+    def on(self, device: torch.device) -> TilesLayout: ...
+
+
+class Adjacency(Protocol):
+    """The edges of each query, or of each key."""
+
+    start: Tensor
+    neighbor: Tensor
+    edge: Tensor
+    units: Tensor
+    pieces: Tensor
+    heavy: int
+
+    @property
+    def num_pieces(self) -> int: ...
+
+
+class CSRLayout(Protocol):
+    """The edges of a graph."""
+
+    @property
+    def by_query(self) -> Adjacency: ...
+    @property
+    def by_key(self) -> Adjacency: ...
+    @property
+    def numbered(self) -> Adjacency: ...
+
+
+# --------------------------------------------------------------------------------------------------- arguments
+
+
+class Strided(NamedTuple):
+    """A tensor (B, H, nodes, D) whose vectors are contiguous, as kernels take it."""
+
+    ptr: Tensor
+    stride_batch: int
+    stride_head: int
+    stride_row: int
+
+
+class StridedBias(NamedTuple):
+    """The values of a bias as kernels take them; see `bias_ptrs`."""
+
+    ptr: Tensor
+    stride_batch: int
+    stride_head: int
+    stride_query: int
+    stride_key: int
+
+
+class Upstream(NamedTuple):
+    """What the backward kernels are given besides q, k and v."""
+
+    dout: Strided
+    lse: Tensor  # (B, H, N)
+    delta: Tensor  # (B, H, N)
+
 
 # ------------------------------------------------------------------------------------------------- in kernels
 
 
 @triton.jit
-def vectors(side, b, h, node, count, dim: tl.constexpr, wide: tl.constexpr, guard: tl.constexpr):
-    """The vectors of some nodes, (nodes, wide): 0 beyond dim, and with `guard` beyond the last node."""
-    d = tl.arange(0, wide)
-    at = side[0] + b * side[1] + h * side[2] + node[:, None] * side[3] + d[None, :]
-    if guard and dim != wide:
-        return tl.load(at, mask=(node < count)[:, None] & (d < dim)[None, :], other=0.0)
-    if guard:
-        return tl.load(at, mask=(node < count)[:, None], other=0.0)
-    if dim != wide:
-        return tl.load(at, mask=(d < dim)[None, :], other=0.0)
-    return tl.load(at)
+def load_rows(x, batch, head, rows, num_rows, DIM: tl.constexpr, BLOCK_D: tl.constexpr, CHECK_ROWS: tl.constexpr):
+    """x[batch, head, rows], (rows, BLOCK_D): padded by 0 beyond DIM, and with CHECK_ROWS beyond the last row."""
+    offs_d = tl.arange(0, BLOCK_D)
+    ptrs = x.ptr + batch * x.stride_batch + head * x.stride_head + rows[:, None] * x.stride_row + offs_d[None, :]
+    if CHECK_ROWS and DIM != BLOCK_D:
+        return tl.load(ptrs, mask=(rows < num_rows)[:, None] & (offs_d < DIM)[None, :], other=0.0)
+    if CHECK_ROWS:
+        return tl.load(ptrs, mask=(rows < num_rows)[:, None], other=0.0)
+    if DIM != BLOCK_D:
+        return tl.load(ptrs, mask=(offs_d < DIM)[None, :], other=0.0)
+    return tl.load(ptrs)
 
 
 @triton.jit
-def place_of_bias(bias, b, h, i, j, n, edge, kind: tl.constexpr):
-    """Where the bias of pairs (i, j) stands; `edge` are their numbers."""
-    at = bias[0] + b * bias[1] + h * bias[2]
-    if kind == OFFSET:
-        at += j - i + n - 1
-    elif kind == DENSE:
-        at += i * bias[3] + j * bias[4]
+def store_rows(x, batch, head, rows, num_rows, values, DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """x[batch, head, rows] = values, (rows, BLOCK_D), without their padding."""
+    offs_d = tl.arange(0, BLOCK_D)
+    ptrs = x.ptr + batch * x.stride_batch + head * x.stride_head + rows[:, None] * x.stride_row + offs_d[None, :]
+    tl.store(ptrs, values.to(x.ptr.dtype.element_ty), mask=(rows < num_rows)[:, None] & (offs_d < DIM)[None, :])
+
+
+@triton.jit
+def bias_ptrs(bias, batch, head, offs_m, offs_n, edge, num_queries, BIAS_KIND: tl.constexpr):
+    """Where the bias of the pairs (offs_m, offs_n) stands; `edge` are their numbers in edge_index order."""
+    ptrs = bias.ptr + batch * bias.stride_batch + head * bias.stride_head
+    if BIAS_KIND == OFFSET:
+        ptrs += offs_n - offs_m + num_queries - 1
+    elif BIAS_KIND == DENSE:
+        ptrs += offs_m * bias.stride_query + offs_n * bias.stride_key
     else:
-        at += edge
-    return at
+        ptrs += edge
+    return ptrs
 
 
-@triton.jit(do_not_specialize=["blocks", "H", "n"])
-def _settle(
+@triton.jit(do_not_specialize=["num_blocks", "num_heads", "num_queries"])
+def _bwd_preprocess(
     out,
     dout,
     dlse,
     delta,
-    blocks,
-    H,
-    n,
-    dim: tl.constexpr,
-    wide: tl.constexpr,
-    number: tl.constexpr,
-    size: tl.constexpr,
+    num_blocks,
+    num_heads,
+    num_queries,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    ACC_DTYPE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
 ):
-    block, head = tl.program_id(0) % blocks, (tl.program_id(0) // blocks).to(tl.int64)
-    i = block.to(tl.int64) * size + tl.arange(0, size)
-    a = vectors(out, head // H, head % H, i, n, dim, wide, True).to(number)
-    b = vectors(dout, head // H, head % H, i, n, dim, wide, True).to(number)
-    less = tl.load(dlse + head * n + i, mask=i < n, other=0.0)
-    tl.store(delta + head * n + i, tl.sum(a * b, 1) - less, mask=i < n)
+    """delta = Σ_d out · dout - dlse. A program: a block of queries of one head."""
+    block, bh = tl.program_id(0) % num_blocks, (tl.program_id(0) // num_blocks).to(tl.int64)
+    offs_m = block.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    o = load_rows(out, bh // num_heads, bh % num_heads, offs_m, num_queries, HEAD_DIM, BLOCK_D, True).to(ACC_DTYPE)
+    do = load_rows(dout, bh // num_heads, bh % num_heads, offs_m, num_queries, HEAD_DIM, BLOCK_D, True).to(ACC_DTYPE)
+    dl = tl.load(dlse + bh * num_queries + offs_m, mask=offs_m < num_queries, other=0.0)
+    tl.store(delta + bh * num_queries + offs_m, tl.sum(o * do, 1) - dl, mask=offs_m < num_queries)
 
 
 # -------------------------------------------------------------------------------------------------- on the host
 
 
-def side_of(x: Tensor) -> tuple:
-    """A tensor as kernels take it, its vectors contiguous."""
+def ptr_and_strides(x: Tensor) -> Strided:
+    """A tensor (B, H, nodes, D) as kernels take it, its vectors made contiguous."""
     x = x if x.stride(3) == 1 else x.contiguous()
-    return x, *x.stride()[:3]
+    return Strided(x, x.stride(0), x.stride(1), x.stride(2))
 
 
-def bias_of(values: Tensor) -> tuple:
-    """The values of a bias as kernels take them: a dimension of size 1 serves all."""
+def bias_ptr_and_strides(values: Tensor) -> StridedBias:
+    """The values of a bias, of four dimensions, as kernels take them: a dimension of size 1 serves all."""
     strides = (0 if size == 1 else stride for size, stride in zip(values.shape, values.stride(), strict=True))
-    return values, *strides
+    return StridedBias(values, *strides)
 
 
-def spread(bias: tuple[str, Tensor]) -> Tensor:
-    """The values with four dimensions: (1, H | 1, 1, N + M - 1), (B | 1, H | 1, 1, E), (B | 1, H | 1, N | 1, M)."""
-    kind, values = bias
+def in_four_dims(kind: str, values: Tensor) -> Tensor:
+    """The values of a bias with four dimensions.
+
+    | kind | shape |
+    |---|---|
+    | "offset" | (1, H or 1, 1, N + M - 1) |
+    | "edge" | (B or 1, H or 1, 1, E) |
+    | "dense" | (B or 1, H or 1, N or 1, M) |
+    """
     if kind == "dense":
         return values
     return (values[None, :, None] if kind == "offset" else values[:, :, None]).contiguous()
 
 
-def constants(shape: NamedTuple) -> NamedTuple:
-    """What a kernel is compiled for, as the compiler takes it: before Triton 3.7 a bare number in a list is none."""
-    interpreted = not isinstance(vectors, triton.JITFunction)
-    return shape if interpreted else type(shape)(*map(tl.constexpr, shape))
+Config = TypeVar("Config", bound=tuple)
 
 
-def width(dim: int) -> int:
-    """The power of two in which vectors are held."""
+def constexprs(config: Config) -> Config:
+    """What a kernel is compiled for, as the compiler takes it: before Triton 3.7 a bare number in a tuple is none."""
+    interpreted = not isinstance(load_rows, triton.JITFunction)
+    return config if interpreted else type(config)(*map(tl.constexpr, config))
+
+
+def padded_dim(dim: int) -> int:
+    """BLOCK_D, the power of two to which vectors are padded in registers."""
     return max(16, triton.next_power_of_2(dim))
 
 
-def delta(out: Tensor, dout: Tensor, lse: Tensor, dlse: Tensor | None) -> Tensor:
-    """Σ_d out · dout - dlse, (B, H, N)."""
-    (_, H, N, D), found = out.shape, torch.empty_like(lse)
-    size = max(8, 16384 // (width(D) * out.element_size()))  # nodes of a program, whose vectors stay in registers
-    blocks = -(-N // size)
-    dlse, number = torch.zeros_like(lse) if dlse is None else dlse.contiguous(), number_of(lse)
-    if programs := blocks * lse.shape[:2].numel():
-        _settle[(programs,)](side_of(out), side_of(dout), dlse, found, blocks, H, N, D, width(D), number, size)
-    return found
+def compute_delta(out: Tensor, dout: Tensor, lse: Tensor, dlse: Tensor | None) -> Tensor:
+    """delta = Σ_d out · dout - dlse, (B, H, N)."""
+    B, H, N, D = out.shape
+    delta = torch.empty_like(lse)
+    dlse = torch.zeros_like(lse) if dlse is None else dlse.contiguous()
+    block_m = max(8, 16384 // (padded_dim(D) * out.element_size()))  # queries whose vectors stay in registers
+    num_blocks = triton.cdiv(N, block_m)
+    acc_dtype = tl.float64 if lse.dtype == torch.float64 else tl.float32
+    if num_programs := num_blocks * B * H:
+        _bwd_preprocess[(num_programs,)](
+            ptr_and_strides(out), ptr_and_strides(dout), dlse, delta, num_blocks, H, N,
+            D, padded_dim(D), acc_dtype, block_m,
+        )  # fmt: skip
+    return delta
 
 
-def number_of(x: Tensor) -> tl.dtype:
-    """What kernels compute in."""
-    return tl.float64 if x.dtype == torch.float64 else tl.float32
-
-
-def summed_as(values: Tensor, room: Tensor) -> Tensor:
-    """A gradient for each head and each pair or edge, as that of values which some of them share."""
-    shared = [axis for axis, size in enumerate(values.shape) if size == 1 != room.shape[axis]]
-    return room.sum(shared, keepdim=True) if shared else room
+def sum_to_shape_of(values: Tensor, grad: Tensor) -> Tensor:
+    """The gradient of values, from one for each head and each pair or edge, some of which share a value."""
+    shared = [axis for axis, size in enumerate(values.shape) if size == 1 != grad.shape[axis]]
+    return grad.sum(shared, keepdim=True) if shared else grad

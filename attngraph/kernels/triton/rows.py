@@ -1,16 +1,37 @@
-"""Attention edge by edge in Triton, for a GPU: forward and dq by the edges of queries, dk and dv by those of keys.
+"""Attention edge by edge over a CSR adjacency in Triton, for a GPU: forward and dq by query, dk and dv by key.
 
-A program has one node, or a piece of a node with many edges, and a block of heads; it gathers the vectors of some
-neighbours at a time, and computes in float32 (float64, where tensors have it). The pieces of a node come first and are
-put together in their order. Nothing is added atomically: the same bits every run. The scores are exponents of 2.
+A program has one node, or a piece of a node with many edges, and BLOCK_H heads; it gathers the vectors of BLOCK_E
+neighbours at a time, and computes in float32 (float64, where tensors have it).
 
-How tensors and biases come to a kernel stands in `gpu.py`. `half` is start, neighbor, units and edge of an
-`Adjacency`; a program's `place` is its batch, heads, node, the first of its edges and how many.
+| kernel | a program has | and walks over | grid |
+|---|---|---|---|
+| `_fwd_kernel` | a query, or a piece of one | its keys | (pieces + N, B · blocks of heads) |
+| `_bwd_dq_kernel` | a query, or a piece of one | its keys | (pieces + N, B · blocks of heads) |
+| `_bwd_dkdv_kernel` | a key, or a piece of one | its queries, for each query head | (pieces + M, B · blocks of heads) |
+| `_merge_pieces_kernel` | a heavy query of one head | its pieces, in order | (heavy queries, B · H) |
+| `_sum_pieces_kernel` | a heavy node of one head | its pieces, in order | (heavy nodes, B · heads) |
+
+Pieces come first; what they find goes to buffers of its own, which the last two kernels put together. Nothing is added
+atomically: the same bits every run. Scores are exponents of 2.
+
+| argument | fields | see |
+|---|---|---|
+| `inputs` | q, k, v, bias, adjacency | `Inputs` |
+| `inputs.adjacency` | start, neighbor, units, edge | `AdjacencyPtrs` |
+| `upstream` | dout, lse, delta | `Upstream` in common.py |
+| `scale`, `dq_scale`, `dk_scale` | high, low | two float32 whose sum is the number, exact to float64 |
+| `work` | batch, heads, node, first_edge, num_edges | `Work`: what the program has |
+| `target` | piece, piece_heads, node_heads | `Target`: where its results go |
+| `config` | HEAD_DIM, …, IS_DOUBLE | `Config`: what the kernel is compiled for |
 """
+
+# pyright: reportIndexIssue=false, reportArgumentType=false, reportOperatorIssue=false, reportCallIssue=false
+# pyright: reportAttributeAccessIssue=false, reportGeneralTypeIssues=false, reportAssignmentType=false
+# Triton compiles the functions under @triton.jit: what Python takes for a constexpr is a `Config`, a number or a block.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import triton
@@ -19,414 +40,546 @@ from torch import Tensor
 
 from attngraph.kernels.memory import like
 from attngraph.kernels.triton.common import (
+    BIAS_KINDS,
     DENSE,
     EDGE,
-    KINDS,
     LN_2,
     LOG2_E,
     NO_BIAS,
-    bias_of,
-    constants,
-    delta,
-    place_of_bias,
-    side_of,
-    spread,
-    summed_as,
-    width,
+    Strided,
+    StridedBias,
+    Upstream,
+    bias_ptr_and_strides,
+    bias_ptrs,
+    compute_delta,
+    constexprs,
+    in_four_dims,
+    padded_dim,
+    ptr_and_strides,
+    sum_to_shape_of,
 )
+
+if TYPE_CHECKING:
+    from attngraph.kernels.contract import ScoreBias
+    from attngraph.kernels.triton.common import Adjacency, CSRLayout
+
+# --------------------------------------------------------------------------------------------------- arguments
+
+
+class AdjacencyPtrs(NamedTuple):
+    """The edges of each query, or of each key, in CSR; node x has the edges start[x] … start[x + 1] - 1."""
+
+    start: Tensor  # int64 (nodes + 1,)
+    neighbor: Tensor  # (E,): the node at the other end of each edge
+    units: Tensor  # int64 (units, 4): node, node after the last, first edge, edge after the last; pieces come first
+    edge: Tensor  # (E,): the number of each edge in edge_index order; read by key, with a bias of edges
+
+
+class Inputs(NamedTuple):
+    """What all kernels of a call read."""
+
+    q: Strided
+    k: Strided
+    v: Strided
+    bias: StridedBias | Strided  # without a bias, q: it is not read
+    adjacency: AdjacencyPtrs
+
+
+class Config(NamedTuple):
+    """What a kernel is compiled for."""
+
+    HEAD_DIM: int
+    VALUE_DIM: int
+    BLOCK_D: int  # HEAD_DIM, padded to a power of two
+    BLOCK_DV: int  # VALUE_DIM, padded
+    BLOCK_H: int  # heads of a program
+    BLOCK_E: int  # edges at a time
+    HEAVY: int  # edges above which a node is cut into pieces
+    BIAS_KIND: int
+    IS_DOUBLE: bool
+
+
+class Work(NamedTuple):
+    """In a kernel: what a program has."""
+
+    batch: tl.tensor
+    heads: tl.tensor  # (BLOCK_H,)
+    node: tl.tensor
+    first_edge: tl.tensor
+    num_edges: tl.tensor
+
+
+class Target(NamedTuple):
+    """In a kernel: where the results of a program go. One of the numbers of heads is 0; both are for a heavy node."""
+
+    piece: tl.tensor
+    piece_heads: tl.tensor  # how many heads are stored as those of a piece
+    node_heads: tl.tensor  # how many heads are stored as those of a node
+
 
 # ------------------------------------------------------------------------------------------ what a program reads
 
 
 @triton.jit
-def _place(half, pieces, head_blocks, H, block: tl.constexpr, heavy: tl.constexpr):
-    """(batch, heads, node, its first edge, how many) of this program; and where its result belongs: the number of its
-    piece, how many heads are stored as those of a piece, and how many as those of a node: H or 0.
-    """
-    at, turn = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    if at < pieces:
-        node = tl.load(half[2] + at.to(tl.int64) * 4)
-        lo, hi = tl.load(half[2] + at.to(tl.int64) * 4 + 2), tl.load(half[2] + at.to(tl.int64) * 4 + 3)
+def _find_work(adjacency, num_pieces, num_head_blocks, num_heads, BLOCK_H: tl.constexpr, HEAVY: tl.constexpr):
+    """The `Work` and the `Target` of this program."""
+    unit, batch_and_heads = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    if unit < num_pieces:
+        node = tl.load(adjacency.units + unit.to(tl.int64) * 4)
+        begin = tl.load(adjacency.units + unit.to(tl.int64) * 4 + 2)
+        end = tl.load(adjacency.units + unit.to(tl.int64) * 4 + 3)
     else:
-        node = (at - pieces).to(tl.int64)
-        lo, hi = tl.load(half[0] + node), tl.load(half[0] + node + 1)
-    count = (hi - lo).to(tl.int32)
-    of_piece = tl.where(at < pieces, H, 0)
-    of_node = tl.where(count <= heavy, H - of_piece, 0)
-    count = tl.where(of_piece + of_node > 0, count, 0)  # the edges of a heavy node are those of its pieces
-    h = (turn % head_blocks) * block + tl.arange(0, block)
-    return (turn // head_blocks, h, node, lo, count), (at.to(tl.int64), of_piece, of_node)
+        node = (unit - num_pieces).to(tl.int64)
+        begin, end = tl.load(adjacency.start + node), tl.load(adjacency.start + node + 1)
+    num_edges = (end - begin).to(tl.int32)
+    piece_heads = tl.where(unit < num_pieces, num_heads, 0)
+    node_heads = tl.where(num_edges <= HEAVY, num_heads - piece_heads, 0)
+    num_edges = tl.where(piece_heads + node_heads > 0, num_edges, 0)  # the edges of a heavy node are its pieces'
+    heads = (batch_and_heads % num_head_blocks) * BLOCK_H + tl.arange(0, BLOCK_H)
+    work = Work(batch_and_heads // num_head_blocks, heads, node, begin, num_edges)
+    return work, Target(unit.to(tl.int64), piece_heads, node_heads)
 
 
 @triton.jit
-def _exact(x, number: tl.constexpr):
-    """A number, (1, 1), that comes as two, as kernels are given float32 alone."""
-    return tl.zeros([1, 1], number) + x[0] + x[1]
+def _exact(x, ACC_DTYPE: tl.constexpr):
+    """A number, (1, 1), from the two float32 whose sum it is: a kernel is given no float64."""
+    return tl.zeros([1, 1], ACC_DTYPE) + x[0] + x[1]
 
 
 @triton.jit
-def _own(x, b, h, H, node, dim: tl.constexpr, wide: tl.constexpr, number: tl.constexpr):
-    """The vectors of a node, (heads, wide)."""
-    d = tl.arange(0, wide)
-    at = x[0] + b * x[1] + h[:, None] * x[2] + node * x[3] + d[None, :]
-    return tl.load(at, mask=(h < H)[:, None] & (d < dim)[None, :], other=0.0).to(number)
+def _load_node(x, batch, heads, num_heads, node, DIM: tl.constexpr, BLOCK_D: tl.constexpr, ACC_DTYPE: tl.constexpr):
+    """The vectors of a node, (BLOCK_H, BLOCK_D)."""
+    offs_d = tl.arange(0, BLOCK_D)
+    ptrs = x.ptr + batch * x.stride_batch + heads[:, None] * x.stride_head + node * x.stride_row + offs_d[None, :]
+    return tl.load(ptrs, mask=(heads < num_heads)[:, None] & (offs_d < DIM)[None, :], other=0.0).to(ACC_DTYPE)
 
 
 @triton.jit
-def _others(x, b, h, H, node, live, dim: tl.constexpr, wide: tl.constexpr, number: tl.constexpr):
-    """The vectors of some neighbours, (neighbours, heads, wide)."""
-    d = tl.arange(0, wide)
-    at = x[0] + b * x[1] + node[:, None, None] * x[3] + h[None, :, None] * x[2] + d[None, None, :]
-    mask = live[:, None, None] & (h < H)[None, :, None]
-    if dim != wide:
-        mask = mask & (d < dim)[None, None, :]
-    return tl.load(at, mask=mask, other=0.0).to(number)
+def _gather_nodes(
+    x, batch, heads, num_heads, nodes, mask_e, DIM: tl.constexpr, BLOCK_D: tl.constexpr, ACC_DTYPE: tl.constexpr
+):
+    """The vectors of some neighbours, (BLOCK_E, BLOCK_H, BLOCK_D)."""
+    offs_d = tl.arange(0, BLOCK_D)
+    ptrs = x.ptr + batch * x.stride_batch + nodes[:, None, None] * x.stride_row
+    ptrs = ptrs + heads[None, :, None] * x.stride_head + offs_d[None, None, :]
+    mask = mask_e[:, None, None] & (heads < num_heads)[None, :, None]
+    if DIM != BLOCK_D:
+        mask = mask & (offs_d < DIM)[None, None, :]
+    return tl.load(ptrs, mask=mask, other=0.0).to(ACC_DTYPE)
 
 
 @triton.jit
-def _edges(half, lo, step, count, edges: tl.constexpr):
-    """Some of a node's edges: which are there, their neighbours, and their places."""
-    live = step + tl.arange(0, edges) < count
-    e = lo + step + tl.arange(0, edges)
-    return live, tl.load(half[1] + e, mask=live, other=0).to(tl.int64), e
+def _load_edges(adjacency, work, step, BLOCK_E: tl.constexpr):
+    """Some edges of a program: which of them exist, the neighbours, and their places in the adjacency."""
+    mask_e = step + tl.arange(0, BLOCK_E) < work.num_edges
+    offs_e = work.first_edge + step + tl.arange(0, BLOCK_E)
+    return mask_e, tl.load(adjacency.neighbor + offs_e, mask=mask_e, other=0).to(tl.int64), offs_e
 
 
 @triton.jit
-def _store(x, some, to, b, h, node, value, dim: tl.constexpr, wide: tl.constexpr):
-    """The vectors (heads, wide) of a node, or of a piece of one."""
-    at, of_piece, of_node = to
-    d = tl.arange(0, wide)
-    where = x[0] + b * x[1] + h[:, None] * x[2] + node * x[3] + d[None, :]
-    tl.store(where, value.to(x[0].dtype.element_ty), mask=(h < of_node)[:, None] & (d < dim)[None, :])
-    where = some[0] + b * some[1] + h[:, None] * some[2] + at * some[3] + d[None, :]
-    tl.store(where, value, mask=(h < of_piece)[:, None] & (d < dim)[None, :])
+def _store_vectors(x, x_pieces, target, work, values, DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The vectors (BLOCK_H, BLOCK_D) of a node, or of a piece of one."""
+    offs_d = tl.arange(0, BLOCK_D)
+    ptrs = x.ptr + work.batch * x.stride_batch + work.heads[:, None] * x.stride_head
+    ptrs = ptrs + work.node * x.stride_row + offs_d[None, :]
+    mask = (work.heads < target.node_heads)[:, None] & (offs_d < DIM)[None, :]
+    tl.store(ptrs, values.to(x.ptr.dtype.element_ty), mask=mask)
+    ptrs = x_pieces.ptr + work.batch * x_pieces.stride_batch + work.heads[:, None] * x_pieces.stride_head
+    ptrs = ptrs + target.piece * x_pieces.stride_row + offs_d[None, :]
+    mask = (work.heads < target.piece_heads)[:, None] & (offs_d < DIM)[None, :]
+    tl.store(ptrs, values, mask=mask)
 
 
 @triton.jit
-def _put(x, some, to, b, h, H, node, n, pieces, value):
-    """The numbers (heads,) of a node, in x (B, H, n), or of a piece, in some (B, H, pieces)."""
-    at, of_piece, of_node = to
-    tl.store(x + (b * H + h) * n + node, value, mask=h < of_node)
-    tl.store(some + (b * H + h) * pieces + at, value, mask=h < of_piece)
+def _store_scalars(x, x_pieces, target, batch, heads, num_heads, node, num_nodes, num_pieces, values):
+    """The numbers (BLOCK_H,) of a node, in x (B, H, nodes), or of a piece of one, in x_pieces (B, H, pieces)."""
+    tl.store(x + (batch * num_heads + heads) * num_nodes + node, values, mask=heads < target.node_heads)
+    tl.store(
+        x_pieces + (batch * num_heads + heads) * num_pieces + target.piece, values, mask=heads < target.piece_heads
+    )
 
 
 # ----------------------------------------------------------------------------------------------------- forward
 
 
-@triton.jit(do_not_specialize=["pieces", "head_blocks", "H", "n"])
-def _forward(
-    sides, bias, half, pieces, head_blocks, H, group, n, scale, shape: tl.constexpr, out, some_out, lse, some_lse
+@triton.jit(do_not_specialize=["num_pieces", "num_head_blocks", "num_heads", "num_queries"])
+def _fwd_kernel(
+    inputs, num_pieces, num_head_blocks, num_heads, group, num_queries, scale, config: tl.constexpr,
+    out, out_pieces, lse, lse_pieces,
+):  # fmt: skip
+    """out = softmax(scale · q kᵀ + bias) v and lse over the edges of a query, or over a piece of them."""
+    ACC_DTYPE: tl.constexpr = tl.float64 if config.IS_DOUBLE else tl.float32
+    work, target = _find_work(inputs.adjacency, num_pieces, num_head_blocks, num_heads, config.BLOCK_H, config.HEAVY)
+    batch, heads, query, _, num_edges = work
+    kv_heads, num_kv_heads = heads // group, num_heads // group
+    q = _load_node(inputs.q, batch, heads, num_heads, query, config.HEAD_DIM, config.BLOCK_D, ACC_DTYPE)
+    q = q * _exact(scale, ACC_DTYPE)
+    row_max = tl.full([config.BLOCK_H], float("-inf"), ACC_DTYPE)
+    row_sum = tl.zeros([config.BLOCK_H], ACC_DTYPE)
+    acc = tl.zeros([config.BLOCK_H, config.BLOCK_DV], ACC_DTYPE)
+    for step in range(0, num_edges, config.BLOCK_E):
+        mask_e, keys, offs_e = _load_edges(inputs.adjacency, work, step, config.BLOCK_E)
+        k = _gather_nodes(
+            inputs.k, batch, kv_heads, num_kv_heads, keys, mask_e, config.HEAD_DIM, config.BLOCK_D, ACC_DTYPE
+        )
+        v = _gather_nodes(
+            inputs.v, batch, kv_heads, num_kv_heads, keys, mask_e, config.VALUE_DIM, config.BLOCK_DV, ACC_DTYPE
+        )
+
+        qk = tl.sum(k * q[None, :, :], 2)  # (BLOCK_E, BLOCK_H)
+        mask = mask_e[:, None] & (heads < num_heads)[None, :]
+        if config.BIAS_KIND != NO_BIAS:
+            ptrs = bias_ptrs(
+                inputs.bias, batch, heads[None, :], query, keys[:, None], offs_e[:, None], num_queries, config.BIAS_KIND
+            )
+            qk += tl.load(ptrs, mask=mask, other=0.0).to(ACC_DTYPE) * LOG2_E
+        qk = tl.where(mask, qk, float("-inf"))
+
+        new_max = tl.maximum(row_max, tl.max(qk, 0))
+        safe_max = tl.where(new_max == float("-inf"), 0.0, new_max)  # -inf - -inf would be NaN
+        p = tl.exp2(qk - safe_max[None, :])
+        alpha = tl.exp2(row_max - safe_max)
+        row_sum = row_sum * alpha + tl.sum(p, 0)
+        acc = acc * alpha[:, None] + tl.sum(p[:, :, None] * v, 0)
+        row_max = new_max
+
+    safe_sum = tl.where(row_sum == 0.0, 1.0, row_sum)  # 0 of a query without edges: out = 0, lse = -inf
+    _store_vectors(out, out_pieces, target, work, acc / safe_sum[:, None], config.VALUE_DIM, config.BLOCK_DV)
+    row_lse = tl.where(row_sum == 0.0, float("-inf"), (row_max + tl.log2(safe_sum)) * LN_2)
+    _store_scalars(lse, lse_pieces, target, batch, heads, num_heads, query, num_queries, num_pieces, row_lse)
+
+
+@triton.jit(do_not_specialize=["num_pieces", "num_heads", "num_queries"])
+def _merge_pieces_kernel(
+    heavy_nodes, num_pieces, num_heads, num_queries, config: tl.constexpr, out, out_pieces, lse, lse_pieces
 ):
-    number: tl.constexpr = tl.float64 if shape.double else tl.float32
-    place, to = _place(half, pieces, head_blocks, H, shape.heads, shape.heavy)
-    b, h, i, lo, count = place
-    q = _own(sides[0], b, h, H, i, shape.dim, shape.wide, number) * _exact(scale, number)
-    top, total = tl.full([shape.heads], float("-inf"), number), tl.zeros([shape.heads], number)
-    heard = tl.zeros([shape.heads, shape.value_wide], number)
-    for step in range(0, count, shape.edges):
-        live, j, e = _edges(half, lo, step, count, shape.edges)
-        k = _others(sides[1], b, h // group, H // group, j, live, shape.dim, shape.wide, number)
-        v = _others(sides[2], b, h // group, H // group, j, live, shape.value_dim, shape.value_wide, number)
-        s = tl.sum(k * q[None, :, :], 2)
-        keep = live[:, None] & (h < H)[None, :]
-        if shape.kind != NO_BIAS:
-            at = place_of_bias(bias, b, h[None, :], i, j[:, None], n, e[:, None], shape.kind)
-            s += tl.load(at, mask=keep, other=0.0).to(number) * LOG2_E
-        s = tl.where(keep, s, float("-inf"))
-        new = tl.maximum(top, tl.max(s, 0))
-        level = tl.where(new == float("-inf"), 0.0, new)
-        p, less = tl.exp2(s - level[None, :]), tl.exp2(top - level)
-        total = total * less + tl.sum(p, 0)
-        heard = heard * less[:, None] + tl.sum(p[:, :, None] * v, 0)
-        top = new
-    some = tl.where(total == 0.0, 1.0, total)
-    _store(out, some_out, to, b, h, i, heard / some[:, None], shape.value_dim, shape.value_wide)
-    _put(lse, some_lse, to, b, h, H, i, n, pieces, tl.where(total == 0.0, float("-inf"), (top + tl.log2(some)) * LN_2))
-
-
-@triton.jit(do_not_specialize=["pieces", "H", "n"])
-def _merge(of_node, pieces, H, n, shape: tl.constexpr, out, some_out, lse, some_lse):
-    """The result of a heavy node, from those of its pieces."""
-    number: tl.constexpr = tl.float64 if shape.double else tl.float32
-    node, first, count = _pieces_of(of_node)
-    head = tl.program_id(1).to(tl.int64)
-    one, d = tl.arange(0, 1), tl.arange(0, shape.value_wide)
-    top, total = tl.full([1], float("-inf"), number), tl.zeros([1], number)
-    heard = tl.zeros([shape.value_wide], number)
+    """out and lse of a heavy query, from those of its pieces."""
+    ACC_DTYPE: tl.constexpr = tl.float64 if config.IS_DOUBLE else tl.float32
+    query, first_piece, count = _load_pieces(heavy_nodes)
+    bh = tl.program_id(1).to(tl.int64)
+    offs_1, offs_d = tl.arange(0, 1), tl.arange(0, config.BLOCK_DV)
+    row_max, row_sum = tl.full([1], float("-inf"), ACC_DTYPE), tl.zeros([1], ACC_DTYPE)
+    acc = tl.zeros([config.BLOCK_DV], ACC_DTYPE)
     for step in range(count):
-        level = tl.load(some_lse + head * pieces + first + step + one)
-        own = tl.load(_vector(some_out, head, H, first + step, d), mask=d < shape.value_dim, other=0.0)
-        new = tl.maximum(top, level)
-        by = tl.where(new == float("-inf"), 0.0, new)
-        less, more = tl.exp(top - by), tl.exp(level - by)
-        heard, total, top = heard * less + own * more, total * less + more, new
-    some = tl.where(total == 0.0, 1.0, total)
-    tl.store(_vector(out, head, H, node, d), (heard / some).to(out[0].dtype.element_ty), mask=d < shape.value_dim)
-    tl.store(lse + head * n + node + one, tl.where(total == 0.0, float("-inf"), top + tl.log(some)))
+        piece = first_piece + step
+        piece_lse = tl.load(lse_pieces + bh * num_pieces + piece + offs_1)
+        piece_out = tl.load(
+            _vector_ptrs(out_pieces, bh, num_heads, piece, offs_d), mask=offs_d < config.VALUE_DIM, other=0.0
+        )
+        new_max = tl.maximum(row_max, piece_lse)
+        safe_max = tl.where(new_max == float("-inf"), 0.0, new_max)
+        alpha, weight = tl.exp(row_max - safe_max), tl.exp(piece_lse - safe_max)
+        acc = acc * alpha + piece_out * weight
+        row_sum = row_sum * alpha + weight
+        row_max = new_max
+    safe_sum = tl.where(row_sum == 0.0, 1.0, row_sum)
+    ptrs = _vector_ptrs(out, bh, num_heads, query, offs_d)
+    tl.store(ptrs, (acc / safe_sum).to(out.ptr.dtype.element_ty), mask=offs_d < config.VALUE_DIM)
+    row_lse = tl.where(row_sum == 0.0, float("-inf"), row_max + tl.log(safe_sum))
+    tl.store(lse + bh * num_queries + query + offs_1, row_lse)
 
 
 @triton.jit
-def _pieces_of(of_node):
-    """A heavy node, its first piece, and how many."""
-    at = of_node + tl.program_id(0).to(tl.int64) * 3
-    return tl.load(at), tl.load(at + 1), (tl.load(at + 2) - tl.load(at + 1)).to(tl.int32)
+def _load_pieces(heavy_nodes):
+    """The heavy node of this program, its first piece, and how many it has."""
+    ptr = heavy_nodes + tl.program_id(0).to(tl.int64) * 3
+    return tl.load(ptr), tl.load(ptr + 1), (tl.load(ptr + 2) - tl.load(ptr + 1)).to(tl.int32)
 
 
 @triton.jit
-def _vector(x, head, H, node, d):
-    return x[0] + head // H * x[1] + head % H * x[2] + node * x[3] + d
+def _vector_ptrs(x, bh, num_heads, node, offs_d):
+    """Where the vector of a node stands; `bh` is batch · num_heads + head."""
+    return x.ptr + bh // num_heads * x.stride_batch + bh % num_heads * x.stride_head + node * x.stride_row + offs_d
 
 
 # ---------------------------------------------------------------------------------------------------- backward
 
 
 @triton.jit
-def _level(lse, at, mask):
-    """lse as a power of 2; inf where nobody is heard, so that exp2(s - lse) is 0."""
-    level = tl.load(lse + at, mask=mask, other=float("-inf"))
-    return tl.where(level == float("-inf"), float("inf"), level * LOG2_E)
+def _load_lse(lse, offsets, mask):
+    """lse as a power of 2; inf of a query without edges, so that exp2(qk - lse) is 0."""
+    row_lse = tl.load(lse + offsets, mask=mask, other=float("-inf"))
+    return tl.where(row_lse == float("-inf"), float("inf"), row_lse * LOG2_E)
 
 
-@triton.jit(do_not_specialize=["pieces", "head_blocks", "H", "n"])
-def _backward_queries(
-    sides, bias, half, pieces, head_blocks, H, group, n, scale, shape: tl.constexpr,
-    dout, lse, delta, dq, some_dq, dbias, factor, bias_grad: tl.constexpr,
+@triton.jit(do_not_specialize=["num_pieces", "num_head_blocks", "num_heads", "num_queries"])
+def _bwd_dq_kernel(
+    inputs, num_pieces, num_head_blocks, num_heads, group, num_queries, scale, config: tl.constexpr,
+    upstream, dq_out, dq_pieces, dbias, dq_scale, BIAS_GRAD: tl.constexpr,
 ):  # fmt: skip
-    number: tl.constexpr = tl.float64 if shape.double else tl.float32
-    place, to = _place(half, pieces, head_blocks, H, shape.heads, shape.heavy)
-    b, h, i, lo, count = place
-    q = _own(sides[0], b, h, H, i, shape.dim, shape.wide, number) * _exact(scale, number)
-    up = _own(dout, b, h, H, i, shape.value_dim, shape.value_wide, number)
-    at = (b * H + h) * n + i
-    level, mean = _level(lse, at, h < H), tl.load(delta + at, mask=h < H, other=0.0)
-    sums = tl.zeros([shape.heads, shape.wide], number)
-    for step in range(0, count, shape.edges):
-        live, j, e = _edges(half, lo, step, count, shape.edges)
-        k = _others(sides[1], b, h // group, H // group, j, live, shape.dim, shape.wide, number)
-        v = _others(sides[2], b, h // group, H // group, j, live, shape.value_dim, shape.value_wide, number)
-        s = tl.sum(k * q[None, :, :], 2)
-        keep = live[:, None] & (h < H)[None, :]
-        if shape.kind != NO_BIAS:
-            where = place_of_bias(bias, b, h[None, :], i, j[:, None], n, e[:, None], shape.kind)
-            s += tl.load(where, mask=keep, other=0.0).to(number) * LOG2_E
-        p = tl.where(keep, tl.exp2(s - level[None, :]), 0.0)
-        ds = p * (tl.sum(v * up[None, :, :], 2) - mean[None, :])
-        sums += tl.sum(ds[:, :, None] * k, 0)
-        if bias_grad:
-            if shape.kind == DENSE:
-                tl.store(place_of_bias(dbias, b, h[None, :], i, j[:, None], n, e[:, None], DENSE), ds, mask=keep)
-            else:
-                tl.store(place_of_bias(dbias, b, h[None, :], i, j[:, None], n, e[:, None], EDGE), ds, mask=keep)
-    _store(dq, some_dq, to, b, h, i, sums * _exact(factor, number), shape.dim, shape.wide)
+    """dq over the edges of a query, or over a piece of them; and the gradient of the bias of each edge."""
+    ACC_DTYPE: tl.constexpr = tl.float64 if config.IS_DOUBLE else tl.float32
+    work, target = _find_work(inputs.adjacency, num_pieces, num_head_blocks, num_heads, config.BLOCK_H, config.HEAVY)
+    batch, heads, query, _, num_edges = work
+    kv_heads, num_kv_heads = heads // group, num_heads // group
+    q = _load_node(inputs.q, batch, heads, num_heads, query, config.HEAD_DIM, config.BLOCK_D, ACC_DTYPE)
+    q = q * _exact(scale, ACC_DTYPE)
+    do = _load_node(upstream.dout, batch, heads, num_heads, query, config.VALUE_DIM, config.BLOCK_DV, ACC_DTYPE)
+    offs_lse = (batch * num_heads + heads) * num_queries + query
+    lse = _load_lse(upstream.lse, offs_lse, heads < num_heads)
+    delta = tl.load(upstream.delta + offs_lse, mask=heads < num_heads, other=0.0)
+    dq = tl.zeros([config.BLOCK_H, config.BLOCK_D], ACC_DTYPE)
+    for step in range(0, num_edges, config.BLOCK_E):
+        mask_e, keys, offs_e = _load_edges(inputs.adjacency, work, step, config.BLOCK_E)
+        k = _gather_nodes(
+            inputs.k, batch, kv_heads, num_kv_heads, keys, mask_e, config.HEAD_DIM, config.BLOCK_D, ACC_DTYPE
+        )
+        v = _gather_nodes(
+            inputs.v, batch, kv_heads, num_kv_heads, keys, mask_e, config.VALUE_DIM, config.BLOCK_DV, ACC_DTYPE
+        )
+
+        qk = tl.sum(k * q[None, :, :], 2)  # (BLOCK_E, BLOCK_H)
+        mask = mask_e[:, None] & (heads < num_heads)[None, :]
+        if config.BIAS_KIND != NO_BIAS:
+            ptrs = bias_ptrs(
+                inputs.bias, batch, heads[None, :], query, keys[:, None], offs_e[:, None], num_queries, config.BIAS_KIND
+            )
+            qk += tl.load(ptrs, mask=mask, other=0.0).to(ACC_DTYPE) * LOG2_E
+
+        p = tl.where(mask, tl.exp2(qk - lse[None, :]), 0.0)
+        ds = p * (tl.sum(v * do[None, :, :], 2) - delta[None, :])
+        dq += tl.sum(ds[:, :, None] * k, 0)
+        if BIAS_GRAD:  # of a pair, or of an edge: that of an offset is summed from those of its edges
+            GRAD_KIND: tl.constexpr = DENSE if config.BIAS_KIND == DENSE else EDGE
+            ptrs = bias_ptrs(
+                dbias, batch, heads[None, :], query, keys[:, None], offs_e[:, None], num_queries, GRAD_KIND
+            )
+            tl.store(ptrs, ds, mask=mask)
+    dq = dq * _exact(dq_scale, ACC_DTYPE)
+    _store_vectors(dq_out, dq_pieces, target, work, dq, config.HEAD_DIM, config.BLOCK_D)
 
 
-@triton.jit(do_not_specialize=["pieces", "head_blocks", "H", "n", "m"])
-def _backward_keys(
-    sides, bias, half, pieces, head_blocks, H, group, n, scale, shape: tl.constexpr,
-    dout, lse, delta, dk, some_dk, dv, some_dv, dbias, some_dbias, m, factor, bias_grad: tl.constexpr,
+@triton.jit(do_not_specialize=["num_pieces", "num_head_blocks", "num_heads", "num_queries", "num_keys"])
+def _bwd_dkdv_kernel(
+    inputs, num_pieces, num_head_blocks, num_heads, group, num_queries, scale, config: tl.constexpr,
+    upstream, dk_out, dk_pieces, dv_out, dv_pieces, dbias_out, dbias_pieces, num_keys, dk_scale,
+    BIAS_GRAD: tl.constexpr,
 ):  # fmt: skip
-    number: tl.constexpr = tl.float64 if shape.double else tl.float32
-    place, to = _place(half, pieces, head_blocks, H // group, shape.heads, shape.heavy)
-    b, hk, j, lo, count = place
-    k = _own(sides[1], b, hk, H // group, j, shape.dim, shape.wide, number) * _exact(scale, number)
-    v = _own(sides[2], b, hk, H // group, j, shape.value_dim, shape.value_wide, number)
-    sums = tl.zeros([shape.heads, shape.wide], number)
-    value_sums = tl.zeros([shape.heads, shape.value_wide], number)
-    there = hk < H // group
+    """dk and dv over the edges of a key, or over a piece of them; and the gradient of a bias of the key alone.
+
+    The query heads of a group come one after the other.
+    """
+    ACC_DTYPE: tl.constexpr = tl.float64 if config.IS_DOUBLE else tl.float32
+    num_kv_heads = num_heads // group
+    work, target = _find_work(inputs.adjacency, num_pieces, num_head_blocks, num_kv_heads, config.BLOCK_H, config.HEAVY)
+    batch, kv_heads, key, _, num_edges = work
+    k = _load_node(inputs.k, batch, kv_heads, num_kv_heads, key, config.HEAD_DIM, config.BLOCK_D, ACC_DTYPE)
+    k = k * _exact(scale, ACC_DTYPE)
+    v = _load_node(inputs.v, batch, kv_heads, num_kv_heads, key, config.VALUE_DIM, config.BLOCK_DV, ACC_DTYPE)
+    dk = tl.zeros([config.BLOCK_H, config.BLOCK_D], ACC_DTYPE)
+    dv = tl.zeros([config.BLOCK_H, config.BLOCK_DV], ACC_DTYPE)
     for of_group in range(group):
-        h = hk * group + of_group
-        bias_sums = tl.zeros([shape.heads], number)
-        for step in range(0, count, shape.edges):
-            live, i, e = _edges(half, lo, step, count, shape.edges)
-            keep = live[:, None] & there[None, :]
-            q = _others(sides[0], b, h, H, i, live, shape.dim, shape.wide, number)
-            up = _others(dout, b, h, H, i, live, shape.value_dim, shape.value_wide, number)
-            at = (b * H + h)[None, :] * n + i[:, None]
-            s = tl.sum(q * k[None, :, :], 2)
-            if shape.kind != NO_BIAS:
-                if shape.kind == EDGE:
-                    e = tl.load(half[3] + e, mask=live, other=0).to(tl.int64)
-                where = place_of_bias(bias, b, h[None, :], i[:, None], j, n, e[:, None], shape.kind)
-                s += tl.load(where, mask=keep, other=0.0).to(number) * LOG2_E
-            p = tl.where(keep, tl.exp2(s - _level(lse, at, keep)), 0.0)
-            ds = p * (tl.sum(up * v[None, :, :], 2) - tl.load(delta + at, mask=keep, other=0.0))
-            sums += tl.sum(ds[:, :, None] * q, 0)
-            value_sums += tl.sum(p[:, :, None] * up, 0)
-            if bias_grad:
-                bias_sums += tl.sum(ds, 0)
-        if bias_grad:
-            at, of_piece, of_node = to
-            _put(dbias, some_dbias, (at, of_piece * group, of_node * group), b, h, H, j, m, pieces, bias_sums)
-    _store(dk, some_dk, to, b, hk, j, sums * _exact(factor, number), shape.dim, shape.wide)
-    _store(dv, some_dv, to, b, hk, j, value_sums, shape.value_dim, shape.value_wide)
+        heads = kv_heads * group + of_group
+        dbias = tl.zeros([config.BLOCK_H], ACC_DTYPE)
+        for step in range(0, num_edges, config.BLOCK_E):
+            mask_e, queries, offs_e = _load_edges(inputs.adjacency, work, step, config.BLOCK_E)
+            mask = mask_e[:, None] & (kv_heads < num_kv_heads)[None, :]
+            q = _gather_nodes(
+                inputs.q, batch, heads, num_heads, queries, mask_e, config.HEAD_DIM, config.BLOCK_D, ACC_DTYPE
+            )
+            do = _gather_nodes(
+                upstream.dout, batch, heads, num_heads, queries, mask_e, config.VALUE_DIM, config.BLOCK_DV, ACC_DTYPE
+            )
+            offs_lse = (batch * num_heads + heads)[None, :] * num_queries + queries[:, None]
+
+            qk = tl.sum(q * k[None, :, :], 2)  # (BLOCK_E, BLOCK_H)
+            if config.BIAS_KIND != NO_BIAS:
+                if config.BIAS_KIND == EDGE:
+                    offs_e = tl.load(inputs.adjacency.edge + offs_e, mask=mask_e, other=0).to(tl.int64)
+                ptrs = bias_ptrs(
+                    inputs.bias, batch, heads[None, :], queries[:, None], key, offs_e[:, None], num_queries,
+                    config.BIAS_KIND,
+                )  # fmt: skip
+                qk += tl.load(ptrs, mask=mask, other=0.0).to(ACC_DTYPE) * LOG2_E
+
+            p = tl.where(mask, tl.exp2(qk - _load_lse(upstream.lse, offs_lse, mask)), 0.0)
+            delta = tl.load(upstream.delta + offs_lse, mask=mask, other=0.0)
+            ds = p * (tl.sum(do * v[None, :, :], 2) - delta)
+            dk += tl.sum(ds[:, :, None] * q, 0)
+            dv += tl.sum(p[:, :, None] * do, 0)
+            if BIAS_GRAD:
+                dbias += tl.sum(ds, 0)
+        if BIAS_GRAD:
+            of_heads = Target(target.piece, target.piece_heads * group, target.node_heads * group)
+            _store_scalars(dbias_out, dbias_pieces, of_heads, batch, heads, num_heads, key, num_keys, num_pieces, dbias)
+    dk = dk * _exact(dk_scale, ACC_DTYPE)
+    _store_vectors(dk_out, dk_pieces, target, work, dk, config.HEAD_DIM, config.BLOCK_D)
+    _store_vectors(dv_out, dv_pieces, target, work, dv, config.VALUE_DIM, config.BLOCK_DV)
 
 
-@triton.jit(do_not_specialize=["H"])
-def _gather(of_node, H, shape: tl.constexpr, total, some, dim: tl.constexpr, wide: tl.constexpr):
+@triton.jit(do_not_specialize=["num_heads"])
+def _sum_pieces_kernel(
+    heavy_nodes, num_heads, config: tl.constexpr, out, out_pieces, DIM: tl.constexpr, BLOCK_D: tl.constexpr
+):
     """The gradient of a heavy node, the sum of those of its pieces."""
-    number: tl.constexpr = tl.float64 if shape.double else tl.float32
-    node, first, count = _pieces_of(of_node)
-    head, d = tl.program_id(1).to(tl.int64), tl.arange(0, wide)
-    sums = tl.zeros([wide], number)
+    ACC_DTYPE: tl.constexpr = tl.float64 if config.IS_DOUBLE else tl.float32
+    node, first_piece, count = _load_pieces(heavy_nodes)
+    bh, offs_d = tl.program_id(1).to(tl.int64), tl.arange(0, BLOCK_D)
+    acc = tl.zeros([BLOCK_D], ACC_DTYPE)
     for step in range(count):
-        sums += tl.load(_vector(some, head, H, first + step, d), mask=d < dim, other=0.0)
-    tl.store(_vector(total, head, H, node, d), sums.to(total[0].dtype.element_ty), mask=d < dim)
+        acc += tl.load(
+            _vector_ptrs(out_pieces, bh, num_heads, first_piece + step, offs_d), mask=offs_d < DIM, other=0.0
+        )
+    ptrs = _vector_ptrs(out, bh, num_heads, node, offs_d)
+    tl.store(ptrs, acc.to(out.ptr.dtype.element_ty), mask=offs_d < DIM)
 
 
 # ------------------------------------------------------------------------------------------------------ launch
 
 
-class Shape(NamedTuple):
-    """What a kernel is compiled for."""
-
-    dim: int
-    value_dim: int
-    wide: int
-    value_wide: int
-    heads: int  # of a program
-    edges: int  # at a time
-    heavy: int  # edges above which a node is cut into pieces
-    kind: int
-    double: bool
+NUM_WARPS = 4
+# By kernel: how many numbers of neighbours, BLOCK_E · BLOCK_H · BLOCK_D, a program holds at a time, so that all stay in
+# registers, counted in what the compiler makes for sm_90 (tests/compile_triton.py). Not yet measured on a GPU.
+NUMBERS_IN_REGISTERS = {"_fwd_kernel": 4096, "_bwd_dq_kernel": 2048, "_bwd_dkdv_kernel": 2048}
+MIN_BLOCK_E = 4  # fewer heads rather than fewer edges
+MAX_GRID_Y = 1 << 16  # programs on the second axis of a grid
 
 
-WARPS = 4
-# By kernel: numbers of neighbours that a program holds at a time, so that all stay in registers, counted in what the
-# compiler makes for sm_90 (tests/compile_triton.py). Not yet measured on a GPU.
-NUMBERS = {"_forward": 4096, "_backward_queries": 2048, "_backward_keys": 2048}
-FEWEST_EDGES = 4  # at a time: fewer heads rather than fewer edges
-
-
-def forward(q: Tensor, k: Tensor, v: Tensor, layout, bias, scale: float) -> tuple[Tensor, Tensor]:
-    """See `rows_numba.forward`; in float16, bfloat16, float32 or float64."""
-    call = _Call(q, k, v, layout, bias, scale)
-    return call.forward(like(q, v.shape[3]))
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, layout: CSRLayout, bias: ScoreBias | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """out (B, H, N, Dv) and lse (B, H, N) over the edges of a layout; in float16, bfloat16, float32 or float64."""
+    return _Launcher(q, k, v, layout, bias, scale).forward(like(q, v.shape[3]))
 
 
 def backward(
-    q, k, v, out, lse, dout, dlse, layout, bias, scale: float, bias_grad: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """See `rows_numba.backward`."""
-    call, of_keys = _Call(q, k, v, layout, bias, scale), bias_grad and bias[0] == "dense" and bias[1].shape[2] == 1
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None,
+    layout: CSRLayout, bias: ScoreBias | None, scale: float, bias_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """dq, dk, dv and, with `bias_grad`, the gradient of the bias's values; out and lse may be those of more edges."""
+    launcher = _Launcher(q, k, v, layout, bias, scale)
+    kind, values = bias if bias is not None and bias_grad else (None, None)
+    of_keys = kind == "dense" and values is not None and values.shape[2] == 1
     lse = lse.contiguous()
-    past = side_of(dout), lse, delta(out, dout, lse, dlse)
-    room = call.room(of_keys) if bias_grad else None
-    dq = call.of_queries(past, like(q, q.shape[3]), None if of_keys else room)
-    dk, dv = call.of_keys(past, like(k, k.shape[3]), like(v, v.shape[3]), room if of_keys else None)
-    return dq, dk, dv, call.gathered(room) if bias_grad else None
+    upstream = Upstream(ptr_and_strides(dout), lse, compute_delta(out, dout, lse, dlse))
+    edge_grads = None if values is None else launcher.empty_edge_grads(of_keys)
+    dq = launcher.backward_dq(upstream, like(q, q.shape[3]), None if of_keys else edge_grads)
+    dk, dv = launcher.backward_dkdv(upstream, like(k, k.shape[3]), like(v, v.shape[3]), edge_grads if of_keys else None)
+    return dq, dk, dv, None if edge_grads is None or values is None else launcher.reduce_edge_grads(values, edge_grads)
 
 
-class _Call:
+class _Launcher:
     """What all kernels of a call are given: tensors, layout, sizes."""
 
-    def __init__(self, q: Tensor, k: Tensor, v: Tensor, layout, bias, scale: float):
-        (self.B, self.H, self.n, D), (_, self.key_heads, self.m, Dv) = q.shape, v.shape
-        self.layout, self.given, self.factor, self.scale = layout, bias, _in_two(scale), _in_two(scale * LOG2_E.value)
-        self.kind, self.dims = KINDS[bias[0]] if bias else NO_BIAS.value, (D, Dv, width(D), width(Dv))
-        self.sides = tuple(side_of(side) for side in (q, k, v))
-        self.bias = bias_of(spread(bias)) if bias else self.sides[0]
-        self.double, self.wide = q.dtype == torch.float64, torch.promote_types(q.dtype, torch.float32)
+    def __init__(
+        self, q: Tensor, k: Tensor, v: Tensor, layout: CSRLayout, bias: ScoreBias | None, scale: float
+    ) -> None:
+        self.B, self.H, self.N, D = q.shape
+        _, self.kv_heads, self.M, Dv = v.shape
+        self.layout = layout
+        self.out_scale, self.scale = _in_two(scale), _in_two(scale * LOG2_E.value)
+        self.bias_kind = BIAS_KINDS[None if bias is None else bias[0]]
+        self.dims = D, Dv, padded_dim(D), padded_dim(Dv)
+        self.qkv = ptr_and_strides(q), ptr_and_strides(k), ptr_and_strides(v)
+        self.bias = self.qkv[0] if bias is None else bias_ptr_and_strides(in_four_dims(*bias))
+        self.is_double = q.dtype == torch.float64
+        self.acc_dtype = torch.promote_types(q.dtype, torch.float32)
 
     def forward(self, out: Tensor) -> tuple[Tensor, Tensor]:
-        half, lse = self.layout.by_query, self._room(self.n)
-        some_out, some_lse = self._room(half.num_pieces, self.dims[1]), self._room(half.num_pieces)
-        self._run(_forward, half, self.H, side_of(out), side_of(some_out), lse, some_lse)
-        if heavy := len(half.pieces):
-            _merge[heavy, self.B * self.H](
-                half.pieces, half.num_pieces, self.H, self.n, constants(self._shape(_merge, half, 1)),
-                side_of(out), side_of(some_out), lse, some_lse,
-            )  # fmt: skip
+        adjacency, lse = self.layout.by_query, self._empty(self.N)
+        out_pieces, lse_pieces = self._empty(adjacency.num_pieces, self.dims[1]), self._empty(adjacency.num_pieces)
+        results = ptr_and_strides(out), ptr_and_strides(out_pieces), lse, lse_pieces
+        self._launch(_fwd_kernel, adjacency, self.H, *results)
+        if num_heavy := len(adjacency.pieces):
+            config = constexprs(self._config(_merge_pieces_kernel, adjacency, 1))
+            _merge_pieces_kernel[num_heavy, self.B * self.H](
+                adjacency.pieces, adjacency.num_pieces, self.H, self.N, config, *results
+            )
         return out, lse
 
-    def of_queries(self, past: tuple, dq: Tensor, room: Tensor | None) -> Tensor:
-        half = self.layout.by_query
-        some, to = self._room(half.num_pieces, self.dims[0]), self.bias if room is None else bias_of(room)
-        self._run(_backward_queries, half, self.H, *past, side_of(dq), side_of(some), to, self.factor, room is not None)
-        self._gather(half, dq, some)
+    def backward_dq(self, upstream: Upstream, dq: Tensor, edge_grads: Tensor | None) -> Tensor:
+        adjacency = self.layout.by_query
+        dq_pieces = self._empty(adjacency.num_pieces, self.dims[0])
+        dbias = self.bias if edge_grads is None else bias_ptr_and_strides(edge_grads)
+        self._launch(
+            _bwd_dq_kernel, adjacency, self.H,
+            upstream, ptr_and_strides(dq), ptr_and_strides(dq_pieces), dbias, self.out_scale, edge_grads is not None,
+        )  # fmt: skip
+        self._sum_pieces(adjacency, dq, dq_pieces)
         return dq
 
-    def of_keys(self, past: tuple, dk: Tensor, dv: Tensor, room: Tensor | None) -> tuple[Tensor, Tensor]:
-        half = self.layout.numbered if self.kind == EDGE.value else self.layout.by_key
-        heads = self.key_heads
-        some = [self._room(half.num_pieces, side.shape[3], heads) for side in (dk, dv)]
-        some_bias = self._room(half.num_pieces, 1)
-        self._run(
-            _backward_keys, half, heads, *past, side_of(dk), side_of(some[0]), side_of(dv), side_of(some[1]),
-            some_bias if room is None else room, some_bias, self.m, self.factor, room is not None,
+    def backward_dkdv(
+        self, upstream: Upstream, dk: Tensor, dv: Tensor, key_grads: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        adjacency = self.layout.numbered if self.bias_kind == EDGE.value else self.layout.by_key
+        dk_pieces = self._empty(adjacency.num_pieces, self.dims[0], self.kv_heads)
+        dv_pieces = self._empty(adjacency.num_pieces, self.dims[1], self.kv_heads)
+        dbias_pieces = self._empty(adjacency.num_pieces, 1)
+        self._launch(
+            _bwd_dkdv_kernel, adjacency, self.kv_heads,
+            upstream, ptr_and_strides(dk), ptr_and_strides(dk_pieces), ptr_and_strides(dv), ptr_and_strides(dv_pieces),
+            dbias_pieces if key_grads is None else key_grads, dbias_pieces, self.M, self.out_scale,
+            key_grads is not None,
         )  # fmt: skip
-        for total, part in zip((dk, dv), some, strict=True):
-            self._gather(half, total, part)
-        if room is not None:
-            self._gather(half, room[:, :, 0, :, None], some_bias)
+        self._sum_pieces(adjacency, dk, dk_pieces)
+        self._sum_pieces(adjacency, dv, dv_pieces)
+        if key_grads is not None:
+            self._sum_pieces(adjacency, key_grads[:, :, 0, :, None], dbias_pieces)
         return dk, dv
 
-    def _room(self, nodes: int, dim: int = 0, heads: int | None = None) -> Tensor:
+    def _empty(self, nodes: int, dim: int = 0, heads: int | None = None) -> Tensor:
         """For numbers of nodes, (B, H, nodes) or (B, H, nodes, dim), in the precision of the sums."""
         shape = (self.B, heads or self.H, nodes, dim) if dim else (self.B, self.H, nodes)
-        return torch.empty(shape, dtype=self.wide, device=self.sides[0][0].device)
+        return torch.empty(shape, dtype=self.acc_dtype, device=self.qkv[0].ptr.device)
 
-    def _shape(self, kernel, half, heads: int) -> Shape:
-        most = NUMBERS.get(kernel.fn.__name__, 1) // max(self.dims[2:]) // (1 + self.double)
-        together = min(triton.next_power_of_2(heads), max(1, most // FEWEST_EDGES))
-        edges = max(1, most // together)
-        return Shape(*self.dims, together, edges, half.heavy, self.kind, self.double)
+    def _config(self, kernel: triton.JITFunction, adjacency: Adjacency, heads: int) -> Config:
+        numbers = NUMBERS_IN_REGISTERS.get(kernel.fn.__name__, 1) // max(self.dims[2:]) // (1 + self.is_double)
+        block_h = min(triton.next_power_of_2(heads), max(1, numbers // MIN_BLOCK_E))
+        block_e = max(1, numbers // block_h)
+        return Config(*self.dims, block_h, block_e, adjacency.heavy, self.bias_kind, self.is_double)
 
-    def _run(self, kernel, half, heads: int, *own) -> None:
+    def _launch(self, kernel: triton.JITFunction, adjacency: Adjacency, heads: int, *own) -> None:
         """A kernel, for each node or piece of one, and each block of heads."""
-        shape, works = self._shape(kernel, half, heads), half.num_pieces + len(half.start) - 1
-        blocks = -(-heads // shape.heads)
-        if self.B * heads >= MOST_ON_AN_AXIS:
-            raise ValueError(f"rows on a GPU take batch · heads below {MOST_ON_AN_AXIS:,} (got {self.B * heads:,})")
-        if works * self.B:
-            kernel[works, self.B * blocks](
-                self.sides, self.bias, (half.start, half.neighbor, half.units, half.edge), half.num_pieces, blocks,
-                self.H, self.H // self.key_heads, self.n, self.scale, constants(shape), *own, num_warps=WARPS,
+        config = self._config(kernel, adjacency, heads)
+        num_units = adjacency.num_pieces + len(adjacency.start) - 1
+        head_blocks = triton.cdiv(heads, config.BLOCK_H)
+        if self.B * heads >= MAX_GRID_Y:
+            raise ValueError(f"rows on a GPU take batch · heads below {MAX_GRID_Y:,} (got {self.B * heads:,})")
+        if num_units * self.B:
+            kernel[num_units, self.B * head_blocks](
+                Inputs(*self.qkv, self.bias, _adjacency_ptrs(adjacency)), adjacency.num_pieces, head_blocks,
+                self.H, self.H // self.kv_heads, self.N, self.scale, constexprs(config), *own, num_warps=NUM_WARPS,
             )  # fmt: skip
 
-    def _gather(self, half, total: Tensor, some: Tensor) -> None:
+    def _sum_pieces(self, adjacency: Adjacency, grad: Tensor, grad_pieces: Tensor) -> None:
         """The gradients of heavy nodes."""
-        if heavy := len(half.pieces):
-            heads, dim = total.shape[1], total.shape[3]
-            _gather[heavy, self.B * heads](
-                half.pieces,
-                heads,
-                constants(self._shape(_gather, half, 1)),
-                side_of(total),
-                side_of(some),
-                dim,
-                width(dim),
-            )
+        if num_heavy := len(adjacency.pieces):
+            heads, dim = grad.shape[1], grad.shape[3]
+            config = constexprs(self._config(_sum_pieces_kernel, adjacency, 1))
+            _sum_pieces_kernel[num_heavy, self.B * heads](
+                adjacency.pieces, heads, config, ptr_and_strides(grad), ptr_and_strides(grad_pieces),
+                dim, padded_dim(dim),
+            )  # fmt: skip
 
     # The gradient of a bias: kernels store one number for each head and edge, pair, or key; then those that share a
     # value are summed.
 
-    def room(self, of_keys: bool) -> Tensor:
-        """Where the kernels store it."""
-        if self.given[0] == "dense":
-            return (
-                self._room(self.m)[:, :, None]
-                if of_keys
-                else self._room(self.n * self.m).unflatten(2, (self.n, self.m)).zero_()
-            )
-        return self._room(len(self.layout.by_query.neighbor))[:, :, None]
+    def empty_edge_grads(self, of_keys: bool) -> Tensor:
+        """Where the kernels store it, zeros where they may store nothing."""
+        if self.bias_kind != DENSE.value:
+            return self._empty(len(self.layout.by_query.neighbor))[:, :, None]
+        if of_keys:
+            return self._empty(self.M)[:, :, None]
+        return self._empty(self.N * self.M).unflatten(2, (self.N, self.M)).zero_()
 
-    def gathered(self, room: Tensor) -> Tensor:
+    def reduce_edge_grads(self, values: Tensor, edge_grads: Tensor) -> Tensor:
         """The gradient of the bias's values."""
-        kind, values = self.given
-        if kind == "dense":
-            return summed_as(values, room)
-        if kind == "edge":
-            return summed_as(values, room[:, :, 0])
-        half = self.layout.by_query
-        query = torch.arange(self.n, device=room.device).repeat_interleave(half.start.diff())
-        place, order = (half.neighbor - query + self.n - 1).sort(stable=True)  # the sums of each j - i, in order
-        lengths = torch.searchsorted(place, torch.arange(self.n + self.m, device=room.device)).diff()
-        sums = room[:, :, 0].sum(0, dtype=torch.float64)[:, order].T.contiguous()
-        found = torch.segment_reduce(sums, "sum", lengths=lengths).T.to(room.dtype)
-        return found.sum(0, keepdim=True) if values.shape[0] == 1 else found
+        if self.bias_kind == DENSE.value:
+            return sum_to_shape_of(values, edge_grads)
+        if self.bias_kind == EDGE.value:
+            return sum_to_shape_of(values, edge_grads[:, :, 0])
+        adjacency = self.layout.by_query
+        query = torch.arange(self.N, device=edge_grads.device).repeat_interleave(adjacency.start.diff())
+        offset, order = (adjacency.neighbor - query + self.N - 1).sort(stable=True)  # sums in the order of edges
+        lengths = torch.searchsorted(offset, torch.arange(self.N + self.M, device=edge_grads.device)).diff()
+        sums = edge_grads[:, :, 0].sum(0, dtype=torch.float64)[:, order].T.contiguous()
+        dbias = torch.segment_reduce(sums, "sum", lengths=lengths).T.to(edge_grads.dtype)
+        return dbias.sum(0, keepdim=True) if values.shape[0] == 1 else dbias
 
 
-MOST_ON_AN_AXIS = 1 << 16
+def _adjacency_ptrs(adjacency: Adjacency) -> AdjacencyPtrs:
+    """The edges of each query, or of each key, as kernels take them."""
+    return AdjacencyPtrs(adjacency.start, adjacency.neighbor, adjacency.units, adjacency.edge)
 
 
 def _in_two(x: float) -> tuple[float, float]:

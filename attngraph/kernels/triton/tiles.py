@@ -1,19 +1,37 @@
-"""Attention over tiles in Triton, for a GPU: forward, then dq by rows of tiles, dk and dv by columns of them.
+"""Flash attention over the tiles of a graph in Triton, for a GPU: forward; then dq, and dk with dv.
 
-A program has a block of its own nodes in registers, and walks over the blocks across: first those of tiles with masks,
-then those of full tiles, in two loops without branches. Nothing is added atomically: the same bits every run. The
-scores are exponents of 2.
+The loops are those of FlashAttention-2 (Dao, 2023), over the tiles that have an edge alone. A tile has TILE_M queries
+and TILE_N keys; a block, what is multiplied at once, BLOCK_M ≤ TILE_M of its queries and BLOCK_N ≤ TILE_N of its keys.
 
-How tensors and biases come to a kernel stands in `gpu.py`. `tiles` are start, full, other, mask, at and order of a
-`TileRows`; `masks` are the words, those of the transposed masks, and the numbers of the first edges. A tile has `high`
-queries and `broad` keys, a block `rows` and `keys` of them. All pairs of a tile are multiplied: a NaN or an infinity in
-a key or a value may reach the queries of its tiles that do not hear it.
+| kernel | a program has | and walks over | grid |
+|---|---|---|---|
+| `_fwd_kernel` | BLOCK_M queries of one head | the tiles of their row | (blocks of queries · B · H,) |
+| `_bwd_dq_kernel` | BLOCK_M queries of one head | the tiles of their row | (blocks of queries · B · H,) |
+| `_bwd_dkdv_kernel` | BLOCK_N keys of one key head | the tiles of their column | (blocks of keys · B · Hkv,) |
+
+Each walks first over tiles with masks, then over full tiles, in two loops without branches; `_bwd_dkdv_kernel` takes
+the query heads of a group one after the other at each tile. Rows with most tiles come first. Nothing is added
+atomically: the same bits every run. Scores are exponents of 2. All pairs of a tile are multiplied: a NaN or an infinity
+in a key or a value may reach queries of its tiles that do not hear it.
+
+| argument | fields | see |
+|---|---|---|
+| `inputs` | q, k, v, bias, tiles, masks | `Inputs` |
+| `inputs.tiles` | start, first_full, column, mask, table_index, order | `TilePtrs`: the tiles of each row, or column |
+| `inputs.masks` | words, words_by_key, first_edge | `MaskPtrs` |
+| `upstream` | dout, lse, delta | `Upstream` in common.py |
+| `block` | batch, head, kv_head, offs_m, start_m, … | `QueryBlock`, `KeyBlock`: what the program has |
+| `config` | HEAD_DIM, …, NUM_STAGES | `Config`: what the kernel is compiled for |
 """
+
+# pyright: reportIndexIssue=false, reportArgumentType=false, reportOperatorIssue=false, reportCallIssue=false
+# pyright: reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
+# Triton compiles the functions under @triton.jit: what Python takes for a constexpr is a `Config`, a number or a block.
 
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import triton
@@ -22,374 +40,453 @@ from torch import Tensor
 
 from attngraph.kernels.memory import like
 from attngraph.kernels.triton.common import (
+    BIAS_KINDS,
     DENSE,
     EDGE,
-    KINDS,
     LN_2,
     LOG2_E,
     NO_BIAS,
     OFFSET,
-    bias_of,
-    constants,
-    delta,
-    place_of_bias,
-    side_of,
-    spread,
-    summed_as,
-    vectors,
-    width,
+    Strided,
+    StridedBias,
+    Upstream,
+    bias_ptr_and_strides,
+    bias_ptrs,
+    compute_delta,
+    constexprs,
+    in_four_dims,
+    load_rows,
+    padded_dim,
+    ptr_and_strides,
+    store_rows,
+    sum_to_shape_of,
 )
 
-# ------------------------------------------------------------------------------------------ what a block reads
+if TYPE_CHECKING:
+    from attngraph.kernels.contract import ScoreBias
+    from attngraph.kernels.triton.common import TileRows, TilesLayout
+
+# --------------------------------------------------------------------------------------------------- arguments
+
+
+class TilePtrs(NamedTuple):
+    """The tiles of each row, those with masks first; for dk and dv, of each column (read row for column)."""
+
+    start: Tensor  # int64 (rows + 1,): the first tile of each row
+    first_full: Tensor  # int64 (rows,): the first of its tiles without a mask
+    column: Tensor  # int32 (T,): the column of each tile
+    mask: Tensor  # int32 (T,): the number of its mask
+    table_index: Tensor  # int32 (T,): its number in the table of tiles
+    order: Tensor  # int32 (rows,): the rows, those with most tiles first
+
+
+class MaskPtrs(NamedTuple):
+    """The masks of tiles, 32 pairs to a word."""
+
+    words: Tensor  # int32 (masks, TILE_M, TILE_N / 32)
+    words_by_key: Tensor  # int32 (masks, TILE_N, TILE_M / 32): of the transposed masks
+    first_edge: Tensor  # (T, TILE_M, TILE_N / 32): the number of the first edge of each word; read with a bias of edges
+
+
+class Inputs(NamedTuple):
+    """What all kernels of a call read."""
+
+    q: Strided
+    k: Strided
+    v: Strided
+    bias: StridedBias | Strided  # without a bias, q: it is not read
+    tiles: TilePtrs
+    masks: MaskPtrs
+
+
+class Config(NamedTuple):
+    """What a kernel is compiled for."""
+
+    HEAD_DIM: int
+    VALUE_DIM: int
+    BLOCK_D: int  # HEAD_DIM, padded to a power of two
+    BLOCK_DV: int  # VALUE_DIM, padded
+    TILE_M: int
+    TILE_N: int
+    BLOCK_M: int
+    BLOCK_N: int
+    BIAS_KIND: int
+    PRECISION: str
+    NUM_STAGES: int
+
+
+class QueryBlock(NamedTuple):
+    """In a kernel: the queries of a program."""
+
+    batch: tl.tensor
+    head: tl.tensor
+    kv_head: tl.tensor
+    offs_m: tl.tensor  # (BLOCK_M,): their numbers
+    start_m: tl.tensor  # the first one's place in its tiles
+    num_queries: tl.tensor
+    num_keys: tl.tensor
+
+
+class KeyBlock(NamedTuple):
+    """In a kernel: the keys of a program."""
+
+    batch: tl.tensor
+    kv_head: tl.tensor
+    num_heads: tl.tensor
+    group: tl.tensor  # query heads of a key head
+    offs_n: tl.tensor  # (BLOCK_N,): their numbers
+    start_n: tl.tensor  # the first one's place in its tiles
+    num_queries: tl.tensor
+
+
+# ------------------------------------------------------------------------------------------ what a program reads
 
 
 @triton.jit
-def _put(side, b, h, node, count, x, dim: tl.constexpr, wide: tl.constexpr):
-    """Store the vectors x (nodes, wide) of some nodes."""
-    d = tl.arange(0, wide)
-    at = side[0] + b * side[1] + h * side[2] + node[:, None] * side[3] + d[None, :]
-    tl.store(at, x.to(side[0].dtype.element_ty), mask=(node < count)[:, None] & (d < dim)[None, :])
+def _find_block(tiles, block, TILE: tl.constexpr, BLOCK: tl.constexpr):
+    """The row of tiles of a block, those with most tiles first; where in it the block begins; the block's nodes."""
+    row = tl.load(tiles.order + block // (TILE // BLOCK)).to(tl.int64)
+    start = (block % (TILE // BLOCK)) * BLOCK
+    return row, start, row * TILE + start + tl.arange(0, BLOCK)
 
 
 @triton.jit
-def _row(tiles, block, parts: tl.constexpr, size: tl.constexpr):
-    """The row of tiles that a block lies in, those with the most tiles first; and its first node in this row."""
-    return tl.load(tiles[5] + block // parts).to(tl.int64), (block % parts) * size
+def _tile_range(tiles, row):
+    """The tiles of a row: those with masks are begin … first_full - 1, the full ones first_full … end - 1."""
+    begin, first_full = tl.load(tiles.start + row), tl.load(tiles.first_full + row)
+    end = tl.load(tiles.start + row + 1)
+    return begin.to(tl.int32), first_full.to(tl.int32), end.to(tl.int32)
 
 
 @triton.jit
-def _range(tiles, row):
-    """The tiles of a row: where those with masks begin, where full ones do, and where they end."""
-    lo, middle, hi = tl.load(tiles[0] + row), tl.load(tiles[1] + row), tl.load(tiles[0] + row + 1)
-    return lo.to(tl.int32), middle.to(tl.int32), hi.to(tl.int32)
-
-
-@triton.jit
-def _edges(
-    words, tiles, at, row, column,
-    high: tl.constexpr, broad: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr, masked: tl.constexpr,
+def _load_mask(
+    words, tiles, tile, start_row, start_col,
+    TILE_ROWS: tl.constexpr, TILE_COLS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
+    IS_MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Which pairs of a block (rows, columns), from this row and column of a tile (high, broad) on, are edges."""
-    if masked:
-        r, w = row + tl.arange(0, rows), column // 32 + tl.arange(0, columns // 32)
-        mask = words + tl.load(tiles[3] + at).to(tl.int64) * (high * broad // 32)
-        found = tl.load(mask + r[:, None] * (broad // 32) + w[None, :])
-        return tl.reshape((found[:, :, None] >> tl.arange(0, 32)[None, None, :]) & 1, [rows, columns]) != 0
-    return tl.full([rows, columns], 1, tl.int1)
+    """Which pairs are edges, (BLOCK_ROWS, BLOCK_COLS), in the block of a tile that begins at (start_row, start_col)."""
+    if IS_MASKED:
+        row, word = start_row + tl.arange(0, BLOCK_ROWS), start_col // 32 + tl.arange(0, BLOCK_COLS // 32)
+        ptrs = words + tl.load(tiles.mask + tile).to(tl.int64) * (TILE_ROWS * TILE_COLS // 32)
+        packed = tl.load(ptrs + row[:, None] * (TILE_COLS // 32) + word[None, :])
+        bits = (packed[:, :, None] >> tl.arange(0, 32)[None, None, :]) & 1
+        return tl.reshape(bits, [BLOCK_ROWS, BLOCK_COLS]) != 0
+    return tl.full([BLOCK_ROWS, BLOCK_COLS], 1, tl.int1)
 
 
 @triton.jit
-def _edge_number(
-    masks, tiles, at, r, c, high: tl.constexpr, broad: tl.constexpr, kind: tl.constexpr, masked: tl.constexpr
-):
-    """The numbers of the edges at rows r and columns c of a tile: those before its word, and the bits below it."""
-    number = r
-    if kind == EDGE:
-        word = r * (broad // 32) + c // 32
-        number = tl.load(masks[2] + tl.load(tiles[4] + at).to(tl.int64) * (high * broad // 32) + word)
-        if masked:
-            mask = masks[0] + tl.load(tiles[3] + at).to(tl.int64) * (high * broad // 32)
-            bits = tl.load(mask + word) & ((1 << (c % 32)) - 1)
-            bits = bits - ((bits >> 1) & 0x55555555)  # the count of its ones; the uppermost bit is never among them
+def _edge_numbers(masks, tiles, tile, row, col, config: tl.constexpr, IS_MASKED: tl.constexpr):
+    """The numbers of the edges at (row, col) of a tile, for a bias of edges: the number of the first edge of the word,
+    and how many bits are set before this one."""
+    edge = row
+    if config.BIAS_KIND == EDGE:
+        WORDS: tl.constexpr = config.TILE_M * config.TILE_N // 32  # of a tile
+        word = row * (config.TILE_N // 32) + col // 32
+        first_edge = masks.first_edge + tl.load(tiles.table_index + tile).to(tl.int64) * WORDS
+        edge = tl.load(first_edge + word)
+        if IS_MASKED:
+            mask = masks.words + tl.load(tiles.mask + tile).to(tl.int64) * WORDS
+            bits = tl.load(mask + word) & ((1 << (col % 32)) - 1)
+            bits = bits - ((bits >> 1) & 0x55555555)  # popcount; the uppermost bit is never among them
             bits = (bits & 0x33333333) + ((bits >> 2) & 0x33333333)
             bits = (bits + (bits >> 4)) & 0x0F0F0F0F
             bits = bits + (bits >> 8)
-            number += (bits + (bits >> 16)) & 63
+            edge += (bits + (bits >> 16)) & 63
         else:
-            number += c % 32
-    return number
+            edge += col % 32
+    return edge
 
 
 @triton.jit
-def _bias(bias, b, h, i, j, n, edge, keep, kind: tl.constexpr):
-    """The bias of pairs (i, j), times log2 e; `edge` are their numbers. It is read for edges alone."""
-    return tl.load(place_of_bias(bias, b, h, i, j, n, edge, kind), mask=keep, other=0.0).to(tl.float32) * LOG2_E
+def _load_bias(bias, batch, head, offs_m, offs_n, edge, num_queries, mask, BIAS_KIND: tl.constexpr):
+    """The bias of the pairs (offs_m, offs_n), times log2 e. It is read for edges alone."""
+    ptrs = bias_ptrs(bias, batch, head, offs_m, offs_n, edge, num_queries, BIAS_KIND)
+    return tl.load(ptrs, mask=mask, other=0.0).to(tl.float32) * LOG2_E
+
+
+@triton.jit
+def _add_bias_and_mask(qk, inputs, block, tile, start_n, offs_n, config: tl.constexpr, IS_MASKED: tl.constexpr):
+    """The scores of a block of queries with their bias, -inf where there is no edge; which pairs are edges; and the
+    numbers of these edges."""
+    row = (block.start_m + tl.arange(0, config.BLOCK_M))[:, None]
+    col = (start_n + tl.arange(0, config.BLOCK_N))[None, :]
+    mask = _load_mask(
+        inputs.masks.words, inputs.tiles, tile, block.start_m, start_n,
+        config.TILE_M, config.TILE_N, config.BLOCK_M, config.BLOCK_N, IS_MASKED,
+    )  # fmt: skip
+    edge = _edge_numbers(inputs.masks, inputs.tiles, tile, row, col, config, IS_MASKED)
+    if config.BIAS_KIND != NO_BIAS:
+        qk += _load_bias(
+            inputs.bias, block.batch, block.head, block.offs_m[:, None], offs_n[None, :], edge, block.num_queries, mask,
+            config.BIAS_KIND,
+        )  # fmt: skip
+    if IS_MASKED:
+        qk = tl.where(mask, qk, float("-inf"))
+    return qk, mask, edge
 
 
 # ----------------------------------------------------------------------------------------------------- forward
 
 
 @triton.jit
-def _hear(
-    heard, top, total, own, sides, bias, tiles, masks, place, count, lo, hi, scale,
-    dim: tl.constexpr, value_dim: tl.constexpr, wide: tl.constexpr, value_wide: tl.constexpr,
-    high: tl.constexpr, broad: tl.constexpr, rows: tl.constexpr, keys: tl.constexpr,
-    kind: tl.constexpr, precision: tl.constexpr, stages: tl.constexpr, masked: tl.constexpr,
+def _fwd_inner(
+    acc, row_max, row_sum, q, inputs, block, begin, end, scale, config: tl.constexpr, IS_MASKED: tl.constexpr
+):
+    """Online softmax of a block of queries over the tiles begin … end - 1."""
+    batch, kv_head, num_keys = block.batch, block.kv_head, block.num_keys
+    BLOCK_N: tl.constexpr = config.BLOCK_N
+    BLOCKS: tl.constexpr = config.TILE_N // BLOCK_N  # of a tile
+    for step in tl.range(begin * BLOCKS, end * BLOCKS, num_stages=config.NUM_STAGES):
+        tile, start_n = step // BLOCKS, (step % BLOCKS) * BLOCK_N
+        column = tl.load(inputs.tiles.column + tile).to(tl.int64)
+        offs_n = column * config.TILE_N + start_n + tl.arange(0, BLOCK_N)
+        k = load_rows(inputs.k, batch, kv_head, offs_n, num_keys, config.HEAD_DIM, config.BLOCK_D, IS_MASKED)
+        v = load_rows(inputs.v, batch, kv_head, offs_n, num_keys, config.VALUE_DIM, config.BLOCK_DV, IS_MASKED)
+
+        qk = tl.dot(q, tl.trans(k), input_precision=config.PRECISION) * scale  # (BLOCK_M, BLOCK_N)
+        qk = _add_bias_and_mask(qk, inputs, block, tile, start_n, offs_n, config, IS_MASKED)[0]
+
+        new_max = tl.maximum(row_max, tl.max(qk, 1))
+        safe_max = new_max
+        if IS_MASKED or config.BIAS_KIND != NO_BIAS:  # a row without an edge so far: -inf - -inf would be NaN
+            safe_max = tl.where(new_max == float("-inf"), 0.0, new_max)
+        p = tl.exp2(qk - safe_max[:, None])
+        alpha = tl.exp2(row_max - safe_max)
+        row_sum = row_sum * alpha + tl.sum(p, 1)
+        acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=config.PRECISION)
+        row_max = new_max
+    return acc, row_max, row_sum
+
+
+@triton.jit(do_not_specialize=["num_blocks", "num_heads", "num_queries", "num_keys"])
+def _fwd_kernel(
+    inputs, num_blocks, num_heads, group, num_queries, num_keys, scale, config: tl.constexpr,
+    out, lse,
 ):  # fmt: skip
-    """The tiles lo … hi-1 for the queries of a block: what they hear so far, their top scores, and their sums."""
-    b, h, key_head, i, row = place
-    n, m = count
-    parts: tl.constexpr = broad // keys
-    for step in tl.range(lo * parts, hi * parts, num_stages=stages):
-        at, column = step // parts, (step % parts) * keys
-        j = tl.load(tiles[2] + at).to(tl.int64) * broad + column + tl.arange(0, keys)
-        key = vectors(sides[1], b, key_head, j, m, dim, wide, masked)
-        value = vectors(sides[2], b, key_head, j, m, value_dim, value_wide, masked)
-        s = tl.dot(own, tl.trans(key), input_precision=precision) * scale
-        r, c = (row + tl.arange(0, rows))[:, None], (column + tl.arange(0, keys))[None, :]
-        keep = _edges(masks[0], tiles, at, row, column, high, broad, rows, keys, masked)
-        if kind != NO_BIAS:
-            edge = _edge_number(masks, tiles, at, r, c, high, broad, kind, masked)
-            s += _bias(bias, b, h, i[:, None], j[None, :], n, edge, keep, kind)
-        if masked:
-            s = tl.where(keep, s, float("-inf"))
-        new = tl.maximum(top, tl.max(s, 1))
-        level = new
-        if masked or kind != NO_BIAS:
-            level = tl.where(new == float("-inf"), 0.0, new)
-        p = tl.exp2(s - level[:, None])
-        less = tl.exp2(top - level)
-        total = total * less + tl.sum(p, 1)
-        heard = tl.dot(p.to(value.dtype), value, heard * less[:, None], input_precision=precision)
-        top = new
-    return heard, top, total
+    """out = softmax(scale · q kᵀ + bias) v and lse, of a block of queries of one head."""
+    block, bh = tl.program_id(0) % num_blocks, (tl.program_id(0) // num_blocks).to(tl.int64)
+    batch, head = bh // num_heads, bh % num_heads
+    tile_row, start_m, offs_m = _find_block(inputs.tiles, block, config.TILE_M, config.BLOCK_M)
 
+    q = load_rows(inputs.q, batch, head, offs_m, num_queries, config.HEAD_DIM, config.BLOCK_D, True)
+    acc = tl.zeros([config.BLOCK_M, config.BLOCK_DV], tl.float32)
+    row_max = tl.full([config.BLOCK_M], float("-inf"), tl.float32)
+    row_sum = tl.zeros([config.BLOCK_M], tl.float32)
 
-@triton.jit(do_not_specialize=["blocks", "H", "n", "m"])
-def _forward(sides, bias, tiles, masks, blocks, H, group, n, m, scale, shape: tl.constexpr, out, lse):
-    block, head = tl.program_id(0) % blocks, (tl.program_id(0) // blocks).to(tl.int64)
-    b, h = head // H, head % H
-    parts: tl.constexpr = shape.high // shape.rows
-    row, first = _row(tiles, block, parts, shape.rows)
-    i = row * shape.high + first + tl.arange(0, shape.rows)
-    own = vectors(sides[0], b, h, i, n, shape.dim, shape.wide, True)
-    heard = tl.zeros([shape.rows, shape.value_wide], tl.float32)
-    top, total = tl.full([shape.rows], float("-inf"), tl.float32), tl.zeros([shape.rows], tl.float32)
-    lo, middle, hi = _range(tiles, row)
-    place = (b, h, h // group, i, first)
-    heard, top, total = _hear(
-        heard, top, total, own, sides, bias, tiles, masks, place, (n, m), lo, middle, scale,
-        shape.dim, shape.value_dim, shape.wide, shape.value_wide, shape.high, shape.broad, shape.rows, shape.keys,
-        shape.kind, shape.precision, shape.stages, True,
-    )  # fmt: skip
-    heard, top, total = _hear(
-        heard, top, total, own, sides, bias, tiles, masks, place, (n, m), middle, hi, scale,
-        shape.dim, shape.value_dim, shape.wide, shape.value_wide, shape.high, shape.broad, shape.rows, shape.keys,
-        shape.kind, shape.precision, shape.stages, False,
-    )  # fmt: skip
-    some = tl.where(total == 0.0, 1.0, total)
-    _put(out, b, h, i, n, heard / some[:, None], shape.value_dim, shape.value_wide)
-    tl.store(lse + head * n + i, tl.where(total == 0.0, float("-inf"), (top + tl.log2(some)) * LN_2), mask=i < n)
+    begin, first_full, end = _tile_range(inputs.tiles, tile_row)
+    queries = QueryBlock(batch, head, head // group, offs_m, start_m, num_queries, num_keys)
+    acc, row_max, row_sum = _fwd_inner(
+        acc, row_max, row_sum, q, inputs, queries, begin, first_full, scale, config, True
+    )
+    acc, row_max, row_sum = _fwd_inner(acc, row_max, row_sum, q, inputs, queries, first_full, end, scale, config, False)
+
+    safe_sum = tl.where(row_sum == 0.0, 1.0, row_sum)  # 0 of a query without edges: out = 0, lse = -inf
+    row_lse = tl.where(row_sum == 0.0, float("-inf"), (row_max + tl.log2(safe_sum)) * LN_2)
+    store_rows(out, batch, head, offs_m, num_queries, acc / safe_sum[:, None], config.VALUE_DIM, config.BLOCK_DV)
+    tl.store(lse + bh * num_queries + offs_m, row_lse, mask=offs_m < num_queries)
 
 
 # ---------------------------------------------------------------------------------------------------- backward
 
 
 @triton.jit
-def _of_queries(lse, delta, head, i, n):
-    """Of some queries, the lse as a power of 2 (inf where they hear nobody, so that exp2(s - lse) is 0), and delta."""
-    level = tl.load(lse + head * n + i, mask=i < n, other=float("-inf")) * LOG2_E
-    return tl.where(level == float("-inf"), float("inf"), level), tl.load(delta + head * n + i, mask=i < n, other=0.0)
+def _load_lse_delta(upstream, bh, offs_m, num_queries):
+    """The lse of queries as a power of 2 (inf of a query without edges, so that exp2(qk - lse) is 0), and delta."""
+    lse = tl.load(upstream.lse + bh * num_queries + offs_m, mask=offs_m < num_queries, other=float("-inf")) * LOG2_E
+    lse = tl.where(lse == float("-inf"), float("inf"), lse)
+    return lse, tl.load(upstream.delta + bh * num_queries + offs_m, mask=offs_m < num_queries, other=0.0)
 
 
 @triton.jit
-def _answer(
-    dq, own, own_dout, level, mean, sides, bias, dbias, tiles, masks, place, count, lo, hi, scale,
-    dim: tl.constexpr, value_dim: tl.constexpr, wide: tl.constexpr, value_wide: tl.constexpr,
-    high: tl.constexpr, broad: tl.constexpr, rows: tl.constexpr, keys: tl.constexpr,
-    kind: tl.constexpr, precision: tl.constexpr, stages: tl.constexpr, masked: tl.constexpr,
-    bias_grad: tl.constexpr,
+def _bwd_dq_inner(
+    dq, q, do, lse, delta, inputs, dbias, block, begin, end, scale,
+    config: tl.constexpr, IS_MASKED: tl.constexpr, BIAS_GRAD: tl.constexpr,
 ):  # fmt: skip
-    """What the tiles lo … hi-1 add to the dq of a block; and the gradient of their bias, stored."""
-    b, h, key_head, i, row = place
-    n, m = count
-    parts: tl.constexpr = broad // keys
-    for step in tl.range(lo * parts, hi * parts, num_stages=stages):
-        at, column = step // parts, (step % parts) * keys
-        j = tl.load(tiles[2] + at).to(tl.int64) * broad + column + tl.arange(0, keys)
-        key = vectors(sides[1], b, key_head, j, m, dim, wide, masked)
-        value = vectors(sides[2], b, key_head, j, m, value_dim, value_wide, masked)
-        s = tl.dot(own, tl.trans(key), input_precision=precision) * scale
-        r, c = (row + tl.arange(0, rows))[:, None], (column + tl.arange(0, keys))[None, :]
-        keep = _edges(masks[0], tiles, at, row, column, high, broad, rows, keys, masked)
-        edge = _edge_number(masks, tiles, at, r, c, high, broad, kind, masked)
-        if kind != NO_BIAS:
-            s += _bias(bias, b, h, i[:, None], j[None, :], n, edge, keep, kind)
-        if masked:
-            s = tl.where(keep, s, float("-inf"))
-        ds = tl.exp2(s - level[:, None])
-        ds *= tl.dot(own_dout, tl.trans(value), input_precision=precision) - mean[:, None]
-        dq = tl.dot(ds.to(key.dtype), key, dq, input_precision=precision)
-        if bias_grad:
-            to = dbias[0] + b * dbias[1] + h * dbias[2]
-            if kind == EDGE:
-                tl.store(to + edge, ds, mask=keep)
-            elif kind == DENSE:
-                tl.store(to + i[:, None] * dbias[3] + j[None, :] * dbias[4], ds, mask=keep)
-            else:  # the sums of the diagonals j - i of the block, from 1 - rows on
-                span: tl.constexpr = 2 * keys
-                across = tl.arange(0, span)[None, :] + tl.arange(0, rows)[:, None] - (rows - 1)
-                inside = (across >= 0) & (across < keys)
-                turned = tl.where(inside, tl.gather(ds, tl.where(inside, across, 0), 1), 0.0)
-                block = (tl.load(tiles[4] + at).to(tl.int64) * (high // rows) + row // rows) * parts + step % parts
-                tl.store(to + block * span + tl.arange(0, span), tl.sum(turned, 0))
+    """What the tiles begin … end - 1 add to the dq of a block of queries; and the gradient of their bias, stored."""
+    batch, kv_head, num_keys = block.batch, block.kv_head, block.num_keys
+    BLOCK_M: tl.constexpr = config.BLOCK_M
+    BLOCK_N: tl.constexpr = config.BLOCK_N
+    BLOCKS: tl.constexpr = config.TILE_N // BLOCK_N  # of a tile
+    for step in tl.range(begin * BLOCKS, end * BLOCKS, num_stages=config.NUM_STAGES):
+        tile, start_n = step // BLOCKS, (step % BLOCKS) * BLOCK_N
+        column = tl.load(inputs.tiles.column + tile).to(tl.int64)
+        offs_n = column * config.TILE_N + start_n + tl.arange(0, BLOCK_N)
+        k = load_rows(inputs.k, batch, kv_head, offs_n, num_keys, config.HEAD_DIM, config.BLOCK_D, IS_MASKED)
+        v = load_rows(inputs.v, batch, kv_head, offs_n, num_keys, config.VALUE_DIM, config.BLOCK_DV, IS_MASKED)
+
+        qk = tl.dot(q, tl.trans(k), input_precision=config.PRECISION) * scale  # (BLOCK_M, BLOCK_N)
+        qk, mask, edge = _add_bias_and_mask(qk, inputs, block, tile, start_n, offs_n, config, IS_MASKED)
+
+        ds = tl.exp2(qk - lse[:, None])
+        ds *= tl.dot(do, tl.trans(v), input_precision=config.PRECISION) - delta[:, None]
+        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=config.PRECISION)
+        if BIAS_GRAD:
+            ptrs = dbias.ptr + batch * dbias.stride_batch + block.head * dbias.stride_head
+            if config.BIAS_KIND == EDGE:
+                tl.store(ptrs + edge, ds, mask=mask)
+            elif config.BIAS_KIND == DENSE:
+                ptrs = ptrs + block.offs_m[:, None] * dbias.stride_query + offs_n[None, :] * dbias.stride_key
+                tl.store(ptrs, ds, mask=mask)
+            else:
+                sums = _diagonal_sums(ds, BLOCK_M, BLOCK_N)
+                index = tl.load(inputs.tiles.table_index + tile).to(tl.int64)
+                block_index = (index * (config.TILE_M // BLOCK_M) + block.start_m // BLOCK_M) * BLOCKS + step % BLOCKS
+                ptrs = ptrs + block_index * (2 * BLOCK_N) + tl.arange(0, 2 * BLOCK_N)
+                tl.store(ptrs, sums)
     return dq
 
 
-@triton.jit(do_not_specialize=["blocks", "H", "n", "m"])
-def _backward_rows(
-    sides, bias, tiles, masks, blocks, H, group, n, m, scale, shape: tl.constexpr,
-    dout, lse, delta, dq, dbias, factor, bias_grad: tl.constexpr,
+@triton.jit
+def _diagonal_sums(ds, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The sums of ds (BLOCK_M, BLOCK_N) over its diagonals col - row = 1 - BLOCK_M …, (2 · BLOCK_N,)."""
+    col = tl.arange(0, 2 * BLOCK_N)[None, :] + tl.arange(0, BLOCK_M)[:, None] - (BLOCK_M - 1)
+    inside = (col >= 0) & (col < BLOCK_N)
+    skewed = tl.where(inside, tl.gather(ds, tl.where(inside, col, 0), 1), 0.0)
+    return tl.sum(skewed, 0)
+
+
+@triton.jit(do_not_specialize=["num_blocks", "num_heads", "num_queries", "num_keys"])
+def _bwd_dq_kernel(
+    inputs, num_blocks, num_heads, group, num_queries, num_keys, scale, config: tl.constexpr,
+    upstream, dq_out, dbias, dq_scale, BIAS_GRAD: tl.constexpr,
 ):  # fmt: skip
-    block, head = tl.program_id(0) % blocks, (tl.program_id(0) // blocks).to(tl.int64)
-    b, h = head // H, head % H
-    parts: tl.constexpr = shape.high // shape.rows
-    row, first = _row(tiles, block, parts, shape.rows)
-    i = row * shape.high + first + tl.arange(0, shape.rows)
-    own = vectors(sides[0], b, h, i, n, shape.dim, shape.wide, True)
-    own_dout = vectors(dout, b, h, i, n, shape.value_dim, shape.value_wide, True)
-    level, mean = _of_queries(lse, delta, head, i, n)
-    found = tl.zeros([shape.rows, shape.wide], tl.float32)
-    lo, middle, hi = _range(tiles, row)
-    place = (b, h, h // group, i, first)
-    found = _answer(
-        found, own, own_dout, level, mean, sides, bias, dbias, tiles, masks, place, (n, m), lo, middle, scale,
-        shape.dim, shape.value_dim, shape.wide, shape.value_wide, shape.high, shape.broad, shape.rows, shape.keys,
-        shape.kind, shape.precision, shape.stages, True, bias_grad,
-    )  # fmt: skip
-    found = _answer(
-        found, own, own_dout, level, mean, sides, bias, dbias, tiles, masks, place, (n, m), middle, hi, scale,
-        shape.dim, shape.value_dim, shape.wide, shape.value_wide, shape.high, shape.broad, shape.rows, shape.keys,
-        shape.kind, shape.precision, shape.stages, False, bias_grad,
-    )  # fmt: skip
-    _put(dq, b, h, i, n, found * factor, shape.dim, shape.wide)
+    """dq of a block of queries of one head; and the gradient of the bias of each of its pairs."""
+    block, bh = tl.program_id(0) % num_blocks, (tl.program_id(0) // num_blocks).to(tl.int64)
+    batch, head = bh // num_heads, bh % num_heads
+    tile_row, start_m, offs_m = _find_block(inputs.tiles, block, config.TILE_M, config.BLOCK_M)
+
+    q = load_rows(inputs.q, batch, head, offs_m, num_queries, config.HEAD_DIM, config.BLOCK_D, True)
+    do = load_rows(upstream.dout, batch, head, offs_m, num_queries, config.VALUE_DIM, config.BLOCK_DV, True)
+    lse, delta = _load_lse_delta(upstream, bh, offs_m, num_queries)
+    dq = tl.zeros([config.BLOCK_M, config.BLOCK_D], tl.float32)
+
+    begin, first_full, end = _tile_range(inputs.tiles, tile_row)
+    queries = QueryBlock(batch, head, head // group, offs_m, start_m, num_queries, num_keys)
+    dq = _bwd_dq_inner(dq, q, do, lse, delta, inputs, dbias, queries, begin, first_full, scale, config, True, BIAS_GRAD)
+    dq = _bwd_dq_inner(dq, q, do, lse, delta, inputs, dbias, queries, first_full, end, scale, config, False, BIAS_GRAD)
+    store_rows(dq_out, batch, head, offs_m, num_queries, dq * dq_scale, config.HEAD_DIM, config.BLOCK_D)
 
 
 @triton.jit
-def _tell(
-    dk, dv, dkey, own, own_value, sides, dout, lse, delta, bias, tiles, masks, place, count, lo, hi, scale,
-    dim: tl.constexpr, value_dim: tl.constexpr, wide: tl.constexpr, value_wide: tl.constexpr,
-    high: tl.constexpr, broad: tl.constexpr, rows: tl.constexpr, keys: tl.constexpr,
-    kind: tl.constexpr, precision: tl.constexpr, stages: tl.constexpr, masked: tl.constexpr,
-    bias_grad: tl.constexpr,
+def _bwd_dkdv_inner(
+    dk, dv, dbias, k, v, inputs, upstream, block, begin, end, scale,
+    config: tl.constexpr, IS_MASKED: tl.constexpr, BIAS_GRAD: tl.constexpr,
 ):  # fmt: skip
-    """What the tiles lo … hi-1 add to the dk and dv of a block, and to the gradient of a bias of its keys.
+    """What the tiles begin … end - 1 add to the dk and dv of a block of keys, and to the gradient of a bias of keys.
 
-    Scores stand as (keys, queries). The heads of a group come one after the other.
+    Scores are transposed, (keys, queries). The query heads of a group come one after the other.
     """
-    b, key_head, H, group, j, column = place
-    n, _ = count
-    parts: tl.constexpr = high // rows
-    for step in tl.range(lo * parts * group, hi * parts * group, num_stages=stages):
-        at, row = step // (parts * group), (step % parts) * rows
-        h = key_head * group + step // parts % group
-        i = tl.load(tiles[2] + at).to(tl.int64) * high + row + tl.arange(0, rows)
-        query = vectors(sides[0], b, h, i, n, dim, wide, masked)
-        query_dout = vectors(dout, b, h, i, n, value_dim, value_wide, masked)
-        level, mean = _of_queries(lse, delta, b * H + h, i, n)
-        s = tl.dot(own, tl.trans(query), input_precision=precision) * scale
-        r, c = (row + tl.arange(0, rows))[None, :], (column + tl.arange(0, keys))[:, None]
-        keep = _edges(masks[1], tiles, at, column, row, broad, high, keys, rows, masked)
-        if kind != NO_BIAS:
-            edge = _edge_number(masks, tiles, at, r, c, high, broad, kind, masked)
-            s += _bias(bias, b, h, i[None, :], j[:, None], n, edge, keep, kind)
-        if masked:
-            s = tl.where(keep, s, float("-inf"))
-        p = tl.exp2(s - level[None, :])
-        dv = tl.dot(p.to(query_dout.dtype), query_dout, dv, input_precision=precision)
-        ds = p * (tl.dot(own_value, tl.trans(query_dout), input_precision=precision) - mean[None, :])
-        dk = tl.dot(ds.to(query.dtype), query, dk, input_precision=precision)
-        if bias_grad:
-            dkey += tl.sum(ds, 1)
-    return dk, dv, dkey
+    batch, kv_head, num_heads, group, offs_n, start_n, num_queries = block
+    BLOCK_M: tl.constexpr = config.BLOCK_M
+    BLOCK_N: tl.constexpr = config.BLOCK_N
+    BLOCKS: tl.constexpr = config.TILE_M // BLOCK_M  # of a tile
+    for step in tl.range(begin * BLOCKS * group, end * BLOCKS * group, num_stages=config.NUM_STAGES):
+        tile, start_m = step // (BLOCKS * group), (step % BLOCKS) * BLOCK_M
+        head = kv_head * group + step // BLOCKS % group
+        tile_row = tl.load(inputs.tiles.column + tile).to(tl.int64)  # these are the tiles of the transpose
+        offs_m = tile_row * config.TILE_M + start_m + tl.arange(0, BLOCK_M)
+        q = load_rows(inputs.q, batch, head, offs_m, num_queries, config.HEAD_DIM, config.BLOCK_D, IS_MASKED)
+        do = load_rows(upstream.dout, batch, head, offs_m, num_queries, config.VALUE_DIM, config.BLOCK_DV, IS_MASKED)
+        lse, delta = _load_lse_delta(upstream, batch * num_heads + head, offs_m, num_queries)
+
+        qkT = tl.dot(k, tl.trans(q), input_precision=config.PRECISION) * scale  # (BLOCK_N, BLOCK_M)
+        row, col = (start_m + tl.arange(0, BLOCK_M))[None, :], (start_n + tl.arange(0, BLOCK_N))[:, None]
+        mask = _load_mask(
+            inputs.masks.words_by_key, inputs.tiles, tile, start_n, start_m,
+            config.TILE_N, config.TILE_M, BLOCK_N, BLOCK_M, IS_MASKED,
+        )  # fmt: skip
+        if config.BIAS_KIND != NO_BIAS:
+            edge = _edge_numbers(inputs.masks, inputs.tiles, tile, row, col, config, IS_MASKED)
+            qkT += _load_bias(
+                inputs.bias, batch, head, offs_m[None, :], offs_n[:, None], edge, num_queries, mask, config.BIAS_KIND
+            )
+        if IS_MASKED:
+            qkT = tl.where(mask, qkT, float("-inf"))
+
+        pT = tl.exp2(qkT - lse[None, :])
+        dv = tl.dot(pT.to(do.dtype), do, dv, input_precision=config.PRECISION)
+        dsT = pT * (tl.dot(v, tl.trans(do), input_precision=config.PRECISION) - delta[None, :])
+        dk = tl.dot(dsT.to(q.dtype), q, dk, input_precision=config.PRECISION)
+        if BIAS_GRAD:
+            dbias += tl.sum(dsT, 1)
+    return dk, dv, dbias
 
 
-@triton.jit(do_not_specialize=["blocks", "H", "n", "m"])
-def _backward_columns(
-    sides, bias, tiles, masks, blocks, H, group, n, m, scale, shape: tl.constexpr,
-    dout, lse, delta, dk, dv, dbias, factor, bias_grad: tl.constexpr,
+@triton.jit(do_not_specialize=["num_blocks", "num_heads", "num_queries", "num_keys"])
+def _bwd_dkdv_kernel(
+    inputs, num_blocks, num_heads, group, num_queries, num_keys, scale, config: tl.constexpr,
+    upstream, dk_out, dv_out, dbias_out, dk_scale, BIAS_GRAD: tl.constexpr,
 ):  # fmt: skip
-    block, head = tl.program_id(0) % blocks, (tl.program_id(0) // blocks).to(tl.int64)
-    b, h = head // (H // group), head % (H // group)
-    parts: tl.constexpr = shape.broad // shape.keys
-    column, first = _row(tiles, block, parts, shape.keys)
-    j = column * shape.broad + first + tl.arange(0, shape.keys)
-    own = vectors(sides[1], b, h, j, m, shape.dim, shape.wide, True)
-    own_value = vectors(sides[2], b, h, j, m, shape.value_dim, shape.value_wide, True)
-    found, found_value = (
-        tl.zeros([shape.keys, shape.wide], tl.float32),
-        tl.zeros([shape.keys, shape.value_wide], tl.float32),
+    """dk and dv of a block of keys of one key head; and the gradient of a bias that depends on the key alone."""
+    block, bh = tl.program_id(0) % num_blocks, (tl.program_id(0) // num_blocks).to(tl.int64)
+    batch, kv_head = bh // (num_heads // group), bh % (num_heads // group)
+    tile_column, start_n, offs_n = _find_block(inputs.tiles, block, config.TILE_N, config.BLOCK_N)
+
+    k = load_rows(inputs.k, batch, kv_head, offs_n, num_keys, config.HEAD_DIM, config.BLOCK_D, True)
+    v = load_rows(inputs.v, batch, kv_head, offs_n, num_keys, config.VALUE_DIM, config.BLOCK_DV, True)
+    dk = tl.zeros([config.BLOCK_N, config.BLOCK_D], tl.float32)
+    dv = tl.zeros([config.BLOCK_N, config.BLOCK_DV], tl.float32)
+    dbias = tl.zeros([config.BLOCK_N], tl.float32)
+
+    begin, first_full, end = _tile_range(inputs.tiles, tile_column)
+    keys = KeyBlock(batch, kv_head, num_heads, group, offs_n, start_n, num_queries)
+    dk, dv, dbias = _bwd_dkdv_inner(
+        dk, dv, dbias, k, v, inputs, upstream, keys, begin, first_full, scale, config, True, BIAS_GRAD
     )
-    dkey = tl.zeros([shape.keys], tl.float32)
-    lo, middle, hi = _range(tiles, column)
-    place = (b, h, H, group, j, first)
-    found, found_value, dkey = _tell(
-        found, found_value, dkey, own, own_value, sides, dout, lse, delta, bias, tiles, masks, place, (n, m),
-        lo, middle, scale,
-        shape.dim, shape.value_dim, shape.wide, shape.value_wide, shape.high, shape.broad, shape.rows, shape.keys,
-        shape.kind, shape.precision, shape.stages, True, bias_grad,
-    )  # fmt: skip
-    found, found_value, dkey = _tell(
-        found, found_value, dkey, own, own_value, sides, dout, lse, delta, bias, tiles, masks, place, (n, m),
-        middle, hi, scale,
-        shape.dim, shape.value_dim, shape.wide, shape.value_wide, shape.high, shape.broad, shape.rows, shape.keys,
-        shape.kind, shape.precision, shape.stages, False, bias_grad,
-    )  # fmt: skip
-    _put(dk, b, h, j, m, found * factor, shape.dim, shape.wide)
-    _put(dv, b, h, j, m, found_value, shape.value_dim, shape.value_wide)
-    if bias_grad:
-        tl.store(dbias[0] + b * dbias[1] + h * dbias[2] + j, dkey, mask=j < m)
+    dk, dv, dbias = _bwd_dkdv_inner(
+        dk, dv, dbias, k, v, inputs, upstream, keys, first_full, end, scale, config, False, BIAS_GRAD
+    )
+    store_rows(dk_out, batch, kv_head, offs_n, num_keys, dk * dk_scale, config.HEAD_DIM, config.BLOCK_D)
+    store_rows(dv_out, batch, kv_head, offs_n, num_keys, dv, config.VALUE_DIM, config.BLOCK_DV)
+    if BIAS_GRAD:
+        ptrs = dbias_out.ptr + batch * dbias_out.stride_batch + kv_head * dbias_out.stride_head + offs_n
+        tl.store(ptrs, dbias, mask=offs_n < num_keys)
 
 
 # ------------------------------------------------------------------------------------------------------ launch
 
 
-class Shape(NamedTuple):
-    """What a kernel is compiled for."""
-
-    dim: int
-    value_dim: int
-    wide: int
-    value_wide: int
-    high: int
-    broad: int
-    rows: int
-    keys: int
-    kind: int
-    precision: str
-    stages: int
-
-
 class Blocks(NamedTuple):
-    """How a kernel runs: its blocks, the warps of a program, and how many blocks across are in flight."""
+    """How a kernel runs."""
 
-    rows: int
-    keys: int
-    warps: int
-    stages: int
+    BLOCK_M: int
+    BLOCK_N: int
+    num_warps: int
+    num_stages: int  # blocks in flight from memory
 
 
-# By architecture, kernel, bytes of a number, and the widest dimension: of some tried blocks the largest whose numbers
+# By architecture, kernel, bytes of a number, and the widest BLOCK_D: of some tried blocks the largest whose numbers
 # all stay in registers, counted in what the compiler makes (tests/compile_triton.py). Not yet measured on a GPU.
 BLOCKS = {
     90: {
-        ("_forward", 2): {64: Blocks(128, 64, 4, 3), 128: Blocks(128, 64, 8, 3), 256: Blocks(64, 64, 8, 2)},
-        ("_backward_rows", 2): {32: Blocks(128, 64, 4, 3), 128: Blocks(128, 64, 8, 3), 256: Blocks(32, 64, 8, 2)},
-        ("_backward_columns", 2): {64: Blocks(64, 64, 4, 3), 128: Blocks(32, 64, 8, 2), 256: Blocks(64, 32, 8, 2)},
-        ("_forward", 4): {32: Blocks(64, 64, 4, 2), 64: Blocks(64, 32, 4, 2), 128: Blocks(32, 32, 8, 1)},
-        ("_backward_rows", 4): {16: Blocks(64, 64, 4, 2), 64: Blocks(64, 32, 4, 2), 128: Blocks(32, 32, 8, 1)},
-        ("_backward_columns", 4): {32: Blocks(32, 64, 8, 2), 64: Blocks(32, 32, 4, 2), 128: Blocks(32, 32, 8, 1)},
+        ("_fwd_kernel", 2): {64: Blocks(128, 64, 4, 3), 128: Blocks(128, 64, 8, 3), 256: Blocks(64, 64, 8, 2)},
+        ("_bwd_dq_kernel", 2): {32: Blocks(128, 64, 4, 3), 128: Blocks(128, 64, 8, 3), 256: Blocks(32, 64, 8, 2)},
+        ("_bwd_dkdv_kernel", 2): {64: Blocks(64, 64, 4, 3), 128: Blocks(32, 64, 8, 2), 256: Blocks(64, 32, 8, 2)},
+        ("_fwd_kernel", 4): {32: Blocks(64, 64, 4, 2), 64: Blocks(64, 32, 4, 2), 128: Blocks(32, 32, 8, 1)},
+        ("_bwd_dq_kernel", 4): {16: Blocks(64, 64, 4, 2), 64: Blocks(64, 32, 4, 2), 128: Blocks(32, 32, 8, 1)},
+        ("_bwd_dkdv_kernel", 4): {32: Blocks(32, 64, 8, 2), 64: Blocks(32, 32, 4, 2), 128: Blocks(32, 32, 8, 1)},
     },
     80: {
-        ("_forward", 2): {64: Blocks(128, 64, 8, 2), 128: Blocks(128, 32, 8, 2), 256: Blocks(64, 32, 8, 2)},
-        ("_backward_rows", 2): {64: Blocks(128, 64, 8, 2), 128: Blocks(64, 64, 8, 2), 256: Blocks(32, 32, 8, 2)},
-        ("_backward_columns", 2): {
+        ("_fwd_kernel", 2): {64: Blocks(128, 64, 8, 2), 128: Blocks(128, 32, 8, 2), 256: Blocks(64, 32, 8, 2)},
+        ("_bwd_dq_kernel", 2): {64: Blocks(128, 64, 8, 2), 128: Blocks(64, 64, 8, 2), 256: Blocks(32, 32, 8, 2)},
+        ("_bwd_dkdv_kernel", 2): {
             32: Blocks(64, 64, 8, 2),
             64: Blocks(128, 32, 8, 2),
             128: Blocks(64, 64, 8, 2),
             256: Blocks(32, 32, 8, 2),
         },
-        ("_forward", 4): {32: Blocks(64, 64, 8, 2), 64: Blocks(32, 64, 8, 2), 128: Blocks(32, 32, 8, 1)},
-        ("_backward_rows", 4): {
+        ("_fwd_kernel", 4): {32: Blocks(64, 64, 8, 2), 64: Blocks(32, 64, 8, 2), 128: Blocks(32, 32, 8, 1)},
+        ("_bwd_dq_kernel", 4): {
             16: Blocks(64, 64, 8, 2),
             32: Blocks(64, 32, 8, 2),
             64: Blocks(32, 32, 8, 2),
             128: Blocks(32, 32, 8, 1),
         },
-        ("_backward_columns", 4): {16: Blocks(32, 64, 8, 2), 64: Blocks(32, 32, 8, 2), 128: Blocks(32, 32, 8, 1)},
+        ("_bwd_dkdv_kernel", 4): {16: Blocks(32, 64, 8, 2), 64: Blocks(32, 32, 8, 2), 128: Blocks(32, 32, 8, 1)},
     },
 }
-BIASED = {
+# With a bias: by architecture, bytes of a number, and the widest BLOCK_D.
+BIASED_BLOCKS = {
     90: {
         2: {64: Blocks(64, 64, 8, 2), 128: Blocks(64, 32, 8, 2), 256: Blocks(32, 32, 8, 1)},
         4: {128: Blocks(32, 32, 8, 1)},
@@ -399,16 +496,18 @@ BIASED = {
         4: {128: Blocks(32, 32, 8, 1)},
     },
 }
-DIAGONALS = {2: Blocks(32, 32, 4, 2), 4: Blocks(32, 32, 8, 1)}  # where those of a block are summed in registers
+DIAGONAL_BLOCKS = {2: Blocks(32, 32, 4, 2), 4: Blocks(32, 32, 8, 1)}  # for `_diagonal_sums`
 
 
-def blocks_of(kernel: str, wide: int, size: int, kind: int, bias_grad: bool, device: torch.device) -> Blocks:
-    """How a kernel runs, by the widest dimension, the bytes of a number, the bias and the architecture."""
-    if kernel == "_backward_rows" and kind == OFFSET.value and bias_grad:
-        return DIAGONALS[size]
-    known = architecture(device)
-    table = BLOCKS[known][kernel, size] if kind == NO_BIAS.value else BIASED[known][size]
-    return next(blocks for widest, blocks in table.items() if wide <= widest)
+def block_sizes(
+    kernel: str, widest: int, itemsize: int, bias_kind: int, bias_grad: bool, device: torch.device
+) -> Blocks:
+    """How a kernel runs, by the widest BLOCK_D, the bytes of a number, the bias and the architecture."""
+    if kernel == "_bwd_dq_kernel" and bias_kind == OFFSET.value and bias_grad:
+        return DIAGONAL_BLOCKS[itemsize]
+    arch = architecture(device)
+    table = BLOCKS[arch][kernel, itemsize] if bias_kind == NO_BIAS.value else BIASED_BLOCKS[arch][itemsize]
+    return next(blocks for limit, blocks in table.items() if widest <= limit)
 
 
 @lru_cache
@@ -418,118 +517,139 @@ def architecture(device: torch.device) -> int:
     return 90 if capability >= (9, 0) else 80
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, layout, bias, scale: float) -> tuple[Tensor, Tensor]:
-    """See `tiles_torch.forward`; in float16, bfloat16 or float32."""
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, layout: TilesLayout, bias: ScoreBias | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """out (B, H, N, Dv) and lse (B, H, N) of the pairs of a layout; in float16, bfloat16 or float32."""
     out, lse = like(q, v.shape[3]), q.new_empty(q.shape[:3], dtype=torch.float32)
-    _Call(q, k, v, layout, bias, scale).run(_forward, side_of(out), lse)
+    _Launcher(q, k, v, layout, bias, scale).launch(_fwd_kernel, ptr_and_strides(out), lse)
     return out, lse
 
 
 def backward(
-    q, k, v, out, lse, dout, dlse, layout, bias, scale: float, bias_grad: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """See `tiles_torch.backward`."""
-    group, of_keys = q.shape[1] // k.shape[1], bias_grad and bias[0] == "dense" and bias[1].shape[2] == 1 != q.shape[2]
-    if of_keys and group > 1:  # the kernel of dk sums over the heads of a group, this bias has each alone
-        k, v = (side.repeat_interleave(group, 1) for side in (k, v))
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None,
+    layout: TilesLayout, bias: ScoreBias | None, scale: float, bias_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """dq, dk, dv and, with `bias_grad`, the gradient of the bias's values; out and lse may be those of more pairs."""
+    group = q.shape[1] // k.shape[1]
+    kind, values = bias if bias is not None and bias_grad else (None, None)
+    of_keys = kind == "dense" and values is not None and values.shape[2] == 1 != q.shape[2]
+    if of_keys and group > 1:  # `_bwd_dkdv_kernel` sums over the heads of a group, but each has a bias of its own
+        k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
         dq, dk, dv, dbias = backward(q, k, v, out, lse, dout, dlse, layout, bias, scale, bias_grad)
-        return dq, *(side.unflatten(1, (-1, group)).sum(2) for side in (dk, dv)), dbias
-    call = _Call(q, k, v, layout, bias, scale)
-    dq, dk, dv = (like(side, side.shape[3]) for side in (q, k, v))
+        return dq, dk.unflatten(1, (-1, group)).sum(2), dv.unflatten(1, (-1, group)).sum(2), dbias
+
+    launcher = _Launcher(q, k, v, layout, bias, scale)
+    dq, dk, dv = like(q, q.shape[3]), like(k, k.shape[3]), like(v, v.shape[3])
     lse = lse.contiguous()
-    past = side_of(dout), lse, delta(out, dout, lse, dlse)
-    room = call.room(bias, of_keys) if bias_grad else None
-    to = call.bias if room is None else bias_of(room)
-    call.run(_backward_rows, *past, side_of(dq), to, scale, bias_grad and not of_keys)
-    call.run(_backward_columns, *past, side_of(dk), side_of(dv), to, scale, of_keys)
-    return dq, dk, dv, call.gathered(room, bias) if bias_grad else None
+    upstream = Upstream(ptr_and_strides(dout), lse, compute_delta(out, dout, lse, dlse))
+    pair_grads = None if values is None else launcher.empty_pair_grads(values, of_keys)
+    dbias = launcher.bias if pair_grads is None else bias_ptr_and_strides(pair_grads)
+    launcher.launch(_bwd_dq_kernel, upstream, ptr_and_strides(dq), dbias, scale, bias_grad and not of_keys)
+    launcher.launch(_bwd_dkdv_kernel, upstream, ptr_and_strides(dk), ptr_and_strides(dv), dbias, scale, of_keys)
+    return dq, dk, dv, None if pair_grads is None or values is None else launcher.reduce_pair_grads(values, pair_grads)
 
 
-class _Call:
+class _Launcher:
     """What all kernels of a call are given: tensors, layout, sizes."""
 
-    def __init__(self, q: Tensor, k: Tensor, v: Tensor, layout, bias, scale: float):
+    def __init__(
+        self, q: Tensor, k: Tensor, v: Tensor, layout: TilesLayout, bias: ScoreBias | None, scale: float
+    ) -> None:
         self.layout = layout = layout.on(q.device)
-        (_, H, N, D), (_, key_heads, M, Dv) = q.shape, v.shape
         self.q, self.v, self.scale = q, v, scale * LOG2_E.value
-        self.kind = KINDS[bias[0]] if bias else NO_BIAS.value
-        self.sides = tuple(side_of(side) for side in (q, k, v))
-        self.bias = bias_of(spread(bias)) if bias else self.sides[0]
+        self.bias_kind = BIAS_KINDS[None if bias is None else bias[0]]
+        self.qkv = ptr_and_strides(q), ptr_and_strides(k), ptr_and_strides(v)
+        self.bias = self.qkv[0] if bias is None else bias_ptr_and_strides(in_four_dims(*bias))
         words = layout.table.words
-        self.masks = words, layout.words_by_key, layout.first_edge_of_word if self.kind == EDGE.value else words
-        self.sizes = H, H // key_heads, N, M
-        self.dims = D, Dv, width(D), width(Dv)
+        first_edge = layout.first_edge_of_word if self.bias_kind == EDGE.value else words
+        self.masks = MaskPtrs(words, layout.words_by_key, first_edge)
+        self.sizes = q.shape[1], q.shape[1] // k.shape[1], q.shape[2], k.shape[2]
+        self.dims = q.shape[3], v.shape[3], padded_dim(q.shape[3]), padded_dim(v.shape[3])
 
-    def blocks(self, kernel, bias_grad: bool) -> Blocks:
+    def blocks(self, kernel: triton.JITFunction, bias_grad: bool) -> Blocks:
         """How a kernel runs, with blocks no larger than a tile."""
-        of_call = max(self.dims[2:]), self.q.dtype.itemsize, self.kind
-        found = blocks_of(kernel.fn.__name__, *of_call, bias_grad, self.q.device)
-        high, broad = self.layout.tile
-        return found._replace(rows=min(found.rows, high), keys=min(found.keys, broad))
+        widest, itemsize = max(self.dims[2:]), self.q.dtype.itemsize
+        blocks = block_sizes(kernel.fn.__name__, widest, itemsize, self.bias_kind, bias_grad, self.q.device)
+        tile_m, tile_n = self.layout.tile
+        return blocks._replace(BLOCK_M=min(blocks.BLOCK_M, tile_m), BLOCK_N=min(blocks.BLOCK_N, tile_n))
 
-    def run(self, kernel, *own) -> None:
+    def launch(self, kernel: triton.JITFunction, *own) -> None:
         """A kernel, for each head and each block of rows or columns of tiles."""
-        blocks, by_query = self.blocks(kernel, own[-1] is True), kernel is not _backward_columns
-        (high, broad), grid, heads = self.layout.tile, self.layout.grid, (self.q if by_query else self.v).shape[:2]
-        count = grid[0] * (high // blocks.rows) if by_query else grid[1] * (broad // blocks.keys)
-        tiles = self.layout.by_query if by_query else self.layout.by_key
-        if len(tiles.other) * (high // blocks.rows) * (broad // blocks.keys) * self.sizes[1] >= 1 << 31:
+        blocks = self.blocks(kernel, own[-1] is True)
+        (tile_m, tile_n), (tile_rows, tile_columns) = self.layout.tile, self.layout.grid
+        blocks_m, blocks_n = tile_m // blocks.BLOCK_M, tile_n // blocks.BLOCK_N  # of a tile
+        if kernel is _bwd_dkdv_kernel:
+            tiles, num_blocks, heads = self.layout.by_key, tile_columns * blocks_n, self.v.shape[:2]
+        else:
+            tiles, num_blocks, heads = self.layout.by_query, tile_rows * blocks_m, self.q.shape[:2]
+        if len(tiles.other) * blocks_m * blocks_n * self.sizes[1] >= 1 << 31:
             raise ValueError(f"tiles on a GPU are counted in 32 bits (got {len(tiles.other):,} of them)")
-        shape = Shape(
-            *self.dims, high, broad, blocks.rows, blocks.keys, self.kind, _precision(self.q.dtype), blocks.stages
-        )
-        if programs := count * heads.numel():
-            kernel[(programs,)](
-                self.sides, self.bias, tuple(tiles), self.masks, count, *self.sizes, self.scale, constants(shape), *own,
-                num_warps=blocks.warps, num_stages=blocks.stages,
+        inputs = Inputs(*self.qkv, self.bias, _tile_ptrs(tiles), self.masks)
+        config = Config(
+            *self.dims, tile_m, tile_n, blocks.BLOCK_M, blocks.BLOCK_N,
+            self.bias_kind, _input_precision(self.q.dtype), blocks.num_stages,
+        )  # fmt: skip
+        if num_programs := num_blocks * heads.numel():
+            kernel[(num_programs,)](
+                inputs, num_blocks, *self.sizes, self.scale, constexprs(config), *own,
+                num_warps=blocks.num_warps, num_stages=blocks.num_stages,
             )  # fmt: skip
 
     # The gradient of a bias: kernels store one number for each head and pair, key, or diagonal of a block, in float32;
     # then those of all that share a value are summed.
 
-    def room(self, bias, of_keys: bool) -> Tensor:
-        """Where the kernels store it."""
+    def empty_pair_grads(self, values: Tensor, of_keys: bool) -> Tensor:
+        """Where the kernels store it, zeros where they store nothing."""
         (B, H), (_, _, N, M) = self.q.shape[:2], self.sizes
-        if self.kind == OFFSET.value:
-            blocks, (high, broad) = self.blocks(_backward_rows, True), self.layout.tile
-            parts = (high // blocks.rows) * (broad // blocks.keys)
-            shape = B, H, len(self.layout.table.row) * parts, 2 * blocks.keys
+        if self.bias_kind == OFFSET.value:
+            blocks, (tile_m, tile_n) = self.blocks(_bwd_dq_kernel, True), self.layout.tile
+            blocks_of_tile = (tile_m // blocks.BLOCK_M) * (tile_n // blocks.BLOCK_N)
+            shape = B, H, len(self.layout.table.row) * blocks_of_tile, 2 * blocks.BLOCK_N
+        elif self.bias_kind == EDGE.value:
+            shape = B, H, 1, values.shape[-1]
         else:
-            shape = (B, H, 1, bias[1].shape[-1]) if self.kind == EDGE.value else (B, H, 1 if of_keys else N, M)
+            shape = B, H, 1 if of_keys else N, M
         return torch.zeros(shape, dtype=torch.float32, device=self.q.device)
 
-    def gathered(self, room: Tensor, bias) -> Tensor:
+    def reduce_pair_grads(self, values: Tensor, pair_grads: Tensor) -> Tensor:
         """The gradient of the bias's values."""
-        values = bias[1]
-        if self.kind == OFFSET.value:
-            found = self._of_diagonals(room.transpose(0, 1).sum(1, dtype=torch.float64))
-            return found.sum(0, keepdim=True) if values.shape[0] == 1 else found
-        room = room[:, :, 0] if self.kind == EDGE.value else room
-        return summed_as(values, room)
+        if self.bias_kind == OFFSET.value:
+            dbias = self._reduce_diagonals(pair_grads.transpose(0, 1).sum(1, dtype=torch.float64))
+            return dbias.sum(0, keepdim=True) if values.shape[0] == 1 else dbias
+        if self.bias_kind == EDGE.value:
+            pair_grads = pair_grads[:, :, 0]
+        return sum_to_shape_of(values, pair_grads)
 
-    def _of_diagonals(self, sums: Tensor) -> Tensor:
-        """Sums of the diagonals of blocks, (H, blocks, 2 · keys), to those of the plane, (H, N + M - 1), in order."""
-        (high, broad), table, (_, _, N, M) = self.layout.tile, self.layout.table, self.sizes
-        size = self.blocks(_backward_rows, True).keys  # of a block, on both sides
-        row = (table.row * high)[:, None, None] + torch.arange(0, high, size, device=sums.device)[:, None]
-        column = (table.column * broad)[:, None, None] + torch.arange(0, broad, size, device=sums.device)
-        ahead = ((column - row) // size).flatten()  # in blocks, from 1 - rows of blocks on
-        least = 1 - self.layout.grid[0] * high // size
-        count = self.layout.grid[1] * broad // size - least
-        order = ahead.argsort(stable=True)
-        lengths = torch.searchsorted(ahead[order], torch.arange(least, least + count + 1, device=sums.device)).diff()
+    def _reduce_diagonals(self, sums: Tensor) -> Tensor:
+        """From the sums of the diagonals of blocks, (H, blocks, 2 · BLOCK_N), those of all pairs, (H, N + M - 1)."""
+        (tile_m, tile_n), table, (_, _, N, M) = self.layout.tile, self.layout.table, self.sizes
+        size = self.blocks(_bwd_dq_kernel, True).BLOCK_N  # = BLOCK_M
+        row = (table.row * tile_m)[:, None, None] + torch.arange(0, tile_m, size, device=sums.device)[:, None]
+        column = (table.column * tile_n)[:, None, None] + torch.arange(0, tile_n, size, device=sums.device)
+        diagonal = ((column - row) // size).flatten()  # of each block, counted in blocks
+        lowest = 1 - self.layout.grid[0] * tile_m // size
+        count = self.layout.grid[1] * tile_n // size - lowest
+        order = diagonal.argsort(stable=True)
+        bounds = torch.arange(lowest, lowest + count + 1, device=sums.device)
+        lengths = torch.searchsorted(diagonal[order], bounds).diff()
         total = torch.segment_reduce(sums[:, order].transpose(0, 1).contiguous(), "sum", lengths=lengths)
         total = total.transpose(0, 1).unflatten(2, (2, size))  # (H, diagonals of blocks, 2, size)
-        line = total.new_zeros(total.shape[0], count + 1, size)
-        line[:, :-1] += total[:, :, 0]
-        line[:, 1:] += total[:, :, 1]
-        # The first number of the line is that of j - i = least · size - (size - 1).
-        first = 1 - N - (least * size - size + 1)
-        return line.flatten(1)[:, first : first + N + M - 1]
+        offsets = total.new_zeros(total.shape[0], count + 1, size)
+        offsets[:, :-1] += total[:, :, 0]
+        offsets[:, 1:] += total[:, :, 1]
+        # The first number is that of key - query = lowest · size - (size - 1).
+        first = 1 - N - (lowest * size - size + 1)
+        return offsets.flatten(1)[:, first : first + N + M - 1]
 
 
-def _precision(number: torch.dtype) -> str:
+def _tile_ptrs(tiles: TileRows) -> TilePtrs:
+    """The tiles of each row, or of each column, as kernels take them."""
+    return TilePtrs(tiles.start, tiles.full, tiles.other, tiles.mask, tiles.at, tiles.order)
+
+
+def _input_precision(dtype: torch.dtype) -> str:
     """How float32 is multiplied: as three products in TF32, or as torch.backends.cuda.matmul.fp32_precision says."""
-    if number != torch.float32:
+    if dtype != torch.float32:
         return "ieee"
     return {"ieee": "ieee", "tf32": "tf32"}.get(torch.backends.cuda.matmul.fp32_precision, "tf32x3")

@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from attngraph import Prefix, Window
 from attngraph.kernels.triton import rows as rows_triton
 from attngraph.kernels.triton import tiles as tiles_triton
-from attngraph.planning.layouts.csr import Rows
+from attngraph.planning.layouts.csr import CSR
 from attngraph.planning.layouts.tiles import Tiles, tabulate
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -82,8 +82,8 @@ def run(kernels: str, dim: int, dtype: torch.dtype, n: int, bias: str | None = N
     if kernels == "tiles":
         layout = Tiles(n, n, tabulate(bound, n, n, (128, 64)))
     else:
-        with patch.dict("attngraph.planning.layouts.csr.HEAVY", cpu=30):
-            layout = Rows.of(*bound.list_edges(n, n), n, n)
+        with patch.dict("attngraph.planning.layouts.csr.HEAVY_DEGREE", cpu=30):
+            layout = CSR.from_edges(*bound.list_edges(n, n), n, n)
             _ = layout.numbered  # both halves with heavy nodes
     q, k, v = torch.zeros(3, 1, 2, n, dim, dtype=dtype)
     shapes = {

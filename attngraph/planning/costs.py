@@ -20,7 +20,7 @@ from attngraph.graph.base import Graph
 from attngraph.graph.patterns import Chunks, Full, Identity, Random, Window
 from attngraph.kernels import rows, tiles
 from attngraph.kernels.merge import merge
-from attngraph.planning.layouts.csr import Rows
+from attngraph.planning.layouts.csr import CSR
 from attngraph.planning.layouts.tiles import Tiles, tabulate
 
 VARIABLE = "ATTNGRAPH_MACHINE"
@@ -171,7 +171,7 @@ def _measured_rows(device: torch.device) -> dict[str, float]:
 
     def run(graph, n, dim):
         with device:
-            layout = Rows.listed(*graph.at(n, n))
+            layout = CSR.from_graph(*graph.at(n, n))
             return partial(rows.forward, *torch.randn(3, 1, heads, n, dim, dtype=dtype).unbind(0), layout, None, 1.0)
 
     call, *found = _seconds(

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from attngraph.graph.text import from_text
+from attngraph.kernels.contract import ScoreBias
 from attngraph.kernels.memory import like, nodes_first
 from attngraph.kernels.merge import merge
 from attngraph.kernels.tiles import installed
@@ -70,7 +71,7 @@ def attend_forward(
         )
     with torch.autocast(q.device.type, enabled=False):
         wide = _wide(q, k, v, bias)
-        out, lse = _forward(chosen, *wide[:3], (kind, wide[3]) if kind else None, scale)
+        out, lse = _forward(chosen, *wide[:3], ScoreBias(kind, wide[3]) if kind else None, scale)
     return _laid_out(out.to(q.dtype), q), lse.contiguous()
 
 
@@ -92,7 +93,7 @@ def attend_backward(
     chosen = planned(graph, q, k, backend, kind or None)
     with torch.autocast(q.device.type, enabled=False):
         q_, k_, v_, bias_, dout_, out_ = _wide(q, k, v, bias, dout, out)
-        given = (kind, bias_) if kind else None
+        given = ScoreBias(kind, bias_) if kind else None
         dq, dk, dv, dbias = _backward(chosen, q_, k_, v_, out_, lse, dout_, dlse, given, scale, bias_grad)
     dbias = dbias.to(bias.dtype) if bias_grad else q.new_empty(0)
     found = (_laid_out(more.to(q.dtype), side) for more, side in zip((dq, dk, dv), (q, k, v), strict=True))
@@ -232,7 +233,7 @@ class _View:
         kind, values = bias
         axis = 0 if kind == "offset" else 1
         values = values.index_select(axis, self.heads) if values.shape[axis] > 1 else values
-        return kind, values if self.part.number is None else values[..., self.part.number.to(values.device)]
+        return ScoreBias(kind, values if self.part.number is None else values[..., self.part.number.to(values.device)])
 
     def add_bias(self, total: Tensor, kind: str, more: Tensor) -> None:
         """Add the gradient of `bias` to that of all heads and edges."""

@@ -25,7 +25,7 @@ from attngraph.graph.patterns import Causal, Chunks, Documents, Full
 from attngraph.graph.rewrite import simplify, split
 from attngraph.kernels.tiles import installed
 from attngraph.planning.costs import Machine
-from attngraph.planning.layouts.csr import BYTES_PER_EDGE, Rows
+from attngraph.planning.layouts.csr import BYTES_PER_EDGE, CSR
 from attngraph.planning.layouts.dense import Dense, edges_of_heads
 from attngraph.planning.layouts.tiles import NO_MASK, Table, Tiles, tabulate, tabulate_edges, union
 from attngraph.planning.reordering import bandwidth_order
@@ -63,7 +63,7 @@ class Part:
     """Some of a graph's edges, and what runs them."""
 
     backend: str
-    layout: Tiles | Rows | Dense
+    layout: Tiles | CSR | Dense
     edges: int
     seconds: float  # expected, forward, for one head of one batch entry
     why: str
@@ -297,7 +297,7 @@ class _Choice:
 
     def _listed_alone(self) -> list[Part]:
         """All edges in rows, however many."""
-        layout = Rows.listed(self.graph, self.n, self.m)
+        layout = CSR.from_graph(self.graph, self.n, self.m)
         edges, key = len(layout.by_query.neighbor), layout.by_query.neighbor[:FEW]
         query = torch.searchsorted(layout.by_query.start, torch.arange(len(key)), right=True) - 1
         fetched = int(self._keys(self._in_tiles(query, key.long()).edges).sum()) * edges // max(len(key), 1)
@@ -434,7 +434,7 @@ class _Choice:
             )
         if len(query):
             code = (query * self.m + key).sort().values
-            layout = Rows.of(code // self.m, code % self.m, self.n, self.m)
+            layout = CSR.from_edges(code // self.m, code % self.m, self.n, self.m)
             why = f"{ONE_BY_ONE}: gathering each costs less than the tile around it"
             parts.append(Part("rows", layout, len(query), self._rows_seconds(len(query), way.fetched), why))
         return parts

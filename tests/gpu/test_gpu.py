@@ -22,7 +22,7 @@ from attngraph import (
     plan,
 )
 from attngraph.planning.layouts import csr as rows
-from attngraph.planning.layouts.csr import Rows
+from attngraph.planning.layouts.csr import CSR
 from attngraph.planning.layouts.tiles import Tiles, tabulate
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
@@ -155,10 +155,10 @@ def test_an_edge_list_on_the_device():
 
 @pytest.mark.parametrize("graph", GRAPHS, ids=str)
 def test_rows_are_the_same_as_on_a_cpu(graph, monkeypatch):
-    monkeypatch.setitem(rows.HEAVY, "cpu", rows.HEAVY["cuda"])
-    here = Rows.listed(*graph.at(N, N))
+    monkeypatch.setitem(rows.HEAVY_DEGREE, "cpu", rows.HEAVY_DEGREE["cuda"])
+    here = CSR.from_graph(*graph.at(N, N))
     with torch.device("cuda"):
-        there = Rows.listed(*graph.at(N, N))
+        there = CSR.from_graph(*graph.at(N, N))
     for name in ("by_query", "by_key", "numbered"):
         for one, other in zip(getattr(here, name)[:-1], getattr(there, name)[:-1], strict=True):
             assert other.is_cuda

@@ -17,8 +17,8 @@ from torch import Tensor
 from attngraph.graph.base import Graph
 from attngraph.graph.text import from_text
 
-MOST_CACHED = 16  # layouts of each kind
-LARGEST_CACHED = 1 << 26  # entries of a mask; larger ones cost less to build than to keep
+MAX_CACHED = 16  # layouts of each kind that are kept
+MAX_CACHED_PAIRS = 1 << 26  # (query, key) pairs of a mask that is kept, 64 MB; larger ones cost less to build
 
 
 class Dense(NamedTuple):
@@ -39,6 +39,7 @@ class Dense(NamedTuple):
         sizes = [(length, length) for length in self.lengths] or [(self.n, self.m)]
         if self.closed != "causal":
             return sum(n * m for n, m in sizes)
+        # A triangle, and below it, where there are more queries than keys, a rectangle.
         return sum(min(n, m) * (min(n, m) + 1) // 2 + max(n - m, 0) * m for n, m in sizes)
 
     @property
@@ -64,7 +65,7 @@ class Dense(NamedTuple):
 def mask(graph: str, n: int, m: int, device: torch.device) -> Tensor:
     """The edges as a bool tensor (n, m), or (H, n, m)."""
     found = _kept_mask(from_text(graph), n, m, device)
-    return found if n * m > LARGEST_CACHED else found.clone()  # an operator's result belongs to its caller
+    return found if n * m > MAX_CACHED_PAIRS else found.clone()  # an operator's result belongs to its caller
 
 
 @mask.register_fake
@@ -76,7 +77,8 @@ def _(graph, n, m, device):
 @torch.library.custom_op("attngraph::edges", mutates_args=())
 def edges(graph: str, n: int, m: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """The edges as query (E,), key (E,) and, with one graph per head, who has which: bool (H, E); else (0, E)."""
-    return tuple(part.clone() for part in edges_of_heads(from_text(graph), n, m, device))
+    query, key, member = edges_of_heads(from_text(graph), n, m, device)
+    return query.clone(), key.clone(), member.clone()
 
 
 @edges.register_fake
@@ -88,15 +90,15 @@ def _(graph, n, m, device):
 
 def _kept_mask(graph: Graph, n: int, m: int, device: torch.device) -> Tensor:
     """The mask, kept if it is small: not to be changed."""
-    return graph.mask(n, m, device) if n * m > LARGEST_CACHED else _mask(graph, n, m, device)
+    return graph.mask(n, m, device) if n * m > MAX_CACHED_PAIRS else _mask(graph, n, m, device)
 
 
-@lru_cache(MOST_CACHED)
+@lru_cache(MAX_CACHED)
 def _mask(graph: Graph, n: int, m: int, device: torch.device) -> Tensor:
     return graph.mask(n, m, device)
 
 
-@lru_cache(MOST_CACHED)
+@lru_cache(MAX_CACHED)
 def edges_of_heads(graph: Graph, n: int, m: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """What the operator `edges` gives, kept: not to be changed."""
     bound, n, m = graph.at(n, m)

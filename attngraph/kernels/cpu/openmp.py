@@ -2,8 +2,10 @@
 
 Jobs are pulled one by one, so that no thread waits for the one with the longest.
 
-Gains, over threads made by Python: torch's threads wait for their next work by spinning for some milliseconds, and
-others beside them would share the cores with that. @OPENMP@
+Gains, over threads made by Python: none is started, and none shares a core with torch's own, which wait for their next
+work by spinning for some milliseconds. Eight jobs of 0.15 ms on two threads, right after an operation of torch, take
+0.7 ms instead of 1.3 (best of 150 runs). That is on free cores: where other processes hold them, its barrier waits for
+a thread that is not scheduled, and Python threads can be faster.
 Where torch's runtime has no GOMP_parallel (Windows, or an OpenMP of another vendor): Python threads, as many.
 """
 

@@ -30,7 +30,7 @@ BLOCK_ROWS = 8  # rows of a product whose sums stay in registers
 TILE = 64  # nodes of a tile
 LOG2_E = np.float32(math.log2(math.e))
 ROUND = 1.5 * 2**23  # x + ROUND has round(x) in its last bits
-# 2^r for |r| ≤ 1/2, the highest power first: minimax, relative error below 2e-7.
+# 2^r for |r| ≤ 1/2, the highest power first: a fit, relative error 1.1e-7.
 EXP2 = 0.001326472731307149, 0.009671512991189957, 0.05550733581185341, 0.24022242426872253, 0.6931470036506653, 1.0
 
 FLOATS, INTS = ir.VectorType(ir.FloatType(), LANES), ir.VectorType(ir.IntType(32), LANES)

@@ -12,7 +12,7 @@ from torch import Tensor
 from attngraph.graph.boxes import same
 from attngraph.kernels.contract import Span, Strip
 
-MAX_ROW_TILES = 64  # tiles of a row that is not cut: longer ones would hold too many scores at once
+MAX_ROW_TILES = 64  # tiles of a row that is not cut
 SECTION_TILES = 32  # longer rows are cut where the number of the tile's column is a multiple of this
 MAX_SPANS = 4  # spans of a row that are parts of their own; a row in more of them is one part, which gathers its tiles
 MIN_SHARING_ROWS = 4  # rows with the same masks that make a strip; fewer join other rows of about as many tiles

@@ -19,7 +19,7 @@ from attngraph.kernels.contract import Strip, TileRows
 from attngraph.planning.layouts.strips import strips
 
 WORD = 32  # bits of a word of a packed mask
-STEP_PAIRS = 1 << 22  # (query, key) pairs of tiles whose masks are looked at in one step: about 100 MB
+STEP_PAIRS = 1 << 22  # (query, key) pairs of tiles whose masks are looked at in one step
 NO_MASK = -1  # the number of the mask of a full tile
 
 

@@ -114,9 +114,9 @@ def run(family: str, dim: int, dtype: torch.dtype, n: int, bias: str | None = No
     if family == "tiles":
         layout = Tiles(n, n, tabulate(bound, n, n, (128, 64)))
     else:
-        with patch.dict("attngraph.planning.layouts.csr.HEAVY", cpu=30):
+        with patch.dict("attngraph.planning.layouts.csr.HEAVY_DEGREE", cpu=30):
             layout = CSR.from_edges(*list_edges(bound, n, n), n, n)
-            _ = layout.numbered  # both directions with heavy nodes
+            _ = layout.numbered  # both halves with heavy nodes
     q, k, v = torch.zeros(3, 1, 2, n, dim, dtype=dtype)
     shapes = {
         "offset": (2, 2 * n - 1),

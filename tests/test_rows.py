@@ -9,12 +9,13 @@ from interpreter import round_as_hardware
 
 from attngraph import Causal, EdgeBias, Random, Window, attend, from_dense
 from attngraph.graph.base import at_size, list_edges
-from attngraph.planning.layouts import csr as rows
+from attngraph.kernels.contract import ScoreBias
+from attngraph.planning.layouts import csr
 from attngraph.planning.layouts.csr import CSR
 
 pytest.importorskip("numba")
+from attngraph.kernels.cpu import openmp
 from attngraph.kernels.cpu import rows as rows_numba
-from attngraph.kernels.cpu import threads
 
 try:
     from attngraph.kernels.triton import rows as rows_triton
@@ -43,8 +44,8 @@ if rows_triton is not None:  # each takes seconds in the interpreter
 
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch):
-    monkeypatch.setitem(rows.HEAVY, "cpu", 10)
-    monkeypatch.setattr(rows, "UNIT", 24)
+    monkeypatch.setitem(csr.HEAVY_DEGREE, "cpu", 10)
+    monkeypatch.setattr(csr, "UNIT_EDGES", 24)
     yield
     torch.set_num_threads(1)
 
@@ -128,7 +129,7 @@ def test_rows_equal_the_edges_in_every_gradient(kind, kernels, shape, size):
     values = None if kind == "none" else values_of(kind, *shape[:2], mask)
     expected = edges_results(q, k, v, mask, public(kind, values, mask), values)
     name = {"keys": "dense", "batch": "dense"}.get(kind, kind.split("-")[0])
-    found = rows_results(q, k, v, mask, None if values is None else (name, values), kernels=kernels)
+    found = rows_results(q, k, v, mask, None if values is None else ScoreBias(name, values), kernels=kernels)
     assert_close(found[:2], expected[:2], 1e-12)
     assert_close(found[2:], expected[2:], 1e-11)
 
@@ -189,16 +190,16 @@ def test_the_layout_rebuilds_the_mask_and_every_edge_has_one_unit(n, m, seed):
     edge = layout.numbered.edge.long()
     assert torch.equal(query[edge], layout.by_key.neighbor.long())
     assert torch.equal(key[edge], key.sort(stable=True)[0])
-    for half in (layout.by_query, layout.by_key):
-        taken, nodes = torch.zeros(len(half.neighbor)), torch.zeros(len(half.start) - 1)
-        for number, (first, after, begin, end) in enumerate(half.units.tolist()):
+    for side in (layout.by_query, layout.by_key):
+        taken, nodes = torch.zeros(len(side.neighbor)), torch.zeros(len(side.start) - 1)
+        for number, (first, after, begin, end) in enumerate(side.units.tolist()):
             taken[begin:end] += 1
             nodes[first:after] += 1
-            assert half.start[first] <= begin
-            assert end <= half.start[after]
-            assert end - begin <= (half.heavy if number < half.num_pieces else half.heavy + rows.UNIT)
+            assert side.start[first] <= begin
+            assert end <= side.start[after]
+            assert end - begin <= (side.heavy if number < side.num_pieces else side.heavy + csr.UNIT_EDGES)
         assert (taken == 1).all()
-        for node, first, last in half.pieces.tolist():
+        for node, first, last in side.pieces.tolist():
             assert nodes[node] == last - first
             nodes[node] = 1
         assert (nodes == 1).all()
@@ -223,12 +224,12 @@ def test_edges_listed_in_steps_are_the_same(graph, monkeypatch):
     """As they are where so many edges at once would need too much memory."""
     bound, n, m = at_size(graph, *(size or 80 for size in graph.size))
     whole = CSR.from_edges(*list_edges(bound, n, m), n, m)
-    halves = [(half, getattr(whole, half)) for half in ("by_query", "by_key", "numbered")]
-    monkeypatch.setattr(rows, "AT_ONCE", 50)
+    sides = [(side, getattr(whole, side)) for side in ("by_query", "by_key", "numbered")]
+    monkeypatch.setattr(csr, "STEP_EDGES", 50)
     steps = CSR.from_graph(bound, n, m)
-    for name, half in halves:
+    for name, side in sides:
         found = getattr(steps, name)
-        assert all(torch.equal(one, other) for one, other in zip(found[:-1], half[:-1], strict=True))
+        assert all(torch.equal(one, other) for one, other in zip(found[:-1], side[:-1], strict=True))
 
 
 def test_a_bias_of_minus_infinity_silences_an_edge():
@@ -241,7 +242,7 @@ def test_a_bias_of_minus_infinity_silences_an_edge():
     values[0, 0, 23 // 3, 2:] = -torch.inf
     values.requires_grad_()
     expected = edges_results(q, k, v, mask, values, values)
-    found = rows_results(q, k, v, mask, ("dense", values))
+    found = rows_results(q, k, v, mask, ScoreBias("dense", values))
     assert (found[0][:, :, 3] == 0).all()
     assert (found[1][:, :, 3] == -torch.inf).all()
     assert (found[2][:, :, 3] == 0).all()
@@ -257,7 +258,7 @@ def test_any_number_of_threads_gives_the_same_bits(kind):
     mask = some_mask(300, 280)
     sides = [side.float() for side in tensors(3, 4, 2, 300, 280)]
     values = None if kind == "none" else values_of(kind, 3, 4, mask).float()
-    bias = None if values is None else ("dense" if kind == "keys" else kind.split("-")[0], values)
+    bias = None if values is None else ScoreBias("dense" if kind == "keys" else kind.split("-")[0], values)
     runs = []
     for count in (1, 2, 3, 3):
         torch.set_num_threads(count)
@@ -285,17 +286,17 @@ def test_callers_in_many_threads_do_not_disturb_each_other():
 @pytest.mark.parametrize("torch_threads", [True, False])
 def test_threads_do_each_job_once(monkeypatch, torch_threads):
     if not torch_threads:
-        monkeypatch.setattr(threads, "_openmp", lambda: None)
+        monkeypatch.setattr(openmp, "_gomp_parallel", lambda: None)
     torch.set_num_threads(3)
     done = []
-    threads.share(1000, done.append)
+    openmp.parallel_for(1000, done.append)
     assert sorted(done) == list(range(1000))
 
 
 @pytest.mark.parametrize("torch_threads", [True, False])
 def test_an_error_in_a_helper_reaches_the_caller(monkeypatch, torch_threads):
     if not torch_threads:
-        monkeypatch.setattr(threads, "_openmp", lambda: None)
+        monkeypatch.setattr(openmp, "_gomp_parallel", lambda: None)
     torch.set_num_threads(3)
     caller, both = threading.current_thread(), threading.Barrier(2, timeout=10)
 
@@ -306,7 +307,7 @@ def test_an_error_in_a_helper_reaches_the_caller(monkeypatch, torch_threads):
             raise KeyError("lost")
 
     with pytest.raises((KeyError, threading.BrokenBarrierError)):
-        threads.share(10, work)
+        openmp.parallel_for(10, work)
 
 
 def test_strides_do_not_matter():

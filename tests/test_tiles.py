@@ -102,16 +102,16 @@ def test_tiles_rebuild_the_mask(graph, n, m, mask, tile):
 @pytest.mark.parametrize("tile", TILES)
 def test_block_csr_and_its_transpose_list_the_same_tiles(graph, n, m, mask, tile):
     layout = Tiles(n, m, tabulate(graph, n, m, tile))
-    high, wide = tile
-    for half, whole in ((layout.by_query, mask), (layout.by_key, mask.T)):
-        size = (high, wide) if whole is mask else (wide, high)
-        again = torch.zeros(len(half.full) * size[0], (layout.grid[1] if whole is mask else layout.grid[0]) * size[1])
-        for r in range(len(half.full)):
-            for e in range(half.start[r], half.start[r + 1]):
-                number = int(half.mask[e])
-                assert (number < 0) == (e >= half.full[r])
-                bits = torch.ones(high, wide) if number < 0 else unpack(layout.table.words)[number].float()
-                column = int(half.other[e])
+    tile_m, tile_n = tile
+    for rows, whole in ((layout.by_query, mask), (layout.by_key, mask.T)):
+        size = (tile_m, tile_n) if whole is mask else (tile_n, tile_m)
+        again = torch.zeros(len(rows.full) * size[0], (layout.grid[1] if whole is mask else layout.grid[0]) * size[1])
+        for r in range(len(rows.full)):
+            for e in range(rows.start[r], rows.start[r + 1]):
+                number = int(rows.mask[e])
+                assert (number < 0) == (e >= rows.full[r])
+                bits = torch.ones(tile_m, tile_n) if number < 0 else unpack(layout.table.words)[number].float()
+                column = int(rows.column[e])
                 part = again[r * size[0] : (r + 1) * size[0], column * size[1] : (column + 1) * size[1]]
                 part += bits if whole is mask else bits.T
         assert torch.equal(again[: whole.shape[0], : whole.shape[1]], whole.float())
@@ -139,17 +139,17 @@ def test_strips_hold_every_tile_once_where_it_belongs(text):
     layout = Tiles(n, m, tabulate(graph, n, m, (2, 32)))  # rows of 22 tiles
     found = torch.zeros(len(layout.table.row), dtype=torch.int64)
     for strip in layout.strips:
-        row = strip.rows.tiles.expand_as(strip.at)
+        row = strip.rows.tiles.expand_as(strip.tile)
         column = strip.keys.tiles
-        held = strip.at >= 0
-        found.index_add_(0, strip.at[held], torch.ones_like(strip.at[held]))
-        assert torch.equal(layout.table.row[strip.at[held]], row[held])
-        assert torch.equal(layout.table.column[strip.at[held]], column[held])
-        masks = layout.masks[strip.masks.expand_as(strip.at)]
-        assert torch.equal(masks[held], layout.masks[layout.table.mask[strip.at[held]].where(
-            layout.table.mask[strip.at[held]] >= 0, torch.tensor(len(layout.masks) - 2))])  # fmt: skip
+        held = strip.tile >= 0
+        found.index_add_(0, strip.tile[held], torch.ones_like(strip.tile[held]))
+        assert torch.equal(layout.table.row[strip.tile[held]], row[held])
+        assert torch.equal(layout.table.column[strip.tile[held]], column[held])
+        masks = layout.masks[strip.mask.expand_as(strip.tile)]
+        assert torch.equal(masks[held], layout.masks[layout.table.mask[strip.tile[held]].where(
+            layout.table.mask[strip.tile[held]] >= 0, torch.tensor(len(layout.masks) - 2))])  # fmt: skip
         assert not masks[~held].any()
-        assert bool(masks.any(1).any(2).all()) or strip.deaf or held.all()
+        assert bool(masks.any(1).any(2).all()) or strip.has_empty_rows or held.all()
     assert (found == 1).all()
 
 

@@ -99,7 +99,7 @@ def test_the_kernels_equal_those_of_torch(graph, n, m, heads, dims):
 @pytest.mark.parametrize("graph", [Window(200, 0) | Prefix(4), Causal()], ids=str)
 @pytest.mark.parametrize("heads", HEADS, ids=str)
 def test_any_number_of_threads_gives_the_same_bits(graph, heads, monkeypatch):
-    monkeypatch.setattr(tiles_numba, "TILES_A_JOB", 5)
+    monkeypatch.setattr(tiles_numba, "MAX_JOB_TILES", 5)
     layout, sides = layout_of(graph, 700, 700), tensors(heads, 700, 700, (64, 32))
     runs = []
     for threads in (1, 2, 3, 8):
@@ -113,7 +113,7 @@ def test_any_number_of_threads_gives_the_same_bits(graph, heads, monkeypatch):
 def test_one_pass_or_two_are_the_same_bits(passes, monkeypatch):
     layout, sides = layout_of(Window(200, 3) | Random(2), 500, 500), tensors((1, 4, 2), 500, 500, (64, 64))
     expected = results(tiles_numba, sides, layout)
-    monkeypatch.setattr(tiles_numba, "_one_pass", lambda heads: passes == 1)
+    monkeypatch.setattr(tiles_numba, "_in_one_pass", lambda heads: passes == 1)
     assert all(
         torch.equal(one, other) for one, other in zip(results(tiles_numba, sides, layout), expected, strict=True)
     )

@@ -1,9 +1,14 @@
-"""What passes between layouts and kernels: a bias as kernels take it, and the protocols of the layouts they read."""
+"""What passes between layouts and kernels: a bias, the layouts as kernels read them, and the structs these are made of.
+
+Kernels import nothing from above: `attngraph.planning.layouts` makes what is described here.
+"""
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from collections.abc import Iterator
+from typing import Literal, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 BiasKind = Literal["offset", "edge", "dense"]
@@ -21,3 +26,246 @@ class ScoreBias(NamedTuple):
 
     kind: BiasKind
     values: Tensor
+
+
+# --------------------------------------------------------------------------------------------- of the reference
+
+
+class GraphMask(Protocol):
+    """Which pairs are edges, asked for all at once."""
+
+    def mask(self, n: int, m: int, device: torch.device) -> Tensor:
+        """bool (n, m), or (H, n, m)."""
+        ...
+
+
+class PairBias(Protocol):
+    """What is added to the scores, asked for pair by pair; `edge` are the numbers of the edges in edge_index order."""
+
+    def at(self, q_idx: Tensor, kv_idx: Tensor, edge: Tensor) -> Tensor:
+        """(…, pairs)."""
+        ...
+
+
+# ------------------------------------------------------------------------------------------------------- tiles
+
+
+class TileRows(NamedTuple):
+    """Block-CSR: the tiles of each row r, those with masks from start[r] on, the full ones from full[r] on.
+
+    Of the transposed adjacency matrix, rows are the columns of tiles.
+    """
+
+    start: Tensor  # int64 (rows + 1,)
+    full: Tensor  # int64 (rows,)
+    column: Tensor  # int32 (T,): the column of each tile
+    mask: Tensor  # int32 (T,): the number of its mask, or -1 where it is full
+    tile: Tensor  # int32 (T,): its place in the table
+    order: Tensor  # int32 (rows,): the rows, those with the most tiles first
+
+    @property
+    def other(self) -> Tensor:
+        """The former name of `column`."""
+        return self.column
+
+
+class Span(NamedTuple):
+    """Runs of `width` adjacent tiles, one for each of `num_rows` rows of a strip: the b-th begins at first + b · step.
+
+    Where they begin in no such order, `ids` (num_rows, width) names the tiles themselves.
+    """
+
+    num_rows: int
+    width: int
+    first: int
+    step: int
+    ids: Tensor | None
+
+    @property
+    def tiles(self) -> Tensor:
+        """The tiles by number: int64 (num_rows, width)."""
+        if self.ids is not None:
+            return self.ids
+        return self.first + torch.arange(self.num_rows)[:, None] * self.step + torch.arange(self.width)
+
+    def cut(self, start: int, stop: int) -> Span:
+        """Those of the rows start … stop - 1."""
+        ids = None if self.ids is None else self.ids[start:stop]
+        return Span(stop - start, self.width, self.first + start * self.step, self.step, ids)
+
+
+class Strip(NamedTuple):
+    """Rows of tiles with one shape, which one batched matrix product computes."""
+
+    part: int  # 0 for the first tiles of each row; the results of later parts are merged into it
+    rows: Span  # of width 1
+    keys: Span
+    mask: Tensor  # (width,), or (num_rows, width) where rows differ: the numbers of the masks
+    tile: Tensor  # (num_rows, width): the places of the tiles in their table, -1 for padding
+    has_empty_rows: bool  # whether a query may have no edge in its part of the strip
+
+    def cut(self, start: int, stop: int) -> Strip:
+        """The rows start … stop - 1."""
+        mask = self.mask if self.mask.ndim == 1 else self.mask[start:stop]
+        rows, keys = self.rows.cut(start, stop), self.keys.cut(start, stop)
+        return Strip(self.part, rows, keys, mask, self.tile[start:stop], self.has_empty_rows)
+
+
+class TileTable(Protocol):
+    """All tiles, sorted by row, then column."""
+
+    @property
+    def row(self) -> Tensor:
+        """int64 (T,)."""
+        ...
+
+    @property
+    def column(self) -> Tensor:
+        """int64 (T,)."""
+        ...
+
+    @property
+    def words(self) -> Tensor:
+        """The masks, packed: int32 (P, tile rows, tile columns / 32), bit c % 32 of word c // 32 for column c."""
+        ...
+
+
+class TilesLayout(Protocol):
+    """The adjacency matrix as tiles; those at the border may reach beyond it."""
+
+    @property
+    def tile(self) -> tuple[int, int]:
+        """How many queries and keys a tile has."""
+        ...
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """How many rows and columns of tiles there are."""
+        ...
+
+    @property
+    def table(self) -> TileTable:
+        """The tiles by number."""
+        ...
+
+    @property
+    def by_query(self) -> TileRows:
+        """The tiles of each row of tiles."""
+        ...
+
+    @property
+    def by_key(self) -> TileRows:
+        """The tiles of each column of tiles."""
+        ...
+
+    @property
+    def masks(self) -> Tensor:
+        """The masks unpacked: bool (P + 2, tile rows, tile columns); the last two are a full and an empty one."""
+        ...
+
+    @property
+    def words_by_key(self) -> Tensor:
+        """The masks transposed, packed: int32 (P, tile columns, tile rows / 32)."""
+        ...
+
+    @property
+    def first_edge(self) -> Tensor:
+        """The number of the first edge in each row of each tile: int64 (T, tile rows)."""
+        ...
+
+    @property
+    def first_edge_of_word(self) -> Tensor:
+        """The same for each word of a mask: int64 (T, tile rows, tile columns / 32)."""
+        ...
+
+    @property
+    def strips(self) -> list[Strip]:
+        """The tiles in the order in which batched matrix products run over them."""
+        ...
+
+    @property
+    def empty_rows(self) -> Tensor:
+        """The rows of tiles that have no tiles."""
+        ...
+
+    def on(self, device: torch.device) -> TilesLayout:
+        """The same on another device."""
+        ...
+
+
+# --------------------------------------------------------------------------------------------------------- CSR
+
+
+class Adjacency(NamedTuple):
+    """CSR or CSC: node x has the edges start[x] … start[x + 1] - 1, to `neighbor`, ascending.
+
+    The work is cut into units of about one size, as the graph alone decides: so no thread waits for a hub, and sums
+    are taken in the same order by any number of threads. A unit takes of each of its nodes the edges that lie between
+    two of its own; of a node with more than `heavy` edges, a unit has one piece. Units of pieces come first.
+    """
+
+    start: Tensor  # (nodes + 1,) int64
+    neighbor: Tensor  # (E,) int32 where the other side's nodes allow it
+    edge: Tensor  # (E,) the number of each edge in edge_index order; (0,) where that is 0, 1, 2, …
+    units: Tensor  # (units, 4) int64: first node, node after the last, first edge, edge after the last
+    pieces: Tensor  # (heavy nodes, 3) int64: node, its first unit, the unit after its last
+    heavy: int  # edges above which a node is cut into pieces
+
+    @property
+    def num_pieces(self) -> int:
+        """How many of the units, the first ones, are pieces of heavy nodes."""
+        return int(self.pieces[-1, 2]) if len(self.pieces) else 0
+
+
+class CSRLayout(Protocol):
+    """The edges one by one."""
+
+    @property
+    def by_query(self) -> Adjacency:
+        """CSR: the keys of each query."""
+        ...
+
+    @property
+    def by_key(self) -> Adjacency:
+        """CSC: the queries of each key."""
+        ...
+
+    @property
+    def numbered(self) -> Adjacency:
+        """`by_key`, with the number of each edge."""
+        ...
+
+
+# ------------------------------------------------------------------------------------------------------- dense
+
+
+class DenseLayout(Protocol):
+    """All pairs of n queries and m keys."""
+
+    @property
+    def n(self) -> int:
+        """How many queries."""
+        ...
+
+    @property
+    def m(self) -> int:
+        """How many keys."""
+        ...
+
+    @property
+    def closed(self) -> str | None:
+        """ "causal" or "full", which need no mask; else None."""
+        ...
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """The lengths of packed documents, each of the closed form; () is one."""
+        ...
+
+    def documents(self, device: torch.device) -> Iterator[tuple[Tensor, DenseLayout]]:
+        """For each length, the nodes (documents, length) of the documents that have it, and the layout of one."""
+        ...
+
+    def mask(self, device: torch.device) -> Tensor | None:
+        """The edges as a bool tensor (n, m); None where `closed` is not."""
+        ...

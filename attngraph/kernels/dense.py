@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-SHORT = 256  # nodes up to which half precision runs as float32 on a CPU: forward + backward took half the time there
+from attngraph.kernels.contract import DenseLayout
+
+# Nodes up to which half precision runs as float32 on a CPU: forward + backward took half the time there.
+MAX_UPCAST_NODES = 256
 
 
-def dense(q, k, v, mask: Tensor | None, *, causal: bool, bias: Tensor | None, scale: float, dropout_p: float) -> Tensor:
+def dense(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    *,
+    causal: bool,
+    bias: Tensor | None,
+    scale: float,
+    dropout_p: float,
+) -> Tensor:
     """q (B, H, N, D), k and v (B, Hkv, M, ·), mask (N, M) or (H, N, M), bias (…, N, M) → out (B, H, N, ·).
 
     `causal` without a mask is Causal(); neither is Full().
@@ -19,31 +32,35 @@ def dense(q, k, v, mask: Tensor | None, *, causal: bool, bias: Tensor | None, sc
     if bias is not None:
         bias = bias.to(torch.promote_types(bias.dtype, q.dtype))
         mask = bias if mask is None else bias.masked_fill(~mask, -torch.inf)
-    options = {"scale": scale, "enable_gqa": q.shape[1] != k.shape[1]}
-    if q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float16) and max(q.shape[2], k.shape[2]) <= SHORT:
-        sides = q.float(), k.float(), v.float(), mask if mask is None or mask.dtype == torch.bool else mask.float()
+    gqa, half = q.shape[1] != k.shape[1], q.dtype in (torch.bfloat16, torch.float16)
+    if half and q.device.type == "cpu" and max(q.shape[2], k.shape[2]) <= MAX_UPCAST_NODES:
+        if mask is not None and mask.dtype != torch.bool:
+            mask = mask.float()
         with torch.autocast("cpu", enabled=False):  # which would cast them back
-            return scaled_dot_product_attention(*sides, dropout_p, causal, **options).to(q.dtype)
-    if bias is not None and mask.dtype not in (q.dtype, torch.float32):
+            out = scaled_dot_product_attention(
+                q.float(), k.float(), v.float(), mask, dropout_p, causal, scale=scale, enable_gqa=gqa
+            )
+        return out.to(q.dtype)
+    if mask is not None and mask.dtype not in (torch.bool, q.dtype, torch.float32):
         mask = mask.to(q.dtype)
-    return scaled_dot_product_attention(q, k, v, mask, dropout_p, causal, **options)
+    return scaled_dot_product_attention(q, k, v, mask, dropout_p, causal, scale=scale, enable_gqa=gqa)
 
 
-def logsumexp(q, k, mask: Tensor | None, *, causal: bool, bias: Tensor | None, scale: float) -> Tensor:
-    """The lse (B, H, N) that belongs to `dense`, differentiable; -inf where a query hears nobody."""
+def logsumexp(q: Tensor, k: Tensor, mask: Tensor | None, *, causal: bool, bias: Tensor | None, scale: float) -> Tensor:
+    """The lse (B, H, N) that belongs to `dense`, differentiable; -inf where a query has no edge."""
     if mask is None and bias is None and q.device.type == "cpu" and q.shape[2] and k.shape[2]:
-        return _FlashLogsumexp.apply(q.contiguous(), _repeated(k, q).contiguous(), causal, scale)
+        return _FlashLogsumexp.apply(q.contiguous(), _repeat_kv(k, q).contiguous(), causal, scale)
     dtype = torch.promote_types(q.dtype, torch.float32)
     with torch.autocast(q.device.type, enabled=False):
-        scores = q.to(dtype) @ _repeated(k, q).to(dtype).mT * scale
+        scores = q.to(dtype) @ _repeat_kv(k, q).to(dtype).mT * scale
     if bias is not None:
         scores = scores + bias
     if causal:
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf)
-    heard = (scores != -torch.inf).any(-1, keepdim=True)  # rows of -inf alone would have NaN gradients
-    return torch.where(heard, scores, 0).logsumexp(-1).masked_fill(~heard[..., 0], -torch.inf)
+    has_edge = (scores != -torch.inf).any(-1, keepdim=True)  # rows of -inf alone would have NaN gradients
+    return torch.where(has_edge, scores, 0).logsumexp(-1).masked_fill(~has_edge[..., 0], -torch.inf)
 
 
 class _FlashLogsumexp(torch.autograd.Function):
@@ -54,27 +71,27 @@ class _FlashLogsumexp(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, causal: bool, scale: float) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, causal: bool, scale: float) -> Tensor:
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, k, 0.0, causal, scale=scale)
         ctx.save_for_backward(q, k, out, lse)
         ctx.causal, ctx.scale = causal, scale
         return lse.clone()
 
     @staticmethod
-    def backward(ctx, dlse: Tensor):
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, None, None]:
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise RuntimeError(
                 "the lse of backend='dense' can be differentiated once; with backend='edges' again and again"
             )
         q, k, out, lse = ctx.saved_tensors
-        dlse = dlse[..., None].to(q.dtype)
+        dlse = grad_outputs[0][..., None].to(q.dtype)
         dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
             (dlse * q).contiguous(), q, k, k, out, lse, 0.0, ctx.causal, scale=ctx.scale
         )[2]
         return dlse * out * ctx.scale, dv * ctx.scale, None, None
 
 
-def _repeated(k: Tensor, q: Tensor) -> Tensor:
+def _repeat_kv(k: Tensor, q: Tensor) -> Tensor:
     """Each key head for all the query heads that share it."""
     return k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
 
@@ -82,158 +99,243 @@ def _repeated(k: Tensor, q: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------- as part of a plan
 
 
-HIDDEN = -1e30  # added to the score of a pair that is no edge
-WIDEST_FLASH = 256  # dimension of a head that the flash kernel of a GPU takes
+MASKED_SCORE = -1e30  # added to the score of a pair without an edge
+MAX_FLASH_DIM = 256  # dimension of a head that the flash kernel of a GPU takes
 
 
-def forward(q, k, v, layout, bias: None, scale: float) -> tuple[Tensor, Tensor]:
+def forward(q: Tensor, k: Tensor, v: Tensor, layout: DenseLayout, bias: None, scale: float) -> tuple[Tensor, Tensor]:
     """q (B, H, N, D), k and v (B, Hkv, M, ·) → out (B, H, N, ·), lse (B, H, N), by PyTorch's flash kernels."""
     if layout.lengths:
         out = q.new_zeros(*q.shape[:3], v.shape[3])
         lse = q.new_zeros(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
-        for nodes, own in layout.documents(q.device):
-            for whole, part in zip((out, lse), forward(*_apart(nodes, q, k, v), own, bias, scale), strict=True):
-                _put(whole, nodes, part)
+        for nodes, one in layout.documents(q.device):
+            q_docs, k_docs, v_docs = _documents(nodes, q), _documents(nodes, k), _documents(nodes, v)
+            out_docs, lse_docs = forward(q_docs, k_docs, v_docs, one, bias, scale)
+            _store_documents(out, nodes, out_docs)
+            _store_documents(lse, nodes, lse_docs)
         return out, lse
-    mask, hidden = _masks(layout, q)
-    sides = _of_one_width(q, _repeated(k, q), _repeated(v, q))
-    out, lse = _flash_kernel(sides[0], layout)[0](*sides, hidden, layout.closed == "causal", scale)
-    out, lse = out[..., : v.shape[3]], lse[..., : q.shape[2]]
+    mask, mask_bias = _masks(layout, q)
+    k, v, value_dim = _repeat_kv(k, q), _repeat_kv(v, q), v.shape[3]
+    width = _padded_width(q, v)
+    problem = _Problem(_pad_to(q, width), _pad_to(k, width), _pad_to(v, width), mask_bias, _is_causal(layout), scale)
+    out, lse = _flash_kernel(problem.q, layout).forward(problem)
+    out, lse = out[..., :value_dim], lse[..., : q.shape[2]]
     if mask is not None:
-        nobody = ~mask.any(1)
-        out, lse = out.masked_fill(nobody[:, None], 0), lse.masked_fill(nobody, -torch.inf)
+        no_edge = ~mask.any(1)
+        out, lse = out.masked_fill(no_edge[:, None], 0), lse.masked_fill(no_edge, -torch.inf)
     return out, lse
 
 
-def backward(q, k, v, out, lse, dout, dlse, layout, bias: None, scale: float, bias_grad: bool):
+def backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    dout: Tensor,
+    dlse: Tensor | None,
+    layout: DenseLayout,
+    bias: None,
+    scale: float,
+    bias_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, None]:
     """What all pairs add to (dq, dk, dv, None), from the final out and lse of each query; dlse may be None.
 
     The kernel computes Δ as Σ dout · out. Where it is Σ dout · out - dlse, the values have one more dimension, in which
     dout is -dlse, out is 1 and v is 0.
     """
     if layout.lengths:
-        found = [torch.zeros_like(side) for side in (q, k, v)]
-        for nodes, own in layout.documents(q.device):
-            sides = _apart(nodes, q, k, v, out, lse, dout, dlse)
-            for whole, part in zip(found, backward(*sides, own, bias, scale, bias_grad)[:3], strict=True):
-                _put(whole, nodes, part)
-        return *found, None
-    hidden = _masks(layout, q)[1]
+        dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        for nodes, one in layout.documents(q.device):
+            q_docs, k_docs, v_docs = _documents(nodes, q), _documents(nodes, k), _documents(nodes, v)
+            out_docs, lse_docs, dout_docs = _documents(nodes, out), _documents(nodes, lse), _documents(nodes, dout)
+            dlse_docs = None if dlse is None else _documents(nodes, dlse)
+            dq_docs, dk_docs, dv_docs, _ = backward(
+                q_docs, k_docs, v_docs, out_docs, lse_docs, dout_docs, dlse_docs, one, bias, scale, bias_grad
+            )
+            _store_documents(dq, nodes, dq_docs)
+            _store_documents(dk, nodes, dk_docs)
+            _store_documents(dv, nodes, dv_docs)
+        return dq, dk, dv, None
+    mask_bias = _masks(layout, q)[1]
     group, dim, value_dim = q.shape[1] // k.shape[1], q.shape[3], v.shape[3]
-    width = max(dim, value_dim) + (dlse is not None)
-    *sides, dout, out = _of_one_width(q, _repeated(k, q), _repeated(v, q), dout, out, width=width)
+    width = _padded_width(q, v, extra=dlse is not None)
+    k, v = _repeat_kv(k, q), _repeat_kv(v, q)
+    problem = _Problem(_pad_to(q, width), _pad_to(k, width), _pad_to(v, width), mask_bias, _is_causal(layout), scale)
+    out, dout = _pad_to(out, width), _pad_to(dout, width)
     if dlse is not None:
         dout[..., value_dim], out[..., value_dim] = -dlse, 1
     lse = lse.masked_fill(lse == -torch.inf, torch.inf).contiguous()
-    dq, dk, dv = _flash_kernel(sides[0], layout)[1](dout, *sides, out, lse, hidden, layout.closed == "causal", scale)
-    dk, dv = (side.unflatten(1, (-1, group)).sum(2) for side in (dk, dv))
+    dq, dk, dv = _flash_kernel(problem.q, layout).backward(problem, out, lse, dout)
+    dk, dv = dk.unflatten(1, (-1, group)).sum(2), dv.unflatten(1, (-1, group)).sum(2)
     return dq[..., :dim], dk[..., :dim], dv[..., :value_dim], None
 
 
-def _apart(nodes: Tensor, *sides: Tensor | None) -> list[Tensor | None]:
-    """Of (B, H, N, …), the nodes (documents, length) as (B · documents, H, length, …)."""
-    return [side if side is None else side[:, :, nodes].transpose(1, 2).flatten(0, 1).contiguous() for side in sides]
+def _documents(nodes: Tensor, x: Tensor) -> Tensor:
+    """Of x (B, H, N, …), the nodes (documents, length) as (B · documents, H, length, …)."""
+    return x[:, :, nodes].transpose(1, 2).flatten(0, 1).contiguous()
 
 
-def _put(whole: Tensor, nodes: Tensor, part: Tensor) -> None:
-    """The reverse, into `whole`."""
-    whole[:, :, nodes] = part.unflatten(0, (len(whole), len(nodes))).transpose(1, 2).to(whole.dtype)
+def _store_documents(x: Tensor, nodes: Tensor, documents: Tensor) -> None:
+    """The reverse, into x."""
+    x[:, :, nodes] = documents.unflatten(0, (len(x), len(nodes))).transpose(1, 2).to(x.dtype)
 
 
-def _masks(layout, q: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """Who is heard, bool (N, M), and what to add to the scores."""
+def _is_causal(layout: DenseLayout) -> bool:
+    return layout.closed == "causal"
+
+
+def _masks(layout: DenseLayout, q: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Which pairs are edges, bool (N, M), and what to add to the scores; None where all are, or as causal."""
     mask = layout.mask(q.device)
-    low = max(HIDDEN, torch.finfo(q.dtype).min)
-    return mask, None if mask is None else torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, low)
+    if mask is None:
+        return None, None
+    masked_score = max(MASKED_SCORE, torch.finfo(q.dtype).min)
+    return mask, torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, masked_score)
 
 
-def _of_one_width(*sides: Tensor, width: int = 0) -> list[Tensor]:
-    """Vectors filled up with zeros to the largest of their dimensions, or to this one; on a GPU, to a multiple of 8."""
-    width = max(width, *(side.shape[-1] for side in sides))
-    width += -width % 8 if sides[0].device.type == "cuda" else 0
-    return [pad(side, (0, width - side.shape[-1])).contiguous() for side in sides]
+def _padded_width(q: Tensor, v: Tensor, *, extra: bool = False) -> int:
+    """The one dimension to which q, k and v are padded; on a GPU, a multiple of 8."""
+    width = max(q.shape[3], v.shape[3] + extra)
+    return width + (-width % 8 if q.device.type == "cuda" else 0)
 
 
-# Each of PyTorch's kernels as (forward, backward): forward(q, k, v, hidden, causal, scale) → out, lse;
-# backward(dout, q, k, v, out, lse, hidden, causal, scale) → dq, dk, dv.
+def _pad_to(x: Tensor, width: int) -> Tensor:
+    """x (…, D) filled up with zeros."""
+    return pad(x, (0, width - x.shape[-1])).contiguous()
 
 
-def _flash_kernel(q: Tensor, layout) -> tuple[Callable, Callable]:
+# ----------------------------------------------------------------------------------------- PyTorch's kernels
+
+
+class _Problem(NamedTuple):
+    """q, k and v (B, H, nodes, D), mask_bias (N, M) or None."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    mask_bias: Tensor | None
+    causal: bool
+    scale: float
+
+    @property
+    def scores(self) -> Tensor:
+        """All of them."""
+        scores = self.q @ self.k.mT * self.scale
+        if self.mask_bias is not None:
+            scores = scores + self.mask_bias
+        if self.causal:
+            later = torch.ones(scores.shape[2:], dtype=torch.bool, device=scores.device).triu(1)
+            scores = scores.masked_fill(later, MASKED_SCORE)
+        return scores
+
+    @property
+    def aligned_mask_bias(self) -> Tensor | None:
+        """For all batches and heads; each row begins at a multiple of 16 bytes, as SDPA sees to."""
+        if self.mask_bias is None:
+            return None
+        n, m = self.mask_bias.shape
+        return pad(self.mask_bias, (0, -m % 8))[:, :m].expand(*self.q.shape[:2], n, m)
+
+
+class _FlashKernel(Protocol):
+    """One of PyTorch's kernels."""
+
+    @staticmethod
+    def forward(problem: _Problem) -> tuple[Tensor, Tensor]:
+        """out, lse."""
+        ...
+
+    @staticmethod
+    def backward(problem: _Problem, out: Tensor, lse: Tensor, dout: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """dq, dk, dv."""
+        ...
+
+
+def _flash_kernel(q: Tensor, layout: DenseLayout) -> type[_FlashKernel]:
     """The fastest that can: on a GPU, the flash kernel knows no mask, and aligns Causal() at the other end."""
     if q.device.type == "cpu":
-        return _cpu_forward, _cpu_backward
+        return _CPU
     if q.device.type != "cuda" or q.dtype == torch.float64:
-        return _plain_forward, _plain_backward
+        return _Plain
     aligned = layout.closed == "full" or (layout.closed == "causal" and layout.n == layout.m)
-    if aligned and q.dtype in (torch.float16, torch.bfloat16) and q.shape[3] <= WIDEST_FLASH:
-        return _gpu_forward, _gpu_backward
-    return _efficient_forward, _efficient_backward
+    if aligned and q.dtype in (torch.float16, torch.bfloat16) and q.shape[3] <= MAX_FLASH_DIM:
+        return _GPU
+    return _Efficient
 
 
-def _cpu_forward(q, k, v, hidden, causal, scale):
-    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    return flash(q, k, v, 0.0, causal, attn_mask=hidden, scale=scale)
+class _CPU(_FlashKernel):
+    """Flash attention on a CPU."""
+
+    @staticmethod
+    def forward(problem: _Problem) -> tuple[Tensor, Tensor]:
+        q, k, v, mask_bias, causal, scale = problem
+        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        return flash(q, k, v, 0.0, causal, attn_mask=mask_bias, scale=scale)
+
+    @staticmethod
+    def backward(problem: _Problem, out: Tensor, lse: Tensor, dout: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v, mask_bias, causal, scale = problem
+        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+        return flash(dout, q, k, v, out, lse, 0.0, causal, attn_mask=mask_bias, scale=scale)
 
 
-def _cpu_backward(dout, q, k, v, out, lse, hidden, causal, scale):
-    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-    return flash(dout, q, k, v, out, lse, 0.0, causal, attn_mask=hidden, scale=scale)
+class _GPU(_FlashKernel):
+    """Flash attention on a GPU, in half precision."""
+
+    @staticmethod
+    def forward(problem: _Problem) -> tuple[Tensor, Tensor]:
+        q, k, v, _, causal, scale = problem
+        flash = torch.ops.aten._scaled_dot_product_flash_attention
+        out, lse, *_ = flash(q, k, v, 0.0, causal, False, scale=scale)
+        return out, lse
+
+    @staticmethod
+    def backward(problem: _Problem, out: Tensor, lse: Tensor, dout: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v, _, causal, scale = problem
+        rng_state = torch.zeros((), dtype=torch.int64)  # for dropout: there is none
+        lengths = q.shape[2], k.shape[2]
+        flash = torch.ops.aten._scaled_dot_product_flash_attention_backward
+        return flash(
+            dout, q, k, v, out, lse, None, None, *lengths, 0.0, causal, rng_state, rng_state, scale=scale
+        )  # fmt: skip
 
 
-def _gpu_forward(q, k, v, hidden, causal, scale):
-    return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, False, scale=scale)[:2]
+class _Efficient(_FlashKernel):
+    """Memory-efficient attention on a GPU (xFormers), which takes masks and float32."""
+
+    @staticmethod
+    def forward(problem: _Problem) -> tuple[Tensor, Tensor]:
+        q, k, v, _, causal, scale = problem
+        efficient = torch.ops.aten._scaled_dot_product_efficient_attention
+        out, lse, *_ = efficient(q, k, v, problem.aligned_mask_bias, True, 0.0, causal, scale=scale)
+        return out, lse
+
+    @staticmethod
+    def backward(problem: _Problem, out: Tensor, lse: Tensor, dout: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v, _, causal, scale = problem
+        rng_state = torch.zeros((), dtype=torch.int64)  # for dropout: there is none
+        lse = pad(lse, (0, -lse.shape[2] % 32), value=torch.inf)  # as its own forward pass gives it
+        needs_grad = [True, True, True, False]
+        dq, dk, dv, _ = torch.ops.aten._scaled_dot_product_efficient_attention_backward(
+            dout, q, k, v, problem.aligned_mask_bias, out, lse, rng_state, rng_state, 0.0, needs_grad, causal,
+            scale=scale,
+        )  # fmt: skip
+        return dq, dk, dv
 
 
-def _gpu_backward(dout, q, k, v, out, lse, hidden, causal, scale):
-    none = torch.zeros((), dtype=torch.int64)  # the state of chance, for dropout
-    flash = torch.ops.aten._scaled_dot_product_flash_attention_backward
-    return flash(
-        dout, q, k, v, out, lse, None, None, q.shape[2], k.shape[2], 0.0, causal, none, none, scale=scale
-    )  # fmt: skip
+class _Plain(_FlashKernel):
+    """Matrix products, where no kernel of PyTorch's gives a lse."""
 
+    @staticmethod
+    def forward(problem: _Problem) -> tuple[Tensor, Tensor]:
+        scores = problem.scores
+        lse = scores.logsumexp(3)
+        return (scores - lse[..., None]).exp() @ problem.v, lse
 
-def _aligned(hidden: Tensor | None, q: Tensor) -> Tensor | None:
-    """For all batches and heads; each row begins at a multiple of 16 bytes, as SDPA sees to."""
-    if hidden is None:
-        return None
-    keys = hidden.shape[1]
-    return pad(hidden, (0, -keys % 8))[:, :keys].expand(*q.shape[:2], *hidden.shape)
-
-
-def _efficient_forward(q, k, v, hidden, causal, scale):
-    hidden = _aligned(hidden, q)
-    return torch.ops.aten._scaled_dot_product_efficient_attention(
-        q, k, v, hidden, True, 0.0, causal, scale=scale
-    )[:2]  # fmt: skip
-
-
-def _efficient_backward(dout, q, k, v, out, lse, hidden, causal, scale):
-    hidden = _aligned(hidden, q)
-    none = torch.zeros((), dtype=torch.int64)
-    lse = pad(lse, (0, -lse.shape[2] % 32), value=torch.inf)  # as its own forward pass gives it
-    return torch.ops.aten._scaled_dot_product_efficient_attention_backward(
-        dout, q, k, v, hidden, out, lse, none, none, 0.0, [True, True, True, False], causal, scale=scale
-    )[:3]
-
-
-def _plain_forward(q, k, v, hidden, causal, scale):
-    scores = _scores(q, k, hidden, causal, scale)
-    lse = scores.logsumexp(3)
-    return (scores - lse[..., None]).exp() @ v, lse
-
-
-def _plain_backward(dout, q, k, v, out, lse, hidden, causal, scale):
-    p = (_scores(q, k, hidden, causal, scale) - lse[..., None]).exp()
-    ds = p * (dout @ v.mT - (dout * out).sum(3, keepdim=True)) * scale
-    return ds @ k, ds.mT @ q, p.mT @ dout
-
-
-def _scores(q, k, hidden, causal, scale):
-    """All scores, where no kernel of PyTorch's gives a lse."""
-    scores = q @ k.mT * scale
-    if hidden is not None:
-        scores = scores + hidden
-    if causal:
-        later = torch.ones(scores.shape[2:], dtype=torch.bool, device=q.device).triu(1)
-        scores = scores.masked_fill(later, HIDDEN)
-    return scores
+    @staticmethod
+    def backward(problem: _Problem, out: Tensor, lse: Tensor, dout: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        p = (problem.scores - lse[..., None]).exp()
+        delta = (dout * out).sum(3, keepdim=True)
+        ds = p * (dout @ problem.v.mT - delta) * problem.scale
+        return ds @ problem.k, ds.mT @ problem.q, p.mT @ dout

@@ -6,11 +6,22 @@ import torch
 from torch import Tensor
 from torch.nn.functional import dropout
 
-from attngraph.kernels.scoring import NORMALIZERS, SCORES
+from attngraph.kernels.scoring import Normalizer, Score, normalizer, score_function
 
 
 def edges(
-    q, k, v, query, key, member, *, bias, scale, dropout_p, score, normalize
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    query: Tensor,
+    key: Tensor,
+    member: Tensor,
+    *,
+    bias: Tensor | None,
+    scale: float,
+    dropout_p: float,
+    score: str | Score,
+    normalize: str | Normalizer,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """q (B, H, N, D), k and v (B, Hkv, M, ·), edges (E,), member (H | 0, E), bias (…, E) → out, lse, weights (B, H, E).
 
@@ -19,8 +30,9 @@ def edges(
     dtype = torch.promote_types(q.dtype, torch.float32)
     group = q.shape[1] // k.shape[1]
     q_i = q.to(dtype)[:, :, query]  # (B, H, E, D)
-    k_j, v_j = (side.to(dtype)[:, :, key].repeat_interleave(group, dim=1) for side in (k, v))
-    scores = SCORES.get(score, score)(q_i, k_j) * scale
+    k_j = k.to(dtype)[:, :, key].repeat_interleave(group, dim=1)
+    v_j = v.to(dtype)[:, :, key].repeat_interleave(group, dim=1)
+    scores = score_function(score)(q_i, k_j) * scale
     if bias is not None:
         scores = scores + bias.to(dtype)
 
@@ -30,7 +42,7 @@ def edges(
             scores = scores.masked_fill(~member, -torch.inf)
         weights, lse = _softmax(scores, query, q.shape[2])
     else:
-        weights = NORMALIZERS.get(normalize, normalize)(scores)
+        weights = normalizer(normalize)(scores)
         if member.shape[0]:
             weights = weights.masked_fill(~member, 0)
     messages = dropout(weights, dropout_p)[..., None] * v_j
@@ -40,11 +52,13 @@ def edges(
 
 def _softmax(scores: Tensor, query: Tensor, n: int) -> tuple[Tensor, Tensor]:
     """Softmax over the edges of each query: (B, H, E) → weights (B, H, E), lse (B, H, N); -inf where there are none."""
-    at = query.expand_as(scores)
-    top = scores.detach().new_full((*scores.shape[:2], n), -torch.inf).scatter_reduce(2, at, scores.detach(), "amax")
-    top = top.masked_fill(top == -torch.inf, 0)  # a query that hears nobody
-    power = (scores - top[:, :, query]).exp()
-    total = power.new_zeros(top.shape).index_add(2, query, power)
-    heard = total != 0
-    lse = (top + torch.where(heard, total, 1).log()).masked_fill(~heard, -torch.inf)
-    return power / torch.where(heard, total, 1)[:, :, query], lse
+    detached = scores.detach()
+    row_max = detached.new_full((*scores.shape[:2], n), -torch.inf)
+    row_max = row_max.scatter_reduce(2, query.expand_as(scores), detached, "amax")
+    row_max = row_max.masked_fill(row_max == -torch.inf, 0)  # a query without edges
+    p = (scores - row_max[:, :, query]).exp()
+    row_sum = p.new_zeros(row_max.shape).index_add(2, query, p)
+    has_edge = row_sum != 0
+    row_sum = torch.where(has_edge, row_sum, 1)
+    lse = (row_max + row_sum.log()).masked_fill(~has_edge, -torch.inf)
+    return p / row_sum[:, :, query], lse

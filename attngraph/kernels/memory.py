@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+DTYPES = {torch.float32: np.float32, torch.float64: np.float64}
+
 
 def nodes_first(x: Tensor) -> bool:
     """Whether a tensor (B, H, N, D) lies in memory as (B, N, H, D), as a model makes its heads."""
@@ -22,14 +24,10 @@ def like(x: Tensor, dim: int) -> Tensor:
 
 
 def empty(*shape: int, like: Tensor) -> Tensor:
-    """A CPU tensor of the other's dtype, with anything in it."""
-    return torch.from_numpy(np.empty(shape, _dtype(like)))
+    """A CPU tensor of the other's dtype, float32 or float64, with anything in it."""
+    return torch.from_numpy(np.empty(shape, DTYPES[like.dtype]))
 
 
 def zeros(*shape: int, like: Tensor) -> Tensor:
     """The same, with zeros."""
-    return torch.from_numpy(np.zeros(shape, _dtype(like)))
-
-
-def _dtype(like: Tensor) -> type:
-    return {torch.float32: np.float32, torch.float64: np.float64}[like.dtype]
+    return torch.from_numpy(np.zeros(shape, DTYPES[like.dtype]))

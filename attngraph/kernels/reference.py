@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import dropout
 
-from attngraph.kernels.scoring import NORMALIZERS, SCORES
+from attngraph.kernels.contract import GraphMask, PairBias
+from attngraph.kernels.scoring import Normalizer, Score, normalizer, score_function
 
 
 def softmax(scores: Tensor) -> Tensor:
@@ -14,26 +15,37 @@ def softmax(scores: Tensor) -> Tensor:
     return torch.ops.aten._safe_softmax(scores, -1)
 
 
-def reference(q, k, v, graph, *, bias, scale, dropout_p, score, normalize) -> tuple[Tensor, Tensor, Tensor]:
+def reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    graph: GraphMask,
+    *,
+    bias: PairBias | None,
+    scale: float,
+    dropout_p: float,
+    score: str | Score,
+    normalize: str | Normalizer,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Every node holds a query, a key and a value; each query node collects from the key nodes that it hears.
 
     q (B, H, N, D), k and v (B, Hkv, M, ·) → out (B, H, N, ·), lse (B, H, N), weights (B, H, N, M), in float64.
     """
-    answer, weigh = SCORES.get(score, score), NORMALIZERS.get(normalize, normalize)
-    q, k, v = (side.double().repeat_interleave(q.shape[1] // side.shape[1], dim=1) for side in (q, k, v))
+    score, weights_of = score_function(score), softmax if normalize == "softmax" else normalizer(normalize)
+    q, k, v = (x.double().repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (q, k, v))
     (B, H, N, D), M = q.shape, k.shape[2]
     out, lse, weights = v.new_zeros(B, H, N, v.shape[3]), q.new_full((B, H, N), -torch.inf), q.new_zeros(B, H, N, M)
-    hears = graph.mask(N, M, q.device).expand(H, N, M)
-    edge = hears.any(0).flatten().cumsum(0).view(N, M) - 1  # its number in edge_index order
+    adjacency = graph.mask(N, M, q.device).expand(H, N, M)
+    edge = adjacency.any(0).flatten().cumsum(0).view(N, M) - 1  # its number in edge_index order
 
     for i in range(N):
-        scores = answer(q[:, :, [i]].expand(B, H, M, D), k) * scale  # every key answers the query of node i
+        scores = score(q[:, :, [i]].expand(B, H, M, D), k) * scale  # every key answers the query of node i
         for h in range(H):
-            j = hears[h, i].nonzero()[:, 0]  # but it hears only its in-neighbours; with none, all sums are empty
-            heard = scores[:, h, j]
+            j = adjacency[h, i].nonzero()[:, 0]  # but it hears only its in-neighbours; with none, all sums are empty
+            s = scores[:, h, j]
             if bias is not None:
-                heard = heard + bias.at(torch.full_like(j, i), j, edge[i, j]).expand(B, H, -1)[:, h]
-            lse[:, h, i] = heard.logsumexp(-1)
-            weights[:, h, i, j] = weight = softmax(heard) if normalize == "softmax" else weigh(heard)
-            out[:, h, i] = (dropout(weight, dropout_p)[..., None] * v[:, h, j]).sum(1)
+                s = s + bias.at(torch.full_like(j, i), j, edge[i, j]).expand(B, H, -1)[:, h]
+            lse[:, h, i] = s.logsumexp(-1)
+            weights[:, h, i, j] = p = weights_of(s)
+            out[:, h, i] = (dropout(p, dropout_p)[..., None] * v[:, h, j]).sum(1)
     return out, lse, weights

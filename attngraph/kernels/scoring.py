@@ -1,4 +1,4 @@
-"""How a key answers a query, and how answers become weights: the two functions that make attention generic."""
+"""The score of a query and a key, and how scores become weights: the two functions that make attention generic."""
 
 from __future__ import annotations
 
@@ -35,3 +35,13 @@ class Additive:
 
 SCORES: dict[str, Score] = {"dot": dot, "additive": lambda q_i, k_j: torch.tanh(q_i + k_j).sum(-1)}
 NORMALIZERS: dict[str, Normalizer] = {"sigmoid": torch.sigmoid, "none": lambda score: score}
+
+
+def score_function(score: str | Score) -> Score:
+    """By name, or as given."""
+    return SCORES[score] if isinstance(score, str) else score
+
+
+def normalizer(normalize: str | Normalizer) -> Normalizer:
+    """By name, or as given; "softmax", which is not elementwise, is none of them."""
+    return NORMALIZERS[normalize] if isinstance(normalize, str) else normalize

@@ -156,7 +156,7 @@ def test_an_edge_list_on_the_device():
 
 @pytest.mark.parametrize("graph", GRAPHS, ids=str)
 def test_rows_are_the_same_as_on_a_cpu(graph, monkeypatch):
-    monkeypatch.setitem(rows.HEAVY, "cpu", rows.HEAVY["cuda"])
+    monkeypatch.setitem(rows.HEAVY_DEGREE, "cpu", rows.HEAVY_DEGREE["cuda"])
     here = CSR.from_graph(*at_size(graph, N, N))
     with torch.device("cuda"):
         there = CSR.from_graph(*at_size(graph, N, N))

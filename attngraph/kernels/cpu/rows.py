@@ -1,208 +1,280 @@
-"""Each query walks along its own edges, on a CPU, in machine code by Numba: for irregular sparse graphs.
+"""Attention edge by edge on a CPU, in machine code by Numba: each query walks along its own edges. For sparse graphs.
 
 Nothing of size E·H is stored, in either direction, and no two threads add to one number: two runs give the same bits.
-Nodes come first in memory: q is (B, N, H, D), and the four scores of a block of edges lie together, (blocks, H, 4).
+Nodes come first in memory: q is (B, N, H, D). The edges of a node are taken in blocks of four, whose scores lie
+together: (blocks, H, 4).
 """
+
+# pyright: reportCallIssue=false, reportArgumentType=false
+# (Numba's decorators and intrinsics have no types that a checker understands)
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import lru_cache
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numba import njit
 from torch import Tensor
 
-from attngraph.kernels.cpu.threads import share
-from attngraph.kernels.cpu.vectors import adds, dots, exp
+from attngraph.kernels.contract import Adjacency, CSRLayout, ScoreBias
+from attngraph.kernels.cpu.exp import exp
+from attngraph.kernels.cpu.gather import Neighbors, Vector, gather_add, gather_dot
+from attngraph.kernels.cpu.openmp import parallel_for
 from attngraph.kernels.memory import zeros
 
-CHUNK = 64  # edges of a node whose neighbours stay in the cache between their scores and their sums
-HONEST = {"reassoc", "contract", "nsz", "arcp"}  # of fastmath, what keeps inf and nan
-NONE, OFFSET, EDGE, DENSE = range(4)
+CHUNK_EDGES = 64  # edges of a node whose neighbours stay in the cache between their scores and their sums
+FASTMATH_FLAGS = {"reassoc", "contract", "nsz", "arcp"}  # all that keep inf and nan
+NO_BIAS, OFFSET, EDGE, DENSE = range(4)
 KINDS = {"offset": OFFSET, "edge": EDGE, "dense": DENSE}
-compiled = njit(nogil=True, cache=True, fastmath=HONEST)
+compiled = njit(nogil=True, cache=True, fastmath=FASTMATH_FLAGS)
 
 
-# ----------------------------------------------------------------------------------------- steps of a row
+class Edges(NamedTuple):
+    """The arrays of an `Adjacency`."""
+
+    start: np.ndarray
+    neighbor: np.ndarray
+    edge: np.ndarray
+    units: np.ndarray
+
+
+class BiasTable(NamedTuple):
+    """A bias: its values, flat, and their strides over (B, H, N, last), 0 where one value serves all."""
+
+    kind: int
+    values: np.ndarray
+    strides: tuple[int, int, int, int]
+    heads: int
+    n: int  # queries
+
+
+class ForwardTensors(NamedTuple):
+    """q (B, N, H, D), k and v (B, M, Hkv, ·); out (B · N, H, Dv), lse (B · N, H); the same for pieces of nodes."""
+
+    q: np.ndarray
+    k: np.ndarray
+    v: np.ndarray
+    out: np.ndarray
+    lse: np.ndarray
+    piece_out: np.ndarray
+    piece_lse: np.ndarray
+
+
+class BackwardTensors(NamedTuple):
+    """Two vectors of each node, x and x_v, and of each neighbour, y and y_v: (B, nodes, heads, ·).
+
+    They are q and dout, k and v for dq; k and v, q and dout for dk and dv. lse and delta (B · N, H) are of the queries.
+    """
+
+    x: np.ndarray
+    x_v: np.ndarray
+    y: np.ndarray
+    y_v: np.ndarray
+    lse: np.ndarray
+    delta: np.ndarray
+
+
+class Gradients(NamedTuple):
+    """What the backward kernels fill: dq, or dk and dv, (B · nodes, heads, ·); the same for pieces of nodes."""
+
+    dx: np.ndarray
+    piece_dx: np.ndarray
+    dx_v: np.ndarray  # empty for dq
+    piece_dx_v: np.ndarray
+    ds_sum: np.ndarray  # of a bias with one value for each key, (B · M, H, 1); else empty
+    piece_ds_sum: np.ndarray
+    dvalues: np.ndarray  # of the values of any other bias, flat; else empty
+
+
+# ----------------------------------------------------------------------------------------- steps of a node
 
 
 @compiled
-def four(neighbor, at, last, base):
-    """base plus the neighbours of the edges at … at + 3; past the last edge, the last one again."""
-    b, c, d = neighbor[min(at + 1, last)], neighbor[min(at + 2, last)], neighbor[min(at + 3, last)]
-    return base + np.int64(neighbor[at]), base + np.int64(b), base + np.int64(c), base + np.int64(d)
+def neighbors_of_4(neighbor, e, last, base):
+    """base plus the neighbours of the edges e … e + 3; past the last edge, the last one again."""
+    b, c, d = neighbor[min(e + 1, last)], neighbor[min(e + 2, last)], neighbor[min(e + 3, last)]
+    return base + np.int64(neighbor[e]), base + np.int64(b), base + np.int64(c), base + np.int64(d)
 
 
 @compiled
-def longest(start, unit):
+def max_degree(start, unit):
     """The most edges that a unit takes of one of its nodes."""
-    first, after, begin, end = unit
+    first, stop, begin, end = unit
     most = 0
-    for node in range(first, after):
+    for node in range(first, stop):
         most = max(most, min(start[node + 1], end) - max(start[node], begin))
     return most
 
 
 @compiled
-def place(kind, i, j, e, n):
+def bias_index(kind, i, j, e, n):
     """The last index into the values of a bias."""
     return e if kind == EDGE else (j - i + n - 1 if kind == OFFSET else j)
 
 
 @compiled
-def add_bias(scores, kind, values, strides, batch, node, neighbor, edge, first, number, heads, n, by_key):
-    """Add the bias of `number` edges to their scores (blocks, heads, 4)."""
-    for x in range(number):
-        other, e = np.int64(neighbor[first + x]), first + x
-        if len(edge):
-            e = np.int64(edge[e])
-        i, j = (other, node) if by_key else (node, other)
-        at = batch * strides[0] + i * strides[2] + place(kind, i, j, e, n) * strides[3]
+def add_bias(scores, bias, edges, batch, node, first, count, by_key):
+    """Add the bias of `count` edges, the first of which is `first`, to their scores (blocks, heads, 4)."""
+    heads, strides = bias.heads, bias.strides
+    for x in range(count):
+        neighbor, e = np.int64(edges.neighbor[first + x]), first + x
+        if len(edges.edge):
+            e = np.int64(edges.edge[e])
+        i, j = (neighbor, node) if by_key else (node, neighbor)
+        at = batch * strides[0] + i * strides[2] + bias_index(bias.kind, i, j, e, bias.n) * strides[3]
         for h in range(heads):
-            scores[(x // 4 * heads + h) * 4 + x % 4] += values[at + h * strides[1]]
+            scores[(x // 4 * heads + h) * 4 + x % 4] += bias.values[at + h * strides[1]]
 
 
 @compiled
-def add_gradients(dvalues, strides, gradients, kind, batch, i, neighbor, first, number, heads, n):
-    """Add the gradients (blocks, heads, 4) of `number` edges of query i to those of the bias."""
-    for x in range(number):
+def add_bias_gradient(dvalues, ds, bias, edges, batch, i, first, count):
+    """Add the gradients ds (blocks, heads, 4) of `count` edges of query i to those of the values of the bias."""
+    heads, strides = bias.heads, bias.strides
+    for x in range(count):
         e = first + x
-        at = batch * strides[0] + i * strides[2] + place(kind, i, np.int64(neighbor[e]), e, n) * strides[3]
+        j = np.int64(edges.neighbor[e])
+        at = batch * strides[0] + i * strides[2] + bias_index(bias.kind, i, j, e, bias.n) * strides[3]
         for h in range(heads):
-            dvalues[at + h * strides[1]] += gradients[(x // 4 * heads + h) * 4 + x % 4]
+            dvalues[at + h * strides[1]] += ds[(x // 4 * heads + h) * 4 + x % 4]
 
 
 @compiled
-def silence(scores, number, heads):
-    """Scores of -inf past the last of `number` edges, in its block: (blocks, heads, 4)."""
-    for x in range(number, (number + 3) // 4 * 4):
+def mask_padding(scores, count, heads):
+    """Scores of -inf past the last of `count` edges, in its block: (blocks, heads, 4)."""
+    for x in range(count, (count + 3) // 4 * 4):
         for h in range(heads):
             scores[(x // 4 * heads + h) * 4 + x % 4] = -np.inf
 
 
 @compiled
-def softmax(scores, blocks, top, total, lse):
-    """Scores (blocks, lanes) to their softmax in place, and its lse (heads,); top and total are scratch (lanes,)."""
-    lanes, zero, one = len(top), top.dtype.type(0), top.dtype.type(1)
+def softmax(scores, blocks, row_max, row_sum, lse):
+    """Scores (blocks, heads · 4) to their softmax in place, and its lse (heads,).
+
+    row_max and row_sum are scratch, (heads · 4,): of each fourth edge, then of all.
+    """
+    lanes, zero, one = len(row_max), row_max.dtype.type(0), row_max.dtype.type(1)
     for y in range(lanes):
-        top[y], total[y] = -np.inf, zero
+        row_max[y], row_sum[y] = -np.inf, zero
     for x in range(blocks):
         for y in range(lanes):
-            top[y] = scores[x * lanes + y] if scores[x * lanes + y] > top[y] else top[y]
+            row_max[y] = scores[x * lanes + y] if scores[x * lanes + y] > row_max[y] else row_max[y]
     for h in range(0, lanes, 4):
-        highest = max(max(top[h], top[h + 1]), max(top[h + 2], top[h + 3]))
-        top[h : h + 4] = highest if highest > -np.inf else zero  # a query that hears nobody
+        largest = max(max(row_max[h], row_max[h + 1]), max(row_max[h + 2], row_max[h + 3]))
+        row_max[h : h + 4] = largest if largest > -np.inf else zero  # a query without edges
     for x in range(blocks):
         for y in range(lanes):
-            power = exp(scores[x * lanes + y] - top[y])
-            scores[x * lanes + y] = power
-            total[y] += power
+            p = exp(scores[x * lanes + y] - row_max[y])
+            scores[x * lanes + y] = p
+            row_sum[y] += p
     for h in range(len(lse)):
-        whole = total[4 * h] + total[4 * h + 1] + total[4 * h + 2] + total[4 * h + 3]
-        lse[h] = top[4 * h] + math.log(whole) if whole != zero else -np.inf
-        total[4 * h : 4 * h + 4] = one / whole if whole != zero else zero
+        denominator = row_sum[4 * h] + row_sum[4 * h + 1] + row_sum[4 * h + 2] + row_sum[4 * h + 3]
+        lse[h] = row_max[4 * h] + math.log(denominator) if denominator != zero else -np.inf
+        row_sum[4 * h : 4 * h + 4] = one / denominator if denominator != zero else zero
     for x in range(blocks):
         for y in range(lanes):
-            scores[x * lanes + y] *= total[y]
+            scores[x * lanes + y] *= row_sum[y]
 
 
 # ------------------------------------------------------------------------------------------------- forward
 
 
 @lru_cache
-def _forward(width: int, value_width: int):
-    """The kernel for these sizes of q and v; each pair of sizes is compiled once, and kept on disk."""
+def _forward_kernel(head_dim: int, value_dim: int) -> Callable[..., None]:
+    """The kernel for these dimensions; each pair of them is compiled once, and kept on disk."""
 
     @compiled
-    def forward_unit(
-        unit, batch, q, k, v, start, neighbor, edge, units, scale, kind, values, strides, out, lse, some_out, some_lse
-    ):
+    def forward_unit(unit, batch, tensors, edges, bias, scale):
+        q, k, v = tensors.q, tensors.k, tensors.v
         (_, n, heads, _), (_, m, key_heads, _) = q.shape, k.shape
-        group, pieces = heads // key_heads, len(some_lse) // len(q)
-        scores = np.empty((longest(start, units[unit]) + 3) // 4 * heads * 4, q.dtype)
-        top, total, zero = np.empty(heads * 4, q.dtype), np.empty(heads * 4, q.dtype), q.dtype.type(0)
-        first, after, begin, end = units[unit]
-        for i in range(first, after):
-            lo, hi = max(start[i], begin), min(start[i + 1], end)
+        group, pieces = heads // key_heads, len(tensors.piece_lse) // len(q)
+        size = (max_degree(edges.start, edges.units[unit]) + 3) // 4 * heads * 4
+        scores, zero = np.empty(size, q.dtype), q.dtype.type(0)
+        row_max, row_sum = np.empty(heads * 4, q.dtype), np.empty(heads * 4, q.dtype)
+        first, stop, begin, end = edges.units[unit]
+        for i in range(first, stop):
+            lo, hi = max(edges.start[i], begin), min(edges.start[i + 1], end)
+            blocks = (hi - lo + 3) // 4
             if unit < pieces:
-                sums, lses, row = some_out, some_lse, batch * pieces + unit
+                acc, lse, row = tensors.piece_out, tensors.piece_lse, batch * pieces + unit
             else:
-                sums, lses, row = out, lse, batch * n + i
-            for y in range((hi - lo + 3) // 4 * heads * 4):
+                acc, lse, row = tensors.out, tensors.lse, batch * n + i
+            for y in range(blocks * heads * 4):
                 scores[y] = zero
-            silence(scores, hi - lo, heads)
-            if kind != NONE:
-                add_bias(scores, kind, values, strides, batch, i, neighbor, edge, lo, hi - lo, heads, n, False)
+            mask_padding(scores, hi - lo, heads)
+            if bias.kind != NO_BIAS:
+                add_bias(scores, bias, edges, batch, i, lo, hi - lo, False)
             for e in range(lo, hi, 4):
-                nodes, at = four(neighbor, e, hi - 1, batch * m), (e - lo) * heads
+                nodes, at = neighbors_of_4(edges.neighbor, e, hi - 1, batch * m), (e - lo) * heads
                 for g in range(group):
                     for hk in range(key_heads):
                         h = hk * group + g
-                        x_at = ((batch * n + i) * heads + h) * width
-                        dots(scores, at + h * 4, scale, q, x_at, k, nodes, key_heads * width, hk * width, width)
-            softmax(scores, (hi - lo + 3) // 4, top, total, lses[row])
+                        q_i = Vector(q, ((batch * n + i) * heads + h) * head_dim)
+                        k_j = Neighbors(k, nodes, key_heads * head_dim, hk * head_dim)
+                        gather_dot(scores, at + h * 4, scale, q_i, k_j, head_dim)
+            softmax(scores, blocks, row_max, row_sum, lse[row])
             for e in range(lo, hi, 4):
-                nodes, at = four(neighbor, e, hi - 1, batch * m), (e - lo) * heads
+                nodes, at = neighbors_of_4(edges.neighbor, e, hi - 1, batch * m), (e - lo) * heads
                 for g in range(group):
                     for hk in range(key_heads):
                         h = hk * group + g
-                        to = (row * heads + h) * value_width
-                        stride = key_heads * value_width
-                        adds(sums, to, scores, at + h * 4, v, nodes, stride, hk * value_width, value_width)
+                        acc_i, p = Vector(acc, (row * heads + h) * value_dim), Vector(scores, at + h * 4)
+                        v_j = Neighbors(v, nodes, key_heads * value_dim, hk * value_dim)
+                        gather_add(acc_i, p, v_j, value_dim)
 
     return forward_unit
 
 
 @compiled
-def merge(pieces, count, n, out, lse, some_out, some_lse):
+def merge_pieces(pieces, count, n, out, lse, piece_out, piece_lse):
     """The softmax of each heavy node from those of its pieces, in fixed order."""
     zero = out.dtype.type(0)
     for batch in range(len(lse) // max(n, 1)):
-        for node, first, last in pieces:
+        for node, first, stop in pieces:
             row = batch * n + node
             for h in range(lse.shape[1]):
-                top, total = -np.inf, zero
-                for x in range(batch * count + first, batch * count + last):
-                    top = max(top, some_lse[x, h])
-                top = top if top > -np.inf else 0.0
-                for x in range(batch * count + first, batch * count + last):
-                    power = out.dtype.type(math.exp(some_lse[x, h] - top))
-                    total += power
+                lse_max, row_sum = -np.inf, zero
+                for x in range(batch * count + first, batch * count + stop):
+                    lse_max = max(lse_max, piece_lse[x, h])
+                lse_max = lse_max if lse_max > -np.inf else 0.0
+                for x in range(batch * count + first, batch * count + stop):
+                    weight = out.dtype.type(math.exp(piece_lse[x, h] - lse_max))
+                    row_sum += weight
                     for d in range(out.shape[2]):
-                        out[row, h, d] += power * some_out[x, h, d]
-                if total != zero:
-                    lse[row, h] = top + math.log(total)
+                        out[row, h, d] += weight * piece_out[x, h, d]
+                if row_sum != zero:
+                    lse[row, h] = lse_max + math.log(row_sum)
                     for d in range(out.shape[2]):
-                        out[row, h, d] /= total
+                        out[row, h, d] /= row_sum
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, layout, bias: tuple[str, Tensor] | None, scale: float):
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, layout: CSRLayout, bias: ScoreBias | None, scale: float
+) -> tuple[Tensor, Tensor]:
     """q (B, H, N, D), k and v (B, Hkv, M, ·), float32 or float64 → out (B, H, N, Dv), lse (B, H, N).
 
-    layout: a `Rows`. bias: "offset" with values (H | 1, N + M - 1), of j - i; "edge" with (B | 1, H | 1, E), in
-    edge_index order; or "dense" with (B | 1, H | 1, N | 1, M). A query that hears nobody has out 0 and lse -inf.
+    A query without edges has out 0 and lse -inf.
     """
-    (B, H, N, _), half = q.shape, layout.by_query
-    q, k, v = _nodes_first(q, k, v)
-    kind, values, strides = _terms(bias, q)
-    out, lse = zeros(B, N, H, v.shape[3], like=q), q.new_full((B, N, H), -torch.inf)
-    some_out, some_lse = (
-        whole.new_full((B, half.num_pieces, *whole.shape[2:]), fill) for whole, fill in ((out, 0), (lse, -torch.inf))
-    )
-    kernel = _forward(q.shape[3], v.shape[3])
-    arguments = _arrays(q, k, v, half.start, half.neighbor, half.edge, half.units)
-    results = _arrays(*(whole.flatten(0, 1) for whole in (out, lse, some_out, some_lse)))
-    terms = _number(q)(scale), kind, values.numpy(), strides
+    (B, H, N, head_dim), value_dim, adjacency = q.shape, v.shape[3], layout.by_query
+    q, k, v = _nodes_first(q), _nodes_first(k), _nodes_first(v)
+    out, lse = zeros(B, N, H, value_dim, like=q), q.new_full((B, N, H), -torch.inf)
+    piece_out = out.new_zeros(B, adjacency.num_pieces, H, value_dim)
+    piece_lse = lse.new_full((B, adjacency.num_pieces, H), -torch.inf)
+    results = _flat_nodes(out, lse, piece_out, piece_lse)
+    tensors, edges = ForwardTensors(q.numpy(), k.numpy(), v.numpy(), *results), _edges(adjacency)
+    table, factor = _bias_table(bias, q), _scalar(scale, q)
+    kernel = _forward_kernel(head_dim, value_dim)
 
-    def work(job):
+    def run(job: int) -> None:
         unit, batch = divmod(job, B)
-        kernel(unit, batch, *arguments, *terms, *results)
+        kernel(unit, batch, tensors, edges, table, factor)
 
-    share(len(half.units) * B, work)
-    if half.num_pieces:
-        merge(*_arrays(half.pieces), half.num_pieces, N, *results)
+    parallel_for(len(adjacency.units) * B, run)
+    if adjacency.num_pieces:
+        merge_pieces(adjacency.pieces.numpy(), adjacency.num_pieces, N, *results)
     return out.transpose(1, 2), lse.transpose(1, 2)
 
 
@@ -210,112 +282,114 @@ def forward(q: Tensor, k: Tensor, v: Tensor, layout, bias: tuple[str, Tensor] | 
 
 
 @compiled
-def fill_gradients(scores, gradients, lse, delta, row, neighbor, base, first, number, by_key):
-    """Scores of -lse and gradients of -delta, (blocks, heads, 4); past the last edge, -inf and what the last one has.
+def start_backward(scores, ds, tensors, edges, row, base, first, count, by_key):
+    """Scores of -lse and ds of -delta, (blocks, heads, 4); past the last edge, -inf and what the last one has.
 
     Both are of the query: node `row`, or with by_key the neighbour.
     """
-    heads = lse.shape[1]
-    for block in range((number + 3) // 4):
+    lse, delta, heads = tensors.lse, tensors.delta, tensors.lse.shape[1]
+    for block in range((count + 3) // 4):
         a = b = c = d = row
         if by_key:
-            a, b, c, d = four(neighbor, first + block * 4, first + number - 1, base)
+            a, b, c, d = neighbors_of_4(edges.neighbor, first + block * 4, first + count - 1, base)
         for h in range(heads):
             y = (block * heads + h) * 4
-            scores[y], gradients[y] = -lse[a, h], -delta[a, h]
-            scores[y + 1], gradients[y + 1] = -lse[b, h], -delta[b, h]
-            scores[y + 2], gradients[y + 2] = -lse[c, h], -delta[c, h]
-            scores[y + 3], gradients[y + 3] = -lse[d, h], -delta[d, h]
-    silence(scores, number, heads)
+            scores[y], ds[y] = -lse[a, h], -delta[a, h]
+            scores[y + 1], ds[y + 1] = -lse[b, h], -delta[b, h]
+            scores[y + 2], ds[y + 2] = -lse[c, h], -delta[c, h]
+            scores[y + 3], ds[y + 3] = -lse[d, h], -delta[d, h]
+    mask_padding(scores, count, heads)
 
 
 @compiled
-def weigh(scores, gradients, blocks, sums):
-    """Scores less their lse to weights p, and dp - delta to ds = p (dp - delta), in place; sums (lanes,) of the ds."""
-    lanes = len(sums)
+def softmax_backward(scores, ds, blocks, ds_sum):
+    """Scores less their lse to p, and dp - delta in ds to ds = p (dp - delta), in place; ds_sum (heads · 4,) += ds."""
+    lanes = len(ds_sum)
     for x in range(blocks):
         for y in range(lanes):
-            weight = exp(scores[x * lanes + y])
-            scores[x * lanes + y] = weight
-            gradients[x * lanes + y] *= weight
-            sums[y] += gradients[x * lanes + y]
+            p = exp(scores[x * lanes + y])
+            scores[x * lanes + y] = p
+            ds[x * lanes + y] *= p
+            ds_sum[y] += ds[x * lanes + y]
 
 
 @lru_cache
-def _backward(width: int, value_width: int, by_key: bool):
-    """The kernel of dq or, by_key, of dk and dv. A node has `own` vectors, q and dout or k and v; neighbours `other`.
+def _backward_kernel(head_dim: int, value_dim: int, by_key: bool) -> Callable[..., None]:
+    """The kernel of dq or, by_key, of dk and dv, for these dimensions.
 
-    In both, score = own · other, dp = own_value · other_value, d_own = scale · Σ ds other; and dv = Σ p other_value.
+    In both, score = x · y, dp = x_v · y_v, dx = scale · Σ ds y; and dv = Σ p y_v.
     """
 
     @compiled
-    def backward_unit(
-        unit, batch, own, own_value, other, other_value, lse, delta, start, neighbor, edge, units, scale,
-        kind, values, strides, d_own, some_own, d_value, some_value, d_bias, some_bias, d_values,
-    ):  # fmt: skip
-        (_, nodes, own_heads, _), (_, other_nodes, other_heads, _) = own.shape, other.shape
-        heads, pieces = max(own_heads, other_heads), len(some_own) // len(own)
-        key_heads, n = min(own_heads, other_heads), other_nodes if by_key else nodes
-        one, size = own.dtype.type(1), (min(longest(start, units[unit]), CHUNK) + 3) // 4 * heads * 4
-        scores, ds, sums = np.empty(size, own.dtype), np.empty(size, own.dtype), np.empty(heads * 4, own.dtype)
-        first, after, begin, end = units[unit]
-        for node in range(first, after):
-            lo, hi = max(start[node], begin), min(start[node + 1], end)
-            row, x = batch * nodes + node, batch * nodes + node
-            to, to_value, to_bias = d_own, d_value, d_bias
+    def backward_unit(unit, batch, tensors, gradients, edges, bias, scale):
+        x, x_v, y, y_v = tensors.x, tensors.x_v, tensors.y, tensors.y_v
+        (_, nodes, x_heads, _), (_, y_nodes, y_heads, _) = x.shape, y.shape
+        heads, key_heads, n = max(x_heads, y_heads), min(x_heads, y_heads), y_nodes if by_key else nodes
+        group, pieces = heads // key_heads, len(gradients.piece_dx) // len(x)
+        one, size = x.dtype.type(1), (min(max_degree(edges.start, edges.units[unit]), CHUNK_EDGES) + 3) // 4 * heads * 4
+        scores, ds, ds_sum = np.empty(size, x.dtype), np.empty(size, x.dtype), np.empty(heads * 4, x.dtype)
+        first, stop, begin, end = edges.units[unit]
+        for node in range(first, stop):
+            lo, hi = max(edges.start[node], begin), min(edges.start[node + 1], end)
+            x_row, row = batch * nodes + node, batch * nodes + node
+            dx, dx_v, key_ds_sum = gradients.dx, gradients.dx_v, gradients.ds_sum
             if unit < pieces:
-                row, to, to_value, to_bias = batch * pieces + unit, some_own, some_value, some_bias
-            sums[:] = own.dtype.type(0)
-            for lower in range(lo, hi, CHUNK):
-                number = min(hi - lower, CHUNK)
-                fill_gradients(scores, ds, lse, delta, x, neighbor, batch * n, lower, number, by_key)
-                if kind != NONE:
-                    add_bias(
-                        scores, kind, values, strides, batch, node, neighbor, edge, lower, number, heads, n, by_key
-                    )
-                for block in range((number + 3) // 4):
-                    others = four(neighbor, lower + block * 4, hi - 1, batch * other_nodes)
-                    for g in range(heads // key_heads):
+                row = batch * pieces + unit
+                dx, dx_v, key_ds_sum = gradients.piece_dx, gradients.piece_dx_v, gradients.piece_ds_sum
+            ds_sum[:] = x.dtype.type(0)
+            for chunk in range(lo, hi, CHUNK_EDGES):
+                count = min(hi - chunk, CHUNK_EDGES)
+                blocks = (count + 3) // 4
+                start_backward(scores, ds, tensors, edges, x_row, batch * n, chunk, count, by_key)
+                if bias.kind != NO_BIAS:
+                    add_bias(scores, bias, edges, batch, node, chunk, count, by_key)
+                for block in range(blocks):
+                    four = neighbors_of_4(edges.neighbor, chunk + block * 4, hi - 1, batch * y_nodes)
+                    for g in range(group):
                         for hk in range(key_heads):
-                            h = hk * (heads // key_heads) + g
-                            a, b = (hk, h) if by_key else (h, hk)
+                            h = hk * group + g
+                            x_h, y_h = (hk, h) if by_key else (h, hk)
                             at = (block * heads + h) * 4
-                            o, stride, y = (x * own_heads + a) * width, other_heads * width, b * width
-                            dots(scores, at, scale, own, o, other, others, stride, y, width)
-                            o, stride, y = (x * own_heads + a) * value_width, other_heads * value_width, b * value_width
-                            dots(ds, at, one, own_value, o, other_value, others, stride, y, value_width)
-                weigh(scores, ds, (number + 3) // 4, sums)
-                if len(d_values):
-                    add_gradients(d_values, strides, ds, kind, batch, node, neighbor, lower, number, heads, n)
-                for block in range((number + 3) // 4):
-                    others = four(neighbor, lower + block * 4, hi - 1, batch * other_nodes)
-                    for g in range(heads // key_heads):
+                            x_i = Vector(x, (x_row * x_heads + x_h) * head_dim)
+                            y_j = Neighbors(y, four, y_heads * head_dim, y_h * head_dim)
+                            gather_dot(scores, at, scale, x_i, y_j, head_dim)
+                            x_i = Vector(x_v, (x_row * x_heads + x_h) * value_dim)
+                            y_j = Neighbors(y_v, four, y_heads * value_dim, y_h * value_dim)
+                            gather_dot(ds, at, one, x_i, y_j, value_dim)
+                softmax_backward(scores, ds, blocks, ds_sum)
+                if len(gradients.dvalues):
+                    add_bias_gradient(gradients.dvalues, ds, bias, edges, batch, node, chunk, count)
+                for block in range(blocks):
+                    four = neighbors_of_4(edges.neighbor, chunk + block * 4, hi - 1, batch * y_nodes)
+                    for g in range(group):
                         for hk in range(key_heads):
-                            h = hk * (heads // key_heads) + g
-                            a, b = (hk, h) if by_key else (h, hk)
-                            at, stride = (block * heads + h) * 4, other_heads * width
-                            adds(to, (row * own_heads + a) * width, ds, at, other, others, stride, b * width, width)
+                            h = hk * group + g
+                            x_h, y_h = (hk, h) if by_key else (h, hk)
+                            at = (block * heads + h) * 4
+                            dx_i = Vector(dx, (row * x_heads + x_h) * head_dim)
+                            y_j = Neighbors(y, four, y_heads * head_dim, y_h * head_dim)
+                            gather_add(dx_i, Vector(ds, at), y_j, head_dim)
                             if by_key:
-                                o, stride = (row * own_heads + a) * value_width, other_heads * value_width
-                                y = b * value_width
-                                adds(to_value, o, scores, at, other_value, others, stride, y, value_width)
-            for a in range(own_heads):
-                for d in range(width):
-                    to[row, a, d] *= scale
-            if len(d_bias):
+                                dx_i = Vector(dx_v, (row * x_heads + x_h) * value_dim)
+                                y_j = Neighbors(y_v, four, y_heads * value_dim, y_h * value_dim)
+                                gather_add(dx_i, Vector(scores, at), y_j, value_dim)
+            for a in range(x_heads):
+                for d in range(head_dim):
+                    dx[row, a, d] *= scale
+            if len(gradients.ds_sum):
                 for h in range(heads):
-                    to_bias[row, h, 0] = sums[4 * h] + sums[4 * h + 1] + sums[4 * h + 2] + sums[4 * h + 3]
+                    key_ds_sum[row, h, 0] = ds_sum[4 * h] + ds_sum[4 * h + 1] + ds_sum[4 * h + 2] + ds_sum[4 * h + 3]
 
     return backward_unit
 
 
 @compiled
-def gather(pieces, count, total, some):
-    """The sum of each heavy node over its pieces, in fixed order: total (B, nodes, ·, ·), some (B, count, ·, ·)."""
-    for batch in range(len(total)):
-        for node, first, last in pieces:
-            for x in range(first, last):
-                total[batch, node] += some[batch, x]
+def sum_pieces(pieces, result, of_pieces):
+    """Each heavy node's sum over its pieces, in fixed order: result (B, nodes, ·, ·), of_pieces (B, pieces, ·, ·)."""
+    for batch in range(len(result)):
+        for node, first, stop in pieces:
+            for x in range(first, stop):
+                result[batch, node] += of_pieces[batch, x]
 
 
 def backward(
@@ -326,119 +400,163 @@ def backward(
     lse: Tensor,
     dout: Tensor,
     dlse: Tensor | None,
-    layout,
-    bias: tuple[str, Tensor] | None,
+    layout: CSRLayout,
+    bias: ScoreBias | None,
     scale: float,
     bias_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """The share of these edges in dq, dk, dv and, where asked for, in the gradient of the bias's values.
+    """What these edges add to dq, dk, dv and, where asked for, to the gradient of the bias's values.
 
     out (B, H, N, Dv) and lse (B, H, N) are those of all the edges of each query: with p = exp(score - lse) and
-    Δ = Σ_d dout · out - dlse, ds = p · (dout · v - Δ).
+    Δ = Σ_d dout · out - dlse, ds = p · (dout · v - Δ). dlse may be None.
     """
-    delta = (dout * out).sum(3) if dlse is None else (dout * out).sum(3) - dlse
-    q, k, v, dout = _nodes_first(q, k, v, dout)
-    lse, delta = (side.detach().transpose(1, 2).contiguous() for side in (lse, delta))
-    lse = lse.masked_fill(lse == -torch.inf, torch.inf)  # p = 0 where nobody is heard
-    sides = q, k, v, dout, lse, delta
-    if bias_grad and bias[0] == "offset":
-        dq, d_values = _by_head(sides, layout, bias, scale)
+    delta = (dout * out).sum(3)
+    if dlse is not None:
+        delta = delta - dlse
+    lse = lse.masked_fill(lse == -torch.inf, torch.inf)  # p = 0 where there are no edges
+    lse, delta = lse.detach().transpose(1, 2).contiguous(), delta.detach().transpose(1, 2).contiguous()
+    call = _Backward(_nodes_first(q), _nodes_first(k), _nodes_first(v), _nodes_first(dout), lse, delta, bias, scale)
+    if bias is None or not bias_grad:
+        dq, dvalues, per_key = call.of_queries(layout), None, False
+    elif bias.kind == "offset":
+        (dq, dvalues), per_key = _offset_gradient(call, bias, layout), False
     else:
-        d_values = torch.zeros(bias[1].shape, dtype=q.dtype) if bias_grad else None
-        rows = None if bias_grad and _of_keys(bias) else d_values
-        dq = _half((q, dout, k, v), sides, layout, bias, scale, d_values=rows)[0]
-    d_keys = bias_grad and _of_keys(bias)
-    dk, dv, d_bias = _half((k, v, q, dout), sides, layout, bias, scale, by_key=True, d_keys=d_keys)
-    if d_keys:
-        d_values = d_bias.permute(0, 2, 3, 1).sum_to_size(bias[1].shape)
-    return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2), d_values
+        per_key = bias.kind == "dense" and bias.values.shape[2] == 1  # one value serves all queries
+        dvalues = None if per_key else torch.zeros(bias.values.shape, dtype=q.dtype)
+        dq = call.of_queries(layout, dvalues)
+    dk, dv, ds_sum = call.of_keys(layout, per_key)
+    if bias is not None and per_key:
+        dvalues = ds_sum.permute(0, 2, 3, 1).sum_to_size(bias.values.shape)
+    return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2), dvalues
 
 
-def _of_keys(bias: tuple[str, Tensor]) -> bool:
-    """Whether one value of the bias serves all queries."""
-    return bias[0] == "dense" and bias[1].shape[2] == 1
+class _Backward(NamedTuple):
+    """What the backward kernels read: q, k, v and dout (B, nodes, heads, ·), lse and delta (B, N, H)."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    dout: Tensor
+    lse: Tensor
+    delta: Tensor
+    bias: ScoreBias | None
+    scale: float
+
+    def of_queries(self, layout: CSRLayout, dvalues: Tensor | None = None, *, serial: bool = False) -> Tensor:
+        """dq; the gradient of the bias is added to dvalues, where given; serial: by this thread alone."""
+        q, k, v, dout = self.q, self.k, self.v, self.dout
+        no_tensor, table = q.new_empty(0, 0, 0, 0), _bias_table(self.bias, q)
+        flat = q.new_empty(0) if dvalues is None else dvalues.view(-1)
+        tensors = BackwardTensors(*_arrays(q, dout, k, v), *_flat_nodes(self.lse, self.delta))
+        results = [zeros(*q.shape, like=q), no_tensor, no_tensor]
+        # All batches that share a value are one job: no two threads add to it.
+        batches = len(q) if dvalues is not None and table.strides[0] == 0 else 1
+        kernel = _backward_kernel(q.shape[3], v.shape[3], False)
+        self._run(kernel, tensors, results, flat, layout.by_query, table, batches, serial)
+        return results[0]
+
+    def of_keys(self, layout: CSRLayout, per_key: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """dk, dv and, where a bias has one value for each key, ds summed over the queries: (B, M, H, 1)."""
+        q, k, v, dout = self.q, self.k, self.v, self.dout
+        table = _bias_table(self.bias, q)
+        ds_sum = q.new_zeros(*k.shape[:2], q.shape[2], 1) if per_key else q.new_empty(0, 0, 0, 0)
+        tensors = BackwardTensors(*_arrays(k, v, q, dout), *_flat_nodes(self.lse, self.delta))
+        results = [zeros(*k.shape, like=k), zeros(*v.shape, like=v), ds_sum]
+        kernel = _backward_kernel(q.shape[3], v.shape[3], True)
+        adjacency = layout.numbered if table.kind == EDGE else layout.by_key
+        self._run(kernel, tensors, results, q.new_empty(0), adjacency, table, 1, False)
+        return results[0], results[1], results[2]
+
+    def _run(
+        self,
+        kernel: Callable[..., None],
+        tensors: BackwardTensors,
+        results: list[Tensor],
+        dvalues: Tensor,
+        adjacency: Adjacency,
+        table: BiasTable,
+        batches: int,
+        serial: bool,
+    ) -> None:
+        """A kernel, for each unit and so many batches at once; dx, dx_v and ds_sum into results."""
+        pieces = [x.new_zeros(x.shape[0], adjacency.num_pieces, *x.shape[2:]) for x in results]
+        pairs = [x for pair in zip(results, pieces, strict=True) for x in pair]
+        gradients, edges = Gradients(*_flat_nodes(*pairs), dvalues.numpy()), _edges(adjacency)
+        factor, rounds = _scalar(self.scale, self.q), len(self.q) // batches if batches else 0
+
+        def run(job: int) -> None:
+            unit, place = divmod(job, rounds)
+            for batch in range(place * batches, (place + 1) * batches):
+                kernel(unit, batch, tensors, gradients, edges, table, factor)
+
+        jobs = len(adjacency.units) * rounds
+        if serial:
+            for job in range(jobs):
+                run(job)
+        else:
+            parallel_for(jobs, run)
+        if adjacency.num_pieces:
+            for result, of_pieces in zip(results, pieces, strict=True):
+                if len(result):
+                    sum_pieces(adjacency.pieces.numpy(), result.numpy(), of_pieces.numpy())
 
 
-def _half(vectors, sides, layout, bias, scale, *, by_key=False, d_values=None, d_keys=False, alone=False):
-    """The gradients of one side's nodes: (dq, -, -), or (dk, dv, and ds summed over the queries where d_keys)."""
-    (own, own_value, _, _), (q, _, v, _, lse, delta) = vectors, sides
-    half = layout.by_query
-    if by_key:
-        half = layout.numbered if bias and bias[0] == "edge" else layout.by_key
-    B, _, H, D = q.shape
-    kind, values, strides = _terms(bias, q)
-    totals = [zeros(*own.shape, like=own)]
-    totals.append(zeros(*own_value.shape, like=own) if by_key else q.new_empty(0, 0, 0, 0))
-    totals.append(q.new_zeros(B, own.shape[1], H, 1) if d_keys else q.new_empty(0, 0, 0, 0))
-    some = [total.new_zeros(total.shape[0], half.num_pieces, *total.shape[2:]) for total in totals]
-    results = _arrays(*(total.flatten(0, 1) for pair in zip(totals, some, strict=True) for total in pair))
-    arguments = _arrays(
-        *vectors, lse.flatten(0, 1), delta.flatten(0, 1), half.start, half.neighbor, half.edge, half.units
-    )
-    gradient = (q.new_empty(0) if d_values is None else d_values.view(-1)).numpy()
-    kernel, terms = _backward(D, v.shape[3], by_key), (_number(q)(scale), kind, values.numpy(), strides)
-    # One thread for all batches that share a value: no two add to it.
-    together = B if d_values is not None and strides[0] == 0 else 1
+def _offset_gradient(call: _Backward, bias: ScoreBias, layout: CSRLayout) -> tuple[Tensor, Tensor]:
+    """dq, and the gradient of an "offset" bias, in float64: each job is a head, to whose values no other adds."""
+    q, k = call.q, call.k
+    group, values = q.shape[2] // k.shape[2], bias.values.detach()
+    dq, dvalues = torch.empty_like(q), torch.zeros(q.shape[2], values.shape[1], dtype=torch.float64)
 
-    def work(job):
-        unit, turn = divmod(job, B // together)
-        for batch in range(turn * together, (turn + 1) * together):
-            kernel(unit, batch, *arguments, *terms, *results, gradient)
+    def run(h: int) -> None:
+        q_h, dout_h, lse_h, delta_h = (x.narrow(2, h, 1).contiguous() for x in (q, call.dout, call.lse, call.delta))
+        k_h, v_h = (x.narrow(2, h // group, 1).contiguous() for x in (k, call.v))
+        head_bias = ScoreBias("offset", values[[min(h, len(values) - 1)]])
+        one_head = _Backward(q_h, k_h, v_h, dout_h, lse_h, delta_h, head_bias, call.scale)
+        dq[:, :, h] = one_head.of_queries(layout, dvalues[h], serial=True)[:, :, 0]
 
-    jobs = len(half.units) * (B // together) if B else 0
-    if alone:
-        for job in range(jobs):
-            work(job)
-    else:
-        share(jobs, work)
-    if half.num_pieces:
-        for total, part in zip(totals, some, strict=True):
-            if len(total):
-                gather(half.pieces.numpy(), half.num_pieces, total.numpy(), part.numpy())
-    return totals
-
-
-def _by_head(sides, layout, bias, scale):
-    """dq, and the gradient of an "offset" bias: each job is a head, whose table no other adds to."""
-    q, k, v, dout, lse, delta = sides
-    group, table = q.shape[2] // k.shape[2], bias[1].detach()
-    dq, d_table = torch.empty_like(q), torch.zeros(q.shape[2], table.shape[1], dtype=torch.float64)
-
-    def work(h):
-        q_h, dout_h, lse_h, delta_h = (side.narrow(2, h, 1).contiguous() for side in (q, dout, lse, delta))
-        k_h, v_h = (side.narrow(2, h // group, 1).contiguous() for side in (k, v))
-        vectors, sides = (q_h, dout_h, k_h, v_h), (q_h, k_h, v_h, dout_h, lse_h, delta_h)
-        values = table[[min(h, len(table) - 1)]]
-        dq_h = _half(vectors, sides, layout, ("offset", values), scale, d_values=d_table[h], alone=True)[0]
-        dq[:, :, h] = dq_h[:, :, 0]
-
-    share(q.shape[2], work)
-    return dq, d_table.sum_to_size(table.shape).to(table.dtype)
+    parallel_for(q.shape[2], run)
+    return dq, dvalues.sum_to_size(values.shape).to(values.dtype)
 
 
 # ------------------------------------------------------------------------------------------- tensors to arrays
 
 
-def _nodes_first(*sides: Tensor) -> list[Tensor]:
+def _nodes_first(x: Tensor) -> Tensor:
     """(B, heads, nodes, ·) → (B, nodes, heads, ·), contiguous."""
-    return [side.detach().transpose(1, 2).contiguous() for side in sides]
+    return x.detach().transpose(1, 2).contiguous()
 
 
 def _arrays(*tensors: Tensor) -> list[np.ndarray]:
     return [tensor.numpy() for tensor in tensors]
 
 
-def _number(like: Tensor):
-    return np.float32 if like.dtype == torch.float32 else np.float64
+def _flat_nodes(*tensors: Tensor) -> list[np.ndarray]:
+    """(B, nodes, …) → (B · nodes, …)."""
+    return [tensor.flatten(0, 1).numpy() for tensor in tensors]
 
 
-def _terms(bias: tuple[str, Tensor] | None, like: Tensor) -> tuple[int, Tensor, tuple[int, int, int, int]]:
-    """The kind, the values (flat) and their strides over (B, H, N, last), 0 where one value serves all."""
+def _edges(adjacency: Adjacency) -> Edges:
+    return Edges(*_arrays(adjacency.start, adjacency.neighbor, adjacency.edge, adjacency.units))
+
+
+def _scalar(x: float, like: Tensor) -> Any:
+    """A number of the tensor's dtype."""
+    return np.float32(x) if like.dtype == torch.float32 else np.float64(x)
+
+
+def _bias_table(bias: ScoreBias | None, q: Tensor) -> BiasTable:
+    """For q (B, N, H, D)."""
+    _, n, heads, _ = q.shape
     if bias is None:
-        return NONE, like.new_empty(0), (0, 0, 0, 0)
-    kind, values = bias
-    shape = {"offset": (1, values.shape[0], 1), "edge": (*values.shape[:-1], 1), "dense": values.shape[:-1]}[kind]
-    values = values.detach().to(like.dtype).contiguous()
-    laid_out = values.view(*shape, values.shape[-1])
-    strides = tuple(0 if size == 1 else stride for size, stride in zip(laid_out.shape, laid_out.stride(), strict=True))
-    return KINDS[kind], values.flatten(), strides
+        return BiasTable(NO_BIAS, q.new_empty(0).numpy(), (0, 0, 0, 0), heads, n)
+    values = bias.values.detach().to(q.dtype).contiguous()
+    if bias.kind == "offset":
+        whole = values[None, :, None]
+    elif bias.kind == "edge":
+        whole = values[:, :, None]
+    else:
+        whole = values
+    batch, head, query, last = (
+        0 if size == 1 else stride for size, stride in zip(whole.shape, whole.stride(), strict=True)
+    )
+    return BiasTable(KINDS[bias.kind], values.flatten().numpy(), (batch, head, query, last), heads, n)

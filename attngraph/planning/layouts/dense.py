@@ -31,6 +31,7 @@ class Dense(NamedTuple):
         sizes = [(length, length) for length in self.lengths] or [(self.n, self.m)]
         if self.closed != "causal":
             return sum(n * m for n, m in sizes)
+        # A triangle, and below it, where there are more queries than keys, a rectangle.
         return sum(min(n, m) * (min(n, m) + 1) // 2 + max(n - m, 0) * m for n, m in sizes)
 
     @property

@@ -13,12 +13,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from attngraph.graph.base import Graph
 from attngraph.graph.boxes import Boxes, occupied, require_memory, same
-from attngraph.planning.layouts.strips import Strip, strips
+from attngraph.kernels.contract import Strip, TileRows
+from attngraph.planning.layouts.strips import strips
 
-WORD = 32
-PAIRS_AT_ONCE = 1 << 22  # pairs of tiles whose masks are looked at in one step
-NO_MASK = -1  # of a full tile
+WORD = 32  # bits of a word of a packed mask
+STEP_PAIRS = 1 << 22  # (query, key) pairs of tiles whose masks are looked at in one step
+NO_MASK = -1  # the number of the mask of a full tile
 
 
 class Table(NamedTuple):
@@ -36,14 +38,13 @@ class Table(NamedTuple):
     def edges(self) -> Tensor:
         """How many edges each tile has: int64 (T,)."""
         area = self.words.shape[1] * self.words.shape[2] * WORD
-        return torch.cat([unpack(self.words).sum((1, 2)), self.row.new_tensor([area])])[
-            self.mask
-        ]  # NO_MASK is the last
+        of_masks = torch.cat([unpack(self.words).sum((1, 2)), self.row.new_tensor([area])])
+        return of_masks[self.mask]  # NO_MASK is the last
 
-    def occupied(self, high: int, wide: int) -> Tensor:
-        """How many of each tile's blocks (high, wide) hold edges: int64 (T,)."""
+    def occupied(self, block_m: int, block_n: int) -> Tensor:
+        """How many of each tile's blocks, of block_m queries and block_n keys, hold edges: int64 (T,)."""
         _, rows, words = self.words.shape
-        blocks = unpack(self.words).view(-1, rows // high, high, words * WORD // wide, wide).any(4).any(2)
+        blocks = unpack(self.words).view(-1, rows // block_m, block_m, words * WORD // block_n, block_n).any(4).any(2)
         full = self.row.new_tensor([blocks.shape[1] * blocks.shape[2]])
         return torch.cat([blocks.sum((1, 2)), full])[self.mask]
 
@@ -53,24 +54,14 @@ class Table(NamedTuple):
 
     def list_edges(self, n: int, m: int) -> tuple[Tensor, Tensor]:
         """The edges as (query, key), sorted by tile."""
-        high, wide = self.words.shape[1], self.words.shape[2] * WORD
-        found = [(self.row[:0], self.row[:0])]
-        pool = torch.cat([unpack(self.words), torch.ones(1, high, wide, dtype=torch.bool)])
-        for some in torch.arange(len(self.row)).split(max(1, PAIRS_AT_ONCE // (high * wide))):
-            tile, query, key = pool[self.mask[some]].nonzero().unbind(1)
-            found.append((self.row[some][tile] * high + query, self.column[some][tile] * wide + key))
-        return tuple(torch.cat(side) for side in zip(*found, strict=True))
-
-
-class TileRows(NamedTuple):
-    """The tiles of each row r: those from start[r] to full[r] have masks, those from there to start[r + 1] none."""
-
-    start: Tensor  # int64 (rows + 1,)
-    full: Tensor  # int64 (rows,)
-    other: Tensor  # int32 (T,): the column of each tile
-    mask: Tensor  # int32 (T,): the number of its mask, or NO_MASK
-    at: Tensor  # int32 (T,): its place in the table
-    order: Tensor  # int32 (rows,): the rows, those with the most tiles first
+        tile_m, tile_n = self.words.shape[1], self.words.shape[2] * WORD
+        queries, keys = [self.row[:0]], [self.row[:0]]
+        masks = torch.cat([unpack(self.words), torch.ones(1, tile_m, tile_n, dtype=torch.bool)])
+        for chunk in torch.arange(len(self.row)).split(max(1, STEP_PAIRS // (tile_m * tile_n))):
+            tile, query, key = masks[self.mask[chunk]].nonzero().unbind(1)
+            queries.append(self.row[chunk][tile] * tile_m + query)
+            keys.append(self.column[chunk][tile] * tile_n + key)
+        return torch.cat(queries), torch.cat(keys)
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,31 +102,35 @@ class Tiles:
     def strips(self) -> list[Strip]:
         """The tiles in the order in which matrix products run over them."""
         row, column, mask, _ = self.table
-        return strips(row, column, torch.where(mask == NO_MASK, len(self.masks) - 2, mask), self.masks)
+        return strips(row, column, self._mask_id(mask), self.masks)
+
+    def _mask_id(self, mask: Tensor) -> Tensor:
+        """Numbers of masks as numbers in `masks`."""
+        return torch.where(mask == NO_MASK, len(self.masks) - 2, mask)
 
     @cached_property
-    def rows_alone(self) -> Tensor:
+    def empty_rows(self) -> Tensor:
         """The rows of tiles that have no tiles."""
         return (torch.bincount(self.table.row, minlength=self.grid[0]) == 0).nonzero()[:, 0]
 
     @cached_property
     def first_edge(self) -> Tensor:
         """The number, in `edge_index` order, of the first edge in each row of each tile: int64 (T, tile rows)."""
-        row, _, mask, _ = self.table
-        count = self.masks.sum(2)[torch.where(mask == NO_MASK, len(self.masks) - 2, mask)]
-        before = count.cumsum(0) - count  # of all earlier tiles; less those of earlier rows of tiles
+        row = self.table.row
+        count = self.masks.sum(2)[self._mask_id(self.table.mask)]  # edges of each query in each tile
+        through = count.cumsum(0)  # of all tiles up to this one; a row of zeros at -1
+        through = torch.cat([through, count[:1] * 0]) if len(row) else count.new_zeros(1, self.tile[0])
         start = torch.searchsorted(row, torch.arange(self.grid[0] + 1, device=row.device))
-        ends = torch.cat([count.cumsum(0), count[:1] * 0]) if len(row) else count.new_zeros(1, self.tile[0])
-        total = ends[start[1:] - 1] - ends[start[:-1] - 1]
-        first = (total.flatten().cumsum(0) - total.flatten()).view_as(total)
-        return before - ends[start[:-1] - 1][row] + first[row]
+        before_row = through[start[:-1] - 1]  # in all earlier rows of tiles
+        degree = through[start[1:] - 1] - before_row  # of each query
+        first_of_query = (degree.flatten().cumsum(0) - degree.flatten()).view_as(degree)
+        return through[: len(row)] - count - before_row[row] + first_of_query[row]
 
     @cached_property
     def first_edge_of_word(self) -> Tensor:
         """The same for each word of a mask: int64 (T, tile rows, tile columns / 32)."""
-        mask = self.table.mask
         count = self.masks.unflatten(2, (-1, WORD)).sum(3)
-        before = (count.cumsum(2) - count)[torch.where(mask == NO_MASK, len(self.masks) - 2, mask)]
+        before = (count.cumsum(2) - count)[self._mask_id(self.table.mask)]
         return self.first_edge[:, :, None] + before
 
     @cached_property
@@ -147,12 +142,12 @@ class Tiles:
         """The same tiles on another device, kept."""
         if self.table.row.device == device:
             return self
-        if device not in self._elsewhere:
-            self._elsewhere[device] = Tiles(self.n, self.m, Table(*(part.to(device) for part in self.table)))
-        return self._elsewhere[device]
+        if device not in self._copies:
+            self._copies[device] = Tiles(self.n, self.m, Table(*(part.to(device) for part in self.table)))
+        return self._copies[device]
 
     @cached_property
-    def _elsewhere(self) -> dict[torch.device, Tiles]:
+    def _copies(self) -> dict[torch.device, Tiles]:
         return {}
 
     @property
@@ -162,22 +157,23 @@ class Tiles:
 
     def mask(self) -> Tensor:
         """The edges as a bool tensor (n, m), rebuilt from the tiles."""
-        (high, wide), (rows, columns) = self.tile, self.grid
-        found = torch.zeros(rows, columns, high, wide, dtype=torch.bool)
-        found[self.table.row, self.table.column] = self.masks[torch.where(self.table.mask < 0, -2, self.table.mask)]
-        return found.transpose(1, 2).reshape(rows * high, columns * wide)[: self.n, : self.m]
+        (tile_m, tile_n), (rows, columns) = self.tile, self.grid
+        found = torch.zeros(rows, columns, tile_m, tile_n, dtype=torch.bool)
+        found[self.table.row, self.table.column] = self.masks[self._mask_id(self.table.mask)]
+        return found.transpose(1, 2).reshape(rows * tile_m, columns * tile_n)[: self.n, : self.m]
 
 
 def _tile_rows(row: Tensor, column: Tensor, mask: Tensor, rows: int) -> TileRows:
-    order = ((row * 2 + (mask == NO_MASK)) * (int(column.max()) + 1 if len(column) else 1) + column).argsort()
-    row, full = row[order], mask[order] == NO_MASK
+    columns = int(column.max()) + 1 if len(column) else 1
+    tile = ((row * 2 + (mask == NO_MASK)) * columns + column).argsort()  # by row, those with masks first, by column
+    row, full = row[tile], mask[tile] == NO_MASK
     start = torch.searchsorted(row, torch.arange(rows + 1, device=row.device))
     masked = row.new_zeros(rows).index_add_(0, row, (~full).long())
     heavy_first = start.diff().argsort(descending=True, stable=True)
-    return TileRows(start, start[:-1] + masked, column[order].int(), mask[order].int(), order.int(), heavy_first.int())
+    return TileRows(start, start[:-1] + masked, column[tile].int(), mask[tile].int(), tile.int(), heavy_first.int())
 
 
-def tabulate(graph, n: int, m: int, tile: tuple[int, int]) -> Table:
+def tabulate(graph: Graph, n: int, m: int, tile: tuple[int, int]) -> Table:
     """The tiles of a graph that is bound to its size, found box by box."""
     row, column, full = occupied(graph, n, m, tile)
     boxes = Boxes(row * tile[0], (row + 1) * tile[0], column * tile[1], (column + 1) * tile[1])
@@ -185,19 +181,13 @@ def tabulate(graph, n: int, m: int, tile: tuple[int, int]) -> Table:
     mask = torch.full_like(row, NO_MASK)
     masked = boxes.chosen(~whole)
     inside = masked.clipped(n, m)
-    alike = same(
-        [
-            inside.bottom - inside.top,
-            inside.right - inside.left,
-            graph._classify_boxes(inside).long(),
-            *graph._box_pattern(inside),
-        ]
-    )
-    first = _first_of_each(alike)
+    height, width = inside.bottom - inside.top, inside.right - inside.left
+    pattern = same([height, width, graph._classify_boxes(inside).long(), *graph._box_pattern(inside)])
+    first = _first_of_each(pattern)
     require_memory(len(first) * (tile[0] * tile[1] // 8 + 64), f"for the masks of {graph} at {n} × {m}")
     words = _masks(graph, n, m, tile, masked.top[first], masked.left[first])
-    mask[~whole] = alike
-    return _tidy(Table(row, column, mask, words), tile)
+    mask[~whole] = pattern
+    return _normalized(Table(row, column, mask, words))
 
 
 def tabulate_edges(query: Tensor, key: Tensor, tile: tuple[int, int]) -> Table:
@@ -210,46 +200,41 @@ def tabulate_edges(query: Tensor, key: Tensor, tile: tuple[int, int]) -> Table:
     place = (at * tile[0] + query % tile[0]) * words + key % tile[1] // WORD
     packed = torch.zeros(len(code) * tile[0] * words, dtype=torch.int64)
     packed.index_add_(0, place, 1 << key % WORD)  # the bits are distinct: their sum is their union
-    return _tidy(
-        Table(code // stride, code % stride, torch.arange(len(code)), packed.to(torch.int32).view(-1, tile[0], words)),
-        tile,
-    )
+    masks = packed.to(torch.int32).view(-1, tile[0], words)
+    return _normalized(Table(code // stride, code % stride, torch.arange(len(code)), masks))
 
 
 def union(a: Table, b: Table) -> Table:
     """The tiles of both; where both have one, the union of its edges."""
     stride = max((int(side.max()) for side in (a.column, b.column) if len(side)), default=0) + 1
     code, at = torch.unique(torch.cat([a.row * stride + a.column, b.row * stride + b.column]), return_inverse=True)
-    words = torch.cat([a.words, b.words, torch.full((1, *a.words.shape[1:]), -1, dtype=torch.int32)])
-    nobody = len(words)  # the number of an empty mask
-    words = torch.cat([words, torch.zeros_like(words[:1])])
-    full = nobody - 1
-    of_a, of_b = torch.full_like(code, nobody), torch.full_like(code, nobody)
+    full_words = torch.full((1, *a.words.shape[1:]), -1, dtype=torch.int32)
+    words = torch.cat([a.words, b.words, full_words, torch.zeros_like(full_words)])
+    full, empty = len(words) - 2, len(words) - 1
+    of_a, of_b = torch.full_like(code, empty), torch.full_like(code, empty)
     of_a[at[: len(a.row)]] = torch.where(a.mask == NO_MASK, full, a.mask)
     of_b[at[len(a.row) :]] = torch.where(b.mask == NO_MASK, full, b.mask + len(a.words))
     pair = same([of_a, of_b])
     first = _first_of_each(pair)
     both = words[of_a[first]] | words[of_b[first]]
-    tile = (a.words.shape[1], a.words.shape[2] * WORD)
-    return _tidy(Table(code // stride, code % stride, pair, both), tile)
+    return _normalized(Table(code // stride, code % stride, pair, both))
 
 
-def _masks(graph, n: int, m: int, tile: tuple[int, int], top: Tensor, left: Tensor) -> Tensor:
+def _masks(graph: Graph, n: int, m: int, tile: tuple[int, int], top: Tensor, left: Tensor) -> Tensor:
     """The packed masks of tiles, looked up pair by pair."""
     packed = [torch.zeros(0, tile[0], tile[1] // WORD, dtype=torch.int32)]
-    for some in torch.arange(len(top)).split(max(1, PAIRS_AT_ONCE // (tile[0] * tile[1]))):
-        query = top[some][:, None, None] + torch.arange(tile[0])[:, None]
-        key = left[some][:, None, None] + torch.arange(tile[1])
+    for chunk in torch.arange(len(top)).split(max(1, STEP_PAIRS // (tile[0] * tile[1]))):
+        query = top[chunk][:, None, None] + torch.arange(tile[0])[:, None]
+        key = left[chunk][:, None, None] + torch.arange(tile[1])
         edge = graph.contains(query.clamp(max=n - 1), key.clamp(max=m - 1))
         packed.append(pack(edge & (query < n) & (key < m)))
     return torch.cat(packed)
 
 
-def _tidy(table: Table, tile: tuple[int, int]) -> Table:
+def _normalized(table: Table) -> Table:
     """The same tiles, without empty ones, full ones without a mask, and equal masks stored once."""
     row, column, mask, words = table
-    wide = words.flatten(1).long()
-    kind = _same_words(wide)
+    kind = _same_words(words.flatten(1).long())
     words = words[_first_of_each(kind)]
     empty, full = (words == 0).all(2).all(1), (words == -1).all(2).all(1)
     kept = ~empty & ~full
@@ -257,15 +242,15 @@ def _tidy(table: Table, tile: tuple[int, int]) -> Table:
     masked = mask != NO_MASK
     mask = mask.clone()
     mask[masked] = number[kind[mask[masked]]]
-    some = mask >= NO_MASK
-    return Table(row[some], column[some], mask[some], words[kept])
+    nonempty = mask >= NO_MASK
+    return Table(row[nonempty], column[nonempty], mask[nonempty], words[kept])
 
 
-def _same_words(wide: Tensor) -> Tensor:
-    """As `same`, of the rows of a matrix: by a hash, which is then checked."""
-    factor = torch.arange(1, wide.shape[1] + 1, device=wide.device) * 0x9E3779B97F4A7C1 | 1
-    number = same([(wide * factor).sum(1)])
-    return number if torch.equal(wide[_first_of_each(number)][number], wide) else same(list(wide.T))
+def _same_words(words: Tensor) -> Tensor:
+    """As `same`, of the rows of a matrix (int64): by a hash, which is then checked."""
+    factor = torch.arange(1, words.shape[1] + 1, device=words.device) * 0x9E3779B97F4A7C1 | 1
+    number = same([(words * factor).sum(1)])
+    return number if torch.equal(words[_first_of_each(number)][number], words) else same(list(words.T))
 
 
 def _first_of_each(numbers: Tensor) -> Tensor:

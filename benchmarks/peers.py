@@ -7,7 +7,7 @@ in the function, what it does at every call in what it returns. Each is written 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
@@ -20,10 +20,10 @@ from torch.nn.attention.flex_attention import and_masks, create_block_mask, flex
 from torch.nn.functional import scaled_dot_product_attention
 from torch_geometric.utils import softmax
 
-import attngraph
-from attngraph import Causal, Documents, EdgeList, Global, Graph, Neighborhood, Prefix, Random, Window, attend
+from attngraph import Causal, Documents, EdgeList, Global, Graph, Neighborhood, Prefix, Random, Window, attend, plan
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+PHASES: tuple[str, str] = ("forward", "forward + backward")
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # FlexAttention's (batch, head, q_idx, kv_idx) → bool
 
 # --------------------------------------------------------- closed forms, as users of FlexAttention write their masks
@@ -226,7 +226,31 @@ class Task:
         return [side.requires_grad_(grad and place < 3) for place, side in enumerate(sides)]
 
 
+def workload_of(name: str) -> Workload:
+    return next(known for known in WORKLOADS if known.name == name)
+
+
 # ------------------------------------------------------------------------------------------------------------ peers
+
+
+def call_of(phase: str, attention: Attention, sides: Sequence[Tensor]) -> Callable[[], Tensor | tuple[Tensor, ...]]:
+    """One call of a phase: the result (forward), or the gradients of q, k and v; sides are these and the upstream."""
+    q, k, v, upstream = sides
+
+    def forward() -> Tensor:
+        with torch.no_grad():
+            return attention(q, k, v)
+
+    def both() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(attention(q, k, v), (q, k, v), upstream)
+
+    return forward if phase == PHASES[0] else both
+
+
+def on_plan(graph: Graph, n: int, device: str, *, heads: int, dim: int, backend: str = "auto") -> Attention:
+    """`attend` with a plan made now."""
+    made = plan(graph, n, n, heads=heads, head_dim=dim, device=device, backend=backend)
+    return lambda q, k, v: attend(q, k, v, made)
 
 
 def sdpa_mask(task: Task) -> Attention:
@@ -261,13 +285,18 @@ def flex(task: Task) -> Attention:
 
 def gather_scatter(task: Task) -> Attention:
     """What PyG's TransformerConv does, its edges sorted by target: gather, softmax over each node's edges, add up."""
-    dst, src = task.edges
-    ptr = torch.nn.functional.pad(torch.bincount(dst, minlength=task.n).cumsum(0), (1, 0))
+    query, key = task.edges
+    ptr = torch.nn.functional.pad(torch.bincount(query, minlength=task.n).cumsum(0), (1, 0))
+    return gather_scatter_along(query, key, task.scale, ptr)
+
+
+def gather_scatter_along(query: Tensor, key: Tensor, scale: float, ptr: Tensor | None = None) -> Attention:
+    """The same along edges (E,), (E,); without the first edge of each node, `ptr`, softmax goes by query."""
 
     def attention(q, k, v):  # (N, H, D)
-        alpha = (q.index_select(0, dst) * k.index_select(0, src)).sum(-1) * task.scale  # (E, H)
-        alpha = softmax(alpha, ptr=ptr)
-        return torch.zeros_like(v).index_add(0, dst, v.index_select(0, src) * alpha[..., None])
+        scores = (q.index_select(0, query) * k.index_select(0, key)).sum(-1).float() * scale  # (E, H)
+        weights = softmax(scores, None if ptr is not None else query, ptr, num_nodes=len(q)).to(v.dtype)
+        return torch.zeros_like(v).index_add(0, query, v.index_select(0, key) * weights[..., None])
 
     return attention
 
@@ -304,16 +333,16 @@ def padded(task: Task) -> Attention:
         longest = int(degree[bucket].max()) if len(bucket) else 0
         for nodes in bucket.split(max(1, GATHERED // (max(longest, 1) * task.heads * task.workload.dim))):
             place = torch.arange(longest, device=nodes.device)
-            heard = place < degree[nodes, None]  # (n, longest)
-            tables.append((nodes, key[(start[nodes, None] + place).where(heard, 0)], ~heard[..., None]))
+            is_edge = place < degree[nodes, None]  # (n, longest)
+            tables.append((nodes, key[(start[nodes, None] + place).where(is_edge, 0)], ~is_edge[..., None]))
     back = order.argsort()
 
     def attention(q, k, v):  # (1, H, N, D)
         parts = []
-        for nodes, keys, silent in tables:
+        for nodes, keys, padding in tables:
             near_k, near_v = (side[0].index_select(1, keys.view(-1)).unflatten(1, keys.shape) for side in (k, v))
             scores = near_k @ (q[0].index_select(1, nodes) * task.scale)[..., None]  # (H, n, longest, 1)
-            weights = scores.masked_fill(silent, -torch.inf).softmax(-2)
+            weights = scores.masked_fill(padding, -torch.inf).softmax(-2)
             parts.append((weights.mT @ near_v)[:, :, 0])
         return torch.cat(parts, 1).index_select(1, back)[None]
 
@@ -326,7 +355,7 @@ def ours(backend: str) -> Callable[[Task], Attention]:
     def build(task: Task) -> Attention:
         if backend == "auto":
             sizes = {"heads": task.heads, "head_dim": task.workload.dim, "device": task.device}
-            attngraph.plan(task.graph, task.n, task.n, **sizes)
+            plan(task.graph, task.n, task.n, **sizes)
         return lambda q, k, v: attend(q, k, v, task.graph, backend=backend)
 
     return build

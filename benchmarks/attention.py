@@ -29,33 +29,18 @@ import torch
 from torch import Tensor
 
 from attngraph import Causal
-from benchmarks import pictures
+from benchmarks import peers, pictures
 from benchmarks.experiment import Experiment, Figures, Records
 from benchmarks.measure import cost, failure, in_turn, isolated, milliseconds, now, ratios
 from benchmarks.page import Keep, aligned, folded, number, picture, spread, status, table
-from benchmarks.peers import (
-    AUTO,
-    FLEX,
-    PEERS,
-    PHASES,
-    PYG,
-    PYG_COMPILED,
-    SDPA_CAUSAL,
-    SDPA_MASK,
-    WORKLOADS,
-    Attention,
-    Peer,
-    Task,
-    call_of,
-    workload_of,
-)
+from benchmarks.peers import AUTO, PEERS, PHASES, SDPA_CAUSAL, SDPA_MASK, WORKLOADS, Attention, Peer, Task, call_of
 
 NAME = "attention"
 TO_COMPILE = 180.0  # s more for the first calls of what compiles itself
 GEMM = {"cpu": 2048, "cuda": 8192}
 EXACT = {torch.float32: 1e-4, torch.bfloat16: 3e-2}  # largest relative difference of two right results
 DENSE = (SDPA_MASK, SDPA_CAUSAL)
-IRREGULAR = (PYG, PYG_COMPILED)
+IRREGULAR = (peers.PYG, peers.PYG_COMPILED)
 NAMED = ("ours, tiles", "ours, rows", SDPA_MASK)  # a backend that can be named each; the last is "dense"
 
 # ------------------------------------------------------------------------------- in a process of its own
@@ -81,14 +66,14 @@ class History:
         return self.failures.get((peer, phase))
 
 
-def contest(progress, workload: str, sizes: list[int], peers: list[str], history: History, options: Namespace) -> dict:
+def contest(progress, workload: str, sizes: list[int], names: list[str], history: History, options: Namespace) -> dict:
     """The figures of all sizes of a workload, by size and phase; what is running stands in `now` of the progress."""
     found: dict = {"sizes": {}, "history": history, "now": None}
     for nodes in sizes:
         if now() > options.until:
             break
-        contenders = [peer for peer in PEERS if peer.name in peers]
-        match = Match(Task(workload_of(workload), nodes, options.device), contenders, options, history)
+        contenders = [peer for peer in PEERS if peer.name in names]
+        match = Match(Task(peers.workload_of(workload), nodes, options.device), contenders, options, history)
 
         def report(peer: Peer | None, phase: str, found=found, nodes=nodes) -> None:
             found["now"] = peer and (nodes, peer.name, phase)
@@ -102,10 +87,10 @@ def contest(progress, workload: str, sizes: list[int], peers: list[str], history
 class Match:
     """The contestants of one graph at one size."""
 
-    def __init__(self, task: Task, peers: list[Peer], options: Namespace, history: History):
-        self.task, self.peers, self.options, self.history = task, peers, options, history
+    def __init__(self, task: Task, contenders: list[Peer], options: Namespace, history: History):
+        self.task, self.peers, self.options, self.history = task, contenders, options, history
         self.prepared: dict[str, Attention] = {}
-        self.own: dict[str, dict] = {peer.name: {} for peer in peers}  # what is known of each, whatever the phase
+        self.own: dict[str, dict] = {peer.name: {} for peer in contenders}  # what is known of each, whatever the phase
 
     def figures(self, report: Callable) -> dict[str, dict]:
         """By phase: size, graph, edges, and the figures of each contestant."""
@@ -151,7 +136,7 @@ class Match:
             if not worth_it:
                 return
             own["prepare_s"], own["prepare_mib"] = cost(build)
-            if peer.name == FLEX:
+            if peer.name == peers.FLEX:
                 own["compile_s"] = own["prepare_s"]
                 own["prepare_s"], own["prepare_mib"] = cost(build)
 
@@ -219,7 +204,7 @@ def measured(workload: str, sizes: list[int], options: Namespace) -> Iterator[tu
 
     A contestant that has to be killed is left out where it was, and all begins again there without it.
     """
-    known = workload_of(workload)
+    known = peers.workload_of(workload)
     here = [peer.name for peer in PEERS if peer.only(known) and not peer.absent(options.device)]
     names = [name for name in here if not options.peer or name in options.peer]
     history, left = History(), sorted(sizes)
@@ -240,7 +225,7 @@ def measured(workload: str, sizes: list[int], options: Namespace) -> Iterator[tu
 def run(options: Namespace) -> Iterator[Figures]:
     """Every workload asked for, from its smallest size to its largest."""
     for name in options.workload or [workload.name for workload in WORKLOADS]:
-        for nodes, found in measured(name, list(options.n or workload_of(name).sizes), options):
+        for nodes, found in measured(name, list(options.n or peers.workload_of(name).sizes), options):
             yield {f"{name}, N = {nodes}, {phase}": figures for phase, figures in found.items()}
 
 

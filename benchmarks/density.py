@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from argparse import Namespace
 from collections.abc import Iterator
+from functools import partial
 from itertools import product
 
 import numpy as np
@@ -82,7 +83,7 @@ def cell(graph: Graph, n: int, density: float, expected: dict[tuple, float], kin
             own["failures"][backend] = f"expected over {options.limit:g} s a call"
             continue
         made = plan(graph, n, n, heads=HEADS, head_dim=DIM, device=options.device, backend=backend)
-        calls[backend] = call_of(PHASES[1], lambda q, k, v, made=made: attend(q, k, v, made), sides)
+        calls[backend] = call_of(PHASES[1], partial(attend, graph=made), sides)
         calls[backend]()
         expected[kind, density, backend] = 4 * seconds_of(calls[backend])
         if backend == "auto":

@@ -64,9 +64,12 @@ class Records(dict[str, Figures]):
         return self[name]
 
 
+IN_THE_KEY = ("text", "section", "name", "kind", "graph", "graphs", "n", "phase")
+
+
 def summary(key: str, figures: dict) -> str:
     """All figures in a line."""
-    return f"{key}: {_plain({name: value for name, value in figures.items() if name not in ('text', 'section')})}"
+    return f"{key}: {_plain({name: value for name, value in figures.items() if name not in IN_THE_KEY})}"
 
 
 def _plain(value: object) -> str:
@@ -206,7 +209,7 @@ def show_goal(key: str, goal: dict) -> str:
     """Wanted, reached and times in a line."""
     times = [f"{name} {spread(goal[f'{name}_ms'], 2)} ms" for name in ("ours", "theirs") if goal.get(f"{name}_ms")]
     times += [f"predicted {goal['predicted_ms']:.2f} ms"] if goal.get("predicted_ms") else []
-    line = f"{'yes' if goal['yes'] else 'no':4}{limit_of(goal):9}{number(goal['reached'], '.3g'):9}{text_of(goal)}"
+    line = f"{'yes' if goal['yes'] else 'no':4}{limit_of(goal):8} {number(goal['reached'], '.3g'):8} {text_of(goal)}"
     return "   ".join([line, ", ".join(times)]).rstrip()
 
 

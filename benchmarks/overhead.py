@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Iterator
+from functools import partial
 from itertools import product
 
 import torch
@@ -33,11 +34,8 @@ def run(options: Namespace) -> Iterator[Figures]:
     for graph, n in product(GRAPHS, options.n or SIZES):
         sides = [torch.randn(1, HEADS, n, DIM, requires_grad=at < 3) for at in range(4)]
         for phase in PHASES:
-            ours = call_of(phase, lambda q, k, v, graph=graph: attend(q, k, v, graph), sides)
-            causal = graph == Causal()
-            theirs = call_of(
-                phase, lambda q, k, v, causal=causal: scaled_dot_product_attention(q, k, v, is_causal=causal), sides
-            )
+            ours = call_of(phase, partial(attend, graph=graph), sides)
+            theirs = call_of(phase, partial(scaled_dot_product_attention, is_causal=graph == Causal()), sides)
             for mine, right in zip(ours(), theirs(), strict=True):
                 torch.testing.assert_close(mine, right, atol=1e-5, rtol=1e-5)
             repeats = options.repeats * max(1, max(SIZES) // n)

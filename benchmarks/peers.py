@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.util import find_spec
 from typing import NamedTuple
 
@@ -249,19 +249,17 @@ def call_of(phase: str, attention: Attention, sides: Sequence[Tensor]) -> Callab
 
 def on_plan(graph: Graph, n: int, device: str, *, heads: int, dim: int, backend: str = "auto") -> Attention:
     """`attend` with a plan made now."""
-    made = plan(graph, n, n, heads=heads, head_dim=dim, device=device, backend=backend)
-    return lambda q, k, v: attend(q, k, v, made)
+    return partial(attend, graph=plan(graph, n, n, heads=heads, head_dim=dim, device=device, backend=backend))
 
 
 def sdpa_mask(task: Task) -> Attention:
     """PyTorch's attention with a dense bool mask."""
-    mask = task.mask()
-    return lambda q, k, v: scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    return partial(scaled_dot_product_attention, attn_mask=task.mask())
 
 
 def sdpa_causal(task: Task) -> Attention:
     """PyTorch's flash kernel for all causal pairs: more edges than the graph has, and without a mask to read."""
-    return lambda q, k, v: scaled_dot_product_attention(q, k, v, is_causal=True)
+    return partial(scaled_dot_product_attention, is_causal=True)
 
 
 torch._dynamo.config.recompile_limit = 256  # each size and mask is compiled for itself, and stays compiled
@@ -280,7 +278,7 @@ def flex(task: Task) -> Attention:
             return mask[q_idx, kv_idx]
 
     block_mask = compiled_block_mask(mask_mod, None, None, task.n, task.n, device=task.device)
-    return lambda q, k, v: compiled_flex(q, k, v, block_mask=block_mask)
+    return partial(compiled_flex, block_mask=block_mask)
 
 
 def gather_scatter(task: Task) -> Attention:
@@ -354,9 +352,8 @@ def ours(backend: str) -> Callable[[Task], Attention]:
 
     def build(task: Task) -> Attention:
         if backend == "auto":
-            sizes = {"heads": task.heads, "head_dim": task.workload.dim, "device": task.device}
-            plan(task.graph, task.n, task.n, **sizes)
-        return lambda q, k, v: attend(q, k, v, task.graph, backend=backend)
+            on_plan(task.graph, task.n, task.device, heads=task.heads, dim=task.workload.dim)
+        return partial(attend, graph=task.graph, backend=backend)
 
     return build
 
@@ -380,14 +377,8 @@ class Peer(NamedTuple):
         return "runs on a GPU only" if self.gpu and device == "cpu" else None
 
 
-AUTO, SDPA_MASK, SDPA_CAUSAL, FLEX, PYG, PYG_COMPILED = (
-    "ours, auto",
-    "SDPA + mask",
-    "SDPA is_causal, all edges",
-    "FlexAttention",
-    "PyG",
-    "PyG compiled",
-)
+AUTO, SDPA_MASK, SDPA_CAUSAL = "ours, auto", "SDPA + mask", "SDPA is_causal, all edges"
+FLEX, PYG, PYG_COMPILED = "FlexAttention", "PyG", "PyG compiled"
 PEERS = [
     Peer(AUTO, ours("auto"), compiles=True),
     Peer("ours, tiles", ours("tiles"), compiles=True),

@@ -31,15 +31,11 @@ CONTESTANTS = ("dense graph", "sparse graph", "sparse graph as a mask")
 SIZES = {"GPT": (256, 1024, 4096), "ViT": (256, 1024, 4096)}  # tokens; patches
 
 
-def gpt_graphs(n: int) -> tuple[Graph, Graph]:
-    return Causal(), Causal() & (Window(64, 0) | Prefix(4))
-
-
-def vit_graphs(n: int) -> tuple[Graph, Graph]:
-    return Full(), Neighborhood((math.isqrt(n),) * 2, 3)
-
-
-GRAPHS = {"GPT": gpt_graphs, "ViT": vit_graphs}
+# Of each kind, by number of nodes: the graph of all pairs, and the sparse one.
+GRAPHS: dict[str, Callable[[int], tuple[Graph, Graph]]] = {
+    "GPT": lambda n: (Causal(), Causal() & (Window(64, 0) | Prefix(4))),
+    "ViT": lambda n: (Full(), Neighborhood((math.isqrt(n),) * 2, 3)),
+}
 
 
 def model_of(kind: str, n: int, graph: Graph) -> tuple[nn.Module, Tensor, Tensor]:

@@ -13,17 +13,18 @@ here, the bigram within 0.05 of its limit.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import tempfile
 from argparse import Namespace
 from collections.abc import Iterator
-from pathlib import Path
 from unittest.mock import patch
 
 import gpt as example
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, gelu, scaled_dot_product_attention
+from tqdm import tqdm
 
 from attngraph import Causal
 from attngraph.models import GPT
@@ -160,7 +161,7 @@ def nanogpt(text: str, options: Namespace) -> dict:
     tools = {name: optimizer(model) for name, model in models.items()}
     seconds: dict[str, list[float]] = {"ours": [], "theirs": [], "ours_estimates": [], "theirs_estimates": []}
     inputs, targets = batch(corpus.training)
-    for step in example.tqdm(range(options.steps), desc="nanoGPT's recipe, twice", unit="step"):
+    for step in tqdm(range(options.steps), desc="nanoGPT's recipe, twice", unit="step"):
         if step % 250 == 0:
             estimates(models, corpus, seconds)
         for name in ("ours", "theirs") if step % 2 else ("theirs", "ours"):
@@ -216,23 +217,18 @@ def choices(text: str, options: Namespace) -> dict:
 def bigram(text: str, options: Namespace) -> dict:
     """The loss of the trained baseline, and that of the best table of counts: smoothed on the training text."""
     tokens = example.tokenizer("char", text)
-    corpus = example.Corpus(tokens.encode(text), CONTEXT)
-    size = len(tokens)
+    corpus, size = example.Corpus(tokens.encode(text), CONTEXT), len(tokens)
     pairs = corpus.training[:-1] * size + corpus.training[1:]
-    counts = torch.bincount(pairs, minlength=size * size).view(size, size).double()
-    likely = ((counts + 0.1) / (counts + 0.1).sum(1, keepdim=True)).log()
-    limit = -likely[corpus.validation[:-1], corpus.validation[1:]].mean()
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "text.txt"
-        path.write_text(text, encoding="utf-8")
-        given = f"--model bigram --steps 1000 --adamw-lr 0.1 --batch 64 --sample 1 --text {path} --runs {folder}"
-        loss = example.train(example.settings(given.split()))["validation_loss"]
+    counts = torch.bincount(pairs, minlength=size * size).view(size, size).double() + 0.1
+    limit = -(counts / counts.sum(1, keepdim=True)).log()[corpus.validation[:-1], corpus.validation[1:]].mean()
+    given = "--model bigram --steps 1000 --adamw-lr 0.1 --batch 64 --sample 1"
+    loss = demo(options, *given.split())["validation_loss"]
     return {"validation_loss": loss, "limit_from_training_counts": float(limit)}
 
 
 def named(text: str, source: str) -> str:
     """What a text is called in a record, wherever it lay."""
-    return "tiny Shakespeare" if example.hashlib.sha256(text.encode()).hexdigest() == example.SHA256 else source
+    return "tiny Shakespeare" if hashlib.sha256(text.encode()).hexdigest() == example.SHA256 else source
 
 
 SECTIONS = {"nanogpt": nanogpt, "demo": lambda text, options: demo(options), "bigram": bigram, "choices": choices}
@@ -252,24 +248,16 @@ def render(records: Records, keep: Keep) -> Iterator[str]:
     machine = f"{found['machine']['threads']} threads, torch {found['machine']['torch']}"
     yield from ["## Training", ""]
     yield from [f"`python -m benchmarks.train_gpt`, on {found['text']} ({machine}); losses in nats per character:", ""]
-    ours, theirs = (
-        [
-            f"{found[f'{name}_whole_validation_loss']:.3f} ({found[f'{name}_validation_loss']:.3f}{as_estimated})",
-            f"{found[f'{name}_seconds']:.0f}",
-        ]
-        for name, as_estimated in (("ours", " as nanoGPT estimates it"), ("theirs", ""))
-    )
-    limit = f"{bigram['validation_loss']:.3f}; its limit, from counts, is {bigram['limit_from_training_counts']:.3f}"
-    yield from table(
-        ["", "validation loss, whole text", "seconds"],
-        [
-            ["nanoGPT's CPU recipe on `Causal()`", *ours],
-            ["the same in nanoGPT's own form, on bare SDPA", *theirs],
-            [f"`make demo`, {demo['parameters']:,} parameters", f"{demo['validation_loss']:.3f}",
-             f"{demo['seconds']:.0f}, its evaluations included"],
-            ["`--model bigram`", limit, ""],
-        ],
-    )  # fmt: skip
+    rows = []
+    labels = {"ours": "nanoGPT's CPU recipe on `Causal()`", "theirs": "the same in nanoGPT's own form, on bare SDPA"}
+    for name, label in labels.items():
+        whole, estimate = found[f"{name}_whole_validation_loss"], found[f"{name}_validation_loss"]
+        rows.append([label, f"{whole:.3f} ({estimate:.3f} as nanoGPT estimates it)", f"{found[f'{name}_seconds']:.0f}"])
+    seconds = f"{demo['seconds']:.0f}, its evaluations included"
+    rows.append([f"`make demo`, {demo['parameters']:,} parameters", f"{demo['validation_loss']:.3f}", seconds])
+    limit = f"its limit, from counts, is {bigram['limit_from_training_counts']:.3f}"
+    rows.append(["`--model bigram`", f"{bigram['validation_loss']:.3f}; {limit}", ""])
+    yield from table(["", "validation loss, whole text", "seconds"], rows)
     pairs = f"median and quartiles of {found['pairs']} alternating pairs"
     yield from [f"A step of the first takes {spread(found['ratio'])} times as long as one of the second: {pairs}.", ""]
 

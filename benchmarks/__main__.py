@@ -68,7 +68,9 @@ def experiment(name: str) -> Experiment:
 
 def report_settings(arguments: list[str] | None = None) -> Namespace:
     """Of the report: the options of all its experiments."""
-    options = settings("", __doc__ or "", OPTIONS, arguments)
+    each = "; ".join(f"{name}: {text}" for name, text in EXPERIMENTS.items())
+    title = (__doc__ or "").split("\n")[0]
+    options = settings("", f"{title}. Or one experiment, python -m benchmarks NAME: {each}", OPTIONS, arguments)
     options.workload, options.n = options.workload or list(ORDER), options.n or SIZES[options.device]
     return Namespace(**vars(options), peer=None, gemm=None)
 

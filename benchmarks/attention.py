@@ -31,7 +31,7 @@ from torch import Tensor
 from attngraph import Causal
 from benchmarks import peers, pictures
 from benchmarks.experiment import Experiment, Figures, Records
-from benchmarks.measure import cost, failure, in_turn, isolated, milliseconds, now, ratios
+from benchmarks.measure import Progress, cost, failure, in_turn, isolated, milliseconds, now, ratios
 from benchmarks.page import Keep, aligned, folded, number, picture, spread, status, table
 from benchmarks.peers import AUTO, PEERS, PHASES, SDPA_CAUSAL, SDPA_MASK, WORKLOADS, Attention, Peer, Task, call_of
 
@@ -66,7 +66,9 @@ class History:
         return self.failures.get((peer, phase))
 
 
-def contest(progress, workload: str, sizes: list[int], names: list[str], history: History, options: Namespace) -> dict:
+def contest(
+    progress: Progress, workload: str, sizes: list[int], names: list[str], history: History, options: Namespace
+) -> dict:
     """The figures of all sizes of a workload, by size and phase; what is running stands in `now` of the progress."""
     found: dict = {"sizes": {}, "history": history, "now": None}
     for nodes in sizes:

@@ -21,7 +21,7 @@ from attngraph import EdgeList, Full, Graph, Window, attend, plan
 from benchmarks import pictures
 from benchmarks.experiment import Experiment, Figures, Records
 from benchmarks.internals import backends_of, know_costs
-from benchmarks.measure import in_turn, isolated, milliseconds, now, ratios, seconds_of
+from benchmarks.measure import Progress, in_turn, isolated, milliseconds, now, ratios, seconds_of
 from benchmarks.page import Keep, aligned, folded, picture, spread, status, table
 from benchmarks.peers import PHASES, call_of
 
@@ -52,7 +52,7 @@ def scattered(n: int, density: float) -> Graph:
 KINDS = {"a band": band, "scattered edges": scattered}
 
 
-def cells(progress, options: Namespace) -> dict:
+def cells(progress: Progress, options: Namespace) -> dict:
     """Of each kind of graph, by size and density: the times of each backend in turn, and of the planner's choice."""
     device = torch.device(options.device)
     know_costs(options.device)

@@ -18,7 +18,7 @@ from attngraph import Causal, attend
 from benchmarks import planning, steps
 from benchmarks.attention import GEMM, NAMED, measured, over_best_named
 from benchmarks.experiment import Goal, goals_experiment
-from benchmarks.measure import isolated, paired
+from benchmarks.measure import Progress, isolated, paired
 from benchmarks.page import number
 from benchmarks.peers import AUTO, FLEX, PHASES, PYG, PYG_COMPILED, SDPA_CAUSAL, SDPA_MASK, WORKLOADS
 
@@ -103,7 +103,7 @@ def planning_goals(options: Namespace) -> Iterator[Goal]:
             yield Goal(f"plan({text}, {n:,}, {n:,}): {unit}", wanted, reached, at_most=True)
 
 
-def overhead_alone(progress: Callable) -> dict:
+def overhead_alone(progress: Progress) -> dict:
     (q, k, v), graph = torch.randn(3, 1, 8, 1024, 64), Causal()  # made once, as a model does
     with torch.no_grad():
         return paired(
@@ -111,7 +111,7 @@ def overhead_alone(progress: Callable) -> dict:
         )
 
 
-def training_alone(progress: Callable) -> dict:
+def training_alone(progress: Progress) -> dict:
     """Training steps of a GPT, on ours and with its `attend` replaced by SDPA with a mask, which is built once."""
     progress({}, 600.0)
     ours, theirs = steps.contestants("GPT", 4096, "cpu", steps.CONTESTANTS[1:]).values()

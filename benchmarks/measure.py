@@ -24,6 +24,7 @@ import psutil
 import torch
 
 RESULTS = Path(__file__).parent / "results"
+Progress = Callable[[dict, float], None]  # of an isolated function: figures so far, and seconds for the next step
 
 
 def now() -> float:

@@ -141,7 +141,7 @@ WORKLOADS = [
     ),
     Workload(
         "BigBird",
-        lambda n: Window(192, 192) | Global(range(64)) | Random(3),
+        lambda n: Window(192, 192) | Global(tuple(range(64))) | Random(3),
         lambda n, device: or_masks(near(192, 192), first_are_global(64), drawn(3, n, device)),
     ),
     Workload(

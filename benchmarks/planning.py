@@ -15,7 +15,7 @@ from attngraph import Causal, Chunks, Global, Prefix, Random, Window, parse, pla
 from benchmarks import pictures
 from benchmarks.experiment import Experiment, Figures, Records
 from benchmarks.internals import know_costs
-from benchmarks.measure import cost, isolated, now, quartiles
+from benchmarks.measure import Progress, cost, isolated, now, quartiles
 from benchmarks.page import Keep, folded, number, picture, spread, table
 from benchmarks.peers import FLEX
 
@@ -30,7 +30,7 @@ GRAPHS = {
 SIZES = (4096, 32_768, 262_144, 1_000_000)
 
 
-def alone(progress, text: str, n: int, device: str, repeats: int) -> dict:
+def alone(progress: Progress, text: str, n: int, device: str, repeats: int) -> dict:
     """Each time from nothing: `plan` keeps nothing, as `attend` does."""
     know_costs(device)
 

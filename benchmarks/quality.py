@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from attngraph import parse
 from benchmarks import pictures
 from benchmarks.experiment import Experiment, Figures, Records
-from benchmarks.measure import isolated, now
+from benchmarks.measure import Progress, isolated, now
 from benchmarks.page import Keep, picture, prose, table
 from benchmarks.train_gpt import demo
 
@@ -33,7 +33,7 @@ GRAPHS = {
 }
 
 
-def trained(progress, graph: str, seed: int, options: Namespace) -> dict:
+def trained(progress: Progress, graph: str, seed: int, options: Namespace) -> dict:
     """The validation loss over the whole validation text, in nats a character, and the seconds it took."""
     progress({}, 7200.0)
     size = f"--layers 3 --heads 4 --width 64 --context {CONTEXT} --batch {BATCH} --sample 1 --seed {1_000_000 * seed}"

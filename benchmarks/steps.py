@@ -23,7 +23,7 @@ from attngraph.models import GPT, ViT
 from attngraph.nn import TransformerConfig
 from benchmarks import pictures
 from benchmarks.experiment import Experiment, Figures, Records
-from benchmarks.measure import cost, in_turn, isolated, milliseconds, now, ratios
+from benchmarks.measure import Progress, cost, in_turn, isolated, milliseconds, now, ratios
 from benchmarks.page import Keep, folded, number, picture, prose, spread, table
 
 NAME = "steps"
@@ -100,7 +100,7 @@ def on_other_attention(step: Callable[[], float], attention: Callable[..., Tenso
     return other
 
 
-def alone(progress, kind: str, n: int, options: Namespace) -> dict:
+def alone(progress: Progress, kind: str, n: int, options: Namespace) -> dict:
     """Times of each contestant in turn, and the memory of a step."""
     progress({}, 300.0)
     steps = contestants(kind, n, options.device)

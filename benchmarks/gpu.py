@@ -98,7 +98,12 @@ def rates() -> tuple[float, float]:
 
 def correctness(options: Namespace) -> Iterator[Goal]:
     """The largest error of each kernel, over that of SDPA in the same precision."""
-    graphs = [Causal(), Window(100, 0) | Prefix(4), Window(30, 30) | Global([0]) | Random(3), Neighborhood((32, 32), 3)]
+    graphs = [
+        Causal(),
+        Window(100, 0) | Prefix(4),
+        Window(30, 30) | Global((0,)) | Random(3),
+        Neighborhood((32, 32), 3),
+    ]
     for graph, dim in product(graphs, (64, 128)):
         sides, mask = sides_of(1024, 4, dim), graph.mask(1024, 1024, "cuda")
         contestants = {backend: partial(attend, graph=graph, backend=backend) for backend in ("tiles", "rows")}
@@ -164,7 +169,7 @@ def patterns(options: Namespace) -> Iterator[Goal]:
         assert workload.mask_mod is not None
         n = graph.size[0] or nodes
         yield from beside_flex(options, graph, workload.mask_mod(nodes, "cuda"), n, 64, (1.15, 1.15, 10))
-    graphs = [(Window(1024, 0), 65_536), (Window(192, 192) | Global(range(64)), 32_768)]
+    graphs = [(Window(1024, 0), 65_536), (Window(192, 192) | Global(tuple(range(64))), 32_768)]
     graphs += [(workload_of("documents").graph(32_768), 32_768), (Neighborhood((181, 181), 6), 181 * 181)]
     for phase in PHASES:
         whole = tile_rate(Full(), 8192, phase)

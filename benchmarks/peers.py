@@ -45,7 +45,7 @@ def first_are_global(count: int) -> MaskMod:
     return lambda b, h, q_idx, kv_idx: (q_idx < count) | (kv_idx < count)
 
 
-def same_document(lengths: list[int], device: str = "cpu") -> MaskMod:
+def same_document(lengths: Sequence[int], device: str = "cpu") -> MaskMod:
     document = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)).to(device)
     return lambda b, h, q_idx, kv_idx: document[q_idx] == document[kv_idx]
 
@@ -67,10 +67,10 @@ def drawn(degree: int, n: int, device: str = "cpu") -> MaskMod:
 # ------------------------------------------------------------------------------------------- irregular graphs, seeded
 
 
-def documents(n: int) -> list[int]:
+def documents(n: int) -> tuple[int, ...]:
     """Lengths that add up to n: most are short, some twenty times as long, on average 512."""
     cuts = np.cumsum(np.random.default_rng(0).lognormal(5.74, 1.0, n // 64 + 1)).astype(int)
-    return np.diff([0, *cuts[cuts < n], n]).tolist()
+    return tuple(np.diff([0, *cuts[cuts < n], n]).tolist())
 
 
 def edge_list(key: np.ndarray, query: np.ndarray, n: int) -> EdgeList:

@@ -23,7 +23,7 @@ NAME = "planning"
 GRAPHS = {
     "window": Window(256, 0),
     "window + sinks": Causal() & (Window(256, 0) | Prefix(4)),
-    "BigBird": Window(192, 192) | Global(range(64)) | Random(3),
+    "BigBird": Window(192, 192) | Global(tuple(range(64))) | Random(3),
     "mixed": Window(256, 0) | Prefix(4) | Random(8),
     "causal chunks": Causal() & Chunks(512),
 }

@@ -77,12 +77,12 @@ def attend(
     _check(q, k, v, graph, bias, scale, score, normalize, dropout_p)
     if return_lse and normalize != "softmax":
         raise ValueError(f"return_lse needs normalize='softmax' (got {normalize!r}): other weights have no common sum")
-    if scale is None:
-        scale = max(q.shape[3], 1) ** -0.5 if score == "dot" else 1.0
-    request = Request(scale, score, normalize, dropout_p, return_lse, return_weights)
+    factor = scale if scale is not None else max(q.shape[3], 1) ** -0.5 if score == "dot" else 1.0
+    request = Request(factor, score, normalize, dropout_p, return_lse, return_weights)
     results = _run(q, k, v, graph, bias, _call(q, k, v, bias, request), request, backend)
     asked = (True, return_lse, return_weights)
-    found = [part[0] if unbatched else part for part, wanted in zip(results, asked, strict=True) if wanted]
+    found = [part for part, wanted in zip(results, asked, strict=True) if wanted and part is not None]
+    found = [part[0] for part in found] if unbatched else found
     return found[0] if len(found) == 1 else tuple(found)
 
 
@@ -94,6 +94,7 @@ def _run(
         backend = traced(graph, call, name)
         if backend is None:
             return run_traced(graph, name, q, k, v, bias, request)
+        assert isinstance(graph, Graph)
         layout = backend.traced_layout(graph, call.num_queries, call.num_keys, call.device)
         return backend.attend(q, k, v, layout, bias, request)
     made = fitted(graph, call, name) if isinstance(graph, Plan) else planned(graph, call, name)

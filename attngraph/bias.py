@@ -108,8 +108,10 @@ class EdgeBias:
         if not 1 <= self.values.ndim <= 4:
             raise ValueError(f"EdgeBias takes values (E,), (H, E) or (B, H, E) (got shape {tuple(self.values.shape)})")
 
-    def at(self, q_idx: Tensor, kv_idx: Tensor, edge: Tensor) -> Tensor:
+    def at(self, q_idx: Tensor, kv_idx: Tensor, edge: Tensor | None = None) -> Tensor:
         """(..., *edges)."""
+        if edge is None:
+            raise TypeError("EdgeBias must know the numbers of the edges it is asked for, in edge_index order")
         return self.values[..., edge]
 
 

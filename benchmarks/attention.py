@@ -2,7 +2,7 @@
 
     python -m benchmarks.attention                                  every graph and size, hours
     python -m benchmarks.attention --workload window --n 2048 8192
-    python -m benchmarks.attention --quick                          a smoke test, in a minute
+    python -m benchmarks.attention --workload uniform --n 1250 --out /tmp/bench      a smoke test
 
 Batch 1, 8 heads; float32 on a CPU, bfloat16 on a GPU. All contestants of a graph run in one process of their own. At
 each size each is first tried alone (does it survive its limits of memory and of time a call, and how much memory does
@@ -18,46 +18,32 @@ reached, `report.py` draws.
 
 from __future__ import annotations
 
-import argparse
 import math
-import sys
-import tempfile
-import time
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from textwrap import shorten
 
 import torch
 from torch import Tensor
 
 from attngraph import Causal
-from benchmarks.measure import RESULTS, cost, in_turn, isolated, quartiles, record, spread
-from benchmarks.peers import AUTO, FLEX, PEERS, WORKLOADS, Attention, Peer, Task, Workload
+from benchmarks import peers, pictures
+from benchmarks.experiment import Experiment, Figures, Records
+from benchmarks.measure import Progress, cost, failure, in_turn, isolated, milliseconds, now, ratios
+from benchmarks.page import Keep, aligned, folded, number, picture, spread, status, table
+from benchmarks.peers import AUTO, PEERS, PHASES, SDPA_CAUSAL, SDPA_MASK, WORKLOADS, Attention, Peer, Task, call_of
 
-PHASES = ("forward", "forward + backward")
-TO_COMPILE = 180.0  # seconds more for the first calls of what compiles itself
+NAME = "attention"
+TO_COMPILE = 180.0  # s more for the first calls of what compiles itself
 GEMM = {"cpu": 2048, "cuda": 8192}
-EXACT = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
-QUICK = {"window": 256, "uniform": 1250}
-
+EXACT = {torch.float32: 1e-4, torch.bfloat16: 3e-2}  # largest relative difference of two right results
+DENSE = (SDPA_MASK, SDPA_CAUSAL)
+IRREGULAR = (peers.PYG, peers.PYG_COMPILED)
+NAMED = ("ours, tiles", "ours, rows", SDPA_MASK)  # a backend that can be named each; the last is "dense"
 
 # ------------------------------------------------------------------------------- in a process of its own
-
-
-def call_of(phase: str, attention: Attention, sides: list[Tensor]) -> Callable[[], object]:
-    """One call of a phase: the result (forward), or the gradients of q, k and v."""
-    q, k, v, upstream = sides
-
-    def forward():
-        with torch.no_grad():
-            return attention(q, k, v)
-
-    def both():
-        return torch.autograd.grad(attention(q, k, v), (q, k, v), upstream)
-
-    return forward if phase == "forward" else both
 
 
 @dataclass
@@ -80,14 +66,16 @@ class History:
         return self.failures.get((peer, phase))
 
 
-def contest(progress, workload: str, sizes: list[int], peers: list[str], history: History, options) -> dict:
+def contest(
+    progress: Progress, workload: str, sizes: list[int], names: list[str], history: History, options: Namespace
+) -> dict:
     """The figures of all sizes of a workload, by size and phase; what is running stands in `now` of the progress."""
     found: dict = {"sizes": {}, "history": history, "now": None}
     for nodes in sizes:
-        if time.monotonic() > options.until:
+        if now() > options.until:
             break
-        contenders = [peer for peer in PEERS if peer.name in peers]
-        match = Match(Task(workload_of(workload), nodes, options.device), contenders, options, history)
+        contenders = [peer for peer in PEERS if peer.name in names]
+        match = Match(Task(peers.workload_of(workload), nodes, options.device), contenders, options, history)
 
         def report(peer: Peer | None, phase: str, found=found, nodes=nodes) -> None:
             found["now"] = peer and (nodes, peer.name, phase)
@@ -98,49 +86,44 @@ def contest(progress, workload: str, sizes: list[int], peers: list[str], history
     return found
 
 
-def workload_of(name: str) -> Workload:
-    return next(known for known in WORKLOADS if known.name == name)
-
-
 class Match:
     """The contestants of one graph at one size."""
 
-    def __init__(self, task: Task, peers: list[Peer], options, history: History):
-        self.task, self.peers, self.options, self.history = task, peers, options, history
+    def __init__(self, task: Task, contenders: list[Peer], options: Namespace, history: History):
+        self.task, self.peers, self.options, self.history = task, contenders, options, history
         self.prepared: dict[str, Attention] = {}
-        self.own: dict[str, dict] = {peer.name: {} for peer in peers}  # what is known of each, whatever the phase
+        self.own: dict[str, dict] = {peer.name: {} for peer in contenders}  # what is known of each, whatever the phase
 
     def figures(self, report: Callable) -> dict[str, dict]:
         """By phase: size, graph, edges, and the figures of each contestant."""
         task, options = self.task, self.options
-        known = {"n": task.n, "graph": task.graph.text, "edges": task.graph.num_edges(task.n, task.n)}
+        known = {"n": task.n, "graph": str(task.graph), "edges": task.graph.num_edges(task.n, task.n)}
         known |= {"dim": task.workload.dim, "heads": task.heads, "dtype": str(task.dtype).removeprefix("torch.")}
-        size, by_phase = GEMM[torch.device(task.device).type], {}
+        size, by_phase = options.gemm or GEMM[torch.device(task.device).type], {}
         left, right = torch.randn(2, size, size, device=task.device, dtype=task.dtype)
         for peer in self.peers:
             report(peer, "prepare")
             self.prepare(peer)
-        for phase in PHASES[: 1 if options.phase == "forward" else 2]:
+        for phase in PHASES:
             sides = {major: task.inputs(major, grad=phase != PHASES[0]) for major in (False, True)}
             calls, contestants = {}, {}
             for peer in self.peers:
                 report(peer, phase)
                 contestants[peer.name] = dict(self.own[peer.name])
-                with self.noted(peer, phase, contestants[peer.name]) as trying:
-                    if trying:
+                with self.trying(peer, phase, contestants[peer.name]) as worth_it:
+                    if worth_it:
                         call = call_of(phase, self.prepared[peer.name], sides[peer.node_major])
-                        contestants[peer.name] |= tried(call, peer, options.limit)
+                        contestants[peer.name] |= alone(call, peer, options.limit)
                         self.history.seconds[peer.name, phase] = task.nodes, contestants[peer.name]["alone_s"]
                         calls[peer.name] = call
             report(None, phase)
-            playing = [peer for peer in self.peers if peer.name in calls]
-            for name, off in self.disagreements(playing, calls).items():
-                contestants[name] = {"failure": f"wrong by {off:.1g}"}
+            for name, error in self.wrong(calls).items():
+                contestants[name] = {"failure": f"wrong by {error:.1g}"}
                 del calls[name]
-            times = in_turn({**calls, "GEMM": lambda: left @ right}, options.repeats, options.limit)
-            gemm = 2 * size**3 / quartiles(times.pop("GEMM"))[1] / 1e9
+            times = in_turn({**calls, "GEMM": lambda: left @ right}, options.repeats, seconds=options.limit)
+            gemm = 2 * size**3 / milliseconds(times.pop("GEMM"))[1] / 1e6
             for name, seconds in times.items():
-                contestants[name] |= told(seconds, times.get(AUTO), known, phase)
+                contestants[name] |= turns_of(seconds, times.get(AUTO), known, phase)
             by_phase[phase] = {**known, "phase": phase, "gemm_gflops": gemm, "contestants": contestants}
         return by_phase
 
@@ -151,16 +134,16 @@ class Match:
             self.prepared[peer.name] = peer.build(self.task)
 
         own = self.own[peer.name]
-        with self.noted(peer, "prepare", own) as trying:
-            if not trying:
+        with self.trying(peer, "prepare", own) as worth_it:
+            if not worth_it:
                 return
             own["prepare_s"], own["prepare_mib"] = cost(build)
-            if peer.name == FLEX:
+            if peer.name == peers.FLEX:
                 own["compile_s"] = own["prepare_s"]
                 own["prepare_s"], own["prepare_mib"] = cost(build)
 
     @contextmanager
-    def noted(self, peer: Peer, phase: str, own: dict) -> Iterator[bool]:
+    def trying(self, peer: Peer, phase: str, own: dict) -> Iterator[bool]:
         """Whether to try; an error inside is the contestant's failure, here and at larger sizes."""
         phases = PHASES if phase == "prepare" else (phase,)
         known = [self.history.expect(peer.name, each, self.task.nodes, self.options.limit) for each in phases]
@@ -171,15 +154,15 @@ class Match:
         try:
             yield True
         except Exception as error:
-            kind = "" if isinstance(error, TooSlow) else f"{type(error).__name__}: "
-            own["failure"] = kind + " ".join(str(error).split())[:200]
+            own["failure"] = str(error) if isinstance(error, TooSlow) else failure(error, 200)
             self.history.fail(peer.name, phase, own["failure"], self.task.nodes)
             torch._dynamo.reset()  # which else runs uncompiled whatever it once failed to compile
 
-    def disagreements(self, peers: list[Peer], calls: dict[str, Callable]) -> dict[str, float]:
-        """The peers whose result is not that of the first one (not ours), and how far it is from it; also warms all."""
-        reference, wrong = None, {}
-        for peer in sorted(peers, key=lambda peer: peer.name.startswith("ours")):
+    def wrong(self, calls: dict[str, Callable]) -> dict[str, float]:
+        """Whose result is not that of the first contestant that is not ours, and how far from it; also warms all."""
+        reference, errors = None, {}
+        playing = [peer for peer in self.peers if peer.name in calls]
+        for peer in sorted(playing, key=lambda peer: peer.name.startswith("ours")):
             results = calls[peer.name]()
             if peer.all_causal and self.task.graph != Causal():
                 continue
@@ -187,17 +170,17 @@ class Match:
             results = [side.transpose(0, 1)[None] if peer.node_major else side for side in results]
             reference = reference or results
             for side, right in zip(results, reference, strict=True):
-                off = float((side - right).abs().max() / right.abs().max().clamp(min=1))
-                if not off < EXACT[self.task.dtype]:  # NaN is wrong
-                    wrong[peer.name] = max(off, wrong.get(peer.name, 0.0))
-        return wrong
+                error = float((side - right).abs().max() / right.abs().max().clamp(min=1))
+                if not error < EXACT[self.task.dtype]:  # NaN is wrong
+                    errors[peer.name] = max(error, errors.get(peer.name, 0.0))
+        return errors
 
 
 class TooSlow(Exception):
     """A call took longer than its limit."""
 
 
-def tried(call: Callable, peer: Peer, limit: float) -> dict:
+def alone(call: Callable, peer: Peer, limit: float) -> dict:
     """What a call needs alone: the first, which may compile, and another."""
     first_s, first_mib = cost(call)
     if first_s > limit and not peer.compiles:
@@ -208,29 +191,26 @@ def tried(call: Callable, peer: Peer, limit: float) -> dict:
     return {"first_s": first_s, "first_mib": first_mib, "alone_s": call_s, "extra_mib": call_mib}
 
 
-def told(seconds: list[float], auto: list[float] | None, known: dict, phase: str) -> dict:
+def turns_of(seconds: list[float], auto: list[float] | None, known: dict, phase: str) -> dict:
     """The figures of a contestant's turns."""
-    own: dict = {"ms": quartiles([1000 * value for value in seconds]), "turns": len(seconds)}
+    own: dict = {"ms": milliseconds(seconds), "turns": len(seconds)}
     if auto:
-        own["over_ours"] = quartiles([a / b for a, b in zip(seconds, auto, strict=False)])
+        own["over_ours"] = ratios(seconds, auto)
     if phase == PHASES[0]:
         own["useful_gflops"] = 4 * known["edges"] * known["heads"] * known["dim"] / (own["ms"][1] / 1000) / 1e9
     return own
 
 
-# --------------------------------------------------------------------------------------------- one workload
-
-
-def measured(workload: str, sizes: list[int], options: argparse.Namespace) -> Iterator[tuple[int, dict[str, dict]]]:
+def measured(workload: str, sizes: list[int], options: Namespace) -> Iterator[tuple[int, dict[str, dict]]]:
     """Size after size: all figures of a workload, by phase.
 
     A contestant that has to be killed is left out where it was, and all begins again there without it.
     """
-    known = workload_of(workload)
+    known = peers.workload_of(workload)
     here = [peer.name for peer in PEERS if peer.only(known) and not peer.absent(options.device)]
     names = [name for name in here if not options.peer or name in options.peer]
     history, left = History(), sorted(sizes)
-    while left and time.monotonic() < options.until:
+    while left and now() < options.until:
         status(f"{workload}, N = {', '.join(map(str, left))}")
         arguments = workload, left, names, history, options
         found = isolated(contest, *arguments, seconds=3600.0, gib=options.memory)
@@ -244,72 +224,139 @@ def measured(workload: str, sizes: list[int], options: argparse.Namespace) -> It
             history.fail(peer, phase, found["failure"], nodes)
 
 
-def status(text: str = "") -> None:
-    """What is running, on a line of the terminal that the next one overwrites."""
-    if sys.stderr.isatty():
-        print(f"{text:78}", end="\r", file=sys.stderr, flush=True)
-
-
-def show(workload: str, by_phase: dict[str, dict]) -> None:
-    """Print the table of a workload at one size."""
-    status()
-    for phase, figures in by_phase.items():
-        gemm = figures["gemm_gflops"]
-        print(f"\n{workload}, {phase}: N = {figures['n']}, {figures['edges']:,} edges, D = {figures['dim']}; ", end="")
-        print(f"GEMM {gemm:.0f} GFLOP/s\n  {shorten(str(figures['graph']), 110)}")
-        print(f"{'':26}{'prepare, s':>11}{'ms (quartiles)':>30}{'/ ours':>8}{'GFLOP/s':>9}{'share':>7}{'MiB':>9}")
-        for name, own in figures["contestants"].items():
-            prepare = f"{own['prepare_s']:.3f}" if "prepare_s" in own else ""
-            if "failure" in own:
-                print(f"  {name:24}{prepare:>11}   {own['failure'][:120]}")
-                continue
-            over = f"{own['over_ours'][1]:.2f}" if "over_ours" in own else ""
-            useful = own.get("useful_gflops")
-            rate, share = (f"{useful:.1f}", f"{useful / gemm:.0%}") if useful else ("", "")
-            mib = "" if own["extra_mib"] is None else f"{own['extra_mib']:.1f}"
-            print(f"  {name:24}{prepare:>11}{spread(own['ms'], 2):>30}{over:>8}{rate:>9}{share:>7}{mib:>9}")
-
-
-def run(options: argparse.Namespace) -> Path:
-    """Every workload asked for, from its smallest size to its largest; each size is recorded when it is done."""
-    path = options.out / "attention.json"
+def run(options: Namespace) -> Iterator[Figures]:
+    """Every workload asked for, from its smallest size to its largest."""
     for name in options.workload or [workload.name for workload in WORKLOADS]:
-        sizes = options.n or ([QUICK[name]] if options.quick else workload_of(name).sizes)
-        for nodes, found in measured(name, list(sizes), options):
-            show(name, found)
-            sections = {f"{name}, N = {nodes}, {phase}": figures for phase, figures in found.items()}
-            path = record("attention", sections, options.out, options.device)
-    return path
+        for nodes, found in measured(name, list(options.n or peers.workload_of(name).sizes), options):
+            yield {f"{name}, N = {nodes}, {phase}": figures for phase, figures in found.items()}
 
 
-def parser_of() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    names = [workload.name for workload in WORKLOADS]
-    parser.add_argument("--workload", action="append", choices=names, help="one of the graphs; may be repeated")
-    parser.add_argument("--peer", action="append", choices=[peer.name for peer in PEERS], help="one contestant")
-    parser.add_argument("--n", type=int, nargs="+", help="numbers of nodes; by default those of each graph")
-    parser.add_argument("--phase", choices=("forward", "both"), default="both", help="without or with backward")
-    parser.add_argument("--repeats", type=int, default=15, help="turns of each contestant")
-    parser.add_argument("--limit", type=float, default=30.0, help="seconds a call, and about that for all turns")
-    parser.add_argument("--memory", type=float, default=18.0, help="GiB of resident memory of all contestants")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--minutes", type=float, default=math.inf, help="begin no size after so many")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of attention.json")
-    parser.add_argument("--quick", action="store_true", help="two small graphs, recorded in a temporary folder")
-    return parser
+HEAD = ["", "ms (quartiles)", "over ours", "prepare, s", "MiB", "turns"]
 
 
-def main() -> None:
-    options = parser_of().parse_args()
-    options.until = time.monotonic() + 60 * options.minutes
-    if options.quick:
-        options.workload, options.repeats = options.workload or list(QUICK), min(options.repeats, 5)
-        options.out = Path(tempfile.mkdtemp()) if options.out == RESULTS else options.out
-    path = run(options)
-    print(f"\nmedians with quartiles of up to {options.repeats} turns; recorded in {path}")
+def row_of(name: str, own: dict) -> list[str]:
+    """A contestant in a table with this head."""
+    prepare = number(own.get("prepare_s"), ".3f")
+    if "failure" in own:
+        return [name, shorten(own["failure"], 110, placeholder=" …"), "", prepare, "", ""]
+    over = spread(own["over_ours"], 2) if "over_ours" in own else ""
+    return [name, spread(own["ms"], 2), over, prepare, number(own["extra_mib"]), str(own["turns"])]
 
+
+def show(key: str, figures: dict) -> str:
+    """The table of a workload at one size, with useful GFLOP/s and their share of a matrix product's."""
+    gemm, rows = figures["gemm_gflops"], []
+    for name, own in figures["contestants"].items():
+        useful = own.get("useful_gflops")
+        rows.append([*row_of(name, own), number(useful), number(useful and useful / gemm, ".0%")])
+    title = f"\n{key}: {figures['edges']:,} edges, D = {figures['dim']}; GEMM {gemm:.0f} GFLOP/s"
+    graph = "  " + shorten(str(figures["graph"]), 110, placeholder=" …")
+    return "\n".join([title, graph, *aligned([*HEAD, "GFLOP/s", "share"], rows)])
+
+
+def by_workload(records: Records) -> dict[str, dict[str, list[dict]]]:
+    """Of each graph, by phase, its sizes from the smallest."""
+    order = [workload.name for workload in WORKLOADS]
+    named = [(key.split(",")[0], figures) for key, figures in records[NAME].items()]
+    named.sort(key=lambda each: (order.index(each[0]), each[1]["phase"], each[1]["n"]))
+    found: dict[str, dict[str, list[dict]]] = {}
+    for name, figures in named:
+        found.setdefault(name, {}).setdefault(figures["phase"], []).append(figures)
+    return found
+
+
+def answer(records: Records) -> list[str]:
+    """A table: from which size on sparse is worth it, graph by graph."""
+    rows, phases = [], {}
+    for name, phases in by_workload(records).items():
+        last = list(phases.values())[-1]
+        edges, n = last[-1]["edges"], last[-1]["n"]
+        share = f"{edges:,} of {n:,}² ({edges / n**2:.2%})"
+        rows.append([name, *map(worth, phases.values()), largest(last, DENSE), largest(last, IRREGULAR), share])
+    last = list(phases)[-1]
+    head = ["graph", *(f"faster from N ≈, {phase}" for phase in phases)]
+    head += [f"times as fast as dense, {last}", f"times as fast as PyG, {last}", "edges at the largest N"]
+    return table(head, rows)
+
+
+def beside(figures: dict, names: tuple[str, ...]) -> dict | None:
+    """The fastest of these, if it ran beside ours."""
+    found = [own for name in names if "ms" in (own := figures["contestants"].get(name, {}))]
+    best = min(found, key=lambda own: own["ms"][1], default={})
+    return best if "over_ours" in best else None
+
+
+def worth(sizes: list[dict]) -> str:
+    """The number of nodes from which on sparse is faster than dense."""
+    dense = [(figures["n"], found["over_ours"][1]) for figures in sizes if (found := beside(figures, DENSE))]
+    slower = [at for at, (_, ratio) in enumerate(dense) if ratio < 1]
+    if not dense:
+        return "not measured"
+    if not slower:
+        return f"{dense[0][0]:,} or less"
+    if slower[-1] == len(dense) - 1:
+        return f"not up to {dense[-1][0]:,}"
+    (n, ratio), (next_n, next_ratio) = dense[slower[-1]], dense[slower[-1] + 1]
+    share = -math.log(ratio) / (math.log(next_ratio) - math.log(ratio))
+    return f"{n * (next_n / n) ** share:,.0f}"
+
+
+def largest(sizes: list[dict], names: tuple[str, ...] = DENSE) -> str:
+    """How many times as fast as the best of these, at the largest size where one of them ran."""
+    for figures in reversed(sizes):
+        if theirs := beside(figures, names):
+            return f"{spread(theirs['over_ours'], 1)} at N = {figures['n']:,}"
+    return "none ran"
+
+
+def over_best_named(figures: dict) -> list[float] | None:
+    """auto's time over that of the best backend that can be named, if one ran."""
+    named = [own["over_ours"] for name in NAMED if "over_ours" in (own := figures["contestants"].get(name, {}))]
+    best = min(named, key=lambda over: over[1], default=[])
+    return [1 / over for over in reversed(best)] or None
+
+
+def regrets(records: Records) -> list[tuple[str, list[float]]]:
+    """The same of all graphs, sizes and phases."""
+    return [(key, over) for key, figures in records[NAME].items() if (over := over_best_named(figures))]
+
+
+def render(records: Records, keep: Keep) -> Iterator[str]:
+    """Time and memory against N, a picture a graph, and every figure."""
+    if not records[NAME]:
+        return
+    yield from ["## Time and memory against size", ""]
+    for name, phases in by_workload(records).items():
+        first = next(iter(phases.values()))[0]
+        graph = shorten(first["graph"], 120, placeholder=" …")
+        yield from [f"### {name}", "", f"`{graph}`" if len(first["graph"]) < 2000 else "", ""]
+        caption = f"{name}: batch 1, {first['heads']} heads of dimension {first['dim']}, {first['dtype']}"
+        plain = "".join(letter if letter.isalnum() else "-" for letter in name.lower()).replace("---", "-")
+        yield from picture(keep, f"crossover-{plain}", pictures.crossover(phases), caption)
+        rows = [
+            [phase, f"{figures['n']:,}", *row_of(peer, own)]
+            for phase, sizes in phases.items()
+            for figures in sizes
+            for peer, own in figures["contestants"].items()
+        ]
+        yield from folded("every figure", table(["", "N", *HEAD], rows))
+
+
+OPTIONS: dict[str, dict] = {
+    "workload": {
+        "action": "append",
+        "choices": [workload.name for workload in WORKLOADS],
+        "help": "one of the graphs; may be repeated",
+    },
+    "peer": {"action": "append", "choices": [peer.name for peer in PEERS], "help": "one contestant; may be repeated"},
+    "n": {"type": int, "nargs": "+", "help": "numbers of nodes; by default those of each graph"},
+    "repeats": {"default": 15},
+    "limit": {"default": 30.0},
+    "memory": {},
+    "device": {},
+    "gemm": {"type": int, "help": f"size of the matrix product to compare with; by default {GEMM}"},
+}
+EXPERIMENT = Experiment(NAME, __doc__, run, render, OPTIONS, show)
 
 if __name__ == "__main__":
-    main()
+    EXPERIMENT.main()

@@ -1,40 +1,28 @@
 """What is to be reached on a CPU, and whether it is: python -m benchmarks.goals [--section window …]
 
+    python -m benchmarks.goals --out runs/after                             does not touch the recorded figures
+    python -m benchmarks.goals --out runs/after --compare BEFORE.json       one table: before, after, ratio
+
 Ratios of medians in one run, float32; see `attention.py`, whose contestants, graphs and ways of measuring these are.
 """
 
 from __future__ import annotations
 
-import argparse
-import math
+from argparse import Namespace
 from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from attngraph import Causal, attend
 from benchmarks import planning, steps
-from benchmarks.attention import GEMM, PHASES, measured, status
-from benchmarks.measure import RESULTS, isolated, paired, record
-from benchmarks.peers import AUTO, FLEX, PYG, PYG_COMPILED, SDPA_CAUSAL, SDPA_MASK, WORKLOADS
+from benchmarks.attention import GEMM, NAMED, measured, over_best_named
+from benchmarks.experiment import Goal, goals_experiment
+from benchmarks.measure import Progress, isolated, paired
+from benchmarks.page import number
+from benchmarks.peers import AUTO, FLEX, PHASES, PYG, PYG_COMPILED, SDPA_CAUSAL, SDPA_MASK, WORKLOADS
 
-
-class Goal(NamedTuple):
-    """A number that was wanted, and what was reached: a number, or why there is none."""
-
-    text: str
-    wanted: float
-    reached: float | str
-    at_most: bool = False
-    note: str = ""
-
-    @property
-    def yes(self) -> bool:
-        if isinstance(self.reached, str):
-            return False
-        return self.reached <= self.wanted if self.at_most else self.reached >= self.wanted
+NAME = "goals"
 
 
 def figure(found: dict, phase: str, peer: str, read: Callable[[dict], float]) -> float | str:
@@ -50,13 +38,15 @@ def faster(found: dict, phase: str, peer: str) -> float | str:
     return figure(found, phase, peer, lambda own: own["over_ours"][1])
 
 
-def at_size(workload: str, nodes: int, options: argparse.Namespace) -> dict[str, dict]:
-    return dict(measured(workload, [nodes], options))[nodes]
+def at_size(workload: str, nodes: int, peers: tuple[str, ...], options: Namespace, **more) -> dict[str, dict]:
+    """The figures of these contestants at one size, by phase."""
+    given = {**vars(options), "peer": peers, "gemm": None, **more}
+    return dict(measured(workload, [nodes], Namespace(**given)))[nodes]
 
 
-def window_goals(options: argparse.Namespace) -> Iterator[Goal]:
-    options.peer = [AUTO, SDPA_MASK, SDPA_CAUSAL, FLEX]
-    found, name = at_size("window", 8192, options), "Window(256, 0), N = 8192"
+def window_goals(options: Namespace) -> Iterator[Goal]:
+    found = at_size("window", 8192, (AUTO, SDPA_MASK, SDPA_CAUSAL, FLEX), options)
+    name = "Window(256, 0), N = 8192"
     for phase, peer, wanted in (
         ("forward", SDPA_MASK, 24), ("forward", SDPA_CAUSAL, 9), ("forward", FLEX, 1.8),
         ("forward + backward", SDPA_MASK, 20), ("forward + backward", SDPA_CAUSAL, 9),
@@ -67,43 +57,42 @@ def window_goals(options: argparse.Namespace) -> Iterator[Goal]:
     yield Goal(f"{name}, forward: useful FLOP/s over those of a {GEMM['cpu']}³ GEMM", 0.5, share)
 
 
-def irregular_goals(options: argparse.Namespace) -> Iterator[Goal]:
-    options.peer = [AUTO, PYG, PYG_COMPILED]
-    found, name = at_size("uniform", 20_000, options), "uniform random, N = 20,000, degree 16, D = 16"
+def irregular_goals(options: Namespace) -> Iterator[Goal]:
+    peers = AUTO, PYG, PYG_COMPILED
+    found, name = at_size("uniform", 20_000, peers, options), "uniform random, N = 20,000, degree 16, D = 16"
     for peer, least in ((PYG, (12, 9)), (PYG_COMPILED, (1, 1))):
         for phase, wanted in zip(PHASES, least, strict=True):
             yield Goal(f"{name}, {phase}: times as fast as {peer}", wanted, faster(found, phase, peer))
     own = found[PHASES[1]]["contestants"][AUTO]
     less = figure(found, PHASES[1], PYG, lambda theirs: own["extra_mib"] / theirs["extra_mib"])
     yield Goal(f"{name}, {PHASES[1]}: peak extra memory over PyG's", 0.1, less, at_most=True)
-    found = at_size("power law", 100_000, options)
+    found = at_size("power law", 100_000, peers, options)
     name = f"power law, {found['forward'].get('edges', 0):,} edges, a hub of degree 50,000, D = 16"
     for peer, wanted in ((PYG, 8), (PYG_COMPILED, 1)):
         yield Goal(f"{name}, forward: times as fast as {peer}", wanted, faster(found, "forward", peer))
 
 
-def mixed_goals(options: argparse.Namespace) -> Iterator[Goal]:
-    options.peer = [AUTO, FLEX]
-    found, name = at_size("mixed", 65_536, options), "Window(256, 0) | Prefix(4) | Random(8), N = 65,536"
+def mixed_goals(options: Namespace) -> Iterator[Goal]:
+    found, name = at_size("mixed", 65_536, (AUTO, FLEX), options), "Window(256, 0) | Prefix(4) | Random(8), N = 65,536"
     ours = found["forward"]["contestants"][AUTO]
 
-    def times(own: dict, planning: float) -> float:
-        return (own["prepare_s"] + own["ms"][1] / 1000) / (planning + ours["ms"][1] / 1000)
+    def times(own: dict, planning_s: float) -> float:
+        return (own["prepare_s"] + own["ms"][1] / 1000) / (planning_s + ours["ms"][1] / 1000)
 
     text = f"{name}: times as fast as FlexAttention with its mask build"
     yield Goal(text, 50, figure(found, "forward", FLEX, lambda own: times(own, 0.0)))
     text += ", our planning included"
     yield Goal(text, 50, figure(found, "forward", FLEX, lambda own: times(own, ours["prepare_s"])))
     reached, theirs = (most_memory(found["forward"]["contestants"][peer]) for peer in (AUTO, FLEX))
-    theirs = theirs if isinstance(theirs, str) else f"{theirs:.3g}"
-    yield Goal(f"{name}: GiB that preparation and first call need at most ({FLEX}: {theirs})", 2, reached, at_most=True)
+    text, note = f"{name}: GiB that preparation and first call need at most", f"{FLEX}: {number(theirs, '.3g')}"
+    yield Goal(text, 2, reached, at_most=True, note=note)
 
 
 def most_memory(own: dict) -> float | str:
     return own.get("failure") or max(own["prepare_mib"], own["first_mib"]) / 1024
 
 
-def planning_goals(options: argparse.Namespace) -> Iterator[Goal]:
+def planning_goals(options: Namespace) -> Iterator[Goal]:
     for text, n, limits in (
         ("Window(256, 0)", 1_000_000, {"seconds": 0.5, "mib": 100}),
         ("Window(256, 0) | Prefix(4) | Random(8)", 262_144, {"seconds": 5}),
@@ -114,7 +103,7 @@ def planning_goals(options: argparse.Namespace) -> Iterator[Goal]:
             yield Goal(f"plan({text}, {n:,}, {n:,}): {unit}", wanted, reached, at_most=True)
 
 
-def overhead_alone(progress) -> dict:
+def overhead_alone(progress: Progress) -> dict:
     (q, k, v), graph = torch.randn(3, 1, 8, 1024, 64), Causal()  # made once, as a model does
     with torch.no_grad():
         return paired(
@@ -122,7 +111,7 @@ def overhead_alone(progress) -> dict:
         )
 
 
-def training_alone(progress) -> dict:
+def training_alone(progress: Progress) -> dict:
     """Training steps of a GPT, on ours and with its `attend` replaced by SDPA with a mask, which is built once."""
     progress({}, 600.0)
     ours, theirs = steps.contestants("GPT", 4096, "cpu", steps.CONTESTANTS[1:]).values()
@@ -133,7 +122,7 @@ def training_alone(progress) -> dict:
     return paired(ours, theirs, 40, warmup=1)
 
 
-def pair_goals(options: argparse.Namespace) -> Iterator[Goal]:
+def pair_goals(options: Namespace) -> Iterator[Goal]:
     found = isolated(overhead_alone, seconds=600.0, gib=options.memory)
     yield Goal("Causal(), N = 1024, auto: time over bare SDPA's", 1.02, found.get("failure") or found["ratio"][1], True)
     found = isolated(training_alone, seconds=600.0, gib=options.memory)
@@ -143,17 +132,15 @@ def pair_goals(options: argparse.Namespace) -> Iterator[Goal]:
     )
 
 
-def grid_goals(options: argparse.Namespace) -> Iterator[Goal]:
+def grid_goals(options: Namespace) -> Iterator[Goal]:
     """On every graph, auto beside each backend that can be named."""
-    named = ("ours, tiles", "ours, rows", SDPA_MASK)
-    options.peer, over_best = [AUTO, *named], {}
+    over_best: dict[str, float] = {}
     for workload in WORKLOADS:
         for n, repeats in SIZES.items():
-            options.repeats = repeats
-            for phase, found in at_size(workload.name, n, options).items():
-                over = [own["over_ours"][1] for name in named if "over_ours" in (own := found["contestants"][name])]
-                if over:
-                    over_best[f"{workload.name}, N = {n}, {phase}"] = 1 / min(over)
+            by_phase = at_size(workload.name, n, (AUTO, *NAMED), options, repeats=repeats)
+            for phase, found in by_phase.items():
+                if over := over_best_named(found):
+                    over_best[f"{workload.name}, N = {n}, {phase}"] = over[1]
     worst, middle = max(over_best, key=over_best.__getitem__), sorted(over_best.values())[len(over_best) // 2]
     text = "every graph of the benchmark, N = 512 and 8192: time of auto over the best named backend's, at worst"
     note = f"{worst}; {middle:.2f} in the middle of {len(over_best)} cases"
@@ -169,33 +156,8 @@ SECTIONS = {
     "mixed": mixed_goals,
     "grid": grid_goals,
 }
-
-
-def main() -> None:
-    """Check every goal, print and record goal, reached, yes or no."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.add_argument("--section", action="append", choices=list(SECTIONS), help="some of the goals; all by default")
-    parser.add_argument("--repeats", type=int, default=15, help="turns of each contestant")
-    parser.add_argument("--limit", type=float, default=300.0, help="seconds a call, and about that for all turns")
-    parser.add_argument("--memory", type=float, default=18.0, help="GiB of resident memory of all contestants")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of goals.json")
-    options = parser.parse_args()
-    options.phase, options.device, options.until, found = "both", "cpu", math.inf, []
-    for section in options.section or SECTIONS:
-        for goal in SECTIONS[section](options):
-            status()
-            reached = f"{goal.reached:.3g}" if isinstance(goal.reached, float) else goal.reached
-            sign = "≤" if goal.at_most else "≥"
-            print(
-                f"{'yes' if goal.yes else 'no':4}{sign} {goal.wanted:<6g}{reached:<8} {goal.text} {goal.note}".rstrip(),
-                flush=True,
-            )
-            path = record("goals", {goal.text: {**goal._asdict(), "yes": goal.yes}}, options.out)
-            found.append(goal)
-    print(f"{sum(goal.yes for goal in found)} of {len(found)} reached; recorded in {path}")
-
+OPTIONS: dict[str, dict] = {"repeats": {"default": 15}, "limit": {"default": 300.0}, "memory": {}}
+EXPERIMENT = goals_experiment(NAME, __doc__, SECTIONS, options=OPTIONS)
 
 if __name__ == "__main__":
-    main()
+    EXPERIMENT.main()

@@ -1,10 +1,11 @@
-"""What every benchmark needs: timings in turn, peak memory, processes with limits, and a record of the machine."""
+"""The only place that measures: times in turn, peak memory, processes with limits, the machine, and the record."""
 
 from __future__ import annotations
 
 import ctypes
 import gc
 import json
+import math
 import multiprocessing
 import platform
 import random
@@ -12,81 +13,90 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import psutil
 import torch
 
 RESULTS = Path(__file__).parent / "results"
+Progress = Callable[[dict, float], None]  # of an isolated function: figures so far, and seconds for the next step
 
 
-def wait() -> None:
-    """Until a GPU has done all that it was given, if one is in use: what is timed is then over."""
-    if torch.cuda.is_initialized():
-        torch.cuda.synchronize()
+def now() -> float:
+    """Seconds by a clock that all processes of a machine share, for deadlines."""
+    return time.monotonic()
 
 
 def seconds_of(run: Callable[[], object]) -> float:
-    """Of one call, to its very end."""
-    wait()
+    """Of one call, to its very end: by CUDA events, if a GPU is in use."""
+    if torch.cuda.is_initialized():
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda.synchronize()
+        begin.record()
+        run()
+        end.record()
+        torch.cuda.synchronize()
+        return begin.elapsed_time(end) / 1000
     start = time.perf_counter()
     run()
-    wait()
     return time.perf_counter() - start
 
 
-def paired(ours: Callable[[], object], theirs: Callable[[], object], repeats: int, warmup: int = 3) -> dict:
-    """Times of two functions, called in turn so that both meet the same noise: ratio and milliseconds, with quartiles.
-
-    Which of the two goes first alternates.
-    """
-    for _ in range(warmup):
-        ours(), theirs()
-    times: dict[str, list[float]] = {"ours": [], "theirs": []}
-    for repeat in range(repeats):
-        for name, run in (("ours", ours), ("theirs", theirs)) if repeat % 2 else (("theirs", theirs), ("ours", ours)):
-            times[name].append(seconds_of(run))
-    return compared(times["ours"], times["theirs"])
-
-
-def in_turn(runs: dict[str, Callable[[], object]], repeats: int, seconds: float) -> dict[str, list[float]]:
+def in_turn(
+    runs: Mapping[str, Callable[[], object]], repeats: int, *, warmup: int = 0, seconds: float = math.inf
+) -> dict[str, list[float]]:
     """Seconds of several functions, called in turn so that all meet the same noise, in another order each round.
 
-    Else each would always find the caches as the same other one leaves them. One that has used up `seconds` drops out
-    of later rounds, but not before its third turn. All are warm already.
+    Else each would always find the caches as the same other one leaves them; every second round has the order of the
+    one before, reversed, so that of two functions each goes first equally often. One that has used up `seconds` drops
+    out of later rounds, but not before its third turn.
     """
+    for run in [*runs.values()] * warmup:
+        run()
     times: dict[str, list[float]] = {name: [] for name in runs}
-    order = random.Random(0)
-    for _ in range(repeats):
-        for name in order.sample(list(runs), len(runs)):
+    chance, order = random.Random(0), list(runs)
+    for repeat in range(repeats):
+        order = order[::-1] if repeat % 2 else chance.sample(order, len(order))
+        for name in order:
             if len(times[name]) < 3 or sum(times[name]) < seconds:
                 times[name].append(seconds_of(runs[name]))
     return times
 
 
+def paired(ours: Callable[[], object], theirs: Callable[[], object], repeats: int, warmup: int = 3) -> dict:
+    """Times of two functions, called in turn: ratio and milliseconds, with quartiles."""
+    times = in_turn({"ours": ours, "theirs": theirs}, repeats, warmup=warmup)
+    return compared(times["ours"], times["theirs"])
+
+
 def compared(ours: list[float], theirs: list[float]) -> dict:
     """Median and quartiles of two lists of seconds, and of their ratio pair by pair."""
-    ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
     return {
-        "ratio": quartiles(ratios),
-        "ours_ms": quartiles([1000 * seconds for seconds in ours]),
-        "theirs_ms": quartiles([1000 * seconds for seconds in theirs]),
-        "pairs": len(ratios),
+        "ratio": ratios(ours, theirs),
+        "ours_ms": milliseconds(ours),
+        "theirs_ms": milliseconds(theirs),
+        "pairs": len(ours),
     }
+
+
+def ratios(ours: list[float], theirs: list[float]) -> list[float]:
+    """Quartiles of a / b, turn by turn, as far as both had turns."""
+    return quartiles([a / b for a, b in zip(ours, theirs, strict=False)])
+
+
+def milliseconds(seconds: list[float]) -> list[float]:
+    """Quartiles."""
+    return quartiles([1000 * each for each in seconds])
 
 
 def quartiles(values: list[float]) -> list[float]:
     """First quartile, median and third quartile."""
     return [round(value, 4) for value in statistics.quantiles(values, n=4, method="inclusive")]
-
-
-def spread(three: list[float], digits: int = 3) -> str:
-    """Quartiles as text: the median, and how far it varies."""
-    return f"{three[1]:.{digits}f} ({three[0]:.{digits}f} … {three[2]:.{digits}f})"
 
 
 def cost(run: Callable[[], object]) -> tuple[float, float | None]:
@@ -98,7 +108,7 @@ def cost(run: Callable[[], object]) -> tuple[float, float | None]:
     """
     gc.collect()
     if torch.cuda.is_initialized():
-        wait()
+        torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         seconds = seconds_of(run)
@@ -108,9 +118,9 @@ def cost(run: Callable[[], object]) -> tuple[float, float | None]:
         Path("/proc/self/clear_refs").write_text("5")
         before = _resident("VmHWM")
     except (OSError, AttributeError):
-        before = None
+        return seconds_of(run), None
     seconds = seconds_of(run)
-    return seconds, None if before is None else (_resident("VmHWM") - before) / 1024
+    return seconds, (_resident("VmHWM") - before) / 1024
 
 
 def _resident(field: str) -> int:
@@ -153,14 +163,18 @@ def _report(pipe: Connection, function: Callable[..., dict], arguments: tuple) -
     try:
         pipe.send(("end", function(progress, *arguments), 0))
     except Exception as error:
-        text = " ".join(str(error).split())
-        pipe.send(("failed", f"{type(error).__name__}: {text[:300]}", 0))
+        pipe.send(("failed", failure(error), 0))
 
 
-def _watched(process: multiprocessing.Process, pipe: Connection, seconds: float, gib: float) -> dict:
+def failure(error: Exception, most: int = 300) -> str:
+    """An exception as one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:most]}"
+
+
+def _watched(process: BaseProcess, pipe: Connection, seconds: float, gib: float) -> dict:
     """The figures that a process sends, until it ends or passes a limit."""
     figures: dict = {}
-    started, resident = time.monotonic(), psutil.Process(process.pid)
+    started, resident = now(), psutil.Process(process.pid)
     while True:
         try:
             if pipe.poll(0.01):
@@ -169,10 +183,10 @@ def _watched(process: multiprocessing.Process, pipe: Connection, seconds: float,
                     return sent
                 if kind == "failed":
                     return {**figures, "failure": sent}
-                figures, seconds, started = sent, limit, time.monotonic()
+                figures, seconds, started = sent, limit, now()
             elif resident.memory_info().rss > gib * 2**30:
                 return {**figures, "failure": f"over {gib:g} GiB"}
-            elif time.monotonic() - started > seconds:
+            elif now() - started > seconds:
                 return {**figures, "failure": f"over {seconds:g} s"}
         except (EOFError, psutil.NoSuchProcess):
             process.join()
@@ -214,11 +228,23 @@ def _driver() -> str:
         return "unknown"
 
 
-def record(name: str, figures: dict, folder: Path = RESULTS, device: str = "cpu") -> Path:
-    """Keep the figures of some sections under benchmarks/results, each with its machine, beside the other sections."""
+def record(
+    name: str, figures: dict[str, dict], folder: Path = RESULTS, device: str = "cpu", known: Iterable[str] = ()
+) -> Path:
+    """Keep figures in folder/name.json, each with its machine, beside what is there already.
+
+    What is there of the same section (`figures[…]["section"]`, where they have one) is replaced, but for the `known`.
+    """
     folder.mkdir(exist_ok=True, parents=True)
-    path = folder / f"{name}.json"
-    earlier = json.loads(path.read_text()) if path.exists() else {}
-    new = {section: {**found, "machine": machine(device)} for section, found in figures.items()}
-    path.write_text(json.dumps({**earlier, **new}, indent=2) + "\n")
+    path, known = folder / f"{name}.json", set(known)
+    sections = {found["section"] for found in figures.values() if "section" in found}
+    earlier = recorded(path)
+    kept = {key: earlier[key] for key in earlier if key in known or earlier[key].get("section") not in sections}
+    new = {key: {**found, "machine": machine(device)} for key, found in figures.items()}
+    path.write_text(json.dumps({**kept, **new}, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return path
+
+
+def recorded(path: Path) -> dict[str, dict]:
+    """What a file of figures holds; nothing where there is none."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}

@@ -7,9 +7,9 @@ in the function, what it does at every call in what it returns. Each is written 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.util import find_spec
 from typing import NamedTuple
 
@@ -20,11 +20,11 @@ from torch.nn.attention.flex_attention import and_masks, create_block_mask, flex
 from torch.nn.functional import scaled_dot_product_attention
 from torch_geometric.utils import softmax
 
-import attngraph
-from attngraph import Causal, Documents, EdgeList, Global, Graph, Neighborhood, Prefix, Random, Window, attend
+from attngraph import Causal, Documents, EdgeList, Global, Graph, Neighborhood, Prefix, Random, Window, attend, plan
 from attngraph.graph.base import at_size
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+PHASES: tuple[str, str] = ("forward", "forward + backward")
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # FlexAttention's (batch, head, q_idx, kv_idx) → bool
 
 # --------------------------------------------------------- closed forms, as users of FlexAttention write their masks
@@ -46,7 +46,7 @@ def first_are_global(count: int) -> MaskMod:
     return lambda b, h, q_idx, kv_idx: (q_idx < count) | (kv_idx < count)
 
 
-def same_document(lengths: list[int], device: str = "cpu") -> MaskMod:
+def same_document(lengths: Sequence[int], device: str = "cpu") -> MaskMod:
     document = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)).to(device)
     return lambda b, h, q_idx, kv_idx: document[q_idx] == document[kv_idx]
 
@@ -61,17 +61,17 @@ def near_on_grid(side: int, radius: int) -> MaskMod:
 
 def drawn(degree: int, n: int, device: str = "cpu") -> MaskMod:
     """Random(degree) from a table: query i hears one key, table[i, s], in each of `degree` stretches s of keys."""
-    table = Random(degree).at(n, n)[0].edges(n, n)[1].view(n, degree).to(device)
+    table = Random(degree).edge_index(n, n)[0].view(n, degree).to(device)
     return lambda b, h, q_idx, kv_idx: table[q_idx, ((kv_idx + 1) * degree - 1) // n] == kv_idx
 
 
 # ------------------------------------------------------------------------------------------- irregular graphs, seeded
 
 
-def documents(n: int) -> list[int]:
+def documents(n: int) -> tuple[int, ...]:
     """Lengths that add up to n: most are short, some twenty times as long, on average 512."""
     cuts = np.cumsum(np.random.default_rng(0).lognormal(5.74, 1.0, n // 64 + 1)).astype(int)
-    return np.diff([0, *cuts[cuts < n], n]).tolist()
+    return tuple(np.diff([0, *cuts[cuts < n], n]).tolist())
 
 
 def edge_list(key: np.ndarray, query: np.ndarray, n: int) -> EdgeList:
@@ -142,7 +142,7 @@ WORKLOADS = [
     ),
     Workload(
         "BigBird",
-        lambda n: Window(192, 192) | Global(range(64)) | Random(3),
+        lambda n: Window(192, 192) | Global(tuple(range(64))) | Random(3),
         lambda n, device: or_masks(near(192, 192), first_are_global(64), drawn(3, n, device)),
     ),
     Workload(
@@ -227,18 +227,40 @@ class Task:
         return [side.requires_grad_(grad and place < 3) for place, side in enumerate(sides)]
 
 
+def workload_of(name: str) -> Workload:
+    return next(known for known in WORKLOADS if known.name == name)
+
+
 # ------------------------------------------------------------------------------------------------------------ peers
+
+
+def call_of(phase: str, attention: Attention, sides: Sequence[Tensor]) -> Callable[[], Tensor | tuple[Tensor, ...]]:
+    """One call of a phase: the result (forward), or the gradients of q, k and v; sides are these and the upstream."""
+    q, k, v, upstream = sides
+
+    def forward() -> Tensor:
+        with torch.no_grad():
+            return attention(q, k, v)
+
+    def both() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(attention(q, k, v), (q, k, v), upstream)
+
+    return forward if phase == PHASES[0] else both
+
+
+def on_plan(graph: Graph, n: int, device: str, *, heads: int, dim: int, backend: str = "auto") -> Attention:
+    """`attend` with a plan made now."""
+    return partial(attend, graph=plan(graph, n, n, heads=heads, head_dim=dim, device=device, backend=backend))
 
 
 def sdpa_mask(task: Task) -> Attention:
     """PyTorch's attention with a dense bool mask."""
-    mask = task.mask()
-    return lambda q, k, v: scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    return partial(scaled_dot_product_attention, attn_mask=task.mask())
 
 
 def sdpa_causal(task: Task) -> Attention:
     """PyTorch's flash kernel for all causal pairs: more edges than the graph has, and without a mask to read."""
-    return lambda q, k, v: scaled_dot_product_attention(q, k, v, is_causal=True)
+    return partial(scaled_dot_product_attention, is_causal=True)
 
 
 torch._dynamo.config.recompile_limit = 256  # each size and mask is compiled for itself, and stays compiled
@@ -257,18 +279,23 @@ def flex(task: Task) -> Attention:
             return mask[q_idx, kv_idx]
 
     block_mask = compiled_block_mask(mask_mod, None, None, task.n, task.n, device=task.device)
-    return lambda q, k, v: compiled_flex(q, k, v, block_mask=block_mask)
+    return partial(compiled_flex, block_mask=block_mask)
 
 
 def gather_scatter(task: Task) -> Attention:
     """What PyG's TransformerConv does, its edges sorted by target: gather, softmax over each node's edges, add up."""
-    dst, src = task.edges
-    ptr = torch.nn.functional.pad(torch.bincount(dst, minlength=task.n).cumsum(0), (1, 0))
+    query, key = task.edges
+    ptr = torch.nn.functional.pad(torch.bincount(query, minlength=task.n).cumsum(0), (1, 0))
+    return gather_scatter_along(query, key, task.scale, ptr)
+
+
+def gather_scatter_along(query: Tensor, key: Tensor, scale: float, ptr: Tensor | None = None) -> Attention:
+    """The same along edges (E,), (E,); without the first edge of each node, `ptr`, softmax goes by query."""
 
     def attention(q, k, v):  # (N, H, D)
-        alpha = (q.index_select(0, dst) * k.index_select(0, src)).sum(-1) * task.scale  # (E, H)
-        alpha = softmax(alpha, ptr=ptr)
-        return torch.zeros_like(v).index_add(0, dst, v.index_select(0, src) * alpha[..., None])
+        scores = (q.index_select(0, query) * k.index_select(0, key)).sum(-1).float() * scale  # (E, H)
+        weights = softmax(scores, None if ptr is not None else query, ptr, num_nodes=len(q)).to(v.dtype)
+        return torch.zeros_like(v).index_add(0, query, v.index_select(0, key) * weights[..., None])
 
     return attention
 
@@ -305,16 +332,16 @@ def padded(task: Task) -> Attention:
         longest = int(degree[bucket].max()) if len(bucket) else 0
         for nodes in bucket.split(max(1, GATHERED // (max(longest, 1) * task.heads * task.workload.dim))):
             place = torch.arange(longest, device=nodes.device)
-            heard = place < degree[nodes, None]  # (n, longest)
-            tables.append((nodes, key[(start[nodes, None] + place).where(heard, 0)], ~heard[..., None]))
+            is_edge = place < degree[nodes, None]  # (n, longest)
+            tables.append((nodes, key[(start[nodes, None] + place).where(is_edge, 0)], ~is_edge[..., None]))
     back = order.argsort()
 
     def attention(q, k, v):  # (1, H, N, D)
         parts = []
-        for nodes, keys, silent in tables:
+        for nodes, keys, padding in tables:
             near_k, near_v = (side[0].index_select(1, keys.view(-1)).unflatten(1, keys.shape) for side in (k, v))
             scores = near_k @ (q[0].index_select(1, nodes) * task.scale)[..., None]  # (H, n, longest, 1)
-            weights = scores.masked_fill(silent, -torch.inf).softmax(-2)
+            weights = scores.masked_fill(padding, -torch.inf).softmax(-2)
             parts.append((weights.mT @ near_v)[:, :, 0])
         return torch.cat(parts, 1).index_select(1, back)[None]
 
@@ -326,9 +353,8 @@ def ours(backend: str) -> Callable[[Task], Attention]:
 
     def build(task: Task) -> Attention:
         if backend == "auto":
-            sizes = {"heads": task.heads, "head_dim": task.workload.dim, "device": task.device}
-            attngraph.plan(task.graph, task.n, task.n, **sizes)
-        return lambda q, k, v: attend(q, k, v, task.graph, backend=backend)
+            on_plan(task.graph, task.n, task.device, heads=task.heads, dim=task.workload.dim)
+        return partial(attend, graph=task.graph, backend=backend)
 
     return build
 
@@ -352,14 +378,8 @@ class Peer(NamedTuple):
         return "runs on a GPU only" if self.gpu and device == "cpu" else None
 
 
-AUTO, SDPA_MASK, SDPA_CAUSAL, FLEX, PYG, PYG_COMPILED = (
-    "ours, auto",
-    "SDPA + mask",
-    "SDPA is_causal, all edges",
-    "FlexAttention",
-    "PyG",
-    "PyG compiled",
-)
+AUTO, SDPA_MASK, SDPA_CAUSAL = "ours, auto", "SDPA + mask", "SDPA is_causal, all edges"
+FLEX, PYG, PYG_COMPILED = "FlexAttention", "PyG", "PyG compiled"
 PEERS = [
     Peer(AUTO, ours("auto"), compiles=True),
     Peer("ours, tiles", ours("tiles"), compiles=True),

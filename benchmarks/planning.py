@@ -6,29 +6,31 @@ often it runs. FlexAttention's counterpart is its block mask, which benchmarks/a
 
 from __future__ import annotations
 
-import argparse
-import math
-import time
-from pathlib import Path
+from argparse import Namespace
+from collections.abc import Iterator
+from itertools import groupby
+from textwrap import shorten
 
-from attngraph import Causal, Chunks, Global, Machine, Prefix, Random, Window, parse, plan
-from benchmarks.measure import RESULTS, cost, isolated, quartiles, record, spread
+from attngraph import Causal, Chunks, Global, Prefix, Random, Window, parse, plan
+from benchmarks import pictures
+from benchmarks.experiment import Experiment, Figures, Records
+from benchmarks.measure import Progress, cost, isolated, now, quartiles
+from benchmarks.page import Keep, folded, number, picture, spread, table
+from benchmarks.peers import FLEX
 
 NAME = "planning"
 GRAPHS = {
     "window": Window(256, 0),
     "window + sinks": Causal() & (Window(256, 0) | Prefix(4)),
-    "BigBird": Window(192, 192) | Global(range(64)) | Random(3),
+    "BigBird": Window(192, 192) | Global(tuple(range(64))) | Random(3),
     "mixed": Window(256, 0) | Prefix(4) | Random(8),
     "causal chunks": Causal() & Chunks(512),
 }
 SIZES = (4096, 32_768, 262_144, 1_000_000)
-REPEATS = 3
 
 
-def alone(progress, text: str, n: int, device: str, repeats: int) -> dict:
+def alone(progress: Progress, text: str, n: int, device: str, repeats: int) -> dict:
     """Each time from nothing: `plan` keeps nothing, as `attend` does."""
-    Machine.here(device)  # measured once on a machine, not once a plan
 
     def once(n: int = n) -> None:
         plan(parse(text), n, n, heads=8, head_dim=64, device=device)
@@ -38,34 +40,47 @@ def alone(progress, text: str, n: int, device: str, repeats: int) -> dict:
     return {"seconds": list(seconds), "mib": list(mib)}
 
 
-def run(options: argparse.Namespace) -> Path:
-    path = options.out / f"{NAME}.json"
+def run(options: Namespace) -> Iterator[Figures]:
     for name, graph in GRAPHS.items():
         for n in SIZES:
-            if time.monotonic() > options.until:
+            if now() > options.until:
                 break
-            found = isolated(alone, graph.text, n, options.device, options.repeats, seconds=120.0, gib=12.0)
-            told: dict = {"name": name, "graph": graph.text, "n": n}
+            found = isolated(alone, str(graph), n, options.device, options.repeats, seconds=120.0, gib=12.0)
+            figures: dict = {"name": name, "graph": str(graph), "n": n}
             if "failure" in found:
-                told["failure"] = found["failure"]
+                figures["failure"] = found["failure"]
             else:
-                told |= {"s": quartiles(found["seconds"]), "mib": None if None in found["mib"] else max(found["mib"])}
-            print(f"plan {name}, {n:,} nodes: {told.get('failure') or spread(told['s'], 3)} s")
-            path = record(NAME, {f"{name}, {n}": told}, options.out, options.device)
-    return path
+                mib = None if None in found["mib"] else max(found["mib"])
+                figures |= {"s": quartiles(found["seconds"]), "mib": mib}
+            yield {f"{name}, {n}": figures}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.add_argument("--repeats", type=int, default=REPEATS, help="plans of each graph and size")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the record")
-    options = parser.parse_args()
-    options.until = math.inf
-    print(f"recorded in {run(options)}")
+def row_of(figures: dict) -> list[str]:
+    seconds = figures.get("failure") or spread(figures["s"], 4)
+    graph = f"`{shorten(figures['graph'], 60, placeholder=' …')}`"
+    return [figures["name"], graph, f"{figures['n']:,}", seconds, number(figures.get("mib"))]
 
+
+def render(records: Records, keep: Keep) -> Iterator[str]:
+    """What planning costs, beside FlexAttention's block masks."""
+    found = records[NAME]
+    if not found:
+        return
+    by_name = {name: list(each) for name, each in groupby(found.values(), key=lambda each: each["name"])}
+    block_masks = [
+        (key.split(",")[0], figures["n"], own["prepare_s"])
+        for key, figures in records["attention"].items()
+        if figures["phase"] == "forward" and "prepare_s" in (own := figures["contestants"].get(FLEX, {}))
+    ]
+    yield from ["## Planning", "", "Once for a graph, however often it runs:", ""]
+    caption = "plan(graph, N, N): seconds with quartiles, and memory, each from nothing"
+    yield from picture(keep, "planning", pictures.planning(by_name, block_masks), caption)
+    rows = [row_of(figures) for sizes in by_name.values() for figures in sizes]
+    rows += [[f"FlexAttention's block mask, {name}", "", f"{n:,}", f"{s:.4f}", ""] for name, n, s in block_masks]
+    yield from folded("every figure", table(["", "graph", "N", "seconds (quartiles)", "MiB at most"], rows))
+
+
+EXPERIMENT = Experiment(NAME, __doc__, run, render, {"repeats": {"default": 3}, "device": {}}, headline="s")
 
 if __name__ == "__main__":
-    main()
+    EXPERIMENT.main()

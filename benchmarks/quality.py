@@ -10,29 +10,20 @@ many edges as each other.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import io
-import math
-import sys
-import tempfile
-import time
-from pathlib import Path
-
-import torch
-from torch import Tensor
+from argparse import Namespace
+from collections.abc import Iterator
 
 from attngraph import parse
-from benchmarks.measure import RESULTS, isolated, record
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
-import gpt as example
-import training
-
-from benchmarks.train_gpt import named
+from benchmarks import pictures
+from benchmarks.experiment import Experiment, Figures, Records
+from benchmarks.measure import Progress, isolated, now
+from benchmarks.page import Keep, picture, prose, table
+from benchmarks.train_gpt import demo
 
 NAME = "quality"
-CONTEXT = 256
+CONTEXT, BATCH = 256, 8
 GRAPHS = {
     "causal": "Causal()",
     "window": "Window(31, 0)",
@@ -42,67 +33,59 @@ GRAPHS = {
 }
 
 
-def trained(progress, graph: str, seed: int, steps: int, text: str | None, device: str) -> dict:
+def trained(progress: Progress, graph: str, seed: int, options: Namespace) -> dict:
     """The validation loss over the whole validation text, in nats a character, and the seconds it took."""
     progress({}, 7200.0)
-    size = f"--layers 3 --heads 4 --width 64 --context {CONTEXT} --batch 8 --steps {steps} --seed {seed}"
-    with (
-        tempfile.TemporaryDirectory() as runs,
-        contextlib.redirect_stdout(io.StringIO()),
-        contextlib.redirect_stderr(io.StringIO()),  # progress bars
-    ):
-        given = [*size.split(), "--evaluate-every", str(steps), "--graph", graph, "--runs", runs, "--device", device]
-        args = example.settings([*given, *(["--text", text] if text else [])])
-        content, source = example.read_text(args.text)
-        tokens = example.tokenizer("char", content)
-        corpus, device = example.Corpus(tokens.encode(content), CONTEXT), torch.device(args.device)
-        torch.manual_seed(seed)
-        model = example.build(args, len(tokens)).to(device)
-
-        def loss(number: int) -> Tensor:
-            inputs, targets = corpus.batch(args.batch, seed=1_000_000 * seed + number)
-            return example.loss_of(model, inputs.to(device), targets.to(device))
-
-        def evaluate() -> float:
-            return example.evaluate(model, corpus, device)
-
-        score, metrics = training.fit(args, training.Task(model, loss, evaluate, device, identity={}, record={}))
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    known = {"parameters": parameters, "tokens": steps * args.batch * CONTEXT, "source": named(content, source)}
-    return {"loss": score, "seconds": metrics.seconds, **known}
+    size = f"--layers 3 --heads 4 --width 64 --context {CONTEXT} --batch {BATCH} --sample 1 --seed {1_000_000 * seed}"
+    more = ["--steps", str(options.steps), "--evaluate-every", str(options.steps), "--device", options.device]
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):  # progress bars
+        return demo(options, *size.split(), *more, "--graph", graph)
 
 
-def run(options: argparse.Namespace) -> Path:
+def run(options: Namespace) -> Iterator[Figures]:
     """Seed by seed all graphs, so that whatever there was time for can be compared."""
-    path, found = options.out / f"{NAME}.json", {}
+    found: Figures = {}
     for seed in range(1, options.seeds + 1):
         for name, text in GRAPHS.items():
-            if time.monotonic() > options.until:
+            if now() > options.until:
                 break
-            arguments = text, seed, options.steps, options.text, options.device
-            one = isolated(trained, *arguments, seconds=7200.0, gib=12.0)
-            print(f"{name}, seed {seed}: " + (one.get("failure") or f"{one['loss']:.4f} after {one['seconds']:.0f} s"))
+            one = isolated(trained, text, seed, options, seconds=7200.0, gib=12.0)
             known = found.setdefault(name, {"graph": text, "context": CONTEXT, "steps": options.steps, "losses": []})
-            known["edges"] = parse(text).num_edges(CONTEXT, CONTEXT)
-            known |= {key: one[key] for key in ("failure", "parameters", "tokens", "source") if key in one}
-            known["losses"] += [round(one["loss"], 4)] if "loss" in one else []
-            path = record(NAME, {name: known}, options.out, options.device)
-    return path
+            known |= {key: one[key] for key in ("failure", "parameters", "source") if key in one}
+            known["losses"] += [round(one["validation_loss"], 4)] if "validation_loss" in one else []
+            edges, tokens = parse(text).num_edges(CONTEXT, CONTEXT), options.steps * BATCH * CONTEXT
+            yield {name: {**known, "edges": edges, "tokens": tokens}}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.add_argument("--steps", type=int, default=250, help="of 2,048 characters each")
-    parser.add_argument("--seeds", type=int, default=2, help="how many runs of each graph")
-    parser.add_argument("--text", help="a text file; by default that of examples/gpt.py")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the record")
-    options = parser.parse_args()
-    options.until = math.inf
-    print(f"recorded in {run(options)}")
+def render(records: Records, keep: Keep) -> Iterator[str]:
+    """What the missing edges cost in quality."""
+    found = {name: each for name, each in records[NAME].items() if each["losses"]}
+    if not found:
+        return
+    one = next(iter(found.values()))
+    context, pairs = one["context"], one["context"] * (one["context"] + 1) // 2
+    yield from ["## What it costs in quality", ""]
+    yield from prose(f"""
+        The same GPT ({one["parameters"]:,} parameters, 3 layers, context {context}) with the same {one["steps"]:,}
+        steps, {one["tokens"]:,} characters, seeds and batches, on {one["source"]}: the loss over the whole validation
+        text. A bar that lies within the dots of another tells nothing.
+    """)
+    yield from picture(keep, NAME, pictures.quality(found, context), "validation loss against the edges kept")
+    rows = []
+    for name, each in found.items():
+        edges, losses = f"{each['edges']:,} ({each['edges'] / pairs:.0%})", each["losses"]
+        mean, texts = sum(losses) / len(losses), [f"{loss:.4f}" for loss in losses]
+        rows.append([name, f"`{each['graph']}`", edges, f"{mean:.4f}", ", ".join(texts)])
+    yield from table(["", "graph", "edges kept", "validation loss, mean", "of each seed"], rows)
 
+
+OPTIONS: dict[str, dict] = {
+    "steps": {"type": int, "default": 250, "help": "of training, 2,048 characters each"},
+    "seeds": {"type": int, "default": 2, "help": "runs of each graph"},
+    "text": {"help": "a text file; by default that of examples/gpt.py"},
+    "device": {},
+}
+EXPERIMENT = Experiment(NAME, __doc__, run, render, OPTIONS)
 
 if __name__ == "__main__":
-    main()
+    EXPERIMENT.main()

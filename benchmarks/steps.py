@@ -7,11 +7,10 @@ a mask for scaled_dot_product_attention, built once, which is how it is written 
 
 from __future__ import annotations
 
-import argparse
 import math
-import time
-from collections.abc import Callable
-from pathlib import Path
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from itertools import groupby
 from unittest.mock import patch
 
 import torch
@@ -22,22 +21,21 @@ import attngraph
 from attngraph import Causal, Full, Graph, Neighborhood, Prefix, Window
 from attngraph.models import GPT, ViT
 from attngraph.nn import TransformerConfig
-from benchmarks.measure import RESULTS, cost, in_turn, isolated, quartiles, record, spread
+from benchmarks import pictures
+from benchmarks.experiment import Experiment, Figures, Records
+from benchmarks.measure import Progress, cost, in_turn, isolated, milliseconds, now, ratios
+from benchmarks.page import Keep, folded, number, picture, prose, spread, table
 
 NAME = "steps"
 CONTESTANTS = ("dense graph", "sparse graph", "sparse graph as a mask")
 SIZES = {"GPT": (256, 1024, 4096), "ViT": (256, 1024, 4096)}  # tokens; patches
 
 
-def gpt_graphs(n: int) -> tuple[Graph, Graph]:
-    return Causal(), Causal() & (Window(64, 0) | Prefix(4))
-
-
-def vit_graphs(n: int) -> tuple[Graph, Graph]:
-    return Full(), Neighborhood((math.isqrt(n),) * 2, 3)
-
-
-GRAPHS = {"GPT": gpt_graphs, "ViT": vit_graphs}
+# Of each kind, by number of nodes: the graph of all pairs, and the sparse one.
+GRAPHS: dict[str, Callable[[int], tuple[Graph, Graph]]] = {
+    "GPT": lambda n: (Causal(), Causal() & (Window(64, 0) | Prefix(4))),
+    "ViT": lambda n: (Full(), Neighborhood((math.isqrt(n),) * 2, 3)),
+}
 
 
 def model_of(kind: str, n: int, graph: Graph) -> tuple[nn.Module, Tensor, Tensor]:
@@ -60,26 +58,40 @@ def contestants(kind: str, n: int, device: str, names: tuple[str, ...] = CONTEST
     for name in names:
         model, inputs, targets = model_of(kind, n, dense if name == CONTESTANTS[0] else sparse)
         model, inputs, targets = model.to(device), inputs.to(device), targets.to(device)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-
-        def step(model=model, inputs=inputs, targets=targets, optimizer=optimizer) -> float:
-            with torch.autocast(device, torch.bfloat16, enabled=device != "cpu"):
-                loss = cross_entropy(model(inputs).flatten(0, -2), targets)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            return loss.item()
-
-        steps[name] = masked(step, model, n + (kind == "ViT"), device) if name == CONTESTANTS[2] else step
+        step = training_step(model, inputs, targets, device)
+        if name == CONTESTANTS[2]:
+            step = on_other_attention(step, as_mask(model, n + (kind == "ViT"), device))
+        steps[name] = step
     return steps
 
 
-def masked(step: Callable[[], float], model: nn.Module, n: int, device: str) -> Callable[[], float]:
-    """The same step where attention is PyTorch's, with the graph as a mask."""
+def training_step(model: nn.Module, inputs: Tensor, targets: Tensor, device: str) -> Callable[[], float]:
+    """Forward, backward, AdamW; in bfloat16 on a GPU. Gives the loss."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+
+    def step() -> float:
+        with torch.autocast(device, torch.bfloat16, enabled=device != "cpu"):
+            loss = cross_entropy(model(inputs).flatten(0, -2), targets.flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return loss.item()
+
+    return step
+
+
+def as_mask(model: nn.Module, n: int, device: str) -> Callable[..., Tensor]:
+    """PyTorch's attention in the place of `attend`, with the model's graph as a mask."""
     mask = model.transformer.graphs[0].mask(n, n, device)
 
     def attention(q, k, v, graph, *, bias, scale, dropout_p):
         return scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+
+    return attention
+
+
+def on_other_attention(step: Callable[[], float], attention: Callable[..., Tensor]) -> Callable[[], float]:
+    """The same step with `attend` replaced within the layers."""
 
     def other() -> float:
         with patch.object(attngraph.nn.attention, "attend", attention):
@@ -88,7 +100,7 @@ def masked(step: Callable[[], float], model: nn.Module, n: int, device: str) -> 
     return other
 
 
-def alone(progress, kind: str, n: int, options) -> dict:
+def alone(progress: Progress, kind: str, n: int, options: Namespace) -> dict:
     """Times of each contestant in turn, and the memory of a step."""
     progress({}, 300.0)
     steps = contestants(kind, n, options.device)
@@ -97,41 +109,56 @@ def alone(progress, kind: str, n: int, options) -> dict:
         raise ValueError(f"the two sparse models must have the same loss (got {losses})")
     progress({}, 3600.0)
     memory = {name: cost(step)[1] for name, step in steps.items()}
-    times = in_turn(steps, options.repeats, options.limit)
-    ms = {name: quartiles([1000 * value for value in each]) for name, each in times.items()}
-    over = {name: quartiles([a / b for a, b in zip(times[name], times[CONTESTANTS[1]], strict=False)]) for name in ms}
+    times = in_turn(steps, options.repeats, seconds=options.limit)
     dense, sparse = GRAPHS[kind](n)
-    edges = {"dense": dense.num_edges(n, n), "sparse": sparse.num_edges(n, n)}
-    return {"kind": kind, "n": n, "graphs": [str(dense), str(sparse)], "edges": edges, "ms": ms,
-            "over_sparse": over, "extra_mib": memory, "turns": min(map(len, times.values()))}  # fmt: skip
+    return {
+        "graphs": [str(dense), str(sparse)],
+        "edges": {"dense": dense.num_edges(n, n), "sparse": sparse.num_edges(n, n)},
+        "ms": {name: milliseconds(each) for name, each in times.items()},
+        "over_sparse": {name: ratios(each, times[CONTESTANTS[1]]) for name, each in times.items()},
+        "extra_mib": memory,
+        "turns": min(map(len, times.values())),
+    }
 
 
-def run(options: argparse.Namespace) -> Path:
-    path = options.out / f"{NAME}.json"
+def run(options: Namespace) -> Iterator[Figures]:
     for kind, sizes in SIZES.items():
         for n in sizes:
-            if time.monotonic() > options.until:
+            if now() > options.until:
                 break
             found = isolated(alone, kind, n, options, seconds=300.0, gib=options.memory)
-            path = record(NAME, {f"{kind}, {n}": {"kind": kind, "n": n, **found}}, options.out, options.device)
-            told = (f"{name} {spread(ms, 1)} ms" for name, ms in found.get("ms", {}).items())
-            print(f"{kind} step, {n} nodes: {found.get('failure') or ', '.join(told)}")
-    return path
+            yield {f"{kind}, {n}": {"kind": kind, "n": n, **found}}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.add_argument("--repeats", type=int, default=9, help="turns of each contestant")
-    parser.add_argument("--limit", type=float, default=3.0, help="about so many seconds for all turns of each")
-    parser.add_argument("--memory", type=float, default=18.0, help="GiB of resident memory")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the record")
-    options = parser.parse_args()
-    options.until = math.inf
-    print(f"recorded in {run(options)}")
+def render(records: Records, keep: Keep) -> Iterator[str]:
+    """Whole training steps."""
+    found = list(records[NAME].values())
+    done = [each for each in found if "ms" in each]
+    if not done:
+        return
+    yield from ["## A training step", ""]
+    yield from prose(f"""
+        Forward, backward and AdamW of four layers, 128 wide, four heads, batch 1. Dense graphs are PyTorch's own flash
+        kernels; the sparse ones are `{done[0]["graphs"][1]}` for the GPT and `Neighborhood(…, 3)` with a CLS node for
+        the ViT.
+    """)
+    by_kind = {kind: list(each) for kind, each in groupby(done, key=lambda each: each["kind"])}
+    yield from picture(keep, NAME, pictures.steps(by_kind), "a whole training step, by the number of nodes")
+    rows = []
+    for each in found:
+        for name in CONTESTANTS:
+            row = [each["kind"], f"{each['n']:,}", name]
+            if "failure" in each:
+                rows.append([*row, each["failure"], "", ""])
+                continue
+            ratio, mib = spread(each["over_sparse"][name], 2), number(each["extra_mib"][name])
+            rows.append([*row, spread(each["ms"][name], 1), ratio, mib])
+    head = ["", "nodes", "", "ms (quartiles)", "over the sparse graph's", "MiB"]
+    yield from folded("every figure", table(head, rows))
 
+
+OPTIONS: dict[str, dict] = {"repeats": {"default": 9}, "limit": {"default": 3.0}, "memory": {}, "device": {}}
+EXPERIMENT = Experiment(NAME, __doc__, run, render, OPTIONS)
 
 if __name__ == "__main__":
-    main()
+    EXPERIMENT.main()

@@ -1,8 +1,8 @@
 """Training a GPT on text: nanoGPT's CPU recipe beside the same model on bare SDPA; the demo's recipe; the bigram.
 
     python -m benchmarks.train_gpt                      everything, about six minutes on two cores
-    python -m benchmarks.train_gpt --text my.txt --sections nanogpt,bigram
-    python -m benchmarks.train_gpt --sections choices   what each choice of the demo's recipe buys, ten minutes more
+    python -m benchmarks.train_gpt --text my.txt --section nanogpt --section bigram
+    python -m benchmarks.train_gpt --section choices    what each choice of the demo's recipe buys, ten minutes more
 
 nanoGPT's recipe (its README, "I only have a macbook"): 4 layers, 4 heads, 128 wide, context 64, batch 12, 2000 steps,
 no dropout, AdamW with rate 1e-3 falling to 1e-4 by a cosine after 100 steps, decay 0.1 of matrices, gradients clipped
@@ -13,25 +13,27 @@ here, the bigram within 0.05 of its limit.
 
 from __future__ import annotations
 
-import argparse
+import hashlib
 import math
-import sys
 import tempfile
-import time
-from pathlib import Path
+from argparse import Namespace
+from collections.abc import Iterator
+from unittest.mock import patch
 
+import gpt as example
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, gelu, scaled_dot_product_attention
+from tqdm import tqdm
 
 from attngraph import Causal
 from attngraph.models import GPT
 from attngraph.nn import TransformerConfig
-from benchmarks.measure import compared, record, spread
+from benchmarks.experiment import Experiment, Figures, Records
+from benchmarks.measure import compared, seconds_of
+from benchmarks.page import Keep, prose, spread, table
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
-import gpt as example
-
+NAME = "train_gpt"
 LAYERS, HEADS, WIDTH, CONTEXT, BATCH, STEPS = 4, 4, 128, 64, 12, 2000
 
 
@@ -123,17 +125,28 @@ def batch(tokens: Tensor) -> tuple[Tensor, Tensor]:
 @torch.no_grad()
 def estimates(models: dict[str, nn.Module], corpus, seconds: dict[str, list[float]]) -> dict[str, float]:
     """nanoGPT's estimate of the validation loss, from 20 random batches, after as many of the training text."""
-    drawn = [batch(tokens) for tokens in (corpus.training, corpus.validation) for _ in range(20)]
-    found = {}
+    batches = [batch(tokens) for tokens in (corpus.training, corpus.validation) for _ in range(20)]
+    losses: dict[str, list[float]] = {name: [] for name in models}
     for name, model in models.items():
-        start = time.perf_counter()
-        losses = [example.loss_of(model, *pair).item() for pair in drawn]
-        seconds[f"{name}_estimates"].append(time.perf_counter() - start)
-        found[name] = sum(losses[20:]) / 20
-    return found
+
+        def estimate(model=model, own=losses[name]) -> None:
+            own += [example.loss_of(model, *pair).item() for pair in batches]
+
+        seconds[f"{name}_estimates"].append(seconds_of(estimate))
+    return {name: sum(own[20:]) / 20 for name, own in losses.items()}
 
 
-def nanogpt(text: str, steps: int) -> dict:
+def train_step(model: nn.Module, tool: torch.optim.Optimizer, inputs: Tensor, targets: Tensor, step: int) -> None:
+    for group in tool.param_groups:
+        group["lr"] = rate(step)
+    loss = cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
+    loss.backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    tool.step()
+    tool.zero_grad(set_to_none=True)
+
+
+def nanogpt(text: str, options: Namespace) -> dict:
     """Both models trained on the same batches, step by step in turn; seconds of each step, and the losses.
 
     nanoGPT's seed, order of parameters, batches and estimates are kept, so that the losses are those that it prints.
@@ -148,19 +161,12 @@ def nanogpt(text: str, steps: int) -> dict:
     tools = {name: optimizer(model) for name, model in models.items()}
     seconds: dict[str, list[float]] = {"ours": [], "theirs": [], "ours_estimates": [], "theirs_estimates": []}
     inputs, targets = batch(corpus.training)
-    for step in example.tqdm(range(steps), desc="nanoGPT's recipe, twice", unit="step"):
+    for step in tqdm(range(options.steps), desc="nanoGPT's recipe, twice", unit="step"):
         if step % 250 == 0:
             estimates(models, corpus, seconds)
         for name in ("ours", "theirs") if step % 2 else ("theirs", "ours"):
-            start = time.perf_counter()
-            for group in tools[name].param_groups:
-                group["lr"] = rate(step)
-            loss = cross_entropy(models[name](inputs).flatten(0, 1), targets.flatten())
-            loss.backward()
-            nn.utils.clip_grad_norm_(models[name].parameters(), 1.0)
-            tools[name].step()
-            tools[name].zero_grad(set_to_none=True)
-            seconds[name].append(time.perf_counter() - start)
+            given = models[name], tools[name], inputs, targets, step
+            seconds[name].append(seconds_of(lambda given=given: train_step(*given)))
         inputs, targets = batch(corpus.training)
     found = compared(seconds["ours"][10:], seconds["theirs"][10:])
     found["parameters"] = sum(p.numel() for p in models["ours"].parameters())
@@ -172,107 +178,110 @@ def nanogpt(text: str, steps: int) -> dict:
     return found
 
 
-def demo(text: str | None, more: list[str] | None = None) -> dict:
+def demo(options: Namespace, *more: str) -> dict:
     """The demo as `make demo` runs it, all its evaluations included."""
     with tempfile.TemporaryDirectory() as folder:
-        given = ["--runs", folder, *(more or [])] + ([] if text is None else ["--text", text])
-        figures = example.train(example.settings(given))
-    return {name: figures[name] for name in ("validation_loss", "seconds", "parameters")}
+        given = ["--runs", folder, *more, *(["--text", options.text] if options.text else [])]
+        args = example.settings(given)
+        figures = example.train(args)
+    figures["source"] = named(*example.read_text(args.text))
+    return {name: figures[name] for name in ("validation_loss", "seconds", "parameters", "source")}
 
 
-CHOICES = {
-    "the recipe": {},
-    "AdamW (rate 0.003) instead of Muon": {"--optimizer": "adamw", "--lr": "0.003"},
-    "learned instead of rotary positions": {"position": "learned", "max_length": 128},
-    "no QK-norm": {"qk_norm": False},
-    "GELU instead of squared ReLU": {"activation": "gelu"},
-    "LayerNorm instead of RMSNorm": {"norm": "layer"},
-    "GPT-2's initialisation": {"init": "gpt2"},
-    "context 64, batch 24": {"--context": "64", "--batch": "24"},
+# What is undone: options of examples/gpt.py, and fields of its TransformerConfig.
+CHOICES: dict[str, tuple[tuple[str, ...], dict[str, object]]] = {
+    "the recipe": ((), {}),
+    "AdamW (rate 0.003) instead of Muon": (("--optimizer", "adamw", "--lr", "0.003"), {}),
+    "learned instead of rotary positions": ((), {"position": "learned", "max_length": 128}),
+    "no QK-norm": ((), {"qk_norm": False}),
+    "GELU instead of squared ReLU": ((), {"activation": "gelu"}),
+    "LayerNorm instead of RMSNorm": ((), {"norm": "layer"}),
+    "GPT-2's initialisation": ((), {"init": "gpt2"}),
+    "context 64, batch 24": (("--context", "64", "--batch", "24"), {}),
 }
 
 
-def choices(text: str | None) -> dict[str, float]:
+def choices(text: str, options: Namespace) -> dict:
     """The loss of the demo's recipe with one choice undone, at the same number of steps and tokens."""
-    found = {}
-    for name, change in CHOICES.items():
-        flags = [part for flag, value in change.items() if flag.startswith("--") for part in (flag, value)]
-        switches = {switch: value for switch, value in change.items() if not switch.startswith("--")}
-        example.TransformerConfig = lambda switches=switches, **given: TransformerConfig(**{**given, **switches})
-        found[name] = demo(text, flags)["validation_loss"]
-    example.TransformerConfig = TransformerConfig
-    return {"losses": found}
+    losses = {}
+    for name, (flags, changed) in CHOICES.items():
+
+        def config(changed=changed, **given) -> TransformerConfig:
+            return TransformerConfig(**{**given, **changed})
+
+        with patch.object(example, "TransformerConfig", config):
+            losses[name] = demo(options, *flags)["validation_loss"]
+    return {"losses": losses}
 
 
-def bigram(text: str) -> dict:
+def bigram(text: str, options: Namespace) -> dict:
     """The loss of the trained baseline, and that of the best table of counts: smoothed on the training text."""
     tokens = example.tokenizer("char", text)
-    corpus = example.Corpus(tokens.encode(text), CONTEXT)
-    size = len(tokens)
+    corpus, size = example.Corpus(tokens.encode(text), CONTEXT), len(tokens)
     pairs = corpus.training[:-1] * size + corpus.training[1:]
-    counts = torch.bincount(pairs, minlength=size * size).view(size, size).double()
-    likely = ((counts + 0.1) / (counts + 0.1).sum(1, keepdim=True)).log()
-    limit = -likely[corpus.validation[:-1], corpus.validation[1:]].mean()
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "text.txt"
-        path.write_text(text, encoding="utf-8")
-        given = f"--model bigram --steps 1000 --adamw-lr 0.1 --batch 64 --sample 1 --text {path} --runs {folder}"
-        loss = example.train(example.settings(given.split()))["validation_loss"]
-    own = counts_entropy(corpus.validation, size)
-    return {"validation_loss": loss, "limit_from_training_counts": float(limit), "entropy_of_validation_pairs": own}
-
-
-def counts_entropy(tokens: Tensor, size: int) -> float:
-    """H(next | this) of the pairs in this very text: no bigram can do better on it."""
-    counts = torch.bincount(tokens[:-1] * size + tokens[1:], minlength=size * size).view(size, size).double()
-    likely = counts / counts.sum(1, keepdim=True)
-    return float(-(counts * likely.log().nan_to_num(neginf=0)).sum() / counts.sum())
+    counts = torch.bincount(pairs, minlength=size * size).view(size, size).double() + 0.1
+    limit = -(counts / counts.sum(1, keepdim=True)).log()[corpus.validation[:-1], corpus.validation[1:]].mean()
+    given = "--model bigram --steps 1000 --adamw-lr 0.1 --batch 64 --sample 1"
+    loss = demo(options, *given.split())["validation_loss"]
+    return {"validation_loss": loss, "limit_from_training_counts": float(limit)}
 
 
 def named(text: str, source: str) -> str:
     """What a text is called in a record, wherever it lay."""
-    return "tiny Shakespeare" if example.hashlib.sha256(text.encode()).hexdigest() == example.SHA256 else source
+    return "tiny Shakespeare" if hashlib.sha256(text.encode()).hexdigest() == example.SHA256 else source
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--text", help="a text file; by default the example's choice")
-    parser.add_argument("--steps", type=int, default=STEPS, help="of nanoGPT's recipe")
-    parser.add_argument("--sections", default="nanogpt,demo,bigram")
-    args = parser.parse_args()
-    text, source = example.read_text(args.text)
-    source = named(text, source)
-    figures: dict = {}
-    lines = [f"text: {source}"]
-    if "nanogpt" in args.sections:
-        found = figures["nanogpt"] = nanogpt(text, args.steps)
-        for name, title in (("ours", "attngraph, Causal()"), ("theirs", "bare SDPA")):
-            lines.append(
-                f"nanoGPT's recipe, {title:20} validation loss {found[f'{name}_validation_loss']:.4f} as nanoGPT "
-                f"estimates it, {found[f'{name}_whole_validation_loss']:.4f} over the whole text, "
-                f"{found[f'{name}_seconds']:.0f} s, {spread(found[f'{name}_ms'], 1)} ms a step"
-            )
-        lines.append(f"step time, ours / bare SDPA: {spread(found['ratio'])}")
-    if "demo" in args.sections:
-        found = figures["demo"] = demo(args.text)
-        lines.append(
-            f"the demo's recipe: validation loss {found['validation_loss']:.4f}, {found['seconds']:.0f} s with its "
-            f"evaluations, {found['parameters']:,} parameters"
-        )
-    if "bigram" in args.sections:
-        found = figures["bigram"] = bigram(text)
-        lines.append(
-            f"bigram: validation loss {found['validation_loss']:.4f}; its limit, from the training text's counts, "
-            f"{found['limit_from_training_counts']:.4f}; entropy of the validation text's own pairs "
-            f"{found['entropy_of_validation_pairs']:.4f}"
-        )
-    if "choices" in args.sections:
-        found = figures["choices"] = choices(args.text)
-        lines += [f"{name:40} validation loss {loss:.4f}" for name, loss in found["losses"].items()]
-    figures = {section: {"text": source, **found} for section, found in figures.items()}
-    print("\n".join(lines))
-    print(f"recorded in {record('train_gpt', figures)}")
+SECTIONS = {"nanogpt": nanogpt, "demo": lambda text, options: demo(options), "bigram": bigram, "choices": choices}
 
+
+def run(options: Namespace) -> Iterator[Figures]:
+    text, source = example.read_text(options.text)
+    for name in options.section or ("nanogpt", "demo", "bigram"):
+        yield {name: {"text": named(text, source), **SECTIONS[name](text, options)}}
+
+
+def render(records: Records, keep: Keep) -> Iterator[str]:
+    """GPTs on text."""
+    if not {"nanogpt", "demo", "bigram"} <= set(records[NAME]):
+        return
+    found, demo, bigram = (records[NAME][name] for name in ("nanogpt", "demo", "bigram"))
+    machine = f"{found['machine']['threads']} threads, torch {found['machine']['torch']}"
+    yield from ["## Training", ""]
+    yield from [f"`python -m benchmarks.train_gpt`, on {found['text']} ({machine}); losses in nats per character:", ""]
+    rows = []
+    labels = {"ours": "nanoGPT's CPU recipe on `Causal()`", "theirs": "the same in nanoGPT's own form, on bare SDPA"}
+    for name, label in labels.items():
+        whole, estimate = found[f"{name}_whole_validation_loss"], found[f"{name}_validation_loss"]
+        rows.append([label, f"{whole:.3f} ({estimate:.3f} as nanoGPT estimates it)", f"{found[f'{name}_seconds']:.0f}"])
+    seconds = f"{demo['seconds']:.0f}, its evaluations included"
+    rows.append([f"`make demo`, {demo['parameters']:,} parameters", f"{demo['validation_loss']:.3f}", seconds])
+    limit = f"its limit, from counts, is {bigram['limit_from_training_counts']:.3f}"
+    rows.append(["`--model bigram`", f"{bigram['validation_loss']:.3f}; {limit}", ""])
+    yield from table(["", "validation loss, whole text", "seconds"], rows)
+    pairs = f"median and quartiles of {found['pairs']} alternating pairs"
+    yield from [f"A step of the first takes {spread(found['ratio'])} times as long as one of the second: {pairs}.", ""]
+
+
+def render_choices(records: Records) -> Iterator[str]:
+    """What the demo's recipe is made of."""
+    losses = records[NAME].get("choices", {}).get("losses", {})
+    if not losses:
+        return
+    yield from ["## The demo's recipe", ""]
+    yield from prose("""
+        What each choice bought, by undoing it at the same number of tokens (`python -m benchmarks.train_gpt --section
+        choices`; one run each, nothing tuned again: small differences mean little):
+    """)
+    rows = [[name, f"{loss:.3f}", f"{loss - losses['the recipe']:+.3f}"] for name, loss in losses.items()]
+    yield from table(["undone", "validation loss", ""], rows)
+
+
+OPTIONS: dict[str, dict] = {
+    "text": {"help": "a text file; by default the example's choice"},
+    "steps": {"type": int, "default": STEPS, "help": "of nanoGPT's recipe"},
+    "section": {"choices": list(SECTIONS), "help": "a part; may be repeated; by default all but choices"},
+}
+EXPERIMENT = Experiment(NAME, __doc__, run, render, OPTIONS)
 
 if __name__ == "__main__":
-    main()
+    EXPERIMENT.main()

@@ -3,6 +3,7 @@
 import re
 import sys
 from argparse import Namespace
+from importlib import import_module
 from math import inf
 from pathlib import Path
 
@@ -11,12 +12,15 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks import __main__ as bench
-from benchmarks import attention, density, measure, report, steps
-from benchmarks.peers import AUTO, FLEX, PYG, SDPA_MASK, Task
+from benchmarks import attention, density, examples, experiment, goals, measure, overhead, report, steps
+from benchmarks.experiment import Goal, Records
+from benchmarks.peers import AUTO, FLEX, PYG, SDPA_MASK, Task, workload_of
+
+BENCHMARKS = Path(bench.__file__).parent
 
 
 def options(out: Path, **more) -> Namespace:
-    known = {"device": "cpu", "phase": "both", "peer": None, "limit": 30.0, "memory": 8.0, "repeats": 3, "until": inf}
+    known = {"device": "cpu", "gemm": 64, "peer": None, "limit": 30.0, "memory": 8.0, "repeats": 3, "until": inf}
     return Namespace(**{**known, "out": out, **more})
 
 
@@ -24,13 +28,13 @@ def options(out: Path, **more) -> Namespace:
 def records(tmp_path_factory) -> Path:
     """A folder with what a short run leaves: two sizes of one graph, each in a process of its own."""
     out = tmp_path_factory.mktemp("bench")
-    few = options(out, workload=["window + sinks"], n=[32, 64], peer=[AUTO, "ours, rows", SDPA_MASK, PYG], quick=False)
-    attention.run(few)
+    few = options(out, workload=["window + sinks"], n=[32, 64], peer=[AUTO, "ours, rows", SDPA_MASK, PYG])
+    attention.EXPERIMENT.execute(few)
     return out
 
 
 def test_a_run_records_every_contestant_of_each_phase(records):
-    phases = report.Records(records).workloads["window + sinks"]
+    phases = attention.by_workload(Records(records))["window + sinks"]
     assert list(phases) == list(attention.PHASES)
     for sizes in phases.values():
         assert [figures["n"] for figures in sizes] == [32, 64]
@@ -67,14 +71,14 @@ def sizes_of(*ratios: float) -> list[dict]:
 
 
 def test_sparse_is_worth_it_from_where_it_is_faster_on():
-    assert report.worth(sizes_of(2.0, 4.0)) == "100 or less"
-    assert report.worth(sizes_of(0.5, 2.0)) == "200"  # in the middle, by logarithms
-    assert report.worth(sizes_of(2.0, 0.5, 2.0)) == "800"  # for good
-    assert report.worth(sizes_of(0.2, 0.5)) == "not up to 400"
-    assert report.worth([{"n": 100, "contestants": {AUTO: {"ms": [1, 1, 1]}, SDPA_MASK: {"failure": "x"}}}]) == (
+    assert attention.worth(sizes_of(2.0, 4.0)) == "100 or less"
+    assert attention.worth(sizes_of(0.5, 2.0)) == "200"  # in the middle, by logarithms
+    assert attention.worth(sizes_of(2.0, 0.5, 2.0)) == "800"  # for good
+    assert attention.worth(sizes_of(0.2, 0.5)) == "not up to 400"
+    assert attention.worth([{"n": 100, "contestants": {AUTO: {"ms": [1, 1, 1]}, SDPA_MASK: {"failure": "x"}}}]) == (
         "not measured"
     )
-    assert report.largest(sizes_of(0.5, 2.0)) == "2.0 (2.0 … 2.0) at N = 400"
+    assert attention.largest(sizes_of(0.5, 2.0)) == "2.0 (2.0 … 2.0) at N = 400"
 
 
 def test_a_failure_stands_in_the_report(tmp_path):
@@ -99,7 +103,7 @@ def test_what_would_take_too_long_is_not_tried():
 
 def test_a_wrong_result_is_no_contestant(monkeypatch):
     """A peer that computes something else fails, and tells by how much."""
-    causal = attention.workload_of("causal")
+    causal = workload_of("causal")
     peers = [peer for peer in attention.PEERS if peer.name in (SDPA_MASK, PYG)]
     peers[1] = peers[1]._replace(build=lambda task: lambda q, k, v: v + 1)
     match = attention.Match(Task(causal, 32), peers, options(Path()), attention.History())
@@ -114,7 +118,7 @@ def test_an_error_fails_a_contestant_here_and_at_larger_sizes():
             raise NotImplementedError("no backward")
         return torch.zeros_like(q)
 
-    causal, history = attention.workload_of("causal"), attention.History()
+    causal, history = workload_of("causal"), attention.History()
     peer = next(peer for peer in attention.PEERS if peer.name == SDPA_MASK)._replace(build=lambda task: broken)
     for n in (16, 32):
         found = attention.Match(Task(causal, n), [peer], options(Path()), history).figures(lambda peer, phase: None)
@@ -161,14 +165,13 @@ def test_the_sparse_models_of_a_step_compute_the_same(kind):
 @pytest.mark.parametrize("wrong", ["--minutes 0", "--n 3", "--section nothing", "--workload nothing", "--device tpu"])
 def test_settings_that_make_no_sense_are_errors(wrong, capsys):
     with pytest.raises(SystemExit):
-        bench.settings(wrong.split())
+        bench.main(wrong.split())
     assert "error" in capsys.readouterr().err
 
 
-def test_a_report_of_nothing_is_an_error(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["report", str(tmp_path)])
+def test_a_report_of_nothing_is_an_error(tmp_path, capsys):
     with pytest.raises(SystemExit):
-        report.main()
+        report.main([str(tmp_path)])
     assert "must hold records" in capsys.readouterr().err
 
 
@@ -177,3 +180,83 @@ def test_a_folder_that_cannot_be_written_is_told_before_anything_is_measured(tmp
     with pytest.raises(SystemExit, match="must be a folder to write to"):
         bench.main(["--out", str(tmp_path / "file")])
     assert (tmp_path / "file").read_text() == ""
+
+
+def test_every_experiment_is_listed_and_has_a_command():
+    modules = {path.stem for path in BENCHMARKS.glob("*.py") if "EXPERIMENT = " in path.read_text(encoding="utf-8")}
+    assert set(bench.EXPERIMENTS) == modules
+    for name in modules:
+        each = import_module(f"benchmarks.{name}").EXPERIMENT
+        assert each.name == name
+        if each.device == "cpu" or torch.cuda.is_available():
+            assert each.settings([]).out == measure.RESULTS
+
+
+def test_only_one_module_measures():
+    """Clocks, memory and processes are in measure.py alone."""
+    words = r"perf_counter|monotonic|\btime\.time\b|import time\b|\bresource\b|VmHWM|multiprocessing|\bEvent\("
+    measures = re.compile(words)
+    for path in BENCHMARKS.glob("*.py"):
+        found = measures.search(path.read_text(encoding="utf-8"))
+        assert (path.name == "measure.py") == bool(found), (path.name, found)
+
+
+def test_in_turn_two_go_first_equally_often():
+    calls = []
+    runs = {name: lambda name=name: calls.append(name) for name in "ab"}
+    times = measure.in_turn(runs, 20)
+    assert [len(each) for each in times.values()] == [20, 20]
+    assert calls[::2].count("a") == 10
+
+
+def test_what_has_used_up_its_seconds_drops_out_after_its_third_turn():
+    times = measure.in_turn({"a": lambda: None}, 20, seconds=0.0)
+    assert len(times["a"]) == 3
+
+
+def test_a_section_is_recorded_anew_as_a_whole_and_its_failure_is_a_goal(tmp_path):
+    """What was recorded of a section before is gone, other sections stay."""
+
+    def first(options):
+        yield Goal("of the first", 1.0, 2.0)
+
+    def second(options):
+        yield Goal("of the second", 1.0, 2.0, at_most=True, note="of three")
+        raise ValueError("no more")
+
+    few, both = options(tmp_path, section=None), {"a": first, "b": second}
+    experiment.goals_experiment("some", "Some.", both).execute(few)
+    found = Records(tmp_path)["some"]
+    assert {key: goal["yes"] for key, goal in found.items()} == {
+        "of the first": True, "of the second": False, "b: measured to its end": False}  # fmt: skip
+    assert found["b: measured to its end"]["reached"] == "ValueError: no more"
+    experiment.goals_experiment("some", "Some.", {"b": first}).execute(few)
+    assert set(Records(tmp_path)["some"]) == {"of the first"}
+    assert experiment.text_of(found["of the second"]) == "of the second (of three)"
+
+
+def test_two_records_are_compared_in_one_table(tmp_path, capsys):
+    for folder, reached in (("before", 2.0), ("after", 3.0)):
+        found = {goal.text: goal.figures("a") for goal in (Goal("speed", 1.0, reached), Goal(folder, 1.0, "failed"))}
+        measure.record("goals", found, tmp_path / folder)
+    goals.EXPERIMENT.main(["--compare", str(tmp_path / "before" / "goals.json"), "--out", str(tmp_path / "after")])
+    rows = capsys.readouterr().out.splitlines()
+    assert rows[0] == "| goals | before | after | ratio |"
+    assert rows[2:] == ["| speed | 2 | 3 | 1.500 |", "| before | failed |  |  |", "| after |  | failed |  |", ""]
+
+
+def test_overhead_is_recorded_for_each_size(tmp_path):
+    overhead.EXPERIMENT.main(["--repeats", "1", "--n", "64", "128", "--out", str(tmp_path)])
+    found = Records(tmp_path)["overhead"]
+    assert {(each["graph"], each["n"], each["phase"]) for each in found.values()} == {
+        (graph, n, phase) for graph in ("Causal()", "Full()") for n in (64, 128) for phase in attention.PHASES
+    }
+    assert found["Causal(), N = 64, forward"]["pairs"] == 16
+    assert "| `Causal()`, N = 64 | " in "\n".join(overhead.render(Records(tmp_path), lambda name, content: name))
+
+
+@pytest.mark.slow
+def test_the_exact_example_is_a_goal(tmp_path):
+    examples.EXPERIMENT.main(["--section", "exact", "--out", str(tmp_path)])
+    (goal,) = Records(tmp_path)["examples"].values()
+    assert goal["yes"]

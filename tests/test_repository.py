@@ -125,10 +125,12 @@ def test_the_readme_quotes_the_recorded_figures():
 
 
 def test_the_recorded_floors_are_those_of_the_kernels():
-    from benchmarks import floors
+    from benchmarks import floors, measure
 
-    recorded = json.loads((floors.RESULTS / "floors.json").read_text())["lines"]
-    assert [asdict(line) for line in floors.lines()] == recorded, "python -m benchmarks.floors"
+    recorded = json.loads((measure.RESULTS / "floors.json").read_text())
+    for line in floors.lines():
+        assert recorded.pop(line.text).items() >= asdict(line).items(), "python -m benchmarks.floors"
+    assert recorded == {}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=list(PAGE_OF))

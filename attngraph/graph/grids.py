@@ -78,7 +78,7 @@ class _Grid(Graph):
     def _count(self, n, m):
         if len(self.products) > 1:
             return super()._count(n, m)
-        (axes,) = self.products
+        axes = next(iter(self.products))
         return prod(axis.num_edges(length, length) for axis, length in zip(axes, self.shape, strict=True))
 
     def _each_axis(self, name: str, at_least: int) -> None:

@@ -83,12 +83,13 @@ def _of_pairs(device: torch.device) -> dict[str, float]:
     diagonal = _tiles_of(Chunks(tile[0]), 8 * n, tile)
     out, lse = torch.zeros_like(q, dtype=torch.float32), torch.zeros(1, heads, 8 * n, device=device)
     tiles = kernel_for("tiles", _call(q))
+    assert tiles is not None
     flash, masked, masked_call, call, of_full, of_diagonal, merging = _seconds(
-        lambda: scaled_dot_product_attention(*most),
-        lambda: scaled_dot_product_attention(*some, attn_mask=mask),
-        lambda: scaled_dot_product_attention(*few, attn_mask=no_pair),
-        lambda: tiles.forward(*few, one_tile, None, 0.125),
-        lambda: tiles.forward(*most, all_tiles, None, 0.125),
+        lambda: scaled_dot_product_attention(most[0], most[1], most[2]),
+        lambda: scaled_dot_product_attention(some[0], some[1], some[2], attn_mask=mask),
+        lambda: scaled_dot_product_attention(few[0], few[1], few[2], attn_mask=no_pair),
+        lambda: tiles.forward(few[0], few[1], few[2], one_tile, None, 0.125),
+        lambda: tiles.forward(most[0], most[1], most[2], all_tiles, None, 0.125),
         lambda: tiles.forward(q, k, v, diagonal, None, 0.125),
         lambda: merge(out, lse, v, lse),
     )

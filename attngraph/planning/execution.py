@@ -70,7 +70,8 @@ class _Attention(torch.autograd.Function):
         return out, lse
 
     @staticmethod
-    def backward(ctx: Any, dout, dlse):
+    def backward(ctx: Any, *grad_outputs: Any):
+        dout, dlse = grad_outputs
         q, k, v, values, out, lse = ctx.saved_tensors
         dout = torch.zeros_like(out) if dout is None else dout
         options = ctx.kind, ctx.scale, ctx.plan, ctx.needs_input_grad[3]
@@ -89,7 +90,7 @@ class _Gradients(torch.autograd.Function):
         return _backward_call(*arguments)
 
     @staticmethod
-    def backward(ctx: Any, *gradients):
+    def backward(ctx: Any, *grad_outputs: Any):
         raise RuntimeError(TWICE)
 
 
@@ -110,7 +111,7 @@ def _backward_call(dout, dlse, out, lse, q, k, v, values, kind, scale, plan, bia
         bias = ScoreBias(kind, values_) if kind else None
         dq, dk, dv, dbias = _backward(plan, q_, k_, v_, out_, lse, dout_, dlse, bias, scale, bias_grad)
     dq, dk, dv = (_laid_out(part.to(q.dtype), side) for part, side in ((dq, q), (dk, k), (dv, v)))
-    return dq, dk, dv, dbias.to(values.dtype).contiguous() if bias_grad else None
+    return dq, dk, dv, None if dbias is None else dbias.to(values.dtype).contiguous()
 
 
 def _laid_out(x: Tensor, other: Tensor) -> Tensor:
@@ -236,8 +237,11 @@ def _backward(plan: Plan, q, k, v, out, lse, dout, dlse, bias: ScoreBias | None,
     for part in parts:
         view = _View(part, q, k)
         of_queries = [side if side is None else view.queries(side) for side in (out, lse, dout, dlse)]
-        sides = view.queries(q), view.keys(k), view.keys(v), *of_queries
-        *gradients, part_dbias = part.backend.backward(*sides, part.layout, view.bias(bias), scale, bias_grad)
+        part_out, part_lse, part_dout, part_dlse = of_queries
+        *gradients, part_dbias = part.backend.backward(
+            view.queries(q), view.keys(k), view.keys(v), part_out, part_lse, part_dout, part_dlse,
+            part.layout, view.bias(bias), scale, bias_grad,
+        )  # fmt: skip
         gradients = [view.in_own_order(side).to(exact) for side in gradients]
         if totals is None:
             totals = gradients

@@ -243,9 +243,7 @@ def fitted(plan: Plan, call: Call, name: str = "auto") -> Plan:
 def _another_kernel(backend: Backend, call: Call) -> Backend | None:
     """The first backend that reads the same layouts and can run the call."""
     other = kernel_for(backend.name, call)
-    if other is None or (other.tiling and other.tiling.tile) != (backend.tiling and backend.tiling.tile):
-        return None
-    return other
+    return other if other is not None and other.tiling.tile == backend.tiling.tile else None
 
 
 def _definite(device: torch.device) -> torch.device:
@@ -399,7 +397,6 @@ class _Choice:
     def _ask_tiles_and_rows(self, tiles: Backend, rows: Backend, edges: EdgeSet, name: str) -> None:
         """Each tile by the backend that is cheaper for its edges."""
         tiling = tiles.tiling
-        assert tiling is not None
         lie = edges.tabulated(tiling)
         sides = lie.edges_per_tile, lie.blocks_per_tile, self.call, self.costs
         in_tiles = tiles.tile_seconds(*sides) <= rows.tile_seconds(*sides)
@@ -420,7 +417,6 @@ class _Choice:
         if self.edges.closed_form is not None or closed_form(banded) is None:
             return
         tiling = rows.tiling
-        assert tiling is not None
         lie = self.edges.tabulated(tiling)
         listed = torch.arange(len(lie.edges_per_tile)) >= len(lie.table.row)
         around, beside = EdgeSet(banded, self.edges.n, self.edges.m), self.edges.select(tiling, listed)
@@ -436,7 +432,6 @@ class _Choice:
 
     def _reordered(self, tiles: Backend) -> EdgeSet | None:
         """The edges after the nodes were put into an order in which they lie close together, if that may pay."""
-        assert tiles.tiling is not None
         lie = self.edges.tabulated(tiles.tiling)
         square = self.edges.n == self.edges.m and not len(lie.table.row) and len(lie.query) >= MIN_REORDERED_EDGES
         if self.reorder is False or self.call.bias or not square:

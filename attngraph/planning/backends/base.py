@@ -31,8 +31,8 @@ class Backend(ABC):
     """What `attend(…, backend=…)` calls it. Several kernels of one strategy share a name: the first that can, runs."""
     kernel: ClassVar[str] = ""
     """What it is made of, where several share a name."""
-    tiling: Tiling | None = None
-    """The tiles in which it computes, if it does: then `tile_seconds` must be there."""
+    tiling: Tiling = Tiling((64, 64), block=(64, 64))
+    """The tiles in which it computes, or in which its edges are counted, if `tile_seconds` is there."""
 
     # ================================================================== what a backend MUST define
 

@@ -1,0 +1,49 @@
+"""All that the benchmarks know of the inside of attngraph, which may change: its costs, tiles and plans."""
+
+from __future__ import annotations
+
+from attngraph import Costs, Graph, Plan, plan
+from attngraph.graph.base import at_size
+from attngraph.graph.boxes import occupied
+from attngraph.graph.rewrite import split
+from attngraph.planning.backends.tiles import TritonTiles
+
+TILE = TritonTiles.tiling.tile
+
+
+def explained(graph: Graph, n: int, heads: int, head_dim: int) -> str:
+    """The plan with the default costs of a CPU, whatever this machine is."""
+    return plan(graph, n, n, heads=heads, head_dim=head_dim, costs=Costs()).explain()
+
+
+def parts(graph: Graph, n: int) -> tuple[Graph, Graph]:
+    """What the planner gives to tiles, and the residual edges."""
+    return split(at_size(graph, n, n)[0])
+
+
+def pairs_of_tiles(graph: Graph, n: int, tile: tuple[int, int] = TILE) -> int:
+    """How many pairs the occupied tiles of a graph have."""
+    bound, n, m = at_size(graph, n, n)
+    return len(occupied(bound, n, m, tile)[0]) * tile[0] * tile[1]
+
+
+def pairs_of(made: Plan) -> int:
+    """How many pairs a plan computes."""
+    return sum(part.pairs for part in made.parts)
+
+
+def backends_of(made: Plan) -> list[str]:
+    """Of each part of a plan."""
+    return [part.backend.name for part in made.parts]
+
+
+def sort_edges(made: Plan, by_key: bool) -> None:
+    """Make what a plan's first part keeps for the forward pass, and for the backward one, which is else made then."""
+    layout = made.parts[0].layout
+    _ = layout.by_query, by_key and layout.by_key
+
+
+def keys_of(made: Plan, i: int):
+    """The keys of query i, in a plan whose only part lists edges one by one."""
+    by_query = made.parts[0].layout.by_query
+    return by_query.neighbor[by_query.start[i] : by_query.start[i + 1]].long()

@@ -1,4 +1,4 @@
-"""python -m attngraph demo: train a small GPT as message passing over a graph, with examples/gpt.py and its options."""
+"""python -m attngraph demo: train a small GPT, as examples/gpt.py does; calibrate: measure how fast this machine is."""
 
 from __future__ import annotations
 
@@ -6,14 +6,21 @@ import runpy
 import sys
 from pathlib import Path
 
+from attngraph.planning.calibrate import calibrate
+
 USAGE = """usage: python -m attngraph demo [options of examples/gpt.py]
+       python -m attngraph calibrate [cuda]
 
     python -m attngraph demo            a few minutes on a CPU; what it leaves is in runs/gpt
     python -m attngraph demo --graph "Causal() & Window(16, 0)" --name local
-    python -m attngraph demo --help"""
+    python -m attngraph demo --help
+    python -m attngraph calibrate       some seconds; plans then go by what this machine was measured to cost"""
 
 
 def main(arguments: list[str]) -> None:
+    if arguments[:1] == ["calibrate"] and len(arguments) <= 2 and arguments[1:] in ([], ["cpu"], ["cuda"]):
+        calibrate(*arguments[1:])
+        return
     if arguments[:1] != ["demo"]:
         asked = arguments[:1] in (["-h"], ["--help"])
         print(USAGE, file=sys.stdout if asked else sys.stderr)

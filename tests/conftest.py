@@ -5,7 +5,7 @@ import os
 import torch
 
 torch.set_num_threads(1)
-os.environ["ATTNGRAPH_COSTS"] = "default"  # plans that do not depend on what else the machine does
+os.environ["ATTNGRAPH_COSTS"] = "avx512"  # plans that do not depend on the machine
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported: its kernels run on a CPU
 

@@ -368,7 +368,7 @@ def test_what_a_plan_cannot_be_is_told():
         plan(Window(3, 0), 8, 8, backend="rows", device="mps")
     with pytest.raises(
         ValueError,
-        match="no normalize='sigmoid'; backend='edges' and backend='reference' can",
+        match="no normalize='sigmoid'; backend='edges' or 'reference' can",
     ):
         attend(*torch.randn(3, 1, 1, 4, 4), Causal(), normalize="sigmoid", backend="tiles")
 

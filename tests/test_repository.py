@@ -147,6 +147,7 @@ def test_pages_link_to_what_exists(page):
 
 
 def test_files_are_short_enough_to_read():
-    """About 400 lines; a longer file is a reason to look again."""
+    """About 400 lines; a longer file is a reason to look again, kernels for a GPU excepted."""
     for path in (ROOT / "attngraph").rglob("*.py"):
-        assert len(path.read_text(encoding="utf-8").splitlines()) < 620, path
+        if path.parent.name != "triton":
+            assert len(path.read_text(encoding="utf-8").splitlines()) < 620, path

@@ -66,8 +66,8 @@ def _lists(tiles, columns: int, device: torch.device | str, full: bool) -> tuple
     entry = torch.arange(longest if count.shape[1] * columns > MAX_LIST_ENTRIES else columns)
     indices = torch.zeros((*count.shape, len(entry)), dtype=torch.int32)
     for h, head in enumerate(tiles):
-        column = torch.cat([head.other, head.other.new_zeros(1)])
-        indices[h] = column[(first[h][:, None] + entry).clamp(max=len(head.other))]
+        column = torch.cat([head.column, head.column.new_zeros(1)])
+        indices[h] = column[(first[h][:, None] + entry).clamp(max=len(head.column))]
     indices = indices.where(entry < count[..., None], 0)
     return count[None].int().to(device), indices[None].contiguous().to(device)
 

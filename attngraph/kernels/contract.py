@@ -63,11 +63,6 @@ class TileRows(NamedTuple):
     tile: Tensor  # int32 (T,): its place in the table
     order: Tensor  # int32 (rows,): the rows, those with the most tiles first
 
-    @property
-    def other(self) -> Tensor:
-        """The former name of `column`."""
-        return self.column
-
 
 class Span(NamedTuple):
     """Runs of `width` adjacent tiles, one for each of `num_rows` rows of a strip: the b-th begins at first + b · step.

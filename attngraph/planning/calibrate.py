@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from attngraph.graph.base import Graph, at_size, list_edges
+from attngraph.graph.base import Graph, at_size
 from attngraph.graph.patterns import Chunks, Full, Identity, Random, Window
-from attngraph.kernels.edge import edges as gathered
 from attngraph.kernels.merge import merge
-from attngraph.planning.backends import kernel_for
-from attngraph.planning.call import Call
+from attngraph.planning.backends import BACKENDS, kernel_for
+from attngraph.planning.call import Call, Request
 from attngraph.planning.costs import Costs, default_costs, keep, kind_of
+from attngraph.planning.edge_set import EdgeSet
 from attngraph.planning.layouts.csr import CSR
 from attngraph.planning.layouts.tiles import Tiles, tabulate
 
@@ -148,10 +148,9 @@ def _of_gathering(device: torch.device) -> dict[str, float]:
 
     def run(graph: Graph, n: int, dim: int) -> Callable[[], object]:
         q, k, v = torch.randn(3, 1, heads, n, dim, device=device).unbind(0)
-        query, key = (side.to(device) for side in list_edges(*at_size(graph, n, n)))
-        options = {"bias": None, "scale": 1.0, "dropout_p": 0.0, "score": "dot", "normalize": "softmax"}
-        no_heads = torch.empty(0, len(query), dtype=torch.bool, device=device)
-        return lambda: gathered(q, k, v, query, key, no_heads, **options)
+        edges = BACKENDS["edges"]
+        layout = edges.build(EdgeSet(*at_size(graph, n, n)), _call(q))
+        return lambda: edges.attend(q, k, v, layout, None, Request(scale=1.0))
 
     call, narrow, wide = _seconds(run(Identity(), 16, 16), run(Random(degree), n, 16), run(Random(degree), n, 64))
     edges = heads * n * degree

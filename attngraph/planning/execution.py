@@ -28,6 +28,8 @@ def run(plan: Plan, q: Tensor, k: Tensor, v: Tensor, bias: Bias | None, call: Ca
     if plan.runs_whole(call):
         (part,) = plan.parts
         return part.backend.attend(q, k, v, part.layout, bias, request)
+    if plan.parts and not plan.parts[0].backend.merges:  # torch differentiates its forward pass
+        return _merged(q, k, v, bias, request.scale, lambda *sides: _forward_call(plan, *sides))
     return _merged(q, k, v, bias, request.scale, lambda *sides: _Attention.apply(*sides, plan))
 
 
@@ -236,8 +238,8 @@ def _backward(plan: Plan, q, k, v, out, lse, dout, dlse, bias: ScoreBias | None,
         dbias = torch.zeros_like(bias.values, dtype=torch.promote_types(bias.values.dtype, torch.float32))
     for part in parts:
         view = _View(part, q, k)
-        of_queries = [side if side is None else view.queries(side) for side in (out, lse, dout, dlse)]
-        part_out, part_lse, part_dout, part_dlse = of_queries
+        part_out, part_lse, part_dout = (view.queries(side) for side in (out, lse, dout))
+        part_dlse = None if dlse is None else view.queries(dlse)
         *gradients, part_dbias = part.backend.backward(
             view.queries(q), view.keys(k), view.keys(v), part_out, part_lse, part_dout, part_dlse,
             part.layout, view.bias(bias), scale, bias_grad,

@@ -195,7 +195,11 @@ def traced(graph: Graph | Plan, call: Call, name: str) -> Backend | None:
     if name != "auto":
         require(name, call)
         found = kernel_for(name, call)
-        return None if found is None or (found.merges and name != "dense") else found
+        if found is None or (found.merges and name != "dense"):
+            return None
+        if type(found).traced_layout is Backend.traced_layout:
+            raise ValueError(f"backend={name!r} can't run this call: it has no layout for compiled programs")
+        return found
     dense, edges = BACKENDS["dense"], BACKENDS["edges"]
     if dense.supports(call) is not None:
         return edges
@@ -216,10 +220,9 @@ def require(name: str, call: Call) -> None:
     reasons = backends.reasons(name, call)
     alike = len(set(reasons.values())) == 1
     why = [*reasons.values()][:1] if alike else [f"{label}: {reason}" for label, reason in reasons.items()]
-    others = [f"backend={other!r}" for other in backends.names() if kernel_for(other, call) is not None]
-    raise ValueError(
-        f"backend={name!r} can't run this call: {'; '.join(why)}; {' and '.join(others[::-1])} can, and 'auto' chooses"
-    )
+    *others, last = [repr(other) for other in backends.names()[::-1] if kernel_for(other, call) is not None]
+    able = f"{', '.join(others)} or {last}" if others else last
+    raise ValueError(f"backend={name!r} can't run this call: {'; '.join(why)}; backend={able} can, and 'auto' chooses")
 
 
 def fitted(plan: Plan, call: Call, name: str = "auto") -> Plan:
@@ -303,12 +306,14 @@ def _merges(call: Call, name: str) -> bool:
 
 
 def _groups(bound: Graph) -> dict[Graph, tuple[int, ...] | None]:
-    """The different graphs of the heads, simplified, with the heads that have each."""
+    """The different graphs of the heads, simplified, with the heads that have each; None: all of them."""
     if bound.heads is None:
         return {simplify(bound): None}
     groups: dict[Graph, list[int]] = {}
     for h in range(bound.heads):
         groups.setdefault(simplify(bound._head(h)), []).append(h)
+    if len(groups) == 1:
+        return {simplify(bound._head(0)): None}
     return {graph: tuple(heads) for graph, heads in groups.items()}
 
 

@@ -308,6 +308,3 @@ def _zeros_like(bias: ScoreBias) -> Tensor:
     values = _with_batch(bias)
     summed = bias.kind == "offset" or (bias.kind == "dense" and values.shape[2] == 1)
     return torch.zeros_like(values, dtype=torch.float64 if summed else values.dtype)
-
-
-Bias = ScoreBias | None  # for the dispatchers in `kernels/tiles.py` and `kernels/rows.py`

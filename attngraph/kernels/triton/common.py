@@ -15,7 +15,7 @@ A tensor goes to a kernel together with its strides, as one named tuple:
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol, TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 import triton
@@ -26,73 +26,6 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 NO_BIAS, OFFSET, DENSE, EDGE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
 BIAS_KINDS = {None: NO_BIAS.value, "offset": OFFSET.value, "dense": DENSE.value, "edge": EDGE.value}
-
-
-# -------------------------------------------------------------------------- layouts, as far as these kernels read them
-
-
-class TileRows(Protocol):
-    """The tiles of each row, or of each column, of tiles."""
-
-    start: Tensor
-    full: Tensor
-    other: Tensor
-    mask: Tensor
-    at: Tensor
-    order: Tensor
-
-
-class TileTable(Protocol):
-    """All tiles, sorted by row, then column."""
-
-    row: Tensor
-    column: Tensor
-    words: Tensor
-
-
-class TilesLayout(Protocol):
-    """The tiles of a graph."""
-
-    table: TileTable
-
-    @property
-    def tile(self) -> tuple[int, int]: ...
-    @property
-    def grid(self) -> tuple[int, int]: ...
-    @property
-    def by_query(self) -> TileRows: ...
-    @property
-    def by_key(self) -> TileRows: ...
-    @property
-    def words_by_key(self) -> Tensor: ...
-    @property
-    def first_edge_of_word(self) -> Tensor: ...
-    def on(self, device: torch.device) -> TilesLayout: ...
-
-
-class Adjacency(Protocol):
-    """The edges of each query, or of each key."""
-
-    start: Tensor
-    neighbor: Tensor
-    edge: Tensor
-    units: Tensor
-    pieces: Tensor
-    heavy: int
-
-    @property
-    def num_pieces(self) -> int: ...
-
-
-class CSRLayout(Protocol):
-    """The edges of a graph."""
-
-    @property
-    def by_query(self) -> Adjacency: ...
-    @property
-    def by_key(self) -> Adjacency: ...
-    @property
-    def numbered(self) -> Adjacency: ...
 
 
 # --------------------------------------------------------------------------------------------------- arguments

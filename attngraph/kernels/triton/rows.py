@@ -60,8 +60,7 @@ from attngraph.kernels.triton.common import (
 )
 
 if TYPE_CHECKING:
-    from attngraph.kernels.contract import ScoreBias
-    from attngraph.kernels.triton.common import Adjacency, CSRLayout
+    from attngraph.kernels.contract import Adjacency, CSRLayout, ScoreBias
 
 # --------------------------------------------------------------------------------------------------- arguments
 

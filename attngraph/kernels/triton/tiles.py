@@ -63,8 +63,7 @@ from attngraph.kernels.triton.common import (
 )
 
 if TYPE_CHECKING:
-    from attngraph.kernels.contract import ScoreBias
-    from attngraph.kernels.triton.common import TileRows, TilesLayout
+    from attngraph.kernels.contract import ScoreBias, TileRows, TilesLayout
 
 # --------------------------------------------------------------------------------------------------- arguments
 
@@ -583,8 +582,8 @@ class _Launcher:
             tiles, num_blocks, heads = self.layout.by_key, tile_columns * blocks_n, self.v.shape[:2]
         else:
             tiles, num_blocks, heads = self.layout.by_query, tile_rows * blocks_m, self.q.shape[:2]
-        if len(tiles.other) * blocks_m * blocks_n * self.sizes[1] >= 1 << 31:
-            raise ValueError(f"tiles on a GPU are counted in 32 bits (got {len(tiles.other):,} of them)")
+        if len(tiles.column) * blocks_m * blocks_n * self.sizes[1] >= 1 << 31:
+            raise ValueError(f"tiles on a GPU are counted in 32 bits (got {len(tiles.column):,} of them)")
         inputs = Inputs(*self.qkv, self.bias, _tile_ptrs(tiles), self.masks)
         config = Config(
             *self.dims, tile_m, tile_n, blocks.BLOCK_M, blocks.BLOCK_N,
@@ -645,7 +644,7 @@ class _Launcher:
 
 def _tile_ptrs(tiles: TileRows) -> TilePtrs:
     """The tiles of each row, or of each column, as kernels take them."""
-    return TilePtrs(tiles.start, tiles.full, tiles.other, tiles.mask, tiles.at, tiles.order)
+    return TilePtrs(tiles.start, tiles.full, tiles.column, tiles.mask, tiles.tile, tiles.order)
 
 
 def _input_precision(dtype: torch.dtype) -> str:

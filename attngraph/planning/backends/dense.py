@@ -74,6 +74,7 @@ class Dense(Backend):
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, layout: DenseLayout, bias: ScoreBias | None, scale: float
     ) -> tuple[Tensor, Tensor]:
+        assert bias is None  # as one of several parts: see supports
         return kernels.forward(q, k, v, layout, None, scale)
 
     def backward(self, q, k, v, out, lse, dout, dlse, layout, bias, scale, bias_grad) -> Gradients:

@@ -1,0 +1,159 @@
+"""Every backend of the dict fulfils the contract: it equals the reference, or says why it can't run a call."""
+
+import re
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from graphs import GRAPHS
+from test_attend import tensors
+from torch.testing import assert_close
+
+from attngraph import Causal, Costs, Full, Prefix, Random, Window, attend, cache, plan
+from attngraph.graph.base import at_size
+from attngraph.graph.rewrite import simplify
+from attngraph.kernels.contract import ScoreBias
+from attngraph.planning import backends
+from attngraph.planning.backends import BACKENDS
+from attngraph.planning.call import Call, Request
+from attngraph.planning.edge_set import EdgeSet
+
+every = pytest.mark.parametrize("case", GRAPHS, ids=lambda case: f"{str(case.graph)[:60]}-{case.n}x{case.m}")
+labels = pytest.mark.parametrize("label", BACKENDS)
+
+
+def call_of(n, m, heads=4, dtype=torch.float64, **options):
+    return Call(n, m, heads, 2, 4, 3, dtype, torch.device("cpu"), **options)
+
+
+@every
+@labels
+def test_it_equals_the_reference_forward_and_backward(case, label):
+    backend, graph = BACKENDS[label], case.graph._head(0) if case.graph.heads else case.graph
+    dtype = torch.float32 if label == "tiles (numba)" else torch.float64
+    call = call_of(case.n, case.m, dtype=dtype)
+    if backend.supports(call) is not None or not case.n or not case.m:
+        return
+    edges = EdgeSet(simplify(at_size(graph, case.n, case.m)[0]), case.n, case.m)
+    assert backend.estimate(edges, call, Costs()) >= 0
+    if not edges.count:
+        return
+    layout = backend.build(edges, call)
+    assert backend.pairs(edges, layout) >= 0
+    assert isinstance(backend.describe(edges, layout, call), str)
+    sides = [side.detach().to(dtype).requires_grad_() for side in tensors(case.n, case.m)]
+    dout = torch.linspace(1, 2, 2 * 4 * case.n * 3, dtype=torch.float64).view(2, 4, case.n, 3)
+    wanted = [side.detach().double().requires_grad_() for side in sides]
+    right = attend(*wanted, graph, scale=0.5, backend="reference")
+    expected = right, *torch.autograd.grad(right, wanted, dout)
+    if backend.runs_whole(layout, call) or not backend.merges:
+        if backend.runs_whole(layout, call):
+            out = backend.attend(*sides, layout, None, Request(scale=0.5))[0]
+        else:
+            out = backend.forward(*sides, layout, None, 0.5)[0]
+        found = out, *torch.autograd.grad(out, sides, dout.to(dtype))
+    else:
+        q, k, v = (side.detach() for side in sides)
+        out, lse = backend.forward(q, k, v, layout, None, 0.5)
+        found = out, *backend.backward(q, k, v, out, lse, dout.to(dtype), None, layout, None, 0.5, False)[:3]
+    tolerance = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0, "atol": 1e-10}
+    for one, other in zip(found, expected, strict=True):
+        assert_close(one.double(), other, **tolerance)
+
+
+OPTIONS = [
+    {}, {"dropout": True}, {"score": "additive"}, {"normalize": "sigmoid"}, {"return_weights": True}, {"bias": "edge"},
+    {"transform": "torch.func"}, {"transform": "forward-mode"}, {"part": True}, {"compiled": True},
+    {"dtype": torch.bfloat16},
+]  # fmt: skip
+
+
+@labels
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_a_reason_is_a_sentence(label, options):
+    reason = BACKENDS[label].supports(call_of(9, 9, **options))
+    assert reason is None or (reason == reason.strip() and " " in reason)
+
+
+@pytest.mark.parametrize("options", [
+    {}, {"dropout": True}, {"bias": "offset"}, {"bias": "edge"}, {"score": "a function"}, {"return_weights": True},
+    {"normalize": "sigmoid"}, {"dtype": torch.float64}, {"backend": "rows"},
+], ids=str)  # fmt: skip
+def test_explain_has_the_answer_of_every_backend_that_was_asked(options):
+    made = plan(Causal() & (Window(60, 0) | Random(3)), 700, 700, heads=2, **options)
+    text = made.explain()
+    asked = [label for label, each in BACKENDS.items() if options.get("backend") in (None, each.name)]
+    for label in asked:
+        line = re.search(rf"^  {re.escape(label)} +(\S.*)$", text, re.MULTILINE)
+        assert line, label
+        answer = made.candidates[label]
+        assert (answer in line[1]) if isinstance(answer, str) else re.match(r"[\d.,e+-]+ m?s", line[1])
+    assert "<- chosen" in text
+    seconds = {name: answer for name, answer in made.candidates.items() if not isinstance(answer, str)}
+    assert seconds[made.chosen[0]] == min(seconds.values())
+
+
+def test_float64_is_priced_by_the_kernel_that_runs_it():
+    single, double = (plan(Window(60, 0), 2048, 2048, dtype=dtype) for dtype in (torch.float32, torch.float64))
+    assert "float32" in double.candidates["tiles (numba)"]
+    assert isinstance(double.candidates["tiles (torch)"], float)
+    assert isinstance(single.candidates["tiles (numba)"], float)
+    assert "is faster" in single.candidates["tiles (torch)"]
+
+
+def test_heads_of_one_graph_and_a_bias_are_one_call():
+    """Found: a bias was lost where all heads had the same graph."""
+    from attngraph import Alibi, PerHead
+
+    q, k, v = tensors(9, 9)
+    bias = Alibi(torch.rand(4, dtype=torch.float64))
+    graph = PerHead([Causal()] * 4)
+    for name in [*backends.names(), "auto"]:
+        found = attend(q, k, v, graph, bias=bias, backend=name)
+        assert_close(found, attend(q, k, v, Causal(), bias=bias, backend="reference"), rtol=0, atol=1e-12)
+
+
+def code_of_contributing():
+    text = (Path(__file__).parent.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    return re.search(r"a backend, complete: begin -->\n\n```python\n(.*?)```", text, re.DOTALL)[1]
+
+
+def test_a_backend_written_as_contributing_says_runs(monkeypatch):
+    space = {"__name__": "padded"}
+    exec(compile(code_of_contributing(), "CONTRIBUTING.md", "exec"), space)
+    monkeypatch.setitem(BACKENDS, "padded", space["Padded"]())
+    cache.clear()
+    assert "padded" in backends.names()
+    for graph in (Random(3), Causal() & (Window(5, 0) | Prefix(1)), Full()):
+        q, k, v = tensors(20, 20)
+        found, right = (attend(q, k, v, graph, backend=name) for name in ("padded", "reference"))
+        assert_close(found, right, rtol=0, atol=1e-12)
+        gradients = [torch.autograd.grad(out.square().sum(), (q, k, v)) for out in (found, right)]
+        assert_close(*gradients, rtol=0, atol=1e-10)
+        assert isinstance(plan(graph, 20, 20).candidates["padded"], float)
+    with pytest.raises(ValueError, match="backend='padded' can't run this call: it has no dropout"):
+        attend(q, k, v, Full(), dropout_p=0.1, backend="padded")
+    cache.clear()
+
+
+def test_more_edges_never_cost_less():
+    call = call_of(512, 512, dtype=torch.float32)
+    graphs = [Window(width, 0) for width in (1, 8, 40, 200, 511)]
+    for backend in BACKENDS.values():
+        if backend.supports(call) is None:
+            seconds = [backend.estimate(EdgeSet(at_size(g, 512, 512)[0], 512, 512), call, Costs()) for g in graphs]
+            assert all(few <= many for few, many in pairwise(seconds)), backend.label
+
+
+def test_a_bias_kind_reaches_the_kernels_that_know_it():
+    q, k, v = (side.detach() for side in tensors(12, 12))
+    values = torch.rand(4, 23, dtype=torch.float64)
+    edges = EdgeSet(at_size(Window(3, 0), 12, 12)[0], 12, 12)
+    outs = []
+    for label in ("tiles (torch)", "rows (numba)"):
+        backend, call = BACKENDS[label], call_of(12, 12, bias="offset")
+        assert backend.supports(call) is None
+        outs.append(backend.forward(q, k, v, backend.build(edges, call), ScoreBias("offset", values), 0.5)[0])
+    assert_close(*outs, rtol=0, atol=1e-12)
+    assert BACKENDS["tiles (numba)"].supports(call_of(12, 12, dtype=torch.float32, bias="offset")) is not None

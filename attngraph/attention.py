@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import fields
 
 import torch
@@ -80,10 +80,12 @@ def attend(
     factor = scale if scale is not None else max(q.shape[3], 1) ** -0.5 if score == "dot" else 1.0
     request = Request(factor, score, normalize, dropout_p, return_lse, return_weights)
     results = _run(q, k, v, graph, bias, _call(q, k, v, bias, request), request, backend)
+    if not (return_lse or return_weights):
+        return results[0][0] if unbatched else results[0]
     asked = (True, return_lse, return_weights)
     found = [part for part, wanted in zip(results, asked, strict=True) if wanted and part is not None]
     found = [part[0] for part in found] if unbatched else found
-    return found[0] if len(found) == 1 else tuple(found)
+    return tuple(found)
 
 
 def _run(
@@ -142,6 +144,7 @@ def _transform(*sides: Tensor) -> Transform | None:
 
 def _check(q, k, v, graph, bias, scale, score, normalize, dropout_p) -> None:
     """Raise unless the arguments of `attend` fit each other."""
+    dtype = device = None
     for name, side in (("q", q), ("k", k), ("v", v)):
         if not isinstance(side, Tensor):
             raise TypeError(f"{name} must be a tensor (got {type(side).__name__})")
@@ -152,13 +155,13 @@ def _check(q, k, v, graph, bias, scale, score, normalize, dropout_p) -> None:
             )
         if not side.is_floating_point():
             raise TypeError(f"q, k and v must hold floating-point numbers (got a {name} of {side.dtype})")
-        if side.dtype != q.dtype or side.device != q.device:
+        if dtype is None:
+            dtype, device = side.dtype, side.device
+        elif side.dtype != dtype or side.device != device:
             raise ValueError(
-                f"q, k and v must have one dtype and one device (got q {q.dtype} on {q.device}, "
+                f"q, k and v must have one dtype and one device (got q {dtype} on {device}, "
                 f"{name} {side.dtype} on {side.device})"
             )
-        if side.shape[0] != q.shape[0]:
-            raise ValueError(f"q, k and v must have the same batch size (got q {q.shape[0]}, {name} {side.shape[0]})")
     if isinstance(graph, Plan):
         _check_plan(graph, q, k)
         graph = graph.graph
@@ -180,25 +183,35 @@ def _check(q, k, v, graph, bias, scale, score, normalize, dropout_p) -> None:
                 f"a bias must hold floating-point numbers on q's device, {q.device} "
                 f"(got {values.dtype} on {values.device})"
             )
-    (_, H, N, D), (_, Hkv, M, Dk) = q.shape, k.shape
+    (B, H, N, D), (Bk, Hkv, M, Dk), (Bv, Hv, Mv, _) = q.shape, k.shape, v.shape
+    if not B == Bk == Bv:
+        raise ValueError(f"q, k and v must have the same batch size (got q {B}, k {Bk}, v {Bv})")
     if Dk != D:
         raise ValueError(f"q and k must have the same head dimension (got {D} and {Dk})")
-    if v.shape[1] != Hkv or v.shape[2] != M:
+    if Hv != Hkv or Mv != M:
         raise ValueError(f"k and v must have the same heads and nodes (got {tuple(k.shape)} and {tuple(v.shape)})")
     if Hkv == 0 or H % Hkv:
         raise ValueError(f"the number of query heads must be a multiple of the key heads (got {H} and {Hkv})")
-    for name, side, own, given in (("query", "q", graph.size[0], N), ("key", "k", graph.size[1], M)):
-        if own is not None and own != given:
-            raise ValueError(
-                f"graph has {own} {name} nodes but {side} has {given}; build the graph for {given} of them"
-            )
+    own_n, own_m = graph.size
+    if own_n is not None and own_n != N:
+        raise ValueError(f"graph has {own_n} query nodes but q has {N}; build the graph for {N} of them")
+    if own_m is not None and own_m != M:
+        raise ValueError(f"graph has {own_m} key nodes but k has {M}; build the graph for {M} of them")
     if graph.heads is not None and graph.heads != H:
         raise ValueError(f"graph has {graph.heads} heads but q has {H}; give PerHead one graph for each head")
-    for name, given, names in (("score", score, SCORES), ("normalize", normalize, ("softmax", *NORMALIZERS))):
-        if given not in names if isinstance(given, str) else not callable(given):
-            raise ValueError(f"{name} must be a function or one of {', '.join(names)} (got {given!r})")
+    _check_option("score", score, SCORES)
+    _check_option("normalize", normalize, NORMALIZER_NAMES)
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p must be a probability below 1 (got {dropout_p})")
+
+
+NORMALIZER_NAMES = ("softmax", *NORMALIZERS)
+
+
+def _check_option(name: str, given: object, names: Collection[str]) -> None:
+    """Raise unless a score or normaliser is known by name, or a function."""
+    if given not in names if isinstance(given, str) else not callable(given):
+        raise ValueError(f"{name} must be a function or one of {', '.join(names)} (got {given!r})")
 
 
 def _check_plan(plan: Plan, q: Tensor, k: Tensor) -> None:

@@ -316,7 +316,7 @@ BAD = [
     ({"k": (1, 2, 6, 4)}, ValueError, "same head dimension (got 8 and 4)"),
     ({"v": (1, 2, 5, 8)}, ValueError, "same heads and nodes"),
     ({"v": (1, 1, 6, 8)}, ValueError, "same heads and nodes"),
-    ({"k": (2, 2, 6, 8)}, ValueError, "same batch size (got q 1, k 2)"),
+    ({"k": (2, 2, 6, 8)}, ValueError, "same batch size (got q 1, k 2"),
     ({"q": (6, 8)}, ValueError, "shape (B, heads, nodes, D)"),
     ({"k": (2, 6, 8)}, ValueError, "got 3 dimensions for k"),
     ({"dtypes": ("float32", "float64", "float32")}, ValueError, "one dtype and one device"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
@@ -49,8 +48,7 @@ class Call(NamedTuple):
         return self.dtype.itemsize
 
 
-@dataclass(frozen=True, eq=False, slots=True)
-class Request:
+class Request(NamedTuple):
     """The options of a call that are numbers or functions: what runs, not how."""
 
     scale: float

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from attngraph import Costs, Graph, Plan, plan
 from attngraph.graph.base import at_size
-from attngraph.graph.boxes import occupied
+from attngraph.graph.boxes import occupied_tiles
 from attngraph.graph.rewrite import split
 from attngraph.planning.backends.tiles import TritonTiles
 
@@ -24,7 +24,7 @@ def parts(graph: Graph, n: int) -> tuple[Graph, Graph]:
 def pairs_of_tiles(graph: Graph, n: int, tile: tuple[int, int] = TILE) -> int:
     """How many pairs the occupied tiles of a graph have."""
     bound, n, m = at_size(graph, n, n)
-    return len(occupied(bound, n, m, tile)[0]) * tile[0] * tile[1]
+    return len(occupied_tiles(bound, n, m, tile)[0]) * tile[0] * tile[1]
 
 
 def pairs_of(made: Plan) -> int:

@@ -11,7 +11,7 @@ from test_properties import sized_graphs
 
 from attngraph import Causal, Documents, EdgeList, Neighborhood, Prefix, Window, from_function, parse
 from attngraph.graph.base import at_size
-from attngraph.graph.boxes import FULL, Boxes, occupied, same
+from attngraph.graph.boxes import FULL, Boxes, occupied_tiles, row_ids
 from attngraph.planning.layouts.tiles import Tiles, pack, tabulate, tabulate_edges, union, unpack
 
 TILES = [(1, 32), (2, 32), (4, 64), (64, 64)]
@@ -57,7 +57,7 @@ def test_boxes_of_one_pattern_have_the_same_edges(graph, n, m, mask, size):
         return
     shape = [boxes.bottom - boxes.top, boxes.right - boxes.left]
     first = {}
-    for number, part in zip(same([*shape, *graph._box_pattern(boxes)]).tolist(), inside(mask, boxes), strict=True):
+    for number, part in zip(row_ids([*shape, *graph._box_pattern(boxes)]).tolist(), inside(mask, boxes), strict=True):
         # An EMPTY or FULL box needs no pattern: a graph may look at its boxes before it asks for one.
         if part.any() and not part.all():
             assert torch.equal(first.setdefault(number, part), part)
@@ -185,7 +185,7 @@ def test_planning_cost_grows_with_the_occupied_tiles(monkeypatch):
     totals = []
     for n in (1 << 16, 1 << 17):
         looked.clear()
-        occupied(Window(256, 0), n, n, (64, 64))
+        occupied_tiles(Window(256, 0), n, n, (64, 64))
         totals.append(sum(looked))
     assert totals[1] < 2.1 * totals[0]
     assert totals[1] < 20 * (1 << 17) // 64

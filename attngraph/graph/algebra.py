@@ -24,7 +24,7 @@ from attngraph.graph.base import (
     require_ints,
     sort_edges,
 )
-from attngraph.graph.boxes import FULL, PARTIAL, Boxes, decide, patterns_side_by_side
+from attngraph.graph.boxes import FULL, PARTIAL, Boxes, classify, patterns_side_by_side
 from attngraph.graph.counting import Breakpoints
 
 PATHS_AT_ONCE = 1 << 22  # paths of two hops that are looked at in one step
@@ -48,7 +48,7 @@ class _Pointwise(Graph):
     def _own_size(self):
         return common_size("graphs", *(graph.size for graph in self.graphs))
 
-    def contains(self, q_idx, kv_idx):
+    def contains(self, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         return reduce(type(self).operator, (graph.contains(q_idx, kv_idx) for graph in self.graphs))
 
     def _breakpoints(self, n, m):
@@ -156,7 +156,7 @@ class Complement(Graph):
     def _own_size(self):
         return self.graph.size
 
-    def contains(self, q_idx, kv_idx):
+    def contains(self, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         return ~self.graph.contains(q_idx, kv_idx)
 
     def _classify_boxes(self, boxes):
@@ -187,7 +187,7 @@ class Transpose(Graph):
         n, m = self.graph.size
         return m, n
 
-    def contains(self, q_idx, kv_idx):
+    def contains(self, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         return self.graph.contains(kv_idx, q_idx)
 
     def _classify_boxes(self, boxes):
@@ -234,7 +234,7 @@ class QuerySlice(Graph):
     def _own_size(self):
         return (self.stop - self.start, self.graph.size[1])
 
-    def contains(self, q_idx, kv_idx):
+    def contains(self, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         return self.graph.contains(q_idx + self.start, kv_idx)
 
     def _classify_boxes(self, boxes):
@@ -280,7 +280,7 @@ class Sized(Graph):
     def _own_size(self):
         return common_size("graph", self.graph.size, (self.num_queries, self.num_keys))
 
-    def contains(self, q_idx, kv_idx):
+    def contains(self, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         return self.graph._bind(*self.size).contains(q_idx, kv_idx)
 
     def _classify_boxes(self, boxes):
@@ -321,14 +321,14 @@ class WithGlobalNodes(Graph):
         n, m = self.graph.size
         return _plus(n, self.num_global), _plus(m, self.num_global)
 
-    def contains(self, q_idx, kv_idx):
+    def contains(self, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         k = self.num_global
         inner = self.graph.contains((q_idx - k).clamp(min=0), (kv_idx - k).clamp(min=0))
         return (q_idx < k) | (kv_idx < k) | inner
 
     def _classify_boxes(self, boxes):
         k, inner = self.num_global, self._in_inner(boxes)
-        found = decide(inner, (boxes.bottom <= k) | (boxes.right <= k))
+        found = classify(inner, (boxes.bottom <= k) | (boxes.right <= k))
         found[inner] = self.graph._classify_boxes(boxes.chosen(inner).shifted(-k, -k))
         return found
 
@@ -390,7 +390,7 @@ class TwoHops(Graph):
         """How many nodes lie between the two hops, if known."""
         return self.b.size[0] if self.a.size[1] is None else self.a.size[1]
 
-    def contains(self, q_idx, kv_idx):
+    def contains(self, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         if self.middle is None:
             raise ValueError(
                 f"two hops need the number of nodes between them, which {self} does not tell: give one of the "

@@ -45,7 +45,7 @@ class Graph:
     >>> class Ring(Graph):
     ...     nodes: int
     ...
-    ...     def contains(self, q_idx, kv_idx):
+    ...     def contains(self, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
     ...         return (kv_idx - q_idx) % self.nodes == 1
     >>> (Ring(nodes=4) | Causal()).mask(4, 4).int()
     tensor([[1, 1, 0, 0],
@@ -125,7 +125,7 @@ class Graph:
 
     def _classify_boxes(self, boxes: Boxes) -> Tensor:
         """EMPTY, PARTIAL or FULL for each box (see `boxes`), int8; PARTIAL is always safe."""
-        return of_boxes.one_class(boxes, of_boxes.PARTIAL)
+        return of_boxes.constant_class(boxes, of_boxes.PARTIAL)
 
     def _box_pattern(self, boxes: Boxes) -> list[Tensor]:
         """Numbers that decide which pairs of a box are edges: boxes of one shape that agree in all have equal edges."""

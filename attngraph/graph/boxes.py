@@ -1,16 +1,23 @@
 """Where a graph has edges, told box by box: the way to plan at the cost of the occupied tiles, not of N².
 
 A graph tells of any box of the plane (some queries × some keys) whether it is EMPTY, FULL or PARTIAL; PARTIAL is always
-a safe answer. From that alone `occupied` finds the tiles that hold edges, by halving boxes until they are decided.
+a safe answer. From that alone `occupied_tiles` finds the tiles that hold edges: boxes are halved until they are decided.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, NamedTuple
 
 import psutil
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from attngraph.graph.base import Graph, Size
+
+    Placed = Iterable[tuple[Graph, int, int, Size]]
+    """Graphs side by side: each with its first query, its first key, and its size."""
 
 EMPTY, PARTIAL, FULL = 0, 1, 2  # ordered, so that a union is the larger of two, an intersection the smaller
 
@@ -52,12 +59,12 @@ class Boxes(NamedTuple):
         return Boxes(*(side[which] for side in self))
 
 
-def decide(empty: Tensor, full: Tensor) -> Tensor:
+def classify(empty: Tensor, full: Tensor) -> Tensor:
     """The class of each box from two answers: int8."""
     return torch.where(empty, EMPTY, torch.where(full, FULL, PARTIAL)).to(torch.int8)
 
 
-def one_class(boxes: Boxes, kind: int) -> Tensor:
+def constant_class(boxes: Boxes, kind: int) -> Tensor:
     """The same answer for all boxes."""
     return torch.full_like(boxes.top, kind, dtype=torch.int8)
 
@@ -68,14 +75,14 @@ def between_diagonals(boxes: Boxes, least: int | None, most: int | None, period:
     inside_low = low if least is None else low.clamp(min=least)
     inside_high = high if most is None else high.clamp(max=most)
     empty = inside_high // period * period < inside_low
-    return decide(
+    return classify(
         empty, (inside_low == low) & (inside_high == high) & (low % period == 0) & ((period == 1) | (low == high))
     )
 
 
-def same_group(first_q: Tensor, last_q: Tensor, first_k: Tensor, last_k: Tensor) -> Tensor:
+def classify_groups(first_q: Tensor, last_q: Tensor, first_k: Tensor, last_k: Tensor) -> Tensor:
     """Of nodes that hear each other within ascending groups, from the groups of a box's first and last nodes."""
-    return decide(
+    return classify(
         (last_q < first_k) | (last_k < first_q), (first_q == last_q) & (first_k == last_k) & (first_q == first_k)
     )
 
@@ -94,7 +101,7 @@ class Occupied(NamedTuple):
 BYTES_PER_BOX = 200  # what the descent holds for each box of one level, temporary tensors included
 
 
-def occupied(graph, n: int, m: int, tile: tuple[int, int]) -> Occupied:
+def occupied_tiles(graph: Graph, n: int, m: int, tile: tuple[int, int]) -> Occupied:
     """The tiles, of so many queries and keys, in which a graph of size n × m may have edges.
 
     Boxes of 2^level × 2^level tiles are quartered until their class is decided, or they are single tiles.
@@ -103,13 +110,10 @@ def occupied(graph, n: int, m: int, tile: tuple[int, int]) -> Occupied:
     row = column = torch.zeros(1 if rows and columns else 0, dtype=torch.int64)
     found = [(row[:0], row[:0], torch.zeros(0, dtype=torch.bool))]
     for level in range(max(rows - 1, columns - 1, 0).bit_length(), -1, -1):
-        high, wide = tile[0] << level, tile[1] << level
-        kind = graph._classify_boxes(
-            Boxes(row * high, (row + 1) * high, column * wide, (column + 1) * wide).clipped(n, m)
-        )
+        kind = graph._classify_boxes(_boxes(row, column, tile[0] << level, tile[1] << level).clipped(n, m))
         full, partial = kind == FULL, kind == PARTIAL
-        settled = int(full.sum()) << 2 * level
-        require_memory((settled + 4 * int(partial.sum())) * BYTES_PER_BOX, f"to plan {graph} at {n} × {m}")
+        num_full = int(full.sum()) << 2 * level
+        require_memory((num_full + 4 * int(partial.sum())) * BYTES_PER_BOX, f"to plan {graph} at {n} × {m}")
         found.append((*_quartered(row[full], column[full], level, rows, columns), torch.ones(1, dtype=torch.bool)))
         if level == 0:
             found.append((row[partial], column[partial], torch.zeros(1, dtype=torch.bool)))
@@ -121,6 +125,11 @@ def occupied(graph, n: int, m: int, tile: tuple[int, int]) -> Occupied:
     return Occupied(row[order], column[order], full[order])
 
 
+def _boxes(row: Tensor, column: Tensor, height: int, width: int) -> Boxes:
+    """Boxes of one shape, by their place in a grid."""
+    return Boxes(row * height, (row + 1) * height, column * width, (column + 1) * width)
+
+
 def _quartered(row: Tensor, column: Tensor, levels: int, rows: int, columns: int) -> tuple[Tensor, Tensor]:
     """The boxes some levels below, in a grid of rows × columns of them."""
     step = torch.arange(1 << levels)
@@ -130,7 +139,7 @@ def _quartered(row: Tensor, column: Tensor, levels: int, rows: int, columns: int
     return row[inside], column[inside]
 
 
-def spans(graph, start: int, stop: int, m: int) -> list[tuple[int, int]]:
+def spans(graph: Graph, start: int, stop: int, m: int) -> list[tuple[int, int]]:
     """Ranges of keys outside of which the queries start … stop-1 hear nobody, as (first, stop), ascending.
 
     The keys are halved until a part is decided or is one key; ranges that touch are one.
@@ -156,8 +165,8 @@ def spans(graph, start: int, stop: int, m: int) -> list[tuple[int, int]]:
 # ----------------------------------------------------------------------------------------- graphs side by side
 
 
-def touched(placed, boxes: Boxes):
-    """Of graphs side by side: graph, first query, first key, the boxes inside, those touched, and what of them."""
+def overlapping(placed: Placed, boxes: Boxes) -> Iterator[tuple[Graph, int, int, Tensor, Tensor, Boxes]]:
+    """Of graphs side by side: graph, first query, first key, the boxes inside, those overlapping, and what of them."""
     for graph, row, column, size in placed:
         end = [LAST if count is None else first + count for first, count in zip((row, column), size, strict=True)]
         top, bottom = boxes.top.clamp(min=row), boxes.bottom.clamp(max=end[0])
@@ -171,17 +180,17 @@ def touched(placed, boxes: Boxes):
 LAST = 1 << 62
 
 
-def blocks_side_by_side(placed, boxes: Boxes) -> Tensor:
+def classify_side_by_side(placed: Placed, boxes: Boxes) -> Tensor:
     """The classes of boxes in graphs side by side; between them are no edges."""
-    found = one_class(boxes, EMPTY)
-    for graph, _, _, inside, some, part in touched(placed, boxes):
+    found = constant_class(boxes, EMPTY)
+    for graph, _, _, inside, some, part in overlapping(placed, boxes):
         if len(part.top):
             kind = graph._classify_boxes(part)
             found[some] = torch.maximum(found[some], torch.where(inside[some], kind, kind.clamp(max=PARTIAL)))
     return found
 
 
-def patterns_side_by_side(parts, boxes: Boxes) -> list[Tensor]:
+def patterns_side_by_side(parts: Iterable[tuple[Graph, int, int, Tensor]], boxes: Boxes) -> list[Tensor]:
     """The patterns of graphs, each in its boxes: which graph, and its own numbers; elsewhere the box itself."""
     numbers = torch.stack([torch.full_like(boxes.top, -1), boxes.top, boxes.left])
     kinds: dict = {}
@@ -197,7 +206,7 @@ def patterns_side_by_side(parts, boxes: Boxes) -> list[Tensor]:
 # ------------------------------------------------------------------------------------------------- the patterns
 
 
-def same(columns: list[Tensor]) -> Tensor:
+def row_ids(columns: list[Tensor]) -> Tensor:
     """A number for each row of a table of int64 columns, equal where the rows are, from 0 on."""
     code = torch.zeros_like(columns[0])
     for column in columns:

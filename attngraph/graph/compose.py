@@ -12,7 +12,7 @@ from torch import Tensor
 
 from attngraph.graph.algebra import normal_graphs
 from attngraph.graph.base import Graph, Size, common_size, count_edges, list_edges, sort_edges
-from attngraph.graph.boxes import blocks_side_by_side, patterns_side_by_side, touched
+from attngraph.graph.boxes import classify_side_by_side, overlapping, patterns_side_by_side
 from attngraph.graph.counting import Breakpoints
 
 
@@ -60,7 +60,7 @@ class Disjoint(Graph):
         for graph, row, column, size in self._placed(n, m):
             yield graph, row, column, cast(tuple[int, int], size)
 
-    def contains(self, q_idx, kv_idx):
+    def contains(self, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         found = []
         for graph, row, column, _ in self._placed(None, None):
             query, q_inside = _inside(q_idx - row, graph.size[0])
@@ -69,10 +69,10 @@ class Disjoint(Graph):
         return reduce(or_, found)
 
     def _classify_boxes(self, boxes):
-        return blocks_side_by_side(self._placed(None, None), boxes)
+        return classify_side_by_side(self._placed(None, None), boxes)
 
     def _box_pattern(self, boxes):
-        return patterns_side_by_side([part[:4] for part in touched(self._placed(None, None), boxes)], boxes)
+        return patterns_side_by_side([part[:4] for part in overlapping(self._placed(None, None), boxes)], boxes)
 
     def _found_by_listing(self):
         return all(graph._found_by_listing() for graph in self.graphs)
@@ -122,7 +122,7 @@ class Beside(Graph):
         queries = common_size("graphs", (self.a.size[0], None), (self.b.size[0], None))[0]
         return (queries, None if self.b.size[1] is None else self._first + self.b.size[1])
 
-    def contains(self, q_idx, kv_idx):
+    def contains(self, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         in_a, a_inside = _inside(kv_idx, self.a.size[1])
         in_b, b_inside = _inside(kv_idx - self._first, self.b.size[1])
         return (self.a.contains(q_idx, in_a) & a_inside) | (self.b.contains(q_idx, in_b) & b_inside)
@@ -137,10 +137,10 @@ class Beside(Graph):
         yield self.b, 0, self._first, self.b.size
 
     def _classify_boxes(self, boxes):
-        return blocks_side_by_side(self._placed(), boxes)
+        return classify_side_by_side(self._placed(), boxes)
 
     def _box_pattern(self, boxes):
-        return patterns_side_by_side([part[:4] for part in touched(self._placed(), boxes)], boxes)
+        return patterns_side_by_side([part[:4] for part in overlapping(self._placed(), boxes)], boxes)
 
     def _found_by_listing(self):
         return self.a._found_by_listing() and self.b._found_by_listing()
@@ -187,7 +187,7 @@ class PerHead(Graph):
     def _own_size(self):
         return common_size("graphs", *(graph.size for graph in self.graphs))
 
-    def contains(self, q_idx, kv_idx):
+    def contains(self, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         return torch.stack([graph.contains(q_idx, kv_idx) for graph in self.graphs])
 
     def _head(self, index):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from attngraph.graph.base import Graph, require_ints
-from attngraph.graph.boxes import Boxes, decide
+from attngraph.graph.boxes import Boxes, classify
 
 ROWS_PER_STEP = 1 << 22  # rows of boxes whose edges are counted in one step: 32 MiB for each of a few tensors
 MAX_EDGES_WRITTEN = 16  # by `str`; longer lists are named by their digest
@@ -88,7 +88,7 @@ class EdgeList(Graph):
         """The key of each edge, ascending for each query: int64 (E,)."""
         return self.code % max(self._keys, 1)
 
-    def contains(self, q_idx, kv_idx):
+    def contains(self, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         code = self.code.to(q_idx.device)
         if not len(code):
             return (q_idx < 0) & (kv_idx < 0)
@@ -100,7 +100,7 @@ class EdgeList(Graph):
 
     def _classify_boxes(self, boxes):
         area, inside = (boxes.bottom - boxes.top) * (boxes.right - boxes.left), self._count_inside(boxes)
-        return decide(inside == 0, inside == area)
+        return classify(inside == 0, inside == area)
 
     def _count_inside(self, boxes: Boxes) -> Tensor:
         """How many edges each box has: in every row, the edges between two columns lie together."""

@@ -40,7 +40,7 @@ class _Grid(Graph):
             index = index // length
         return found[::-1]
 
-    def contains(self, q_idx, kv_idx):
+    def contains(self, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         query, key = self._coordinates(q_idx), self._coordinates(kv_idx)
         joined = [
             torch.stack([axis.contains(*at) for axis, *at in zip(axes, query, key, strict=True)]).all(0)

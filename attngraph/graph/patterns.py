@@ -12,10 +12,18 @@ import torch
 from torch import Tensor
 
 from attngraph.graph.base import Graph, merge_edges, require_ints
-from attngraph.graph.boxes import EMPTY, FULL, between_diagonals, decide, one_class, require_memory, same_group
+from attngraph.graph.boxes import (
+    EMPTY,
+    FULL,
+    between_diagonals,
+    classify,
+    classify_groups,
+    constant_class,
+    require_memory,
+)
 from attngraph.graph.counting import Breakpoints
 
-MOST_BORDERS = 1 << 12  # chunks beyond which their borders are no short list
+MAX_BORDERS = 1 << 12  # chunks beyond which their borders are no short list
 
 # ----------------------------------------------------------------------------------------- any number of nodes
 
@@ -28,11 +36,11 @@ class Full(Graph):
             [1, 1, 1]], dtype=torch.int32)
     """
 
-    def contains(self, q_idx, kv_idx):
+    def contains(self, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         return (q_idx >= 0) & (kv_idx >= 0)
 
     def _classify_boxes(self, boxes):
-        return one_class(boxes, FULL)
+        return constant_class(boxes, FULL)
 
     def _box_pattern(self, boxes):
         return []
@@ -48,11 +56,11 @@ class Empty(Graph):
     0
     """
 
-    def contains(self, q_idx, kv_idx):
+    def contains(self, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         return (q_idx < 0) & (kv_idx < 0)
 
     def _classify_boxes(self, boxes):
-        return one_class(boxes, EMPTY)
+        return constant_class(boxes, EMPTY)
 
     def _box_pattern(self, boxes):
         return []
@@ -69,7 +77,7 @@ class Identity(Graph):
             [0, 1, 0]], dtype=torch.int32)
     """
 
-    def contains(self, q_idx, kv_idx):
+    def contains(self, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         return q_idx == kv_idx
 
     def _classify_boxes(self, boxes):
@@ -96,7 +104,7 @@ class Causal(Graph):
     def _check(self):
         require_ints(None, offset=self.offset)
 
-    def contains(self, q_idx, kv_idx):
+    def contains(self, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         return kv_idx <= q_idx + self.offset
 
     def _classify_boxes(self, boxes):
@@ -128,7 +136,7 @@ class Window(Graph):
         require_ints(0, left=self.left, right=self.right)
         require_ints(1, dilation=self.dilation)
 
-    def contains(self, q_idx, kv_idx):
+    def contains(self, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         ahead = kv_idx - q_idx
         near = (ahead >= -self.left * self.dilation) & (ahead <= self.right * self.dilation)
         return near if self.dilation == 1 else near & (ahead % self.dilation == 0)
@@ -157,11 +165,11 @@ class Prefix(Graph):
     def _check(self):
         require_ints(0, length=self.length)
 
-    def contains(self, q_idx, kv_idx):
+    def contains(self, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         return (q_idx >= 0) & (kv_idx < self.length)
 
     def _classify_boxes(self, boxes):
-        return decide(boxes.left >= self.length, boxes.right <= self.length)
+        return classify(boxes.left >= self.length, boxes.right <= self.length)
 
     def _box_pattern(self, boxes):
         return [boxes.left]
@@ -185,7 +193,7 @@ class Global(Graph):
         integers(self, "nodes", at_least=0)
         object.__setattr__(self, "nodes", tuple(sorted(set(self.nodes))))
 
-    def contains(self, q_idx, kv_idx):
+    def contains(self, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         nodes = torch.tensor(self.nodes, dtype=torch.int64, device=q_idx.device)
         return (q_idx[..., None] == nodes).any(-1) | (kv_idx[..., None] == nodes).any(-1)
 
@@ -194,7 +202,7 @@ class Global(Graph):
         top, bottom, left, right = (torch.searchsorted(nodes, side) for side in boxes)
         rows, columns = bottom - top, right - left  # how many of the nodes the box has on each side
         full = (rows == boxes.bottom - boxes.top) | (columns == boxes.right - boxes.left)
-        return decide((rows == 0) & (columns == 0), full)
+        return classify((rows == 0) & (columns == 0), full)
 
     def _box_pattern(self, boxes):
         nodes = torch.tensor(self.nodes, dtype=torch.int64)
@@ -230,7 +238,7 @@ class Strided(Graph):
     def _check(self):
         require_ints(1, stride=self.stride)
 
-    def contains(self, q_idx, kv_idx):
+    def contains(self, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         return (kv_idx - q_idx) % self.stride == 0
 
     def _classify_boxes(self, boxes):
@@ -265,19 +273,19 @@ class Chunks(Graph):
         require_ints(1, chunk=self.chunk)
         require_ints(None, offset=self.offset)
 
-    def contains(self, q_idx, kv_idx):
+    def contains(self, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         return (q_idx - self.offset) // self.chunk == (kv_idx - self.offset) // self.chunk
 
     def _classify_boxes(self, boxes):
         nodes = (boxes.top, boxes.bottom - 1, boxes.left, boxes.right - 1)
-        return same_group(*((node - self.offset) // self.chunk for node in nodes))
+        return classify_groups(*((node - self.offset) // self.chunk for node in nodes))
 
     def _box_pattern(self, boxes):
         return [boxes.left - boxes.top, (boxes.top - self.offset) % self.chunk]
 
     def _breakpoints(self, n, m):
         first = self.offset % self.chunk
-        if max(n, m) // self.chunk > MOST_BORDERS:
+        if max(n, m) // self.chunk > MAX_BORDERS:
             return None
         borders = frozenset(range(first, max(n, m), self.chunk))
         return Breakpoints(rows=borders, columns=borders)
@@ -324,7 +332,7 @@ class Random(Graph):
     def _bind(self, n, m):
         return replace(self, num_keys=m) if m is not None else self
 
-    def contains(self, q_idx, kv_idx):
+    def contains(self, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         if self.num_keys is None:
             raise ValueError(f"{self} needs its number of keys: graph.sized(num_queries, num_keys)")
         if self.num_keys <= self.degree or not self.degree:
@@ -392,11 +400,11 @@ class Documents(Graph):
     def _document(self, index: Tensor) -> Tensor:
         return torch.bucketize(index, self.starts[1:].to(index.device), right=True)
 
-    def contains(self, q_idx, kv_idx):
+    def contains(self, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         return self._document(q_idx) == self._document(kv_idx)
 
     def _classify_boxes(self, boxes):
-        return same_group(
+        return classify_groups(
             *(self._document(node) for node in (boxes.top, boxes.bottom - 1, boxes.left, boxes.right - 1))
         )
 
@@ -463,7 +471,7 @@ class Tree(Graph):
             )
         return torch.tensor([enter, leave], dtype=torch.int64, device="cpu")
 
-    def contains(self, q_idx, kv_idx):
+    def contains(self, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         if not self.parents:
             return (q_idx < 0) & (kv_idx < 0)
         enter, leave = self.interval.to(q_idx.device)

@@ -35,7 +35,7 @@ class Predicate(Graph):
             raise TypeError(f"from_function takes a function of (q_idx, kv_idx) (got {self.function!r})")
         self._set(_number=next(_NUMBERS))
 
-    def contains(self, q_idx, kv_idx):
+    def contains(self, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         return self.function(q_idx, kv_idx)
 
     def _state(self) -> tuple:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from attngraph.graph.boxes import same
+from attngraph.graph.boxes import row_ids
 from attngraph.kernels.contract import Span, Strip
 
 MAX_ROW_TILES = 64  # tiles of a row that is not cut
@@ -41,10 +41,10 @@ def strips(row: Tensor, column: Tensor, mask: Tensor, masks: Tensor) -> list[Str
     # Parts of one kind: with the same masks from left to right; or, where there would be few, as many tiles.
     shape = torch.full((len(first), int(count.max())), -1)
     shape[part, place] = mask
-    kind = same([part_of_row, in_spans[first].long(), *shape.T])
+    kind = row_ids([part_of_row, in_spans[first].long(), *shape.T])
     shared = in_spans[first] & (torch.bincount(kind)[kind] >= MIN_SHARING_ROWS)
     width = PADDED_WIDTHS[torch.searchsorted(PADDED_WIDTHS, count)]
-    kind = same([part_of_row, shared.long(), torch.where(shared, kind, width)])
+    kind = row_ids([part_of_row, shared.long(), torch.where(shared, kind, width)])
 
     has_edge, found = masks.any(2), []
     for members in _members(kind):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from attngraph.graph.base import Graph
-from attngraph.graph.boxes import Boxes, occupied, require_memory, same
+from attngraph.graph.boxes import Boxes, occupied_tiles, require_memory, row_ids
 from attngraph.kernels.contract import Strip, TileRows
 from attngraph.planning.layouts.strips import strips
 
@@ -175,14 +175,14 @@ def _tile_rows(row: Tensor, column: Tensor, mask: Tensor, rows: int) -> TileRows
 
 def tabulate(graph: Graph, n: int, m: int, tile: tuple[int, int]) -> Table:
     """The tiles of a graph that is bound to its size, found box by box."""
-    row, column, full = occupied(graph, n, m, tile)
+    row, column, full = occupied_tiles(graph, n, m, tile)
     boxes = Boxes(row * tile[0], (row + 1) * tile[0], column * tile[1], (column + 1) * tile[1])
     whole = full & (boxes.bottom <= n) & (boxes.right <= m)
     mask = torch.full_like(row, NO_MASK)
     masked = boxes.chosen(~whole)
     inside = masked.clipped(n, m)
     height, width = inside.bottom - inside.top, inside.right - inside.left
-    pattern = same([height, width, graph._classify_boxes(inside).long(), *graph._box_pattern(inside)])
+    pattern = row_ids([height, width, graph._classify_boxes(inside).long(), *graph._box_pattern(inside)])
     first = _first_of_each(pattern)
     require_memory(len(first) * (tile[0] * tile[1] // 8 + 64), f"for the masks of {graph} at {n} × {m}")
     words = _masks(graph, n, m, tile, masked.top[first], masked.left[first])
@@ -214,7 +214,7 @@ def union(a: Table, b: Table) -> Table:
     of_a, of_b = torch.full_like(code, empty), torch.full_like(code, empty)
     of_a[at[: len(a.row)]] = torch.where(a.mask == NO_MASK, full, a.mask)
     of_b[at[len(a.row) :]] = torch.where(b.mask == NO_MASK, full, b.mask + len(a.words))
-    pair = same([of_a, of_b])
+    pair = row_ids([of_a, of_b])
     first = _first_of_each(pair)
     both = words[of_a[first]] | words[of_b[first]]
     return _normalized(Table(code // stride, code % stride, pair, both))
@@ -249,8 +249,8 @@ def _normalized(table: Table) -> Table:
 def _same_words(words: Tensor) -> Tensor:
     """As `same`, of the rows of a matrix (int64): by a hash, which is then checked."""
     factor = torch.arange(1, words.shape[1] + 1, device=words.device) * 0x9E3779B97F4A7C1 | 1
-    number = same([(words * factor).sum(1)])
-    return number if torch.equal(words[_first_of_each(number)][number], words) else same(list(words.T))
+    number = row_ids([(words * factor).sum(1)])
+    return number if torch.equal(words[_first_of_each(number)][number], words) else row_ids(list(words.T))
 
 
 def _first_of_each(numbers: Tensor) -> Tensor:

@@ -110,7 +110,7 @@ def _call(q: Tensor, k: Tensor, v: Tensor, bias: Bias | None, request: Request) 
     return Call(
         n, m, heads, kv_heads, dim, value_dim, q.dtype, q.device, kind_of(bias),
         name_of(request.score), name_of(request.normalize), request.dropout_p > 0,
-        request.return_lse, request.return_weights, _transform(q, k, v), torch.compiler.is_compiling(),
+        request.return_weights, _transform(q, k, v), torch.compiler.is_compiling(), return_lse=request.return_lse,
     )  # fmt: skip
 
 

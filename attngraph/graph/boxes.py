@@ -1,7 +1,7 @@
 """Where a graph has edges, told box by box: the way to plan at the cost of the occupied tiles, not of N².
 
 A graph tells of any box of the plane (some queries × some keys) whether it is EMPTY, FULL or PARTIAL; PARTIAL is always
-a safe answer. From that alone `occupied_tiles` finds the tiles that hold edges: boxes are halved until they are decided.
+a safe answer. From that alone `occupied_tiles` finds where the edges are, by halving boxes until all are decided.
 """
 
 from __future__ import annotations

@@ -33,7 +33,6 @@ class Call(NamedTuple):
     normalize: str = "softmax"
     """Its name, or "a function"."""
     dropout: bool = False
-    return_lse: bool = False
     return_weights: bool = False
     transform: Transform | None = None
     """A transform of torch.func, or forward-mode differentiation, that is at work."""
@@ -41,6 +40,8 @@ class Call(NamedTuple):
     """Whether torch.compile traces the call."""
     part: bool = False
     """Whether the backend runs some of the edges or heads, beside others."""
+    return_lse: bool = False
+    """The last, as one plan serves both."""
 
     @property
     def number_bytes(self) -> int:

@@ -183,7 +183,7 @@ def plan(
 def planned(graph: Graph, call: Call, name: str) -> Plan:
     """The plan of a call, made once; of those made here, the latest are kept."""
     plans = cache.PLANS if call.device.type == "cpu" else cache.PLANS_ON_GPU
-    key = graph, graph._state() if graph._may_change else (), call, name
+    key = graph, graph._state() if graph._may_change else (), call[:-1], name
     found = plans.get(key)
     return plans.keep(key, _made(graph, call, name)) if found is None else found
 
@@ -278,7 +278,7 @@ def _made(graph: Graph, call: Call, name: str, reorder: bool | None = None, cost
     if bound.heads is not None and bound.heads != call.heads:
         raise ValueError(f"graph has {bound.heads} heads (got heads={call.heads})")
     with call.device if call.device.type == "cuda" else nullcontext():  # layouts are made where they are used
-        groups = _groups(bound) if _merges(call, name) else {bound: None}
+        groups = _groups(bound) if _merges(call, name) else {simplify(bound): None}
         choices = []
         for own_graph, heads in groups.items():
             own = call if heads is None else call._replace(heads=len(heads), part=len(groups) > 1)

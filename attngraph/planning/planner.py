@@ -356,7 +356,8 @@ class _Choice:
                 able[backend.name] = backend
             else:
                 self.candidates[label] = reason
-        for backend in sorted(able.values(), key=lambda each: each.name != "dense"):
+        # Tiles before those that only count: they list what can't be counted anyway.
+        for backend in sorted(able.values(), key=lambda each: (each.name != "dense", not each.merges)):
             least = backend.overhead(self.edges, self.call, self.costs)
             if self.ways and least >= min(way.seconds for way in self.ways):
                 self.candidates[backend.label] = f"at least {explain.time(least)}, as its calls alone take"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import fields
+from typing import Literal, TypedDict, Unpack, overload
 
 import torch
 from torch import Tensor, amp
@@ -17,6 +18,39 @@ from attngraph.planning.call import Call, Request, Transform, name_of
 from attngraph.planning.execution import run, run_traced
 from attngraph.planning.planner import Plan, fitted, planned, traced
 
+Score = str | Callable[[Tensor, Tensor], Tensor]
+Normalizer = str | Callable[[Tensor], Tensor]
+
+
+class _Options(TypedDict, total=False):
+    """The options of `attend` on which the kind of its result does not depend."""
+
+    bias: Bias | Tensor | None
+    scale: float | None
+    dropout_p: float
+    score: Score
+    normalize: Normalizer
+    backend: str
+
+
+@overload
+def attend(q: Tensor, k: Tensor, v: Tensor, graph: Graph | Plan, **options: Unpack[_Options]) -> Tensor: ...
+@overload
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, graph: Graph | Plan, *,
+    return_lse: Literal[True], return_weights: bool = ..., **options: Unpack[_Options],
+) -> tuple[Tensor, ...]: ...  # fmt: skip
+@overload
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, graph: Graph | Plan, *,
+    return_lse: bool = ..., return_weights: Literal[True], **options: Unpack[_Options],
+) -> tuple[Tensor, ...]: ...  # fmt: skip
+@overload
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, graph: Graph | Plan, *,
+    return_lse: bool = ..., return_weights: bool = ..., **options: Unpack[_Options],
+) -> Tensor | tuple[Tensor, ...]: ...  # fmt: skip
+
 
 def attend(
     q: Tensor,
@@ -27,8 +61,8 @@ def attend(
     bias: Bias | Tensor | None = None,
     scale: float | None = None,
     dropout_p: float = 0.0,
-    score: str | Callable[[Tensor, Tensor], Tensor] = "dot",
-    normalize: str | Callable[[Tensor], Tensor] = "softmax",
+    score: Score = "dot",
+    normalize: Normalizer = "softmax",
     backend: str = "auto",
     return_lse: bool = False,
     return_weights: bool = False,

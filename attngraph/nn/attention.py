@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Literal, TypedDict, cast
+from typing import Literal, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -97,7 +97,7 @@ class Attention(nn.Module):
         """
         q, k, v = self.project(x, x if memory is None else memory, rotary)
         dropout_p = self.dropout if self.training else 0.0
-        out = cast(Tensor, attend(q, k, v, graph, bias=bias, dropout_p=dropout_p, **self.scoring))
+        out = attend(q, k, v, graph, bias=bias, dropout_p=dropout_p, **self.scoring)
         return self.out(out.transpose(-3, -2).flatten(-2))
 
     @property

@@ -136,7 +136,8 @@ def _known_plan(graph: str, name: str, q: Tensor, k: Tensor, v: Tensor, kind: st
     found = from_key(graph)
     bias: BiasKind | None = kind or None  # type: ignore[assignment]
     heads, kv_heads = q.shape[1], k.shape[1]
-    call = Call(q.shape[2], k.shape[2], heads, kv_heads, q.shape[3], v.shape[3], q.dtype, q.device, bias)
+    sizes = q.shape[2], k.shape[2], heads, kv_heads, q.shape[3], v.shape[3]
+    call = Call(*sizes, q.dtype, q.device, bias, part=True)  # by forward and backward, whatever runs
     return fitted(found, call) if isinstance(found, Plan) else planned(found, call, name)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager, nullcontext
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, ClassVar
 
@@ -128,6 +130,48 @@ class Backend(ABC):
         return type(self).backward is not Backend.backward
 
 
+class KernelBackend(Backend):
+    """A backend whose kernels are a module with `forward` and `backward`, imported when it is first used.
+
+    It computes softmax attention on dot products alone.
+    """
+
+    module: ClassVar[str]
+    device: ClassVar[str | None] = None
+    """The only type of device on which it runs."""
+    package: ClassVar[str | None] = None
+    """A package that it needs."""
+
+    def supports(self, call: Call) -> str | None:
+        if (reason := only_plain_attention(call)) is not None:
+            return reason
+        if self.device not in (None, call.device.type):
+            return f"it runs on a {'GPU' if self.device == 'cuda' else 'CPU'}, not on {call.device}"
+        if self.package is not None and not INSTALLED[self.package]:
+            return f"it needs {self.package}: pip install {INSTALL[self.package]}"
+        return self.limits(call)
+
+    def limits(self, call: Call) -> str | None:
+        """Why it can't run a call of plain attention on its device; None if it can."""
+        return None
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, layout: Any, bias: ScoreBias | None, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        with current(q.device):
+            return import_module(self.module).forward(q, k, v, layout, bias, scale)
+
+    def backward(self, q, k, v, out, lse, dout, dlse, layout, bias, scale, bias_grad) -> Gradients:
+        sides = q, k, v, out, lse, dout, dlse
+        with current(q.device):
+            return import_module(self.module).backward(*sides, layout, bias, scale, bias_grad)
+
+
+def current(device: torch.device) -> AbstractContextManager[object]:
+    """Where Triton launches: not where the tensors are, but on the current device."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
 def only_plain_attention(call: Call) -> str | None:
     """Why a kernel of softmax attention on dot products, with a backward pass of its own, can't run a call."""
     if call.score != "dot":
@@ -152,3 +196,4 @@ def width_factor(call: Call) -> float:
 
 INSTALLED = {name: find_spec(name) is not None for name in ("numba", "scipy", "triton")}
 """Which packages that a backend may need are there."""
+INSTALL = {"numba": "'attngraph[cpu]'", "triton": "triton"}  # what to install for each

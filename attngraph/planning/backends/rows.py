@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from types import ModuleType
-
-import torch
 from torch import Tensor
 
 from attngraph.graph.boxes import require_memory
-from attngraph.kernels.contract import ScoreBias
-from attngraph.planning.backends.base import INSTALLED, Backend, Gradients, only_plain_attention, width_factor
+from attngraph.planning.backends.base import KernelBackend, width_factor
 from attngraph.planning.call import Call
 from attngraph.planning.costs import Costs
 from attngraph.planning.edge_set import EdgeSet, Tiling
@@ -20,12 +15,11 @@ CACHE_BYTES = 400_000  # of keys and values that stay in a CPU core's cache from
 MISS_SHARE = 0.7  # of the edges fetch their key again where the keys do not stay in the cache
 
 
-class _RowsOfAnyKernel(Backend):
+class _RowsOfAnyKernel(KernelBackend):
     """What the kernels of rows have in common."""
 
     name = "rows"
     tiling = Tiling((64, 64), block=(8, 32))
-    module: str  # of the kernels
 
     def estimate(self, edges: EdgeSet, call: Call, costs: Costs) -> float:
         if not edges.count:
@@ -54,19 +48,6 @@ class _RowsOfAnyKernel(Backend):
         require_memory(edges.count * BYTES_PER_EDGE, f"for the {edges.count:,} edges of {edges.graph} in rows")
         return CSR.from_edges(*edges.to_edges(), edges.n, edges.m)
 
-    @property
-    def kernels(self) -> ModuleType:
-        """Imported when they are first used."""
-        return import_module(self.module)
-
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, layout: CSR, bias: ScoreBias | None, scale: float
-    ) -> tuple[Tensor, Tensor]:
-        return self.kernels.forward(q, k, v, layout, bias, scale)
-
-    def backward(self, q, k, v, out, lse, dout, dlse, layout, bias, scale, bias_grad) -> Gradients:
-        return self.kernels.backward(q, k, v, out, lse, dout, dlse, layout, bias, scale, bias_grad)
-
     def describe(self, edges: EdgeSet, layout: CSR, call: Call) -> str:
         return "edges one by one" + ("" if edges.is_whole else ": gathering each costs less than the tile around it")
 
@@ -74,40 +55,12 @@ class _RowsOfAnyKernel(Backend):
 class NumbaRows(_RowsOfAnyKernel):
     """See `kernels.cpu.rows`: float32 and float64."""
 
-    kernel, module = "numba", "attngraph.kernels.cpu.rows"
+    kernel, module, device, package = "numba", "attngraph.kernels.cpu.rows", "cpu", "numba"
     tiling = Tiling((64, 64), block=(8, 32))
-
-    def supports(self, call: Call) -> str | None:
-        if (reason := only_plain_attention(call)) is not None:
-            return reason
-        if call.device.type != "cpu":
-            return f"it runs on a CPU, not on {call.device}"
-        if not INSTALLED["numba"]:
-            return "it needs numba: pip install 'attngraph[cpu]'"
-        return None
 
 
 class TritonRows(_RowsOfAnyKernel):
     """See `kernels.triton.rows`: float16, bfloat16, float32 and float64."""
 
-    kernel, module = "triton", "attngraph.kernels.triton.rows"
+    kernel, module, device, package = "triton", "attngraph.kernels.triton.rows", "cuda", "triton"
     tiling = Tiling((128, 64), block=(128, 64))
-
-    def supports(self, call: Call) -> str | None:
-        if (reason := only_plain_attention(call)) is not None:
-            return reason
-        if call.device.type != "cuda":
-            return f"it runs on a GPU, not on {call.device}"
-        if not INSTALLED["triton"]:
-            return "it needs triton: pip install triton"
-        return None
-
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, layout: CSR, bias: ScoreBias | None, scale: float
-    ) -> tuple[Tensor, Tensor]:
-        with torch.cuda.device(q.device):  # where Triton launches
-            return super().forward(q, k, v, layout, bias, scale)
-
-    def backward(self, q, k, v, out, lse, dout, dlse, layout, bias, scale, bias_grad) -> Gradients:
-        with torch.cuda.device(q.device):
-            return super().backward(q, k, v, out, lse, dout, dlse, layout, bias, scale, bias_grad)

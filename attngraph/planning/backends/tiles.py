@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from types import ModuleType
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from attngraph.kernels.contract import ScoreBias
-from attngraph.planning.backends.base import INSTALLED, Backend, Gradients, only_plain_attention, width_factor
+from attngraph.planning.backends.base import Gradients, KernelBackend, width_factor
 from attngraph.planning.call import Call
 from attngraph.planning.costs import Costs
 from attngraph.planning.edge_set import EdgeSet, Tiling
@@ -19,12 +18,11 @@ FIXED_SHARE = 0.2  # of the time of a full tile: what a tile takes however few o
 MAX_ROW_GROUPS = 16  # groups of alike rows of tiles, as far as their number is estimated before they are made
 
 
-class _TilesOfAnyKernel(Backend):
+class _TilesOfAnyKernel(KernelBackend):
     """What the kernels of tiles have in common."""
 
     name = "tiles"
     tiling = Tiling((64, 64), block=(64, 64))
-    module: str  # of the kernels
     fused = True  # all tiles in one call
 
     def estimate(self, edges: EdgeSet, call: Call, costs: Costs) -> float:
@@ -48,19 +46,6 @@ class _TilesOfAnyKernel(Backend):
     def build(self, edges: EdgeSet, call: Call) -> Tiles:
         return Tiles(edges.n, edges.m, edges.tabulated(self.tiling).to_table())
 
-    @property
-    def kernels(self) -> ModuleType:
-        """Imported when they are first used."""
-        return import_module(self.module)
-
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, layout: Tiles, bias: ScoreBias | None, scale: float
-    ) -> tuple[Tensor, Tensor]:
-        return self.kernels.forward(q, k, v, layout, bias, scale)
-
-    def backward(self, q, k, v, out, lse, dout, dlse, layout, bias, scale, bias_grad) -> Gradients:
-        return self.kernels.backward(q, k, v, out, lse, dout, dlse, layout, bias, scale, bias_grad)
-
     def pairs(self, edges: EdgeSet, layout: Tiles) -> int:
         return len(layout.table.row) * layout.tile[0] * layout.tile[1]
 
@@ -77,16 +62,10 @@ class _TilesOfAnyKernel(Backend):
 class NumbaTiles(_TilesOfAnyKernel):
     """See `kernels.cpu.tiles`: products, softmax and gradients of a tile in one pass, in float32."""
 
-    kernel, module = "numba", "attngraph.kernels.cpu.tiles"
+    kernel, module, device, package = "numba", "attngraph.kernels.cpu.tiles", "cpu", "numba"
     tiling = Tiling((64, 64), block=(8, 32))
 
-    def supports(self, call: Call) -> str | None:
-        if (reason := only_plain_attention(call)) is not None:
-            return reason
-        if call.device.type != "cpu":
-            return f"it runs on a CPU, not on {call.device}"
-        if not INSTALLED["numba"]:
-            return "it needs numba: pip install 'attngraph[cpu]'"
+    def limits(self, call: Call) -> str | None:
         if call.number_bytes > 4:
             return "it computes in float32"
         return "it has no bias" if call.bias is not None else None
@@ -98,51 +77,33 @@ class TorchTiles(_TilesOfAnyKernel):
     kernel, module, fused = "torch", "attngraph.kernels.torch.tiles", False
     tiling = Tiling((64, 64), block=(64, 64))
 
-    def supports(self, call: Call) -> str | None:
-        return only_plain_attention(call)
-
     def only_by_name(self, call: Call) -> str | None:
         return None if call.device.type == "cpu" else f"only by name on {call.device}"
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, layout: Tiles, bias: ScoreBias | None, scale: float
     ) -> tuple[Tensor, Tensor]:
-        return self.kernels.forward(*_widened(q, k, v), layout, bias, scale)
+        q, k, v = _widened(q, k, v)
+        return super().forward(q, k, v, layout, bias, scale)
 
     def backward(self, q, k, v, out, lse, dout, dlse, layout, bias, scale, bias_grad) -> Gradients:
         q, k, v, out, dout = _widened(q, k, v, out, dout)
-        return self.kernels.backward(q, k, v, out, lse, dout, dlse, layout, bias, scale, bias_grad)
+        return super().backward(q, k, v, out, lse, dout, dlse, layout, bias, scale, bias_grad)
 
 
 class TritonTiles(_TilesOfAnyKernel):
     """See `kernels.triton.tiles`: fused, on a GPU, in float16, bfloat16 and float32."""
 
-    kernel, module = "triton", "attngraph.kernels.triton.tiles"
+    kernel, module, device, package = "triton", "attngraph.kernels.triton.tiles", "cuda", "triton"
     tiling = Tiling((128, 64), block=(128, 64))
-    max_head_dim = {2: 256, 4: 128}
+    max_head_dim: ClassVar[dict[int, int]] = {2: 256, 4: 128}
     """By the bytes of a number, the dimension of a head whose blocks fit in the registers."""
 
-    def supports(self, call: Call) -> str | None:
-        if (reason := only_plain_attention(call)) is not None:
-            return reason
-        if call.device.type != "cuda":
-            return f"it runs on a GPU, not on {call.device}"
-        if not INSTALLED["triton"]:
-            return "it needs triton: pip install triton"
+    def limits(self, call: Call) -> str | None:
         most, dim = self.max_head_dim.get(call.number_bytes, 0), max(call.head_dim, call.value_dim)
         if dim > most:
             return f"a head of dimension {dim} in {call.dtype} does not fit in its registers (at most {most})"
         return None
-
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, layout: Tiles, bias: ScoreBias | None, scale: float
-    ) -> tuple[Tensor, Tensor]:
-        with torch.cuda.device(q.device):  # where Triton launches
-            return super().forward(q, k, v, layout, bias, scale)
-
-    def backward(self, q, k, v, out, lse, dout, dlse, layout, bias, scale, bias_grad) -> Gradients:
-        with torch.cuda.device(q.device):
-            return super().backward(q, k, v, out, lse, dout, dlse, layout, bias, scale, bias_grad)
 
 
 def _widened(*sides: Tensor) -> list[Tensor]:

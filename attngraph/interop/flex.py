@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask
 
 from attngraph.graph.base import Graph, at_size
 from attngraph.planning.layouts.tiles import Tiles, tabulate
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 MAX_LIST_ENTRIES = 1 << 20  # of a list of blocks that has an entry for every column
 
@@ -39,6 +42,8 @@ def to_block_mask(
     Raises:
         ValueError: sizes that do not fit, or a block size that is no multiple of 32.
     """
+    from torch.nn.attention.flex_attention import BlockMask  # takes longer than all of attngraph
+
     if block_size < 1 or block_size % 32:
         raise ValueError(f"block_size must be a multiple of 32 (got {block_size})")
     bound, n, m = at_size(graph, n, m)

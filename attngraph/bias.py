@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -25,6 +26,8 @@ class Alibi:
     """
 
     slopes: Tensor
+    of_offset: ClassVar[bool] = True
+    """Whether it depends on j - i alone: then it is asked for once for each offset, not for each pair."""
 
     def __post_init__(self):
         if self.slopes.ndim != 1:
@@ -56,6 +59,7 @@ class RelativeBias:
     table: Tensor
     max_distance: int | None = None
     bidirectional: bool = True
+    of_offset: ClassVar[bool] = True
 
     def __post_init__(self):
         if self.table.ndim != 2:
@@ -145,9 +149,7 @@ def kind_of(bias: Bias | None) -> BiasKind | None:
             return None
         case EdgeBias():
             return "edge"
-        case DenseBias():
-            return "dense"
-    return "offset"
+    return "offset" if getattr(bias, "of_offset", False) else "dense"
 
 
 def score_bias(bias: Bias | None, q: Tensor, k: Tensor) -> tuple[ScoreBias | None, Tensor | None]:
@@ -158,7 +160,8 @@ def score_bias(bias: Bias | None, q: Tensor, k: Tensor) -> tuple[ScoreBias | Non
     if kind == "offset":
         ahead = torch.arange(1 - n, m, device=q.device) if n and m else torch.arange(0, device=q.device)
         return ScoreBias(kind, _fits_heads(bias.at((-ahead).clamp(min=0), ahead.clamp(min=0)), q, edge_dims=1)), None
-    assert isinstance(bias, EdgeBias | DenseBias)
+    if not isinstance(bias, EdgeBias | DenseBias):
+        bias = DenseBias(over_pairs(bias, q, k, None))
     edge_dims = 1 if kind == "edge" else 2
     values = _fits_heads(bias.values, q, edge_dims)
     values = values.view(*[1] * (2 + edge_dims - values.ndim), *values.shape)

@@ -10,7 +10,7 @@ from graphs import GRAPHS
 from test_attend import tensors
 from torch.testing import assert_close
 
-from attngraph import Causal, Costs, Full, Prefix, Random, Window, attend, cache, plan
+from attngraph import Causal, Costs, Full, PerHead, Prefix, Random, Window, attend, cache, plan
 from attngraph.graph.base import at_size
 from attngraph.graph.rewrite import simplify
 from attngraph.kernels.contract import ScoreBias
@@ -104,7 +104,7 @@ def test_float64_is_priced_by_the_kernel_that_runs_it():
 
 def test_heads_of_one_graph_and_a_bias_are_one_call():
     """Found: a bias was lost where all heads had the same graph."""
-    from attngraph import Alibi, PerHead
+    from attngraph import Alibi
 
     q, k, v = tensors(9, 9)
     bias = Alibi(torch.rand(4, dtype=torch.float64))
@@ -157,3 +157,65 @@ def test_a_bias_kind_reaches_the_kernels_that_know_it():
         outs.append(backend.forward(q, k, v, backend.build(edges, call), ScoreBias("offset", values), 0.5)[0])
     assert_close(*outs, rtol=0, atol=1e-12)
     assert BACKENDS["tiles (numba)"].supports(call_of(12, 12, dtype=torch.float32, bias="offset")) is not None
+
+
+def test_a_row_that_a_bias_silences_has_no_gradient_and_no_nan():
+    """Of the reference too, where the lse is asked for."""
+    graph, bias = Causal() & Window(3, 0), torch.zeros(6, 6, dtype=torch.float64)
+    bias[3] = -torch.inf
+    for name in [*backends.names(), "auto"]:
+        q, k, v = tensors(6, 6)
+        out, lse = attend(q, k, v, graph, bias=bias, backend=name, return_lse=True)
+        loss = out.sum() + lse.masked_fill(lse == -torch.inf, 0).sum()
+        for gradient in torch.autograd.grad(loss, (q, k, v)):
+            assert gradient.isfinite().all(), name
+
+
+def test_a_bias_of_pairs_that_is_a_class_is_asked_for_each_pair(monkeypatch):
+    """Found: what was no EdgeBias and no tensor was taken for a function of j - i."""
+    from dataclasses import dataclass
+
+    from attngraph import bias as biases
+
+    @dataclass(frozen=True, eq=False)
+    class Parity:
+        table: torch.Tensor
+
+        def at(self, q_idx, kv_idx, edge=None):
+            return self.table[:, q_idx % 2, kv_idx % 2]
+
+    monkeypatch.setattr("attngraph.attention.Bias", biases.Bias | Parity)
+    q, k, v = tensors(20, 20)
+    own = Parity(torch.randn(4, 2, 2, dtype=torch.float64))
+    right = attend(q, k, v, Causal() & Window(5, 0), bias=own, backend="reference")
+    for name in [*backends.names(), "auto"]:
+        found = attend(q, k, v, Causal() & Window(5, 0), bias=own, backend=name)
+        assert_close(found, right, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("graph", [Causal(), PerHead([Causal(), Window(1, 1)] * 2), Random(2)], ids=str)
+def test_torch_func_goes_through_auto(graph):
+    q, k, v = (side.detach() for side in tensors(20, 20))
+    found = torch.func.grad(lambda q: attend(q, k, v, graph).square().sum())(q)
+    wanted = q.clone().requires_grad_()
+    attend(wanted, k, v, graph, backend="reference").square().sum().backward()
+    assert_close(found, wanted.grad, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("options", [{"dropout_p": 0.5}, {"score": "additive"}, {"normalize": "sigmoid"},
+                                     {"return_weights": True}, {"backend": "rows"}], ids=str)  # fmt: skip
+def test_a_plan_in_a_compiled_program_never_ignores_an_option(options):
+    q, k, v = (side.detach() for side in tensors(20, 20))
+    made = plan(Window(5, 0), 20, 20, heads=4, dtype=torch.float64)
+    compiled = torch.compile(lambda q, k, v: attend(q, k, v, made, **options), backend="aot_eager")
+    with pytest.raises(ValueError, match="can't run this call in a compiled program"):
+        compiled(q, k, v)
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"score": "nope"}, "score of a plan"), ({"normalize": 3}, "normalize of a plan"),
+    ({"dtype": torch.int64}, "dtype"), ({"dtype": "float32"}, "dtype"), ({"dropout": 0.3}, "dropout"),
+])  # fmt: skip
+def test_options_of_a_plan_are_checked(options, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        plan(Causal(), 9, 9, **options)

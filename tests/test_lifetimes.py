@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import weakref
+from collections import deque
 from functools import partial
 from pathlib import Path
 
@@ -93,6 +94,10 @@ def function_and_state(kind):
     """A predicate of one of the kinds that people write, and the tensor that it reads."""
     owner = Packing()
     return {
+        "class": lambda: ((lambda i, j: Settings.document[i] == Settings.document[j]), Settings.document),
+        "class method": lambda: (Settings.same, Settings.document),
+        "slots": lambda: ((slots := Slots()), slots.document[0]),
+        "attribute of the function": lambda: (by_attribute, by_attribute.document),
         "closure": closure,
         "global": lambda: ((lambda i, j: DOCUMENT[i] == DOCUMENT[j]), DOCUMENT),
         "default": lambda: ((lambda i, j, d=owner.document: d[i] == d[j]), owner.document),
@@ -103,7 +108,37 @@ def function_and_state(kind):
     }[kind]()
 
 
-KINDS = ["closure", "global", "default", "partial", "bound method", "callable object", "nested"]
+class Settings:
+    """Read by a function through the class, not through an object."""
+
+    document = torch.zeros(20, dtype=torch.int64)
+
+    @classmethod
+    def same(cls, i, j):
+        return cls.document[i] == cls.document[j]
+
+
+class Slots:
+    __slots__ = ("document",)
+
+    def __init__(self):
+        self.document = deque([torch.zeros(20, dtype=torch.int64)])
+
+    def __call__(self, i, j):
+        return self.compare(i, j)
+
+    def compare(self, i, j):
+        return self.document[0][i] == self.document[0][j]
+
+
+def by_attribute(i, j):
+    return by_attribute.document[i] == by_attribute.document[j]
+
+
+by_attribute.document = torch.zeros(20, dtype=torch.int64)
+
+KINDS = ["class", "class method", "slots", "attribute of the function", "closure", "global", "default", "partial"]
+KINDS += ["bound method", "callable object", "nested"]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from graphs import GRAPHS
 
-from attngraph import Causal, EdgeList, Graph, Identity, Window, attend, cache
+from attngraph import Causal, EdgeList, Graph, Identity, Random, Window, attend, cache
 from attngraph.graph.base import at_size
 
 
@@ -148,3 +148,68 @@ def test_edge_lists_with_one_digest_are_still_two(monkeypatch):
     for graph in (a, b):
         torch.testing.assert_close(attend(q, k, v, graph), attend(q, k, v, graph, backend="reference"))
     cache.clear()  # their hashes change with the digest
+
+
+class Earlier:
+    """No graph, but defines contains."""
+
+    def contains(self, q_idx, kv_idx):
+        return q_idx >= kv_idx + 1
+
+
+class Mixed(Earlier, Causal):
+    """Causal's fields and Earlier's edges."""
+
+
+class WithOptions(Graph):
+    nodes: int
+    label: str = dataclasses.field(default="", kw_only=True)
+
+    def contains(self, q_idx, kv_idx):
+        return (kv_idx - q_idx) % self.nodes == 1
+
+
+class Together(Graph):
+    parts: tuple
+
+    def contains(self, q_idx, kv_idx):
+        return self.parts[1].contains(q_idx, kv_idx)
+
+
+def test_a_definition_from_a_mixin_counts_as_its_own():
+    graph = Mixed()
+    assert graph.num_edges(6, 6) == 15 == int(graph.mask(6, 6).sum())
+    q, k, v = torch.randn(3, 1, 2, 6, 8)
+    torch.testing.assert_close(attend(q, k, v, graph), attend(q, k, v, graph, backend="reference"))
+
+
+def test_keyword_fields_and_mixed_tuples_survive():
+    graph = WithOptions(4, label="ring")
+    assert pickle.loads(pickle.dumps(graph)) == graph
+    mixed = Together((3, Random(2, 3)))
+    assert mixed.num_edges(6, 9) == 12
+    with pytest.raises(TypeError, match="got a Tensor"):
+        Together((1, torch.zeros(2)))
+
+
+def test_an_unfinished_graph_says_what_to_call():
+    class Own(Graph):
+        nodes: int
+
+        def __post_init__(self):
+            pass
+
+        def contains(self, q_idx, kv_idx):
+            return q_idx == kv_idx
+
+    with pytest.raises(AttributeError, match=r"must end with that of Graph, super\(\).__post_init__"):
+        Own(3).mask(3, 3)
+
+
+def test_a_definition_of_the_wrong_shape_is_told():
+    class Flat(Graph):
+        def contains(self, q_idx, kv_idx):
+            return torch.ones(7, 2, dtype=torch.bool)
+
+    with pytest.raises(ValueError, match=r"one bool for each pair, of shape \(3, 3\) \(got \(7, 2\)\)"):
+        Flat().mask(3, 3)

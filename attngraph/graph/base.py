@@ -6,7 +6,7 @@ No kernels, no devices, no weights: a graph is a value that answers questions ab
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import MISSING, FrozenInstanceError, dataclass, fields, replace
 from functools import reduce, wraps
 from inspect import get_annotations
@@ -167,9 +167,11 @@ class Graph:
     def __init_subclass__(cls, **options: Any):
         super().__init_subclass__(**options)
         _refuse_reserved_fields(cls)
-        if "contains" in cls.__dict__:
+        owner = _owner(cls, "contains")
+        if owner is cls or not issubclass(owner, Graph):
             setattr(cls, "contains", _checked(cls.contains))  # noqa: B010  its type stays
-            for name in _FOLLOWS_CONTAINS - set(vars(cls)):  # of a base class, whose edges were others
+        for name in _FOLLOWS_CONTAINS:
+            if cls.__mro__.index(_owner(cls, name)) > cls.__mro__.index(owner):  # of a base class with other edges
                 setattr(cls, name, getattr(Graph, name))
         cls._class_number = next(_CLASS_NUMBERS)
         own = cls.__dict__
@@ -220,8 +222,8 @@ class Graph:
             value = getattr(self, field.name)
             if isinstance(value, Graph):
                 changed[field.name] = change(value)
-            elif isinstance(value, tuple) and value and isinstance(value[0], Graph):
-                changed[field.name] = tuple(change(part) for part in value)
+            elif isinstance(value, tuple) and any(isinstance(part, Graph) for part in value):
+                changed[field.name] = tuple(change(part) if isinstance(part, Graph) else part for part in value)
         return replace(cast(Any, self), **changed)
 
     def __hash__(self) -> int:
@@ -238,7 +240,19 @@ class Graph:
         return self._write(str)
 
     def __reduce__(self) -> tuple:
-        return (type(self), tuple(getattr(self, field.name) for field in fields(cast(Any, self))))
+        return _rebuild, (
+            type(self),
+            {each.name: getattr(self, each.name) for each in fields(cast(Any, self)) if each.init},
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        if name in _ATTRIBUTES:
+            kind = type(self).__name__
+            raise AttributeError(
+                f"{kind} has no {name} yet: its own __init__ or __post_init__ must end with that of Graph, "
+                f"super().__post_init__()"
+            )
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def __copy__(self) -> Graph:
         return self  # a value
@@ -371,6 +385,11 @@ _FOLLOWS_CONTAINS = {
 """What a graph may define besides `contains`, and what is of no use to a class with another `contains`."""
 
 
+def _owner(cls: type, name: str) -> type:
+    """The class from which a class has an attribute."""
+    return next(base for base in cls.__mro__ if name in vars(base))
+
+
 def _refuse_assignment(self: Graph, name: str, value: object = None) -> None:
     raise FrozenInstanceError(f"a graph is a value: field {name!r} of {type(self).__name__} cannot change")
 
@@ -411,6 +430,11 @@ def count_edges(graph: Graph, n: int, m: int) -> int:
 # -------------------------------------------------------------------------------------------- how a class is made
 
 
+def _rebuild(cls: type[Graph], values: dict[str, Any]) -> Graph:
+    """A graph from the values of its fields."""
+    return cls(**values)
+
+
 _ATTRIBUTES = {"size", "heads", "_key", "_may_change", "_equal", "_hash"}  # of every graph, set when it is made
 
 
@@ -425,11 +449,20 @@ def _refuse_reserved_fields(cls: type[Graph]) -> None:
             )
 
 
+def _flat(value: object) -> Iterator[object]:
+    """A value, or what tuples within tuples hold."""
+    if isinstance(value, tuple):
+        for part in value:
+            yield from _flat(part)
+    else:
+        yield value
+
+
 def _require_values(graph: Graph) -> None:
     """Raise unless every field is a value: what can't be compared can't be looked up."""
     for field in fields(cast(Any, graph)):
         value = getattr(graph, field.name)
-        if isinstance(value, Tensor):
+        if any(isinstance(part, Tensor) for part in _flat(value)):
             raise TypeError(
                 f"field {field.name!r} of {type(graph).__name__} must be a number, a tuple or a graph, so that the "
                 f"graph is a value (got a Tensor): give it as a tuple, tensor.tolist(), or make an EdgeList"
@@ -453,7 +486,14 @@ def _checked(contains: Callable[[Any, Tensor, Tensor], Tensor]) -> Callable[[Any
             kind = found.dtype if isinstance(found, Tensor) else type(found).__name__
             raise TypeError(f"contains of {type(self).__name__} must return a bool tensor (got {kind}); use == < & |")
         pairs = torch.broadcast_shapes(q_idx.shape, kv_idx.shape)
-        return found.expand(pairs if self.heads is None else (self.heads, *pairs))
+        shape = pairs if self.heads is None else (self.heads, *pairs)
+        try:
+            return found.expand(shape)
+        except RuntimeError:
+            raise ValueError(
+                f"contains of {type(self).__name__} must return one bool for each pair, of shape {tuple(shape)} (got "
+                f"{tuple(found.shape)}): compare q_idx with kv_idx element by element"
+            ) from None
 
     return checked
 

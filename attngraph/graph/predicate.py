@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import sys
 import zlib
+from array import array
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from types import CodeType, FunctionType, MethodType, ModuleType
+from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -16,7 +19,8 @@ from torch import Tensor
 from attngraph.graph.base import Graph
 
 MAX_BYTES_COMPARED = 1 << 22  # of a tensor on the CPU whose numbers are compared; of larger ones, the version
-MAX_DEPTH = 4  # of containers, objects and functions within each other
+MAX_DEPTH = 12  # of containers, objects and functions within each other; what lies deeper is never taken for unchanged
+MAX_PARTS = 5000  # that are looked at; nor is what has more
 
 _NUMBERS = itertools.count(1)
 
@@ -53,57 +57,83 @@ class Predicate(Graph):
 
 
 def _described(value: Any, depth: int, seen: set[int]) -> Iterator[object]:
-    """Hashable things that change when the value does, as far as that can be seen."""
-    match value:
-        case None | bool() | int() | float() | complex() | str() | bytes():
-            yield value
-            return
-        case Tensor():
-            yield _tensor_state(value)
-            return
-        case np.ndarray():
-            yield value.shape, zlib.crc32(np.ascontiguousarray(value).tobytes())
-            return
-        case ModuleType() | type():
-            yield id(value)
-            return
-    yield id(value)
-    if depth > MAX_DEPTH or id(value) in seen:
-        return
-    seen.add(id(value))
-    for part in _parts(value):
-        yield from _described(part, depth + 1, seen)
+    """Hashable things that change when the value does, as far as that can be seen; else something new each time."""
+    if value is None or isinstance(value, bool | int | float | complex | str | bytes):
+        yield value
+    elif isinstance(value, Tensor):
+        yield _tensor_state(value)
+    elif isinstance(value, np.ndarray) and value.dtype != object:
+        yield value.shape, zlib.crc32(np.ascontiguousarray(value).tobytes())
+    elif isinstance(value, bytearray | array):
+        yield bytes(value)
+    elif depth > MAX_DEPTH or len(seen) > MAX_PARTS:
+        yield object()  # unlike any other: nothing is kept for it
+    elif not _is_foreign(value) and id(value) not in seen:
+        yield id(value)
+        seen.add(id(value))
+        for part in _parts(value):
+            yield from _described(part, depth + 1, seen)
+
+
+def _is_foreign(value: Any) -> bool:
+    """Whether a module, class or function belongs to Python or to a library, whose own state is no part of a graph."""
+    if not isinstance(value, ModuleType | type | FunctionType | BuiltinFunctionType):
+        return False
+    name = value.__name__ if isinstance(value, ModuleType) else getattr(value, "__module__", None)
+    return name is None or name.partition(".")[0] in FOREIGN
+
+
+FOREIGN = {*sys.stdlib_module_names, "torch", "numpy", "attngraph"} - {"__main__"}
 
 
 def _tensor_state(tensor: Tensor) -> tuple:
     """The numbers of a tensor, by a checksum; of a large one or one elsewhere, how often torch has changed it."""
-    if tensor.device.type == "cpu" and tensor.nbytes <= MAX_BYTES_COMPARED and not tensor.dtype.is_complex:
-        numbers = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-        return tuple(tensor.shape), tensor.dtype, zlib.crc32(numbers.numpy().tobytes())
+    small = tensor.device.type == "cpu" and tensor.layout == torch.strided and tensor.nbytes <= MAX_BYTES_COMPARED
+    if small:
+        numbers = torch.empty(tensor.numel(), dtype=tensor.dtype).copy_(tensor.detach().reshape(-1))
+        return tuple(tensor.shape), tensor.dtype, zlib.crc32(numbers.view(torch.uint8).numpy().tobytes())
     return id(tensor), None if tensor.is_inference() else tensor._version
 
 
 def _parts(value: Any) -> Iterator[Any]:
-    """What a function, an object or a container reads or holds."""
+    """What a function, an object, a class or a container reads or holds."""
     if isinstance(value, partial):
         yield from (value.func, *value.args, *value.keywords.values())
     elif isinstance(value, MethodType):
         yield from (value.__func__, value.__self__)
     elif isinstance(value, FunctionType):
-        for cell in value.__closure__ or ():
-            try:
-                yield cell.cell_contents
-            except ValueError:  # not assigned yet
-                continue
-        yield from value.__defaults__ or ()
-        yield from (value.__kwdefaults__ or {}).values()
-        yield from (value.__globals__[name] for name in _names(value.__code__) if name in value.__globals__)
+        yield from _parts_of_function(value)
     elif isinstance(value, Mapping):
         yield from (side for item in value.items() for side in item)
-    elif isinstance(value, (list, tuple, set, frozenset)):
+    elif isinstance(value, list | tuple | set | frozenset | deque):
         yield from value
-    elif hasattr(value, "__dict__"):
-        yield from vars(value).values()
+    elif isinstance(value, np.ndarray):
+        yield from value.ravel().tolist()
+    else:
+        yield from dict(getattr(value, "__dict__", {})).values()
+        for base in type(value).__mro__:
+            for slot in base.__dict__.get("__slots__", ()):
+                yield getattr(value, slot, None)
+        yield type(value)
+
+
+def _parts_of_function(function: FunctionType) -> Iterator[Any]:
+    """Captured variables, defaults, attributes, and globals that it names; of a module that it names, what it names."""
+    for cell in function.__closure__ or ():
+        try:
+            yield cell.cell_contents
+        except ValueError:  # not assigned yet
+            continue
+    yield from function.__defaults__ or ()
+    yield from (function.__kwdefaults__ or {}).values()
+    yield from function.__dict__.values()
+    names = set(_names(function.__code__))
+    for name in names & function.__globals__.keys():
+        value = function.__globals__[name]
+        if isinstance(value, ModuleType) and not _is_foreign(value):
+            yield from (vars(value)[own] for own in names & vars(value).keys())
+        elif not isinstance(value, ModuleType):
+            yield value
 
 
 def _names(code: CodeType) -> Iterator[str]:

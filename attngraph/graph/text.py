@@ -13,14 +13,12 @@ LONGEST = 1 << 24  # characters
 DEEPEST = 100  # nested operations
 
 NAMES = {
-    kind.__name__: kind
-    for kind in (
-        patterns.Full, patterns.Empty, patterns.Identity, patterns.Causal, patterns.Window, patterns.Prefix,
-        patterns.Global, patterns.Strided, patterns.Chunks, patterns.Documents, grids.Neighborhood, grids.Axial,
-        grids.ShiftedWindows, patterns.Tree, patterns.Random, edge_list.EdgeList, compose.Disjoint, compose.Beside,
-        compose.PerHead,
-    )
-}  # fmt: skip
+    name: kind
+    for module in (patterns, grids, edge_list, compose)
+    for name, kind in vars(module).items()
+    if isinstance(kind, type) and kind.__module__ == module.__name__ and issubclass(kind, Graph) and name[0] != "_"
+}
+"""The graphs that an expression may name: those of the library that are no operation."""
 OPERATORS = {
     ast.BitOr: lambda a, b: a | b,
     ast.BitXor: lambda a, b: a ^ b,

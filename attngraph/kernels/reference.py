@@ -15,6 +15,12 @@ def softmax(scores: Tensor) -> Tensor:
     return torch.ops.aten._safe_softmax(scores, -1)
 
 
+def logsumexp(scores: Tensor) -> Tensor:
+    """log Σ_j exp(s_j); where every score is -inf, -inf with a gradient of 0, not NaN."""
+    nothing = (scores == -torch.inf).all(-1, keepdim=True)
+    return scores.masked_fill(nothing, 0).logsumexp(-1).masked_fill(nothing[..., 0], -torch.inf)
+
+
 def reference(
     q: Tensor,
     k: Tensor,
@@ -45,7 +51,7 @@ def reference(
             s = scores[:, h, j]
             if bias is not None:
                 s = s + bias.at(torch.full_like(j, i), j, edge[i, j]).expand(B, H, -1)[:, h]
-            lse[:, h, i] = s.logsumexp(-1)
+            lse[:, h, i] = logsumexp(s)
             weights[:, h, i, j] = p = weights_of(s)
             out[:, h, i] = (dropout(p, dropout_p)[..., None] * v[:, h, j]).sum(1)
     return out, lse, weights

@@ -70,6 +70,9 @@ class Request(NamedTuple):
         }
 
 
+ANY_FUNCTION = "a function"
+
+
 def name_of(option: object) -> str:
     """A score or normaliser in a `Call`."""
-    return option if isinstance(option, str) else "a function"
+    return option if isinstance(option, str) else ANY_FUNCTION

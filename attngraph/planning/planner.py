@@ -20,10 +20,11 @@ from attngraph.graph.base import Graph, at_size, count_edges, require_ints
 from attngraph.graph.edge_list import EdgeList
 from attngraph.graph.rewrite import simplify, split
 from attngraph.kernels.contract import BiasKind
+from attngraph.kernels.scoring import NORMALIZERS, SCORES
 from attngraph.planning import backends, explain
 from attngraph.planning.backends import BACKENDS, Backend, kernel_for
-from attngraph.planning.backends.base import INSTALLED
-from attngraph.planning.call import Call
+from attngraph.planning.backends.base import INSTALLED, only_plain_attention
+from attngraph.planning.call import ANY_FUNCTION, Call
 from attngraph.planning.costs import Costs
 from attngraph.planning.edge_set import EdgeSet, closed_form
 from attngraph.planning.layouts.materialized import edges_of_heads
@@ -172,6 +173,15 @@ def plan(
         raise ValueError(f"reorder must be True, False or None (got {reorder!r})")
     require_ints(1, heads=heads)
     require_ints(0, head_dim=head_dim)
+    if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(f"dtype of a plan must be a floating-point torch.dtype (got {dtype!r})")
+    for option, given, known in (("score", score, SCORES), ("normalize", normalize, ("softmax", *NORMALIZERS))):
+        if given not in (*known, ANY_FUNCTION):
+            raise ValueError(
+                f"{option} of a plan must be one of {', '.join(known)}, or {ANY_FUNCTION!r} (got {given!r})"
+            )
+    if not (isinstance(dropout, bool) and isinstance(return_weights, bool)):
+        raise TypeError(f"dropout and return_weights of a plan are True or False (got {dropout!r}, {return_weights!r})")
     _, n, m = at_size(graph, n, m)
     call = Call(
         n, m, heads, heads, head_dim, head_dim, dtype, _definite(torch.device(device)), bias,
@@ -191,6 +201,9 @@ def planned(graph: Graph, call: Call, name: str) -> Plan:
 def traced(graph: Graph | Plan, call: Call, name: str) -> Backend | None:
     """The backend of a call that is being compiled, where sizes are symbols; None: an operator that looks up a plan."""
     if isinstance(graph, Plan):
+        reason = only_plain_attention(call) or (None if name == "auto" else "it has chosen its backends")
+        if reason is not None:
+            raise ValueError(f"a plan can't run this call in a compiled program ({reason}); the graph itself can")
         return None
     if name != "auto":
         require(name, call)

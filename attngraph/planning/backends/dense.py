@@ -38,6 +38,8 @@ class Dense(Backend):
             return "PyTorch's kernels have no forward-mode derivatives"
         if call.part and call.bias is not None:
             return "it has no bias as one of several parts"
+        if call.part and call.transform is not None:
+            return f"{call.transform} can't transform its backward pass as one of several parts"
         return "it has no dropout as one of several parts" if call.part and call.dropout else None
 
     def estimate(self, edges: EdgeSet, call: Call, costs: Costs) -> float:

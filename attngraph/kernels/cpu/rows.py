@@ -187,45 +187,46 @@ def _forward_kernel(head_dim: int, value_dim: int) -> Callable[..., None]:
     """The kernel for these dimensions; each pair of them is compiled once, and kept on disk."""
 
     @compiled
-    def forward_unit(unit, batch, tensors, edges, bias, scale):
+    def forward_units(first_unit, stop_unit, batch, tensors, edges, bias, scale):
         q, k, v = tensors.q, tensors.k, tensors.v
         (_, n, heads, _), (_, m, key_heads, _) = q.shape, k.shape
         group, pieces = heads // key_heads, len(tensors.piece_lse) // len(q)
-        size = (max_degree(edges.start, edges.units[unit]) + 3) // 4 * heads * 4
-        scores, zero = np.empty(size, q.dtype), q.dtype.type(0)
-        row_max, row_sum = np.empty(heads * 4, q.dtype), np.empty(heads * 4, q.dtype)
-        first, stop, begin, end = edges.units[unit]
-        for i in range(first, stop):
-            lo, hi = max(edges.start[i], begin), min(edges.start[i + 1], end)
-            blocks = (hi - lo + 3) // 4
-            if unit < pieces:
-                acc, lse, row = tensors.piece_out, tensors.piece_lse, batch * pieces + unit
-            else:
-                acc, lse, row = tensors.out, tensors.lse, batch * n + i
-            for y in range(blocks * heads * 4):
-                scores[y] = zero
-            mask_padding(scores, hi - lo, heads)
-            if bias.kind != NO_BIAS:
-                add_bias(scores, bias, edges, batch, i, lo, hi - lo, False)
-            for e in range(lo, hi, 4):
-                nodes, at = neighbors_of_4(edges.neighbor, e, hi - 1, batch * m), (e - lo) * heads
-                for g in range(group):
-                    for hk in range(key_heads):
-                        h = hk * group + g
-                        q_i = Vector(q, ((batch * n + i) * heads + h) * head_dim)
-                        k_j = Neighbors(k, nodes, key_heads * head_dim, hk * head_dim)
-                        gather_dot(scores, at + h * 4, scale, q_i, k_j, head_dim)
-            softmax(scores, blocks, row_max, row_sum, lse[row])
-            for e in range(lo, hi, 4):
-                nodes, at = neighbors_of_4(edges.neighbor, e, hi - 1, batch * m), (e - lo) * heads
-                for g in range(group):
-                    for hk in range(key_heads):
-                        h = hk * group + g
-                        acc_i, p = Vector(acc, (row * heads + h) * value_dim), Vector(scores, at + h * 4)
-                        v_j = Neighbors(v, nodes, key_heads * value_dim, hk * value_dim)
-                        gather_add(acc_i, p, v_j, value_dim)
+        for unit in range(first_unit, stop_unit):
+            size = (max_degree(edges.start, edges.units[unit]) + 3) // 4 * heads * 4
+            scores, zero = np.empty(size, q.dtype), q.dtype.type(0)
+            row_max, row_sum = np.empty(heads * 4, q.dtype), np.empty(heads * 4, q.dtype)
+            first, stop, begin, end = edges.units[unit]
+            for i in range(first, stop):
+                lo, hi = max(edges.start[i], begin), min(edges.start[i + 1], end)
+                blocks = (hi - lo + 3) // 4
+                if unit < pieces:
+                    acc, lse, row = tensors.piece_out, tensors.piece_lse, batch * pieces + unit
+                else:
+                    acc, lse, row = tensors.out, tensors.lse, batch * n + i
+                for y in range(blocks * heads * 4):
+                    scores[y] = zero
+                mask_padding(scores, hi - lo, heads)
+                if bias.kind != NO_BIAS:
+                    add_bias(scores, bias, edges, batch, i, lo, hi - lo, False)
+                for e in range(lo, hi, 4):
+                    nodes, at = neighbors_of_4(edges.neighbor, e, hi - 1, batch * m), (e - lo) * heads
+                    for g in range(group):
+                        for hk in range(key_heads):
+                            h = hk * group + g
+                            q_i = Vector(q, ((batch * n + i) * heads + h) * head_dim)
+                            k_j = Neighbors(k, nodes, key_heads * head_dim, hk * head_dim)
+                            gather_dot(scores, at + h * 4, scale, q_i, k_j, head_dim)
+                softmax(scores, blocks, row_max, row_sum, lse[row])
+                for e in range(lo, hi, 4):
+                    nodes, at = neighbors_of_4(edges.neighbor, e, hi - 1, batch * m), (e - lo) * heads
+                    for g in range(group):
+                        for hk in range(key_heads):
+                            h = hk * group + g
+                            acc_i, p = Vector(acc, (row * heads + h) * value_dim), Vector(scores, at + h * 4)
+                            v_j = Neighbors(v, nodes, key_heads * value_dim, hk * value_dim)
+                            gather_add(acc_i, p, v_j, value_dim)
 
-    return forward_unit
+    return forward_units
 
 
 @compiled
@@ -251,6 +252,15 @@ def merge_pieces(pieces, count, n, out, lse, piece_out, piece_lse):
                         out[row, h, d] /= row_sum
 
 
+JOBS_PER_THREAD = 16  # ranges of units: few, as each call of a compiled function takes some microseconds, but divisible
+
+
+def _unit_ranges(units: int) -> list[tuple[int, int]]:
+    """The units in consecutive ranges (first, stop), one for each job."""
+    size = max(1, units // (JOBS_PER_THREAD * torch.get_num_threads()))
+    return [(first, min(first + size, units)) for first in range(0, units, size)]
+
+
 def forward(
     q: Tensor, k: Tensor, v: Tensor, layout: CSRLayout, bias: ScoreBias | None, scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -268,11 +278,13 @@ def forward(
     table, factor = _bias_table(bias, q), _scalar(scale, q)
     kernel = _forward_kernel(head_dim, value_dim)
 
-    def run(job: int) -> None:
-        unit, batch = divmod(job, B)
-        kernel(unit, batch, tensors, edges, table, factor)
+    ranges = _unit_ranges(len(adjacency.units))
 
-    parallel_for(len(adjacency.units) * B, run)
+    def run(job: int) -> None:
+        place, batch = divmod(job, B)
+        kernel(*ranges[place], batch, tensors, edges, table, factor)
+
+    parallel_for(len(ranges) * B, run)
     if adjacency.num_pieces:
         merge_pieces(adjacency.pieces.numpy(), adjacency.num_pieces, N, *results)
     return out.transpose(1, 2), lse.transpose(1, 2)
@@ -321,66 +333,70 @@ def _backward_kernel(head_dim: int, value_dim: int, by_key: bool) -> Callable[..
     """
 
     @compiled
-    def backward_unit(unit, batch, tensors, gradients, edges, bias, scale):
+    def backward_units(first_unit, stop_unit, batch, tensors, gradients, edges, bias, scale):
         x, x_v, y, y_v = tensors.x, tensors.x_v, tensors.y, tensors.y_v
         (_, nodes, x_heads, _), (_, y_nodes, y_heads, _) = x.shape, y.shape
         heads, key_heads, n = max(x_heads, y_heads), min(x_heads, y_heads), y_nodes if by_key else nodes
         group, pieces = heads // key_heads, len(gradients.piece_dx) // len(x)
-        one, size = x.dtype.type(1), (min(max_degree(edges.start, edges.units[unit]), CHUNK_EDGES) + 3) // 4 * heads * 4
-        scores, ds, ds_sum = np.empty(size, x.dtype), np.empty(size, x.dtype), np.empty(heads * 4, x.dtype)
-        first, stop, begin, end = edges.units[unit]
-        for node in range(first, stop):
-            lo, hi = max(edges.start[node], begin), min(edges.start[node + 1], end)
-            x_row, row = batch * nodes + node, batch * nodes + node
-            dx, dx_v, key_ds_sum = gradients.dx, gradients.dx_v, gradients.ds_sum
-            if unit < pieces:
-                row = batch * pieces + unit
-                dx, dx_v, key_ds_sum = gradients.piece_dx, gradients.piece_dx_v, gradients.piece_ds_sum
-            ds_sum[:] = x.dtype.type(0)
-            for chunk in range(lo, hi, CHUNK_EDGES):
-                count = min(hi - chunk, CHUNK_EDGES)
-                blocks = (count + 3) // 4
-                start_backward(scores, ds, tensors, edges, x_row, batch * n, chunk, count, by_key)
-                if bias.kind != NO_BIAS:
-                    add_bias(scores, bias, edges, batch, node, chunk, count, by_key)
-                for block in range(blocks):
-                    four = neighbors_of_4(edges.neighbor, chunk + block * 4, hi - 1, batch * y_nodes)
-                    for g in range(group):
-                        for hk in range(key_heads):
-                            h = hk * group + g
-                            x_h, y_h = (hk, h) if by_key else (h, hk)
-                            at = (block * heads + h) * 4
-                            x_i = Vector(x, (x_row * x_heads + x_h) * head_dim)
-                            y_j = Neighbors(y, four, y_heads * head_dim, y_h * head_dim)
-                            gather_dot(scores, at, scale, x_i, y_j, head_dim)
-                            x_i = Vector(x_v, (x_row * x_heads + x_h) * value_dim)
-                            y_j = Neighbors(y_v, four, y_heads * value_dim, y_h * value_dim)
-                            gather_dot(ds, at, one, x_i, y_j, value_dim)
-                softmax_backward(scores, ds, blocks, ds_sum)
-                if len(gradients.dvalues):
-                    add_bias_gradient(gradients.dvalues, ds, bias, edges, batch, node, chunk, count)
-                for block in range(blocks):
-                    four = neighbors_of_4(edges.neighbor, chunk + block * 4, hi - 1, batch * y_nodes)
-                    for g in range(group):
-                        for hk in range(key_heads):
-                            h = hk * group + g
-                            x_h, y_h = (hk, h) if by_key else (h, hk)
-                            at = (block * heads + h) * 4
-                            dx_i = Vector(dx, (row * x_heads + x_h) * head_dim)
-                            y_j = Neighbors(y, four, y_heads * head_dim, y_h * head_dim)
-                            gather_add(dx_i, Vector(ds, at), y_j, head_dim)
-                            if by_key:
-                                dx_i = Vector(dx_v, (row * x_heads + x_h) * value_dim)
+        one = x.dtype.type(1)
+        for unit in range(first_unit, stop_unit):
+            size = (min(max_degree(edges.start, edges.units[unit]), CHUNK_EDGES) + 3) // 4 * heads * 4
+            scores, ds, ds_sum = np.empty(size, x.dtype), np.empty(size, x.dtype), np.empty(heads * 4, x.dtype)
+            first, stop, begin, end = edges.units[unit]
+            for node in range(first, stop):
+                lo, hi = max(edges.start[node], begin), min(edges.start[node + 1], end)
+                x_row, row = batch * nodes + node, batch * nodes + node
+                dx, dx_v, key_ds_sum = gradients.dx, gradients.dx_v, gradients.ds_sum
+                if unit < pieces:
+                    row = batch * pieces + unit
+                    dx, dx_v, key_ds_sum = gradients.piece_dx, gradients.piece_dx_v, gradients.piece_ds_sum
+                ds_sum[:] = x.dtype.type(0)
+                for chunk in range(lo, hi, CHUNK_EDGES):
+                    count = min(hi - chunk, CHUNK_EDGES)
+                    blocks = (count + 3) // 4
+                    start_backward(scores, ds, tensors, edges, x_row, batch * n, chunk, count, by_key)
+                    if bias.kind != NO_BIAS:
+                        add_bias(scores, bias, edges, batch, node, chunk, count, by_key)
+                    for block in range(blocks):
+                        four = neighbors_of_4(edges.neighbor, chunk + block * 4, hi - 1, batch * y_nodes)
+                        for g in range(group):
+                            for hk in range(key_heads):
+                                h = hk * group + g
+                                x_h, y_h = (hk, h) if by_key else (h, hk)
+                                at = (block * heads + h) * 4
+                                x_i = Vector(x, (x_row * x_heads + x_h) * head_dim)
+                                y_j = Neighbors(y, four, y_heads * head_dim, y_h * head_dim)
+                                gather_dot(scores, at, scale, x_i, y_j, head_dim)
+                                x_i = Vector(x_v, (x_row * x_heads + x_h) * value_dim)
                                 y_j = Neighbors(y_v, four, y_heads * value_dim, y_h * value_dim)
-                                gather_add(dx_i, Vector(scores, at), y_j, value_dim)
-            for a in range(x_heads):
-                for d in range(head_dim):
-                    dx[row, a, d] *= scale
-            if len(gradients.ds_sum):
-                for h in range(heads):
-                    key_ds_sum[row, h, 0] = ds_sum[4 * h] + ds_sum[4 * h + 1] + ds_sum[4 * h + 2] + ds_sum[4 * h + 3]
+                                gather_dot(ds, at, one, x_i, y_j, value_dim)
+                    softmax_backward(scores, ds, blocks, ds_sum)
+                    if len(gradients.dvalues):
+                        add_bias_gradient(gradients.dvalues, ds, bias, edges, batch, node, chunk, count)
+                    for block in range(blocks):
+                        four = neighbors_of_4(edges.neighbor, chunk + block * 4, hi - 1, batch * y_nodes)
+                        for g in range(group):
+                            for hk in range(key_heads):
+                                h = hk * group + g
+                                x_h, y_h = (hk, h) if by_key else (h, hk)
+                                at = (block * heads + h) * 4
+                                dx_i = Vector(dx, (row * x_heads + x_h) * head_dim)
+                                y_j = Neighbors(y, four, y_heads * head_dim, y_h * head_dim)
+                                gather_add(dx_i, Vector(ds, at), y_j, head_dim)
+                                if by_key:
+                                    dx_i = Vector(dx_v, (row * x_heads + x_h) * value_dim)
+                                    y_j = Neighbors(y_v, four, y_heads * value_dim, y_h * value_dim)
+                                    gather_add(dx_i, Vector(scores, at), y_j, value_dim)
+                for a in range(x_heads):
+                    for d in range(head_dim):
+                        dx[row, a, d] *= scale
+                if len(gradients.ds_sum):
+                    for h in range(heads):
+                        key_ds_sum[row, h, 0] = (
+                            ds_sum[4 * h] + ds_sum[4 * h + 1] + ds_sum[4 * h + 2] + ds_sum[4 * h + 3]
+                        )
 
-    return backward_unit
+    return backward_units
 
 
 @compiled
@@ -484,12 +500,14 @@ class _Backward(NamedTuple):
         gradients, edges = Gradients(*_flat_nodes(*pairs), dvalues.numpy()), _edges(adjacency)
         factor, rounds = _scalar(self.scale, self.q), len(self.q) // batches if batches else 0
 
-        def run(job: int) -> None:
-            unit, place = divmod(job, rounds)
-            for batch in range(place * batches, (place + 1) * batches):
-                kernel(unit, batch, tensors, gradients, edges, table, factor)
+        ranges = _unit_ranges(len(adjacency.units))
 
-        jobs = len(adjacency.units) * rounds
+        def run(job: int) -> None:
+            units, place = divmod(job, rounds)
+            for batch in range(place * batches, (place + 1) * batches):
+                kernel(*ranges[units], batch, tensors, gradients, edges, table, factor)
+
+        jobs = len(ranges) * rounds
         if serial:
             for job in range(jobs):
                 run(job)

@@ -23,7 +23,8 @@ def main(arguments: list[str]) -> None:
         return
     if arguments[:1] != ["demo"]:
         asked = arguments[:1] in (["-h"], ["--help"])
-        print(USAGE, file=sys.stdout if asked else sys.stderr)
+        unknown = "" if asked or not arguments else f"not a command: {' '.join(arguments)}\n\n"
+        print(unknown + USAGE, file=sys.stdout if asked else sys.stderr)
         raise SystemExit(0 if asked else 2)
     here = Path(__file__).parent
     examples = next(place for place in (here / "examples", here.parent / "examples") if (place / "gpt.py").exists())

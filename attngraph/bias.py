@@ -30,6 +30,11 @@ class Alibi:
     """Whether it depends on j - i alone: then it is asked for once for each offset, not for each pair."""
 
     def __post_init__(self):
+        if not isinstance(self.slopes, Tensor):
+            got = type(self.slopes).__name__
+            raise TypeError(
+                f"Alibi takes a tensor of slopes, one for each head (got {got}): Alibi.geometric(num_heads)"
+            )
         if self.slopes.ndim != 1:
             raise ValueError(f"Alibi takes slopes of shape (H,) (got {tuple(self.slopes.shape)})")
 

@@ -94,6 +94,13 @@ def test_explain_has_the_answer_of_every_backend_that_was_asked(options):
     assert seconds[made.chosen[0]] == min(seconds.values())
 
 
+def test_heads_with_graphs_of_their_own_are_explained_together():
+    made = plan(PerHead([Causal(), Window(3, 0), Causal(), Random(2)]), 500, 500, heads=4)
+    text = made.explain()
+    assert text.count("<- chosen") == 1
+    assert re.search(r"heads apart +\S+ m?s  <- chosen: ", text)
+
+
 def test_float64_is_priced_by_the_kernel_that_runs_it():
     single, double = (plan(Window(60, 0), 2048, 2048, dtype=dtype) for dtype in (torch.float32, torch.float64))
     assert "float32" in double.candidates["tiles (numba)"]

@@ -81,3 +81,8 @@ def test_a_bias_of_minus_infinity_removes_an_edge():
     removed[1] = -torch.inf
     for backend in ("edges", "dense"):
         assert (attend(q, k, v, Causal(), bias=removed, backend=backend)[0, 1] == 0).all()
+
+
+def test_slopes_are_a_tensor():
+    with pytest.raises(TypeError, match=r"got int.: Alibi.geometric"):
+        Alibi(4)

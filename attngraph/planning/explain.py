@@ -30,8 +30,11 @@ def explain(plan: Plan) -> str:
             f"{time(part.seconds):>12}   {part.why}"
         )
     lines += ["", "asked:"]
+    by_head = any(part.heads for part in plan.parts)  # then each of their graphs has its own choice
+    if by_head:
+        lines.append(f"  {'heads apart':18}{time(plan.seconds)}  <- chosen: {', '.join(plan.chosen)}")
     for name, answer in sorted(plan.candidates.items(), key=lambda each: (isinstance(each[1], str), str(each[0]))):
-        mark = "  <- chosen" if name in plan.chosen else ""
+        mark = "  <- chosen" if name in plan.chosen and not by_head else ""
         lines.append(f"  {name:18}{answer if isinstance(answer, str) else time(answer)}{mark}")
     lines += [f"note: {note}" for note in plan.notes]
     lines.append(f"expected times: one forward pass of one batch entry, by {plan.costs.source}")

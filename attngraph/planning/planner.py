@@ -168,7 +168,8 @@ def plan(
     if not (costs is None or isinstance(costs, Costs)):
         raise TypeError(f"costs must be Costs, or None (got {costs!r})")
     if bias not in (None, "offset", "dense", "edge"):
-        raise ValueError(f"bias of a plan must be None, 'offset', 'dense' or 'edge' (got {bias!r})")
+        kinds = "'offset' (Alibi, RelativeBias), 'edge' (EdgeBias) or 'dense' (a tensor)"
+        raise ValueError(f"bias of a plan must be None, or the kind of it, {kinds} (got {bias!r})")
     if reorder not in (None, True, False):
         raise ValueError(f"reorder must be True, False or None (got {reorder!r})")
     require_ints(1, heads=heads)

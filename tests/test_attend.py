@@ -60,6 +60,7 @@ def biases(kind, graph, n, m, heads=4, batch=2):
     return None, None
 
 
+REPEATED = ("clipped", "buckets-past", "edges-shared")  # of a kind that another one shows
 BIASES = ("none", "alibi", "clipped", "buckets", "buckets-past", "edges", "edges-shared", "dense", "dense-keys")
 
 
@@ -84,7 +85,9 @@ def assert_equal(found, expected):
 
 
 @every
-@pytest.mark.parametrize("kind", BIASES)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=pytest.mark.slow) if kind in REPEATED else kind for kind in BIASES]
+)
 def test_every_backend_equals_the_reference(case, kind):
     heads = case.graph.heads or 4
     q, k, v = tensors(case.n, case.m, heads=heads)

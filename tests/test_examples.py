@@ -111,6 +111,7 @@ def test_vit_reads_cifars_own_file(tmp_path):
     torch.testing.assert_close(test_images[2, 1, 0, 5], rows[2, 1 + 1024 + 5] / 255)
 
 
+@pytest.mark.slow
 def test_bert_differs_from_gpt_in_its_graph(tmp_path, capsys):
     """And hearing both sides it fills in better: of pairs like Qq the first can be told from the second alone."""
     path, chance = tmp_path / "text.txt", random.Random(0)

@@ -222,7 +222,7 @@ class OnTheFly(torch.utils.data.Dataset):
         return graph, attend(x, x, x, graph, backend=("rows", "tiles", "edges")[index % 3])
 
 
-@pytest.mark.parametrize("context", ["fork", "spawn"])
+@pytest.mark.parametrize("context", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
 def test_workers_of_a_data_loader_attend_and_send_graphs(context):
     data = OnTheFly()
     data[0], data[1]  # caches of the parent are in use

@@ -215,7 +215,7 @@ def test_no_module_builds_a_mask(monkeypatch):
 
 BY_LAYER_AND_HEAD = [Causal() & (Window(4, 0) | Prefix(2)), PerHead([Causal(), Window(2, 0)] * 2)]
 COMPILED = [(position, graph) for position in POSITIONS for graph in (Causal(), BY_LAYER_AND_HEAD)]
-FAST_TO_COMPILE = [("relative", BY_LAYER_AND_HEAD), ("rotary", Causal())]
+FAST_TO_COMPILE = [("relative", BY_LAYER_AND_HEAD)]
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from graphs import GRAPHS
 from test_attend import tensors
 from torch.testing import assert_close
 
-from attngraph import Causal, Costs, Full, PerHead, Prefix, Random, Window, attend, cache, plan
+from attngraph import Causal, Costs, Empty, Full, PerHead, Prefix, Random, Window, attend, cache, plan
 from attngraph.graph.base import at_size
 from attngraph.graph.rewrite import simplify
 from attngraph.kernels.contract import ScoreBias
@@ -226,3 +226,12 @@ def test_a_plan_in_a_compiled_program_never_ignores_an_option(options):
 def test_options_of_a_plan_are_checked(options, message):
     with pytest.raises((ValueError, TypeError), match=message):
         plan(Causal(), 9, 9, **options)
+
+
+def test_a_plan_without_edges_never_ignores_an_option():
+    q, k, v = tensors(9, 9)
+    made = plan(Empty(), 9, 9, heads=4, dtype=torch.float64)
+    assert not attend(q, k, v, made).any()
+    for option in ({"return_weights": True}, {"score": "additive"}, {"normalize": "sigmoid"}):
+        with pytest.raises(ValueError, match="can't run this call"):
+            attend(q, k, v, made, **option)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
@@ -212,8 +211,3 @@ def packed_form(graph: Graph, n: int, m: int) -> tuple[Graph, tuple[int, ...]] |
     assert isinstance(apart[0], Chunks)
     whole, rest = divmod(n, apart[0].chunk)
     return within, (apart[0].chunk,) * whole + (rest,) * (rest > 0)
-
-
-def length_counts(lengths: tuple[int, ...]) -> Counter[int]:
-    """How many documents there are of each length."""
-    return Counter(lengths)

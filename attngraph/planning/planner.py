@@ -248,6 +248,8 @@ def fitted(plan: Plan, call: Call, name: str = "auto") -> Plan:
         raise ValueError(f"a plan has chosen its backends: leave out backend={name!r}, or plan(…, backend={name!r})")
     call = call._replace(part=not plan.runs_whole(call))
     reasons = [reason for part in plan.parts if (reason := part.backend.supports(call)) is not None]
+    if not plan.parts and (reason := only_plain_attention(call)) is not None:
+        raise ValueError(f"{plan} can't run this call ({reason}); attend with the graph itself chooses what can")
     if not reasons:
         return plan
     others = [_another_kernel(part.backend, call) for part in plan.parts]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import torch
 from torch import Tensor
 
@@ -13,7 +15,7 @@ from attngraph.kernels.contract import ScoreBias
 from attngraph.planning.backends.base import Backend, Gradients, Results, width_factor
 from attngraph.planning.call import Call, Request
 from attngraph.planning.costs import Costs
-from attngraph.planning.edge_set import EdgeSet, closed_form, length_counts
+from attngraph.planning.edge_set import EdgeSet, closed_form
 from attngraph.planning.layouts.dense import Dense as DenseLayout
 from attngraph.planning.layouts.materialized import edges_of_heads
 from attngraph.planning.layouts.materialized import mask as all_pairs_mask
@@ -48,7 +50,7 @@ class Dense(Backend):
             return self._flash_seconds(edges.closed_form, edges.n, edges.m, call, costs)
         if plain and edges.documents is not None and call.transform is None:
             closed, lengths = edges.documents
-            counts = length_counts(lengths)
+            counts = Counter(lengths)
             flash = sum(many * self._flash_seconds(closed, n, n, call, costs) for n, many in counts.items())
             moved = 4 * costs.merge_s_per_result_dim * call.head_dim * edges.n * call.heads  # q, k, v and out
             return flash + len(counts) * costs.tile_s_per_call + moved

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor
 
+from attngraph.graph.algebra import contains_code
 from attngraph.graph.base import Graph, require_ints
 from attngraph.graph.boxes import Boxes, classify
 
@@ -89,11 +90,7 @@ class EdgeList(Graph):
         return self.code % max(self._keys, 1)
 
     def contains(self, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        code = self.code.to(q_idx.device)
-        if not len(code):
-            return (q_idx < 0) & (kv_idx < 0)
-        wanted = q_idx * self._keys + kv_idx
-        return code[torch.searchsorted(code, wanted).clamp(max=len(code) - 1)] == wanted
+        return contains_code(self.code.to(q_idx.device), q_idx * self._keys + kv_idx)
 
     def _found_by_listing(self):
         return True
@@ -144,7 +141,7 @@ class EdgeList(Graph):
         return f"EdgeList(<{len(self.code)} edges, {self.digest}>, size={self.size})"
 
     def __eq__(self, other: object) -> bool:
-        if not isinstance(other, EdgeList):
+        if type(self) is not type(other) or not isinstance(other, EdgeList):
             return NotImplemented
         if self is other:
             return True

@@ -8,8 +8,9 @@ from math import prod
 import torch
 from torch import Tensor
 
+from attngraph.graph.algebra import Full
 from attngraph.graph.base import Graph, list_edges, merge_edges, require_ints
-from attngraph.graph.patterns import Chunks, Full, Identity, Window, integers
+from attngraph.graph.patterns import Chunks, Identity, Window, integers
 
 
 class _Grid(Graph):

@@ -12,61 +12,12 @@ import torch
 from torch import Tensor
 
 from attngraph.graph.base import Graph, merge_edges, require_ints
-from attngraph.graph.boxes import (
-    EMPTY,
-    FULL,
-    between_diagonals,
-    classify,
-    classify_groups,
-    constant_class,
-    require_memory,
-)
+from attngraph.graph.boxes import between_diagonals, classify, classify_groups, require_memory
 from attngraph.graph.counting import Breakpoints
 
-MAX_BORDERS = 1 << 12  # chunks beyond which their borders are no short list
+MAX_BORDERS = 1 << 20  # chunks beyond which their borders are no short list
 
 # ----------------------------------------------------------------------------------------- any number of nodes
-
-
-class Full(Graph):
-    """Everyone hears everyone: BERT, the encoder, ViT.
-
-    >>> Full().mask(2, 3).int()
-    tensor([[1, 1, 1],
-            [1, 1, 1]], dtype=torch.int32)
-    """
-
-    def contains(self, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        return (q_idx >= 0) & (kv_idx >= 0)
-
-    def _classify_boxes(self, boxes):
-        return constant_class(boxes, FULL)
-
-    def _box_pattern(self, boxes):
-        return []
-
-    def _breakpoints(self, n, m):
-        return Breakpoints()
-
-
-class Empty(Graph):
-    """Nobody hears anybody.
-
-    >>> Empty().num_edges(5, 5)
-    0
-    """
-
-    def contains(self, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        return (q_idx < 0) & (kv_idx < 0)
-
-    def _classify_boxes(self, boxes):
-        return constant_class(boxes, EMPTY)
-
-    def _box_pattern(self, boxes):
-        return []
-
-    def _breakpoints(self, n, m):
-        return Breakpoints()
 
 
 class Identity(Graph):
@@ -331,6 +282,9 @@ class Random(Graph):
 
     def _bind(self, n, m):
         return replace(self, num_keys=m) if m is not None else self
+
+    def _waits(self):
+        return self.num_keys is None
 
     def contains(self, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         if self.num_keys is None:

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from attngraph.graph.algebra import Full
 from attngraph.graph.base import Graph
-from attngraph.graph.patterns import Full
 from attngraph.nn.embedding import TokenEmbedding
 from attngraph.nn.feedforward import ACTIVATIONS
 from attngraph.nn.transformer import Transformer, TransformerConfig

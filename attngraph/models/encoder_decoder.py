@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from attngraph.graph.algebra import Full
 from attngraph.graph.base import Graph
-from attngraph.graph.patterns import Causal, Full
+from attngraph.graph.patterns import Causal
 from attngraph.nn.embedding import TokenEmbedding
 from attngraph.nn.transformer import Transformer, TransformerConfig
 

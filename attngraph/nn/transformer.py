@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn.functional import dropout
 
 from attngraph.bias import Alibi, Bias, RelativeBias
+from attngraph.graph.algebra import Full
 from attngraph.graph.base import Graph, require_ints
 from attngraph.graph.compose import Beside
-from attngraph.graph.patterns import Full
 from attngraph.nn.attention import Attention
 from attngraph.nn.feedforward import ACTIVATIONS, FeedForward
 from attngraph.nn.padding import joint_padding_mask, padding_bias, padding_mask

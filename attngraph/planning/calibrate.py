@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from attngraph.graph.algebra import Full
 from attngraph.graph.base import Graph, at_size
-from attngraph.graph.patterns import Chunks, Full, Identity, Random, Window
+from attngraph.graph.patterns import Chunks, Identity, Random, Window
 from attngraph.kernels.merge import merge
 from attngraph.planning.backends import BACKENDS, kernel_for
 from attngraph.planning.call import Call, Request

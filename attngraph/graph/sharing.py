@@ -1,0 +1,74 @@
+"""Questions to expressions whose parts occur many times: each part is asked once.
+
+``g = g | g.T``, forty times, is an expression of a hundred operations that would be a trillion if it were written out.
+A hook that asks its parts in turn would ask each as often as that; `once` remembers, until the outermost question is
+answered, what the parts that occur more than once have answered. Nothing is kept in expressions without such parts.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Callable
+from functools import wraps
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from attngraph.graph.base import Graph
+
+MANY = 1000  # operations of an expression, written out, from which it is worth to look for parts that occur again
+
+
+class _Question(threading.local):
+    """What the outermost question of a thread has found out."""
+
+    answers: dict[tuple, Any] | None = None
+    shared: frozenset[int] = frozenset()
+
+
+_QUESTION = _Question()
+
+
+def once(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """A hook of graphs whose arguments are tensors or hashable, asked once of each part and argument."""
+    name = hook.__name__
+
+    @wraps(hook)
+    def asked(self: Graph, *arguments: Any) -> Any:
+        if _QUESTION.answers is None:
+            if self.__dict__.get("_terms", 1) <= MANY:
+                return hook(self, *arguments)
+            _QUESTION.answers, _QUESTION.shared = {}, _occurring_again(self)
+            try:
+                return asked(self, *arguments)
+            finally:
+                _QUESTION.answers, _QUESTION.shared = None, frozenset()
+        if id(self) not in _QUESTION.shared:
+            return hook(self, *arguments)
+        key = name, id(self), *map(_name, arguments)
+        if key not in _QUESTION.answers:  # the arguments stay alive with the answer, and so their ids
+            _QUESTION.answers[key] = arguments, hook(self, *arguments)
+        return _QUESTION.answers[key][1]
+
+    return asked
+
+
+def _name(argument: Any) -> Any:
+    """What tells an argument from others as long as it lives."""
+    if isinstance(argument, Tensor):
+        return id(argument)
+    return tuple(map(_name, argument)) if isinstance(argument, tuple) else argument
+
+
+def _occurring_again(graph: Graph) -> frozenset[int]:
+    """The parts that are operands of more than one operation, or more than once of one."""
+    uses, seen, stack = Counter(), {id(graph)}, [graph]
+    while stack:
+        for part in stack.pop()._children:
+            uses[id(part)] += 1
+            if id(part) not in seen:
+                seen.add(id(part))
+                stack.append(part)
+    return frozenset(part for part, count in uses.items() if count > 1)

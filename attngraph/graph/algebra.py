@@ -6,7 +6,7 @@ Of connectivity it knows all and nothing, its unit and its zero; the rest is in 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from functools import cached_property, reduce
+from functools import cached_property
 from operator import and_, or_, xor
 from typing import Any, ClassVar, cast
 
@@ -19,6 +19,7 @@ from attngraph.graph.base import (
     Edges,
     Graph,
     IsListed,
+    Listed,
     Split,
     bind,
     common_size,
@@ -29,9 +30,21 @@ from attngraph.graph.base import (
     require_ints,
     sort_edges,
 )
-from attngraph.graph.boxes import EMPTY, FULL, PARTIAL, Boxes, SideBySide, classify, constant_class, require_memory
+from attngraph.graph.boxes import (
+    EMPTY,
+    FULL,
+    PARTIAL,
+    Boxes,
+    SideBySide,
+    classify,
+    constant_class,
+    require_memory,
+    row_ids,
+)
 from attngraph.graph.counting import Breakpoints, stretches
 
+PAIRS_PER_EDGE = 16  # pairs that can be looked at for what listing an edge costs
+MANY_NUMBERS = 16  # of a pattern, for which one number is taken that tells as much
 PATHS_AT_ONCE = 1 << 22  # paths of two hops that are looked at in one step
 PAIRS_LOOKED_AT = 1 << 22  # of nodes and those between two hops, as a matrix; for more, all edges are listed once
 
@@ -99,31 +112,40 @@ class _Pointwise(Graph):
         return common_size(lambda: "graphs", *(graph.size for graph in self.graphs))
 
     def contains(self, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        return reduce(type(self).operator, (graph.contains(q_idx, kv_idx) for graph in self.graphs))
+        found = self.graphs[0].contains(q_idx, kv_idx)
+        for graph in self.graphs[1:]:
+            found = type(self).operator(found, graph.contains(q_idx, kv_idx))
+        return found
 
     def _breakpoints(self, n, m):
-        return Breakpoints.union(graph._breakpoints(n, m) for graph in self.graphs)
+        return Breakpoints.union([graph._breakpoints(n, m) for graph in self.graphs])
 
     def _write(self, inner):
         return f" {self.symbol} ".join(_operand(graph, inner, self) for graph in self.graphs)
 
     def _classify_boxes(self, boxes):
-        return reduce(type(self).combine, (graph._classify_boxes(boxes) for graph in self.graphs))
+        found = self.graphs[0]._classify_boxes(boxes)
+        for graph in self.graphs[1:]:
+            found = type(self).combine(found, graph._classify_boxes(boxes))
+        return found
 
     def _box_pattern(self, boxes):
-        return [number for graph in self.graphs for number in _patterns_where_partial(graph, boxes)]
+        numbers = [number for graph in self.graphs for number in _patterns_where_partial(graph, boxes)]
+        return numbers if len(numbers) <= MANY_NUMBERS else [row_ids(numbers)]
 
     def _split(self, n, m, is_listed):
-        parts = [graph._split(n, m, is_listed) for graph in self.graphs]
-        return _combined(self, [rest for rest, _ in parts]), sum((listed for _, listed in parts), ())
+        return _combined(self, [graph._split(n, m, is_listed) for graph in self.graphs])
 
     def _edges_of_rows(self, start, stop, n, m):
         sliced = type(self)(tuple(QuerySlice(graph, start, stop) for graph in self.graphs))
         return list_edges(sliced, stop - start, m)
 
-    def _of(self, source: Graph, n: int, m: int) -> Edges:
-        """Those edges of a larger graph that are in this one."""
-        query, key = list_edges(source, n, m)
+    def _among(self, graphs: Sequence[Graph], n: int, m: int) -> Edges:
+        """The edges, looked for among those of one of some graphs that each have them all, if it has few itself."""
+        most = [_most_edges(graph._split(n, m, has_lists_alone), n, m) for graph in graphs]
+        if not _is_few(min(most), n, m):
+            return Graph._edges(self, n, m)
+        query, key = list_edges(graphs[most.index(min(most))], n, m)
         kept = self.contains(query, key)
         return query[kept], key[kept]
 
@@ -133,18 +155,12 @@ class Union(_Pointwise):
 
     symbol, _precedence, operator, combine = "|", 0, staticmethod(or_), staticmethod(torch.maximum)
 
-    def _edges(self, n, m):
-        return merge_edges([list_edges(graph, n, m) for graph in self.graphs], m)
-
 
 class SymmetricDifference(_Pointwise):
     """``a ^ b``: the edges of one of the two."""
 
     symbol, _precedence, operator = "^", 1, staticmethod(xor)
     combine = staticmethod(lambda a, b: torch.where((a == PARTIAL) | (b == PARTIAL), PARTIAL, (a - b).abs()))
-
-    def _edges(self, n, m):
-        return self._of(Union(self.graphs), n, m)
 
 
 class Intersection(_Pointwise):
@@ -157,10 +173,10 @@ class Intersection(_Pointwise):
         lists = [listed for rest, listed in parts if is_nothing(rest)]
         if lists:  # no edge lies outside of any of them
             return nothing(self), min(lists, key=lambda listed: sum(each.cost for each in listed))
-        return _combined(self, [rest for rest, _ in parts]), sum((listed for _, listed in parts), ())
+        return _among_few(self, n, m, is_listed, parts, parts)
 
     def _edges(self, n, m):
-        return self._of(min(self.graphs, key=lambda graph: _most_edges(graph, n, m)), n, m)
+        return self._among(self.graphs, n, m)
 
 
 class Difference(_Pointwise):
@@ -170,11 +186,13 @@ class Difference(_Pointwise):
     combine = staticmethod(lambda a, b: torch.minimum(a, FULL - b))
 
     def _split(self, n, m, is_listed):
-        (a, of_a), (b, of_b) = (graph._split(n, m, is_listed) for graph in self.graphs)
-        return (nothing(self), of_a) if is_nothing(a) else (_combined(self, [a, b]), of_a + of_b)
+        parts = [graph._split(n, m, is_listed) for graph in self.graphs]
+        if is_nothing(parts[0][0]):
+            return nothing(self), parts[0][1]
+        return _among_few(self, n, m, is_listed, parts, parts[:1])
 
     def _edges(self, n, m):
-        return self._of(self.graphs[0], n, m)
+        return self._among(self.graphs[:1], n, m)
 
 
 class Complement(Graph):
@@ -245,7 +263,7 @@ class Transpose(Graph):
         return count_edges(self.graph, m, n)
 
     def _bind(self, n, m):
-        return self._map(lambda part: bind(part, m, n))
+        return self._map(bind, m, n)
 
     def _write(self, inner):
         return _operand(self.graph, inner) + ".T"
@@ -288,7 +306,7 @@ class QuerySlice(Graph):
         return self.graph._edges_of_rows(self.start, self.stop, self._all, m)
 
     def _bind(self, n, m):
-        return self._map(lambda part: bind(part, self._all, m))
+        return self._map(bind, self._all, m)
 
     @property
     def _all(self) -> int:
@@ -325,7 +343,7 @@ class Sized(Graph):
 
     def _bind(self, n, m):
         n, m = common_size(lambda: f"graph {self} and its size", self.size, (n, m))
-        return self._map(lambda part: bind(part, n, m))
+        return self._map(bind, n, m)
 
     def _breakpoints(self, n, m):
         return self.graph._breakpoints(n, m)
@@ -398,7 +416,7 @@ class WithGlobalNodes(Graph):
             if count is not None and count < self.num_global:
                 raise ValueError(f"with_global_nodes({self.num_global}) needs at least that many {name} (got {count})")
         inner = [None if count is None else max(count - self.num_global, 0) for count in (n, m)]
-        return self._map(lambda part: bind(part, *inner))
+        return self._map(bind, *inner)
 
     def _waits(self):
         return True  # for an error where the size is too small
@@ -449,10 +467,13 @@ class TwoHops(Graph):
     def _codes(self) -> Tensor:
         """query · num_keys + key of each edge, ascending, of hops that know their size."""
         n, m = (cast(int, count) for count in self.size)
-        query, key = self._edges(n, m)
+        query, key = self._hops(n, m)
         return query * m + key
 
     def _edges(self, n, m):
+        return self._codes // max(m, 1), self._codes % max(m, 1)
+
+    def _hops(self, n: int, m: int) -> Edges:
         between = cast(int, self.middle)
         query, end = list_edges(self.a, n, between)
         start, key = list_edges(self.b, between, m)
@@ -523,11 +544,29 @@ def is_nothing(graph: Graph) -> bool:
     return type(graph.graph if type(graph) is Sized else graph) is Empty
 
 
-def _combined(graph: _Pointwise, parts: list[Graph]) -> Graph:
-    """The same operation on other graphs of the same sizes."""
-    if all(part is old for part, old in zip(parts, graph.graphs, strict=True)):
-        return graph
-    return nothing(graph) if all(map(is_nothing, parts)) else type(graph)(tuple(parts))
+def _combined(graph: _Pointwise, parts: list[Split]) -> Split:
+    """The split of a combination of graphs that are split into these parts."""
+    rests, listed = [rest for rest, _ in parts], tuple(dict.fromkeys(each for _, lists in parts for each in lists))
+    if all(map(is_nothing, rests)):
+        return nothing(graph), listed
+    unchanged = all(rest is part for rest, part in zip(rests, graph.graphs, strict=True))
+    return graph if unchanged else type(graph)(tuple(rests)), listed
+
+
+def _among_few(
+    graph: _Pointwise, n: int, m: int, is_listed: IsListed, parts: list[Split], larger: list[Split]
+) -> Split:
+    """The same, of a graph that is best listed where it has no lines and one of some larger ones has few edges."""
+    rest, listed = _combined(graph, parts)
+    has_lines = rest._breakpoints(n, m) is not None
+    if has_lines or not is_listed(graph, n, m) or not _is_few(min(_most_edges(each, n, m) for each in larger), n, m):
+        return rest, listed
+    return nothing(graph), (Listed(graph, n, m),)
+
+
+def _is_few(edges: int, n: int, m: int) -> bool:
+    """Whether to list so many edges costs less than to look at all pairs."""
+    return PAIRS_PER_EDGE * edges <= n * m
 
 
 def _around(graph: Graph, inner: Graph) -> Graph:
@@ -543,11 +582,11 @@ def _split_within(graph: Any, n: int, m: int, is_listed: IsListed, rows: int = 0
     return _around(graph, rest), tuple(each.moved(rows, columns) for each in listed)
 
 
-def _most_edges(graph: Graph, n: int, m: int) -> int:
-    """A bound of the number of edges that costs little."""
-    rest, listed = graph._split(n, m, has_lists_alone)
+def _most_edges(split: Split, n: int, m: int) -> int:
+    """A bound of the number of edges of a graph that is split like this."""
+    rest, listed = split
     of_lines = counting.count(rest, n, m)
-    return n * m if of_lines is None else of_lines + sum(each.cost for each in listed)
+    return n * m if of_lines is None else min(n * m, of_lines + sum(each.cost for each in listed))
 
 
 def _patterns_where_partial(graph: Graph, boxes: Boxes) -> list[Tensor]:

@@ -12,7 +12,6 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import MISSING, FrozenInstanceError, dataclass, fields, replace
-from functools import wraps
 from inspect import get_annotations
 from operator import index
 from typing import TYPE_CHECKING, Any, NamedTuple, SupportsIndex, cast, dataclass_transform
@@ -174,11 +173,11 @@ class Graph:
 
     def _bind(self, n: int | None, m: int | None) -> Graph:
         """The same graph, told its size; only what depends on the size (Random, two hops) listens."""
-        return self._map(lambda part: bind(part, n, m))
+        return self._map(bind, n, m)
 
     def _head(self, index: int) -> Graph:
         """The graph of one head."""
-        return self._map(lambda part: part._head(index)) if self.heads else self
+        return self._map(_head_of, index) if self.heads else self
 
     def _write(self, inner: Callable[[Graph], str]) -> str:
         """The graph as an expression, its parts written by `inner`."""
@@ -206,7 +205,7 @@ class Graph:
         _refuse_reserved_fields(cls)
         owner = _owner(cls, "contains")
         if owner is cls or not issubclass(owner, Graph):
-            setattr(cls, "contains", once(_checked(cls.contains)))  # noqa: B010  its type stays
+            setattr(cls, "contains", once(cls.contains, _checked))  # noqa: B010  its type stays
         for name in _ASKED_ONCE & vars(cls).keys():
             setattr(cls, name, once(getattr(cls, name)))
         for name in _FOLLOWS_CONTAINS:
@@ -260,19 +259,22 @@ class Graph:
             if isinstance(part, Graph)
         )
 
-    def _map(self, change: Callable[[Graph], Graph]) -> Graph:
+    def _map(self, change: Callable[..., Graph], *arguments: Any) -> Graph:
         """The same combination of changed parts; the graph itself where none changes."""
         changed = {}
         for field in fields(cast(Any, self)):
             value = getattr(self, field.name)
             if isinstance(value, Graph):
-                new = change(value)
+                new = change(value, *arguments)
                 if new is not value:
                     changed[field.name] = new
             elif isinstance(value, tuple):
-                new = tuple([change(part) if isinstance(part, Graph) else part for part in value])
+                new = list(value)
+                for place, part in enumerate(value):  # one frame: expressions are deep
+                    if isinstance(part, Graph):
+                        new[place] = change(part, *arguments)
                 if any(one is not other for one, other in zip(new, value, strict=True)):
-                    changed[field.name] = new
+                    changed[field.name] = tuple(new)
         return replace(cast(Any, self), **changed) if changed else self
 
     def _values(self) -> tuple:
@@ -441,7 +443,9 @@ class Graph:
         graph, n, m = at_size(self, n, m)
         if not 0 <= start <= stop <= n:
             raise ValueError(f"spans needs 0 <= start <= stop <= {n}, the number of queries (got {start} and {stop})")
-        return of_boxes.spans(graph, start, stop, m)
+        part = bind((_of_any_head(graph, n, m) if graph.heads else graph).rows(start, stop), stop - start, m)
+        rest, (query, key) = split(part, stop - start, m)
+        return of_boxes.spans(rest, 0, stop - start, m, torch.unique(key[part.contains(query, key)]))
 
 
 _FOLLOWS_CONTAINS = {
@@ -491,6 +495,10 @@ def at_size(graph: Graph, n: int | None = None, m: int | None = None) -> tuple[G
 def bind(graph: Graph, n: int | None, m: int | None) -> Graph:
     """The same graph, told its size."""
     return graph._bind(n, m) if graph._unbound else graph
+
+
+def _head_of(graph: Graph, index: int) -> Graph:
+    return graph._head(index)
 
 
 class Listed(NamedTuple):
@@ -694,26 +702,20 @@ def _require_values(graph: Graph) -> None:
             ) from None
 
 
-def _checked(contains: Callable[[Any, Tensor, Tensor], Tensor]) -> Callable[[Any, Tensor, Tensor], Tensor]:
-    """A graph's `contains` whose result is known to be a bool for every pair."""
-
-    @wraps(contains)
-    def checked(self, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        found = contains(self, q_idx, kv_idx)
-        if not isinstance(found, Tensor) or found.dtype != torch.bool:
-            kind = found.dtype if isinstance(found, Tensor) else type(found).__name__
-            raise TypeError(f"contains of {type(self).__name__} must return a bool tensor (got {kind}); use == < & |")
-        pairs = torch.broadcast_shapes(q_idx.shape, kv_idx.shape)
-        shape = pairs if self.heads is None else (self.heads, *pairs)
-        try:
-            return found.expand(shape)
-        except RuntimeError:
-            raise ValueError(
-                f"contains of {type(self).__name__} must return one bool for each pair, of shape {tuple(shape)} (got "
-                f"{tuple(found.shape)}): compare q_idx with kv_idx element by element"
-            ) from None
-
-    return checked
+def _checked(graph: Graph, q_idx: Tensor, kv_idx: Tensor, found: Tensor) -> Tensor:
+    """What `contains` has found, known to be a bool for every pair."""
+    if not isinstance(found, Tensor) or found.dtype != torch.bool:
+        kind = found.dtype if isinstance(found, Tensor) else type(found).__name__
+        raise TypeError(f"contains of {type(graph).__name__} must return a bool tensor (got {kind}); use == < & |")
+    pairs = torch.broadcast_shapes(q_idx.shape, kv_idx.shape)
+    shape = pairs if graph.heads is None else (graph.heads, *pairs)
+    try:
+        return found.expand(shape)
+    except RuntimeError:
+        raise ValueError(
+            f"contains of {type(graph).__name__} must return one bool for each pair, of shape {tuple(shape)} (got "
+            f"{tuple(found.shape)}): compare q_idx with kv_idx element by element"
+        ) from None
 
 
 def _exact(value: object) -> object:

@@ -161,13 +161,14 @@ def _quartered(row: Tensor, column: Tensor, levels: int, rows: int, columns: int
     return row[inside], column[inside]
 
 
-def spans(graph: Graph, start: int, stop: int, m: int) -> list[tuple[int, int]]:
+def spans(graph: Graph, start: int, stop: int, m: int, heard: Tensor) -> list[tuple[int, int]]:
     """Ranges of keys outside of which the queries start … stop-1 hear nobody, as (first, stop), ascending.
 
-    The keys are halved until a part is decided or is one key; ranges that touch are one.
+    The keys are halved until a part is decided or is one key; ranges that touch are one. Some keys are known to be
+    heard besides.
     """
     left = torch.zeros(1 if start < stop and m else 0, dtype=torch.int64)
-    right, found = torch.full_like(left, m), []
+    right, found = torch.full_like(left, m), list(zip(heard.tolist(), (heard + 1).tolist(), strict=True))
     while len(left):
         kind = graph._classify_boxes(Boxes(torch.full_like(left, start), torch.full_like(left, stop), left, right))
         done = (kind != EMPTY) & ((kind == FULL) | (right - left == 1))
@@ -177,8 +178,8 @@ def spans(graph: Graph, start: int, stop: int, m: int) -> list[tuple[int, int]]:
         left, right = torch.cat([left, middle]), torch.cat([middle, right])
     merged: list[tuple[int, int]] = []
     for first, end in sorted(found):
-        if merged and merged[-1][1] == first:
-            merged[-1] = (merged[-1][0], end)
+        if merged and merged[-1][1] >= first:
+            merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
         else:
             merged.append((first, end))
     return merged

@@ -152,7 +152,7 @@ def simplify(graph: Graph) -> Graph:
 def _simplified(graph: Graph, known: dict[Graph, Graph]) -> Graph:
     """The same, with what was found out about its parts."""
     if graph not in known:
-        found = graph._map(lambda part: _simplified(part, known))
+        found = graph._map(_simplified, known)
         better = None
         if not found.heads and _is_built_in(found):
             better = _rewritten(found)

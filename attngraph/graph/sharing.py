@@ -25,34 +25,46 @@ class _Question(threading.local):
     """What the outermost question of a thread has found out."""
 
     answers: dict[tuple, Any] | None = None
+    parts: frozenset[int] = frozenset()
     shared: frozenset[int] = frozenset()
 
 
 _QUESTION = _Question()
 
 
-def once(hook: Callable[..., Any]) -> Callable[..., Any]:
-    """A hook of graphs whose arguments are tensors or hashable, asked once of each part and argument."""
+def once(hook: Callable[..., Any], check: Callable[..., Any] | None = None) -> Callable[..., Any]:
+    """A hook of graphs whose arguments are tensors or hashable, asked once of each part and argument; and checked."""
     name = hook.__name__
 
     @wraps(hook)
     def asked(self: Graph, *arguments: Any) -> Any:
-        if _QUESTION.answers is None:
-            if self.__dict__.get("_terms", 1) <= MANY:
-                return hook(self, *arguments)
-            _QUESTION.answers, _QUESTION.shared = {}, _occurring_again(self)
-            try:
-                return asked(self, *arguments)
-            finally:
-                _QUESTION.answers, _QUESTION.shared = None, frozenset()
-        if id(self) not in _QUESTION.shared:
-            return hook(self, *arguments)
-        key = name, id(self), *map(_name, arguments)
-        if key not in _QUESTION.answers:  # the arguments stay alive with the answer, and so their ids
-            _QUESTION.answers[key] = arguments, hook(self, *arguments)
-        return _QUESTION.answers[key][1]
+        key = None
+        if self.__dict__.get("_terms", 1) > MANY and id(self) not in _QUESTION.parts:
+            return _as_outermost(asked, self, arguments)
+        if _QUESTION.answers is not None and id(self) in _QUESTION.shared:
+            key = name, id(self), *map(_name, arguments)
+            if key in _QUESTION.answers:
+                return _QUESTION.answers[key][1]
+        answer = hook(self, *arguments)
+        if check is not None:
+            answer = check(self, *arguments, answer)
+        if key is not None and _QUESTION.answers is not None:
+            _QUESTION.answers[key] = arguments, answer  # the arguments stay alive with the answer, and so their ids
+        return answer
 
     return asked
+
+
+def _as_outermost(asked: Callable[..., Any], graph: Graph, arguments: tuple) -> Any:
+    """The answer of a question within which others are asked."""
+    around = vars(_QUESTION).copy()
+    parts, shared = _parts(graph)
+    _QUESTION.answers, _QUESTION.parts, _QUESTION.shared = {}, parts, shared
+    try:
+        return asked(graph, *arguments)
+    finally:
+        vars(_QUESTION).clear()
+        vars(_QUESTION).update(around)
 
 
 def _name(argument: Any) -> Any:
@@ -62,8 +74,8 @@ def _name(argument: Any) -> Any:
     return tuple(map(_name, argument)) if isinstance(argument, tuple) else argument
 
 
-def _occurring_again(graph: Graph) -> frozenset[int]:
-    """The parts that are operands of more than one operation, or more than once of one."""
+def _parts(graph: Graph) -> tuple[frozenset[int], frozenset[int]]:
+    """All parts of an expression, and those that are operands of more than one operation, or more than once of one."""
     uses, seen, stack = Counter(), {id(graph)}, [graph]
     while stack:
         for part in stack.pop()._children:
@@ -71,4 +83,4 @@ def _occurring_again(graph: Graph) -> frozenset[int]:
             if id(part) not in seen:
                 seen.add(id(part))
                 stack.append(part)
-    return frozenset(part for part, count in uses.items() if count > 1)
+    return frozenset(seen), frozenset(part for part, count in uses.items() if count > 1)

@@ -42,6 +42,7 @@ from attngraph.graph.boxes import (
     row_ids,
 )
 from attngraph.graph.counting import Breakpoints, stretches
+from attngraph.graph.sharing import moved
 
 PAIRS_PER_EDGE = 16  # pairs that can be looked at for what listing an edge costs
 MANY_NUMBERS = 16  # of a pattern, for which one number is taken that tells as much
@@ -287,7 +288,7 @@ class QuerySlice(Graph):
         return (self.stop - self.start, self.graph.size[1])
 
     def contains(self, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        return self.graph.contains(q_idx + self.start, kv_idx)
+        return self.graph.contains(moved(q_idx, self.start), kv_idx)
 
     def _classify_boxes(self, boxes):
         return self.graph._classify_boxes(boxes.shifted(rows=self.start))

@@ -13,6 +13,8 @@ import psutil
 import torch
 from torch import Tensor
 
+from attngraph.graph.sharing import moved
+
 if TYPE_CHECKING:
     from attngraph.graph.base import Graph, Size
 
@@ -37,7 +39,8 @@ class Boxes(NamedTuple):
 
     def shifted(self, rows: int | Tensor = 0, columns: int | Tensor = 0) -> Boxes:
         """The boxes, moved."""
-        return Boxes(self.top + rows, self.bottom + rows, self.left + columns, self.right + columns)
+        by = (rows, rows, columns, columns)
+        return Boxes(*(moved(side, step) for side, step in zip(self, by, strict=True)))
 
     def clipped(self, n: int | None, m: int | None) -> Boxes:
         """What of the boxes lies within n queries and m keys; a box outside loses its area."""

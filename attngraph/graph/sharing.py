@@ -67,6 +67,21 @@ def _as_outermost(asked: Callable[..., Any], graph: Graph, arguments: tuple) -> 
         vars(_QUESTION).update(around)
 
 
+def moved(index: Tensor, by: int | Tensor) -> Tensor:
+    """Node numbers plus a number: the same tensor for the same sum, so that parts are asked once about it."""
+    if isinstance(by, Tensor) or _QUESTION.answers is None:
+        return index + by
+    origin, already = _QUESTION.answers.get(("origin", id(index)), (index, 0))
+    if already + by == 0:
+        return origin
+    key = "moved", id(origin), already + by
+    if key not in _QUESTION.answers:
+        new = index + by
+        _QUESTION.answers[key] = origin, new
+        _QUESTION.answers["origin", id(new)] = origin, already + by
+    return _QUESTION.answers[key][1]
+
+
 def _name(argument: Any) -> Any:
     """What tells an argument from others as long as it lives."""
     if isinstance(argument, Tensor):

@@ -73,11 +73,17 @@ def mixed(rng):
     ])()  # fmt: skip
 
 
-def applied(rng, g, other):
-    """One more operation around a graph of N × N."""
+def combined(rng, g, other):
+    """One more operation around a graph of N × N, its nodes where they are."""
     return rng.choice([
         lambda: g | other, lambda: g & other, lambda: g - other, lambda: other - g, lambda: g ^ other, lambda: ~g,
         lambda: g.T, lambda: (g | other).sized(N, N), lambda: g.sized(N, N).rows(0, N),
+    ])()  # fmt: skip
+
+
+def moved(rng, g, other):
+    """The same, its nodes elsewhere."""
+    return rng.choice([
         lambda: g.sized(N, N).rows(1, N).T.rows(1, N).T.with_global_nodes(1),
         lambda: Disjoint([g.rows(0, N // 2).T.rows(0, N // 2).T, Causal()]).sized(N, N),
         lambda: Beside(g.T.rows(0, 9).T.sized(N, 9), other.T.rows(0, N - 9).T).sized(N, N),
@@ -96,14 +102,14 @@ def heads(rng, leaf):
 def deep(rng, leaf):
     graph = leaf(rng)
     while graph._depth < 195:
-        graph = applied(rng, graph, leaf(rng))
+        graph = (moved if rng.random() < 0.1 else combined)(rng, graph, leaf(rng))
     return graph
 
 
 def shared(rng, leaf):
     graph = leaf(rng) | leaf(rng)
     for _ in range(40):
-        graph = applied(rng, graph, rng.choice([graph.T, ~graph, leaf(rng)]))
+        graph = combined(rng, graph, rng.choice([graph.T, ~graph, leaf(rng)]))
     return graph
 
 

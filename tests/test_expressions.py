@@ -11,7 +11,6 @@ from functools import reduce
 import pytest
 import torch
 from hypothesis import given, settings, strategies
-from test_properties import graphs
 
 from attngraph import (
     Axial,

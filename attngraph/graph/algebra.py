@@ -403,6 +403,7 @@ class WithGlobalNodes(Graph):
 
     def _edges(self, n, m):
         k = self.num_global
+        require_memory((n + m) * k * BYTES_PER_EDGE, f"to list the edges of {self} at {n} × {m}")
         query, key = list_edges(self.graph, *self._inner(n, m))
         of_global_queries = all_pairs(min(k, n), m)
         of_global_keys = all_pairs(n, min(k, m))

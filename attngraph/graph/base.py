@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import MISSING, FrozenInstanceError, dataclass, fields, replace
 from inspect import get_annotations
 from operator import index
+from types import FunctionType
 from typing import TYPE_CHECKING, Any, NamedTuple, SupportsIndex, cast, dataclass_transform
 
 import torch
@@ -34,6 +35,8 @@ PAIRS_PER_STEP = 1 << 24  # pairs (query, key) that a scan of a predicate looks 
 BYTES_PER_PAIR = 16  # about what `contains` takes for each
 BYTES_PER_EDGE = 60  # about what listing takes for each edge, temporary tensors included
 LONG_SECONDS = 30  # of a scan that warns
+MAX_PAIRS = 1 << 40  # that are looked at one by one: hours
+LARGEST = 1 << 61  # of the numbers of a graph: sums and differences of two stay within int64
 MAX_DEPTH = 210  # operations within each other: some Python frames each
 MAX_TERMS_TOLD, MAX_TERMS_WRITTEN = 100, 1 << 20  # of an expression that `str` and `repr` write out
 MAX_KEY = 4096  # characters of a key; longer ones are named by their hash
@@ -203,6 +206,7 @@ class Graph:
     def __init_subclass__(cls, **options: Any):
         super().__init_subclass__(**options)
         _refuse_reserved_fields(cls)
+        _refuse_old_hooks(cls)
         owner = _owner(cls, "contains")
         if owner is cls or not issubclass(owner, Graph):
             setattr(cls, "contains", once(cls.contains, _checked))  # noqa: B010  its type stays
@@ -220,6 +224,8 @@ class Graph:
         del cls.__setattr__, cls.__delattr__  # Graph's serve; a dataclass decorator would refuse to make them again
 
     def __post_init__(self):
+        if not torch.compiler.is_compiling():
+            _put_plainly(self)
         self._check()
         if not torch.compiler.is_compiling():
             _require_values(self)
@@ -338,20 +344,27 @@ class Graph:
     # ================================================================================================ the algebra
 
     def __or__(self, other: Graph) -> Graph:
-        return algebra.chain(algebra.Union, self, other) if isinstance(other, Graph) else NotImplemented
+        return algebra.chain(algebra.Union, self, other) if _is_operand(other) else NotImplemented
 
     def __and__(self, other: Graph) -> Graph:
-        return algebra.chain(algebra.Intersection, self, other) if isinstance(other, Graph) else NotImplemented
+        return algebra.chain(algebra.Intersection, self, other) if _is_operand(other) else NotImplemented
 
     def __sub__(self, other: Graph) -> Graph:
-        return algebra.Difference((self, other)) if isinstance(other, Graph) else NotImplemented
+        return algebra.Difference((self, other)) if _is_operand(other) else NotImplemented
 
     def __xor__(self, other: Graph) -> Graph:
-        return algebra.SymmetricDifference((self, other)) if isinstance(other, Graph) else NotImplemented
+        return algebra.SymmetricDifference((self, other)) if _is_operand(other) else NotImplemented
 
     def __matmul__(self, other: Graph) -> Graph:
         """Two hops: query i hears key j if i hears, in this graph, some node that hears j in the other."""
-        return algebra.TwoHops(self, other) if isinstance(other, Graph) else NotImplemented
+        return algebra.TwoHops(self, other) if _is_operand(other) else NotImplemented
+
+    def _refuse_operand(self, other: object) -> Graph:
+        """Of an operator whose left side is no graph."""
+        _is_operand(other)
+        return NotImplemented
+
+    __ror__ = __rand__ = __rsub__ = __rxor__ = __rmatmul__ = _refuse_operand
 
     def __invert__(self) -> Graph:
         return algebra.Complement(self)
@@ -395,8 +408,14 @@ class Graph:
     def mask(self, n: int | None = None, m: int | None = None, device: torch.device | str | None = None) -> Tensor:
         """The edges as a bool tensor (n, m), or (H, n, m): rows are queries, columns are keys, True is an edge."""
         graph, n, m = at_size(self, n, m)
-        query, key = torch.arange(n, device=device)[:, None], torch.arange(m, device=device)[None]
-        return graph.contains(query, key)
+        heads = graph.heads or 1
+        if n * m * heads <= PAIRS_PER_STEP:
+            return graph.contains(torch.arange(n, device=device)[:, None], torch.arange(m, device=device)[None])
+        require_memory(n * m * heads, f"for the mask of {graph} at {n} × {m}", device and torch.device(device))
+        found = torch.empty((n, m) if graph.heads is None else (heads, n, m), dtype=torch.bool, device=device)
+        for start, rows in scanned(graph, n, m, device):
+            found[..., start : start + rows.shape[-2], :] = rows
+        return found
 
     def edge_index(self, n: int | None = None, m: int | None = None) -> Tensor:
         """The edges as an int64 tensor (2, E): row 0 the key (source), row 1 the query (target), as in PyG.
@@ -473,6 +492,11 @@ def _owner(cls: type, name: str) -> type:
 
 
 def _refuse_assignment(self: Graph, name: str, value: object = None) -> None:
+    if "_key" not in self.__dict__:
+        raise FrozenInstanceError(
+            f"a graph is a frozen dataclass: {type(self).__name__} declares its fields, as in `{name}: int`, and needs "
+            f"no __init__ (one of your own sets them by self._set({name}=…) and ends with self.__post_init__())"
+        )
     raise FrozenInstanceError(f"a graph is a value: field {name!r} of {type(self).__name__} cannot change")
 
 
@@ -637,13 +661,18 @@ def _of_any_head(graph: Graph, n: int, m: int) -> Graph:
     return bind(algebra.Union(different) if len(different) > 1 else different[0], n, m)
 
 
-def scanned(graph: Graph, n: int, m: int) -> Iterator[tuple[int, Tensor]]:
-    """The mask, some queries at a time: the first of them, and their rows (some, m)."""
-    step, began = max(1, PAIRS_PER_STEP // max(m, 1)), time.perf_counter()
+def scanned(graph: Graph, n: int, m: int, device: torch.device | str | None = None) -> Iterator[tuple[int, Tensor]]:
+    """The mask, some queries at a time: the first of them, and their rows (some, m), or (H, some, m)."""
+    if n * m > MAX_PAIRS:
+        raise ValueError(
+            f"all {n * m:,} pairs of {graph} would have to be looked at one by one (at most {MAX_PAIRS:,} are): use "
+            f"fewer nodes, rows of it, graph.rows(start, stop), or closed forms; a class may define _edges"
+        )
+    step, began = max(1, PAIRS_PER_STEP // max(m * (graph.heads or 1), 1)), time.perf_counter()
     require_memory(min(step, n) * m * BYTES_PER_PAIR, f"to look at the {m:,} keys of a query of {graph}")
-    key = torch.arange(m)[None]
+    key = torch.arange(m, device=device)[None]
     for start in range(0, n, step):
-        yield start, graph.contains(torch.arange(start, min(start + step, n))[:, None], key)
+        yield start, graph.contains(torch.arange(start, min(start + step, n), device=device)[:, None], key)
         if start == 0 and (seconds := (time.perf_counter() - began) * n / step) > LONG_SECONDS:
             warnings.warn(
                 f"all {n * m:,} pairs of {graph} are looked at one by one, which takes about {seconds:.0f} s: a graph "
@@ -662,6 +691,37 @@ def _rebuild(cls: type[Graph], values: dict[str, Any]) -> Graph:
 
 _ATTRIBUTES = {"size", "heads", "_key", "_may_change", "_equal", "_hash", "_terms", "_depth", "_unbound"}
 """Of every graph, set when it is made."""
+
+
+def _is_operand(other: object) -> bool:
+    """Whether an operator can combine a graph with this; raise where something else was meant."""
+    if isinstance(other, type) and issubclass(other, Graph):
+        raise TypeError(f"unsupported operand: the class {other.__name__}; did you mean {other.__name__}()?")
+    if hasattr(other, "shape") and not isinstance(other, Graph):
+        raise TypeError(
+            f"unsupported operand: a graph combines with graphs (got a {type(other).__name__}); a mask becomes one by "
+            f"from_dense(mask)"
+        )
+    return isinstance(other, Graph)
+
+
+_HOOKS_OF_0_1 = {
+    "blocks": ("_classify_boxes", 2), "pattern": ("_box_pattern", 2), "lines": ("_breakpoints", 3),
+    "edges": ("_edges", 3), "list_edges": ("_edges", 3), "edges_of": ("_edges_of_rows", 4), "count": ("_count", 3),
+    "count_edges": ("_count", 3), "own_size": ("_own_size", 1), "check": ("_check", 1), "bind": ("_bind", 3),
+}  # fmt: skip
+"""What was a hook in version 0.1, what it is now, and how many arguments it takes."""
+
+
+def _refuse_old_hooks(cls: type[Graph]) -> None:
+    """Raise if a class defines a hook by the name of an earlier version, which nobody would call."""
+    for name, (today, arguments) in _HOOKS_OF_0_1.items():
+        hook = vars(cls).get(name)
+        if isinstance(hook, FunctionType) and hook.__code__.co_argcount == arguments:
+            raise TypeError(
+                f"{cls.__name__} defines {name}, which was a hook of graphs before version 0.2 and is {today} now: "
+                f"rename it; a method of yours needs another name"
+            )
 
 
 def _refuse_reserved_fields(cls: type[Graph]) -> None:
@@ -694,7 +754,8 @@ def _require_values(graph: Graph) -> None:
                 f"graph is a value (got a Tensor): give it as a tuple, tensor.tolist(), or make an EdgeList"
             )
         try:
-            hash(value)
+            if type(graph).__hash__ is Graph.__hash__:
+                hash(value)
         except TypeError:
             raise TypeError(
                 f"field {field.name!r} of {type(graph).__name__} must be hashable, so that the graph is a value (got a "
@@ -716,6 +777,27 @@ def _checked(graph: Graph, q_idx: Tensor, kv_idx: Tensor, found: Tensor) -> Tens
             f"contains of {type(graph).__name__} must return one bool for each pair, of shape {tuple(shape)} (got "
             f"{tuple(found.shape)}): compare q_idx with kv_idx element by element"
         ) from None
+
+
+def plain_int(value: Any) -> Any:
+    """An integer of NumPy, or a tensor of one, as an int; anything else as it is."""
+    if isinstance(value, int) or not isinstance(value, SupportsIndex) or getattr(value, "ndim", 0):
+        return value
+    try:
+        return value if str(getattr(value, "dtype", "")).endswith("bool") else index(value)
+    except (TypeError, RuntimeError):
+        return value
+
+
+def _put_plainly(graph: Graph) -> None:
+    """Integers of any kind in the fields of a graph as ints, so that equal graphs are equal."""
+    for field in fields(cast(Any, graph)):
+        value = getattr(graph, field.name)
+        plain = plain_int(value)
+        if isinstance(value, tuple) and not _PLAIN.issuperset(map(type, value)):
+            plain = type(value)(map(plain_int, value)) if type(value) is tuple else value
+        if plain is not value:
+            graph._set(**{field.name: plain})
 
 
 def _exact(value: object) -> object:
@@ -749,10 +831,10 @@ def _argument(value: object, inner: Callable[[Graph], str]) -> str:
 
 def _node_count(name: str, given: SupportsIndex | None) -> int | None:
     """A size that was asked for, as an int."""
-    count = index(given) if isinstance(given, SupportsIndex) and not isinstance(given, bool) else given
-    if count is not None and (not isinstance(count, int) or isinstance(count, bool) or count < 0):
-        raise ValueError(f"{name} must be a number of nodes, 0 or more (got {given!r})")
-    return count
+    count = plain_int(given)
+    if count is None or (isinstance(count, int) and not isinstance(count, bool) and 0 <= count <= LARGEST):
+        return count
+    raise ValueError(f"{name} must be a number of nodes, an int from 0 to 2**61 (got {given!r})")
 
 
 def common_size(what: Callable[[], str], *sizes: Size) -> Size:
@@ -769,10 +851,12 @@ def common_size(what: Callable[[], str], *sizes: Size) -> Size:
 
 
 def require_ints(at_least: int | None, **given: int) -> None:
-    """Raise unless every argument is an int, and not below a bound."""
+    """Raise unless every argument is an int, not below a bound, and not beyond what node numbers can be."""
     for name, value in given.items():
         if isinstance(value, bool) or not isinstance(value, int):
             raise TypeError(f"{name} must be an int (got {value!r})")
+        if abs(value) > LARGEST:
+            raise ValueError(f"{name} must be at most 2**61 in size (got {value})")
         if at_least is not None and value < at_least:
             raise ValueError(f"{name} must be {at_least} or more (got {value})")
 

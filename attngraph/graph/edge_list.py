@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from attngraph.graph.algebra import contains_code
-from attngraph.graph.base import Graph, require_ints
+from attngraph.graph.base import Graph, plain_int, require_ints
 from attngraph.graph.boxes import Boxes, classify
 
 ROWS_PER_STEP = 1 << 22  # rows of boxes whose edges are counted in one step: 32 MiB for each of a few tensors
@@ -53,8 +53,10 @@ class EdgeList(Graph):
 
     def __init__(self, edge_index: Tensor | Sequence[Sequence[int]], size: int | tuple[int, int]):
         given = integer_tensor(edge_index)
-        n, m = (size, size) if isinstance(size, int) else size
-        size = (n, m)
+        sides = tuple(size) if isinstance(size, list | tuple) else (size, size)
+        if len(sides) != 2:
+            raise ValueError(f"size must be a number of nodes, or (num_queries, num_keys) (got {size!r})")
+        n, m = size = tuple(map(plain_int, sides))
         require_ints(0, num_queries=n, num_keys=m)
         if n * m >= 1 << 63:
             raise ValueError(

@@ -33,6 +33,7 @@ Edges = tuple[Tensor, Tensor]
 
 PAIRS_PER_STEP = 1 << 24  # pairs (query, key) that a scan of a predicate looks at in one step: 16 MiB of bools
 BYTES_PER_PAIR = 16  # about what `contains` takes for each
+BYTES_PER_NODE = 32  # about what counting takes for each node
 BYTES_PER_EDGE = 60  # about what listing takes for each edge, temporary tensors included
 LONG_SECONDS = 30  # of a scan that warns
 MAX_PAIRS = 1 << 40  # that are looked at one by one: hours
@@ -638,6 +639,7 @@ def count_keys(graph: Graph, n: int, m: int) -> Tensor:
     """How many keys each query of a graph that is bound to its size hears: int64 (n,)."""
     if graph.heads:
         return count_keys(_of_any_head(graph, n, m), n, m)
+    require_memory(n * BYTES_PER_NODE, f"for the degrees of {graph} at {n} × {m}")
     parts = _by_lines(graph, n, m)
     found = None if parts is None else counting.in_degrees(parts[0], n, m)
     if parts is not None and found is not None:

@@ -10,7 +10,18 @@ from torch import Tensor
 
 from attngraph.graph import counting
 from attngraph.graph.algebra import Difference, Empty, Intersection, Sized, SymmetricDifference, Union
-from attngraph.graph.base import BYTES_PER_NODE, BYTES_PER_PAIR, Graph, at_size, list_edges
+from attngraph.graph.base import (
+    BYTES_PER_NODE,
+    BYTES_PER_PAIR,
+    Graph,
+    at_size,
+    list_edges,
+    node_count,
+    plain_int,
+    require_graph,
+    require_graphs,
+    require_ints,
+)
 from attngraph.graph.boxes import require_memory
 from attngraph.graph.compose import PerHead
 from attngraph.graph.patterns import Causal, Identity, Window
@@ -32,6 +43,7 @@ def is_causal(graph: Graph, n: int | None = None) -> bool:
     >>> is_causal(Causal() & Strided(4)), is_causal(Window(2, 1))
     (True, False)
     """
+    require_graph(graph)
     if n is None and _is_causal_by_form(graph):
         return True
     n, m = _size(graph, n)
@@ -64,7 +76,7 @@ def leaks(graphs: Sequence[Graph], n: int | None = None) -> list[Leak]:
     >>> leaks([Causal(), Causal() | Prefix(3)], n=8)
     [Leak(layer=1, key=1, query=0)]
     """
-    found = []
+    found, graphs = [], require_graphs(graphs, "graphs")
     for layer, graph in enumerate(graphs):
         n_of, m_of = _size(graph, n)
         future = graph - Causal()
@@ -82,7 +94,9 @@ def receptive_field(graphs: Sequence[Graph], node: int, n: int) -> Tensor:
     >>> receptive_field([Causal() & Window(2, 0)] * 3, node=9, n=10)
     tensor([3, 4, 5, 6, 7, 8, 9])
     """
-    if not 0 <= node < n:
+    graphs, node, n = require_graphs(graphs, "graphs"), plain_int(node), plain_int(n)
+    require_ints(0, node=node, n=n)
+    if node >= n:
         raise ValueError(f"node must be from 0 to {n - 1} (got {node})")
     require_memory(n * BYTES_PER_NODE, f"to look at {n:,} nodes")
     heard, every = torch.tensor([node]), torch.arange(n)
@@ -95,6 +109,8 @@ def receptive_field(graphs: Sequence[Graph], node: int, n: int) -> Tensor:
 
 def reach(graphs: Sequence[Graph], n: int) -> Tensor:
     """Which input (column) reaches which output (row) through a stack of layers with residual streams: bool (n, n)."""
+    graphs, n = require_graphs(graphs, "graphs"), plain_int(n)
+    require_ints(0, n=n)
     require_memory(16 * n * n, f"to multiply matrices of {n} × {n}")
     own = reached = torch.eye(n, dtype=torch.float32)
     for graph in graphs:
@@ -140,6 +156,10 @@ def cost(graph: Graph, n: int, dim: int, heads: int) -> Cost:
     >>> cost(Causal(), 1024, dim=512, heads=8).density
     0.50048828125
     """
+    require_graph(graph)
+    n, dim, heads = map(plain_int, (n, dim, heads))
+    require_ints(0, n=n, dim=dim)
+    require_ints(1, heads=heads)
     if graph.heads not in (None, heads):
         raise ValueError(f"graph has {graph.heads} heads, but the cost of {heads} was asked for")
     if dim % heads:
@@ -150,7 +170,7 @@ def cost(graph: Graph, n: int, dim: int, heads: int) -> Cost:
 
 
 def _size(graph: Graph, n: int | None) -> tuple[int, int]:
-    n = graph.size[0] if n is None else n
+    n = graph.size[0] if n is None else node_count("n", n)
     if n is None:
         if graph._breakpoints(FAR, FAR) is None:
             raise ValueError(f"give the number of nodes, n: {graph} can only be looked at edge by edge")

@@ -10,7 +10,7 @@ import itertools
 import struct
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import MISSING, FrozenInstanceError, dataclass, fields, replace
 from inspect import get_annotations
 from operator import index
@@ -409,10 +409,10 @@ class Graph:
     def mask(self, n: int | None = None, m: int | None = None, device: torch.device | str | None = None) -> Tensor:
         """The edges as a bool tensor (n, m), or (H, n, m): rows are queries, columns are keys, True is an edge."""
         graph, n, m = at_size(self, n, m)
-        heads = graph.heads or 1
+        device, heads = None if device is None else require_device(device), graph.heads or 1
         if n * m * heads <= PAIRS_PER_STEP:
             return graph.contains(torch.arange(n, device=device)[:, None], torch.arange(m, device=device)[None])
-        require_memory(n * m * heads, f"for the mask of {graph} at {n} × {m}", device and torch.device(device))
+        require_memory(n * m * heads, f"for the mask of {graph} at {n} × {m}", device)
         found = torch.empty((n, m) if graph.heads is None else (heads, n, m), dtype=torch.bool, device=device)
         for start, rows in scanned(graph, n, m, device):
             found[..., start : start + rows.shape[-2], :] = rows
@@ -461,6 +461,8 @@ class Graph:
         [(0, 1), (8, 12)]
         """
         graph, n, m = at_size(self, n, m)
+        start, stop = plain_int(start), plain_int(stop)
+        require_ints(None, start=start, stop=stop)
         if not 0 <= start <= stop <= n:
             raise ValueError(f"spans needs 0 <= start <= stop <= {n}, the number of queries (got {start} and {stop})")
         part = bind((_of_any_head(graph, n, m) if graph.heads else graph).rows(start, stop), stop - start, m)
@@ -510,7 +512,8 @@ for _name in ("__setattr__", "__delattr__"):
 
 def at_size(graph: Graph, n: int | None = None, m: int | None = None) -> tuple[Graph, int, int]:
     """The graph bound to a definite size, and that size; what is not given is the graph's own."""
-    n, m = (_node_count(name, given) for name, given in (("n", n), ("m", m)))
+    require_graph(graph)
+    n, m = (node_count(name, given) for name, given in (("n", n), ("m", m)))
     n, m = common_size(lambda: f"graph {graph} and the size asked for", graph.size, (n, m))
     if n is None or m is None:
         raise ValueError(f"graph {graph} has size {(n, m)}: give the missing number, as in graph.mask(n, m)")
@@ -831,12 +834,40 @@ def _argument(value: object, inner: Callable[[Graph], str]) -> str:
     return inner(value) if isinstance(value, Graph) else repr(value)
 
 
-def _node_count(name: str, given: SupportsIndex | None) -> int | None:
+def require_graph(given: object, name: str = "graph") -> None:
+    """Raise unless an argument is a graph."""
+    if not isinstance(given, Graph):
+        hint = f"; did you mean {given.__name__}()?" if isinstance(given, type) and issubclass(given, Graph) else ""
+        hint = "; a mask becomes one by from_dense(mask)" if hasattr(given, "shape") else hint
+        raise TypeError(f"{name} must be a Graph (got {given!r:.80}){hint}")
+
+
+def require_graphs(given: Iterable[Graph], name: str) -> tuple[Graph, ...]:
+    """Several graphs, as a tuple; anything else is an error."""
+    if not isinstance(given, Iterable) or isinstance(given, str | bytes | Mapping) or hasattr(given, "shape"):
+        raise TypeError(f"{name} must be a list of graphs (got {given!r:.80})")
+    graphs = tuple(given)
+    for graph in graphs:
+        require_graph(graph, f"each of {name}")
+    return graphs
+
+
+def node_count(name: str, given: SupportsIndex | None) -> int | None:
     """A size that was asked for, as an int."""
     count = plain_int(given)
     if count is None or (isinstance(count, int) and not isinstance(count, bool) and 0 <= count <= LARGEST):
         return count
     raise ValueError(f"{name} must be a number of nodes, an int from 0 to 2**61 (got {given!r})")
+
+
+def require_device(given: torch.device | str) -> torch.device:
+    """A device by its name."""
+    try:
+        if isinstance(given, str | torch.device):
+            return torch.device(given)
+    except RuntimeError:
+        pass
+    raise ValueError(f'device must be a torch.device or its name, as in "cpu" or "cuda:0" (got {given!r:.80})')
 
 
 def common_size(what: Callable[[], str], *sizes: Size) -> Size:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from attngraph.graph.base import Graph, at_size
+from attngraph.graph.base import Graph, at_size, plain_int, require_device, require_ints
 from attngraph.planning.layouts.tiles import Tiles, tabulate
 
 if TYPE_CHECKING:
@@ -44,7 +44,9 @@ def to_block_mask(
     """
     from torch.nn.attention.flex_attention import BlockMask  # takes longer than all of attngraph
 
-    if block_size < 1 or block_size % 32:
+    block_size, device = plain_int(block_size), require_device(device)
+    require_ints(1, block_size=block_size)
+    if block_size % 32:
         raise ValueError(f"block_size must be a multiple of 32 (got {block_size})")
     bound, n, m = at_size(graph, n, m)
     tile = (block_size, block_size)

@@ -32,7 +32,11 @@ def from_networkx(G: networkx.Graph, nodelist: Sequence[Any] | None = None) -> E
             f"networkx.DiGraph(edges), or is taken by from_edge_index"
         )
     if nodelist is not None:
-        nodelist = list(nodelist)
+        try:
+            nodelist = list(nodelist)
+            hash(tuple(nodelist))
+        except TypeError:
+            raise TypeError(f"nodelist must be a list of the nodes of the graph (got {nodelist!r:.80})") from None
     if nodelist is None:
         nodelist = list(G)
         if set(nodelist) == set(range(len(nodelist))):

@@ -135,5 +135,5 @@ def test_a_chain_of_a_tree_is_planned_as_causal_is():
 
 def test_a_long_look_is_announced(monkeypatch):
     monkeypatch.setattr("attngraph.graph.base.LONG_SECONDS", 0)
-    with pytest.warns(UserWarning, match=r"all 25,000,000 pairs of Own\(\) are looked at one by one"):
+    with pytest.warns(UserWarning, match=r"25,000,000 pairs of Own\(\) are looked at one by one"):
         Own().num_edges(5_000, 5_000)

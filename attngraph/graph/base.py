@@ -306,7 +306,11 @@ class Graph:
         return known
 
     def __repr__(self) -> str:
-        return self._write(repr) if self._terms <= MAX_TERMS_WRITTEN else self._named()
+        if self._terms > MAX_TERMS_WRITTEN:
+            return self._named()
+        return self._write(
+            repr if self._depth <= MAX_DEPTH // 2 else Graph.__repr__
+        )  # repr takes more of Python's depth
 
     def __str__(self) -> str:
         return self._write(str) if self._terms <= MAX_TERMS_TOLD else self._named()
@@ -678,12 +682,18 @@ def scanned(graph: Graph, n: int, m: int, device: torch.device | str | None = No
     key = torch.arange(m, device=device)[None]
     for start in range(0, n, step):
         yield start, graph.contains(torch.arange(start, min(start + step, n), device=device)[:, None], key)
-        if start == 0 and (seconds := (time.perf_counter() - began) * n / step) > LONG_SECONDS:
-            warnings.warn(
-                f"all {n * m:,} pairs of {graph} are looked at one by one, which takes about {seconds:.0f} s: a graph "
-                f"that defines _classify_boxes, _breakpoints or _edges is found without",
-                stacklevel=2,
-            )
+        if start == 0:
+            warn_if_long(graph, n * m, (time.perf_counter() - began) * n / step)
+
+
+def warn_if_long(graph: Graph, pairs: int, seconds: float) -> None:
+    """Warn where looking at all pairs is expected to take long."""
+    if seconds > LONG_SECONDS:
+        warnings.warn(
+            f"{pairs:,} pairs of {graph} are looked at one by one, which takes about {seconds:.0f} s: a class that defines "
+            f"_classify_boxes, _breakpoints or _edges is found without",
+            stacklevel=2,
+        )
 
 
 # -------------------------------------------------------------------------------------------- how a class is made
@@ -838,8 +848,10 @@ def require_graph(given: object, name: str = "graph") -> None:
     """Raise unless an argument is a graph."""
     if not isinstance(given, Graph):
         hint = f"; did you mean {given.__name__}()?" if isinstance(given, type) and issubclass(given, Graph) else ""
-        hint = "; a mask becomes one by from_dense(mask)" if hasattr(given, "shape") else hint
-        raise TypeError(f"{name} must be a Graph (got {given!r:.80}){hint}")
+        what = f"{given!r:.80}"
+        if hasattr(given, "shape"):
+            what, hint = f"a {type(given).__name__}", "; a mask becomes one by from_dense(mask)"
+        raise TypeError(f"{name} must be a Graph (got {what}){hint}")
 
 
 def require_graphs(given: Iterable[Graph], name: str) -> tuple[Graph, ...]:

@@ -44,7 +44,7 @@ from attngraph.kernels.cpu.simd import (
 from attngraph.kernels.memory import empty, zeros
 
 MAX_JOB_TILES = 128  # tiles of one head that a job has at most: about a millisecond of work
-MASKED_SCORE = np.float32(-1e30)  # below every score, and finite: a query without edges has no NaN
+MASKED_SCORE = np.finfo(np.float32).min  # below every score, and finite: a query without edges has no NaN
 ALL_BITS = np.uint64(0xFFFFFFFFFFFFFFFF)
 LN_2 = math.log(2)
 FASTMATH_FLAGS = {"contract"}  # multiply and add in one rounding; exp2 stands no reassociation
@@ -219,13 +219,16 @@ def online_softmax(s, bits, scale_log2, row_max, row_sum, alpha):
         old_max = load(row_max, c)
         max_a, max_b = old_max, old_max  # two chains: each comparison waits for the one before
         for r in range(0, TILE, 2):
-            max_a = maximum(where(bits[r], c, load(s, r * TILE + c) * factor, masked), max_a)
-            max_b = maximum(where(bits[r + 1], c, load(s, (r + 1) * TILE + c) * factor, masked), max_b)
+            scaled_a, scaled_b = load(s, r * TILE + c) * factor, load(s, (r + 1) * TILE + c) * factor
+            store(s, r * TILE + c, scaled_a)  # rounded, so that none is above the largest
+            store(s, (r + 1) * TILE + c, scaled_b)
+            max_a = maximum(where(bits[r], c, scaled_a, masked), max_a)
+            max_b = maximum(where(bits[r + 1], c, scaled_b, masked), max_b)
         new_max = maximum(max_a, max_b)
         rescale = exp2(old_max - new_max)
         sums = load(row_sum, c) * rescale
         for r in range(TILE):
-            p = where(bits[r], c, exp2(load(s, r * TILE + c) * factor - new_max), zero)
+            p = where(bits[r], c, exp2(load(s, r * TILE + c) - new_max), zero)
             sums = sums + p
             store(s, r * TILE + c, p)
         store(row_max, c, new_max)

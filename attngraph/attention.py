@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection
 from dataclasses import fields
 from numbers import Real
@@ -225,8 +224,6 @@ def _check(q, k, v, graph, bias, attention_mask, scale, score, normalize, dropou
         raise TypeError("scale must be a number (got a tensor); multiply q by the tensor instead, and scale=1")
     if not (scale is None or isinstance(scale, Real | torch.SymFloat | torch.SymInt)):
         raise TypeError(f"scale must be a number (got {scale!r})")
-    if isinstance(scale, Real) and not math.isfinite(scale):
-        raise ValueError(f"scale must be finite (got {scale!r})")
     if not (bias is None or isinstance(bias, Bias)):
         raise TypeError(f"bias must be a tensor or Alibi, RelativeBias or EdgeBias (got {type(bias).__name__})")
     if isinstance(bias, DenseBias) and not bias.values.is_floating_point():
@@ -238,6 +235,8 @@ def _check(q, k, v, graph, bias, attention_mask, scale, score, normalize, dropou
                 f"a bias must hold floating-point numbers on q's device, {q.device} "
                 f"(got {values.dtype} on {values.device})"
             )
+    if isinstance(scale, Real) and not abs(float(scale)) <= torch.finfo(torch.promote_types(dtype, torch.float32)).max:
+        raise ValueError(f"scale must be finite in the precision of the scores (got {scale!r} for {dtype})")
     (B, H, N, D), (Bk, Hkv, M, Dk), (Bv, Hv, Mv, _) = q.shape, k.shape, v.shape
     if not B == Bk == Bv:
         raise ValueError(f"q, k and v must have the same batch size (got q {B}, k {Bk}, v {Bv})")

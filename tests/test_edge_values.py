@@ -15,10 +15,10 @@ from attngraph import Causal, Documents, EdgeBias, Full, Identity, Prefix, Rando
 BACKENDS = ("auto", "edges", "dense", "tiles", "rows")
 LARGE = [
     (Causal(), 65, 65), (Full(), 64, 130), (Causal() & Window(9, 0), 130, 130), (Prefix(1), 80, 3), (Full(), 1, 200),
-    (Causal() & Documents([70, 60]), 130, 130), (Causal() & (Window(4, 0) | Random(3)), 100, 100), (Identity(), 65, 129),
+    (Causal() & Documents([70, 60]), 130, 130), (Causal() & (Window(4, 0) | Random(3)), 100, 100), (Identity(), 9, 129),
 ]  # fmt: skip
 SIZED = [*((case.graph, case.n, case.m) for case in GRAPHS), *LARGE]
-SIZES = [(2, 4, 2, 8, 5), (1, 2, 2, 16, 16), (0, 2, 1, 4, 4), (1, 4, 1, 0, 3), (2, 2, 1, 3, 0)]  # B H Hkv D Dv
+SIZES = [(2, 4, 2, 8, 5), (1, 2, 2, 16, 16), (0, 2, 1, 4, 4), (1, 4, 1, 0, 3), (2, 2, 1, 3, 0)]  # B, …, Dv
 OF_BIAS = ("plain", "-inf", "all -inf", "far apart", "NaN where no edge is", "+inf where no edge is")
 SCALES = (0.0, -0.0, 1e-45, -1e-45, 1e-30, -1e-9, 1.0, -1.0, 30.0, -30.0)
 TOLERANCE = {torch.float64: (1e-11, 1e-9), torch.float32: (2e-5, 1e-4), torch.bfloat16: (2e-2, 6e-2)}

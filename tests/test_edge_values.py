@@ -143,3 +143,25 @@ def test_a_scale_that_is_no_number_is_refused(scale):
         attend(*torch.randn(3, 1, 2, 5, 4), Causal(), scale=scale)
     with pytest.raises(TypeError, match="scale must be a number"):
         attend(*torch.randn(3, 1, 2, 5, 4), Causal(), scale="1")
+
+
+@pytest.mark.parametrize("value", [torch.inf, torch.nan], ids=str)
+@pytest.mark.parametrize("kind", ["edges", "dense", "dense-keys"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_bias_that_is_no_number_reaches_who_hears_it_and_no_further(dtype, kind, value):
+    n, graph = 70, Causal() & Window(5, 0)
+    q, k, v = (plain(1, 4, n, 8, seed=seed).to(dtype) for seed in range(3))
+    query, key = graph.edge_index(n, n).flip(0)
+    shape, place = {
+        "edges": ((1, 1, len(query)), ((query == 10) & (key == 8)).nonzero()[0]),
+        "dense": ((1, 1, n, n), (10, 8)),
+        "dense-keys": ((1, 1, 1, n), (0, 8)),
+    }[kind]
+    values = torch.zeros(shape, dtype=dtype)
+    values[0, 0, *place] = value
+    bias = EdgeBias(values) if kind == "edges" else values
+    heard = torch.arange(n) == 10 if kind != "dense-keys" else (torch.arange(n) >= 8) & (torch.arange(n) < 14)
+    for backend in ("reference", *BACKENDS):
+        out, lse = attend(q, k, v, graph, bias=bias, backend=backend, return_lse=True)
+        assert torch.equal(out.isnan().any(-1), heard.expand(1, 4, n)), backend
+        assert torch.equal(~lse.isfinite(), heard.expand(1, 4, n)), backend

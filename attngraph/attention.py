@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, amp
 from torch.autograd import forward_ad
 
+from attngraph.arguments import checked, shown
 from attngraph.bias import Bias, DenseBias, kind_of, placed
 from attngraph.graph.base import Graph
 from attngraph.kernels.scoring import NORMALIZERS, SCORES
@@ -114,6 +115,8 @@ def attend(
     if isinstance(bias, Tensor):
         bias = DenseBias(bias)
     _check(q, k, v, graph, bias, attention_mask, scale, score, normalize, dropout_p)
+    if not (type(backend) is str and type(return_lse) is bool and type(return_weights) is bool):
+        backend, return_lse, return_weights = _options(backend, return_lse, return_weights)
     if return_lse and normalize != "softmax":
         raise ValueError(f"return_lse needs normalize='softmax' (got {normalize!r}): other weights have no common sum")
     factor = scale if scale is not None else max(q.shape[3], 1) ** -0.5 if score == "dot" else 1.0
@@ -223,7 +226,7 @@ def _check(q, k, v, graph, bias, attention_mask, scale, score, normalize, dropou
     if isinstance(scale, Tensor):
         raise TypeError("scale must be a number (got a tensor); multiply q by the tensor instead, and scale=1")
     if not (scale is None or isinstance(scale, Real | torch.SymFloat | torch.SymInt)):
-        raise TypeError(f"scale must be a number (got {scale!r})")
+        raise TypeError(f"scale must be a number (got {shown(scale)})")
     if not (bias is None or isinstance(bias, Bias)):
         raise TypeError(f"bias must be a tensor or Alibi, RelativeBias or EdgeBias (got {type(bias).__name__})")
     if isinstance(bias, DenseBias) and not bias.values.is_floating_point():
@@ -257,8 +260,16 @@ def _check(q, k, v, graph, bias, attention_mask, scale, score, normalize, dropou
         raise ValueError(f"graph has {graph.heads} heads but q has {H}; give PerHead one graph for each head")
     _check_option("score", score, SCORES)
     _check_option("normalize", normalize, NORMALIZER_NAMES)
-    if not 0 <= dropout_p < 1:
+    if isinstance(dropout_p, bool) or not isinstance(dropout_p, Real):
+        raise TypeError(f"dropout_p must be a number (got {shown(dropout_p)})")
+    if not 0 <= float(dropout_p) < 1:
         raise ValueError(f"dropout_p must be a probability below 1 (got {dropout_p})")
+
+
+@checked
+def _options(backend: str, return_lse: bool, return_weights: bool) -> tuple[str, bool, bool]:
+    """The same, if they are what they are called."""
+    return backend, return_lse, return_weights
 
 
 def _check_attention_mask(mask: object, k: Tensor) -> None:
@@ -279,7 +290,7 @@ NORMALIZER_NAMES = ("softmax", *NORMALIZERS)
 def _check_option(name: str, given: object, names: Collection[str]) -> None:
     """Raise unless a score or normaliser is known by name, or a function."""
     if given not in names if isinstance(given, str) else not callable(given):
-        raise ValueError(f"{name} must be a function or one of {', '.join(names)} (got {given!r})")
+        raise ValueError(f"{name} must be a function or one of {', '.join(names)} (got {shown(given)})")
 
 
 def _check_plan(plan: Plan, q: Tensor, k: Tensor) -> None:

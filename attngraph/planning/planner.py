@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from attngraph import cache
+from attngraph.arguments import checked
 from attngraph.graph.base import Graph, at_size, count_edges, require_ints
 from attngraph.graph.edge_list import EdgeList
 from attngraph.graph.patterns import Causal
@@ -121,6 +122,7 @@ class Plan:
 _NUMBERS = count(1)
 
 
+@checked
 def plan(
     graph: Graph,
     n: int | None = None,
@@ -166,30 +168,18 @@ def plan(
         ValueError: sizes that do not fit, or a backend that can't run here.
         MemoryError: layouts that need more memory than there is, before they are made.
     """
-    if not isinstance(graph, Graph):
-        raise TypeError(f"plan takes a Graph (got {graph if isinstance(graph, type) else type(graph).__name__})")
-    if not (costs is None or isinstance(costs, Costs)):
-        raise TypeError(f"costs must be Costs, or None (got {costs!r})")
-    if bias not in (None, "offset", "dense", "edge"):
-        kinds = "'offset' (Alibi, RelativeBias), 'edge' (EdgeBias) or 'dense' (a tensor)"
-        raise ValueError(f"bias of a plan must be None, or the kind of it, {kinds} (got {bias!r})")
-    if reorder not in (None, True, False):
-        raise ValueError(f"reorder must be True, False or None (got {reorder!r})")
     require_ints(1, heads=heads)
     require_ints(0, head_dim=head_dim)
-    if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+    if not dtype.is_floating_point:
         raise TypeError(f"dtype of a plan must be a floating-point torch.dtype (got {dtype!r})")
     for option, given, known in (("score", score, SCORES), ("normalize", normalize, ("softmax", *NORMALIZERS))):
         if given not in (*known, ANY_FUNCTION):
             raise ValueError(
                 f"{option} of a plan must be one of {', '.join(known)}, or {ANY_FUNCTION!r} (got {given!r})"
             )
-    for option, given in (("padding", padding), ("dropout", dropout), ("return_weights", return_weights)):
-        if not isinstance(given, bool):
-            raise TypeError(f"{option} of a plan must be True or False (got {given!r})")
     _, n, m = at_size(graph, n, m)
     call = Call(
-        n, m, heads, heads, head_dim, head_dim, dtype, _definite(torch.device(device)), bias,
+        n, m, heads, heads, head_dim, head_dim, dtype, _definite(device), bias,
         score=score, normalize=normalize, padding=padding, dropout=dropout, return_weights=return_weights,
     )  # fmt: skip
     return _made(graph, call, backend, reorder, costs)
@@ -270,8 +260,12 @@ def _another_kernel(backend: Backend, call: Call) -> Backend | None:
     return other if other is not None and other.tiling.tile == backend.tiling.tile else None
 
 
-def _definite(device: torch.device) -> torch.device:
+def _definite(device: torch.device | str) -> torch.device:
     """The GPU that "cuda" means now, as tensors name theirs."""
+    try:
+        device = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"device must be one that torch knows, such as 'cpu' or 'cuda' (got {device!r})") from None
     if device.type != "cuda":
         return device
     if not torch.cuda.is_available():

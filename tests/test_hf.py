@@ -160,6 +160,7 @@ def both(family, model, reference, dtype, padded):
         found = peer(
             input_features=sounds, decoder_input_ids=others,
             decoder_attention_mask=None if mask is None else mask[:, :6],
+            decoder_position_ids=(real[:, :6].cumsum(-1) - 1).clamp(min=0) if padded else None,
         )  # fmt: skip
         return model(sounds, others, **ours), found.logits, real[:, :6]
     if family == "t5":
@@ -174,7 +175,11 @@ def both(family, model, reference, dtype, padded):
             states=states, actions=actions, returns_to_go=returns, timesteps=times, attention_mask=mask
         ).action_preds
         return model(states, actions, returns, times, **ours), found, real
-    return model(tokens, **ours), peer(input_ids=tokens, attention_mask=mask).logits, real
+    right = peer(input_ids=tokens).logits
+    if padded:  # each row as if it were alone
+        for row, some in enumerate(real):
+            right[row, some] = peer(input_ids=tokens[row, some][None]).logits[0]
+    return model(tokens, **ours), right, real
 
 
 def assert_same_logits(family, model, reference, padded=False):

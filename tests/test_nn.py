@@ -140,9 +140,13 @@ def test_biases_are_where_the_config_says():
 
 
 def test_rotary_scores_depend_on_the_distance_alone():
-    rotary = Rotary(8).double()
+    rotary = Rotary(8)
     q, k = torch.randn(2, 1, 8, dtype=torch.float64)
-    scores = [rotate(q, *rotary(torch.tensor([i + 5]))) @ rotate(k, *rotary(torch.tensor([i]))).T for i in (0, 3, 1000)]
+
+    def turned(x, position):
+        return rotate(x, *rotary(torch.tensor([position]), torch.float64))
+
+    scores = [turned(q, i + 5) @ turned(k, i).T for i in (0, 3, 1000)]
     torch.testing.assert_close(scores[0], scores[1], rtol=0, atol=1e-12)
     torch.testing.assert_close(scores[0], scores[2], rtol=0, atol=1e-9)
 
@@ -155,7 +159,8 @@ def test_llama3_scaling_keeps_short_waves_and_stretches_long_ones():
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": 8192,
     }
-    plain, scaled = Rotary(128, 500_000.0).frequencies, Rotary(128, 500_000.0, scaling).frequencies
+    length = torch.tensor(0)
+    plain, scaled = (Rotary(128, 500_000.0, given).rope.frequencies(length) for given in (None, scaling))
     assert torch.equal(plain[:20], scaled[:20])
     torch.testing.assert_close(plain[-10:] / 8, scaled[-10:])
     assert ((scaled <= plain) & (scaled >= plain / 8 * 0.999)).all()

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from attngraph.graph.text import parse_list
 from attngraph.hf.families import FAMILIES, TRANSPOSED, Family, Form, Settings
 from attngraph.models import EncoderDecoder
-from attngraph.nn.transformer import POSITIONS, Transformer
+from attngraph.nn.transformer import Transformer
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 OLD_NAMES = (("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias"))
@@ -296,9 +296,6 @@ def _fill(
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 module._parameters[name] = filled[parameter]  # what was shared stays shared
-    for _, part in _transformers(model):
-        if part.position is not None and not list(part.position.parameters()):  # computed, not read
-            part.position = POSITIONS[part.config.position](part.config).to(device)
     return {name: place._replace(file=family.full(place.file)) for name, place in places.items()}
 
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 from torch import nn
-from typing_extensions import Self
 
 
 class Tied(nn.Module):

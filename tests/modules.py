@@ -99,7 +99,9 @@ def given(module, dtype=None, device=None):
     """What its forward takes, by name: what is required of it."""
     takes = {name: inputs()[name] for name in _required(module.forward)}
     return {
-        name: value.to(device, dtype if value.is_floating_point() else None) if isinstance(value, torch.Tensor) else value
+        name: value.to(device, dtype if value.is_floating_point() else None)
+        if isinstance(value, torch.Tensor)
+        else value
         for name, value in takes.items()
     }
 

@@ -326,10 +326,10 @@ def test_top_p_keeps_the_smallest_set():
         (lambda: rotate(torch.ones(3, 2), torch.ones(3, 1), torch.ones(3, 1)), "of the dimension of x, 2"),
         (lambda: FeedForward(4, 8, activation="x"), "activation must be one of"),
         (lambda: GPT(config(max_length=4), 17)(torch.zeros(1, 5, dtype=torch.int64)), "4 learned positions but got 5"),
-        (lambda: generate(nn.Identity(), torch.zeros(1, 0), 1), "at least one token"),
-        (lambda: generate(nn.Identity(), torch.zeros(1, 1), 1, temperature=-1), "temperature must be 0 or more"),
-        (lambda: generate(nn.Identity(), torch.zeros(1, 1), 1, top_k=0), "top_k must be 1 or more"),
-        (lambda: generate(nn.Identity(), torch.zeros(1, 1), 1, top_p=1.5), "top_p must be a probability"),
+        (lambda: generate(nn.Identity(), torch.zeros(1, 0).long(), 1), "at least one token"),
+        (lambda: generate(nn.Identity(), torch.zeros(1, 1).long(), 1, temperature=-1), "temperature must be 0 or more"),
+        (lambda: generate(nn.Identity(), torch.zeros(1, 1).long(), 1, top_k=0), "top_k must be 1 or more"),
+        (lambda: generate(nn.Identity(), torch.zeros(1, 1).long(), 1, top_p=1.5), "top_p must be a probability"),
     ],
 )
 def test_bad_input_is_an_error(make, message):

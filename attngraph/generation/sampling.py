@@ -32,16 +32,16 @@ def generate(
 
     Args:
         model: tokens (B, N) → logits (B, N, V); with a mask, it also takes `attention_mask=`.
-        attention_mask: bool or integers 0 and 1, (B, N), True or 1 for real tokens: prompts of different lengths are padded
-            on the left. Each is continued as if it were alone.
+        attention_mask: bool or integers 0 and 1, (B, N), True or 1 for real tokens: prompts of different lengths are
+            padded on the left. Each is continued as if it were alone.
         context: how many of the last tokens the model is shown; by default all.
         temperature: divides the logits; 0 takes the likeliest token.
         top_k: sample only from the k likeliest tokens.
         top_p: sample only from the likeliest tokens that together have this probability (Holtzman et al. 2020).
         generator: the source of chance, on the tokens' device.
 
-    Raises ValueError for settings out of range, for an empty prompt, for one that is padded on the right, and for logits
-    from which no token can be taken (NaN, +inf, or -inf for all); TypeError for what is of another kind.
+    Raises ValueError for settings out of range, for an empty prompt, for one that is padded on the right, and for
+    logits from which no token can be taken (NaN, +inf, or -inf for all); TypeError for what is of another kind.
     """
     if not isinstance(tokens, Tensor) or tokens.is_floating_point() or tokens.dtype == torch.bool:
         got = tokens.dtype if isinstance(tokens, Tensor) else f"a {type(tokens).__name__}"
@@ -66,10 +66,9 @@ def generate(
         for step in range(max_new_tokens):
             options = {} if mask is None else {"attention_mask": mask[:, -context:] if context else mask}
             logits = model(tokens[:, -context:] if context else tokens, **options)[:, -1].float()
-            if not (highest := logits.amax(-1)).isfinite().all():
-                raise ValueError(
-                    f"the logits of new token {step + 1} must be finite (got {highest.tolist()} as highest)"
-                )
+            highest = logits.amax(-1)
+            if not highest.isfinite().all():
+                raise ValueError(f"logits must be finite (new token {step + 1} got {highest.tolist()} as the highest)")
             if temperature == 0:
                 next_token = logits.argmax(-1, keepdim=True)
             else:

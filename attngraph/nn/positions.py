@@ -14,9 +14,9 @@ from attngraph.nn.rope import Rope
 
 
 class LearnedPositions(TokenEmbedding):
-    """A learned vector for each position (Gehring et al. 2017; GPT, BERT, ViT): positions (..., N) → (..., N, embed_dim).
+    """A learned vector for each position (Gehring et al. 2017; GPT, BERT, ViT).
 
-    Raises, on a CPU, ValueError for positions outside of 0 … max_length - 1.
+    Positions (..., N) → (..., N, embed_dim). Raises, on a CPU, ValueError for positions outside of 0 … max_length - 1.
     """
 
     def __init__(self, max_length: int, embed_dim: int):

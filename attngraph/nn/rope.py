@@ -34,7 +34,7 @@ class Rope:
         self.amplitude = _amplitude(self.kind, self.scaling)
 
     def frequencies(self, length: Tensor) -> Tensor:
-        """Radians for each position, for texts of these lengths, where that makes a difference: (D/2,) or (..., D/2)."""
+        """Radians for each position, (D/2,); or (..., D/2) for texts of these lengths, where they make a difference."""
         return self.rule(self, self.scaling, length)
 
     def plain(self, device: torch.device, base: float | Tensor | None = None) -> Tensor:

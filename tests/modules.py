@@ -98,12 +98,10 @@ def made(cls, position="rotary", **switches):
 def given(module, dtype=None, device=None):
     """What its forward takes, by name: what is required of it."""
     takes = {name: inputs()[name] for name in _required(module.forward)}
-    return {
-        name: value.to(device, dtype if value.is_floating_point() else None)
-        if isinstance(value, torch.Tensor)
-        else value
-        for name, value in takes.items()
-    }
+    for name, value in takes.items():
+        if isinstance(value, torch.Tensor):
+            takes[name] = value.to(device, dtype if value.is_floating_point() else None)
+    return takes
 
 
 def tensors(found):

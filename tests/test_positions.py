@@ -263,7 +263,7 @@ PROMPT = torch.zeros(2, 3, dtype=torch.int64)
 @pytest.mark.parametrize("logits", [[0.0, NAN], [INF, 0.0], [-INF, -INF], [NAN, NAN]], ids=str)
 def test_no_token_comes_of_logits_that_are_none(logits, temperature):
     model = Fixed(torch.tensor(logits))
-    with pytest.raises(ValueError, match="logits must be finite .new token 1 got"):
+    with pytest.raises(ValueError, match=r"logits must be finite .new token 1 got"):
         generate(model, PROMPT, 2, temperature=temperature)
     assert model.training  # as it was, with what is inside
     assert not model.inner.training

@@ -249,9 +249,11 @@ def test_two_runs_and_any_number_of_threads_give_the_same_bits(backend):
 def test_the_operators_pass_opcheck():
     q, k, v = (side.float().detach().requires_grad_() for side in tensors(40, 40, dim=8, value_dim=8))
     for backend in ("tiles", "rows", "auto"):
-        torch.library.opcheck(attend_forward, (q, k, v, None, "", 0.3, MIXED._key, backend))
+        torch.library.opcheck(attend_forward, (q, k, v, None, None, "", 0.3, MIXED._key, backend))
     slopes = torch.randn(4, 79, requires_grad=True)
-    torch.library.opcheck(attend_forward, (q, k, v, slopes, "offset", 0.3, MIXED._key, "tiles"))
+    torch.library.opcheck(
+        attend_forward, (q, k, v, slopes, torch.rand(2, 40) < 0.8, "offset", 0.3, MIXED._key, "tiles")
+    )
 
 
 @pytest.mark.parametrize("backend", ["tiles", "rows"])

@@ -28,6 +28,15 @@ class ScoreBias(NamedTuple):
     values: Tensor
 
 
+class Modifiers(NamedTuple):
+    """What is done to the products q · k before the softmax: times `scale`, plus `bias`, and padding left out."""
+
+    scale: float
+    bias: ScoreBias | None = None
+    attention_mask: Tensor | None = None
+    """bool (B, M): False for keys that are padding, which no query of their batch entry hears. None: there are none."""
+
+
 # --------------------------------------------------------------------------------------------- of the reference
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-from attngraph.kernels.contract import DenseLayout
+from attngraph.kernels.contract import DenseLayout, Modifiers
 
 # Nodes up to which half precision runs as float32 on a CPU: forward + backward took half the time there.
 MAX_UPCAST_NODES = 256
@@ -25,7 +25,7 @@ def dense(
     scale: float,
     dropout_p: float,
 ) -> Tensor:
-    """q (B, H, N, D), k and v (B, Hkv, M, ·), mask (N, M) or (H, N, M), bias (…, N, M) → out (B, H, N, ·).
+    """q (B, H, N, D), k and v (B, Hkv, M, ·), mask (…, N, M), bias (…, N, M) → out (B, H, N, ·).
 
     `causal` without a mask is Causal(); neither is Full().
     """
@@ -103,21 +103,25 @@ MASKED_SCORE = -1e30  # added to the score of a pair without an edge
 MAX_FLASH_DIM = 256  # dimension of a head that the flash kernel of a GPU takes
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, layout: DenseLayout, bias: None, scale: float) -> tuple[Tensor, Tensor]:
-    """q (B, H, N, D), k and v (B, Hkv, M, ·) → out (B, H, N, ·), lse (B, H, N), by PyTorch's flash kernels."""
+def forward(q: Tensor, k: Tensor, v: Tensor, layout: DenseLayout, modifiers: Modifiers) -> tuple[Tensor, Tensor]:
+    """q (B, H, N, D), k and v (B, Hkv, M, ·) → out (B, H, N, ·), lse (B, H, N), by PyTorch's flash kernels.
+
+    Of the modifiers it has the scale alone, here and backward.
+    """
     if layout.lengths:
         out = q.new_zeros(*q.shape[:3], v.shape[3])
         lse = q.new_zeros(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
         for nodes, one in layout.documents(q.device):
             q_docs, k_docs, v_docs = _documents(nodes, q), _documents(nodes, k), _documents(nodes, v)
-            out_docs, lse_docs = forward(q_docs, k_docs, v_docs, one, bias, scale)
+            out_docs, lse_docs = forward(q_docs, k_docs, v_docs, one, modifiers)
             _store_documents(out, nodes, out_docs)
             _store_documents(lse, nodes, lse_docs)
         return out, lse
     mask, mask_bias = _masks(layout, q)
     k, v, value_dim = _repeat_kv(k, q), _repeat_kv(v, q), v.shape[3]
     width = _padded_width(q, v)
-    problem = _Problem(_pad_to(q, width), _pad_to(k, width), _pad_to(v, width), mask_bias, _is_causal(layout), scale)
+    sides = _pad_to(q, width), _pad_to(k, width), _pad_to(v, width)
+    problem = _Problem(*sides, mask_bias, _is_causal(layout), modifiers.scale)
     out, lse = _flash_kernel(problem.q, layout).forward(problem)
     out, lse = out[..., :value_dim], lse[..., : q.shape[2]]
     if mask is not None:
@@ -135,8 +139,7 @@ def backward(
     dout: Tensor,
     dlse: Tensor | None,
     layout: DenseLayout,
-    bias: None,
-    scale: float,
+    modifiers: Modifiers,
     bias_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, None]:
     """What all pairs add to (dq, dk, dv, None), from the final out and lse of each query; dlse may be None.
@@ -151,7 +154,7 @@ def backward(
             out_docs, lse_docs, dout_docs = _documents(nodes, out), _documents(nodes, lse), _documents(nodes, dout)
             dlse_docs = None if dlse is None else _documents(nodes, dlse)
             dq_docs, dk_docs, dv_docs, _ = backward(
-                q_docs, k_docs, v_docs, out_docs, lse_docs, dout_docs, dlse_docs, one, bias, scale, bias_grad
+                q_docs, k_docs, v_docs, out_docs, lse_docs, dout_docs, dlse_docs, one, modifiers, bias_grad
             )
             _store_documents(dq, nodes, dq_docs)
             _store_documents(dk, nodes, dk_docs)
@@ -161,7 +164,8 @@ def backward(
     group, dim, value_dim = q.shape[1] // k.shape[1], q.shape[3], v.shape[3]
     width = _padded_width(q, v, extra=dlse is not None)
     k, v = _repeat_kv(k, q), _repeat_kv(v, q)
-    problem = _Problem(_pad_to(q, width), _pad_to(k, width), _pad_to(v, width), mask_bias, _is_causal(layout), scale)
+    sides = _pad_to(q, width), _pad_to(k, width), _pad_to(v, width)
+    problem = _Problem(*sides, mask_bias, _is_causal(layout), modifiers.scale)
     out, dout = _pad_to(out, width), _pad_to(dout, width)
     if dlse is not None:
         dout[..., value_dim], out[..., value_dim] = -dlse, 1

@@ -18,6 +18,7 @@ from torch import Tensor
 from attngraph import cache
 from attngraph.graph.base import Graph, at_size, count_edges, require_ints
 from attngraph.graph.edge_list import EdgeList
+from attngraph.graph.patterns import Causal
 from attngraph.graph.rewrite import simplify, split
 from attngraph.kernels.contract import BiasKind
 from attngraph.kernels.scoring import NORMALIZERS, SCORES
@@ -131,6 +132,7 @@ def plan(
     device: torch.device | str = "cpu",
     backend: str = "auto",
     bias: BiasKind | None = None,
+    padding: bool = False,
     dropout: bool = False,
     score: str = "dot",
     normalize: str = "softmax",
@@ -149,6 +151,7 @@ def plan(
         backend: "auto", or the one backend for all edges.
         bias: the kind of bias that will be added, None, "offset" (Alibi, RelativeBias), "dense" or "edge" (EdgeBias):
             with the last the edges are not cut into parts, with any nodes are not reordered.
+        padding: whether an attention_mask will leave out keys.
         dropout: whether weights will be dropped.
         score, normalize: as in `attend`; "a function" for one of your own.
         return_weights: whether weights will be asked for.
@@ -181,12 +184,13 @@ def plan(
             raise ValueError(
                 f"{option} of a plan must be one of {', '.join(known)}, or {ANY_FUNCTION!r} (got {given!r})"
             )
-    if not (isinstance(dropout, bool) and isinstance(return_weights, bool)):
-        raise TypeError(f"dropout and return_weights of a plan are True or False (got {dropout!r}, {return_weights!r})")
+    for option, given in (("padding", padding), ("dropout", dropout), ("return_weights", return_weights)):
+        if not isinstance(given, bool):
+            raise TypeError(f"{option} of a plan must be True or False (got {given!r})")
     _, n, m = at_size(graph, n, m)
     call = Call(
         n, m, heads, heads, head_dim, head_dim, dtype, _definite(torch.device(device)), bias,
-        score=score, normalize=normalize, dropout=dropout, return_weights=return_weights,
+        score=score, normalize=normalize, padding=padding, dropout=dropout, return_weights=return_weights,
     )  # fmt: skip
     return _made(graph, call, backend, reorder, costs)
 
@@ -217,7 +221,8 @@ def traced(graph: Graph | Plan, call: Call, name: str) -> Backend | None:
     dense, edges = BACKENDS["dense"], BACKENDS["edges"]
     if dense.supports(call) is not None:
         return edges
-    if closed_form(graph) is not None:
+    closed = closed_form(graph)
+    if closed is not None and not (call.padding and isinstance(closed, Causal)):
         return dense
     if (kernel_for("tiles", call) is not None and call.device.type == "cpu") or kernel_for("rows", call) is not None:
         return None

@@ -55,10 +55,8 @@ def load(path: str | os.PathLike, *, dtype: torch.dtype | None = None, device: t
     if family is None:
         known = ", ".join(FAMILIES)
         raise ValueError(f"{folder / CONFIG}: model_type must be one of {known} (got {given.get('model_type')!r})")
-    architectures = given.get("architectures")
-    if not (architectures is None or isinstance(architectures, list)) or set(architectures or ()) - {
-        *family.architectures
-    }:
+    architectures = given.get("architectures") or []
+    if not isinstance(architectures, list) or any(each not in family.architectures for each in architectures):
         known = " or ".join(family.architectures)
         raise ValueError(f"{folder / CONFIG}: architectures must be a list of {known} (got {architectures!r})")
     with ExitStack() as stack:
@@ -117,13 +115,8 @@ def _built(
         return model, _fill(model, family, found, dtype, device)
     except WrongSetting:
         raise
-    except (
-        ValueError,
-        TypeError,
-        ArithmeticError,
-        RuntimeError,
-    ) as error:  # sizes that do not fit together, or tensors
-        raise ValueError(f"{error}; the sizes are {', '.join(settings.sizes.values())}") from None
+    except (ValueError, TypeError, ArithmeticError, RuntimeError) as error:  # what does not fit together
+        raise ValueError(f"{error}; the settings are {', '.join(settings.used.values())}") from None
 
 
 # ------------------------------------------------------------------------------------------------------------ files

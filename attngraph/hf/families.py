@@ -31,7 +31,7 @@ class Settings:
     def __init__(self, given: Mapping[str, Any], layers: int):
         self.given, self.layers = given, layers
         self.asked: set[str] = set(IRRELEVANT)
-        self.sizes: dict[str, str] = {}
+        self.used: dict[str, str] = {}  # sizes and switches, as errors tell them
 
     def __call__(self, name: str, default: Any = None, kind: type | None = None, *, least: float = 0) -> Any:
         """A setting, or what it is by default where it is absent or null; of its default's kind, if of no other."""
@@ -39,9 +39,9 @@ class Settings:
         value, kind = self.given.get(name), type(default) if kind is None else kind
         if value is not None and (wanted := unlike(value, kind, least)):
             raise WrongSetting(f"the setting {name!r} must be {wanted} (got {value!r})")
-        found = default if value is None else value
-        if kind is int and found is not None:
-            self.sizes[name] = f"{name}={found}" + " by default" * (value is None)
+        found = default if value is None else float(value) if kind is float else value
+        if kind in (int, bool) and found is not None:
+            self.used[name] = f"{name}={found}" + " by default" * (value is None)
         return found
 
     def size(self, name: str, default: int | None) -> Any:
@@ -71,7 +71,7 @@ class Settings:
         if len(value) != 2 or any(unlike(each, int, 1) for each in value):
             raise WrongSetting(f"the setting {name!r} must be a whole number of 1 or more, or two (got {value!r})")
         self.asked.add(name)
-        self.sizes[name] = f"{name}={value}"
+        self.used[name] = f"{name}={value}"
         return (value[0], value[1])
 
     def must(self, name: str, *allowed: Any) -> None:
@@ -558,15 +558,20 @@ def _rotary(given: Settings) -> tuple[float, dict[str, Any] | None]:
     if (part := found.pop("partial_rotary_factor", 1.0)) != 1.0:
         raise WrongSetting(f"the setting 'partial_rotary_factor' must be 1.0: all of a head is turned (got {part!r})")
     if unknown := sorted(set(found) - set(SCALINGS)):
-        raise WrongSetting(f"unknown settings of the rotary positions: {', '.join(unknown)}")
-    for name, value in (("rope_theta", base), *found.items()):
-        wanted = None if value is None else unlike(value, SCALINGS.get(name, float), LEAST)
+        raise WrongSetting(f"unknown settings in 'rope_parameters' or 'rope_scaling': {', '.join(unknown)}")
+    for name, value in (("rope_type", kind), ("rope_theta", base), *found.items()):
+        wanted = None if value is None else unlike(value, SCALINGS.get(name, str if value is kind else float), LEAST)
         if isinstance(value, list) and any(unlike(each, float, LEAST) for each in value):
             wanted = "numbers above 0"
         if wanted:
             raise WrongSetting(f"the setting {name!r} of the rotary positions must be {wanted} (got {value!r})")
-    base = base or given("rope_theta", 10000.0, least=LEAST)
+    found = {
+        name: float(value) if SCALINGS[name] is float and value is not None else value for name, value in found.items()
+    }
+    base = float(given("rope_theta", 10000.0) if base is None else base)
     given.asked.add("rope_theta")
+    if base <= 1:
+        raise WrongSetting(f"the setting 'rope_theta' must be above 1 (got {base})")
     longest = given.size("max_position_embeddings", 2048)
     trained = found.get("original_max_position_embeddings") or given.size("original_max_position_embeddings", longest)
     if kind == "default":
@@ -612,7 +617,8 @@ def _qwen2(given: Settings, tied: bool) -> nn.Module:
         for layer in range(config.num_layers)
     ]
     if len(kinds) != config.num_layers:
-        raise WrongSetting(f"the setting 'layer_types' must name {config.num_layers} layers (got {kinds})")
+        layers = f"{config.num_layers} layers, as many as 'num_hidden_layers'"
+        raise WrongSetting(f"the setting 'layer_types' must name {layers} (got {kinds})")
     return GPT(config, given.size("vocab_size", 151936), [_layer_graph(kind, width) for kind in kinds], tied=tied)
 
 

@@ -23,6 +23,10 @@ class Rope:
         self.kind = self.scaling.get("rope_type", "default")
         if self.kind not in RULES:
             raise ValueError(f"rope_type of a rotary scaling must be one of {', '.join(RULES)} (got {self.kind!r})")
+        if not 1 < base < math.inf:
+            raise ValueError(f"the base of rotary positions must be above 1 (got {base})")
+        if self.kind == "dynamic" and head_dim == 2:
+            raise ValueError("a rotary scaling of rope_type 'dynamic' needs a head_dim of 4 or more (got 2)")
         rule, needed = RULES[self.kind]
         missing = [name for name in needed if self.scaling.get(name) is None]
         if missing:

@@ -71,7 +71,7 @@ def positions_if_they_can_be_given(position, lengths, name="positions"):
     ("cls", "graph"), [(GPT, Causal()), (GPT, Causal() & Window(2, 0)), (Encoder, Full())], ids=str
 )
 @given(LENGTHS, st.sampled_from(SWITCHES), st.sampled_from([torch.float32, torch.float64]))
-@settings(max_examples=max(3, settings().max_examples // 15))
+@settings(max_examples=max(3, settings().max_examples // 20))
 def test_of_a_model_of_tokens(cls, graph, position, lengths, switches, dtype):
     lengths = pack_of(position, lengths)
     model = shaken(cls(config(position, **switches), 17, graph), dtype)
@@ -92,7 +92,7 @@ BESIDE = ("none", *GIVEN)  # a memory beside the nodes has no place in the other
     ("position", "cross"), [(each, True) for each in (*POSITIONS, *SCALINGS)] + [(each, False) for each in BESIDE]
 )
 @given(st.lists(st.tuples(st.integers(1, 7), st.integers(1, 7)), min_size=1, max_size=3), st.sampled_from(SWITCHES))
-@settings(max_examples=max(3, settings().max_examples // 15))
+@settings(max_examples=max(3, settings().max_examples // 20))
 def test_of_an_encoder_decoder(position, cross, lengths, switches):
     sources, targets = (pack_of(position, list(each)) for each in zip(*lengths, strict=True))
     dtype = torch.float64
@@ -116,7 +116,7 @@ def test_of_an_encoder_decoder(position, cross, lengths, switches):
 
 @pytest.mark.parametrize("position", [*POSITIONS, *SCALINGS])
 @given(st.lists(st.integers(1, 4), min_size=1, max_size=3))
-@settings(max_examples=max(3, settings().max_examples // 15))
+@settings(max_examples=max(3, settings().max_examples // 20))
 def test_of_a_decision_transformer(position, lengths):
     model = shaken(DecisionTransformer(config(position), state_dim=4, action_dim=2, max_time=30), torch.float64)
     chance = torch.Generator().manual_seed(0)
@@ -160,7 +160,7 @@ def test_a_patch_keeps_its_place_whatever_is_masked(position):
 
 @pytest.mark.parametrize("position", [*POSITIONS, *SCALINGS])
 @given(LENGTHS, st.sampled_from(SWITCHES), st.integers(0, 5), st.sampled_from([None, 3, 8]))
-@settings(max_examples=max(3, settings().max_examples // 15))
+@settings(max_examples=max(3, settings().max_examples // 20))
 def test_a_prompt_is_continued_as_if_it_were_alone(position, lengths, switches, new, context):
     model = shaken(GPT(config(position, **switches), 17), torch.float64)
     rows = [tokens(length, seed) for seed, length in enumerate(lengths)]

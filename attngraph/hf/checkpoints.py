@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from attngraph.graph.text import parse_list
-from attngraph.hf.families import FAMILIES, TRANSPOSED, Family, Form, Settings, WrongSetting
+from attngraph.hf.families import FAMILIES, TRANSPOSED, Family, Form
+from attngraph.hf.settings import Settings, WrongSetting
 from attngraph.models import EncoderDecoder
 from attngraph.nn.transformer import Transformer
 

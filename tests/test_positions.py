@@ -323,3 +323,12 @@ def test_as_many_tokens_as_there_are_positions():
     mask = torch.tensor([[0, 0, 1], [0, 1, 1]])
     assert generate(model, PROMPT, 7, attention_mask=mask).shape == (2, 10)
     assert generate(model, PROMPT, 12, context=8).shape == (2, 15)
+
+
+@pytest.mark.parametrize("position", [*POSITIONS, *SCALINGS])
+@pytest.mark.parametrize("shape", [(2, 0), (0, 3)], ids=str)
+def test_of_nothing_comes_nothing(position, shape):
+    model = GPT(config(position), 17)
+    nothing = torch.zeros(shape, dtype=torch.int64)
+    for mask in (None, torch.ones(shape, dtype=torch.bool), torch.zeros(shape, dtype=torch.bool)):
+        assert model(nothing, attention_mask=mask).shape == (*shape, 17)

@@ -39,7 +39,7 @@ def positions_of(name: str, positions: Tensor | None, mask: Tensor | None, nodes
     if positions is None:
         positions = torch.arange(num_nodes, device=nodes.device)
         if mask is not None:
-            positions = positions - mask.int().argmax(-1, keepdim=True)
+            positions = positions - (mask.cumsum(-1) == 0).sum(-1, keepdim=True)
     else:
         wanted = f"{name} must be a tensor of integers of shape ({num_nodes},) or {shape}"
         if not isinstance(positions, Tensor):

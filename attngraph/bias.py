@@ -41,9 +41,10 @@ class Alibi:
             raise ValueError(f"Alibi takes slopes of shape (H,) (got {tuple(self.slopes.shape)})")
 
     @staticmethod
-    def geometric(num_heads: int) -> Alibi:
-        """The slopes of the paper, 2^(-8h/H) for h = 1 … H."""
-        return Alibi(2.0 ** (-8.0 * torch.arange(1, num_heads + 1) / num_heads))
+    def geometric(num_heads: int, device: torch.device | None = None) -> Alibi:
+        """The slopes of the paper, 2^(-8h/H) for h = 1 … H, in float32."""
+        heads = torch.arange(1, num_heads + 1, dtype=torch.float32, device=device)
+        return Alibi(2.0 ** (-8.0 * heads / num_heads))
 
     def at(self, q_idx: Tensor, kv_idx: Tensor, edge: Tensor | None = None) -> Tensor:
         """(H, *edges)."""

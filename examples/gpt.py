@@ -280,11 +280,11 @@ def train(args: argparse.Namespace) -> dict:
         per_batch=args.batch * args.context,
         free=(*training.FREE, *FREE, "text"),
     )
-    validation, metrics = training.fit(args, task)
-    print(
-        f"validation loss {validation:.4f} nats a token over the whole validation text, after {metrics.seconds:.0f} s"
-    )
-    report(Path(args.runs) / args.name, args, model, corpus, tokens, prompt.to(device), metrics)
+    with training.only_run(args):
+        validation, metrics = training.fit(args, task)
+        found = f"validation loss {validation:.4f} nats a token over the whole validation text"
+        print(f"{found}, after {metrics.seconds:.0f} s")
+        report(Path(args.runs) / args.name, args, model, corpus, tokens, prompt.to(device), metrics)
     return {"validation_loss": validation, "seconds": metrics.seconds, "parameters": parameters, "source": source}
 
 
@@ -318,12 +318,12 @@ def report(
     curve = training.loss_curve(
         metrics, f"{args.model} on {args.graph}", "loss [nats a token]", "validation, whole text"
     )
-    draw.save(curve, folder / "loss.png")
+    training.save_picture(curve, folder / "loss.png")
     if isinstance(model, GPT):
         graphs = model.transformer.graphs
-        draw.save(training.connectivity(graphs, min(args.context, 64)), folder / "connectivity.png")
+        training.save_picture(training.connectivity(graphs, min(args.context, 64)), folder / "connectivity.png")
         sentence = corpus.validation[: min(args.context, 48)].to(prompt.device)
-        draw.save(attention_map(model, sentence, tokens), folder / "attention.png")
+        training.save_picture(attention_map(model, sentence, tokens), folder / "attention.png")
     print(f"{'-' * 80}\n{sample.strip()}\n{'-' * 80}\n{training.left_in(folder)}")
 
 

@@ -27,7 +27,6 @@ import training
 from torch import Tensor
 from torch.nn.functional import affine_grid, cross_entropy, grid_sample
 
-from attngraph import draw
 from attngraph.models import ViT
 from attngraph.nn import TransformerConfig
 
@@ -197,20 +196,22 @@ def train(args: argparse.Namespace) -> dict:
         score="test_accuracy",
         free=(*training.FREE, "folder"),
     )
-    score, metrics = training.fit(args, task)
-    print(
-        f"{score:.2f}% of {len(test_images):,} test images right, after {metrics.seconds:.0f} s, with {edges:,} edges"
-    )
-    model.eval()
-    folder = Path(args.runs) / args.name
-    curve = training.loss_curve(
-        metrics, f"{args.data} on {args.graph}", "loss [nats an image]", "test images right [%]"
-    )
-    draw.save(curve, folder / "accuracy.png")
-    draw.save(training.connectivity(model.transformer.graphs, nodes), folder / "connectivity.png")
-    if args.pool == "cls":
-        draw.save(attention_map(model, test_images[:8], (mean, deviation), device), folder / "attention.png")
-    print(training.left_in(folder))
+    with training.only_run(args):
+        score, metrics = training.fit(args, task)
+        right = f"{score:.2f}% of {len(test_images):,} test images right"
+        print(f"{right}, after {metrics.seconds:.0f} s, with {edges:,} edges")
+        model.eval()
+        folder = Path(args.runs) / args.name
+        curve = training.loss_curve(
+            metrics, f"{args.data} on {args.graph}", "loss [nats an image]", "test images right [%]"
+        )
+        training.save_picture(curve, folder / "accuracy.png")
+        training.save_picture(training.connectivity(model.transformer.graphs, nodes), folder / "connectivity.png")
+        if args.pool == "cls":
+            training.save_picture(
+                attention_map(model, test_images[:8], (mean, deviation), device), folder / "attention.png"
+            )
+        print(training.left_in(folder))
     return {"test_accuracy": score, "seconds": metrics.seconds, "parameters": parameters, "edges": edges}
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from attngraph.graph.base import Graph
 from attngraph.graph.patterns import Full
+from attngraph.models.tied import Tied
 from attngraph.nn.embedding import TokenEmbedding
 from attngraph.nn.feedforward import ACTIVATIONS
 from attngraph.nn.transformer import Transformer, TransformerConfig
@@ -23,6 +24,11 @@ class TokenHead(nn.Module):
         self.activation = ACTIVATIONS[config.activation]
         self.norm = nn.LayerNorm(config.embed_dim, config.norm_eps)
         self.scores = nn.Linear(config.embed_dim, vocab_size)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """No token is likelier than others."""
+        nn.init.normal_(self.scores.weight, std=0.02)
         nn.init.zeros_(self.scores.bias)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -30,7 +36,7 @@ class TokenHead(nn.Module):
         return self.scores(self.norm(self.activation(self.dense(x))))
 
 
-class Encoder(nn.Module):
+class Encoder(Tied):
     """A model of tokens that hear each other as the graph says, to predict those that were masked (Devlin et al. 2019).
 
     Args:
@@ -55,30 +61,37 @@ class Encoder(nn.Module):
         num_types: int = 0,
         tied: bool = True,
     ):
-        super().__init__()
+        super().__init__(tied)
         self.config, self.vocab_size = config, vocab_size
         self.embedding = TokenEmbedding(vocab_size, config.embed_dim)
         self.types = TokenEmbedding(num_types, config.embed_dim, "types") if num_types else None
         self.transformer = Transformer(config, graph)
         self.head = TokenHead(config, vocab_size)
-        for table in (self.embedding, self.types, self.head.scores):
-            if table is not None:
-                nn.init.normal_(table.weight, std=0.02)
-        if tied:
-            self.head.scores.weight = self.embedding.weight
+        self._tie()
+
+    def reset_parameters(self) -> None:
+        """Its parts have their own; those that are one become one."""
+        self._tie()
+
+    @property
+    def scores(self) -> nn.Linear:
+        """What makes logits."""
+        return self.head.scores
 
     def forward(
         self,
         tokens: Tensor,
         graph: Graph | Sequence[Graph] | None = None,
         *,
+        positions: Tensor | None = None,
         attention_mask: Tensor | None = None,
         types: Tensor | None = None,
     ) -> Tensor:
         """tokens int64 (B, N) → logits (B, N, vocab_size).
 
-        `attention_mask`, bool or integers 0 and 1, (B, N), is True or 1 for real tokens; `types`, int64 (B, N), are the
-        kinds of the tokens, by default 0.
+        `attention_mask`, bool or integers 0 and 1, (B, N), is True or 1 for real tokens; `positions`, integers (N,) or
+        (B, N), are by default counted from each row's first real token; `types`, int64 (B, N), are the kinds of the
+        tokens, by default 0.
         """
         x = self.embedding(tokens)
         if types is not None and types.shape != tokens.shape:
@@ -87,4 +100,4 @@ class Encoder(nn.Module):
             x = x + self.types(torch.zeros_like(tokens) if types is None else types)
         elif types is not None:
             raise ValueError("types are of use only in a model with num_types")
-        return self.head(self.transformer(x, graph, attention_mask=attention_mask))
+        return self.head(self.transformer(x, graph, positions=positions, attention_mask=attention_mask))

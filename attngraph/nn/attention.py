@@ -73,7 +73,7 @@ class Attention(nn.Module):
         if score not in ("dot", "additive"):
             raise ValueError(f"score must be dot or additive (got {score!r})")
         self.scale, self.dropout = scale, dropout
-        self.score_weight = nn.Parameter(torch.ones(num_heads, self.head_dim)) if score == "additive" else None
+        self.score_weight = nn.Parameter(torch.empty(num_heads, self.head_dim)) if score == "additive" else None
         memory_dim = memory_dim or embed_dim
         self.query = nn.Linear(embed_dim, self.num_heads * self.head_dim, bias="q" in bias)
         self.key = nn.Linear(memory_dim, self.num_kv_heads * self.head_dim, bias="k" in bias)
@@ -81,6 +81,12 @@ class Attention(nn.Module):
         self.query_norm = nn.RMSNorm(self.head_dim, eps=1e-6) if qk_norm else None
         self.key_norm = nn.RMSNorm(self.head_dim, eps=1e-6) if qk_norm else None
         self.out = nn.Linear(self.num_heads * self.head_dim, embed_dim, bias="o" in bias)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """What is its own; its projections have their own initialisation."""
+        if self.score_weight is not None:
+            nn.init.ones_(self.score_weight)
 
     def forward(
         self,

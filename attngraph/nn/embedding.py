@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu
 
 from attngraph.graph.base import require_ints
+from attngraph.nn.checks import require_range
 
 
 class TokenEmbedding(nn.Embedding):
@@ -21,16 +22,17 @@ class TokenEmbedding(nn.Embedding):
         super().__init__(num_embeddings, embed_dim)
         self.what = what
 
+    def reset_parameters(self) -> None:
+        """N(0, 0.02²)."""
+        nn.init.normal_(self.weight, std=0.02)
+
     def forward(self, input: Tensor) -> Tensor:
         """Integers (..., N) → (..., N, embed_dim)."""
         dtype = input.dtype if isinstance(input, Tensor) else type(input).__name__
         if not isinstance(input, Tensor) or input.is_floating_point() or input.dtype == torch.bool:
             raise TypeError(f"{self.what} must be a tensor of integers (got {dtype})")
-        if input.device.type == "cpu" and input.numel() and not torch.compiler.is_compiling():
-            low, high = (int(end) for end in input.aminmax())
-            if low < 0 or high >= self.num_embeddings:
-                last = self.num_embeddings - 1
-                raise ValueError(f"{self.what} must be from 0 to {last}: the model has no others (got {low} … {high})")
+        last = self.num_embeddings - 1
+        require_range(f"{self.what} must be from 0 to {last}: the model has no others", last, input)
         return super().forward(input if input.dtype in (torch.int32, torch.int64) else input.long())
 
 

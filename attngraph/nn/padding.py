@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from attngraph.nn.checks import require_range
+
 
 def padding_mask(name: str, mask: Tensor | None, nodes: Tensor) -> Tensor | None:
     """The mask of nodes (B, N, D) as bool (B, N), True for real nodes; None, where all are real, stays None.
@@ -24,11 +26,30 @@ def padding_mask(name: str, mask: Tensor | None, nodes: Tensor) -> Tensor | None
         raise ValueError(f"{wanted} (got shape {tuple(mask.shape)})")
     if mask.dtype == torch.bool:
         return mask
-    if mask.device.type == "cpu" and mask.numel() and not torch.compiler.is_compiling():
-        low, high = (int(end) for end in mask.aminmax())
-        if low < 0 or high > 1:
-            raise ValueError(f"{wanted} (got integers {low} … {high})")
+    require_range(wanted, 1, mask)
     return mask != 0
+
+
+def positions_of(name: str, positions: Tensor | None, mask: Tensor | None, nodes: Tensor) -> Tensor:
+    """The positions of nodes (B, N, D): (N,), (1, N) or (B, N). All padding is at 0, whatever its positions were.
+
+    Where none are given they count from each row's first real node, so that padding in front takes no places.
+    """
+    shape, num_nodes = tuple(nodes.shape[:-1]), nodes.shape[-2]
+    if positions is None:
+        positions = torch.arange(num_nodes, device=nodes.device)
+        if mask is not None:
+            positions = positions - (mask.cumsum(-1) == 0).sum(-1, keepdim=True)
+    else:
+        wanted = f"{name} must be a tensor of integers of shape ({num_nodes},) or {shape}"
+        if not isinstance(positions, Tensor):
+            raise TypeError(f"{wanted} (got a {type(positions).__name__})")
+        if positions.is_floating_point() or positions.is_complex() or positions.dtype == torch.bool:
+            raise TypeError(f"{wanted} (got {positions.dtype})")
+        if tuple(positions.shape) not in ((num_nodes,), (1, num_nodes), shape):
+            raise ValueError(f"{wanted} (got shape {tuple(positions.shape)})")
+        positions = positions.long()
+    return positions if mask is None else positions.where(mask, 0)
 
 
 def joint_padding_mask(memory_mask: Tensor | None, memory: Tensor, mask: Tensor | None, nodes: Tensor) -> Tensor | None:

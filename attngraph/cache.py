@@ -8,15 +8,24 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from threading import RLock
 from typing import Any, Generic, NamedTuple, TypeVar
 from weakref import WeakValueDictionary
 
+import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 Value = TypeVar("Value")
+
+
+@contextmanager
+def outside_of_transforms() -> Iterator[None]:
+    """Make what is to be kept: it outlives the inference mode, the transform or the default device of today's call."""
+    with torch._C._DisableFuncTorch(), torch.inference_mode(False), torch.device("cpu"):
+        yield
 
 
 class CacheInfo(NamedTuple):
@@ -58,7 +67,10 @@ class Cache(Generic[Value]):
     def get_or_make(self, key: Hashable, make: Callable[[], Value]) -> Value:
         """The value of a key, made if there is none."""
         found = self.get(key)
-        return self.keep(key, make()) if found is None else found
+        if found is None:
+            with outside_of_transforms():
+                found = self.keep(key, make())
+        return found
 
     def _too_large(self) -> bool:
         return self.max_bytes is not None and self.nbytes > self.max_bytes

@@ -190,7 +190,10 @@ def planned(graph: Graph, call: Call, name: str) -> Plan:
     plans = cache.PLANS if call.device.type == "cpu" else cache.PLANS_ON_GPU
     key = graph, graph._state() if graph._may_change else (), call[:-1], name
     found = plans.get(key)
-    return plans.keep(key, _made(graph, call, name)) if found is None else found
+    if found is None:
+        with cache.outside_of_transforms():
+            found = plans.keep(key, _made(graph, call, name))
+    return found
 
 
 def traced(graph: Graph | Plan, call: Call, name: str) -> Backend | None:

@@ -540,5 +540,5 @@ def _jobs(rows: TileRows, heads: int) -> list[tuple[int, int]]:
     """All rows of tiles as (first, stop), cut where jobs have about as many tiles; at least 8 jobs a thread, if so."""
     tiles = int(rows.start[-1])
     job_tiles = min(MAX_JOB_TILES, max(4, tiles * heads // (8 * torch.get_num_threads())))
-    stops = torch.searchsorted(rows.start, torch.arange(0, tiles, job_tiles))
+    stops = torch.searchsorted(rows.start, torch.arange(0, tiles, job_tiles, device=rows.start.device))
     return list(pairwise(sorted({0, len(rows.start) - 1, *stops.tolist()})))

@@ -22,6 +22,7 @@ from attngraph import (
     Window,
     attend,
 )
+from attngraph.graph.text import pack
 
 every = pytest.mark.parametrize("case", GRAPHS, ids=lambda case: f"{str(case.graph)[:60]}-{case.n}x{case.m}")
 FORWARD, BACKWARD = 1e-12, 1e-10
@@ -299,8 +300,8 @@ def test_the_layout_operators_keep_their_promises():
     """torch.library.opcheck: schema, fake results, and tracing with symbolic sizes."""
     graph = Causal() & Window(3, 0)
     for operator in (torch.ops.attngraph.mask, torch.ops.attngraph.edges):
-        for text in (graph._key, PerHead([graph, Full()])._key):
-            torch.library.opcheck(operator, (text, 8, 8, torch.device("cpu")))
+        for each in (graph, PerHead([graph, Full()])):
+            torch.library.opcheck(operator, (*pack(each), each.heads or 0, 8, 8, torch.device("cpu")))
 
 
 def bad(q=(1, 4, 6, 8), k=(1, 2, 6, 8), v=(1, 2, 6, 8), graph=None, dtypes=("float32",) * 3, **options):

@@ -35,6 +35,7 @@ from attngraph import (
     plan,
 )
 from attngraph.graph.base import at_size
+from attngraph.graph.text import pack
 from attngraph.planning.backends.base import INSTALLED
 from attngraph.planning.call import Call
 from attngraph.planning.execution import attend_forward
@@ -249,9 +250,9 @@ def test_two_runs_and_any_number_of_threads_give_the_same_bits(backend):
 def test_the_operators_pass_opcheck():
     q, k, v = (side.float().detach().requires_grad_() for side in tensors(40, 40, dim=8, value_dim=8))
     for backend in ("tiles", "rows", "auto"):
-        torch.library.opcheck(attend_forward, (q, k, v, None, "", 0.3, MIXED._key, backend))
+        torch.library.opcheck(attend_forward, (q, k, v, None, "", 0.3, *pack(MIXED), backend))
     slopes = torch.randn(4, 79, requires_grad=True)
-    torch.library.opcheck(attend_forward, (q, k, v, slopes, "offset", 0.3, MIXED._key, "tiles"))
+    torch.library.opcheck(attend_forward, (q, k, v, slopes, "offset", 0.3, *pack(MIXED), "tiles"))
 
 
 @pytest.mark.parametrize("backend", ["tiles", "rows"])

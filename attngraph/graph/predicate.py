@@ -49,6 +49,12 @@ class Predicate(Graph):
         name = getattr(self.function, "__qualname__", type(self.function).__name__)
         return f"from_function(<{name}, number {self.__dict__['_number']}>)"
 
+    def _write_exported(self, tensors: list[Tensor]) -> str:
+        raise ValueError(
+            f"{self} can't be part of an exported program, as a function can't be written down: export with its edges, "
+            f"EdgeList(graph.edge_index(n, m), size=(n, m))"
+        )
+
     def __eq__(self, other: object) -> bool:
         return self is other
 

@@ -1,7 +1,7 @@
 """Running a plan: each of its parts by its backend, the results merged; forward and backward.
 
 The backward pass needs of the forward pass only its result (out, lse), whatever the parts. An eager call holds its plan
-until then; a compiled program names its graph by text, and its operators look the plan up.
+until then; a compiled program has the handle of its graph, and its operators look the plan up.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch.nn.functional import pad
 
 from attngraph.bias import Bias, require_edge_count, score_bias
 from attngraph.graph.base import Graph
-from attngraph.graph.text import from_key
+from attngraph.graph.text import pack, unpack
 from attngraph.kernels.contract import BiasKind, ScoreBias
 from attngraph.kernels.memory import like, nodes_first
 from attngraph.kernels.merge import merge
@@ -37,7 +37,7 @@ def run_traced(
     graph: Graph | Plan, name: str, q: Tensor, k: Tensor, v: Tensor, bias: Bias | None, request: Request
 ) -> Results:
     """The same in a program that is being compiled: as one operator, which looks its plan up when it runs."""
-    return _merged(q, k, v, bias, request.scale, lambda *sides: attend_forward(*sides, graph._key, name))
+    return _merged(q, k, v, bias, request.scale, lambda *sides: attend_forward(*sides, *pack(graph), name))
 
 
 def _merged(q: Tensor, k: Tensor, v: Tensor, bias: Bias | None, scale: float, attention: Any) -> Results:
@@ -131,9 +131,9 @@ def _kernel_precision(*sides: Any) -> list[Any]:
 # ------------------------------------------------------------------------------------------ in compiled programs
 
 
-def _known_plan(graph: str, name: str, q: Tensor, k: Tensor, v: Tensor, kind: str) -> Plan:
-    """The plan that a compiled program runs by, from the text of its graph."""
-    found = from_key(graph)
+def _known_plan(graph: str, tensors: list[Tensor], name: str, q: Tensor, k: Tensor, v: Tensor, kind: str) -> Plan:
+    """The plan that a compiled program runs by, from the text and tensors that name its graph."""
+    found = unpack(graph, tensors)
     bias: BiasKind | None = kind or None  # type: ignore[assignment]
     heads, kv_heads = q.shape[1], k.shape[1]
     sizes = q.shape[2], k.shape[2], heads, kv_heads, q.shape[3], v.shape[3]
@@ -143,46 +143,57 @@ def _known_plan(graph: str, name: str, q: Tensor, k: Tensor, v: Tensor, kind: st
 
 @torch.library.custom_op("attngraph::attend_forward", mutates_args=())
 def attend_forward(
-    q: Tensor, k: Tensor, v: Tensor, values: Tensor | None, kind: str, scale: float, graph: str, name: str
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    values: Tensor | None,
+    kind: str,
+    scale: float,
+    graph: str,
+    tensors: list[Tensor],
+    name: str,
 ) -> tuple[Tensor, Tensor]:
     """q (B, H, N, D), k and v (B, Hkv, M, ·), the values and kind of a `ScoreBias` → out (B, H, N, Dv), lse."""
-    return _forward_call(_known_plan(graph, name, q, k, v, kind), q, k, v, values, kind, scale)
+    return _forward_call(_known_plan(graph, tensors, name, q, k, v, kind), q, k, v, values, kind, scale)
 
 
 @attend_forward.register_fake
-def _(q, k, v, values, kind, scale, graph, name):
+def _(q, k, v, values, kind, scale, graph, tensors, name):
     return like(q, v.shape[3]), q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
 
 
 @torch.library.custom_op("attngraph::attend_backward", mutates_args=())
 def attend_backward(
     dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor,
-    q: Tensor, k: Tensor, v: Tensor, values: Tensor | None, kind: str, scale: float, graph: str, name: str,
-    bias_grad: bool,
+    q: Tensor, k: Tensor, v: Tensor, values: Tensor | None, kind: str, scale: float, graph: str,
+    tensors: list[Tensor], name: str, bias_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The gradients of q, k, v and, with bias_grad, of the bias's values; else an empty tensor."""
-    plan = _known_plan(graph, name, q, k, v, kind)
+    plan = _known_plan(graph, tensors, name, q, k, v, kind)
     dq, dk, dv, dbias = _backward_call(dout, dlse, out, lse, q, k, v, values, kind, scale, plan, bias_grad)
     return dq, dk, dv, q.new_empty(0) if dbias is None else dbias
 
 
 @attend_backward.register_fake
-def _(dout, dlse, out, lse, q, k, v, values, kind, scale, graph, name, bias_grad):
+def _(dout, dlse, out, lse, q, k, v, values, kind, scale, graph, tensors, name, bias_grad):
     return *(like(side, side.shape[3]) for side in (q, k, v)), q.new_empty(values.shape if bias_grad else 0)
 
 
 def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.set_materialize_grads(False)
-    q, k, v, values, *ctx.options = inputs
-    ctx.save_for_backward(*output, q, k, v, values)
+    q, k, v, values, kind, scale, graph, tensors, name = inputs
+    ctx.options = kind, scale, graph, name
+    ctx.save_for_backward(*output, q, k, v, values, *tensors)
 
 
 def _gradients(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple:
-    out, lse, q, k, v, values = ctx.saved_tensors
+    out, lse, q, k, v, values, *tensors = ctx.saved_tensors
+    kind, scale, graph, name = ctx.options
     dout = torch.zeros_like(out) if dout is None else dout
     bias_grad = ctx.needs_input_grad[3]
-    dq, dk, dv, dbias = attend_backward(dout, dlse, out, lse, q, k, v, values, *ctx.options, bias_grad)
-    return dq, dk, dv, dbias if bias_grad else None, None, None, None, None
+    options = kind, scale, graph, tensors, name, bias_grad
+    dq, dk, dv, dbias = attend_backward(dout, dlse, out, lse, q, k, v, values, *options)
+    return dq, dk, dv, dbias if bias_grad else None, None, None, None, [None] * len(tensors), None
 
 
 def _not_twice(ctx: Any, *gradients: Tensor) -> None:

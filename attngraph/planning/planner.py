@@ -81,10 +81,18 @@ class Plan:
     edges: int
     costs: Costs
     notes: tuple[str, ...] = ()
-    _key: str = field(init=False, default_factory=lambda: f"<plan {next(_NUMBERS)}>")
+    _handle: Tensor = field(init=False)
 
     def __post_init__(self):
-        cache.COMPILED.register(self._key, self)
+        handle = cache.COMPILED.register(f"<plan {next(_NUMBERS)}>", self)[2]
+        object.__setattr__(self, "_handle", handle)
+
+    def _write_traced(self, tensors: list[Tensor]) -> str:
+        """As `Graph._write_traced`."""
+        if torch.compiler.is_exporting():
+            raise ValueError("a plan can't be part of an exported program, as it holds layouts: export with its graph")
+        tensors.append(self._handle)
+        return "_0"
 
     def __reduce__(self) -> tuple:
         return Plan, tuple(getattr(self, each.name) for each in fields(self) if each.init)
@@ -241,6 +249,13 @@ def require(name: str, call: Call) -> None:
 
 def fitted(plan: Plan, call: Call, name: str = "auto") -> Plan:
     """A plan that was made by hand, for a call of another dtype too; raise if it can't run the call."""
+    made, given = ((each.num_queries, each.num_keys, each.heads) for each in (plan.call, call))
+    if made != given or call.device != plan.call.device:
+        raise ValueError(
+            f"the plan was made for {made[0]} queries, {made[1]} keys and {made[2]} heads on {plan.call.device} (got "
+            f"{given[0]}, {given[1]} and {given[2]} on {call.device}); make one for these, or attend with the graph "
+            f"itself"
+        )
     if call.bias not in (None, plan.call.bias):
         made = f"the plan was made for bias={plan.call.bias!r}"
         raise ValueError(f"{made} (got one of kind {call.bias!r}): plan(…, bias={call.bias!r})")

@@ -19,6 +19,7 @@ from attngraph import cache
 from attngraph.graph.base import Graph, at_size, count_edges, require_ints
 from attngraph.graph.edge_list import EdgeList
 from attngraph.graph.rewrite import simplify, split
+from attngraph.kernels.available import why_not
 from attngraph.kernels.contract import BiasKind
 from attngraph.kernels.scoring import NORMALIZERS, SCORES
 from attngraph.planning import backends, explain
@@ -477,8 +478,9 @@ class _Choice:
             edges = f"{len(lie.query):,} edges"
             self.notes.append(f"the nodes were not reordered: for {edges} it takes long; reorder=True does")
             return None
-        if not INSTALLED["scipy"]:
-            self.notes.append("the nodes were not reordered: that needs SciPy, pip install scipy")
+        missing = "that needs SciPy, pip install scipy"
+        if not INSTALLED["scipy"] or (missing := why_not("scipy.sparse.csgraph", "scipy")):
+            self.notes.append(f"the nodes were not reordered: {missing}")
             return None
         return self.edges.reordered(bandwidth_order(lie.query, lie.key, self.edges.n), tiles.tiling)
 

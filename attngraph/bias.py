@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from attngraph.graph.base import Graph
+from attngraph.graph.positions import distance_offset
 from attngraph.kernels.contract import BiasKind, ScoreBias
 
 
@@ -141,7 +143,20 @@ class DenseBias:
         return self.values[..., q_idx, kv_idx]
 
 
-Bias = Alibi | RelativeBias | EdgeBias | DenseBias
+@dataclass(frozen=True, eq=False)
+class Shifted:
+    """A bias of distances, of queries that stand `query_offset` keys further on than their numbers say."""
+
+    bias: Alibi | RelativeBias
+    query_offset: int
+    of_offset: ClassVar[bool] = True
+
+    def at(self, q_idx: Tensor, kv_idx: Tensor, edge: Tensor | None = None) -> Tensor:
+        """(H, *edges)."""
+        return self.bias.at(q_idx + self.query_offset, kv_idx, edge)
+
+
+Bias = Alibi | RelativeBias | EdgeBias | DenseBias | Shifted
 
 
 # -------------------------------------------------------------------------------------------- as kernels take them
@@ -155,6 +170,18 @@ def kind_of(bias: Bias | None) -> BiasKind | None:
         case EdgeBias():
             return "edge"
     return "offset" if getattr(bias, "of_offset", False) else "dense"
+
+
+def placed(bias: Bias, graph: Graph, q: Tensor, k: Tensor) -> Bias:
+    """A bias for queries and keys of a graph: of distances between where they stand, in the precision of the scores."""
+    exact = torch.promote_types(q.dtype, torch.float32)
+    kept = (exact, q.dtype) if isinstance(bias, EdgeBias | DenseBias) else (exact,)  # distances are multiplied first
+    tensors = {field.name: value for field in fields(bias) if isinstance(value := getattr(bias, field.name), Tensor)}
+    cast = {name: value.to(exact) for name, value in tensors.items() if value.dtype not in kept}
+    bias = replace(bias, **cast) if cast else bias
+    if isinstance(bias, Alibi | RelativeBias) and (offset := distance_offset(graph, q.shape[2], k.shape[2])):
+        return Shifted(bias, offset)
+    return bias
 
 
 def score_bias(bias: Bias | None, q: Tensor, k: Tensor) -> tuple[ScoreBias | None, Tensor | None]:

@@ -28,7 +28,7 @@ from triton.runtime.jit import JITFunction
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from attngraph import Prefix, Window
 from attngraph.graph.base import at_size, list_edges
-from attngraph.kernels.contract import ScoreBias
+from attngraph.kernels.contract import Modifiers, ScoreBias
 from attngraph.kernels.triton import rows as rows_triton
 from attngraph.kernels.triton import tiles as tiles_triton
 from attngraph.planning.layouts.csr import CSR
@@ -125,8 +125,9 @@ def run(family: str, dim: int, dtype: torch.dtype, n: int, bias: str | None = No
         "keys": (1, 2, 1, n),
     }
     score_bias = None if bias is None else ScoreBias("dense" if bias == "keys" else bias, torch.zeros(shapes[bias]))
-    out, lse = module.forward(q, k, v, layout, score_bias, 1.0)
-    module.backward(q, k, v, out, lse, out, lse, layout, score_bias, 1.0, bias is not None)
+    modifiers = Modifiers(1.0, score_bias)
+    out, lse = module.forward(q, k, v, layout, modifiers)
+    module.backward(q, k, v, out, lse, out, lse, layout, modifiers, bias is not None)
 
 
 def report(kernel, arch: int) -> dict:

@@ -11,7 +11,7 @@ from interpreter import round_as_hardware, without_interpreter
 from attngraph import Causal, Documents, EdgeList, Empty, Full, Global, Neighborhood, Prefix, Random, Window, attend
 from attngraph.bias import DenseBias, EdgeBias
 from attngraph.graph.base import at_size
-from attngraph.kernels.contract import ScoreBias
+from attngraph.kernels.contract import Modifiers, ScoreBias
 from attngraph.planning.layouts.tiles import Tiles, tabulate
 
 pytest.importorskip("triton", reason="Triton is not installed: it runs on Linux")
@@ -52,8 +52,8 @@ def tensors(heads, n, m, dims, dtype=torch.float32):
 
 def results(sides, layout, bias=None, bias_grad=False):
     q, k, v, dout, dlse = sides
-    out, lse = tiles_triton.forward(q, k, v, layout, bias, 0.3)
-    return [out, lse, *tiles_triton.backward(q, k, v, out, lse, dout, dlse, layout, bias, 0.3, bias_grad)]
+    out, lse = tiles_triton.forward(q, k, v, layout, Modifiers(0.3, bias))
+    return [out, lse, *tiles_triton.backward(q, k, v, out, lse, dout, dlse, layout, Modifiers(0.3, bias), bias_grad)]
 
 
 def expected(sides, graph, bias=None, values=None):
@@ -168,7 +168,9 @@ def test_gradients_of_parts_add_up():
     q, k, v, dout, dlse = sides = tensors((1, 1, 1), n, n, (16, 16))
     whole = results(sides, layout_of(parts[0] | parts[1], n, n, (128, 64)))
     shares = [
-        tiles_triton.backward(q, k, v, *whole[:2], dout, dlse, layout_of(part, n, n, (128, 64)), None, 0.3, False)[:3]
+        tiles_triton.backward(q, k, v, *whole[:2], dout, dlse, layout_of(part, n, n, (128, 64)), Modifiers(0.3), False)[
+            :3
+        ]
         for part in parts
     ]
     assert_close([sum(side) for side in zip(*shares, strict=True)], [side.double() for side in whole[2:5]], 2e-6)

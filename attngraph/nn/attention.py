@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from attngraph.attention import attend
 from attngraph.bias import Bias
 from attngraph.graph.base import Graph
+from attngraph.graph.positions import query_offset
 from attngraph.kernels.scoring import Additive
 from attngraph.nn.positions import rotate
 
@@ -88,16 +89,19 @@ class Attention(nn.Module):
         memory: Tensor | None = None,
         *,
         bias: Bias | Tensor | None = None,
+        attention_mask: Tensor | None = None,
         rotary: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """x (B, N, embed_dim), memory (B, M, memory_dim) or None → (B, N, embed_dim).
 
-        `bias` is as in `attend`; `rotary` is a pair (cos, sin), each (N, head_dim), as `Rotary` gives it; of more nodes
-        than x, the queries are the last ones.
+        `bias` and `attention_mask` are as in `attend`; `rotary` is a pair (cos, sin), each (M, head_dim), of the keys,
+        as `Rotary` gives it: the queries stand where `graph.rows(start, stop)` begins, else they are the last keys.
         """
-        q, k, v = self.project(x, x if memory is None else memory, rotary)
+        num_keys = x.shape[-2] if memory is None else memory.shape[-2]
+        start = None if rotary is None else query_offset(graph, x.shape[-2], num_keys)
+        q, k, v = self.project(x, x if memory is None else memory, rotary, start)
         dropout_p = self.dropout if self.training else 0.0
-        out = attend(q, k, v, graph, bias=bias, dropout_p=dropout_p, **self.scoring)
+        out = attend(q, k, v, graph, bias=bias, attention_mask=attention_mask, dropout_p=dropout_p, **self.scoring)
         return self.out(out.transpose(-3, -2).flatten(-2))
 
     @property
@@ -108,9 +112,16 @@ class Attention(nn.Module):
         return {"scale": 1.0 if self.scale is None else self.scale, "score": Additive(self.score_weight)}
 
     def project(
-        self, x: Tensor, memory: Tensor, rotary: tuple[Tensor, Tensor] | None = None
+        self,
+        x: Tensor,
+        memory: Tensor,
+        rotary: tuple[Tensor, Tensor] | None = None,
+        start: int | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The queries (B, H, N, D) of x, and the keys and values (B, Hkv, M, D) of the memory."""
+        """The queries (B, H, N, D) of x, and the keys and values (B, Hkv, M, D) of the memory.
+
+        Of cos and sin, the queries have those from `start` on, by default the last.
+        """
         q = self.query(x).unflatten(-1, (self.num_heads, -1)).transpose(-3, -2)
         k = self.key(memory).unflatten(-1, (self.num_kv_heads, -1)).transpose(-3, -2)
         v = self.value(memory).unflatten(-1, (self.num_kv_heads, -1)).transpose(-3, -2)
@@ -119,8 +130,8 @@ class Attention(nn.Module):
             k = self.key_norm(k.to(self.key_norm.weight.dtype))
         if rotary is not None:
             cos, sin = rotary
-            num_queries = q.shape[-2]
-            q = rotate(q, cos[..., -num_queries:, :], sin[..., -num_queries:, :])
+            first = cos.shape[-2] - q.shape[-2] if start is None else start
+            q = rotate(q, *(side.narrow(-2, first, q.shape[-2]) for side in rotary))
             k = rotate(k, cos, sin)
         return q.to(v.dtype), k.to(v.dtype), v
 

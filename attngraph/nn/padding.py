@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from attngraph.bias import Alibi, RelativeBias
-
 
 def padding_mask(name: str, mask: Tensor | None, nodes: Tensor) -> Tensor | None:
     """The mask of nodes (B, N, D) as bool (B, N), True for real nodes; None, where all are real, stays None.
@@ -42,17 +40,3 @@ def joint_padding_mask(memory_mask: Tensor | None, memory: Tensor, mask: Tensor 
     if mask is None:
         mask = nodes.new_ones(nodes.shape[:-1], dtype=torch.bool)
     return torch.cat([memory_mask, mask], dim=-1)
-
-
-def padding_bias(
-    bias: Alibi | RelativeBias | None, mask: Tensor | None, num_queries: int, dtype: torch.dtype
-) -> Alibi | RelativeBias | Tensor | None:
-    """The bias of the positions, and -inf for keys that are padding: (B, 1 or H, 1 or N, M) where there is a mask."""
-    if mask is None:
-        return bias
-    padding = torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, -torch.inf)[..., None, None, :]
-    if bias is None:
-        return padding
-    q_idx = torch.arange(num_queries, device=mask.device)
-    kv_idx = torch.arange(mask.shape[-1], device=mask.device)
-    return bias.at(q_idx[:, None], kv_idx[None]).to(dtype) + padding

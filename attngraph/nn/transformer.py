@@ -16,7 +16,7 @@ from attngraph.graph.compose import Beside
 from attngraph.graph.patterns import Full
 from attngraph.nn.attention import Attention
 from attngraph.nn.feedforward import ACTIVATIONS, FeedForward
-from attngraph.nn.padding import joint_padding_mask, padding_bias, padding_mask
+from attngraph.nn.padding import joint_padding_mask, padding_mask
 from attngraph.nn.positions import AlibiPositions, LearnedPositions, RelativePositions, Rotary, SinusoidalPositions
 
 
@@ -149,24 +149,26 @@ class Block(nn.Module):
         graph: Graph,
         *,
         bias: Bias | Tensor | None = None,
+        attention_mask: Tensor | None = None,
         rotary: tuple[Tensor, Tensor] | None = None,
         memory: Tensor | None = None,
         memory_graph: Graph | None = None,
-        memory_bias: Bias | Tensor | None = None,
+        memory_attention_mask: Tensor | None = None,
     ) -> Tensor:
         """(B, N, embed_dim) → (B, N, embed_dim).
 
-        `bias` and `rotary` are as in `Attention`. Of a config with `cross`, `memory_graph` (by default `Full()`) and
-        `memory_bias` are those of the memory's phase; without, the keys are memory and nodes in one, and `graph` is of
-        these.
+        `bias`, `attention_mask` and `rotary` are as in `Attention`. Of a config with `cross`, `memory_graph` (by
+        default `Full()`) and `memory_attention_mask` are those of the memory's phase; without, the keys are memory and
+        nodes in one, and `graph` and `attention_mask` are of these.
         """
 
         def communicate(h: Tensor) -> Tensor:
             keys = None if memory is None or self.config.cross else torch.cat([memory, h], dim=-2)
-            return self.attention(h, graph, keys, bias=bias, rotary=rotary)
+            return self.attention(h, graph, keys, bias=bias, attention_mask=attention_mask, rotary=rotary)
 
         def hear_memory(h: Tensor) -> Tensor:
-            return self.cross(h, Full() if memory_graph is None else memory_graph, memory, bias=memory_bias)
+            heard = Full() if memory_graph is None else memory_graph
+            return self.cross(h, heard, memory, attention_mask=memory_attention_mask)
 
         x = self._add(x, self.attention_norm, communicate)
         if self.config.cross:
@@ -254,17 +256,16 @@ class Transformer(nn.Module):
         x, rotary, bias = self._with_positions(x, positions, key_positions)
         if self.embed_norm is not None:
             x = self.embed_norm(x)
-        bias = padding_bias(bias, mask, num_queries, x.dtype)
-        memory_bias = padding_bias(None, memory_mask, num_queries, x.dtype) if self.config.cross else None
         for layer, layer_graph in zip(self.layers, graphs, strict=True):
             x = layer(
                 x,
                 layer_graph,
                 bias=bias,
+                attention_mask=mask,
                 rotary=rotary,
                 memory=memory,
                 memory_graph=memory_graph,
-                memory_bias=memory_bias,
+                memory_attention_mask=memory_mask if self.config.cross else None,
             )
         return x if self.final_norm is None else self.final_norm(x)
 

@@ -14,6 +14,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from attngraph.graph.base import Graph, at_size
 from attngraph.graph.patterns import Chunks, Full, Identity, Random, Window
+from attngraph.kernels.contract import Modifiers
 from attngraph.kernels.merge import merge
 from attngraph.planning.backends import BACKENDS, kernel_for
 from attngraph.planning.call import Call, Request
@@ -88,9 +89,9 @@ def _of_pairs(device: torch.device) -> dict[str, float]:
         lambda: scaled_dot_product_attention(most[0], most[1], most[2]),
         lambda: scaled_dot_product_attention(some[0], some[1], some[2], attn_mask=mask),
         lambda: scaled_dot_product_attention(few[0], few[1], few[2], attn_mask=no_pair),
-        lambda: tiles.forward(few[0], few[1], few[2], one_tile, None, 0.125),
-        lambda: tiles.forward(most[0], most[1], most[2], all_tiles, None, 0.125),
-        lambda: tiles.forward(q, k, v, diagonal, None, 0.125),
+        lambda: tiles.forward(few[0], few[1], few[2], one_tile, Modifiers(0.125)),
+        lambda: tiles.forward(most[0], most[1], most[2], all_tiles, Modifiers(0.125)),
+        lambda: tiles.forward(q, k, v, diagonal, Modifiers(0.125)),
         lambda: merge(out, lse, v, lse),
     )
     # of_full and of_diagonal are a call, so many tiles, and so many results: two equations.
@@ -122,7 +123,7 @@ def _of_rows(device: torch.device) -> dict[str, float]:
         with device:
             layout = CSR.from_graph(*at_size(graph, n, n))
             q, k, v = torch.randn(3, 1, heads, n, dim, dtype=dtype).unbind(0)
-            return partial(rows.forward, q, k, v, layout, None, 1.0)
+            return partial(rows.forward, q, k, v, layout, Modifiers(1.0))
 
     call, narrow_few, narrow_many, wide_few, wide_many, far_few, far_many = _seconds(
         run(Identity(), 64, 16),

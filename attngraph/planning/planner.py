@@ -18,6 +18,7 @@ from torch import Tensor
 from attngraph import cache
 from attngraph.graph.base import Graph, at_size, count_edges, require_ints
 from attngraph.graph.edge_list import EdgeList
+from attngraph.graph.patterns import Causal
 from attngraph.graph.rewrite import simplify, split
 from attngraph.kernels.available import why_not
 from attngraph.kernels.contract import BiasKind
@@ -83,8 +84,11 @@ class Plan:
     costs: Costs
     notes: tuple[str, ...] = ()
     _handle: Tensor = field(init=False)
+    _state: tuple = field(init=False)
+    """What a function that the graph is made of read when the plan was made."""
 
     def __post_init__(self):
+        object.__setattr__(self, "_state", self.graph._state() if self.graph._may_change else ())
         handle = cache.COMPILED.register(f"<plan {next(_NUMBERS)}>", self)[2]
         object.__setattr__(self, "_handle", handle)
 
@@ -117,6 +121,11 @@ class Plan:
             return False
         return self.parts[0].backend.runs_whole(self.parts[0].layout, call)
 
+    def require_unchanged(self) -> None:
+        """Raise if what the graph's functions read has changed since, so that its edges may be others."""
+        if self.graph._may_change and self._state != self.graph._state():
+            raise ValueError(f"what {self.graph} reads has changed since the plan was made: make a new one")
+
     def explain(self) -> str:
         """What runs, why, at what expected cost, and what else was asked and answered: a table to read."""
         return explain.explain(self)
@@ -140,6 +149,7 @@ def plan(
     device: torch.device | str = "cpu",
     backend: str = "auto",
     bias: BiasKind | None = None,
+    padding: bool = False,
     dropout: bool = False,
     score: str = "dot",
     normalize: str = "softmax",
@@ -158,6 +168,7 @@ def plan(
         backend: "auto", or the one backend for all edges.
         bias: the kind of bias that will be added, None, "offset" (Alibi, RelativeBias), "dense" or "edge" (EdgeBias):
             with the last the edges are not cut into parts, with any nodes are not reordered.
+        padding: whether an attention_mask will leave out keys.
         dropout: whether weights will be dropped.
         score, normalize: as in `attend`; "a function" for one of your own.
         return_weights: whether weights will be asked for.
@@ -190,12 +201,13 @@ def plan(
             raise ValueError(
                 f"{option} of a plan must be one of {', '.join(known)}, or {ANY_FUNCTION!r} (got {given!r})"
             )
-    if not (isinstance(dropout, bool) and isinstance(return_weights, bool)):
-        raise TypeError(f"dropout and return_weights of a plan are True or False (got {dropout!r}, {return_weights!r})")
+    for option, given in (("padding", padding), ("dropout", dropout), ("return_weights", return_weights)):
+        if not isinstance(given, bool):
+            raise TypeError(f"{option} of a plan must be True or False (got {given!r})")
     _, n, m = at_size(graph, n, m)
     call = Call(
         n, m, heads, heads, head_dim, head_dim, dtype, _definite(torch.device(device)), bias,
-        score=score, normalize=normalize, dropout=dropout, return_weights=return_weights,
+        score=score, normalize=normalize, padding=padding, dropout=dropout, return_weights=return_weights,
     )  # fmt: skip
     return _made(graph, call, backend, reorder, costs)
 
@@ -226,7 +238,8 @@ def traced(graph: Graph | Plan, call: Call, name: str) -> Backend | None:
     dense, edges = BACKENDS["dense"], BACKENDS["edges"]
     if dense.supports(call) is not None:
         return edges
-    if closed_form(graph) is not None:
+    closed = closed_form(graph)
+    if closed is not None and not (call.padding and isinstance(closed, Causal)):
         return dense
     if (kernel_for("tiles", call) is not None and call.device.type == "cpu") or kernel_for("rows", call) is not None:
         return None
@@ -262,6 +275,7 @@ def fitted(plan: Plan, call: Call, name: str = "auto") -> Plan:
         raise ValueError(f"{made} (got one of kind {call.bias!r}): plan(…, bias={call.bias!r})")
     if name != "auto":
         raise ValueError(f"a plan has chosen its backends: leave out backend={name!r}, or plan(…, backend={name!r})")
+    plan.require_unchanged()
     call = call._replace(part=not plan.runs_whole(call))
     reasons = [reason for part in plan.parts if (reason := part.backend.supports(call)) is not None]
     if not plan.parts and (reason := only_plain_attention(call)) is not None:

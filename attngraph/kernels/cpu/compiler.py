@@ -6,7 +6,7 @@ import warnings
 
 from numba import config, njit
 
-if config.DISABLE_JIT:
+if config.DISABLE_JIT:  # type: ignore[attr-defined]
     raise ImportError("NUMBA_DISABLE_JIT is set, and kernels have to be compiled: unset it")
 
 

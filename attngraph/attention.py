@@ -13,6 +13,7 @@ from torch.autograd import forward_ad
 
 from attngraph.bias import Bias, DenseBias, kind_of, placed
 from attngraph.graph.base import Graph
+from attngraph.graph.text import tensors_are_fake
 from attngraph.kernels.scoring import NORMALIZERS, SCORES
 from attngraph.planning.backends.base import Results
 from attngraph.planning.call import Call, Request, Transform, name_of
@@ -154,7 +155,7 @@ def _call(q: Tensor, k: Tensor, v: Tensor, bias: Bias | None, request: Request) 
     return Call(
         n, m, heads, kv_heads, dim, value_dim, q.dtype, q.device, kind_of(bias),
         name_of(request.score), name_of(request.normalize), request.attention_mask is not None, request.dropout_p > 0,
-        request.return_weights, _transform(q, k, v), torch.compiler.is_compiling(), return_lse=request.return_lse,
+        request.return_weights, _transform(q, k, v), _is_traced(q), return_lse=request.return_lse,
     )  # fmt: skip
 
 
@@ -163,6 +164,11 @@ def _signed(q: Tensor, scale: float) -> tuple[Tensor, float]:
     if scale < -torch.finfo(torch.float32).tiny:
         return -q, -scale
     return q * 0, 1.0
+
+
+def _is_traced(q: Tensor) -> bool:
+    """Whether the call is being compiled, or asked for shapes alone: no kernel can read its tensors."""
+    return torch.compiler.is_compiling() or q.device.type == "meta" or tensors_are_fake()
 
 
 def _in_autocast(*sides: Tensor) -> list[Tensor]:

@@ -107,6 +107,21 @@ def test_where_only_some_inputs_have_gradients():
             assert_close(*found)
 
 
+@pytest.mark.parametrize("graph", [GRAPH, Causal(), HEADS], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_where_one_input_is_another_or_made_of_it(backend, graph):
+    q = sides(9, 9)[0]
+    for others in (lambda: (q, q), lambda: (q, q.cos()), lambda: (q * 2, q), lambda: (q.sin(), (q * q).flip(2))):
+        found = []
+        for name in (backend, "edges"):
+            out, lse = attend(q, *others(), graph, backend=name, return_lse=True)
+            loss = out.pow(3).sum() + lse.masked_fill(lse == -torch.inf, 0).sin().sum()
+            first = torch.autograd.grad(loss, q, create_graph=True)[0]
+            second = torch.autograd.grad(first.pow(2).sum(), q, create_graph=True)[0]
+            found.append((first, second, *torch.autograd.grad(second.sin().sum(), q)))
+        assert_close(*found, rtol=1e-8, atol=1e-8)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_in_lower_precision(backend, dtype):

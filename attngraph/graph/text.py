@@ -6,6 +6,7 @@ import ast
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from attngraph import cache
@@ -144,8 +145,15 @@ def _short(text: str) -> str:
 
 def pack(graph: Any) -> tuple[str, list[Tensor]]:
     """How a graph or a plan travels into an operator of a compiled program: as text, and tensors that stand in it."""
+    if not torch.compiler.is_compiling() and tensors_are_fake():
+        return "", []  # nothing will run
     tensors: list[Tensor] = []
     return graph._write_traced(tensors), tensors
+
+
+def tensors_are_fake() -> bool:
+    """Whether a FakeTensorMode is at work: tensors have shapes, and no numbers."""
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
 
 
 def unpack(text: str, tensors: Sequence[Tensor]) -> Any:

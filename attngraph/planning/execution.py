@@ -16,7 +16,7 @@ from attngraph.bias import Bias, EdgeBias, require_edge_count, score_bias
 from attngraph.graph.base import Graph
 from attngraph.graph.text import pack, unpack
 from attngraph.kernels.contract import BiasKind, Modifiers, ScoreBias
-from attngraph.kernels.memory import like, nodes_first
+from attngraph.kernels.memory import apart, like, nodes_first
 from attngraph.kernels.merge import merge
 from attngraph.planning.backends import BACKENDS
 from attngraph.planning.backends.base import INSTALLED, Results
@@ -88,6 +88,7 @@ def _differentiable_gradients(dout, dlse, q, k, v, values, attention_mask, kind,
     """The gradients of q, k, v and values, gathered along the edges: they can be differentiated again and again."""
     plan.require_unchanged()
     layout = edges_of_heads(plan.graph, q.shape[2], k.shape[2], q.device)
+    q, k, v, values = apart(q, k, v, values)
     with torch.autocast(q.device.type, enabled=False):
         q_, k_, v_, values_ = _kernel_precision(q, k, v, values)
         bias = _bias(kind, values_)

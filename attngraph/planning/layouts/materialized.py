@@ -13,7 +13,7 @@ from torch import Tensor
 
 from attngraph import cache
 from attngraph.graph.base import Graph, at_size, list_edges
-from attngraph.graph.text import pack, unpack
+from attngraph.graph.text import pack, tensors_are_fake, unpack
 
 MAX_MASK_BYTES = 1 << 26  # of a mask that is kept; larger ones cost less to build than to keep
 
@@ -38,6 +38,8 @@ def mask(graph: Graph, n: int, m: int, device: torch.device) -> Tensor:
     """The edges as a bool tensor (n, m) or (H, n, m), not to be changed; kept if it is small."""
     if torch.compiler.is_compiling():
         return _mask_operator(*pack(graph), graph.heads or 0, n, m, device)
+    if device.type == "meta" or tensors_are_fake():
+        return torch.empty((graph.heads, n, m) if graph.heads else (n, m), dtype=torch.bool, device=device)
     if n * m > MAX_MASK_BYTES:
         return graph.mask(n, m, device)
     return cache.MASKS.get_or_make((graph, graph._state(), n, m, device), lambda: graph.mask(n, m, device))
@@ -47,6 +49,11 @@ def edges_of_heads(graph: Graph, n: int, m: int, device: torch.device) -> EdgesO
     """The edges as a list, not to be changed; kept."""
     if torch.compiler.is_compiling():
         return EdgesOfHeads(*_edges_operator(*pack(graph), graph.heads or 0, n, m, device))
+    if device.type == "meta" or tensors_are_fake():
+        with torch._C._DisableTorchDispatch(), torch.device("cpu"):
+            count = graph.num_edges(n, m)
+        query, key = (torch.empty(count, dtype=torch.int64, device=device) for _ in range(2))
+        return EdgesOfHeads(query, key, torch.empty(graph.heads or 0, count, dtype=torch.bool, device=device))
     return cache.EDGES.get_or_make((graph, graph._state(), n, m, device), lambda: _listed(graph, n, m, device))
 
 

@@ -70,12 +70,12 @@ def _gradients_by_products(grad_inputs: tuple, grad_outputs: tuple) -> tuple | N
     node: Any = torch._C._current_autograd_node()
     if node._saved_dropout_p:  # what was dropped is known to the kernel alone, which says that it has no gradients
         return None
-    sides = apart(node._saved_query, node._saved_key, node._saved_value)
+    q, k, v = sides = apart(node._saved_query, node._saved_key, node._saved_value)
     mask = getattr(node, "_saved_attn_mask", None)  # on a CPU
     mask = getattr(node, "_saved_attn_bias", None) if mask is None else mask  # on a GPU
-    with sdpa_kernel(SDPBackend.MATH), torch.autocast(sides[0].device.type, enabled=False):
-        options = {"scale": node._saved_scale, "enable_gqa": sides[0].shape[1] != sides[1].shape[1]}
-        out = scaled_dot_product_attention(*sides, mask, 0.0, node._saved_is_causal, **options)
+    with sdpa_kernel(SDPBackend.MATH), torch.autocast(q.device.type, enabled=False):
+        options = {"scale": node._saved_scale, "enable_gqa": q.shape[1] != k.shape[1]}
+        out = scaled_dot_product_attention(q, k, v, mask, 0.0, node._saved_is_causal, **options)
     needed = [side for side, gradient in zip(sides, grad_inputs, strict=False) if gradient is not None]
     found = iter(torch.autograd.grad(out, needed, grad_outputs[0], create_graph=True))
     return *(None if gradient is None else next(found) for gradient in grad_inputs[:3]), *grad_inputs[3:]

@@ -149,7 +149,9 @@ class KernelBackend(Backend):
             return self.limits(call)
         if not INSTALLED[self.package]:
             return f"it needs {self.package}: pip install {INSTALL[self.package]}"
-        return self.limits(call) or why_not(self.module, self.package)
+        if (reason := self.limits(call)) is not None or call.compiled:  # a compiled program asks again when it runs
+            return reason
+        return why_not(self.module, self.package)
 
     def limits(self, call: Call) -> str | None:
         """Why it can't run a call of plain attention on its device; None if it can."""

@@ -15,10 +15,10 @@ from attngraph import Causal, Documents, EdgeBias, Full, Identity, Prefix, Rando
 BACKENDS = ("auto", "edges", "dense", "tiles", "rows")
 LARGE = [
     (Causal(), 65, 65), (Full(), 64, 130), (Causal() & Window(9, 0), 130, 130), (Prefix(1), 80, 3), (Full(), 1, 200),
-    (Causal() & Documents([70, 60]), 130, 130), (Causal() & (Window(4, 0) | Random(3)), 100, 100), (Identity(), 65, 129),
+    (Causal() & Documents([70, 60]), 130, 130), (Causal() & (Window(4, 0) | Random(3)), 100, 100), (Identity(), 9, 129),
 ]  # fmt: skip
 SIZED = [*((case.graph, case.n, case.m) for case in GRAPHS), *LARGE]
-SIZES = [(2, 4, 2, 8, 5), (1, 2, 2, 16, 16), (0, 2, 1, 4, 4), (1, 4, 1, 0, 3), (2, 2, 1, 3, 0)]  # B H Hkv D Dv
+SIZES = [(2, 4, 2, 8, 5), (1, 2, 2, 16, 16), (0, 2, 1, 4, 4), (1, 4, 1, 0, 3), (2, 2, 1, 3, 0)]  # B, …, Dv
 OF_BIAS = ("plain", "-inf", "all -inf", "far apart", "NaN where no edge is", "+inf where no edge is")
 SCALES = (0.0, -0.0, 1e-45, -1e-45, 1e-30, -1e-9, 1.0, -1.0, 30.0, -30.0)
 TOLERANCE = {torch.float64: (1e-11, 1e-9), torch.float32: (2e-5, 1e-4), torch.bfloat16: (2e-2, 6e-2)}
@@ -143,3 +143,25 @@ def test_a_scale_that_is_no_number_is_refused(scale):
         attend(*torch.randn(3, 1, 2, 5, 4), Causal(), scale=scale)
     with pytest.raises(TypeError, match="scale must be a number"):
         attend(*torch.randn(3, 1, 2, 5, 4), Causal(), scale="1")
+
+
+@pytest.mark.parametrize("value", [torch.inf, torch.nan], ids=str)
+@pytest.mark.parametrize("kind", ["edges", "dense", "dense-keys"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_bias_that_is_no_number_reaches_who_hears_it_and_no_further(dtype, kind, value):
+    n, graph = 70, Causal() & Window(5, 0)
+    q, k, v = (plain(1, 4, n, 8, seed=seed).to(dtype) for seed in range(3))
+    query, key = graph.edge_index(n, n).flip(0)
+    shape, place = {
+        "edges": ((1, 1, len(query)), ((query == 10) & (key == 8)).nonzero()[0]),
+        "dense": ((1, 1, n, n), (10, 8)),
+        "dense-keys": ((1, 1, 1, n), (0, 8)),
+    }[kind]
+    values = torch.zeros(shape, dtype=dtype)
+    values[0, 0, *place] = value
+    bias = EdgeBias(values) if kind == "edges" else values
+    heard = torch.arange(n) == 10 if kind != "dense-keys" else (torch.arange(n) >= 8) & (torch.arange(n) < 14)
+    for backend in ("reference", *BACKENDS):
+        out, lse = attend(q, k, v, graph, bias=bias, backend=backend, return_lse=True)
+        assert torch.equal(out.isnan().any(-1), heard.expand(1, 4, n)), backend
+        assert torch.equal(~lse.isfinite(), heard.expand(1, 4, n)), backend

@@ -96,17 +96,17 @@ def public(kind, values, mask):
     return values
 
 
-def rows_results(q, k, v, mask, bias, grad=True, kernels=rows_numba):
+def rows_results(q, k, v, mask, bias, grad=True, kernels=rows_numba, attention_mask=None):
     """out, lse, and the gradients of a loss that looks at both."""
-    layout, scale = layout_of(mask), q.shape[3] ** -0.5
-    out, lse = kernels.forward(q, k, v, layout, Modifiers(scale, bias))
+    layout, modifiers = layout_of(mask), Modifiers(q.shape[3] ** -0.5, bias, attention_mask)
+    out, lse = kernels.forward(q, k, v, layout, modifiers)
     dout, dlse = (learned(*side.shape, seed=7, dtype=side.dtype).detach() for side in (out, lse))
-    grads = kernels.backward(q, k, v, out, lse, dout, dlse, layout, Modifiers(scale, bias), bias is not None and grad)
+    grads = kernels.backward(q, k, v, out, lse, dout, dlse, layout, modifiers, bias is not None and grad)
     return [out, lse, *grads]
 
 
-def edges_results(q, k, v, mask, bias, values):
-    out, lse = attend(q, k, v, from_dense(mask), bias=bias, backend="edges", return_lse=True)
+def edges_results(q, k, v, mask, bias, values, **options):
+    out, lse = attend(q, k, v, from_dense(mask), bias=bias, backend="edges", return_lse=True, **options)
     dout, dlse = (learned(*side.shape, seed=7, dtype=side.dtype).detach() for side in (out, lse))
     loss = (out * dout).sum() + (lse * dlse)[lse != -torch.inf].sum()
     inputs = [q, k, v] if values is None else [q, k, v, values]
@@ -130,6 +130,20 @@ def test_rows_equal_the_edges_in_every_gradient(kind, kernels, shape, size):
     expected = edges_results(q, k, v, mask, public(kind, values, mask), values)
     name = {"keys": "dense", "batch": "dense"}.get(kind, kind.split("-")[0])
     found = rows_results(q, k, v, mask, None if values is None else ScoreBias(name, values), kernels=kernels)
+    assert_close(found[:2], expected[:2], 1e-12)
+    assert_close(found[2:], expected[2:], 1e-11)
+
+
+@pytest.mark.parametrize(("kernels", "shape", "size"), KERNELS, ids=lambda it: getattr(it, "__name__", str(it)))
+@pytest.mark.parametrize("kind", ["none", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("edge", "offset"))])
+def test_padding_is_heard_by_nobody(kind, kernels, shape, size):
+    mask = some_mask(*size)
+    q, k, v = tensors(*shape, *size)
+    values = None if kind == "none" else values_of(kind, *shape[:2], mask)
+    padding = (torch.arange(size[1]) + torch.arange(shape[0])[:, None]) % 3 > 0
+    expected = edges_results(q, k, v, mask, public(kind, values, mask), values, attention_mask=padding)
+    bias = None if values is None else ScoreBias(kind, values)
+    found = rows_results(q, k, v, mask, bias, kernels=kernels, attention_mask=padding)
     assert_close(found[:2], expected[:2], 1e-12)
     assert_close(found[2:], expected[2:], 1e-11)
 

@@ -46,10 +46,13 @@ def _merged(q: Tensor, k: Tensor, v: Tensor, bias: Bias | None, request: Request
     """`attention`(q, k, v, values, attention_mask, kind, scale) → out, lse, with what a bias adds to all keys alike."""
     if not q.shape[3]:  # all scores are 0: as those of one number that is
         q, k = pad(q, (0, 1)), pad(k, (0, 1))
+    if not (value_dim := v.shape[3]):
+        v = pad(v, (0, 1))
     exact = torch.promote_types(q.dtype, torch.float32)
     of_keys, of_query = score_bias(bias, q, k)
     kind, values = (None, None) if of_keys is None else (of_keys.kind, of_keys.values.to(exact))
     out, lse = attention(q, k, v, values, request.attention_mask, kind or "", float(request.scale))
+    out = out if value_dim else out[..., :0]
     if of_query is not None:  # the same for all keys of a query: its weights do not change
         finite = of_query.masked_fill(of_query == -torch.inf, 0)
         out = out.masked_fill(of_query == -torch.inf, 0) + (0 * finite).to(q.dtype)  # NaN where it is NaN or inf

@@ -223,6 +223,8 @@ def _fwd_kernel(
     acc = tl.zeros([config.BLOCK_H, config.BLOCK_DV], ACC_DTYPE)
     for step in range(0, num_edges, config.BLOCK_E):
         mask_e, keys, offs_e = _load_edges(inputs.adjacency, work, step, config.BLOCK_E)
+        if config.PADDED:
+            mask_e = mask_e & load_real(inputs.padding, batch, keys, mask_e)
         k = _gather_nodes(
             inputs.k, batch, kv_heads, num_kv_heads, keys, mask_e, config.HEAD_DIM, config.BLOCK_D, ACC_DTYPE
         )
@@ -237,8 +239,6 @@ def _fwd_kernel(
                 inputs.bias, batch, heads[None, :], query, keys[:, None], offs_e[:, None], num_queries, config.BIAS_KIND
             )
             qk += tl.load(ptrs, mask=mask, other=0.0).to(ACC_DTYPE) * LOG2_E
-        if config.PADDED:
-            mask = mask & load_real(inputs.padding, batch, keys, mask_e)[:, None]
         qk = tl.where(mask, qk, float("-inf"))
 
         new_max = tl.maximum(row_max, tl.max(qk, 0))
@@ -327,6 +327,9 @@ def _bwd_dq_kernel(
     dq = tl.zeros([config.BLOCK_H, config.BLOCK_D], ACC_DTYPE)
     for step in range(0, num_edges, config.BLOCK_E):
         mask_e, keys, offs_e = _load_edges(inputs.adjacency, work, step, config.BLOCK_E)
+        exists = mask_e
+        if config.PADDED:
+            mask_e = mask_e & load_real(inputs.padding, batch, keys, mask_e)
         k = _gather_nodes(
             inputs.k, batch, kv_heads, num_kv_heads, keys, mask_e, config.HEAD_DIM, config.BLOCK_D, ACC_DTYPE
         )
@@ -342,10 +345,7 @@ def _bwd_dq_kernel(
             )
             qk += tl.load(ptrs, mask=mask, other=0.0).to(ACC_DTYPE) * LOG2_E
 
-        heard = mask
-        if config.PADDED:
-            heard = mask & load_real(inputs.padding, batch, keys, mask_e)[:, None]
-        p = tl.where(heard, tl.exp2(qk - lse[None, :]), 0.0)
+        p = tl.where(mask, tl.exp2(qk - lse[None, :]), 0.0)
         ds = p * (tl.sum(v * do[None, :, :], 2) - delta[None, :])
         dq += tl.sum(ds[:, :, None] * k, 0)
         if BIAS_GRAD:  # of a pair, or of an edge: that of an offset is summed from those of its edges
@@ -353,7 +353,7 @@ def _bwd_dq_kernel(
             ptrs = bias_ptrs(
                 dbias, batch, heads[None, :], query, keys[:, None], offs_e[:, None], num_queries, GRAD_KIND
             )
-            tl.store(ptrs, ds, mask=mask)
+            tl.store(ptrs, ds, mask=exists[:, None] & (heads < num_heads)[None, :])
     dq = dq * _exact(dq_scale, ACC_DTYPE)
     _store_vectors(dq_out, dq_pieces, target, work, dq, config.HEAD_DIM, config.BLOCK_D)
 

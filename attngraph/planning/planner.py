@@ -226,6 +226,8 @@ def traced(graph: Graph | Plan, call: Call, name: str) -> Backend | None:
         reason = only_plain_attention(call) or (None if name == "auto" else "it has chosen its backends")
         if reason is not None:
             raise ValueError(f"a plan can't run this call in a compiled program ({reason}); the graph itself can")
+        if not torch.compiler.is_compiling():  # else when the program runs
+            _require_same_sizes(graph, call)
         return None
     if name != "auto":
         require(name, call)
@@ -263,13 +265,7 @@ def require(name: str, call: Call) -> None:
 
 def fitted(plan: Plan, call: Call, name: str = "auto") -> Plan:
     """A plan that was made by hand, for a call of another dtype too; raise if it can't run the call."""
-    made, given = ((each.num_queries, each.num_keys, each.heads) for each in (plan.call, call))
-    if made != given or call.device != plan.call.device:
-        raise ValueError(
-            f"the plan was made for {made[0]} queries, {made[1]} keys and {made[2]} heads on {plan.call.device} (got "
-            f"{given[0]}, {given[1]} and {given[2]} on {call.device}); make one for these, or attend with the graph "
-            f"itself"
-        )
+    _require_same_sizes(plan, call)
     if call.bias not in (None, plan.call.bias):
         made = f"the plan was made for bias={plan.call.bias!r}"
         raise ValueError(f"{made} (got one of kind {call.bias!r}): plan(…, bias={call.bias!r})")
@@ -287,6 +283,17 @@ def fitted(plan: Plan, call: Call, name: str = "auto") -> Plan:
         raise ValueError(f"{plan} can't run this call ({reasons[0]}); attend with the graph itself chooses what can")
     parts = zip(plan.parts, others, strict=True)
     return replace(plan, parts=tuple(replace(part, backend=other) for part, other in parts))
+
+
+def _require_same_sizes(plan: Plan, call: Call) -> None:
+    """Raise unless a plan was made for so many nodes and heads, on this device."""
+    made, given = ((each.num_queries, each.num_keys, each.heads) for each in (plan.call, call))
+    if made != given or call.device != plan.call.device:
+        raise ValueError(
+            f"the plan was made for {made[0]} queries, {made[1]} keys and {made[2]} heads on {plan.call.device} (got "
+            f"{given[0]}, {given[1]} and {given[2]} on {call.device}); make one for these, or attend with the graph "
+            f"itself"
+        )
 
 
 def _another_kernel(backend: Backend, call: Call) -> Backend | None:

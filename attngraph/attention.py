@@ -14,9 +14,11 @@ from torch.autograd import forward_ad
 from attngraph.arguments import checked, shown
 from attngraph.bias import Bias, DenseBias, kind_of, placed
 from attngraph.graph.base import Graph
+from attngraph.graph.text import tensors_are_fake
 from attngraph.kernels.scoring import NORMALIZERS, SCORES
 from attngraph.planning.backends.base import Results
 from attngraph.planning.call import Call, Request, Transform, name_of
+from attngraph.planning.edge_set import closed_form
 from attngraph.planning.execution import run, run_traced
 from attngraph.planning.planner import Plan, fitted, planned, traced
 
@@ -156,7 +158,7 @@ def _call(q: Tensor, k: Tensor, v: Tensor, bias: Bias | None, request: Request) 
     return Call(
         n, m, heads, kv_heads, dim, value_dim, q.dtype, q.device, kind_of(bias),
         name_of(request.score), name_of(request.normalize), request.attention_mask is not None, request.dropout_p > 0,
-        request.return_weights, _transform(q, k, v), torch.compiler.is_compiling(), return_lse=request.return_lse,
+        request.return_weights, _transform(q, k, v), _is_traced(q), return_lse=request.return_lse,
     )  # fmt: skip
 
 
@@ -165,6 +167,11 @@ def _signed(q: Tensor, scale: float) -> tuple[Tensor, float]:
     if scale < -torch.finfo(torch.float32).tiny:
         return -q, -scale
     return q * 0, 1.0
+
+
+def _is_traced(q: Tensor) -> bool:
+    """Whether the call is being compiled, or asked for shapes alone: no kernel can read its tensors."""
+    return torch.compiler.is_compiling() or q.device.type == "meta" or tensors_are_fake()
 
 
 def _in_autocast(*sides: Tensor) -> list[Tensor]:
@@ -215,10 +222,7 @@ def _check(q, k, v, graph, bias, attention_mask, scale, score, normalize, dropou
                 f"q, k and v must have one dtype and one device (got q {dtype} on {device}, "
                 f"{name} {side.dtype} on {side.device})"
             )
-    if isinstance(graph, Plan):
-        _check_plan(graph, q, k)
-        graph = graph.graph
-    if not isinstance(graph, Graph):
+    if not isinstance(graph, Graph | Plan):
         hint = "a mask becomes one by from_dense(mask)"
         if isinstance(graph, type) and issubclass(graph, Graph):
             hint = f"did you mean {graph.__name__}()?"
@@ -251,19 +255,26 @@ def _check(q, k, v, graph, bias, attention_mask, scale, score, normalize, dropou
         raise ValueError(f"the number of query heads must be a multiple of the key heads (got {H} and {Hkv})")
     if attention_mask is not None:
         _check_attention_mask(attention_mask, k)
-    own_n, own_m = graph.size
-    if own_n is not None and own_n != N:
-        raise ValueError(f"graph has {own_n} query nodes but q has {N}; build the graph for {N} of them")
-    if own_m is not None and own_m != M:
-        raise ValueError(f"graph has {own_m} key nodes but k has {M}; build the graph for {M} of them")
-    if graph.heads is not None and graph.heads != H:
-        raise ValueError(f"graph has {graph.heads} heads but q has {H}; give PerHead one graph for each head")
+    if isinstance(graph, Graph):
+        _check_size(graph, N, M, H)
     _check_option("score", score, SCORES)
     _check_option("normalize", normalize, NORMALIZER_NAMES)
     if isinstance(dropout_p, bool) or not isinstance(dropout_p, Real):
         raise TypeError(f"dropout_p must be a number (got {shown(dropout_p)})")
     if not 0 <= float(dropout_p) < 1:
         raise ValueError(f"dropout_p must be a probability below 1 (got {dropout_p})")
+
+
+def _check_size(graph: Graph, N: int, M: int, H: int) -> None:
+    """Raise unless a graph fits so many queries, keys and heads; a compiled program counts its nodes when it runs."""
+    later = torch.compiler.is_compiling() and closed_form(graph) is None  # so that it serves graphs of every size
+    own_n, own_m = (None, None) if later else graph.size
+    if own_n is not None and own_n != N:
+        raise ValueError(f"graph has {own_n} query nodes but q has {N}; build the graph for {N} of them")
+    if own_m is not None and own_m != M:
+        raise ValueError(f"graph has {own_m} key nodes but k has {M}; build the graph for {M} of them")
+    if graph.heads is not None and graph.heads != H:
+        raise ValueError(f"graph has {graph.heads} heads but q has {H}; give PerHead one graph for each head")
 
 
 @checked
@@ -291,14 +302,3 @@ def _check_option(name: str, given: object, names: Collection[str]) -> None:
     """Raise unless a score or normaliser is known by name, or a function."""
     if given not in names if isinstance(given, str) else not callable(given):
         raise ValueError(f"{name} must be a function or one of {', '.join(names)} (got {shown(given)})")
-
-
-def _check_plan(plan: Plan, q: Tensor, k: Tensor) -> None:
-    """Raise unless a plan was made for tensors of these sizes."""
-    call = plan.call
-    made, given = (call.num_queries, call.num_keys, call.heads), (q.shape[2], k.shape[2], q.shape[1])
-    if made != given or call.device != q.device:
-        raise ValueError(
-            f"the plan was made for {made[0]} queries, {made[1]} keys and {made[2]} heads on {call.device} (got "
-            f"{given[0]}, {given[1]} and {given[2]} on {q.device}); make one for these, or attend with the graph itself"
-        )

@@ -14,9 +14,9 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import os
 import urllib.request
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -95,15 +95,16 @@ def read_text(path: str | None) -> tuple[str, str]:
 
 def shakespeare() -> str:
     """Tiny Shakespeare: from the cache, or downloaded and checked against its known hash."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "attngraph" / "tinyshakespeare.txt"
+    cache = training.cached("tinyshakespeare.txt")
     if cache.exists() and hashlib.sha256(cache.read_bytes()).hexdigest() == SHA256:
         return cache.read_text(encoding="utf-8")
     with urllib.request.urlopen(SHAKESPEARE, timeout=10) as answer:
         content = answer.read()
     if hashlib.sha256(content).hexdigest() != SHA256:
         raise OSError("the download is not the known file")
-    cache.parent.mkdir(parents=True, exist_ok=True)
-    training.write_whole(cache, lambda path: path.write_bytes(content))
+    with suppress(OSError):  # no place to keep it
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        training.write_whole(cache, lambda path: path.write_bytes(content))
     return content.decode("utf-8")
 
 

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import signal
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -272,6 +273,15 @@ def faster_dtype(loss: Callable[[int], Tensor], model: nn.Module, device: torch.
 
 
 # ------------------------------------------------------------------------------------------------------- checkpoints
+
+
+def cached(name: str) -> Path:
+    """Where a download is kept: in the user's cache directory, or without a home among temporary files."""
+    try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:  # no home
+        folder = Path(tempfile.gettempdir())
+    return folder / "attngraph" / name
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import gzip
-import os
 import tarfile
 import urllib.request
 from pathlib import Path
@@ -74,8 +73,7 @@ def images_of(args: argparse.Namespace) -> tuple[Tensor, Tensor, Tensor, Tensor]
         )
         training_images, test_images, training_classes, test_classes = map(torch.from_numpy, parts)
         return training_images.float(), training_classes, test_images.float(), test_classes
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "attngraph" / args.data
-    folder = Path(args.folder) if args.folder else cache
+    folder = Path(args.folder) if args.folder else training.cached(args.data)
     return mnist(folder) if args.data == "mnist" else cifar10(folder)
 
 

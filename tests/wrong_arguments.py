@@ -22,10 +22,10 @@ import attngraph
 PACKAGE = str(Path(attngraph.__file__).parent)
 WRONG: dict[str, Any] = {
     "None": None, "text": "x", "half": 1.5, "minus one": -1, "zero": 0, "true": True, "list": [],
-    "lists": [[1, 2], [3]], "object": object(), "vector": torch.zeros(2), "integers": torch.arange(6).view(2, 3), "set": {1},
-    "five dimensions": torch.zeros(1, 1, 1, 1, 1),
-    "nan": math.nan, "inf": math.inf, "huge": 10**30, "class": int, "dict": {}, "complex": 1j, "function": lambda: 1,
-    "graph": attngraph.Causal(), "graph class": attngraph.Causal, "numpy": np.zeros((2, 2)),
+    "lists": [[1], [2, 3]], "object": object(), "set": {1}, "dict": {}, "class": int, "function": lambda: 1,
+    "vector": torch.zeros(2), "integers": torch.arange(6).view(2, 3), "five dimensions": torch.zeros(1, 1, 1, 1, 1),
+    "nan": math.nan, "inf": math.inf, "huge": 10**30, "complex": 1j, "numpy": np.zeros((2, 2)),
+    "graph": attngraph.Causal(), "graph class": attngraph.Causal,
 }  # fmt: skip
 
 

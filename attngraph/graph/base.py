@@ -11,7 +11,7 @@ from dataclasses import MISSING, FrozenInstanceError, dataclass, fields, replace
 from functools import reduce, wraps
 from inspect import get_annotations
 from operator import index, or_
-from typing import TYPE_CHECKING, Any, SupportsIndex, cast, dataclass_transform
+from typing import TYPE_CHECKING, Any, ClassVar, SupportsIndex, cast, dataclass_transform
 
 import torch
 from torch import Tensor
@@ -68,7 +68,7 @@ class Graph:
 
         @property
         def _key(self) -> str:
-            """Which graph this is, as text: how a graph travels into a compiled program."""
+            """Which graph this is, as text: equal graphs have equal keys."""
             ...
 
         @property
@@ -145,15 +145,35 @@ class Graph:
 
     def _write(self, inner: Callable[[Graph], str]) -> str:
         """The graph as an expression, its parts written by `inner`."""
-        given = [(getattr(self, field.name), field.default) for field in fields(cast(Any, self))]
-        while given and given[-1][1] is not MISSING and given[-1][0] == given[-1][1]:
-            given.pop()
-        return f"{type(self).__name__}({', '.join(_argument(value, inner) for value, _ in given)})"
+        names = [field.name for field in fields(cast(Any, self))]
+        while names and names[-1] in self._defaults and getattr(self, names[-1]) == self._defaults[names[-1]]:
+            names.pop()
+        given = (_argument(getattr(self, name), inner) for name in names)
+        return f"{type(self).__name__}({', '.join(given)})"
 
     def _write_key(self) -> str:
         """The graph as text that no other graph of this process has: equal graphs have equal keys."""
         own = "" if type(self).__module__.startswith("attngraph.") else f"#{self._class_number} "
         return own + self._write(lambda part: part._key)
+
+    def _write_traced(self, tensors: list[Tensor]) -> str:
+        """The graph as text for a compiled program; what was made outside it stands there as _0, _1, … of `tensors`.
+
+        These are handles, which mean nothing in another process: an exported program has text and edges instead.
+        """
+        if self._handle is None or torch.compiler.is_exporting():
+            return self._write_exported(tensors)
+        tensors.append(self._handle)
+        return f"_{len(tensors) - 1}"
+
+    def _write_exported(self, tensors: list[Tensor]) -> str:
+        """The graph as text that `parse` understands, parts of it as `_write_traced` writes them."""
+        if not type(self).__module__.startswith("attngraph."):
+            raise ValueError(
+                f"{self} can't be part of an exported program, as {type(self).__name__} is a class of this process: "
+                f"export with its edges, EdgeList(graph.edge_index(n, m), size=(n, m))"
+            )
+        return self._write(lambda part: part._write_traced(tensors))
 
     def _state(self) -> tuple:
         """What changes when the edges do, of a graph whose definition reads something that can change."""
@@ -162,7 +182,11 @@ class Graph:
     # ========================================================================= what follows from the fields
 
     _class_number = 0
+    _defaults: ClassVar[dict[str, Any]] = {}
+    """Of the fields that have one; torch.compile can't read `dataclasses.MISSING`."""
     _precedence = 6
+    _handle: ClassVar[Tensor | None] = None
+    """What names it in compiled programs, unless it is made in one; see `cache.CompiledPrograms`."""
 
     def __init_subclass__(cls, **options: Any):
         super().__init_subclass__(**options)
@@ -179,6 +203,7 @@ class Graph:
         if "__eq__" not in own:
             cls.__hash__ = Graph.__hash__
         dataclass(frozen=True, repr=False)(cls)
+        cls._defaults = {each.name: each.default for each in fields(cast(Any, cls)) if each.default is not MISSING}
         del cls.__setattr__, cls.__delattr__  # Graph's serve; a dataclass decorator would refuse to make them again
 
     def __post_init__(self):
@@ -191,11 +216,11 @@ class Graph:
             raise ValueError(f"graphs with different numbers of heads do not combine (got {sorted(heads)})")
         self._set(size=self._own_size(), heads=heads.pop() if heads else None)
         self._set(_may_change=any(part._may_change for part in children) or type(self)._state is not Graph._state)
-        key = self._write_key()
         if not torch.compiler.is_compiling():
-            key, equal = cache.COMPILED.register(key, self)
-            self._set(_equal=equal)  # which stays alive as long as this one: its key names both
-        self._set(_key=key)
+            key, equal, handle = cache.COMPILED.register(self._write_key(), self)
+            self._set(
+                _key=key, _handle=handle, _equal=equal
+            )  # which stays alive as long as this one: its key names both
 
     def _set(self, **values: object) -> None:
         """Attributes of a graph that is being made."""

@@ -39,7 +39,7 @@ class Call(NamedTuple):
     transform: Transform | None = None
     """A transform of torch.func, or forward-mode differentiation, that is at work."""
     compiled: bool = False
-    """Whether torch.compile traces the call."""
+    """Whether torch.compile traces the call, or its tensors have no numbers."""
     part: bool = False
     """Whether the backend runs some of the edges or heads, beside others."""
     return_lse: bool = False

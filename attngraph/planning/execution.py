@@ -1,7 +1,7 @@
 """Running a plan: each of its parts by its backend, the results merged; forward and backward.
 
 The backward pass needs of the forward pass only its result (out, lse), whatever the parts. An eager call holds its plan
-until then; a compiled program names its graph by text, and its operators look the plan up.
+until then; a compiled program has the handle of its graph, and its operators look the plan up.
 """
 
 from __future__ import annotations
@@ -12,14 +12,16 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from attngraph.bias import Bias, require_edge_count, score_bias
+from attngraph.bias import Bias, EdgeBias, require_edge_count, score_bias
 from attngraph.graph.base import Graph
-from attngraph.graph.text import from_key
+from attngraph.graph.text import pack, unpack
 from attngraph.kernels.contract import BiasKind, Modifiers, ScoreBias
-from attngraph.kernels.memory import like, nodes_first
+from attngraph.kernels.memory import apart, like, nodes_first
 from attngraph.kernels.merge import merge
+from attngraph.planning.backends import BACKENDS
 from attngraph.planning.backends.base import INSTALLED, Results
 from attngraph.planning.call import Call, Request
+from attngraph.planning.layouts.materialized import edges_of_heads
 from attngraph.planning.planner import Part, Plan, fitted, planned
 
 
@@ -37,7 +39,7 @@ def run_traced(
     graph: Graph | Plan, name: str, q: Tensor, k: Tensor, v: Tensor, bias: Bias | None, request: Request
 ) -> Results:
     """The same in a program that is being compiled: as one operator, which looks its plan up when it runs."""
-    return _merged(q, k, v, bias, request, lambda *sides: attend_forward(*sides, graph._key, name))
+    return _merged(q, k, v, bias, request, lambda *sides: attend_forward(*sides, *pack(graph), name))
 
 
 def _merged(q: Tensor, k: Tensor, v: Tensor, bias: Bias | None, request: Request, attention: Any) -> Results:
@@ -60,8 +62,6 @@ def _merged(q: Tensor, k: Tensor, v: Tensor, bias: Bias | None, request: Request
 
 # --------------------------------------------------------------------------------------------------------- eager
 
-TWICE = "tiles, rows and plans can be differentiated once; backend='edges' and 'reference' again and again"
-
 
 class _Attention(torch.autograd.Function):
     """Attention by a plan, which it holds for its backward pass."""
@@ -79,24 +79,32 @@ class _Attention(torch.autograd.Function):
         dout, dlse = grad_outputs
         q, k, v, values, attention_mask, out, lse = ctx.saved_tensors
         dout = torch.zeros_like(out) if dout is None else dout
-        options = attention_mask, ctx.kind, ctx.scale, ctx.plan, ctx.needs_input_grad[3]
+        options = attention_mask, ctx.kind, ctx.scale, ctx.plan
         if torch.is_grad_enabled():  # create_graph=True
-            gradients = _Gradients.apply(dout, dlse, out, lse, q, k, v, values, *options)
+            gradients = _differentiable_gradients(dout, dlse, q, k, v, values, *options, ctx.needs_input_grad[:4])
         else:
-            gradients = _backward_call(dout, dlse, out, lse, q, k, v, values, *options)
+            gradients = _backward_call(dout, dlse, out, lse, q, k, v, values, *options, ctx.needs_input_grad[3])
         return *gradients, None, None, None, None
 
 
-class _Gradients(torch.autograd.Function):
-    """The backward pass where it is to be differentiated itself, which it can't be."""
-
-    @staticmethod
-    def forward(ctx: Any, *arguments):
-        return _backward_call(*arguments)
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Any):
-        raise RuntimeError(TWICE)
+def _differentiable_gradients(dout, dlse, q, k, v, values, attention_mask, kind, scale, plan: Plan, needs_grad):
+    """The gradients of q, k, v and values, gathered along the edges: they can be differentiated again and again."""
+    plan.require_unchanged()
+    layout = edges_of_heads(plan.graph, q.shape[2], k.shape[2], q.device)
+    q, k, v, values = apart(q, k, v, values)
+    with torch.autocast(q.device.type, enabled=False):
+        q_, k_, v_, values_ = _kernel_precision(q, k, v, values)
+        bias = _bias(kind, values_)
+        of_edges = None if bias is None else EdgeBias(bias.over_edges(layout.query, layout.key, q.shape[2]))
+        request = Request(scale, return_lse=True, attention_mask=attention_mask)
+        out, lse, _ = BACKENDS["edges"].attend(q_, k_, v_, layout, of_edges, request)
+    assert lse is not None
+    results = [(part, gradient.to(part.dtype)) for part, gradient in ((out, dout), (lse, dlse)) if gradient is not None]
+    results = [(part, gradient) for part, gradient in results if part.requires_grad]
+    sides = [side for side, needed in zip((q, k, v, values), needs_grad, strict=True) if needed]
+    outs, gradients = zip(*results, strict=True)
+    found = iter(torch.autograd.grad(outs, sides, gradients, create_graph=True, allow_unused=True))
+    return [next(found) if needed else None for needed in needs_grad]
 
 
 def _forward_call(q, k, v, values, attention_mask, kind, scale, plan: Plan) -> tuple[Tensor, Tensor]:
@@ -138,9 +146,11 @@ def _kernel_precision(*sides: Any) -> list[Any]:
 # ------------------------------------------------------------------------------------------ in compiled programs
 
 
-def _known_plan(graph: str, name: str, q: Tensor, k: Tensor, v: Tensor, kind: str, padding: bool) -> Plan:
-    """The plan that a compiled program runs by, from the text of its graph."""
-    found = from_key(graph)
+def _known_plan(
+    graph: str, tensors: list[Tensor], name: str, q: Tensor, k: Tensor, v: Tensor, kind: str, padding: bool
+) -> Plan:
+    """The plan that a compiled program runs by, from the text and tensors that name its graph."""
+    found = unpack(graph, tensors)
     bias: BiasKind | None = kind or None  # type: ignore[assignment]
     heads, kv_heads = q.shape[1], k.shape[1]
     sizes = q.shape[2], k.shape[2], heads, kv_heads, q.shape[3], v.shape[3]
@@ -151,15 +161,15 @@ def _known_plan(graph: str, name: str, q: Tensor, k: Tensor, v: Tensor, kind: st
 @torch.library.custom_op("attngraph::attend_forward", mutates_args=())
 def attend_forward(
     q: Tensor, k: Tensor, v: Tensor, values: Tensor | None, attention_mask: Tensor | None,
-    kind: str, scale: float, graph: str, name: str,
+    kind: str, scale: float, graph: str, tensors: list[Tensor], name: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """q (B, H, N, D), k and v (B, Hkv, M, ·), values and kind of a `ScoreBias`, … → out (B, H, N, Dv), lse."""
-    plan = _known_plan(graph, name, q, k, v, kind, attention_mask is not None)
+    plan = _known_plan(graph, tensors, name, q, k, v, kind, attention_mask is not None)
     return _forward_call(q, k, v, values, attention_mask, kind, scale, plan)
 
 
 @attend_forward.register_fake
-def _(q, k, v, values, attention_mask, kind, scale, graph, name):
+def _(q, k, v, values, attention_mask, kind, scale, graph, tensors, name):
     return like(q, v.shape[3]), q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
 
 
@@ -167,36 +177,39 @@ def _(q, k, v, values, attention_mask, kind, scale, graph, name):
 def attend_backward(
     dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor,
     q: Tensor, k: Tensor, v: Tensor, values: Tensor | None, attention_mask: Tensor | None,
-    kind: str, scale: float, graph: str, name: str, bias_grad: bool,
+    kind: str, scale: float, graph: str, tensors: list[Tensor], name: str, bias_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The gradients of q, k, v and, with bias_grad, of the bias's values; else an empty tensor."""
-    plan = _known_plan(graph, name, q, k, v, kind, attention_mask is not None)
+    plan = _known_plan(graph, tensors, name, q, k, v, kind, attention_mask is not None)
     sides = dout, dlse, out, lse, q, k, v, values, attention_mask
     dq, dk, dv, dbias = _backward_call(*sides, kind, scale, plan, bias_grad)
     return dq, dk, dv, q.new_empty(0) if dbias is None else dbias
 
 
 @attend_backward.register_fake
-def _(dout, dlse, out, lse, q, k, v, values, attention_mask, kind, scale, graph, name, bias_grad):
+def _(dout, dlse, out, lse, q, k, v, values, attention_mask, kind, scale, graph, tensors, name, bias_grad):
     return *(like(side, side.shape[3]) for side in (q, k, v)), q.new_empty(values.shape if bias_grad else 0)
 
 
 def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.set_materialize_grads(False)
-    q, k, v, values, attention_mask, *ctx.options = inputs
-    ctx.save_for_backward(*output, q, k, v, values, attention_mask)
+    *sides, kind, scale, graph, tensors, name = inputs
+    ctx.options = kind, scale, graph, name
+    ctx.save_for_backward(*output, *sides, *tensors)
 
 
 def _gradients(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple:
-    out, lse, *sides = ctx.saved_tensors
+    (out, lse, *sides), tensors = ctx.saved_tensors[:7], list(ctx.saved_tensors[7:])
+    kind, scale, graph, name = ctx.options
     dout = torch.zeros_like(out) if dout is None else dout
     bias_grad = ctx.needs_input_grad[3]
-    dq, dk, dv, dbias = attend_backward(dout, dlse, out, lse, *sides, *ctx.options, bias_grad)
-    return dq, dk, dv, dbias if bias_grad else None, None, None, None, None, None
+    options = kind, scale, graph, tensors, name, bias_grad
+    dq, dk, dv, dbias = attend_backward(dout, dlse, out, lse, *sides, *options)
+    return dq, dk, dv, dbias if bias_grad else None, None, None, None, None, [None] * len(tensors), None
 
 
 def _not_twice(ctx: Any, *gradients: Tensor) -> None:
-    raise RuntimeError(TWICE)
+    raise RuntimeError("compiled programs can be differentiated once; attend outside of torch.compile again and again")
 
 
 attend_forward.register_autograd(_gradients, setup_context=_save)

@@ -21,6 +21,7 @@ from attngraph.graph.base import Graph, at_size, count_edges, require_ints
 from attngraph.graph.edge_list import EdgeList
 from attngraph.graph.patterns import Causal
 from attngraph.graph.rewrite import simplify, split
+from attngraph.kernels.available import why_not
 from attngraph.kernels.contract import BiasKind
 from attngraph.kernels.scoring import NORMALIZERS, SCORES
 from attngraph.planning import backends, explain
@@ -83,10 +84,21 @@ class Plan:
     edges: int
     costs: Costs
     notes: tuple[str, ...] = ()
-    _key: str = field(init=False, default_factory=lambda: f"<plan {next(_NUMBERS)}>")
+    _handle: Tensor = field(init=False)
+    _state: tuple = field(init=False)
+    """What a function that the graph is made of read when the plan was made."""
 
     def __post_init__(self):
-        cache.COMPILED.register(self._key, self)
+        object.__setattr__(self, "_state", self.graph._state() if self.graph._may_change else ())
+        handle = cache.COMPILED.register(f"<plan {next(_NUMBERS)}>", self)[2]
+        object.__setattr__(self, "_handle", handle)
+
+    def _write_traced(self, tensors: list[Tensor]) -> str:
+        """As `Graph._write_traced`."""
+        if torch.compiler.is_exporting():
+            raise ValueError("a plan can't be part of an exported program, as it holds layouts: export with its graph")
+        tensors.append(self._handle)
+        return "_0"
 
     def __reduce__(self) -> tuple:
         return Plan, tuple(getattr(self, each.name) for each in fields(self) if each.init)
@@ -109,6 +121,11 @@ class Plan:
         if len(self.parts) != 1 or not self.parts[0].is_all:
             return False
         return self.parts[0].backend.runs_whole(self.parts[0].layout, call)
+
+    def require_unchanged(self) -> None:
+        """Raise if what the graph's functions read has changed since, so that its edges may be others."""
+        if self.graph._may_change and self._state != self.graph._state():
+            raise ValueError(f"what {self.graph} reads has changed since the plan was made: make a new one")
 
     def explain(self) -> str:
         """What runs, why, at what expected cost, and what else was asked and answered: a table to read."""
@@ -202,6 +219,8 @@ def traced(graph: Graph | Plan, call: Call, name: str) -> Backend | None:
         reason = only_plain_attention(call) or (None if name == "auto" else "it has chosen its backends")
         if reason is not None:
             raise ValueError(f"a plan can't run this call in a compiled program ({reason}); the graph itself can")
+        if not torch.compiler.is_compiling():  # else when the program runs
+            _require_same_sizes(graph, call)
         return None
     if name != "auto":
         require(name, call)
@@ -239,11 +258,13 @@ def require(name: str, call: Call) -> None:
 
 def fitted(plan: Plan, call: Call, name: str = "auto") -> Plan:
     """A plan that was made by hand, for a call of another dtype too; raise if it can't run the call."""
+    _require_same_sizes(plan, call)
     if call.bias not in (None, plan.call.bias):
         made = f"the plan was made for bias={plan.call.bias!r}"
         raise ValueError(f"{made} (got one of kind {call.bias!r}): plan(…, bias={call.bias!r})")
     if name != "auto":
         raise ValueError(f"a plan has chosen its backends: leave out backend={name!r}, or plan(…, backend={name!r})")
+    plan.require_unchanged()
     call = call._replace(part=not plan.runs_whole(call))
     reasons = [reason for part in plan.parts if (reason := part.backend.supports(call)) is not None]
     if not plan.parts and (reason := only_plain_attention(call)) is not None:
@@ -255,6 +276,17 @@ def fitted(plan: Plan, call: Call, name: str = "auto") -> Plan:
         raise ValueError(f"{plan} can't run this call ({reasons[0]}); attend with the graph itself chooses what can")
     parts = zip(plan.parts, others, strict=True)
     return replace(plan, parts=tuple(replace(part, backend=other) for part, other in parts))
+
+
+def _require_same_sizes(plan: Plan, call: Call) -> None:
+    """Raise unless a plan was made for so many nodes and heads, on this device."""
+    made, given = ((each.num_queries, each.num_keys, each.heads) for each in (plan.call, call))
+    if made != given or call.device != plan.call.device:
+        raise ValueError(
+            f"the plan was made for {made[0]} queries, {made[1]} keys and {made[2]} heads on {plan.call.device} (got "
+            f"{given[0]}, {given[1]} and {given[2]} on {call.device}); make one for these, or attend with the graph "
+            f"itself"
+        )
 
 
 def _another_kernel(backend: Backend, call: Call) -> Backend | None:
@@ -464,8 +496,9 @@ class _Choice:
             edges = f"{len(lie.query):,} edges"
             self.notes.append(f"the nodes were not reordered: for {edges} it takes long; reorder=True does")
             return None
-        if not INSTALLED["scipy"]:
-            self.notes.append("the nodes were not reordered: that needs SciPy, pip install scipy")
+        missing = "that needs SciPy, pip install scipy"
+        if not INSTALLED["scipy"] or (missing := why_not("scipy.sparse.csgraph", "scipy")):
+            self.notes.append(f"the nodes were not reordered: {missing}")
             return None
         return self.edges.reordered(bandwidth_order(lie.query, lie.key, self.edges.n), tiles.tiling)
 

@@ -21,6 +21,7 @@ from numba import njit
 from torch import Tensor
 
 from attngraph.kernels.contract import Adjacency, CSRLayout, Modifiers, ScoreBias
+from attngraph.kernels.cpu.compiler import CACHE
 from attngraph.kernels.cpu.exp import exp
 from attngraph.kernels.cpu.gather import Neighbors, Vector, gather_add, gather_dot
 from attngraph.kernels.cpu.openmp import parallel_for
@@ -30,7 +31,7 @@ CHUNK_EDGES = 64  # edges of a node whose neighbours stay in the cache between t
 FASTMATH_FLAGS = {"reassoc", "contract", "nsz", "arcp"}  # all that keep inf and nan
 NO_BIAS, OFFSET, EDGE, DENSE = range(4)
 KINDS = {"offset": OFFSET, "edge": EDGE, "dense": DENSE}
-compiled = njit(nogil=True, cache=True, fastmath=FASTMATH_FLAGS)
+compiled = njit(nogil=True, cache=CACHE, fastmath=FASTMATH_FLAGS)
 
 
 class Edges(NamedTuple):

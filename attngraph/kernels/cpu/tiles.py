@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from attngraph.kernels.contract import Modifiers, TileRows, TilesLayout
+from attngraph.kernels.cpu.compiler import CACHE
 from attngraph.kernels.cpu.openmp import parallel_for
 from attngraph.kernels.cpu.simd import (
     BLOCK_ROWS,
@@ -48,7 +49,7 @@ MASKED_SCORE = np.finfo(np.float32).min  # below every score, and finite: a quer
 ALL_BITS = np.uint64(0xFFFFFFFFFFFFFFFF)
 LN_2 = math.log(2)
 FASTMATH_FLAGS = {"contract"}  # multiply and add in one rounding; exp2 stands no reassociation
-compiled = njit(nogil=True, cache=True, fastmath=FASTMATH_FLAGS)
+compiled = njit(nogil=True, cache=CACHE, fastmath=FASTMATH_FLAGS)
 # For functions that only compiled ones call, which keep their code.
 inner = njit(fastmath=FASTMATH_FLAGS, no_cpython_wrapper=True, no_cfunc_wrapper=True)
 

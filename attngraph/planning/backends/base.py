@@ -13,6 +13,7 @@ from torch import Tensor
 
 from attngraph.bias import Bias
 from attngraph.graph.base import Graph
+from attngraph.kernels.available import why_not
 from attngraph.kernels.contract import Modifiers
 from attngraph.planning.call import Call, Request
 from attngraph.planning.costs import Costs
@@ -144,9 +145,13 @@ class KernelBackend(Backend):
             return reason
         if self.device not in (None, call.device.type):
             return f"it runs on a {'GPU' if self.device == 'cuda' else 'CPU'}, not on {call.device}"
-        if self.package is not None and not INSTALLED[self.package]:
+        if self.package is None:
+            return self.limits(call)
+        if not INSTALLED[self.package]:
             return f"it needs {self.package}: pip install {INSTALL[self.package]}"
-        return self.limits(call)
+        if (reason := self.limits(call)) is not None or call.compiled:  # a compiled program asks again when it runs
+            return reason
+        return why_not(self.module, self.package)
 
     def limits(self, call: Call) -> str | None:
         """Why it can't run a call of plain attention on its device; None if it can."""

@@ -27,7 +27,7 @@ class Reference(Backend):
     def supports(self, call: Call) -> str | None:
         if call.part:
             return "it runs all edges at once"
-        return "compiled programs have no loop over nodes" if call.compiled else None
+        return "compiled programs and tensors without numbers have no loop over nodes" if call.compiled else None
 
     def only_by_name(self, call: Call) -> str | None:
         return "only by name: it is the definition"

@@ -47,6 +47,13 @@ def checked(function: Function) -> Function:
     return with_checked_arguments  # type: ignore[return-value]
 
 
+def check_fields(instance: Any) -> None:
+    """The same for the fields of a dataclass that is being made, as the first thing in its `__post_init__`."""
+    for name, kinds in kinds_of(type(instance)).items():
+        if kinds:
+            object.__setattr__(instance, name, take(name, getattr(instance, name), kinds))
+
+
 def kinds_of(function: Callable[..., Any] | type) -> dict[str, list[Kind]]:
     """What each annotated argument of a function, or field of a dataclass, may be; no kinds are all kinds."""
     variadic = set()
@@ -106,6 +113,16 @@ def _integer(value: Any) -> int:
     return number
 
 
+def _number(value: Any) -> Any:
+    if isinstance(value, bool | np.bool_) or not isinstance(value, Real):
+        raise TypeError
+    try:
+        float(value)
+    except OverflowError:
+        raise TypeError from None
+    return value
+
+
 def _boolean(value: Any) -> bool:
     if not isinstance(value, bool | np.bool_):
         raise TypeError
@@ -126,7 +143,7 @@ def _one_of(values: tuple[Any, ...]) -> Kind:
 
 SIMPLE = {
     int: Kind("an int below 2⁶³", _integer),
-    float: _instance("a number", Real, (bool, np.bool_)),
+    float: Kind("a number", _number),
     bool: Kind("True or False", _boolean),
     str: _instance("a string", str),
     type(None): _instance("None", type(None)),
@@ -152,11 +169,8 @@ def _kinds(hint: Any) -> list[Kind]:
     if plain in SIMPLE:
         return [SIMPLE[plain]]
     if plain in LISTS:
-        return [
-            _instance(
-                "a list", (list, tuple) if plain in (tuple, list) else plain, str if plain is not Iterable else ()
-            )
-        ]
+        no_list = () if plain is Iterable else (str, torch.Tensor, np.ndarray)
+        return [_instance("a list", (list, tuple) if plain in (tuple, list) else plain, no_list)]
     if isinstance(plain, type) and plain.__module__ != "typing" and not getattr(plain, "_is_protocol", False):
         article = "an" if plain.__name__[0] in "AEIOU" else "a"
         return [_instance(f"{article} {plain.__name__}", plain)]

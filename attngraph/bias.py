@@ -14,7 +14,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from attngraph.graph.base import Graph
+from attngraph.arguments import checked, shown
+from attngraph.graph.base import Graph, require_ints
 from attngraph.graph.positions import distance_offset
 from attngraph.kernels.contract import BiasKind, ScoreBias
 
@@ -41,8 +42,10 @@ class Alibi:
             raise ValueError(f"Alibi takes slopes of shape (H,) (got {tuple(self.slopes.shape)})")
 
     @staticmethod
+    @checked
     def geometric(num_heads: int, device: torch.device | None = None) -> Alibi:
         """The slopes of the paper, 2^(-8h/H) for h = 1 … H, in float32."""
+        require_ints(1, num_heads=num_heads)
         heads = torch.arange(1, num_heads + 1, dtype=torch.float32, device=device)
         return Alibi(2.0 ** (-8.0 * heads / num_heads))
 
@@ -70,6 +73,12 @@ class RelativeBias:
     of_offset: ClassVar[bool] = True
 
     def __post_init__(self):
+        if not isinstance(self.table, Tensor):
+            raise TypeError(f"RelativeBias takes a tensor, table (H, buckets) (got {shown(self.table)})")
+        if not (self.max_distance is None or (isinstance(self.max_distance, int) and self.max_distance is not True)):
+            raise TypeError(f"max_distance must be an int or None (got {shown(self.max_distance)})")
+        if not isinstance(self.bidirectional, bool):
+            raise TypeError(f"bidirectional must be True or False (got {shown(self.bidirectional)})")
         if self.table.ndim != 2:
             raise ValueError(f"RelativeBias takes a table of shape (H, buckets) (got {tuple(self.table.shape)})")
         buckets = self.table.shape[1]
@@ -117,6 +126,8 @@ class EdgeBias:
     values: Tensor
 
     def __post_init__(self):
+        if not isinstance(self.values, Tensor):
+            raise TypeError(f"EdgeBias takes a tensor of values, one for each edge (got {shown(self.values)})")
         if not 1 <= self.values.ndim <= 4:
             raise ValueError(f"EdgeBias takes values (E,), (H, E) or (B, H, E) (got shape {tuple(self.values.shape)})")
 

@@ -63,9 +63,13 @@ DOORS = [
     Door("FeedForward", FeedForward, {
         "embed_dim": 8, "hidden_dim": 16, "activation": "gelu", "gated": False, "bias": True, "dropout": 0.0,
     }),
-    Door("GPT", GPT, {"config": config, "vocab_size": 11, "graph": Causal(), "tied": True}),
+    Door("GPT", GPT, {"config": config, "vocab_size": 11, "graph": Causal(), "tied": True}, {
+        "vocab_size": "vocab_size|tokens",
+    }),
     Door("GPT.forward", gpt, {"tokens": tokens, "graph": None, "positions": None, "attention_mask": None}),
-    Door("Encoder", Encoder, {"config": config, "vocab_size": 11, "graph": Causal(), "num_types": 2, "tied": True}),
+    Door("Encoder", Encoder, {"config": config, "vocab_size": 11, "graph": Causal(), "num_types": 2, "tied": True}, {
+        "vocab_size": "vocab_size|tokens", "num_types": "num_types|types",
+    }),
     Door("Encoder.forward", encoder, {
         "tokens": tokens, "graph": None, "positions": None, "attention_mask": None, "types": None,
     }),
@@ -79,7 +83,7 @@ DOORS = [
     Door("ViT.forward", vit, {"images": torch.randn(2, 1, 4, 4), "graph": None, "attention_mask": None}),
     Door("DecisionTransformer", DecisionTransformer, {
         "config": config, "state_dim": 3, "action_dim": 2, "max_time": 9, "graph": Causal(), "bounded": True,
-    }, {"max_time": "timesteps"}),
+    }, {"max_time": "max_time|timesteps"}),
     Door("DecisionTransformer.forward", decision, {
         "states": torch.randn(2, 5, 3), "actions": torch.randn(2, 5, 2), "returns": torch.randn(2, 5, 1),
         "timesteps": torch.arange(5).expand(2, 5), "attention_mask": None,

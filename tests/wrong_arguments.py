@@ -54,15 +54,20 @@ def faults(door: Door) -> Iterator[Fault]:
     """What of a function's answers to wrong arguments is no answer."""
     for argument in door.arguments:
         for kind, value in WRONG.items():
-            if callable(value) and argument in door.functions:
-                continue
-            try:
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")
-                    door.function(**{**door.arguments, argument: value})
-            except Exception as error:
-                if (said := complaint(error, door.also.get(argument, argument))) is not None:
-                    yield Fault(door.name, argument, kind, said)
+            yield from faults_of(door, argument, kind, value)
+
+
+def faults_of(door: Door, argument: str, kind: str, value: Any) -> Iterator[Fault]:
+    """The same for one argument and one value."""
+    if callable(value) and argument in door.functions:
+        return
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            door.function(**{**door.arguments, argument: value})
+    except Exception as error:
+        if (said := complaint(error, door.also.get(argument, argument))) is not None:
+            yield Fault(door.name, argument, kind, said)
 
 
 def complaint(error: Exception, argument: str) -> str | None:

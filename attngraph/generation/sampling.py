@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from attngraph.arguments import checked
 from attngraph.graph.base import require_ints
 from attngraph.nn.checks import values_known
 from attngraph.nn.padding import padding_mask
@@ -16,6 +17,7 @@ from attngraph.nn.transformer import TransformerConfig
 
 
 @torch.no_grad()
+@checked
 def generate(
     model: nn.Module,
     tokens: Tensor,
@@ -72,7 +74,7 @@ def generate(
             if temperature == 0:
                 next_token = logits.argmax(-1, keepdim=True)
             else:
-                probabilities = _truncated((logits - highest[:, None]) / temperature, top_k, top_p).softmax(-1)
+                probabilities = _truncated((logits - highest[:, None]) / float(temperature), top_k, top_p).softmax(-1)
                 next_token = torch.multinomial(probabilities, 1, generator=generator)
             tokens = torch.cat([tokens, next_token], dim=1)
             mask = mask if mask is None else torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)

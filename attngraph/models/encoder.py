@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from attngraph.arguments import checked, shown
 from attngraph.graph.base import Graph
 from attngraph.graph.patterns import Full
 from attngraph.models.tied import Tied
@@ -18,6 +19,7 @@ from attngraph.nn.transformer import Transformer, TransformerConfig
 class TokenHead(nn.Module):
     """BERT's head: every node for itself once more, then scores of all tokens by the vectors that embed them."""
 
+    @checked
     def __init__(self, config: TransformerConfig, vocab_size: int):
         super().__init__()
         self.dense = nn.Linear(config.embed_dim, config.embed_dim)
@@ -52,6 +54,7 @@ class Encoder(Tied):
     torch.Size([2, 10, 65])
     """
 
+    @checked
     def __init__(
         self,
         config: TransformerConfig,
@@ -94,6 +97,8 @@ class Encoder(Tied):
         tokens, by default 0.
         """
         x = self.embedding(tokens)
+        if types is not None and not isinstance(types, Tensor):
+            raise TypeError(f"types must be a tensor of integers (got {shown(types)})")
         if types is not None and types.shape != tokens.shape:
             raise ValueError(f"types must have the shape of tokens, {tuple(tokens.shape)} (got {tuple(types.shape)})")
         if self.types is not None:

@@ -6,10 +6,12 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from attngraph.arguments import checked
 from attngraph.graph.base import Graph
 from attngraph.graph.patterns import Causal, Full
 from attngraph.models.tied import Tied
 from attngraph.nn.embedding import TokenEmbedding
+from attngraph.nn.padding import padding_mask
 from attngraph.nn.transformer import Transformer, TransformerConfig
 
 
@@ -35,6 +37,7 @@ class EncoderDecoder(Tied):
     torch.Size([2, 7, 65])
     """
 
+    @checked
     def __init__(
         self,
         encoder: TransformerConfig,
@@ -118,10 +121,12 @@ class EncoderDecoder(Tied):
         memory_positions: Tensor | None = None,
     ) -> Tensor:
         """The logits of targets that hear this memory, of which `attention_mask` (B, M) says what is real."""
+        x = self.embedding(target)
+        mask = padding_mask("decoder_attention_mask", decoder_attention_mask, x)
         x = self.decoder(
-            self.embedding(target),
+            x,
             positions=decoder_positions,
-            attention_mask=decoder_attention_mask,
+            attention_mask=mask,
             memory=memory,
             memory_graph=self.memory_graph,
             memory_positions=memory_positions,

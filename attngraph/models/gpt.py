@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from attngraph.arguments import checked
 from attngraph.graph.base import Graph
 from attngraph.graph.patterns import Causal
 from attngraph.models.tied import Tied
@@ -29,6 +30,7 @@ class GPT(Tied):
     torch.Size([2, 10, 65])
     """
 
+    @checked
     def __init__(
         self,
         config: TransformerConfig,

@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from attngraph.arguments import checked
 from attngraph.graph.base import Graph, require_ints
 from attngraph.graph.patterns import Full
 from attngraph.nn.embedding import PatchEmbedding
@@ -35,6 +36,7 @@ class ViT(nn.Module):
     torch.Size([3, 10])
     """
 
+    @checked
     def __init__(
         self,
         config: TransformerConfig,
@@ -93,7 +95,10 @@ class ViT(nn.Module):
 
 
 def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else (size[0], size[1])
+    pair = (size, size) if isinstance(size, int) else tuple(size)
+    if len(pair) != 2:
+        raise ValueError(f"image_size and patch_size are a number, or (height, width) (got {size!r})")
+    return pair
 
 
 def _with_cls(graph: Graph, patches: int) -> Graph:

@@ -8,11 +8,13 @@ from typing import Literal, TypedDict
 import torch
 from torch import Tensor, nn
 
+from attngraph.arguments import checked, shown
 from attngraph.attention import attend
 from attngraph.bias import Bias
-from attngraph.graph.base import Graph
+from attngraph.graph.base import Graph, require_ints
 from attngraph.graph.positions import query_offset
 from attngraph.kernels.scoring import Additive
+from attngraph.nn.checks import require_vectors
 from attngraph.nn.positions import rotate
 
 
@@ -46,6 +48,7 @@ class Attention(nn.Module):
     torch.Size([2, 10, 64])
     """
 
+    @checked
     def __init__(
         self,
         embed_dim: int,
@@ -61,6 +64,9 @@ class Attention(nn.Module):
         dropout: float = 0.0,
     ):
         super().__init__()
+        require_ints(1, embed_dim=embed_dim, num_heads=num_heads)
+        widths = {"num_kv_heads": num_kv_heads, "head_dim": head_dim, "memory_dim": memory_dim}
+        require_ints(1, **{name: width for name, width in widths.items() if width is not None})
         if head_dim is None and embed_dim % num_heads:
             raise ValueError(
                 f"embed_dim must be a multiple of num_heads (got {embed_dim} and {num_heads}), or give head_dim"
@@ -103,6 +109,9 @@ class Attention(nn.Module):
         `bias` and `attention_mask` are as in `attend`; `rotary` is a pair (cos, sin), each (M, head_dim), of the keys,
         as `Rotary` gives it: the queries stand where `graph.rows(start, stop)` begins, else they are the last keys.
         """
+        require_vectors("x", x, self.query.in_features)
+        if memory is not None:
+            require_vectors("memory", memory, self.key.in_features)
         num_keys = x.shape[-2] if memory is None else memory.shape[-2]
         start = None if rotary is None else query_offset(graph, x.shape[-2], num_keys)
         q, k, v = self.project(x, x if memory is None else memory, rotary, start)
@@ -135,6 +144,8 @@ class Attention(nn.Module):
             q = self.query_norm(q.to(self.query_norm.weight.dtype))
             k = self.key_norm(k.to(self.key_norm.weight.dtype))
         if rotary is not None:
+            if not (isinstance(rotary, tuple | list) and [isinstance(side, Tensor) for side in rotary] == [True, True]):
+                raise TypeError(f"rotary must be two tensors, (cos, sin), as Rotary gives them (got {shown(rotary)})")
             cos, sin = rotary
             first = cos.shape[-2] - q.shape[-2] if start is None else start
             q = rotate(q, *(side.narrow(-2, first, q.shape[-2]) for side in rotary))

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu
 
+from attngraph.arguments import checked, shown
 from attngraph.graph.base import require_ints
 from attngraph.nn.checks import require_range
 
@@ -17,6 +18,7 @@ class TokenEmbedding(nn.Embedding):
     GPU would have to stop and wait for the answer; it fails by itself).
     """
 
+    @checked
     def __init__(self, num_embeddings: int, embed_dim: int, what: str = "tokens"):
         require_ints(1, **{f"number of {what}": num_embeddings})
         super().__init__(num_embeddings, embed_dim)
@@ -43,6 +45,7 @@ class PatchEmbedding(nn.Module):
     torch.Size([3, 16, 64])
     """
 
+    @checked
     def __init__(self, image_size: tuple[int, int], patch_size: tuple[int, int], channels: int, embed_dim: int):
         super().__init__()
         require_ints(1, height=image_size[0], width=image_size[1], channels=channels)
@@ -56,6 +59,8 @@ class PatchEmbedding(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """(B, channels, height, width) → (B, patches, embed_dim), row by row."""
         wanted = (self.channels, *self.image_size)
+        if not isinstance(images, Tensor):
+            raise TypeError(f"images must be a tensor (got {shown(images)})")
         if images.ndim != 4 or images.shape[1:] != wanted:
             raise ValueError(f"images must have shape (B, {', '.join(map(str, wanted))}) (got {tuple(images.shape)})")
         if not images.is_floating_point():
@@ -66,6 +71,7 @@ class PatchEmbedding(nn.Module):
 class AudioEmbedding(nn.Module):
     """Frames of a spectrogram, two convolutions, every second one kept (Whisper, Radford et al. 2022)."""
 
+    @checked
     def __init__(self, channels: int, embed_dim: int):
         super().__init__()
         self.first = nn.Conv1d(channels, embed_dim, kernel_size=3, padding=1)
@@ -74,6 +80,8 @@ class AudioEmbedding(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """(B, channels, frames) → (B, frames / 2, embed_dim)."""
         channels = self.first.in_channels
+        if not isinstance(features, Tensor):
+            raise TypeError(f"features must be a tensor (got {shown(features)})")
         if features.ndim != 3 or features.shape[1] != channels:
             raise ValueError(f"features must have shape (B, {channels}, frames) (got {tuple(features.shape)})")
         if not features.is_floating_point():

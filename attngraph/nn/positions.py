@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from attngraph.arguments import checked
 from attngraph.bias import Alibi, RelativeBias
 from attngraph.nn.embedding import TokenEmbedding
 from attngraph.nn.rope import Rope
@@ -19,6 +20,7 @@ class LearnedPositions(TokenEmbedding):
     Positions (..., N) → (..., N, embed_dim). Raises, on a CPU, ValueError for positions outside of 0 … max_length - 1.
     """
 
+    @checked
     def __init__(self, max_length: int, embed_dim: int):
         super().__init__(max_length, embed_dim, "positions")
 
@@ -29,6 +31,7 @@ class SinusoidalPositions(nn.Module):
     P[p, 2i] = sin(p / base^(2i/d)) and P[p, 2i+1] = cos of the same.
     """
 
+    @checked
     def __init__(self, embed_dim: int, base: float = 10000.0):
         super().__init__()
         if embed_dim % 2:
@@ -52,6 +55,7 @@ class Rotary(nn.Module):
     longest of its documents counts.
     """
 
+    @checked
     def __init__(self, head_dim: int, base: float = 10000.0, scaling: Mapping[str, Any] | None = None):
         super().__init__()
         if head_dim % 2:
@@ -87,6 +91,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class AlibiPositions(nn.Module):
     """A penalty that grows with the distance, with the fixed slopes of Press et al. 2022."""
 
+    @checked
     def __init__(self, num_heads: int):
         super().__init__()
         self.num_heads = num_heads
@@ -99,6 +104,7 @@ class AlibiPositions(nn.Module):
 class RelativePositions(nn.Module):
     """A learned bias for each head and bucket of relative positions (see `RelativeBias`)."""
 
+    @checked
     def __init__(self, num_heads: int, num_buckets: int, max_distance: int | None = None, bidirectional: bool = True):
         super().__init__()
         self.table = nn.Parameter(torch.empty(num_heads, num_buckets))

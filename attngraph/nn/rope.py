@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attngraph.arguments import checked
+
 
 class Rope:
     """base^(-2i/D) for i < D/2, scaled; and the amplitude of the turned vectors.
@@ -18,6 +20,7 @@ class Rope:
 
     BY_LENGTH = ("dynamic", "longrope")  # the frequencies depend on how long the text is
 
+    @checked
     def __init__(self, head_dim: int, base: float = 10000.0, scaling: Mapping[str, Any] | None = None):
         self.head_dim, self.base, self.scaling = head_dim, base, dict(scaling or {})
         self.kind = self.scaling.get("rope_type", "default")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -10,11 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout
 
+from attngraph.arguments import check_fields, checked
 from attngraph.bias import Alibi, Bias, RelativeBias
 from attngraph.graph.base import Graph, require_ints
 from attngraph.graph.compose import Beside
 from attngraph.graph.patterns import Full
 from attngraph.nn.attention import Attention
+from attngraph.nn.checks import require_vectors
 from attngraph.nn.feedforward import ACTIVATIONS, FeedForward
 from attngraph.nn.padding import joint_padding_mask, padding_mask, positions_of
 from attngraph.nn.positions import AlibiPositions, LearnedPositions, RelativePositions, Rotary, SinusoidalPositions
@@ -75,8 +77,9 @@ class TransformerConfig:
     """gpt2: N(0, 0.02²), divided by √(2·layers) where the residual stream is written to. zero: there it starts at 0."""
 
     def __post_init__(self):
-        if isinstance(self.bias, str):
-            raise ValueError(f"bias must be a list of names, such as ('q', 'k', 'v') (got {self.bias!r})")
+        check_fields(self)
+        if not all(isinstance(name, str) for name in self.bias):
+            raise TypeError(f"bias must be a list of names, such as ('q', 'k', 'v') (got {self.bias!r})")
         unknown = set(self.bias) - {"q", "k", "v", "o", "ff", "norm"}
         if unknown:
             raise ValueError(f"bias must name q, k, v, o, ff or norm (got {', '.join(sorted(unknown))})")
@@ -196,6 +199,7 @@ class Transformer(nn.Module):
         graph: who hears whom: one graph for all layers, or one for each. A `PerHead` graph differs between heads.
     """
 
+    @checked
     def __init__(self, config: TransformerConfig, graph: Graph | Sequence[Graph]):
         super().__init__()
         self.config = config
@@ -234,6 +238,9 @@ class Transformer(nn.Module):
                 one is at -1.
             memory_attention_mask: which of the memory's nodes are real, (B, M).
         """
+        require_vectors("x", x, self.config.embed_dim)
+        if memory is not None:
+            require_vectors("memory", memory, self.config.embed_dim)
         if memory is None:
             if self.config.cross:
                 raise ValueError("a model with config.cross needs a memory")
@@ -320,7 +327,7 @@ class Transformer(nn.Module):
     def _per_layer(self, graph: Graph | Sequence[Graph]) -> tuple[Graph, ...]:
         """One graph for each layer."""
         layers, heads = self.config.num_layers, self.config.num_heads
-        graphs = (graph,) * layers if isinstance(graph, Graph) else tuple(graph)
+        graphs = tuple(graph) if isinstance(graph, Iterable) else (graph,) * layers
         for part in graphs:
             if not isinstance(part, Graph):
                 raise TypeError(

@@ -389,6 +389,13 @@ def test_without_a_place_to_keep_it_calibration_says_so(own_cache, monkeypatch, 
     assert Costs.here().source.startswith("the defaults for")
 
 
+def test_calibration_notices_that_the_machine_is_busy(own_cache, monkeypatch):
+    monkeypatch.setattr(calibrate, "measured", lambda device: Costs(source="measured"))
+    monkeypatch.setattr(calibrate.psutil, "cpu_percent", lambda interval: 90.0)
+    with pytest.warns(UserWarning, match=r"cores of this machine busy.*again when it is idle"):
+        attngraph.calibrate()
+
+
 def test_more_threads_share_the_work_but_not_the_calls():
     two, four = (costs.default_costs("avx2", threads) for threads in (2, 4))
     assert four.tile_s_per_pair_dim == two.tile_s_per_pair_dim / 2

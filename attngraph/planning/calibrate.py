@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
+import psutil
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from attngraph.arguments import checked
 from attngraph.graph.base import Graph, at_size
 from attngraph.graph.patterns import Chunks, Full, Identity, Random, Window
 from attngraph.kernels.contract import Modifiers
@@ -26,18 +29,29 @@ from attngraph.planning.layouts.tiles import Tiles, tabulate
 ROUNDS = 10  # of which the least time counts: whoever else uses the machine only adds to it
 
 
+@checked
 def calibrate(device: torch.device | str = "cpu", *, verbose: bool = True) -> Costs:
     """Measure this machine, and keep what was found: plans that are made from now on go by it.
 
-    It takes some seconds, in which nothing else should run. The file lies in the user's cache directory; where, is
-    printed if `verbose`. Without a place to write, the result serves if it is passed to `plan(…, costs=…)`.
+    It takes some seconds, in which nothing else should run; a machine that is busy before it begins is a warning. The
+    file lies in the user's cache directory; where, is printed if `verbose`. Without a place to write, the result serves
+    if it is passed to `plan(…, costs=…)`.
     """
     device = torch.device(device)
+    if (busy := psutil.cpu_percent(interval=0.5) * (psutil.cpu_count() or 1) / 100) > MAX_BUSY_CORES:
+        warnings.warn(
+            f"other programs keep {busy:.1f} cores of this machine busy: what is measured now is slower than the "
+            f"machine is; calibrate again when it is idle",
+            stacklevel=3,
+        )
     found = measured(device)
     path = keep(found, device)
     if verbose:
         print("no place to keep it: pass it on, plan(…, costs=…)" if path is None else f"kept in {path}")
     return found
+
+
+MAX_BUSY_CORES = 0.3
 
 
 @torch.no_grad()

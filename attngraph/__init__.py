@@ -24,6 +24,7 @@ from attngraph import analysis, cache, draw, models, nn
 from attngraph.attention import attend
 from attngraph.bias import Alibi, EdgeBias, RelativeBias
 from attngraph.generation.sampling import generate
+from attngraph.graph.algebra import Empty, Full
 from attngraph.graph.base import Graph
 from attngraph.graph.compose import Beside, Disjoint, PerHead
 from attngraph.graph.edge_list import EdgeList
@@ -32,8 +33,6 @@ from attngraph.graph.patterns import (
     Causal,
     Chunks,
     Documents,
-    Empty,
-    Full,
     Global,
     Identity,
     Prefix,

@@ -9,8 +9,11 @@ import torch
 from torch import Tensor
 
 from attngraph.graph import counting
-from attngraph.graph.base import Graph, at_size, list_edges
-from attngraph.graph.patterns import Causal
+from attngraph.graph.algebra import Difference, Empty, Intersection, Sized, SymmetricDifference, Union
+from attngraph.graph.base import BYTES_PER_PAIR, Graph, at_size, list_edges
+from attngraph.graph.boxes import require_memory
+from attngraph.graph.compose import PerHead
+from attngraph.graph.patterns import Causal, Identity, Window
 
 FAR = 1 << 20  # the number of nodes at which a graph that fits any size is looked at
 
@@ -29,8 +32,28 @@ def is_causal(graph: Graph, n: int | None = None) -> bool:
     >>> is_causal(Causal() & Strided(4)), is_causal(Window(2, 1))
     (True, False)
     """
+    if n is None and _is_causal_by_form(graph):
+        return True
     n, m = _size(graph, n)
     return (graph - Causal()).num_edges(n, m) == 0
+
+
+def _is_causal_by_form(graph: Graph) -> bool:
+    """Whether an expression can't but be causal, whatever its size."""
+    match graph:
+        case Causal(offset):
+            return offset <= 0
+        case Window(_, right):
+            return right == 0
+        case Empty() | Identity():
+            return True
+        case Intersection(graphs):
+            return any(map(_is_causal_by_form, graphs))
+        case Union(graphs) | PerHead(graphs) | SymmetricDifference(graphs):
+            return all(map(_is_causal_by_form, graphs))
+        case Difference((a, _)) | Sized(a):
+            return _is_causal_by_form(a)
+    return False
 
 
 def leaks(graphs: Sequence[Graph], n: int | None = None) -> list[Leak]:
@@ -62,6 +85,7 @@ def receptive_field(graphs: Sequence[Graph], node: int, n: int) -> Tensor:
         raise ValueError(f"node must be from 0 to {n - 1} (got {node})")
     heard, every = torch.tensor([node]), torch.arange(n)
     for graph in reversed(graphs):
+        require_memory(len(heard) * n * BYTES_PER_PAIR, f"to look at the keys of {len(heard):,} queries of {graph}")
         inside = at_size(graph, n, n)[0].contains(heard[:, None], every[None])
         heard = torch.unique(torch.cat([heard, every[inside.reshape(-1, n).any(0)]]))
     return heard
@@ -69,10 +93,11 @@ def receptive_field(graphs: Sequence[Graph], node: int, n: int) -> Tensor:
 
 def reach(graphs: Sequence[Graph], n: int) -> Tensor:
     """Which input (column) reaches which output (row) through a stack of layers with residual streams: bool (n, n)."""
-    reached = torch.eye(n)
+    require_memory(16 * n * n, f"to multiply matrices of {n} × {n}")
+    own = reached = torch.eye(n, dtype=torch.float32)
     for graph in graphs:
         mask = graph.mask(n, n)
-        step = (mask.any(0) if graph.heads else mask).float() + torch.eye(n)
+        step = (mask.any(0) if graph.heads else mask).float() + own
         reached = (step @ reached > 0).float()
     return reached.bool()
 

@@ -258,7 +258,7 @@ BAD = [
     (lambda: Causal() and Full(), TypeError, "combine graphs with & | ~"),
     (lambda: Causal() & torch.ones(3, 3, dtype=torch.bool), TypeError, "unsupported operand"),
     (lambda: Causal().mask(), ValueError, "give the missing number"),
-    (lambda: Causal().mask(-1, 3), ValueError, "0 or more"),
+    (lambda: Causal().mask(-1, 3), ValueError, "n must be a number of nodes, an int from 0"),
     (lambda: Causal().mask(2.0, 3), ValueError, "number of nodes"),
     (lambda: Causal().rows(3, 2), ValueError, "start <= stop"),
     (lambda: Documents([3]).rows(0, 4), ValueError, "3, the graph's number of queries"),

@@ -27,6 +27,7 @@ from attngraph import (
     Strided,
     Tree,
     Window,
+    from_dense,
     parse,
 )
 
@@ -175,6 +176,64 @@ def test_graphs_of_heads_equal_the_reference(case, kind, seed):
     expected = results(q, k, v, graph, bias, learned, "reference")
     for backend in ("edges", "dense", "tiles", "rows", "auto"):
         assert_equal(results(q, k, v, graph, bias, learned, backend), expected)
+
+
+@strategies.composite
+def with_heads(draw, n, m, depth=2):
+    """A graph of two heads that fits n queries and m keys: graphs for each head anywhere within an expression."""
+
+    def plain(rows=n, columns=m):
+        return draw(graphs(rows, columns, 1))
+
+    def part(rows=n, columns=m):
+        return draw(with_heads(rows, columns, depth - 1))
+
+    match draw(strategies.sampled_from([*"||&-^~", "T", "rows", "global", "disjoint", "beside", "@"])) if depth else "":
+        case "|":
+            return part() | plain()
+        case "&":
+            return plain() & part()
+        case "-":
+            return part() - part()
+        case "^":
+            return part() ^ plain()
+        case "~":
+            return ~part()
+        case "T":
+            return part(m, n).T
+        case "rows":
+            start = draw(few)
+            return part(n + start, m).sized(n + start, m).rows(start, n + start)
+        case "global" if n and m:
+            return part(n - 1, m - 1).with_global_nodes(1)
+        case "disjoint":
+            rows, columns = draw(strategies.integers(0, n)), draw(strategies.integers(0, m))
+            return Disjoint([part(rows, columns).sized(rows, columns), plain(n - rows, m - columns)])
+        case "beside":
+            columns = draw(strategies.integers(0, m))
+            return Beside(plain(n, columns).sized(n, columns), part(n, m - columns))
+        case "@":
+            between = draw(few)
+            return part(n, between).sized(n, between) @ plain(between, m).sized(between, m)
+    one, other = plain(), plain()
+    return PerHead([one.sized(n, m) if draw(strategies.booleans()) else one, other])
+
+
+@given(strategies.data(), few, few)
+def test_graphs_for_each_head_within_any_expression(data, n, m):
+    graph = data.draw(with_heads(n, m))
+    mask = graph.mask(n, m)
+    assert mask.shape == (2, n, m)
+    query, key = mask.any(0).nonzero().unbind(1)
+    assert graph.num_edges(n, m) == len(key)
+    assert torch.equal(graph.edge_index(n, m), torch.stack([key, query]))
+    assert torch.equal(graph.in_degrees(n, m), mask.any(0).sum(1))
+    assert torch.equal(graph.out_degrees(n, m), mask.any(0).sum(0))
+    assert parse(repr(graph)) == graph
+    q, k, v = tensors(n, m, heads=2, kv_heads=1)
+    expected = results(q, k, v, from_dense(mask), None, None, "reference")
+    for backend in ("reference", "edges", "dense", "tiles", "rows", "auto"):
+        assert_equal(results(q, k, v, graph, None, None, backend), expected)
 
 
 @given(strategies.text("Causl()Window|&~^-@.T[]0123456789, PrefixEdgList=*\n'\"_:{}", max_size=60))

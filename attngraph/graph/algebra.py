@@ -1,33 +1,97 @@
 """The algebra of graphs: what the operators on `Graph` build. Each class is one operation on sets of edges.
 
-It defines no connectivity of its own; that is in `attngraph.patterns`.
+Of connectivity it knows all and nothing, its unit and its zero; the rest is in `attngraph.graph.patterns`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
-from functools import reduce
+from functools import cached_property
 from operator import and_, or_, xor
 from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
 
+from attngraph.graph import counting
 from attngraph.graph.base import (
+    BYTES_PER_EDGE,
     Edges,
     Graph,
+    IsListed,
+    Listed,
+    Split,
+    bind,
     common_size,
     count_edges,
+    has_lists_alone,
     list_edges,
     merge_edges,
     require_ints,
     sort_edges,
 )
-from attngraph.graph.boxes import FULL, PARTIAL, Boxes, classify, patterns_side_by_side
-from attngraph.graph.counting import Breakpoints
+from attngraph.graph.boxes import (
+    EMPTY,
+    FULL,
+    PARTIAL,
+    Boxes,
+    SideBySide,
+    classify,
+    constant_class,
+    require_memory,
+    row_ids,
+)
+from attngraph.graph.counting import Breakpoints, stretches
+from attngraph.graph.sharing import moved
 
+PAIRS_PER_EDGE = 16  # pairs that can be looked at for what listing an edge costs
+MANY_NUMBERS = 16  # of a pattern, for which one number is taken that tells as much
 PATHS_AT_ONCE = 1 << 22  # paths of two hops that are looked at in one step
+PAIRS_LOOKED_AT = 1 << 22  # of nodes and those between two hops, as a matrix; for more, all edges are listed once
+
+# ------------------------------------------------------------------------------------------- all and nothing
+
+
+class Full(Graph):
+    """Everyone hears everyone: BERT, the encoder, ViT.
+
+    >>> Full().mask(2, 3).int()
+    tensor([[1, 1, 1],
+            [1, 1, 1]], dtype=torch.int32)
+    """
+
+    def contains(self, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        return (q_idx >= 0) & (kv_idx >= 0)
+
+    def _classify_boxes(self, boxes):
+        return constant_class(boxes, FULL)
+
+    def _box_pattern(self, boxes):
+        return []
+
+    def _breakpoints(self, n, m):
+        return Breakpoints()
+
+
+class Empty(Graph):
+    """Nobody hears anybody.
+
+    >>> Empty().num_edges(5, 5)
+    0
+    """
+
+    def contains(self, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        return (q_idx < 0) & (kv_idx < 0)
+
+    def _classify_boxes(self, boxes):
+        return constant_class(boxes, EMPTY)
+
+    def _box_pattern(self, boxes):
+        return []
+
+    def _breakpoints(self, n, m):
+        return Breakpoints()
+
 
 # ------------------------------------------------------------------------------------------------ pair by pair
 
@@ -43,36 +107,46 @@ class _Pointwise(Graph):
 
     def _check(self):
         normal_graphs(self, "graphs")
-        common_size(f"graphs combined with {self.symbol}", *(graph.size for graph in self.graphs))
+        common_size(lambda: f"graphs combined with {self.symbol}", *(graph.size for graph in self.graphs))
 
     def _own_size(self):
-        return common_size("graphs", *(graph.size for graph in self.graphs))
+        return common_size(lambda: "graphs", *(graph.size for graph in self.graphs))
 
     def contains(self, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        return reduce(type(self).operator, (graph.contains(q_idx, kv_idx) for graph in self.graphs))
+        found = self.graphs[0].contains(q_idx, kv_idx)
+        for graph in self.graphs[1:]:
+            found = type(self).operator(found, graph.contains(q_idx, kv_idx))
+        return found
 
     def _breakpoints(self, n, m):
-        return Breakpoints.union(graph._breakpoints(n, m) for graph in self.graphs)
+        return Breakpoints.union([graph._breakpoints(n, m) for graph in self.graphs])
 
     def _write(self, inner):
         return f" {self.symbol} ".join(_operand(graph, inner, self) for graph in self.graphs)
 
     def _classify_boxes(self, boxes):
-        return reduce(type(self).combine, (graph._classify_boxes(boxes) for graph in self.graphs))
+        found = self.graphs[0]._classify_boxes(boxes)
+        for graph in self.graphs[1:]:
+            found = type(self).combine(found, graph._classify_boxes(boxes))
+        return found
 
     def _box_pattern(self, boxes):
-        return [number for graph in self.graphs for number in _patterns_where_partial(graph, boxes)]
+        numbers = [number for graph in self.graphs for number in _patterns_where_partial(graph, boxes)]
+        return numbers if len(numbers) <= MANY_NUMBERS else [row_ids(numbers)]
+
+    def _split(self, n, m, is_listed):
+        return _combined(self, [graph._split(n, m, is_listed) for graph in self.graphs])
 
     def _edges_of_rows(self, start, stop, n, m):
         sliced = type(self)(tuple(QuerySlice(graph, start, stop) for graph in self.graphs))
         return list_edges(sliced, stop - start, m)
 
-    def _lists_rows(self, n, m):
-        return all(graph._lists_rows(n, m) for graph in self.graphs)
-
-    def _of(self, source: Graph, n: int, m: int) -> Edges:
-        """Those edges of a larger graph that are in this one."""
-        query, key = list_edges(source, n, m)
+    def _among(self, graphs: Sequence[Graph], n: int, m: int) -> Edges:
+        """The edges, looked for among those of one of some graphs that each have them all, if it has few itself."""
+        most = [_most_edges(graph._split(n, m, has_lists_alone), n, m) for graph in graphs]
+        if not _is_few(min(most), n, m):
+            return Graph._edges(self, n, m)
+        query, key = list_edges(graphs[most.index(min(most))], n, m)
         kept = self.contains(query, key)
         return query[kept], key[kept]
 
@@ -82,16 +156,6 @@ class Union(_Pointwise):
 
     symbol, _precedence, operator, combine = "|", 0, staticmethod(or_), staticmethod(torch.maximum)
 
-    def _found_by_listing(self):
-        return all(graph._found_by_listing() for graph in self.graphs)
-
-    def _edges(self, n, m):
-        return merge_edges([list_edges(graph, n, m) for graph in self.graphs], m)
-
-    def _count(self, n, m):
-        first, rest = self.graphs[0], reduce(or_, self.graphs[1:])
-        return count_edges(first, n, m) + count_edges(rest, n, m) - count_edges(first & rest, n, m)
-
 
 class SymmetricDifference(_Pointwise):
     """``a ^ b``: the edges of one of the two."""
@@ -99,35 +163,21 @@ class SymmetricDifference(_Pointwise):
     symbol, _precedence, operator = "^", 1, staticmethod(xor)
     combine = staticmethod(lambda a, b: torch.where((a == PARTIAL) | (b == PARTIAL), PARTIAL, (a - b).abs()))
 
-    def _found_by_listing(self):
-        return all(graph._found_by_listing() for graph in self.graphs)
-
-    def _edges(self, n, m):
-        return self._of(Union(self.graphs), n, m)
-
-    def _count(self, n, m):
-        a, b = self.graphs
-        return count_edges(a, n, m) + count_edges(b, n, m) - 2 * count_edges(a & b, n, m)
-
 
 class Intersection(_Pointwise):
     """``a & b``: the edges of both."""
 
     symbol, _precedence, operator, combine = "&", 2, staticmethod(and_), staticmethod(torch.minimum)
 
-    def _found_by_listing(self):
-        return any(graph._found_by_listing() for graph in self.graphs)
+    def _split(self, n, m, is_listed):
+        parts = [graph._split(n, m, is_listed) for graph in self.graphs]
+        lists = [listed for rest, listed in parts if is_nothing(rest)]
+        if lists:  # no edge lies outside of any of them
+            return nothing(self), min(lists, key=lambda listed: sum(each.cost for each in listed))
+        return _among_few(self, n, m, is_listed, parts, parts)
 
     def _edges(self, n, m):
-        listed = [graph for graph in self.graphs if graph._found_by_listing()] or self.graphs
-        return self._of(min(listed, key=lambda graph: count_edges(graph, n, m)) if len(listed) > 1 else listed[0], n, m)
-
-    def _count(self, n, m):
-        for part in self.graphs:
-            if isinstance(part, Complement):  # a & ~b is a - b, which never lists ~b
-                others = reduce(and_, (other for other in self.graphs if other is not part))
-                return count_edges(others - part.graph, n, m)
-        return super()._count(n, m)
+        return self._among(self.graphs, n, m)
 
 
 class Difference(_Pointwise):
@@ -136,15 +186,14 @@ class Difference(_Pointwise):
     symbol, _precedence, operator = "-", 3, staticmethod(lambda a, b: a & ~b)
     combine = staticmethod(lambda a, b: torch.minimum(a, FULL - b))
 
-    def _found_by_listing(self):
-        return self.graphs[0]._found_by_listing()
+    def _split(self, n, m, is_listed):
+        parts = [graph._split(n, m, is_listed) for graph in self.graphs]
+        if is_nothing(parts[0][0]):
+            return nothing(self), parts[0][1]
+        return _among_few(self, n, m, is_listed, parts, parts[:1])
 
     def _edges(self, n, m):
-        return self._of(self.graphs[0], n, m)
-
-    def _count(self, n, m):
-        a, b = self.graphs
-        return count_edges(a, n, m) - count_edges(a & b, n, m)
+        return self._among(self.graphs[:1], n, m)
 
 
 class Complement(Graph):
@@ -171,6 +220,9 @@ class Complement(Graph):
     def _count(self, n, m):
         return n * m - count_edges(self.graph, n, m)
 
+    def _split(self, n, m, is_listed):
+        return _split_within(self, n, m, is_listed)
+
     def _write(self, inner):
         return "~" + (inner(self.graph) if isinstance(self.graph, Complement) else _operand(self.graph, inner, self))
 
@@ -196,12 +248,13 @@ class Transpose(Graph):
     def _box_pattern(self, boxes):
         return self.graph._box_pattern(boxes.transposed)
 
-    def _found_by_listing(self):
-        return self.graph._found_by_listing()
-
     def _breakpoints(self, n, m):
         inner = self.graph._breakpoints(m, n)
         return inner and inner.transposed()
+
+    def _split(self, n, m, is_listed):
+        rest, listed = self.graph._split(m, n, is_listed)
+        return _around(self, rest), tuple(each.transposed for each in listed)
 
     def _edges(self, n, m):
         query, key = list_edges(self.graph, m, n)
@@ -211,7 +264,7 @@ class Transpose(Graph):
         return count_edges(self.graph, m, n)
 
     def _bind(self, n, m):
-        return Transpose(self.graph._bind(m, n))
+        return self._map(bind, m, n)
 
     def _write(self, inner):
         return _operand(self.graph, inner) + ".T"
@@ -235,7 +288,7 @@ class QuerySlice(Graph):
         return (self.stop - self.start, self.graph.size[1])
 
     def contains(self, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        return self.graph.contains(q_idx + self.start, kv_idx)
+        return self.graph.contains(moved(q_idx, self.start), kv_idx)
 
     def _classify_boxes(self, boxes):
         return self.graph._classify_boxes(boxes.shifted(rows=self.start))
@@ -243,18 +296,18 @@ class QuerySlice(Graph):
     def _box_pattern(self, boxes):
         return self.graph._box_pattern(boxes.shifted(rows=self.start))
 
-    def _found_by_listing(self):
-        return self.graph._found_by_listing()
-
     def _breakpoints(self, n, m):
         inner = self.graph._breakpoints(self._all, m)
         return inner and inner.shifted(rows=-self.start)
+
+    def _split(self, n, m, is_listed):
+        return _split_within(self, self._all, m, is_listed, rows=-self.start)
 
     def _edges(self, n, m):
         return self.graph._edges_of_rows(self.start, self.stop, self._all, m)
 
     def _bind(self, n, m):
-        return replace(self, graph=self.graph._bind(self._all, m))
+        return self._map(bind, self._all, m)
 
     @property
     def _all(self) -> int:
@@ -275,13 +328,13 @@ class Sized(Graph):
     def _check(self):
         given = {"num_queries": self.num_queries, "num_keys": self.num_keys}
         require_ints(0, **{name: count for name, count in given.items() if count is not None})
-        common_size(f"{self.graph} and its new size", self.graph.size, (self.num_queries, self.num_keys))
+        common_size(lambda: f"{self.graph} and its new size", self.graph.size, (self.num_queries, self.num_keys))
 
     def _own_size(self):
-        return common_size("graph", self.graph.size, (self.num_queries, self.num_keys))
+        return common_size(lambda: "graph", self.graph.size, (self.num_queries, self.num_keys))
 
     def contains(self, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        return self.graph._bind(*self.size).contains(q_idx, kv_idx)
+        return bind(self.graph, *self.size).contains(q_idx, kv_idx)
 
     def _classify_boxes(self, boxes):
         return self.graph._classify_boxes(boxes)
@@ -289,14 +342,15 @@ class Sized(Graph):
     def _box_pattern(self, boxes):
         return self.graph._box_pattern(boxes)
 
-    def _found_by_listing(self):
-        return self.graph._found_by_listing()
-
     def _bind(self, n, m):
-        return replace(self, graph=self.graph._bind(*common_size("graph", self.size, (n, m))))
+        n, m = common_size(lambda: f"graph {self} and its size", self.size, (n, m))
+        return self._map(bind, n, m)
 
     def _breakpoints(self, n, m):
         return self.graph._breakpoints(n, m)
+
+    def _split(self, n, m, is_listed):
+        return _split_within(self, n, m, is_listed)
 
     def _edges(self, n, m):
         return list_edges(self.graph, n, m)
@@ -334,7 +388,7 @@ class WithGlobalNodes(Graph):
 
     def _box_pattern(self, boxes):
         k = self.num_global
-        return patterns_side_by_side([(self.graph, k, k, self._in_inner(boxes))], boxes)
+        return SideBySide.of([(self.graph, k, k, (None, None))]).pattern(boxes)
 
     def _in_inner(self, boxes: Boxes) -> Tensor:
         return (boxes.top >= self.num_global) & (boxes.left >= self.num_global)
@@ -344,8 +398,12 @@ class WithGlobalNodes(Graph):
         inner = self.graph._breakpoints(*self._inner(n, m))
         return inner and Breakpoints.union([inner.shifted(k, k), Breakpoints(frozenset({k}), frozenset({k}))])
 
+    def _split(self, n, m, is_listed):
+        return _split_within(self, *self._inner(n, m), is_listed, self.num_global, self.num_global)
+
     def _edges(self, n, m):
         k = self.num_global
+        require_memory((n + m) * k * BYTES_PER_EDGE, f"to list the edges of {self} at {n} × {m}")
         query, key = list_edges(self.graph, *self._inner(n, m))
         of_global_queries = all_pairs(min(k, n), m)
         of_global_keys = all_pairs(n, min(k, m))
@@ -359,8 +417,11 @@ class WithGlobalNodes(Graph):
         for name, count in (("queries", n), ("keys", m)):
             if count is not None and count < self.num_global:
                 raise ValueError(f"with_global_nodes({self.num_global}) needs at least that many {name} (got {count})")
-        inner = (None if count is None else max(count - self.num_global, 0) for count in (n, m))
-        return replace(self, graph=self.graph._bind(*inner))
+        inner = [None if count is None else max(count - self.num_global, 0) for count in (n, m)]
+        return self._map(bind, *inner)
+
+    def _waits(self):
+        return True  # for an error where the size is too small
 
     def _inner(self, n: int, m: int) -> tuple[int, int]:
         """The size of the graph without its global nodes."""
@@ -378,9 +439,8 @@ class TwoHops(Graph):
     _precedence = 4
 
     def _check(self):
-        common_size(
-            "the two hops of a @ b: the keys of a and the queries of b", (None, self.a.size[1]), (None, self.b.size[0])
-        )
+        what = "the two hops of a @ b: the keys of a and the queries of b"
+        common_size(lambda: what, (None, self.a.size[1]), (None, self.b.size[0]))
 
     def _own_size(self):
         return (self.a.size[0], self.b.size[1])
@@ -396,37 +456,59 @@ class TwoHops(Graph):
                 f"two hops need the number of nodes between them, which {self} does not tell: give one of the "
                 f"graphs its size, graph.sized(num_queries, num_keys)"
             )
+        looked_at = max(q_idx.numel(), kv_idx.numel()) * self.middle
+        if looked_at > PAIRS_LOOKED_AT and self.heads is None and not self._unbound:
+            return contains_code(self._codes.to(q_idx.device), q_idx * cast(int, self.size[1]) + kv_idx)
         middle = torch.arange(self.middle, device=q_idx.device)
         (queries, at_query), (keys, at_key) = (torch.unique(side, return_inverse=True) for side in (q_idx, kv_idx))
         first = self.a.contains(queries[:, None], middle[None]).float()
         second = self.b.contains(middle[:, None], keys[None]).float()
         return (first @ second > 0)[..., at_query, at_key]
 
-    def _found_by_listing(self):
-        return True
+    @cached_property
+    def _codes(self) -> Tensor:
+        """query · num_keys + key of each edge, ascending, of hops that know their size."""
+        n, m = (cast(int, count) for count in self.size)
+        query, key = self._hops(n, m)
+        return query * m + key
 
     def _edges(self, n, m):
+        return self._codes // max(m, 1), self._codes % max(m, 1)
+
+    def _hops(self, n: int, m: int) -> Edges:
         between = cast(int, self.middle)
         query, end = list_edges(self.a, n, between)
         start, key = list_edges(self.b, between, m)
         degree = torch.bincount(start, minlength=between)
         first, fan = (degree.cumsum(0) - degree)[end], degree[end]  # the edges of b that go on from each edge of a
         found = (query[:0], key[:0])
-        for some in torch.arange(len(fan)).split(_together(fan)):
+        for some in torch.arange(len(fan)).split(stretches(fan, PATHS_AT_ONCE)):
             here = fan[some]
             step = torch.arange(int(here.sum())) - (here.cumsum(0) - here - first[some]).repeat_interleave(here)
+            purpose = f"to list the more than {len(found[0]):,} edges of {self} at {n} × {m}"
+            require_memory((len(found[0]) + PATHS_AT_ONCE) * BYTES_PER_EDGE, purpose)
             found = merge_edges([found, (query[some].repeat_interleave(here), key[step])], m)
         return found
 
     def _bind(self, n, m):
         middle = self.middle if self.middle is not None else n if n == m else None
-        return TwoHops(self.a.sized(n, middle)._bind(n, middle), self.b.sized(middle, m)._bind(middle, m))
+        return TwoHops(bind(self.a.sized(n, middle), n, middle), bind(self.b.sized(middle, m), middle, m))
+
+    def _waits(self):
+        return None in (*self.a.size, *self.b.size) or super()._waits()
 
     def _write(self, inner):
         return f"{_operand(self.a, inner, self)} @ {_operand(self.b, inner, self)}"
 
 
 # --------------------------------------------------------------------------------------------------- the parts
+
+
+def contains_code(code: Tensor, wanted: Tensor) -> Tensor:
+    """Which numbers are among ascending ones."""
+    if not len(code):
+        return torch.zeros_like(wanted, dtype=torch.bool)
+    return code[torch.searchsorted(code, wanted).clamp(max=len(code) - 1)] == wanted
 
 
 def _plus(count: int | None, more: int) -> int | None:
@@ -454,9 +536,59 @@ def _operand(graph: Graph, inner, operator: Graph | None = None) -> str:
     return inner(graph) if own > around else f"({inner(graph)})"
 
 
-def _together(count: Tensor) -> list[int]:
-    """Lengths that cut a list of counts into stretches of about PATHS_AT_ONCE in sum."""
-    return torch.unique_consecutive(count.cumsum(0) // PATHS_AT_ONCE, return_counts=True)[1].tolist()
+def nothing(graph: Graph) -> Graph:
+    """No edges, in the size of a graph."""
+    return Empty().sized(*graph.size)
+
+
+def is_nothing(graph: Graph) -> bool:
+    """Whether a graph says of itself that it has no edges."""
+    return type(graph.graph if type(graph) is Sized else graph) is Empty
+
+
+def _combined(graph: _Pointwise, parts: list[Split]) -> Split:
+    """The split of a combination of graphs that are split into these parts."""
+    rests, listed = [rest for rest, _ in parts], tuple(dict.fromkeys(each for _, lists in parts for each in lists))
+    if all(map(is_nothing, rests)):
+        return nothing(graph), listed
+    unchanged = all(rest is part for rest, part in zip(rests, graph.graphs, strict=True))
+    return graph if unchanged else type(graph)(tuple(rests)), listed
+
+
+def _among_few(
+    graph: _Pointwise, n: int, m: int, is_listed: IsListed, parts: list[Split], larger: list[Split]
+) -> Split:
+    """The same, of a graph that is best listed where it has no lines and one of some larger ones has few edges."""
+    rest, listed = _combined(graph, parts)
+    has_lines = rest._breakpoints(n, m) is not None
+    if has_lines or not is_listed(graph, n, m) or not _is_few(min(_most_edges(each, n, m) for each in larger), n, m):
+        return rest, listed
+    return nothing(graph), (Listed(graph, n, m),)
+
+
+def _is_few(edges: int, n: int, m: int) -> bool:
+    """Whether to list so many edges costs less than to look at all pairs."""
+    return PAIRS_PER_EDGE * edges <= n * m
+
+
+def _around(graph: Graph, inner: Graph) -> Graph:
+    """The same operation on another graph of the same size."""
+    if is_nothing(inner) and type(graph) in (Transpose, QuerySlice, Sized):
+        return nothing(graph)
+    return graph._map(lambda _: inner)
+
+
+def _split_within(graph: Any, n: int, m: int, is_listed: IsListed, rows: int = 0, columns: int = 0) -> Split:
+    """The split of an operation on one graph, of this size, whose nodes it moves."""
+    rest, listed = graph.graph._split(n, m, is_listed)
+    return _around(graph, rest), tuple(each.moved(rows, columns) for each in listed)
+
+
+def _most_edges(split: Split, n: int, m: int) -> int:
+    """A bound of the number of edges of a graph that is split like this."""
+    rest, listed = split
+    of_lines = counting.count(rest, n, m)
+    return n * m if of_lines is None else min(n * m, of_lines + sum(each.cost for each in listed))
 
 
 def _patterns_where_partial(graph: Graph, boxes: Boxes) -> list[Tensor]:

@@ -5,13 +5,17 @@ No kernels, no devices, no weights: a graph is a value that answers questions ab
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import struct
+import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import MISSING, FrozenInstanceError, dataclass, fields, replace
-from functools import reduce, wraps
 from inspect import get_annotations
-from operator import index, or_
-from typing import TYPE_CHECKING, Any, ClassVar, SupportsIndex, cast, dataclass_transform
+from operator import index
+from types import FunctionType
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, SupportsIndex, cast, dataclass_transform
 
 import torch
 from torch import Tensor
@@ -19,14 +23,23 @@ from torch import Tensor
 from attngraph import cache
 from attngraph.graph import boxes as of_boxes
 from attngraph.graph import counting
-from attngraph.graph.boxes import Boxes
+from attngraph.graph.boxes import Boxes, require_memory
 from attngraph.graph.counting import Breakpoints
+from attngraph.graph.sharing import once
 
 Size = tuple[int | None, int | None]
 Edges = tuple[Tensor, Tensor]
 """Edges as (query, key), each int64 (E,), sorted by query, then key."""
 
 PAIRS_PER_STEP = 1 << 24  # pairs (query, key) that a scan of a predicate looks at in one step: 16 MiB of bools
+BYTES_PER_PAIR = 16  # about what `contains` takes for each
+BYTES_PER_EDGE = 60  # about what listing takes for each edge, temporary tensors included
+LONG_SECONDS = 30  # of a scan that warns
+MAX_PAIRS = 1 << 40  # that are looked at one by one: hours
+LARGEST = 1 << 61  # of the numbers of a graph: sums and differences of two stay within int64
+MAX_DEPTH = 210  # operations within each other: some Python frames each
+MAX_TERMS_TOLD, MAX_TERMS_WRITTEN = 100, 1 << 20  # of an expression that `str` and `repr` write out
+MAX_KEY = 4096  # characters of a key; longer ones are named by their hash
 _CLASS_NUMBERS = itertools.count(1)
 
 
@@ -76,6 +89,21 @@ class Graph:
             """Whether `_state` has to be asked."""
             ...
 
+        @property
+        def _unbound(self) -> bool:
+            """Whether it or a part of it is to be told its size: see `_waits`."""
+            ...
+
+        @property
+        def _terms(self) -> int:
+            """How many graphs and operations there are in the expression, written out."""
+            ...
+
+        @property
+        def _depth(self) -> int:
+            """How many operations lie within each other."""
+            ...
+
     # ================================================================== what a graph MUST define
 
     def contains(self, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
@@ -101,27 +129,28 @@ class Graph:
 
     def _edges(self, n: int, m: int) -> Edges:
         """All edges, sorted; the default scans `contains`."""
-        step = max(1, PAIRS_PER_STEP // max(m, 1))
         found = [torch.empty(0, 2, dtype=torch.int64)]
-        for start in range(0, n, step):
-            query = torch.arange(start, min(start + step, n))[:, None]
-            found.append(self.contains(query, torch.arange(m)[None]).nonzero() + torch.tensor([start, 0]))
+        for start, inside in scanned(self, n, m):
+            found.append(inside.nonzero() + torch.tensor([start, 0]))
+            rows = start + len(inside)
+            so_far = sum(map(len, found)) * n // rows
+            require_memory(so_far * BYTES_PER_EDGE, f"to list the about {so_far:,} edges of {self} at {n} × {m}")
         query, key = torch.cat(found).unbind(1)
         return query, key
 
     def _edges_of_rows(self, start: int, stop: int, n: int, m: int) -> Edges:
         """The edges of the queries start … stop-1, renumbered from 0; the default chooses among those of all n."""
-        query, key = list_edges(self, n, m)
+        if not _defines(self, "_edges"):
+            return Graph._edges(self.rows(start, stop), stop - start, m)
+        query, key = self._edges(n, m)
         inside = (query >= start) & (query < stop)
         return query[inside] - start, key[inside]
 
-    def _lists_rows(self, n: int, m: int) -> bool:
-        """Whether `_edges_of_rows` costs as much as the edges it lists, not as those of all queries."""
-        return type(self)._edges_of_rows is not Graph._edges_of_rows or self._breakpoints(n, m) is not None
-
     def _count(self, n: int, m: int) -> int:
-        """The number of edges; the default lists them."""
-        return len(list_edges(self, n, m)[0])
+        """The number of edges; the default lists them, or scans `contains`."""
+        if _defines(self, "_edges"):
+            return len(self._edges(n, m)[0])
+        return sum(int(inside.sum()) for _, inside in scanned(self, n, m))
 
     def _classify_boxes(self, boxes: Boxes) -> Tensor:
         """EMPTY, PARTIAL or FULL for each box (see `boxes`), int8; PARTIAL is always safe."""
@@ -133,15 +162,25 @@ class Graph:
 
     def _found_by_listing(self) -> bool:
         """Whether to find the edges by listing them, rather than by boxes: true of a graph that can do only that."""
-        return type(self)._edges is not Graph._edges and type(self)._classify_boxes is Graph._classify_boxes
+        return _defines(self, "_edges") and not _defines(self, "_classify_boxes")
+
+    def _split(self, n: int, m: int, is_listed: IsListed) -> Split:
+        """The graph without those parts that are to be listed, and where these lie."""
+        return (algebra.nothing(self), (Listed(self, n, m),)) if is_listed(self, n, m) else (self, ())
+
+    def _waits(self) -> bool:
+        """Whether `_bind` would tell the graph something that it does not know."""
+        if not _owner(type(self), "_bind").__module__.startswith("attngraph.graph."):
+            return True
+        return any(part._unbound for part in self._children)
 
     def _bind(self, n: int | None, m: int | None) -> Graph:
         """The same graph, told its size; only what depends on the size (Random, two hops) listens."""
-        return self._map(lambda part: part._bind(n, m))
+        return self._map(bind, n, m)
 
     def _head(self, index: int) -> Graph:
         """The graph of one head."""
-        return self._map(lambda part: part._head(index)) if self.heads else self
+        return self._map(_head_of, index) if self.heads else self
 
     def _write(self, inner: Callable[[Graph], str]) -> str:
         """The graph as an expression, its parts written by `inner`."""
@@ -191,9 +230,12 @@ class Graph:
     def __init_subclass__(cls, **options: Any):
         super().__init_subclass__(**options)
         _refuse_reserved_fields(cls)
+        _refuse_old_hooks(cls)
         owner = _owner(cls, "contains")
         if owner is cls or not issubclass(owner, Graph):
-            setattr(cls, "contains", _checked(cls.contains))  # noqa: B010  its type stays
+            setattr(cls, "contains", once(cls.contains, _checked))  # noqa: B010  its type stays
+        for name in _ASKED_ONCE & vars(cls).keys():
+            setattr(cls, name, once(getattr(cls, name)))
         for name in _FOLLOWS_CONTAINS:
             if cls.__mro__.index(_owner(cls, name)) > cls.__mro__.index(owner):  # of a base class with other edges
                 setattr(cls, name, getattr(Graph, name))
@@ -201,26 +243,34 @@ class Graph:
         own = cls.__dict__
         cls.__repr__ = cls.__repr__  # the class's own, so that no dataclass decorator makes another
         if "__eq__" not in own:
-            cls.__hash__ = Graph.__hash__
+            cls.__eq__, cls.__hash__ = cls.__eq__, cls.__hash__
         dataclass(frozen=True, repr=False)(cls)
         cls._defaults = {each.name: each.default for each in fields(cast(Any, cls)) if each.default is not MISSING}
         del cls.__setattr__, cls.__delattr__  # Graph's serve; a dataclass decorator would refuse to make them again
 
     def __post_init__(self):
+        if not torch.compiler.is_compiling():
+            _put_plainly(self)
         self._check()
         if not torch.compiler.is_compiling():
             _require_values(self)
         children = self._children
+        self._set(_terms=1 + sum(part._terms for part in children))
+        self._set(_depth=1 + max((part._depth for part in children), default=-1))
+        if self._depth > MAX_DEPTH:
+            raise ValueError(
+                f"a graph nests at most {MAX_DEPTH} operations (got one more): combine many graphs by one operation, "
+                f"as a | b | c is, or list the edges of a part, from_edge_index(part.edge_index(n, m), (n, m))"
+            )
         heads = {part.heads for part in children if part.heads}
         if len(heads) > 1:
             raise ValueError(f"graphs with different numbers of heads do not combine (got {sorted(heads)})")
         self._set(size=self._own_size(), heads=heads.pop() if heads else None)
         self._set(_may_change=any(part._may_change for part in children) or type(self)._state is not Graph._state)
+        self._set(_unbound=self._waits())
         if not torch.compiler.is_compiling():
-            key, equal, handle = cache.COMPILED.register(self._write_key(), self)
-            self._set(
-                _key=key, _handle=handle, _equal=equal
-            )  # which stays alive as long as this one: its key names both
+            key, equal, handle = cache.COMPILED.register(_shortened(self._write_key()), self)
+            self._set(_key=key, _handle=handle, _equal=equal)  # which lives as long as this one: its key names both
 
     def _set(self, **values: object) -> None:
         """Attributes of a graph that is being made."""
@@ -238,31 +288,54 @@ class Graph:
             if isinstance(part, Graph)
         )
 
-    def _map(self, change: Callable[[Graph], Graph]) -> Graph:
-        """The same combination of changed parts."""
-        if not self._children:
-            return self
+    def _map(self, change: Callable[..., Graph], *arguments: Any) -> Graph:
+        """The same combination of changed parts; the graph itself where none changes."""
         changed = {}
         for field in fields(cast(Any, self)):
             value = getattr(self, field.name)
             if isinstance(value, Graph):
-                changed[field.name] = change(value)
-            elif isinstance(value, tuple) and any(isinstance(part, Graph) for part in value):
-                changed[field.name] = tuple(change(part) if isinstance(part, Graph) else part for part in value)
-        return replace(cast(Any, self), **changed)
+                new = change(value, *arguments)
+                if new is not value:
+                    changed[field.name] = new
+            elif isinstance(value, tuple):
+                new = list(value)
+                for place, part in enumerate(value):  # one frame: expressions are deep
+                    if isinstance(part, Graph):
+                        new[place] = change(part, *arguments)
+                if any(one is not other for one, other in zip(new, value, strict=True)):
+                    changed[field.name] = tuple(new)
+        return replace(cast(Any, self), **changed) if changed else self
+
+    def _values(self) -> tuple:
+        """What makes the graph equal to others of its class."""
+        return tuple(_exact(getattr(self, field.name)) for field in fields(cast(Any, self)))
+
+    def __eq__(self, other: object) -> bool:
+        if self is other:
+            return True
+        if not isinstance(other, Graph) or type(self) is not type(other):
+            return NotImplemented
+        equal = self.__dict__.get("_equal")
+        if equal is not None and equal is other.__dict__.get("_equal"):
+            return True
+        return hash(self) == hash(other) and self._values() == other._values()
 
     def __hash__(self) -> int:
         known = self.__dict__.get("_hash")
         if known is None:
-            known = hash((type(self), *(getattr(self, field.name) for field in fields(cast(Any, self)))))
+            known = hash((type(self), self._values()))
             self._set(_hash=known)
         return known
 
     def __repr__(self) -> str:
-        return self._write(repr)
+        return self._write(repr) if self._terms <= MAX_TERMS_WRITTEN else self._named()
 
     def __str__(self) -> str:
-        return self._write(str)
+        return self._write(str) if self._terms <= MAX_TERMS_TOLD else self._named()
+
+    def _named(self) -> str:
+        """An expression that is too long to be written out."""
+        return f"<{type(self).__name__} of {self._terms - 1:,} graphs>"
 
     def __reduce__(self) -> tuple:
         return _rebuild, (
@@ -294,20 +367,27 @@ class Graph:
     # ================================================================================================ the algebra
 
     def __or__(self, other: Graph) -> Graph:
-        return algebra.chain(algebra.Union, self, other) if isinstance(other, Graph) else NotImplemented
+        return algebra.chain(algebra.Union, self, other) if _is_operand(other) else NotImplemented
 
     def __and__(self, other: Graph) -> Graph:
-        return algebra.chain(algebra.Intersection, self, other) if isinstance(other, Graph) else NotImplemented
+        return algebra.chain(algebra.Intersection, self, other) if _is_operand(other) else NotImplemented
 
     def __sub__(self, other: Graph) -> Graph:
-        return algebra.Difference((self, other)) if isinstance(other, Graph) else NotImplemented
+        return algebra.Difference((self, other)) if _is_operand(other) else NotImplemented
 
     def __xor__(self, other: Graph) -> Graph:
-        return algebra.SymmetricDifference((self, other)) if isinstance(other, Graph) else NotImplemented
+        return algebra.SymmetricDifference((self, other)) if _is_operand(other) else NotImplemented
 
     def __matmul__(self, other: Graph) -> Graph:
         """Two hops: query i hears key j if i hears, in this graph, some node that hears j in the other."""
-        return algebra.TwoHops(self, other) if isinstance(other, Graph) else NotImplemented
+        return algebra.TwoHops(self, other) if _is_operand(other) else NotImplemented
+
+    def _refuse_operand(self, other: object) -> Graph:
+        """Of an operator whose left side is no graph."""
+        _is_operand(other)
+        return NotImplemented
+
+    __ror__ = __rand__ = __rsub__ = __rxor__ = __rmatmul__ = _refuse_operand
 
     def __invert__(self) -> Graph:
         return algebra.Complement(self)
@@ -351,8 +431,14 @@ class Graph:
     def mask(self, n: int | None = None, m: int | None = None, device: torch.device | str | None = None) -> Tensor:
         """The edges as a bool tensor (n, m), or (H, n, m): rows are queries, columns are keys, True is an edge."""
         graph, n, m = at_size(self, n, m)
-        query, key = torch.arange(n, device=device)[:, None], torch.arange(m, device=device)[None]
-        return graph.contains(query, key)
+        heads = graph.heads or 1
+        if n * m * heads <= PAIRS_PER_STEP:
+            return graph.contains(torch.arange(n, device=device)[:, None], torch.arange(m, device=device)[None])
+        require_memory(n * m * heads, f"for the mask of {graph} at {n} × {m}", device and torch.device(device))
+        found = torch.empty((n, m) if graph.heads is None else (heads, n, m), dtype=torch.bool, device=device)
+        for start, rows in scanned(graph, n, m, device):
+            found[..., start : start + rows.shape[-2], :] = rows
+        return found
 
     def edge_index(self, n: int | None = None, m: int | None = None) -> Tensor:
         """The edges as an int64 tensor (2, E): row 0 the key (source), row 1 the query (target), as in PyG.
@@ -382,13 +468,12 @@ class Graph:
     def in_degrees(self, n: int | None = None, m: int | None = None) -> Tensor:
         """How many keys each query hears: int64 (n,)."""
         graph, n, m = at_size(self, n, m)
-        found = None if graph.heads else counting.in_degrees(graph, n, m)
-        return torch.bincount(list_edges(graph, n, m)[0], minlength=n) if found is None else found
+        return count_keys(graph, n, m)
 
     def out_degrees(self, n: int | None = None, m: int | None = None) -> Tensor:
         """How many queries hear each key: int64 (m,)."""
         graph, n, m = at_size(self, n, m)
-        return graph.T.in_degrees(m, n)
+        return count_keys(graph.T, m, n)
 
     def spans(self, start: int, stop: int, n: int | None = None, m: int | None = None) -> list[tuple[int, int]]:
         """Ranges of keys (first, stop) outside of which the queries start … stop-1 hear nobody; conservative.
@@ -400,14 +485,28 @@ class Graph:
         graph, n, m = at_size(self, n, m)
         if not 0 <= start <= stop <= n:
             raise ValueError(f"spans needs 0 <= start <= stop <= {n}, the number of queries (got {start} and {stop})")
-        return of_boxes.spans(graph, start, stop, m)
+        part = bind((_of_any_head(graph, n, m) if graph.heads else graph).rows(start, stop), stop - start, m)
+        rest, (query, key) = split(part, stop - start, m)
+        return of_boxes.spans(rest, 0, stop - start, m, torch.unique(key[part.contains(query, key)]))
 
 
 _FOLLOWS_CONTAINS = {
-    "_breakpoints", "_edges", "_edges_of_rows", "_lists_rows", "_count", "_classify_boxes", "_box_pattern",
-    "_found_by_listing",
+    "_breakpoints", "_edges", "_edges_of_rows", "_count", "_classify_boxes", "_box_pattern", "_found_by_listing",
+    "_split",
 }  # fmt: skip
 """What a graph may define besides `contains`, and what is of no use to a class with another `contains`."""
+
+
+_ASKED_ONCE = {"_bind", "_breakpoints", "_classify_boxes", "_box_pattern", "_head", "_split", "_state"}
+"""What a combination asks its parts in turn."""
+
+for _name in ("_bind", "_head", "_state"):
+    setattr(Graph, _name, once(getattr(Graph, _name)))
+
+
+def _defines(graph: Graph, name: str) -> bool:
+    """Whether the class of a graph has another hook than Graph itself."""
+    return getattr(type(graph), name) is not getattr(Graph, name)
 
 
 def _owner(cls: type, name: str) -> type:
@@ -416,6 +515,11 @@ def _owner(cls: type, name: str) -> type:
 
 
 def _refuse_assignment(self: Graph, name: str, value: object = None) -> None:
+    if "_key" not in self.__dict__:
+        raise FrozenInstanceError(
+            f"a graph is a frozen dataclass: {type(self).__name__} declares its fields, as in `{name}: int`, and needs "
+            f"no __init__ (one of your own sets them by self._set({name}=…) and ends with self.__post_init__())"
+        )
     raise FrozenInstanceError(f"a graph is a value: field {name!r} of {type(self).__name__} cannot change")
 
 
@@ -429,27 +533,175 @@ for _name in ("__setattr__", "__delattr__"):
 def at_size(graph: Graph, n: int | None = None, m: int | None = None) -> tuple[Graph, int, int]:
     """The graph bound to a definite size, and that size; what is not given is the graph's own."""
     n, m = (_node_count(name, given) for name, given in (("n", n), ("m", m)))
-    n, m = common_size(f"graph {graph} and the size asked for", graph.size, (n, m))
+    n, m = common_size(lambda: f"graph {graph} and the size asked for", graph.size, (n, m))
     if n is None or m is None:
         raise ValueError(f"graph {graph} has size {(n, m)}: give the missing number, as in graph.mask(n, m)")
-    return graph._bind(n, m), n, m
+    return bind(graph, n, m), n, m
+
+
+def bind(graph: Graph, n: int | None, m: int | None) -> Graph:
+    """The same graph, told its size."""
+    return graph._bind(n, m) if graph._unbound else graph
+
+
+def _head_of(graph: Graph, index: int) -> Graph:
+    return graph._head(index)
+
+
+class Listed(NamedTuple):
+    """A graph whose edges are listed, and where they lie in a larger one."""
+
+    graph: Graph
+    n: int
+    m: int
+    row: int = 0
+    """Of the larger one, the query that is its first query, or its first key if it lies transposed."""
+    column: int = 0
+    is_transposed: bool = False
+
+    def moved(self, rows: int, columns: int) -> Listed:
+        """The same, further down and to the right."""
+        return self._replace(row=self.row + rows, column=self.column + columns)
+
+    @property
+    def transposed(self) -> Listed:
+        """The same after queries and keys changed places."""
+        return self._replace(row=self.column, column=self.row, is_transposed=not self.is_transposed)
+
+    @property
+    def cost(self) -> int:
+        """About how many edges are to be listed."""
+        return self.graph._count(self.n, self.m) if _defines(self.graph, "_count") else self.n * self.m
+
+    def edges(self, n: int, m: int) -> Edges:
+        """Those within the n queries and m keys of the larger graph."""
+        if self.is_transposed:
+            key, query = self.graph._edges(self.n, self.m)
+        else:
+            start, stop = max(0, -self.row), min(self.n, n - self.row)
+            if start == 0 and stop == self.n:
+                query, key = self.graph._edges(self.n, self.m)
+            else:
+                query, key = self.graph._edges_of_rows(start, max(start, stop), self.n, self.m)
+                query = query + start
+        query, key = query + self.row, key + self.column
+        inside = (query >= 0) & (query < n) & (key >= 0) & (key < m)
+        return query[inside], key[inside]
+
+
+IsListed = Callable[[Graph, int, int], bool]
+Split = tuple[Graph, tuple[Listed, ...]]
+
+
+def split(graph: Graph, n: int, m: int, is_listed: IsListed | None = None) -> tuple[Graph, Edges]:
+    """A graph, to be found box by box, that agrees with this one in all pairs but those of a list, sorted.
+
+    `is_listed` says which parts of the expression are listed: by default those whose edges are found by listing them.
+
+    >>> from attngraph import parse
+    >>> split(parse("Causal() & (Window(8, 0) | Random(2, 0, 9))"), 9, 9)[0]
+    Causal() & (Window(8, 0) | Empty().sized(None, 9))
+    """
+    rest, listed = graph._split(n, m, is_listed or _is_found_by_listing)
+    return rest, merge_edges([each.edges(n, m) for each in dict.fromkeys(listed)], m)
+
+
+def _is_found_by_listing(graph: Graph, n: int, m: int) -> bool:
+    return graph._found_by_listing()
+
+
+def has_lists_alone(graph: Graph, n: int, m: int) -> bool:
+    """Whether a graph can't be counted by its lines, and its edges can be listed."""
+    return _defines(graph, "_edges") and graph._breakpoints(n, m) is None
+
+
+def _by_lines(graph: Graph, n: int, m: int) -> tuple[Graph, Edges, Edges] | None:
+    """A graph that can be counted by its lines, and the edges, sorted, that this one has and lacks besides; or None."""
+    rest, listed = graph._split(n, m, has_lists_alone)
+    if rest._breakpoints(n, m) is None or any(each.graph is graph for each in listed):
+        return None
+    if not listed:
+        return rest, no_edges(), no_edges()
+    query, key = merge_edges([each.edges(n, m) for each in dict.fromkeys(listed)], m)
+    here, there = graph.contains(query, key), rest.contains(query, key)
+    more, less = here & ~there, there & ~here
+    return rest, (query[more], key[more]), (query[less], key[less])
 
 
 def list_edges(graph: Graph, n: int, m: int) -> Edges:
     """All edges, sorted, of a graph that is bound to its size; where heads have graphs of their own, those of any."""
     if graph.heads:
-        return merge_edges([list_edges(graph._head(h), n, m) for h in range(graph.heads)], m)
-    found = counting.edges(graph, n, m)
-    return graph._edges(n, m) if found is None else found
+        return list_edges(_of_any_head(graph, n, m), n, m)
+    parts = _by_lines(graph, n, m)
+    found = None if parts is None else counting.edges(parts[0], n, m)
+    if parts is None or found is None:
+        return graph._edges(n, m)
+    _, more, less = parts
+    if len(less[0]):
+        kept = ~torch.isin(found[0] * m + found[1], less[0] * m + less[1], assume_unique=True)
+        found = found[0][kept], found[1][kept]
+    return merge_edges([found, more], m) if len(more[0]) else found
 
 
 def count_edges(graph: Graph, n: int, m: int) -> int:
-    """The number of edges of a graph that is bound to its size."""
+    """The number of edges of a graph that is bound to its size; where heads have their own, those of any."""
     if graph.heads:
-        of_any_head = reduce(or_, dict.fromkeys(graph._head(h) for h in range(graph.heads)))
-        return count_edges(of_any_head._bind(n, m), n, m)
+        return count_edges(_of_any_head(graph, n, m), n, m)
     found = counting.count(graph, n, m)
-    return graph._count(n, m) if found is None else found
+    if found is not None:
+        return found
+    parts = None if _defines(graph, "_count") else _by_lines(graph, n, m)
+    found = None if parts is None else counting.count(parts[0], n, m)
+    if parts is None or found is None:
+        return graph._count(n, m)
+    return found + len(parts[1][0]) - len(parts[2][0])
+
+
+def count_keys(graph: Graph, n: int, m: int) -> Tensor:
+    """How many keys each query of a graph that is bound to its size hears: int64 (n,)."""
+    if graph.heads:
+        return count_keys(_of_any_head(graph, n, m), n, m)
+    parts = _by_lines(graph, n, m)
+    found = None if parts is None else counting.in_degrees(parts[0], n, m)
+    if parts is not None and found is not None:
+        more, less = (torch.bincount(query, minlength=n) for query, _ in parts[1:])
+        return found + more - less
+    if _defines(graph, "_edges"):
+        return torch.bincount(graph._edges(n, m)[0], minlength=n)
+    return torch.cat([torch.empty(0, dtype=torch.int64), *(inside.sum(1) for _, inside in scanned(graph, n, m))])
+
+
+def lists_rows(graph: Graph, n: int, m: int) -> bool:
+    """Whether the edges of some queries cost as much as they are, not as much as those of all queries."""
+    rest, listed = graph._split(n, m, has_lists_alone)
+    apart = (not each.is_transposed and _defines(each.graph, "_edges_of_rows") for each in listed)
+    return rest._breakpoints(n, m) is not None and all(apart)
+
+
+def _of_any_head(graph: Graph, n: int, m: int) -> Graph:
+    """The union of the graphs of all heads."""
+    different = tuple(dict.fromkeys(graph._head(h) for h in range(cast(int, graph.heads))))
+    return bind(algebra.Union(different) if len(different) > 1 else different[0], n, m)
+
+
+def scanned(graph: Graph, n: int, m: int, device: torch.device | str | None = None) -> Iterator[tuple[int, Tensor]]:
+    """The mask, some queries at a time: the first of them, and their rows (some, m), or (H, some, m)."""
+    if n * m > MAX_PAIRS:
+        raise ValueError(
+            f"all {n * m:,} pairs of {graph} would have to be looked at one by one (at most {MAX_PAIRS:,} are): use "
+            f"fewer nodes, rows of it, graph.rows(start, stop), or closed forms; a class may define _edges"
+        )
+    step, began = max(1, PAIRS_PER_STEP // max(m * (graph.heads or 1), 1)), time.perf_counter()
+    require_memory(min(step, n) * m * BYTES_PER_PAIR, f"to look at the {m:,} keys of a query of {graph}")
+    key = torch.arange(m, device=device)[None]
+    for start in range(0, n, step):
+        yield start, graph.contains(torch.arange(start, min(start + step, n), device=device)[:, None], key)
+        if start == 0 and (seconds := (time.perf_counter() - began) * n / step) > LONG_SECONDS:
+            warnings.warn(
+                f"all {n * m:,} pairs of {graph} are looked at one by one, which takes about {seconds:.0f} s: a graph "
+                f"that defines _classify_boxes, _breakpoints or _edges is found without",
+                stacklevel=2,
+            )
 
 
 # -------------------------------------------------------------------------------------------- how a class is made
@@ -460,7 +712,39 @@ def _rebuild(cls: type[Graph], values: dict[str, Any]) -> Graph:
     return cls(**values)
 
 
-_ATTRIBUTES = {"size", "heads", "_key", "_may_change", "_equal", "_hash"}  # of every graph, set when it is made
+_ATTRIBUTES = {"size", "heads", "_key", "_may_change", "_equal", "_hash", "_terms", "_depth", "_unbound"}
+"""Of every graph, set when it is made."""
+
+
+def _is_operand(other: object) -> bool:
+    """Whether an operator can combine a graph with this; raise where something else was meant."""
+    if isinstance(other, type) and issubclass(other, Graph):
+        raise TypeError(f"unsupported operand: the class {other.__name__}; did you mean {other.__name__}()?")
+    if hasattr(other, "shape") and not isinstance(other, Graph):
+        raise TypeError(
+            f"unsupported operand: a graph combines with graphs (got a {type(other).__name__}); a mask becomes one by "
+            f"from_dense(mask)"
+        )
+    return isinstance(other, Graph)
+
+
+_HOOKS_OF_0_1 = {
+    "blocks": ("_classify_boxes", 2), "pattern": ("_box_pattern", 2), "lines": ("_breakpoints", 3),
+    "edges": ("_edges", 3), "list_edges": ("_edges", 3), "edges_of": ("_edges_of_rows", 4), "count": ("_count", 3),
+    "count_edges": ("_count", 3), "own_size": ("_own_size", 1), "check": ("_check", 1), "bind": ("_bind", 3),
+}  # fmt: skip
+"""What was a hook in version 0.1, what it is now, and how many arguments it takes."""
+
+
+def _refuse_old_hooks(cls: type[Graph]) -> None:
+    """Raise if a class defines a hook by the name of an earlier version, which nobody would call."""
+    for name, (today, arguments) in _HOOKS_OF_0_1.items():
+        hook = vars(cls).get(name)
+        if isinstance(hook, FunctionType) and hook.__code__.co_argcount == arguments:
+            raise TypeError(
+                f"{cls.__name__} defines {name}, which was a hook of graphs before version 0.2 and is {today} now: "
+                f"rename it; a method of yours needs another name"
+            )
 
 
 def _refuse_reserved_fields(cls: type[Graph]) -> None:
@@ -493,7 +777,8 @@ def _require_values(graph: Graph) -> None:
                 f"graph is a value (got a Tensor): give it as a tuple, tensor.tolist(), or make an EdgeList"
             )
         try:
-            hash(value)
+            if type(graph).__hash__ is Graph.__hash__:
+                hash(value)
         except TypeError:
             raise TypeError(
                 f"field {field.name!r} of {type(graph).__name__} must be hashable, so that the graph is a value (got a "
@@ -501,26 +786,64 @@ def _require_values(graph: Graph) -> None:
             ) from None
 
 
-def _checked(contains: Callable[[Any, Tensor, Tensor], Tensor]) -> Callable[[Any, Tensor, Tensor], Tensor]:
-    """A graph's `contains` whose result is known to be a bool for every pair."""
+def _checked(graph: Graph, q_idx: Tensor, kv_idx: Tensor, found: Tensor) -> Tensor:
+    """What `contains` has found, known to be a bool for every pair."""
+    if not isinstance(found, Tensor) or found.dtype != torch.bool:
+        kind = found.dtype if isinstance(found, Tensor) else type(found).__name__
+        raise TypeError(f"contains of {type(graph).__name__} must return a bool tensor (got {kind}); use == < & |")
+    pairs = torch.broadcast_shapes(q_idx.shape, kv_idx.shape)
+    shape = pairs if graph.heads is None else (graph.heads, *pairs)
+    try:
+        return found.expand(shape)
+    except RuntimeError:
+        raise ValueError(
+            f"contains of {type(graph).__name__} must return one bool for each pair, of shape {tuple(shape)} (got "
+            f"{tuple(found.shape)}): compare q_idx with kv_idx element by element"
+        ) from None
 
-    @wraps(contains)
-    def checked(self, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        found = contains(self, q_idx, kv_idx)
-        if not isinstance(found, Tensor) or found.dtype != torch.bool:
-            kind = found.dtype if isinstance(found, Tensor) else type(found).__name__
-            raise TypeError(f"contains of {type(self).__name__} must return a bool tensor (got {kind}); use == < & |")
-        pairs = torch.broadcast_shapes(q_idx.shape, kv_idx.shape)
-        shape = pairs if self.heads is None else (self.heads, *pairs)
-        try:
-            return found.expand(shape)
-        except RuntimeError:
-            raise ValueError(
-                f"contains of {type(self).__name__} must return one bool for each pair, of shape {tuple(shape)} (got "
-                f"{tuple(found.shape)}): compare q_idx with kv_idx element by element"
-            ) from None
 
-    return checked
+def plain_int(value: Any) -> Any:
+    """An integer of NumPy, or a tensor of one, as an int; anything else as it is."""
+    if isinstance(value, int) or not isinstance(value, SupportsIndex) or getattr(value, "ndim", 0):
+        return value
+    try:
+        return value if str(getattr(value, "dtype", "")).endswith("bool") else index(value)
+    except (TypeError, RuntimeError):
+        return value
+
+
+def _put_plainly(graph: Graph) -> None:
+    """Integers of any kind in the fields of a graph as ints, so that equal graphs are equal."""
+    for field in fields(cast(Any, graph)):
+        value = getattr(graph, field.name)
+        plain = plain_int(value)
+        if isinstance(value, tuple) and not _PLAIN.issuperset(map(type, value)):
+            plain = type(value)(map(plain_int, value)) if type(value) is tuple else value
+        if plain is not value:
+            graph._set(**{field.name: plain})
+
+
+def _exact(value: object) -> object:
+    """A value that equals no other that reads differently: True is not 1, 0.0 not -0.0; a NaN is itself."""
+    if isinstance(value, float):
+        return type(value), struct.pack("<d", value)
+    if isinstance(value, complex):
+        return type(value), struct.pack("<dd", value.real, value.imag)
+    if isinstance(value, frozenset):
+        return type(value), frozenset(map(_exact, value))
+    if isinstance(value, tuple):
+        return value if _PLAIN.issuperset(map(type, value)) else (type(value), *map(_exact, value))
+    return value if type(value) in _PLAIN or isinstance(value, Graph) else (type(value), value)
+
+
+_PLAIN = {int, str, type(None)}
+
+
+def _shortened(key: str) -> str:
+    """A key, or if it is long its beginning and a hash: expressions of expressions would grow without bound."""
+    if len(key) <= MAX_KEY:
+        return key
+    return f"{key[:60]} … <{hashlib.sha256(key.encode()).hexdigest()[:40]}>"
 
 
 def _argument(value: object, inner: Callable[[Graph], str]) -> str:
@@ -531,30 +854,32 @@ def _argument(value: object, inner: Callable[[Graph], str]) -> str:
 
 def _node_count(name: str, given: SupportsIndex | None) -> int | None:
     """A size that was asked for, as an int."""
-    count = index(given) if isinstance(given, SupportsIndex) and not isinstance(given, bool) else given
-    if count is not None and (not isinstance(count, int) or isinstance(count, bool) or count < 0):
-        raise ValueError(f"{name} must be a number of nodes, 0 or more (got {given!r})")
-    return count
+    count = plain_int(given)
+    if count is None or (isinstance(count, int) and not isinstance(count, bool) and 0 <= count <= LARGEST):
+        return count
+    raise ValueError(f"{name} must be a number of nodes, an int from 0 to 2**61 (got {given!r})")
 
 
-def common_size(what: str, *sizes: Size) -> Size:
+def common_size(what: Callable[[], str], *sizes: Size) -> Size:
     """The size that all of these agree on; None agrees with everything."""
     merged = []
     for side, of in zip(("query", "key"), zip(*sizes, strict=True), strict=False):
         definite = sorted({count for count in of if count is not None})
         if len(definite) > 1:
             raise ValueError(
-                f"{what} must have the same number of {side} nodes (got {' and '.join(map(str, definite))})"
+                f"{what()} must have the same number of {side} nodes (got {' and '.join(map(str, definite))})"
             )
         merged.append(definite[0] if definite else None)
     return tuple(merged)
 
 
 def require_ints(at_least: int | None, **given: int) -> None:
-    """Raise unless every argument is an int, and not below a bound."""
+    """Raise unless every argument is an int, not below a bound, and not beyond what node numbers can be."""
     for name, value in given.items():
         if isinstance(value, bool) or not isinstance(value, int):
             raise TypeError(f"{name} must be an int (got {value!r})")
+        if abs(value) > LARGEST:
+            raise ValueError(f"{name} must be at most 2**61 in size (got {value})")
         if at_least is not None and value < at_least:
             raise ValueError(f"{name} must be {at_least} or more (got {value})")
 
@@ -565,8 +890,17 @@ def sort_edges(query: Tensor, key: Tensor, m: int) -> tuple[Tensor, Tensor]:
     return query[order], key[order]
 
 
-def merge_edges(parts: list[tuple[Tensor, Tensor]], m: int) -> tuple[Tensor, Tensor]:
+def no_edges() -> Edges:
+    """An empty list of edges."""
+    return torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64)
+
+
+def merge_edges(parts: list[Edges], m: int) -> Edges:
     """The union of several lists of edges, sorted."""
+    if not parts:
+        return no_edges()
+    edges = sum(len(query) for query, _ in parts)
+    require_memory(edges * BYTES_PER_EDGE, f"to sort {edges:,} edges")
     code = torch.unique(torch.cat([query * m + key for query, key in parts]))
     return code // max(m, 1), code % max(m, 1)
 

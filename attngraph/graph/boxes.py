@@ -13,6 +13,8 @@ import psutil
 import torch
 from torch import Tensor
 
+from attngraph.graph.sharing import moved
+
 if TYPE_CHECKING:
     from attngraph.graph.base import Graph, Size
 
@@ -35,9 +37,10 @@ class Boxes(NamedTuple):
         """The boxes after queries and keys changed places."""
         return Boxes(self.left, self.right, self.top, self.bottom)
 
-    def shifted(self, rows: int = 0, columns: int = 0) -> Boxes:
+    def shifted(self, rows: int | Tensor = 0, columns: int | Tensor = 0) -> Boxes:
         """The boxes, moved."""
-        return Boxes(self.top + rows, self.bottom + rows, self.left + columns, self.right + columns)
+        by = (rows, rows, columns, columns)
+        return Boxes(*(moved(side, step) for side, step in zip(self, by, strict=True)))
 
     def clipped(self, n: int | None, m: int | None) -> Boxes:
         """What of the boxes lies within n queries and m keys; a box outside loses its area."""
@@ -101,33 +104,55 @@ class Occupied(NamedTuple):
 BYTES_PER_BOX = 200  # what the descent holds for each box of one level, temporary tensors included
 
 
-def occupied_tiles(graph: Graph, n: int, m: int, tile: tuple[int, int]) -> Occupied:
-    """The tiles, of so many queries and keys, in which a graph of size n × m may have edges.
+class Tiles(NamedTuple):
+    """Boxes of 2^level × 2^level cells of a grid, by their place."""
 
-    Boxes of 2^level × 2^level tiles are quartered until their class is decided, or they are single tiles.
+    level: int
+    row: Tensor
+    column: Tensor
+
+
+def descend(graph: Graph, rows: Tensor, columns: Tensor) -> Iterator[tuple[Tiles, Boxes, Tensor, Tensor]]:
+    """The boxes of a grid with these borders, both ascending, in which a graph may have edges.
+
+    Boxes of 2^level × 2^level cells are quartered until their class is decided, or they are single cells. Each level,
+    down to 0, is told as the boxes' places, the boxes, and which of them are FULL and PARTIAL.
     """
-    rows, columns = -(-n // tile[0]), -(-m // tile[1])
-    row = column = torch.zeros(1 if rows and columns else 0, dtype=torch.int64)
-    found = [(row[:0], row[:0], torch.zeros(0, dtype=torch.bool))]
-    for level in range(max(rows - 1, columns - 1, 0).bit_length(), -1, -1):
-        kind = graph._classify_boxes(_boxes(row, column, tile[0] << level, tile[1] << level).clipped(n, m))
+    num_rows, num_columns = len(rows) - 1, len(columns) - 1
+    row = column = torch.zeros(1 if num_rows and num_columns else 0, dtype=torch.int64)
+    for level in range(max(num_rows - 1, num_columns - 1, 0).bit_length(), -1, -1):
+        top, left = row << level, column << level
+        bottom, right = (top + (1 << level)).clamp(max=num_rows), (left + (1 << level)).clamp(max=num_columns)
+        boxes = Boxes(rows[top], rows[bottom], columns[left], columns[right])
+        kind = graph._classify_boxes(boxes)
         full, partial = kind == FULL, kind == PARTIAL
+        purpose = f"to find the edges of {graph} at {int(rows[-1])} × {int(columns[-1])}"
+        require_memory(4 * int(partial.sum()) * BYTES_PER_BOX, purpose)
+        yield Tiles(level, row, column), boxes, full, partial
+        if level:
+            inner = (-(-count >> level - 1) for count in (num_rows, num_columns))
+            row, column = _quartered(row[partial], column[partial], 1, *inner)
+
+
+def occupied_tiles(graph: Graph, n: int, m: int, tile: tuple[int, int]) -> Occupied:
+    """The tiles, of so many queries and keys, in which a graph of size n × m may have edges."""
+    rows, columns = -(-n // tile[0]), -(-m // tile[1])
+    borders = [
+        (torch.arange(count + 1) * side).clamp(max=end)
+        for count, side, end in zip((rows, columns), tile, (n, m), strict=True)
+    ]
+    nothing = torch.empty(0, dtype=torch.int64)
+    found = [(nothing, nothing, nothing.bool())]
+    for (level, row, column), _, full, partial in descend(graph, *borders):
         num_full = int(full.sum()) << 2 * level
-        require_memory((num_full + 4 * int(partial.sum())) * BYTES_PER_BOX, f"to plan {graph} at {n} × {m}")
+        require_memory(num_full * BYTES_PER_BOX, f"to plan {graph} at {n} × {m}")
         found.append((*_quartered(row[full], column[full], level, rows, columns), torch.ones(1, dtype=torch.bool)))
         if level == 0:
             found.append((row[partial], column[partial], torch.zeros(1, dtype=torch.bool)))
-        else:
-            row, column = _quartered(row[partial], column[partial], 1, -(-rows >> level - 1), -(-columns >> level - 1))
     full = torch.cat([flag.expand(len(row)) for row, _, flag in found])
     row, column = (torch.cat([part[side] for part in found]) for side in (0, 1))
     order = (row * columns + column).argsort()
     return Occupied(row[order], column[order], full[order])
-
-
-def _boxes(row: Tensor, column: Tensor, height: int, width: int) -> Boxes:
-    """Boxes of one shape, by their place in a grid."""
-    return Boxes(row * height, (row + 1) * height, column * width, (column + 1) * width)
 
 
 def _quartered(row: Tensor, column: Tensor, levels: int, rows: int, columns: int) -> tuple[Tensor, Tensor]:
@@ -139,13 +164,14 @@ def _quartered(row: Tensor, column: Tensor, levels: int, rows: int, columns: int
     return row[inside], column[inside]
 
 
-def spans(graph: Graph, start: int, stop: int, m: int) -> list[tuple[int, int]]:
+def spans(graph: Graph, start: int, stop: int, m: int, heard: Tensor) -> list[tuple[int, int]]:
     """Ranges of keys outside of which the queries start … stop-1 hear nobody, as (first, stop), ascending.
 
-    The keys are halved until a part is decided or is one key; ranges that touch are one.
+    The keys are halved until a part is decided or is one key; ranges that touch are one. Some keys are known to be
+    heard besides.
     """
     left = torch.zeros(1 if start < stop and m else 0, dtype=torch.int64)
-    right, found = torch.full_like(left, m), []
+    right, found = torch.full_like(left, m), list(zip(heard.tolist(), (heard + 1).tolist(), strict=True))
     while len(left):
         kind = graph._classify_boxes(Boxes(torch.full_like(left, start), torch.full_like(left, stop), left, right))
         done = (kind != EMPTY) & ((kind == FULL) | (right - left == 1))
@@ -155,8 +181,8 @@ def spans(graph: Graph, start: int, stop: int, m: int) -> list[tuple[int, int]]:
         left, right = torch.cat([left, middle]), torch.cat([middle, right])
     merged: list[tuple[int, int]] = []
     for first, end in sorted(found):
-        if merged and merged[-1][1] == first:
-            merged[-1] = (merged[-1][0], end)
+        if merged and merged[-1][1] >= first:
+            merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
         else:
             merged.append((first, end))
     return merged
@@ -165,42 +191,103 @@ def spans(graph: Graph, start: int, stop: int, m: int) -> list[tuple[int, int]]:
 # ----------------------------------------------------------------------------------------- graphs side by side
 
 
-def overlapping(placed: Placed, boxes: Boxes) -> Iterator[tuple[Graph, int, int, Tensor, Tensor, Boxes]]:
-    """Of graphs side by side: graph, first query, first key, the boxes inside, those overlapping, and what of them."""
-    for graph, row, column, size in placed:
-        end = [LAST if count is None else first + count for first, count in zip((row, column), size, strict=True)]
-        top, bottom = boxes.top.clamp(min=row), boxes.bottom.clamp(max=end[0])
-        left, right = boxes.left.clamp(min=column), boxes.right.clamp(max=end[1])
-        some = (top < bottom) & (left < right)
-        inside = (top == boxes.top) & (bottom == boxes.bottom) & (left == boxes.left) & (right == boxes.right)
-        part = Boxes(top, bottom, left, right).chosen(some).shifted(-row, -column)
-        yield graph, row, column, inside & some, some, part
+class SideBySide(NamedTuple):
+    """Graphs side by side, each with its own keys, ascending; their queries ascend too, or are the same for all.
+
+    Where each begins and ends is int64 (parts,), and then an entry for nodes that are in none. `kind` is the number of
+    its graph among the different ones.
+    """
+
+    graphs: tuple[Graph, ...]
+    kind: Tensor
+    row: Tensor
+    row_stop: Tensor
+    column: Tensor
+    column_stop: Tensor
+
+    @staticmethod
+    def of(placed: Placed) -> SideBySide:
+        """Those of the graphs that have pairs at all."""
+        numbers: dict[Graph, int] = {}
+        table = [(-1, LAST, LAST, LAST, LAST)]
+        for graph, row, column, size in placed:
+            if 0 not in size:
+                row_stop = LAST if size[0] is None else row + size[0]
+                column_stop = LAST if size[1] is None else column + size[1]
+                kind = numbers.setdefault(graph, len(numbers))
+                table.insert(-1, (kind, row, row_stop, column, column_stop))
+        return SideBySide(tuple(numbers), *torch.tensor(table, device="cpu").T.contiguous())
+
+    def on(self, device: torch.device) -> SideBySide:
+        """The same, its tables on a device."""
+        return self if self.kind.device == device else SideBySide(self.graphs, *(side.to(device) for side in self[1:]))
+
+    def of_query(self, query: Tensor) -> Tensor:
+        """The part of each query, where queries ascend; the number of parts for those in none."""
+        return _part_of(query, self.row, self.row_stop)
+
+    def of_key(self, key: Tensor) -> Tensor:
+        """The part of each key; the number of parts for those in none."""
+        return _part_of(key, self.column, self.column_stop)
+
+    def each_kind(self, kind: Tensor) -> Iterator[tuple[Graph, Tensor]]:
+        """Each graph, with the places where its number stands."""
+        count = torch.bincount(kind, minlength=len(self.graphs)).tolist()
+        for graph, places in zip(self.graphs, kind.argsort(stable=True).split(count), strict=True):
+            if len(places):
+                yield graph, places
+
+    def _overlapping(self, boxes: Boxes) -> tuple[Tensor, Tensor, Boxes, Tensor]:
+        """Each box with each part that it has pairs of: their numbers; these pairs, in the part's own numbers; and
+        whether they are the whole box.
+        """
+        first = torch.maximum(
+            torch.searchsorted(self.row_stop, boxes.top, right=True),
+            torch.searchsorted(self.column_stop, boxes.left, right=True),
+        )
+        stop = torch.minimum(torch.searchsorted(self.row, boxes.bottom), torch.searchsorted(self.column, boxes.right))
+        count = (stop - first).clamp(min=0)
+        box = torch.arange(len(count)).repeat_interleave(count)
+        part = first[box] + torch.arange(len(box)) - (count.cumsum(0) - count)[box]
+        whole = boxes.chosen(box)
+        inside = Boxes(
+            torch.maximum(whole.top, self.row[part]), torch.minimum(whole.bottom, self.row_stop[part]),
+            torch.maximum(whole.left, self.column[part]), torch.minimum(whole.right, self.column_stop[part]),
+        )  # fmt: skip
+        is_whole = torch.stack([one == other for one, other in zip(whole, inside, strict=True)]).all(0)
+        return box, part, inside.shifted(-self.row[part], -self.column[part]), is_whole
+
+    def classify(self, boxes: Boxes) -> Tensor:
+        """The class of each box; between the graphs are no edges."""
+        here = self.on(boxes.top.device)
+        box, part, inside, is_whole = here._overlapping(boxes)
+        kinds = torch.empty_like(box)
+        for graph, places in here.each_kind(here.kind[part]):
+            kinds[places] = graph._classify_boxes(inside.chosen(places)).long()
+        kinds = torch.where(is_whole, kinds, kinds.clamp(max=PARTIAL))
+        return torch.zeros_like(boxes.top).scatter_reduce(0, box, kinds, "amax").to(torch.int8)
+
+    def pattern(self, boxes: Boxes) -> list[Tensor]:
+        """The pattern of each box: in one part which graph it is, and its own numbers; elsewhere the box itself."""
+        here = self.on(boxes.top.device)
+        box, part, inside, is_whole = here._overlapping(boxes)
+        box, part, inside = box[is_whole], part[is_whole], inside.chosen(is_whole)
+        numbers = torch.stack([torch.full_like(boxes.top, -1), boxes.top, boxes.left])
+        for graph, places in here.each_kind(here.kind[part]):
+            own, which = graph._box_pattern(inside.chosen(places)), box[places]
+            numbers = torch.cat([numbers, numbers.new_zeros(max(0, 1 + len(own) - len(numbers)), len(boxes.top))])
+            numbers[:, which] = 0
+            for place, number in enumerate([here.kind[part[places]], *own]):
+                numbers[place, which] = number
+        return list(numbers)
 
 
 LAST = 1 << 62
 
 
-def classify_side_by_side(placed: Placed, boxes: Boxes) -> Tensor:
-    """The classes of boxes in graphs side by side; between them are no edges."""
-    found = constant_class(boxes, EMPTY)
-    for graph, _, _, inside, some, part in overlapping(placed, boxes):
-        if len(part.top):
-            kind = graph._classify_boxes(part)
-            found[some] = torch.maximum(found[some], torch.where(inside[some], kind, kind.clamp(max=PARTIAL)))
-    return found
-
-
-def patterns_side_by_side(parts: Iterable[tuple[Graph, int, int, Tensor]], boxes: Boxes) -> list[Tensor]:
-    """The patterns of graphs, each in its boxes: which graph, and its own numbers; elsewhere the box itself."""
-    numbers = torch.stack([torch.full_like(boxes.top, -1), boxes.top, boxes.left])
-    kinds: dict = {}
-    for graph, row, column, inside in parts:
-        own = graph._box_pattern(boxes.chosen(inside).shifted(-row, -column))
-        numbers = torch.cat([numbers, numbers.new_zeros(max(0, 1 + len(own) - len(numbers)), len(boxes.top))])
-        numbers[:, inside] = 0
-        for place, number in enumerate([kinds.setdefault(graph, len(kinds)), *own]):
-            numbers[place, inside] = number
-    return list(numbers)
+def _part_of(node: Tensor, start: Tensor, stop: Tensor) -> Tensor:
+    part = torch.searchsorted(stop, node, right=True).clamp(max=len(stop) - 1)
+    return torch.where(node >= start[part], part, len(stop) - 1)
 
 
 # ------------------------------------------------------------------------------------------------- the patterns

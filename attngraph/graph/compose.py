@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import reduce
-from operator import or_
-from typing import cast
+from functools import cached_property
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
 
-from attngraph.graph.algebra import normal_graphs
-from attngraph.graph.base import Graph, Size, common_size, count_edges, list_edges, sort_edges
-from attngraph.graph.boxes import classify_side_by_side, overlapping, patterns_side_by_side
+from attngraph.graph.algebra import Sized, normal_graphs
+from attngraph.graph.base import Graph, Size, bind, common_size, count_edges, list_edges, sort_edges
+from attngraph.graph.boxes import PARTIAL, SideBySide
 from attngraph.graph.counting import Breakpoints
+
+if TYPE_CHECKING:
+    from attngraph.graph.boxes import Placed
+
+FEW = 4  # different graphs side by side that are each asked about all pairs
 
 
 class Disjoint(Graph):
@@ -60,22 +64,44 @@ class Disjoint(Graph):
         for graph, row, column, size in self._placed(n, m):
             yield graph, row, column, cast(tuple[int, int], size)
 
+    @cached_property
+    def _side_by_side(self) -> SideBySide:
+        return _side_by_side(self._placed(None, None))
+
     def contains(self, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        found = []
-        for graph, row, column, _ in self._placed(None, None):
-            query, q_inside = _inside(q_idx - row, graph.size[0])
-            key, k_inside = _inside(kv_idx - column, graph.size[1])
-            found.append(graph.contains(query, key) & q_inside & k_inside)
-        return reduce(or_, found)
+        parts = self._side_by_side.on(q_idx.device)
+        of_query, of_key = parts.of_query(q_idx), parts.of_key(kv_idx)
+        query, key = q_idx - parts.row[of_query], kv_idx - parts.column[of_key]
+        together = (of_query == of_key) & (of_query < len(parts.kind) - 1)
+        heads = () if self.heads is None else (self.heads,)
+        found = torch.zeros(*heads, *together.shape, dtype=torch.bool, device=q_idx.device)
+        if len(parts.graphs) <= FEW:  # all pairs at once: nodes of other parts are looked at as node 0
+            for kind, graph in enumerate(parts.graphs):
+                own_q, own_k = parts.kind[of_query] == kind, parts.kind[of_key] == kind
+                inside = graph.contains(torch.where(own_q, query, 0), torch.where(own_k, key, 0))
+                found |= inside & together & own_q
+            return found
+        query, key, kind = (side.expand(together.shape)[together] for side in (query, key, parts.kind[of_query]))
+        inside = found[..., together]
+        for graph, pairs in parts.each_kind(kind):
+            inside[..., pairs] = graph.contains(query[pairs], key[pairs])
+        found[..., together] = inside
+        return found
 
     def _classify_boxes(self, boxes):
-        return classify_side_by_side(self._placed(None, None), boxes)
+        return self._side_by_side.classify(boxes)
 
     def _box_pattern(self, boxes):
-        return patterns_side_by_side([part[:4] for part in overlapping(self._placed(None, None), boxes)], boxes)
+        return self._side_by_side.pattern(boxes)
 
-    def _found_by_listing(self):
-        return all(graph._found_by_listing() for graph in self.graphs)
+    def _split(self, n, m, is_listed):
+        rests, listed = [], []
+        for graph, row, column, size in self._placed_in(n, m):
+            rest, lists = graph._split(*size, is_listed)
+            rests.append(rest)
+            listed += [each.moved(row, column) for each in lists]
+        changed = any(rest is not graph for rest, graph in zip(rests, self.graphs, strict=True))
+        return Disjoint(tuple(rests)) if changed else self, tuple(listed)
 
     def _breakpoints(self, n, m):
         parts = []
@@ -95,7 +121,7 @@ class Disjoint(Graph):
         return sum(count_edges(graph, *size) for graph, _, _, size in self._placed_in(n, m))
 
     def _bind(self, n, m):
-        return Disjoint(tuple(graph._bind(*size) for graph, _, _, size in self._placed(n, m)))
+        return Disjoint(tuple(bind(graph, *size) for graph, _, _, size in self._placed(n, m)))
 
 
 class Beside(Graph):
@@ -111,7 +137,7 @@ class Beside(Graph):
     b: Graph
 
     def _check(self):
-        common_size("the graphs of Beside(a, b)", (self.a.size[0], None), (self.b.size[0], None))
+        common_size(lambda: "the graphs of Beside(a, b)", (self.a.size[0], None), (self.b.size[0], None))
         if self.a.size[1] is None:
             raise ValueError(
                 f"Beside(a, b) must know where the keys of b begin: a, {self.a}, has size {self.a.size}; "
@@ -119,7 +145,7 @@ class Beside(Graph):
             )
 
     def _own_size(self):
-        queries = common_size("graphs", (self.a.size[0], None), (self.b.size[0], None))[0]
+        queries = common_size(lambda: "graphs", (self.a.size[0], None), (self.b.size[0], None))[0]
         return (queries, None if self.b.size[1] is None else self._first + self.b.size[1])
 
     def contains(self, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
@@ -132,23 +158,27 @@ class Beside(Graph):
         """The first key of b."""
         return cast(int, self.a.size[1])
 
-    def _placed(self) -> Iterator[tuple[Graph, int, int, Size]]:
-        yield self.a, 0, 0, self.a.size
-        yield self.b, 0, self._first, self.b.size
+    @cached_property
+    def _side_by_side(self) -> SideBySide:
+        n, first = self.size[0], self._first
+        return _side_by_side([(self.a, 0, 0, (n, first)), (self.b, 0, first, (n, self.b.size[1]))])
 
     def _classify_boxes(self, boxes):
-        return classify_side_by_side(self._placed(), boxes)
+        return self._side_by_side.classify(boxes)
 
     def _box_pattern(self, boxes):
-        return patterns_side_by_side([part[:4] for part in overlapping(self._placed(), boxes)], boxes)
-
-    def _found_by_listing(self):
-        return self.a._found_by_listing() and self.b._found_by_listing()
+        return self._side_by_side.pattern(boxes)
 
     def _breakpoints(self, n, m):
         keys = self._first
         a, b = self.a._breakpoints(n, keys), self.b._breakpoints(n, max(m - keys, 0))
         return Breakpoints.union([a, b and b.shifted(columns=keys), Breakpoints(columns=frozenset({keys}))])
+
+    def _split(self, n, m, is_listed):
+        keys = self._first
+        (a, of_a), (b, of_b) = self.a._split(n, keys, is_listed), self.b._split(n, max(m - keys, 0), is_listed)
+        rest = self if a is self.a and b is self.b else Beside(a, b)
+        return rest, (*of_a, *(each.moved(0, keys) for each in of_b))
 
     def _edges(self, n, m):
         keys = self._first
@@ -161,7 +191,7 @@ class Beside(Graph):
 
     def _bind(self, n, m):
         keys = self._first
-        return Beside(self.a._bind(n, keys), self.b._bind(n, None if m is None else max(m - keys, 0)))
+        return Beside(bind(self.a, n, keys), bind(self.b, n, None if m is None else max(m - keys, 0)))
 
 
 class PerHead(Graph):
@@ -178,20 +208,32 @@ class PerHead(Graph):
     def _check(self):
         if any(graph.heads for graph in normal_graphs(self, "graphs")):
             raise ValueError("PerHead takes one graph for each head, without heads of its own")
-        common_size("the graphs of PerHead", *(graph.size for graph in self.graphs))
+        common_size(lambda: "the graphs of PerHead", *(graph.size for graph in self.graphs))
 
     def __post_init__(self):
         super().__post_init__()
         object.__setattr__(self, "heads", len(self.graphs))
 
     def _own_size(self):
-        return common_size("graphs", *(graph.size for graph in self.graphs))
+        return common_size(lambda: "graphs", *(graph.size for graph in self.graphs))
 
     def contains(self, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         return torch.stack([graph.contains(q_idx, kv_idx) for graph in self.graphs])
 
+    def _classify_boxes(self, boxes):
+        kinds = torch.stack([graph._classify_boxes(boxes) for graph in self.graphs])
+        return torch.where(kinds.amin(0) == kinds.amax(0), kinds[0], PARTIAL)
+
     def _head(self, index):
-        return self.graphs[index]
+        return self.graphs[index].sized(*self.size)
+
+
+def _side_by_side(placed: Placed) -> SideBySide:
+    """Graphs side by side; those that need no size to be told are the same in all sizes."""
+    return SideBySide.of(
+        (graph.graph if type(graph) is Sized and not graph._unbound else graph, row, column, size)
+        for graph, row, column, size in placed
+    )
 
 
 def _sum(counts: Sequence[int | None]) -> int | None:

@@ -12,14 +12,19 @@ from dataclasses import dataclass
 from math import lcm
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from attngraph.graph.boxes import Boxes, descend, require_memory
 
 if TYPE_CHECKING:
     from attngraph.graph.base import Graph
 
 MAX_CELLS = 1 << 25  # looks at `contains`; beyond, cells are no saving
 CELLS_PER_STEP = 1 << 20  # cells of one step: 8 MiB for each of about 20 tensors
+BYTES_PER_RUN = 120  # what is held for each run of keys while runs are found
+BYTES_PER_EDGE = 60  # and for each edge while edges are listed from runs
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,8 @@ class Breakpoints:
 
     def shifted(self, rows: int = 0, columns: int = 0) -> Breakpoints:
         """The lines after the nodes moved by this much."""
+        if rows == columns == 0:
+            return self
         return Breakpoints(
             frozenset(r + rows for r in self.rows),
             frozenset(c + columns for c in self.columns),
@@ -66,67 +73,79 @@ class Breakpoints:
 class Cells(NamedTuple):
     """Parts of the plane that belong to a graph: int64 columns of a table, one entry a cell and residue.
 
-    Queries i in first … stop-1; keys j from low + low_slope·(i - first) to below high + high_slope·(i - first), of
-    which those with j - i ≡ residue (mod period).
+    Of the pairs (i, j) of a box, those with low <= j - i < high and j - i ≡ residue (mod period).
     """
 
-    first: Tensor
-    stop: Tensor
+    top: Tensor
+    bottom: Tensor
+    left: Tensor
+    right: Tensor
     low: Tensor
-    low_slope: Tensor
     high: Tensor
-    high_slope: Tensor
     residue: Tensor
+    period: Tensor
 
 
-def cells(graph: Graph, n: int, m: int) -> tuple[Cells, int] | None:
-    """The cells of a graph at size n × m with their period, or None where lines are no saving."""
+def cells(graph: Graph, n: int, m: int) -> Cells | None:
+    """The cells of a graph at size n × m, or None where lines are no saving."""
     found = graph._breakpoints(n, m)
     if found is None:
         return None
-    columns = sorted({0, m} | {c for c in found.columns if 0 < c < m})
-    diagonals = sorted(d for d in found.diagonals if -n < d < m)
-    borders = {0, n} | {r for r in found.rows if 0 < r < n}
-    if (len(borders) + len(columns) * len(diagonals)) * (len(columns) + len(diagonals)) * found.period > MAX_CELLS:
-        return None
-    # Between two borders no two lines cross, so their order from left to right is one and the same.
-    borders |= {c - d for c in columns for d in diagonals if 0 < c - d < n}
-    edge = torch.tensor(sorted(borders))
-    upright, slanted = torch.tensor(columns), torch.tensor(diagonals, dtype=torch.int64)
-    step = max(1, CELLS_PER_STEP // ((len(columns) + len(diagonals)) * found.period))
-    bands = zip(edge[:-1].split(step), edge[1:].split(step), strict=True)
-    parts = [_members(graph, _table(first, stop, upright, slanted, m), found.period) for first, stop in bands]
+    rows = torch.tensor(sorted({0, n} | {r for r in found.rows if 0 < r < n}))
+    columns = torch.tensor(sorted({0, m} | {c for c in found.columns if 0 < c < m}))
+    diagonals = torch.tensor(sorted(d for d in found.diagonals if -n < d < m), dtype=torch.int64)
+    parts, looked = [], 0
+    for tiles, boxes, full, partial in descend(graph, rows, columns):
+        parts.append(_whole(boxes.chosen(full)))
+        looked += len(full)
+        if looked > MAX_CELLS:
+            return None
+        if tiles.level == 0:  # what is left: boxes without a border inside
+            members = _between_diagonals(graph, boxes.chosen(partial), diagonals, found.period)
+            if members is None:
+                return None
+            parts += members
     nothing = torch.empty(0, dtype=torch.int64)
-    columns = [torch.cat(column) for column in zip(*parts, strict=True)] if parts else [nothing] * 7
-    return Cells(*columns), found.period
+    return Cells(*(torch.cat(column) for column in zip(*parts, strict=True)) if parts else [nothing] * 8)
 
 
-def _table(first: Tensor, stop: Tensor, upright: Tensor, slanted: Tensor, m: int) -> list[Tensor]:
-    """The cells of some bands of rows, from left to right between the lines: `Cells` without the residue."""
-    first, stop = first[:, None], stop[:, None]
-    columns = upright.expand(len(first), -1)
-    at_first = torch.cat([columns, (first + slanted).clamp(0, m)], dim=1)
-    at_last = torch.cat([columns, (stop - 1 + slanted).clamp(0, m)], dim=1)
-    order = (at_first + at_last).argsort(dim=1)
-    at_first, at_last = at_first.gather(1, order), at_last.gather(1, order)
-    slope = (at_last > at_first).long()
-    occupied = (at_first[:, 1:] > at_first[:, :-1]) | (at_last[:, 1:] > at_last[:, :-1])
-    table = (first, stop, at_first[:, :-1], slope[:, :-1], at_first[:, 1:], slope[:, 1:])
-    return [column.expand_as(occupied)[occupied] for column in table]
+def _whole(boxes: Boxes) -> Cells:
+    """All pairs of boxes."""
+    one = torch.ones_like(boxes.top)
+    return Cells(*boxes, boxes.left - boxes.bottom + 1, boxes.right - boxes.top, one - 1, one)
 
 
-def _members(graph: Graph, table: list[Tensor], period: int) -> Cells:
-    """Of all cells and residues, those that belong to the graph, decided by one pair of each."""
-    residue = torch.arange(period).repeat(len(table[0]))
-    first, stop, low, low_slope, high, high_slope = (column.repeat_interleave(period) for column in table)
-    least = torch.where(low_slope == 1, low - first, low - stop + 1)  # the smallest j - i in the cell
-    offset = least + (residue - least) % period
-    query = torch.where(low_slope == 1, first, torch.maximum(first, low - offset))
-    inside = offset < high - first
-    query, offset = torch.where(inside, query, 0), torch.where(inside, offset, 0)
-    kept = inside.clone()
-    kept[inside] = graph.contains(query[inside], (query + offset)[inside])
-    return Cells(*(column[kept] for column in (first, stop, low, low_slope, high, high_slope, residue)))
+def _between_diagonals(graph: Graph, boxes: Boxes, diagonals: Tensor, period: int) -> list[Cells] | None:
+    """Of boxes cut along the diagonals, and of each residue, what belongs to the graph: decided by one pair of each."""
+    low, high = boxes.left - boxes.bottom + 1, boxes.right - boxes.top  # the range of j - i
+    first = torch.searchsorted(diagonals, low, right=True)
+    pieces = torch.searchsorted(diagonals, high) - first + 1
+    if int(pieces.sum()) > MAX_CELLS:
+        return None
+    box = torch.arange(len(low)).repeat_interleave(pieces)
+    place = torch.arange(len(box)) - (pieces.cumsum(0) - pieces)[box]
+    line = torch.cat([diagonals, diagonals.new_zeros(1)])
+    last = place == pieces[box] - 1
+    start = torch.where(place == 0, low[box], line[(first[box] + place - 1).clamp(min=0)])
+    stop = torch.where(last, high[box], line[first[box] + place])
+    residues = (stop - start).clamp(max=period)
+    if int(residues.sum()) > MAX_CELLS:
+        return None
+    found = []
+    for some in torch.arange(len(box)).split(stretches(residues, CELLS_PER_STEP)):
+        piece = some.repeat_interleave(residues[some])
+        step = torch.arange(len(piece)) - (residues[some].cumsum(0) - residues[some]).repeat_interleave(residues[some])
+        here, offset = boxes.chosen(box[piece]), start[piece] + step
+        query = torch.maximum(here.top, here.left - offset)
+        member = graph.contains(query, query + offset)
+        columns = (*here, start[piece], stop[piece], offset % period, torch.full_like(offset, period))
+        found.append(Cells(*(column[member] for column in columns)))
+    return found
+
+
+def stretches(count: Tensor, most: int) -> list[int]:
+    """Lengths that cut a list of counts into stretches of about so many in sum."""
+    return torch.unique_consecutive(count.cumsum(0) // most, return_counts=True)[1].tolist()
 
 
 def count(graph: Graph, n: int, m: int) -> int | None:
@@ -134,26 +153,23 @@ def count(graph: Graph, n: int, m: int) -> int | None:
     found = cells(graph, n, m)
     if found is None:
         return None
-    table, period = found
+    exact = object if (n + m) ** 2 >= 1 << 61 else np.int64  # Python's own integers where int64 would overflow
+    top, bottom, left, right, low, high, residue, period = (np.array(column.tolist(), dtype=exact) for column in found)
+    short, long = np.minimum(bottom - top, right - left), np.maximum(bottom - top, right - left)
+    # A diagonal that lies u beyond the lower left corner has min(u, short, short + long - u) pairs in the box.
+    low, high, residue = (number - (left - bottom) for number in (low, high, residue))
     total = 0
-    for first, stop, low, low_slope, high, high_slope, residue in zip(*(c.tolist() for c in table), strict=True):
-        total += _keys_below(high, high_slope, first, stop, residue, period)
-        total -= _keys_below(low, low_slope, first, stop, residue, period)
+    for shift, sign in ((0, 1), (short, -1), (long, -1), (short + long, 1)):
+        inside = [_sum_below(bound - shift, residue - shift, period) for bound in (high, low)]
+        total += sign * int((inside[0] - inside[1]).sum())
     return total
 
 
-def _keys_below(bound: int, slope: int, first: int, stop: int, residue: int, period: int) -> int:
-    """Σ over the rows i of ⌈(bound(i) - i - residue) / period⌉."""
-    reach, rows = bound - first - residue, stop - first
-    if slope:
-        return rows * -(-reach // period)
-    return _sum_of_ceilings(reach, period) - _sum_of_ceilings(reach - rows, period)
-
-
-def _sum_of_ceilings(x: int, period: int) -> int:
-    """A function G with G(x) - G(x-1) = ⌈x / period⌉ for every integer x."""
-    whole, rest = divmod(x, period)
-    return period * (whole * (whole + 1) // 2) + rest * (whole + 1)
+def _sum_below(bound: np.ndarray, residue: np.ndarray, period: np.ndarray) -> np.ndarray:
+    """The sum of all u with 0 < u < bound and u ≡ residue (mod period)."""
+    first = residue % period
+    terms = np.maximum(-(-(bound - first) // period), 0)
+    return terms * first + period * (terms * (terms - 1) // 2)
 
 
 def in_degrees(graph: Graph, n: int, m: int) -> Tensor | None:
@@ -167,10 +183,12 @@ def edges(graph: Graph, n: int, m: int) -> tuple[Tensor, Tensor] | None:
     found = runs(graph, n, m)
     if found is None:
         return None
+    total = int(found.length.sum())
+    require_memory(total * BYTES_PER_EDGE, f"to list the {total:,} edges of {graph} at {n} × {m}")
     start = found.length.cumsum(0) - found.length
-    step = torch.arange(int(found.length.sum())) - start.repeat_interleave(found.length)
+    step = torch.arange(total) - start.repeat_interleave(found.length)
     query = found.query.repeat_interleave(found.length)
-    key = found.key.repeat_interleave(found.length) + step * found.period
+    key = found.key.repeat_interleave(found.length) + step * found.period.repeat_interleave(found.length)
     order = (query * m + key).argsort()
     return query[order], key[order]
 
@@ -181,7 +199,7 @@ class Runs(NamedTuple):
     query: Tensor
     key: Tensor
     length: Tensor
-    period: int
+    period: Tensor
 
 
 def runs(graph: Graph, n: int, m: int) -> Runs | None:
@@ -189,10 +207,14 @@ def runs(graph: Graph, n: int, m: int) -> Runs | None:
     found = cells(graph, n, m)
     if found is None:
         return None
-    table, period = found
-    rows = table.stop - table.first
-    first, _, low, low_slope, high, high_slope, residue = (column.repeat_interleave(rows) for column in table)
-    down = torch.arange(len(first)) - (rows.cumsum(0) - rows).repeat_interleave(rows)
-    query, low, high = first + down, low + low_slope * down, high + high_slope * down
-    key = low + (query + residue - low) % period
-    return Runs(query, key, ((high - key + period - 1) // period).clamp(min=0), period)
+    first = torch.maximum(found.top, found.left - found.high + 1)  # of the rows that have keys in the cell
+    rows = (torch.minimum(found.bottom, found.right - found.low) - first).clamp(min=0)
+    total = int(rows.sum())
+    require_memory(total * BYTES_PER_RUN, f"for the keys of each query of {graph} at {n} × {m}")
+    cell = torch.arange(len(rows)).repeat_interleave(rows)
+    query = first[cell] + torch.arange(total) - (rows.cumsum(0) - rows)[cell]
+    _, _, left, right, low, high, residue, period = (column[cell] for column in found)
+    offset = torch.maximum(left - query, low)
+    offset += (residue - offset) % period
+    stop = torch.minimum(right - query, high)
+    return Runs(query, query + offset, ((stop - offset + period - 1) // period).clamp(min=0), period)

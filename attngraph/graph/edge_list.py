@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor
 
-from attngraph.graph.base import Graph, require_ints
+from attngraph.graph.algebra import contains_code
+from attngraph.graph.base import Graph, plain_int, require_ints
 from attngraph.graph.boxes import Boxes, classify
 
 ROWS_PER_STEP = 1 << 22  # rows of boxes whose edges are counted in one step: 32 MiB for each of a few tensors
@@ -52,8 +53,10 @@ class EdgeList(Graph):
 
     def __init__(self, edge_index: Tensor | Sequence[Sequence[int]], size: int | tuple[int, int]):
         given = integer_tensor(edge_index)
-        n, m = (size, size) if isinstance(size, int) else size
-        size = (n, m)
+        sides = tuple(size) if isinstance(size, list | tuple) else (size, size)
+        if len(sides) != 2:
+            raise ValueError(f"size must be a number of nodes, or (num_queries, num_keys) (got {size!r})")
+        n, m = size = tuple(map(plain_int, sides))
         require_ints(0, num_queries=n, num_keys=m)
         if n * m >= 1 << 63:
             raise ValueError(
@@ -89,11 +92,7 @@ class EdgeList(Graph):
         return self.code % max(self._keys, 1)
 
     def contains(self, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        code = self.code.to(q_idx.device)
-        if not len(code):
-            return (q_idx < 0) & (kv_idx < 0)
-        wanted = q_idx * self._keys + kv_idx
-        return code[torch.searchsorted(code, wanted).clamp(max=len(code) - 1)] == wanted
+        return contains_code(self.code.to(q_idx.device), q_idx * self._keys + kv_idx)
 
     def _found_by_listing(self):
         return True
@@ -148,7 +147,7 @@ class EdgeList(Graph):
         return f"EdgeList(<{len(self.code)} edges, {self.digest}>, size={self.size})"
 
     def __eq__(self, other: object) -> bool:
-        if not isinstance(other, EdgeList):
+        if type(self) is not type(other) or not isinstance(other, EdgeList):
             return NotImplemented
         if self is other:
             return True

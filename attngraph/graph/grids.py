@@ -8,8 +8,10 @@ from math import prod
 import torch
 from torch import Tensor
 
-from attngraph.graph.base import Graph, list_edges, merge_edges, require_ints
-from attngraph.graph.patterns import Chunks, Full, Identity, Window, integers
+from attngraph.graph.algebra import Full
+from attngraph.graph.base import BYTES_PER_EDGE, Graph, list_edges, merge_edges, plain_int, require_ints
+from attngraph.graph.boxes import require_memory
+from attngraph.graph.patterns import Chunks, Identity, Window, integers
 
 
 class _Grid(Graph):
@@ -65,6 +67,8 @@ class _Grid(Graph):
         return [boxes.top % inner, boxes.left % inner, *own]
 
     def _edges(self, n, m):
+        edges = sum(map(self._product_count, self.products))
+        require_memory(edges * BYTES_PER_EDGE, f"to list the {edges:,} edges of {self}")
         return merge_edges([self._product_edges(axes) for axes in self.products], m)
 
     def _product_edges(self, axes: tuple[Graph, ...]) -> tuple[Tensor, Tensor]:
@@ -78,13 +82,15 @@ class _Grid(Graph):
     def _count(self, n, m):
         if len(self.products) > 1:
             return super()._count(n, m)
-        axes = next(iter(self.products))
+        return self._product_count(next(iter(self.products)))
+
+    def _product_count(self, axes: tuple[Graph, ...]) -> int:
         return prod(axis.num_edges(length, length) for axis, length in zip(axes, self.shape, strict=True))
 
     def _each_axis(self, name: str, at_least: int) -> None:
         """A field with one number for all axes, or one for each."""
         given = getattr(self, name)
-        numbers = tuple(given) if isinstance(given, Iterable) else (given,) * len(self.shape)
+        numbers = tuple(map(plain_int, given)) if isinstance(given, Iterable) else (given,) * len(self.shape)
         if len(numbers) != len(self.shape):
             raise ValueError(f"{name} must be one number, or one for each axis of shape {self.shape} (got {given!r})")
         for number in numbers:

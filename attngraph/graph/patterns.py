@@ -6,67 +6,19 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import cached_property
 from itertools import accumulate
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-from attngraph.graph.base import Graph, merge_edges, require_ints
-from attngraph.graph.boxes import (
-    EMPTY,
-    FULL,
-    between_diagonals,
-    classify,
-    classify_groups,
-    constant_class,
-    require_memory,
-)
+from attngraph.graph.base import BYTES_PER_EDGE, Graph, merge_edges, plain_int, require_ints
+from attngraph.graph.boxes import between_diagonals, classify, classify_groups, require_memory
 from attngraph.graph.counting import Breakpoints
 
-MAX_BORDERS = 1 << 12  # chunks beyond which their borders are no short list
+SHALLOW = 64  # ancestors of a node, in the mean, up to which a tree is listed
+MAX_BORDERS = 1 << 20  # chunks beyond which their borders are no short list
 
 # ----------------------------------------------------------------------------------------- any number of nodes
-
-
-class Full(Graph):
-    """Everyone hears everyone: BERT, the encoder, ViT.
-
-    >>> Full().mask(2, 3).int()
-    tensor([[1, 1, 1],
-            [1, 1, 1]], dtype=torch.int32)
-    """
-
-    def contains(self, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        return (q_idx >= 0) & (kv_idx >= 0)
-
-    def _classify_boxes(self, boxes):
-        return constant_class(boxes, FULL)
-
-    def _box_pattern(self, boxes):
-        return []
-
-    def _breakpoints(self, n, m):
-        return Breakpoints()
-
-
-class Empty(Graph):
-    """Nobody hears anybody.
-
-    >>> Empty().num_edges(5, 5)
-    0
-    """
-
-    def contains(self, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        return (q_idx < 0) & (kv_idx < 0)
-
-    def _classify_boxes(self, boxes):
-        return constant_class(boxes, EMPTY)
-
-    def _box_pattern(self, boxes):
-        return []
-
-    def _breakpoints(self, n, m):
-        return Breakpoints()
 
 
 class Identity(Graph):
@@ -135,6 +87,7 @@ class Window(Graph):
     def _check(self):
         require_ints(0, left=self.left, right=self.right)
         require_ints(1, dilation=self.dilation)
+        require_ints(0, **{"left or right * dilation": max(self.left, self.right) * self.dilation})
 
     def contains(self, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         ahead = kv_idx - q_idx
@@ -214,6 +167,7 @@ class Global(Graph):
         return Breakpoints(rows=ends, columns=ends)
 
     def _edges(self, n, m):
+        require_memory(self._count(n, m) * BYTES_PER_EDGE, f"to list the edges of {self} at {n} × {m}")
         rows, columns = ([node for node in self.nodes if node < side] for side in (n, m))
         global_queries, global_keys = (torch.tensor(side, dtype=torch.int64) for side in (rows, columns))
         of_global_queries = global_queries.repeat_interleave(m), torch.arange(m).repeat(len(rows))
@@ -252,6 +206,7 @@ class Strided(Graph):
 
     def _edges(self, n, m):
         ahead = torch.arange(-((n - 1) // self.stride), (m - 1) // self.stride + 1) * self.stride
+        require_memory(n * len(ahead) * BYTES_PER_EDGE, f"to list the edges of {self} at {n} × {m}")
         query, ahead = torch.cartesian_prod(torch.arange(n), ahead).reshape(-1, 2).unbind(1)
         kept = (query + ahead >= 0) & (query + ahead < m)
         return query[kept], (query + ahead)[kept]
@@ -291,6 +246,8 @@ class Chunks(Graph):
         return Breakpoints(rows=borders, columns=borders)
 
     def _edges(self, n, m):
+        chunk = min(self.chunk, 2 * max(n, m))
+        require_memory(n * chunk * BYTES_PER_EDGE, f"to list the edges of {self} at {n} × {m}")
         query, step = torch.cartesian_prod(torch.arange(n), torch.arange(self.chunk)).reshape(-1, 2).unbind(1)
         key = (query - self.offset) // self.chunk * self.chunk + self.offset + step
         kept = (key >= 0) & (key < m)
@@ -322,7 +279,8 @@ class Random(Graph):
 
     def _check(self):
         require_ints(0, degree=self.degree)
-        require_ints(None, seed=self.seed)
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+            raise TypeError(f"seed must be an int (got {self.seed!r})")
         if self.num_keys is not None:
             require_ints(0, num_keys=self.num_keys)
 
@@ -331,6 +289,9 @@ class Random(Graph):
 
     def _bind(self, n, m):
         return replace(self, num_keys=m) if m is not None else self
+
+    def _waits(self):
+        return self.num_keys is None
 
     def contains(self, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         if self.num_keys is None:
@@ -413,6 +374,7 @@ class Documents(Graph):
         return Breakpoints(rows=borders, columns=borders)
 
     def _edges(self, n, m):
+        require_memory(self._count(n, m) * BYTES_PER_EDGE, f"to list the edges of {self} at {n} × {m}")
         lengths = torch.tensor(self.lengths, dtype=torch.int64)
         start, length = (column.repeat_interleave(lengths) for column in (self.starts[:-1].to(lengths.device), lengths))
         query = torch.arange(n).repeat_interleave(length)
@@ -477,7 +439,32 @@ class Tree(Graph):
         enter, leave = self.interval.to(q_idx.device)
         return (enter[kv_idx] <= enter[q_idx]) & (enter[q_idx] < leave[kv_idx])
 
+    @cached_property
+    def _depths(self) -> Tensor:
+        """How many nodes each hears, itself included."""
+        parents = torch.tensor([*self.parents, -1], device="cpu")  # the last entry is beyond the roots
+        depth, ancestor = torch.ones_like(parents), parents.clone()
+        depth[-1] = 0
+        for _ in range(len(parents).bit_length()):  # twice as far up each time
+            depth += depth[ancestor]
+            ancestor = ancestor[ancestor]
+        return depth[:-1]
+
+    def _count(self, n, m):
+        return int(self._depths.sum())
+
+    def _found_by_listing(self):
+        return self._count(*self.size) <= SHALLOW * len(self.parents)
+
+    def _classify_boxes(self, boxes):
+        first, last = (_Extremes.of(side.to(boxes.top.device)) for side in self.interval)
+        query_first, query_last = first.least(boxes.top, boxes.bottom), first.most(boxes.top, boxes.bottom)
+        keys = boxes.left, boxes.right
+        full = (first.most(*keys) <= query_first) & (query_last < last.least(*keys))
+        return classify((first.least(*keys) > query_last) | (last.most(*keys) <= query_first), full)
+
     def _edges(self, n, m):
+        require_memory(self._count(n, m) * BYTES_PER_EDGE, f"to list the edges of {str(self)[:60]} at {n} × {m}")
         parents = torch.tensor(self.parents, dtype=torch.int64)
         query = key = torch.arange(n)
         found = []
@@ -491,14 +478,46 @@ class Tree(Graph):
 # --------------------------------------------------------------------------------------------------- the parts
 
 
+class _Extremes(NamedTuple):
+    """Tables of the least and the largest of any 2^level successive numbers: (levels, numbers) each."""
+
+    low: Tensor
+    high: Tensor
+
+    @staticmethod
+    def of(numbers: Tensor) -> _Extremes:
+        """The tables of some numbers."""
+        low = high = numbers
+        lows, highs = [low], [high]
+        for level in range(len(numbers).bit_length() - 1):
+            after = (torch.arange(len(numbers), device=numbers.device) + (1 << level)).clamp(max=len(numbers) - 1)
+            low, high = torch.minimum(low, low[after]), torch.maximum(high, high[after])
+            lows.append(low)
+            highs.append(high)
+        return _Extremes(torch.stack(lows), torch.stack(highs))
+
+    def least(self, start: Tensor, stop: Tensor) -> Tensor:
+        """The least number from start on and before stop."""
+        return torch.minimum(*(self.low[at] for at in self._halves(start, stop)))
+
+    def most(self, start: Tensor, stop: Tensor) -> Tensor:
+        """The largest."""
+        return torch.maximum(*(self.high[at] for at in self._halves(start, stop)))
+
+    @staticmethod
+    def _halves(start: Tensor, stop: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        level = (torch.frexp((stop - start).double()).exponent - 1).long()
+        return (level, start), (level, stop - (1 << level))
+
+
 def integers(graph: Graph, name: str, at_least: int) -> None:
     """A field that holds several node numbers or counts, as a tuple of ints."""
     given = getattr(graph, name)
-    if isinstance(given, Tensor):
+    if isinstance(given, Tensor) and given.ndim == 1:
         given = given.tolist()
-    if not isinstance(given, Iterable):
+    if not isinstance(given, Iterable) or isinstance(given, str | bytes | Graph | Tensor):
         raise TypeError(f"{name} must be a list of ints (got {given!r})")
-    values = tuple(given)
+    values = tuple(map(plain_int, given))
     for value in values:
         require_ints(at_least, **{name: value})
     object.__setattr__(graph, name, values)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import sys
 import zlib
@@ -39,10 +40,19 @@ class Predicate(Graph):
     def _check(self):
         if not callable(self.function):
             raise TypeError(f"from_function takes a function of (q_idx, kv_idx) (got {self.function!r})")
+        _require_two_arguments(self.function)
         self._set(_number=next(_NUMBERS))
 
     def contains(self, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        return self.function(q_idx, kv_idx)
+        try:
+            return self.function(q_idx, kv_idx)
+        except RuntimeError as error:
+            if "Boolean value of Tensor" not in str(error):
+                raise
+            raise TypeError(
+                f"{self} uses `and`, `or`, `not` or `if` on tensors: it is asked about many pairs at once, so combine "
+                f"them by & | ~, and choose by torch.where"
+            ) from error
 
     def _state(self) -> tuple:
         return tuple(_described(self.function, 0, set()))
@@ -62,6 +72,21 @@ class Predicate(Graph):
 
     def __hash__(self) -> int:
         return id(self)
+
+
+def _require_two_arguments(function: Callable[..., Any]) -> None:
+    """Raise if a function can't be called with q_idx and kv_idx."""
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # of some builtins
+        return
+    try:
+        signature.bind(None, None)
+    except TypeError:
+        hint = ""
+        if len(signature.parameters) == 4:
+            hint = "; a mask_mod of FlexAttention with batch and head: lambda q, k: mask_mod(0, 0, q, k)"
+        raise TypeError(f"from_function takes a function of (q_idx, kv_idx) (got one of {signature}){hint}") from None
 
 
 def _described(value: Any, depth: int, seen: set[int]) -> Iterator[object]:

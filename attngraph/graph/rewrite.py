@@ -1,16 +1,19 @@
-"""The same graph, said more simply: rewrites that keep every edge; and the split into boxes and listed edges.
+"""The same graph, said more simply: rewrites that keep every edge.
 
 A rule is one `case`: a kind of expression, and what it is equal to. Nothing here depends on a size.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import reduce
 from operator import and_, or_
 
 from attngraph.graph.algebra import (
     Complement,
     Difference,
+    Empty,
+    Full,
     Intersection,
     QuerySlice,
     Sized,
@@ -20,8 +23,8 @@ from attngraph.graph.algebra import (
     WithGlobalNodes,
 )
 from attngraph.graph.base import Graph
-from attngraph.graph.compose import Beside, Disjoint
-from attngraph.graph.patterns import Causal, Chunks, Empty, Full, Global, Identity, Prefix, Random, Strided, Window
+from attngraph.graph.compose import Disjoint
+from attngraph.graph.patterns import Causal, Chunks, Global, Identity, Prefix, Random, Strided, Window
 
 EMPTY, FULL = Empty(), Full()
 
@@ -143,30 +146,48 @@ def simplify(graph: Graph) -> Graph:
     >>> simplify(parse("~~(Causal() & Window(8, 8)) | Empty()"))
     Window(8, 0)
     """
-    found = graph._map(simplify)
-    if not found.heads and _is_built_in(found):
-        better = _rewritten(found)
-        if better is not None:
-            return simplify(_as_large(better, graph))
-    if isinstance(found, Union | Intersection):
-        better = _with_a_pair_rewritten(found)
-        if better is not None:
-            return simplify(_as_large(better, graph))
-    return _as_large(found, graph)
+    return _simplified(graph, {})
 
 
-def _with_a_pair_rewritten(graph: Union | Intersection) -> Graph | None:
-    """A union or intersection in which one pair of operands was put together, or None."""
+def _simplified(graph: Graph, known: dict[Graph, Graph]) -> Graph:
+    """The same, with what was found out about its parts."""
+    if graph not in known:
+        found = graph._map(_simplified, known)
+        better = None
+        if not found.heads and _is_built_in(found):
+            better = _rewritten(found)
+        if better is None and isinstance(found, Union | Intersection):
+            better = _with_pairs_rewritten(found)
+        simpler = _as_large(found if better is None else _simplified(_as_large(better, graph), known), graph)
+        known[graph] = known[simpler] = simpler
+    return known[graph]
+
+
+def _with_pairs_rewritten(graph: Union | Intersection) -> Graph | None:
+    """A union or intersection in which pairs of operands were put together, or None."""
     rule = _rewritten_union if isinstance(graph, Union) else _rewritten_intersection
-    for one, a in enumerate(graph.graphs):
-        for other, b in enumerate(graph.graphs):
-            if one == other or a.heads or b.heads or not (_is_built_in(a) and _is_built_in(b)):
-                continue
-            better = rule(_plain(a), _plain(b))
+    kept: list[Graph] = []
+    waiting = list(graph.graphs[::-1])
+    while waiting:
+        part = waiting.pop()
+        for place, other in enumerate(kept):
+            better = _put_together(rule, other, part)
             if better is not None:
-                rest = [part for place, part in enumerate(graph.graphs) if place not in (one, other)]
-                return reduce(graph.operator, [better, *rest])
-    return None
+                del kept[place]
+                waiting.append(better)
+                break
+        else:
+            kept.append(part)
+    return None if len(kept) == len(graph.graphs) else reduce(graph.operator, kept)
+
+
+def _put_together(rule: Callable[[Graph, Graph], Graph | None], a: Graph, b: Graph) -> Graph | None:
+    """What a rule makes of two operands, in either order."""
+    if a.heads or b.heads or not (_is_built_in(a) and _is_built_in(b)):
+        return None
+    a, b = _plain(a), _plain(b)
+    found = rule(a, b)
+    return rule(b, a) if found is None else found
 
 
 def _is_built_in(graph: Graph) -> bool:
@@ -182,38 +203,3 @@ def _plain(graph: Graph) -> Graph:
 def _as_large(simpler: Graph, graph: Graph) -> Graph:
     """The simpler graph, told the size that its longer form knew."""
     return simpler if simpler.size == graph.size else simpler.sized(*graph.size)
-
-
-def split(graph: Graph) -> tuple[Graph, Graph]:
-    """Two graphs whose union this is: one to be found box by box, and one whose edges are best listed.
-
-    >>> from attngraph import parse
-    >>> split(parse("Causal() & (Window(8, 0) | Random(2))"))
-    (Window(8, 0), Random(2) & Causal())
-    """
-    banded, listed = _split(graph)
-    return simplify(banded), simplify(listed)
-
-
-def _split(graph: Graph) -> tuple[Graph, Graph]:
-    if graph._found_by_listing():
-        return EMPTY, graph
-    parts = {child: _split(child) for child in graph._children}
-    if isinstance(graph, Union | Transpose | QuerySlice | Sized | Disjoint | Beside):
-        banded = graph._map(lambda child: _as_large(parts[child][0], child))
-        return banded, graph._map(lambda child: _as_large(parts[child][1], child))
-    if isinstance(graph, WithGlobalNodes):
-        banded, scattered = parts[graph.graph]
-        apart = Disjoint([EMPTY.sized(graph.num_global, graph.num_global), scattered])
-        return _as_large(banded, graph.graph).with_global_nodes(graph.num_global), apart
-    if isinstance(graph, Intersection):
-        listed = [scattered for _, scattered in parts.values() if scattered != EMPTY]
-        banded = reduce(and_, (banded for banded, _ in parts.values()))
-        return banded, (reduce(or_, listed) & graph if listed else EMPTY)
-    if isinstance(graph, Difference):
-        banded, scattered = parts[graph.graphs[0]]
-        return banded - graph.graphs[1], scattered - graph.graphs[1]
-    if isinstance(graph, SymmetricDifference):
-        a, b = graph.graphs
-        return _split((a - b) | (b - a))
-    return graph, EMPTY

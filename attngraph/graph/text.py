@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from attngraph import cache
-from attngraph.graph import compose, edge_list, grids, patterns
+from attngraph.graph import algebra, compose, edge_list, grids, patterns
 from attngraph.graph.base import Graph
 
 LONGEST = 1 << 24  # characters
@@ -21,7 +21,7 @@ NAMES = {
     for module in (patterns, grids, edge_list, compose)
     for name, kind in vars(module).items()
     if isinstance(kind, type) and kind.__module__ == module.__name__ and issubclass(kind, Graph) and name[0] != "_"
-}
+} | {"Full": algebra.Full, "Empty": algebra.Empty}
 """The graphs that an expression may name: those of the library that are no operation."""
 OPERATORS = {
     ast.BitOr: lambda a, b: a | b,

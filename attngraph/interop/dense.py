@@ -7,10 +7,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from attngraph.graph.base import Graph
+from attngraph.graph.base import BYTES_PER_EDGE, Graph
+from attngraph.graph.boxes import require_memory
 from attngraph.graph.compose import PerHead
 from attngraph.graph.edge_list import EdgeList
 from attngraph.graph.predicate import Predicate
+
+MASKED = -1000  # what additive masks add where there is no edge, or less
 
 
 def from_dense(mask: Tensor) -> Graph:
@@ -19,15 +22,26 @@ def from_dense(mask: Tensor) -> Graph:
     >>> from_dense(torch.tensor([[True, False], [True, True]]))
     EdgeList([[0, 0, 1], [0, 1, 1]], size=(2, 2))
 
-    Raises ValueError for other shapes, and for infinities and NaN.
+    Raises ValueError for other shapes, for infinities and NaN, and for an additive mask (0 where there is an edge).
     """
-    mask = torch.as_tensor(mask)
+    try:
+        mask = torch.as_tensor(mask)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"from_dense takes a mask, a tensor of bools (got {type(mask).__name__}: {error})") from None
     if mask.ndim == 3:
         return PerHead(tuple(from_dense(head) for head in mask))
     if mask.ndim != 2:
         raise ValueError(f"from_dense takes a mask (N, M), or (H, N, M) for heads (got shape {tuple(mask.shape)})")
     if mask.is_floating_point() and not mask.isfinite().all():
         raise ValueError("from_dense takes a mask, True for an edge (got infinities or NaN): for a bias, mask > -inf")
+    if mask.is_complex():
+        raise TypeError(f"from_dense takes a mask of bools or real numbers (got {mask.dtype})")
+    if mask.dtype != torch.bool and mask.numel() and mask.min() <= MASKED and not (mask > 0).any():
+        raise ValueError(
+            f"from_dense takes a mask, True for an edge (got an additive mask, of 0 and {mask.min().item():.3g}): "
+            f"from_dense(mask == 0)"
+        )
+    require_memory(int(mask.count_nonzero()) * BYTES_PER_EDGE, "to list the edges of a mask")
     return EdgeList(mask.nonzero().flip(1).T, (mask.shape[0], mask.shape[1]))
 
 
@@ -40,4 +54,8 @@ def from_function(function: Callable[[Tensor, Tensor], Tensor], size: tuple[int,
     10
     """
     graph = Predicate(function)
-    return graph if size is None else graph.sized(*size)
+    if size is None:
+        return graph
+    if not isinstance(size, list | tuple) or len(size) != 2:
+        raise TypeError(f"size must be (num_queries, num_keys), or None for any (got {size!r})")
+    return graph.sized(*size)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from attngraph import cache
+from attngraph.graph.base import plain_int
 from attngraph.graph.edge_list import EdgeList, fingerprint, integer_tensor
 
 
@@ -21,7 +22,7 @@ def from_edge_index(edge_index: Tensor, num_nodes: int | tuple[int, int] | None 
     >>> from_edge_index(torch.tensor([[0, 1], [1, 2]]), num_nodes=3)
     EdgeList([[0, 1], [1, 2]], size=(3, 3))
     """
-    given = integer_tensor(edge_index)
+    given, num_nodes = integer_tensor(edge_index), plain_int(num_nodes)
     by_version = isinstance(edge_index, Tensor) and edge_index.is_cuda and not edge_index.is_inference()
     state = (*given.shape, edge_index.data_ptr(), edge_index._version) if by_version else fingerprint(given)
     wanted = repr(num_nodes), state

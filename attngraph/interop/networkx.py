@@ -26,6 +26,13 @@ def from_networkx(G: networkx.Graph, nodelist: Sequence[Any] | None = None) -> E
 
     Raises ValueError for a nodelist that does not name each node once.
     """
+    if not (hasattr(G, "edges") and hasattr(G, "is_directed")):
+        raise TypeError(
+            f"from_networkx takes a graph of networkx (got a {type(G).__name__}); a list of edges becomes one by "
+            f"networkx.DiGraph(edges), or is taken by from_edge_index"
+        )
+    if nodelist is not None:
+        nodelist = list(nodelist)
     if nodelist is None:
         nodelist = list(G)
         if set(nodelist) == set(range(len(nodelist))):

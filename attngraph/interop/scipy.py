@@ -25,6 +25,11 @@ def from_scipy_sparse_matrix(matrix: SparseMatrix) -> EdgeList:
 
     This is networkx's and PyG's reading. For a mask, with queries as rows, pass its transpose. Stored zeros are edges.
     """
+    if not hasattr(matrix, "tocoo"):
+        raise TypeError(
+            f"from_scipy_sparse_matrix takes a sparse matrix of SciPy (got a {type(matrix).__name__}); a dense one: "
+            f"from_dense(matrix.T)"
+        )
     coo = matrix.tocoo()
     key = torch.as_tensor(coo.row.astype("int64"))
     query = torch.as_tensor(coo.col.astype("int64"))

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from attngraph.arguments import checked, shown
+from attngraph.graph.algebra import Full
 from attngraph.graph.base import Graph
-from attngraph.graph.patterns import Full
 from attngraph.models.tied import Tied
 from attngraph.nn.embedding import TokenEmbedding
 from attngraph.nn.feedforward import ACTIVATIONS

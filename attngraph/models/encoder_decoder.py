@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from attngraph.arguments import checked
+from attngraph.graph.algebra import Full
 from attngraph.graph.base import Graph
-from attngraph.graph.patterns import Causal, Full
+from attngraph.graph.patterns import Causal
 from attngraph.models.tied import Tied
 from attngraph.nn.embedding import TokenEmbedding
 from attngraph.nn.padding import padding_mask

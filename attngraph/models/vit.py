@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from attngraph.arguments import checked
+from attngraph.graph.algebra import Full
 from attngraph.graph.base import Graph, require_ints
-from attngraph.graph.patterns import Full
 from attngraph.nn.embedding import PatchEmbedding
 from attngraph.nn.padding import padding_mask
 from attngraph.nn.transformer import Transformer, TransformerConfig

@@ -12,9 +12,9 @@ from torch.nn.functional import dropout
 
 from attngraph.arguments import check_fields, checked
 from attngraph.bias import Alibi, Bias, RelativeBias
+from attngraph.graph.algebra import Full
 from attngraph.graph.base import Graph, require_ints
 from attngraph.graph.compose import Beside
-from attngraph.graph.patterns import Full
 from attngraph.nn.attention import Attention
 from attngraph.nn.checks import require_vectors
 from attngraph.nn.feedforward import ACTIVATIONS, FeedForward

@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from attngraph.arguments import checked
+from attngraph.graph.algebra import Full
 from attngraph.graph.base import Graph, at_size
-from attngraph.graph.patterns import Chunks, Full, Identity, Random, Window
+from attngraph.graph.patterns import Chunks, Identity, Random, Window
 from attngraph.kernels.contract import Modifiers
 from attngraph.kernels.merge import merge
 from attngraph.planning.backends import BACKENDS, kernel_for

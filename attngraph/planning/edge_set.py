@@ -9,11 +9,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from attngraph.graph.algebra import Intersection, Sized
-from attngraph.graph.base import Edges, Graph, count_edges, list_edges
-from attngraph.graph.patterns import Causal, Chunks, Documents, Full
-from attngraph.graph.rewrite import split
-from attngraph.planning.layouts.tiles import Table, tabulate, tabulate_edges, union
+from attngraph.graph.algebra import Full, Intersection, Sized
+from attngraph.graph.base import Edges, Graph, count_edges, list_edges, no_edges, split
+from attngraph.graph.patterns import Causal, Chunks, Documents
+from attngraph.graph.rewrite import simplify
+from attngraph.planning.layouts.tiles import Table, tabulate, tabulate_edges, union, without
 
 SAMPLE_EDGES = 1 << 20  # edges from which it is estimated how close together they all lie
 
@@ -136,12 +136,31 @@ class EdgeSet:
     def tabulated(self, tiling: Tiling) -> Tabulated:
         """How the edges lie in tiles."""
         if tiling not in self._tabulated:
-            banded, scattered = split(self.graph)
-            table = tabulate(banded, self.n, self.m, tiling.tile)
-            query, key = (side.to(table.row.device) for side in list_edges(scattered, self.n, self.m))
-            apart = ~banded.contains(query, key)
-            self._tabulated[tiling] = Tabulated.of(table, query[apart], key[apart], self.m, tiling)
+            table = tabulate(self.banded, self.n, self.m, tiling.tile)
+            more, less = ([side.to(table.row.device) for side in edges] for edges in self.beside_bands)
+            if len(less[0]):
+                table = without(table, tabulate_edges(*less, tiling.tile))
+            self._tabulated[tiling] = Tabulated.of(table, *more, self.m, tiling)
         return self._tabulated[tiling]
+
+    @cached_property
+    def _split(self) -> tuple[Graph, Edges]:
+        rest, pairs = split(self.graph, self.n, self.m)
+        return simplify(rest), pairs
+
+    @property
+    def banded(self) -> Graph:
+        """A graph that is found box by box, and is this one but for a list of pairs."""
+        return self._split[0]
+
+    @cached_property
+    def beside_bands(self) -> tuple[Edges, Edges]:
+        """The edges that these are more than those of `banded`, and less."""
+        query, key = self._split[1]
+        if not len(query):
+            return no_edges(), no_edges()
+        here, there = self.graph.contains(query, key), self.banded.contains(query, key)
+        return (query[here & ~there], key[here & ~there]), (query[there & ~here], key[there & ~here])
 
     def select(self, tiling: Tiling, tiles: Tensor) -> EdgeSet:
         """The edges of some tiles, given by a bool for each."""

@@ -20,7 +20,7 @@ from attngraph.arguments import checked
 from attngraph.graph.base import Graph, at_size, count_edges, require_ints
 from attngraph.graph.edge_list import EdgeList
 from attngraph.graph.patterns import Causal
-from attngraph.graph.rewrite import simplify, split
+from attngraph.graph.rewrite import simplify
 from attngraph.kernels.available import why_not
 from attngraph.kernels.contract import BiasKind
 from attngraph.kernels.scoring import NORMALIZERS, SCORES
@@ -469,8 +469,8 @@ class _Choice:
 
     def _ask_flash_and_rows(self, dense: Backend, rows: Backend) -> None:
         """Causal() or Full() by a flash kernel, and the listed edges beside it by rows."""
-        banded, _ = split(self.edges.graph)
-        if self.edges.closed_form is not None or closed_form(banded) is None:
+        banded = self.edges.banded
+        if self.edges.closed_form is not None or closed_form(banded) is None or len(self.edges.beside_bands[1][0]):
             return
         tiling = rows.tiling
         lie = self.edges.tabulated(tiling)

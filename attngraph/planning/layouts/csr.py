@@ -10,7 +10,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from attngraph.graph.base import Graph, count_edges, list_edges
+from attngraph.graph.base import Graph, bind, count_edges, list_edges, lists_rows
 from attngraph.graph.boxes import require_memory
 from attngraph.kernels.contract import Adjacency
 
@@ -52,14 +52,14 @@ class CSR:
         where the graph can tell them.
         """
         edges, dtype = count_edges(graph, n, m), _index_dtype(m)
-        step_edges = STEP_EDGES if graph._lists_rows(n, m) else max(edges, 1)
+        step_edges = STEP_EDGES if lists_rows(graph, n, m) else max(edges, 1)
         needed = edges * dtype.itemsize + min(edges, step_edges) * BYTES_PER_EDGE
         require_memory(needed, f"for the {edges:,} edges of {graph} in rows")
         neighbor, degree = torch.empty(edges, dtype=dtype), torch.zeros(n, dtype=torch.int64)
         step, filled = max(1, n * step_edges // max(edges, step_edges)), 0
         for first in range(0, n, step):
             stop = min(first + step, n)
-            part = graph if step >= n else graph.rows(first, stop)
+            part = graph if step >= n else bind(graph.rows(first, stop), stop - first, m)
             query, key = list_edges(part, stop - first, m)
             degree[first:stop] = torch.bincount(query, minlength=stop - first)
             neighbor[filled : filled + len(key)] = key

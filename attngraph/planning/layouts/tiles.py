@@ -6,8 +6,10 @@ tiles are all alike, is a list of tiles and two masks.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from operator import or_
 from typing import NamedTuple
 
 import torch
@@ -206,6 +208,16 @@ def tabulate_edges(query: Tensor, key: Tensor, tile: tuple[int, int]) -> Table:
 
 def union(a: Table, b: Table) -> Table:
     """The tiles of both; where both have one, the union of its edges."""
+    return _combined(a, b, or_)
+
+
+def without(a: Table, b: Table) -> Table:
+    """The tiles of a without the edges of b."""
+    return _combined(a, b, lambda of_a, of_b: of_a & ~of_b)
+
+
+def _combined(a: Table, b: Table, operator: Callable[[Tensor, Tensor], Tensor]) -> Table:
+    """The tiles of both, with the words of their masks combined."""
     stride = max((int(side.max()) for side in (a.column, b.column) if len(side)), default=0) + 1
     code, at = torch.unique(torch.cat([a.row * stride + a.column, b.row * stride + b.column]), return_inverse=True)
     full_words = torch.full((1, *a.words.shape[1:]), -1, dtype=torch.int32)
@@ -216,7 +228,7 @@ def union(a: Table, b: Table) -> Table:
     of_b[at[len(a.row) :]] = torch.where(b.mask == NO_MASK, full, b.mask + len(a.words))
     pair = row_ids([of_a, of_b])
     first = _first_of_each(pair)
-    both = words[of_a[first]] | words[of_b[first]]
+    both = operator(words[of_a[first]], words[of_b[first]])
     return _normalized(Table(code // stride, code % stride, pair, both))
 
 

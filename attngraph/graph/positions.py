@@ -20,23 +20,7 @@ def query_offset(graph: Graph, n: int, m: int) -> int | None:
     >>> query_offset(Causal().rows(5, 6), 1, 10)
     5
     """
-    match graph:
-        case QuerySlice(inner, start):
-            return start + (query_offset(inner, graph.stop, m) or 0)
-        case Transpose(inner):
-            offset = query_offset(inner, m, n)
-            return None if offset is None else -offset
-        case TwoHops(a, b) if graph.middle is not None:
-            return _sum(query_offset(a, n, graph.middle), query_offset(b, graph.middle, m))
-        case Beside(memory, b):
-            keys = memory.size[1] or 0
-            return keys + (query_offset(b, n, m - keys) or 0)
-        case Disjoint():
-            placed = list(graph._placed_in(n, m))
-            offsets = [query_offset(part, *size) for part, _, _, size in placed]
-            begins = {column - row + (own or 0) for (_, row, column, _), own in zip(placed, offsets, strict=True)}
-            return None if begins == {0} and set(offsets) == {None} else _agreed(graph, begins)
-    return _agreed(graph, {query_offset(part, n, m) for part in graph._children})
+    return _query_offset(graph, n, m, {})
 
 
 def distance_offset(graph: Graph, n: int, m: int) -> int:
@@ -54,11 +38,42 @@ def distance_offset(graph: Graph, n: int, m: int) -> int:
     return offset or 0
 
 
+def _query_offset(graph: Graph, n: int, m: int, known: dict[tuple[Graph, int, int], int | None]) -> int | None:
+    """The same; each part of an expression is asked once for each size."""
+    if (graph, n, m) not in known:
+        known[graph, n, m] = _told(graph, n, m, known)
+    return known[graph, n, m]
+
+
+def _told(graph: Graph, n: int, m: int, known: dict[tuple[Graph, int, int], int | None]) -> int | None:
+    match graph:
+        case QuerySlice(inner, start):
+            return start + (_query_offset(inner, graph.stop, m, known) or 0)
+        case Transpose(inner):
+            offset = _query_offset(inner, m, n, known)
+            return None if offset is None else -offset
+        case TwoHops(a, b) if graph.middle is not None:
+            return _sum(_query_offset(a, n, graph.middle, known), _query_offset(b, graph.middle, m, known))
+        case Beside(memory, b):
+            keys = memory.size[1] or 0
+            return keys + (_query_offset(b, n, m - keys, known) or 0)
+        case Disjoint():
+            placed = list(graph._placed_in(n, m))
+            offsets = [_query_offset(part, *size, known) for part, _, _, size in placed]
+            begins = {column - row + (own or 0) for (_, row, column, _), own in zip(placed, offsets, strict=True)}
+            return None if begins == {0} and set(offsets) == {None} else _agreed(graph, begins)
+    return _agreed(graph, {_query_offset(part, n, m, known) for part in graph._children})
+
+
 def _shifted_causal(graph: Graph) -> Causal | None:
     """A Causal(offset) in the graph, which is not 0."""
-    if isinstance(graph, Causal):
-        return graph if graph.offset else None
-    return next((found for part in graph._children if (found := _shifted_causal(part)) is not None), None)
+    seen, parts = {graph}, [graph]
+    for part in parts:
+        if isinstance(part, Causal) and part.offset:
+            return part
+        parts += dict.fromkeys(child for child in part._children if child not in seen)
+        seen.update(part._children)
+    return None
 
 
 def _sum(*offsets: int | None) -> int | None:

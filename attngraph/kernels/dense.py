@@ -51,11 +51,11 @@ def _attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, dropout_p: float, causal: bool, scale: float
 ) -> Tensor:
     """PyTorch's own attention, which can be transformed and differentiated again and again: its flash kernels can't."""
-    compiled, gqa = torch.compiler.is_compiling(), q.shape[1] != k.shape[1]
+    compiled, grouped = torch.compiler.is_compiling(), {"enable_gqa": True} if q.shape[1] != k.shape[1] else {}
     if not compiled and torch._C._are_functorch_transforms_active():
         with sdpa_kernel(SDPBackend.MATH):
-            return scaled_dot_product_attention(q, k, v, mask, dropout_p, causal, scale=scale, enable_gqa=gqa)
-    out = scaled_dot_product_attention(q, k, v, mask, dropout_p, causal, scale=scale, enable_gqa=gqa)
+            return scaled_dot_product_attention(q, k, v, mask, dropout_p, causal, scale=scale, **grouped)
+    out = scaled_dot_product_attention(q, k, v, mask, dropout_p, causal, scale=scale, **grouped)
     if out.requires_grad and not compiled:
         node = out.grad_fn
         if node is not None and hasattr(type(node), "_saved_logsumexp"):

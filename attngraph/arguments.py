@@ -56,12 +56,23 @@ def check_fields(instance: Any) -> None:
 
 def kinds_of(function: Callable[..., Any] | type) -> dict[str, list[Kind]]:
     """What each annotated argument of a function, or field of a dataclass, may be; no kinds are all kinds."""
-    variadic = set()
-    if not isinstance(function, type):
-        single = (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY, Parameter.POSITIONAL_ONLY)
-        variadic = {name for name, each in signature(function).parameters.items() if each.kind not in single}
-    hints = get_type_hints(function)
-    return {name: _kinds(hint) for name, hint in hints.items() if name not in variadic | {"return"}}
+    if isinstance(function, type):
+        return {name: _kinds(hint) for name, hint in get_type_hints(function).items()}
+    single = (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY, Parameter.POSITIONAL_ONLY)
+    parameters = {
+        name: each
+        for name, each in signature(function).parameters.items()
+        if each.kind in single and each.annotation is not each.empty
+    }
+    return {name: _kinds(_evaluated(each.annotation, function)) for name, each in parameters.items()}
+
+
+def _evaluated(annotation: Any, function: Callable[..., Any]) -> Any:
+    """An annotation as an object; Any where it names what only a type checker imports."""
+    try:
+        return eval(annotation, function.__globals__) if isinstance(annotation, str) else annotation
+    except NameError:
+        return Any
 
 
 def take(name: str, value: Any, kinds: Sequence[Kind]) -> Any:
@@ -75,7 +86,7 @@ def take(name: str, value: Any, kinds: Sequence[Kind]) -> Any:
         return value
     *others, last = dict.fromkeys(kind.name for kind in kinds)
     wanted = f"{', '.join(others)} or {last}" if others else last
-    a_choice = isinstance(value, str) and any(kind.name.startswith(CHOICE) for kind in kinds)
+    a_choice = isinstance(value, str) and any(kind.name.startswith((CHOICE, DEVICE)) for kind in kinds)
     raise (ValueError if a_choice else TypeError)(f"{name} must be {wanted} (got {shown(value)})")
 
 
@@ -129,7 +140,16 @@ def _boolean(value: Any) -> bool:
     return bool(value)
 
 
-CHOICE = "one of"
+def _device(value: Any) -> torch.device:
+    if not isinstance(value, torch.device | str):
+        raise TypeError
+    try:
+        return torch.device(value)
+    except RuntimeError:
+        raise TypeError from None
+
+
+CHOICE, DEVICE = "one of", "a device that torch knows, such as 'cpu' or 'cuda'"
 
 
 def _one_of(values: tuple[Any, ...]) -> Kind:
@@ -161,6 +181,9 @@ def _kinds(hint: Any) -> list[Kind]:
     """What an annotation allows; nothing where it can't be told."""
     origin = get_origin(hint)
     if origin in (Union, types.UnionType):
+        if torch.device in get_args(hint) and str in get_args(hint):
+            rest = [_kinds(part) for part in get_args(hint) if part not in (torch.device, str)]
+            return [Kind(DEVICE, _device), *(k for each in rest for k in each)]
         parts = [_kinds(part) for part in get_args(hint)]
         return [kind for part in parts for kind in part] if all(parts) else []
     if origin is Literal:

@@ -1,11 +1,15 @@
 """Bad input is told in a sentence that names it, by every public function (see wrong_arguments.py)."""
 
+import networkx
 import pytest
+import scipy.sparse
 import torch
+from matplotlib import pyplot
 from wrong_arguments import WRONG, Door, faults
 
 import attngraph
-from attngraph import Causal, attend, generate, plan
+import attngraph.hf
+from attngraph import Causal, Window, analysis, attend, generate, plan
 from attngraph.models import GPT, DecisionTransformer, Encoder, EncoderDecoder, ViT
 from attngraph.nn import Attention, FeedForward, Transformer, TransformerConfig
 
@@ -19,6 +23,21 @@ translator = EncoderDecoder(config, TransformerConfig(**CONFIG, cross=True), 11)
 vit = ViT(config, 3, image_size=4, patch_size=2, channels=1)
 decision = DecisionTransformer(config, state_dim=3, action_dim=2, max_time=9)
 transformer, attention = Transformer(config, Causal()), Attention(8, 2)
+
+GRAPH = Causal() & Window(2, 0)
+
+
+def drawn(function):
+    """A picture that is closed again."""
+
+    def close_after(**arguments):
+        try:
+            function(**arguments)
+        finally:
+            pyplot.close("all")
+
+    return close_after
+
 
 DOORS = [
     Door("attend", attend, {
@@ -88,6 +107,47 @@ DOORS = [
         "states": torch.randn(2, 5, 3), "actions": torch.randn(2, 5, 2), "returns": torch.randn(2, 5, 1),
         "timesteps": torch.arange(5).expand(2, 5), "attention_mask": None,
     }),
+    *(Door(kind.__name__, kind, arguments, {"graphs": "takes a list of at least one graph", "size": "size|num_queries"}) for kind, arguments in {
+        attngraph.Causal: {"offset": 0}, attngraph.Window: {"left": 2, "right": 0, "dilation": 1},
+        attngraph.Prefix: {"length": 2}, attngraph.Global: {"nodes": (0, 2)}, attngraph.Strided: {"stride": 2},
+        attngraph.Chunks: {"chunk": 3, "offset": 0}, attngraph.Documents: {"lengths": (2, 3)},
+        attngraph.Tree: {"parents": (-1, 0, 0)}, attngraph.Random: {"degree": 2, "seed": 0},
+        attngraph.Axial: {"shape": (2, 3)}, attngraph.Neighborhood: {"shape": (2, 3), "radius": 1, "dilation": 1},
+        attngraph.ShiftedWindows: {"shape": (4, 4), "window": 2, "shift": 1},
+        attngraph.EdgeList: {"edge_index": torch.tensor([[0, 1], [1, 2]]), "size": 3},
+        attngraph.Disjoint: {"graphs": [Causal().sized(2, 2), Causal()]},
+        attngraph.Beside: {"a": Causal().sized(2, 2), "b": Causal()},
+        attngraph.PerHead: {"graphs": [Causal(), Causal()]},
+    }.items()),
+    *(Door(f"Graph.{name}", getattr(GRAPH, name), arguments, {"count": "count|num_global"}) for name, arguments in {
+        "rows": {"start": 1, "stop": 3}, "sized": {"num_queries": 6, "num_keys": 6}, "with_global_nodes": {"count": 1},
+        "mask": {"n": 6, "m": 6, "device": "cpu"}, "edge_index": {"n": 6, "m": 6}, "num_edges": {"n": 6, "m": 6},
+        "in_degrees": {"n": 6, "m": 6}, "out_degrees": {"n": 6, "m": 6},
+        "spans": {"start": 1, "stop": 2, "n": 6, "m": 6},
+    }.items()),
+    Door("parse", attngraph.parse, {"text": "Causal()"}, {"text": "text|expression"}),
+    Door("parse_list", attngraph.parse_list, {"text": "Causal()"}, {"text": "text|expression"}),
+    Door("from_dense", attngraph.from_dense, {"mask": torch.eye(3, dtype=torch.bool)}),
+    Door("from_function", attngraph.from_function, {
+        "function": lambda i, j: j <= i, "size": (3, 3),
+    }, {"size": "size|num_queries"}, ("function",)),
+    Door("from_edge_index", attngraph.from_edge_index, {"edge_index": torch.tensor([[0, 1], [1, 2]]), "num_nodes": 3}, {
+        "num_nodes": "num_nodes|size|num_queries",
+    }),
+    Door("from_networkx", attngraph.from_networkx, {"G": networkx.path_graph(3), "nodelist": [0, 1, 2]}),
+    Door("to_networkx", attngraph.to_networkx, {"graph": Causal(), "n": 3, "m": 3}),
+    Door("from_scipy_sparse_matrix", attngraph.from_scipy_sparse_matrix, {"matrix": scipy.sparse.eye_array(3)}),
+    Door("to_scipy_sparse_matrix", attngraph.to_scipy_sparse_matrix, {"graph": Causal(), "n": 3, "m": 3}),
+    Door("to_block_mask", attngraph.to_block_mask, {"graph": Causal(), "n": 130, "m": 130}),
+    Door("analysis.is_causal", analysis.is_causal, {"graph": Causal(), "n": 4}),
+    Door("analysis.leaks", analysis.leaks, {"graphs": [Causal()], "n": 4}),
+    Door("analysis.receptive_field", analysis.receptive_field, {"graphs": [Causal()], "node": 2, "n": 4}),
+    Door("analysis.reach", analysis.reach, {"graphs": [Causal()], "n": 4}),
+    Door("analysis.last_reader", analysis.last_reader, {"graph": Causal(), "n": 4, "m": 4}),
+    Door("analysis.cost", analysis.cost, {"graph": Causal(), "n": 4, "dim": 8, "heads": 2}),
+    Door("draw.connectivity", drawn(attngraph.draw.connectivity), {"graph": Causal(), "n": 6}),
+    Door("draw.messages", drawn(attngraph.draw.messages), {"graph": Causal(), "n": 6}),
+    Door("draw.receptive_field", drawn(attngraph.draw.receptive_field), {"graphs": [Causal()], "node": 2, "n": 6}),
 ]  # fmt: skip
 
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from attngraph import cache
+from attngraph.arguments import checked, shown
 from attngraph.graph import boxes as of_boxes
 from attngraph.graph import counting
 from attngraph.graph.boxes import Boxes, require_memory
@@ -406,6 +407,7 @@ class Graph:
         """
         return algebra.QuerySlice(self, start, stop)
 
+    @checked
     def sized(self, num_queries: int | None = None, num_keys: int | None = None) -> Graph:
         """The same graph, knowing its size; a size that contradicts its own is an error.
 
@@ -415,6 +417,7 @@ class Graph:
         """
         return algebra.Sized(self, num_queries, num_keys) if (num_queries, num_keys) != self.size else self
 
+    @checked
     def with_global_nodes(self, count: int) -> Graph:
         """The graph with `count` more nodes, in front (CLS tokens, registers), that hear all and are heard by all.
 
@@ -428,6 +431,7 @@ class Graph:
 
     # ================================================================================================== the views
 
+    @checked
     def mask(self, n: int | None = None, m: int | None = None, device: torch.device | str | None = None) -> Tensor:
         """The edges as a bool tensor (n, m), or (H, n, m): rows are queries, columns are keys, True is an edge."""
         graph, n, m = at_size(self, n, m)
@@ -475,6 +479,7 @@ class Graph:
         graph, n, m = at_size(self, n, m)
         return count_keys(graph.T, m, n)
 
+    @checked
     def spans(self, start: int, stop: int, n: int | None = None, m: int | None = None) -> list[tuple[int, int]]:
         """Ranges of keys (first, stop) outside of which the queries start … stop-1 hear nobody; conservative.
 
@@ -813,9 +818,11 @@ def plain_int(value: Any) -> Any:
 
 
 def _put_plainly(graph: Graph) -> None:
-    """Integers of any kind in the fields of a graph as ints, so that equal graphs are equal."""
+    """Integers of any kind in the fields of a graph as ints, so that equal graphs are equal; raise for no operands."""
     for field in fields(cast(Any, graph)):
         value = getattr(graph, field.name)
+        if field.type in ("Graph", Graph) and not isinstance(value, Graph):
+            raise TypeError(f"{field.name} of {type(graph).__name__} must be a Graph (got {shown(value)})")
         plain = plain_int(value)
         if isinstance(value, tuple) and not _PLAIN.issuperset(map(type, value)):
             plain = type(value)(map(plain_int, value)) if type(value) is tuple else value

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from attngraph import cache
+from attngraph.arguments import checked
 from attngraph.graph import algebra, compose, edge_list, grids, patterns
 from attngraph.graph.base import Graph
 
@@ -33,6 +34,7 @@ OPERATORS = {
 METHODS = ("rows", "sized", "with_global_nodes")
 
 
+@checked
 def parse(text: str) -> Graph:
     """The graph that an expression describes, as `repr` writes it.
 
@@ -50,6 +52,7 @@ def parse(text: str) -> Graph:
     return graph
 
 
+@checked
 def parse_list(text: str) -> list[Graph]:
     """The graphs that expressions describe, separated by commas, as for the layers of a model.
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from attngraph.arguments import checked
 from attngraph.graph.base import Graph, at_size
 from attngraph.planning.layouts.tiles import Tiles, tabulate
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 MAX_LIST_ENTRIES = 1 << 20  # of a list of blocks that has an entry for every column
 
 
+@checked
 def to_block_mask(
     graph: Graph,
     n: int | None = None,

@@ -196,7 +196,7 @@ def plan(
             )
     _, n, m = at_size(graph, n, m)
     call = Call(
-        n, m, heads, heads, head_dim, head_dim, dtype, _definite(device), bias,
+        n, m, heads, heads, head_dim, head_dim, dtype, _definite(torch.device(device)), bias,
         score=score, normalize=normalize, padding=padding, dropout=dropout, return_weights=return_weights,
     )  # fmt: skip
     return _made(graph, call, backend, reorder, costs)
@@ -295,12 +295,8 @@ def _another_kernel(backend: Backend, call: Call) -> Backend | None:
     return other if other is not None and other.tiling.tile == backend.tiling.tile else None
 
 
-def _definite(device: torch.device | str) -> torch.device:
+def _definite(device: torch.device) -> torch.device:
     """The GPU that "cuda" means now, as tensors name theirs."""
-    try:
-        device = torch.device(device)
-    except RuntimeError:
-        raise ValueError(f"device must be one that torch knows, such as 'cpu' or 'cuda' (got {device!r})") from None
     if device.type != "cuda":
         return device
     if not torch.cuda.is_available():

@@ -23,7 +23,7 @@ from attngraph import (
     attend,
     cache,
 )
-from attngraph.nn import Attention, TransformerConfig
+from attngraph.nn import Attention
 
 slow = pytest.mark.slow
 BACKENDS = ("reference", "edges", "dense", "tiles", "rows", "auto")
@@ -149,7 +149,7 @@ def test_a_loop_over_nodes_needs_numbers():
 
 
 def test_functional_call_of_a_module():
-    attention = Attention(TransformerConfig(embed_dim=8, num_layers=1, num_heads=4)).double()
+    attention = Attention(8, num_heads=4).double()
     given = {name: torch.randn_like(value) for name, value in attention.named_parameters()}
     h = x(3, 2, N, 8)
     per_sample = torch.vmap(

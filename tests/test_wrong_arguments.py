@@ -25,6 +25,7 @@ decision = DecisionTransformer(config, state_dim=3, action_dim=2, max_time=9)
 transformer, attention = Transformer(config, Causal()), Attention(8, 2)
 
 GRAPH = Causal() & Window(2, 0)
+ALSO = {"graphs": "takes a list of at least one graph", "size": "size|num_queries"}
 
 
 def drawn(function):
@@ -107,7 +108,7 @@ DOORS = [
         "states": torch.randn(2, 5, 3), "actions": torch.randn(2, 5, 2), "returns": torch.randn(2, 5, 1),
         "timesteps": torch.arange(5).expand(2, 5), "attention_mask": None,
     }),
-    *(Door(kind.__name__, kind, arguments, {"graphs": "takes a list of at least one graph", "size": "size|num_queries"}) for kind, arguments in {
+    *(Door(kind.__name__, kind, arguments, ALSO) for kind, arguments in {
         attngraph.Causal: {"offset": 0}, attngraph.Window: {"left": 2, "right": 0, "dilation": 1},
         attngraph.Prefix: {"length": 2}, attngraph.Global: {"nodes": (0, 2)}, attngraph.Strided: {"stride": 2},
         attngraph.Chunks: {"chunk": 3, "offset": 0}, attngraph.Documents: {"lengths": (2, 3)},

@@ -8,20 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from attngraph.arguments import checked, shown
 from attngraph.graph import counting
 from attngraph.graph.algebra import Difference, Empty, Intersection, Sized, SymmetricDifference, Union
-from attngraph.graph.base import (
-    BYTES_PER_NODE,
-    BYTES_PER_PAIR,
-    Graph,
-    at_size,
-    list_edges,
-    node_count,
-    plain_int,
-    require_graph,
-    require_graphs,
-    require_ints,
-)
+from attngraph.graph.base import BYTES_PER_NODE, BYTES_PER_PAIR, Graph, at_size, list_edges, require_ints
 from attngraph.graph.boxes import require_memory
 from attngraph.graph.compose import PerHead
 from attngraph.graph.patterns import Causal, Identity, Window
@@ -37,13 +27,13 @@ class Leak(NamedTuple):
     query: int
 
 
+@checked
 def is_causal(graph: Graph, n: int | None = None) -> bool:
     """Whether no query hears a later key; for closed forms of any size, among the first 2²⁰ nodes.
 
     >>> is_causal(Causal() & Strided(4)), is_causal(Window(2, 1))
     (True, False)
     """
-    require_graph(graph)
     if n is None and _is_causal_by_form(graph):
         return True
     n, m = _size(graph, n)
@@ -68,6 +58,7 @@ def _is_causal_by_form(graph: Graph) -> bool:
     return False
 
 
+@checked
 def leaks(graphs: Sequence[Graph], n: int | None = None) -> list[Leak]:
     """For each layer that hears the future, the first edge by which it does; empty where the stack is causal.
 
@@ -76,8 +67,8 @@ def leaks(graphs: Sequence[Graph], n: int | None = None) -> list[Leak]:
     >>> leaks([Causal(), Causal() | Prefix(3)], n=8)
     [Leak(layer=1, key=1, query=0)]
     """
-    found, graphs = [], require_graphs(graphs, "graphs")
-    for layer, graph in enumerate(graphs):
+    found = []
+    for layer, graph in enumerate(_layers(graphs)):
         n_of, m_of = _size(graph, n)
         future = graph - Causal()
         hearing = future.in_degrees(n_of, m_of).nonzero()[:1, 0]
@@ -88,38 +79,46 @@ def leaks(graphs: Sequence[Graph], n: int | None = None) -> list[Leak]:
     return found
 
 
+@checked
 def receptive_field(graphs: Sequence[Graph], node: int, n: int) -> Tensor:
     """The input nodes that reach `node` through a stack of layers, each with its residual stream: sorted int64.
 
     >>> receptive_field([Causal() & Window(2, 0)] * 3, node=9, n=10)
     tensor([3, 4, 5, 6, 7, 8, 9])
     """
-    graphs, node, n = require_graphs(graphs, "graphs"), plain_int(node), plain_int(n)
-    require_ints(0, node=node, n=n)
-    if node >= n:
+    if not 0 <= node < n:
         raise ValueError(f"node must be from 0 to {n - 1} (got {node})")
     require_memory(n * BYTES_PER_NODE, f"to look at {n:,} nodes")
     heard, every = torch.tensor([node]), torch.arange(n)
-    for graph in reversed(graphs):
+    for graph in reversed(_layers(graphs)):
         require_memory(len(heard) * n * BYTES_PER_PAIR, f"to look at the keys of {len(heard):,} queries of {graph}")
         inside = at_size(graph, n, n)[0].contains(heard[:, None], every[None])
         heard = torch.unique(torch.cat([heard, every[inside.reshape(-1, n).any(0)]]))
     return heard
 
 
+def _layers(graphs: Sequence[Graph]) -> Sequence[Graph]:
+    """The graphs of a stack; TypeError if they are none."""
+    for graph in graphs:
+        if not isinstance(graph, Graph):
+            raise TypeError(f"graphs must be a list of graphs, one for each layer (got {shown(graph)} in it)")
+    return graphs
+
+
+@checked
 def reach(graphs: Sequence[Graph], n: int) -> Tensor:
     """Which input (column) reaches which output (row) through a stack of layers with residual streams: bool (n, n)."""
-    graphs, n = require_graphs(graphs, "graphs"), plain_int(n)
     require_ints(0, n=n)
     require_memory(16 * n * n, f"to multiply matrices of {n} × {n}")
     own = reached = torch.eye(n, dtype=torch.float32)
-    for graph in graphs:
+    for graph in _layers(graphs):
         mask = graph.mask(n, n)
         step = (mask.any(0) if graph.heads else mask).float() + own
         reached = (step @ reached > 0).float()
     return reached.bool()
 
 
+@checked
 def last_reader(graph: Graph, n: int | None = None, m: int | None = None) -> Tensor:
     """For each key, the last query that hears it, or -1: int64 (m,). A cache may forget the key after that query.
 
@@ -150,16 +149,14 @@ class Cost(NamedTuple):
     """The same for all pairs of nodes."""
 
 
+@checked
 def cost(graph: Graph, n: int, dim: int, heads: int) -> Cost:
     """What a layer of this width (dim = heads · head_dim) costs on a sequence of n nodes.
 
     >>> cost(Causal(), 1024, dim=512, heads=8).density
     0.50048828125
     """
-    require_graph(graph)
-    n, dim, heads = map(plain_int, (n, dim, heads))
-    require_ints(0, n=n, dim=dim)
-    require_ints(1, heads=heads)
+    require_ints(1, dim=dim, heads=heads)
     if graph.heads not in (None, heads):
         raise ValueError(f"graph has {graph.heads} heads, but the cost of {heads} was asked for")
     if dim % heads:
@@ -170,7 +167,7 @@ def cost(graph: Graph, n: int, dim: int, heads: int) -> Cost:
 
 
 def _size(graph: Graph, n: int | None) -> tuple[int, int]:
-    n = graph.size[0] if n is None else node_count("n", n)
+    n = graph.size[0] if n is None else n
     if n is None:
         if graph._breakpoints(FAR, FAR) is None:
             raise ValueError(f"give the number of nodes, n: {graph} can only be looked at edge by edge")

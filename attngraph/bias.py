@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from attngraph.arguments import checked, shown
+from attngraph.graph.base import Graph, require_ints
+from attngraph.graph.positions import distance_offset
 from attngraph.kernels.contract import BiasKind, ScoreBias
 
 
@@ -39,9 +42,12 @@ class Alibi:
             raise ValueError(f"Alibi takes slopes of shape (H,) (got {tuple(self.slopes.shape)})")
 
     @staticmethod
-    def geometric(num_heads: int) -> Alibi:
-        """The slopes of the paper, 2^(-8h/H) for h = 1 … H."""
-        return Alibi(2.0 ** (-8.0 * torch.arange(1, num_heads + 1) / num_heads))
+    @checked
+    def geometric(num_heads: int, device: torch.device | None = None) -> Alibi:
+        """The slopes of the paper, 2^(-8h/H) for h = 1 … H, in float32."""
+        require_ints(1, num_heads=num_heads)
+        heads = torch.arange(1, num_heads + 1, dtype=torch.float32, device=device)
+        return Alibi(2.0 ** (-8.0 * heads / num_heads))
 
     def at(self, q_idx: Tensor, kv_idx: Tensor, edge: Tensor | None = None) -> Tensor:
         """(H, *edges)."""
@@ -67,6 +73,12 @@ class RelativeBias:
     of_offset: ClassVar[bool] = True
 
     def __post_init__(self):
+        if not isinstance(self.table, Tensor):
+            raise TypeError(f"RelativeBias takes a tensor, table (H, buckets) (got {shown(self.table)})")
+        if not (self.max_distance is None or (isinstance(self.max_distance, int) and self.max_distance is not True)):
+            raise TypeError(f"max_distance must be an int or None (got {shown(self.max_distance)})")
+        if not isinstance(self.bidirectional, bool):
+            raise TypeError(f"bidirectional must be True or False (got {shown(self.bidirectional)})")
         if self.table.ndim != 2:
             raise ValueError(f"RelativeBias takes a table of shape (H, buckets) (got {tuple(self.table.shape)})")
         buckets = self.table.shape[1]
@@ -114,6 +126,8 @@ class EdgeBias:
     values: Tensor
 
     def __post_init__(self):
+        if not isinstance(self.values, Tensor):
+            raise TypeError(f"EdgeBias takes a tensor of values, one for each edge (got {shown(self.values)})")
         if not 1 <= self.values.ndim <= 4:
             raise ValueError(f"EdgeBias takes values (E,), (H, E) or (B, H, E) (got shape {tuple(self.values.shape)})")
 
@@ -141,7 +155,20 @@ class DenseBias:
         return self.values[..., q_idx, kv_idx]
 
 
-Bias = Alibi | RelativeBias | EdgeBias | DenseBias
+@dataclass(frozen=True, eq=False)
+class Shifted:
+    """A bias of distances, of queries that stand `query_offset` keys further on than their numbers say."""
+
+    bias: Alibi | RelativeBias
+    query_offset: int
+    of_offset: ClassVar[bool] = True
+
+    def at(self, q_idx: Tensor, kv_idx: Tensor, edge: Tensor | None = None) -> Tensor:
+        """(H, *edges)."""
+        return self.bias.at(q_idx + self.query_offset, kv_idx, edge)
+
+
+Bias = Alibi | RelativeBias | EdgeBias | DenseBias | Shifted
 
 
 # -------------------------------------------------------------------------------------------- as kernels take them
@@ -155,6 +182,18 @@ def kind_of(bias: Bias | None) -> BiasKind | None:
         case EdgeBias():
             return "edge"
     return "offset" if getattr(bias, "of_offset", False) else "dense"
+
+
+def placed(bias: Bias, graph: Graph, q: Tensor, k: Tensor) -> Bias:
+    """A bias for queries and keys of a graph: of distances between where they stand, in the precision of the scores."""
+    exact = torch.promote_types(q.dtype, torch.float32)
+    kept = (exact, q.dtype) if isinstance(bias, EdgeBias | DenseBias) else (exact,)  # distances are multiplied first
+    tensors = {field.name: value for field in fields(bias) if isinstance(value := getattr(bias, field.name), Tensor)}
+    cast = {name: value.to(exact) for name, value in tensors.items() if value.dtype not in kept}
+    bias = replace(bias, **cast) if cast else bias
+    if isinstance(bias, Alibi | RelativeBias) and (offset := distance_offset(graph, q.shape[2], k.shape[2])):
+        return Shifted(bias, offset)
+    return bias
 
 
 def score_bias(bias: Bias | None, q: Tensor, k: Tensor) -> tuple[ScoreBias | None, Tensor | None]:

@@ -8,15 +8,26 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from itertools import count
 from threading import RLock
 from typing import Any, Generic, NamedTuple, TypeVar
 from weakref import WeakValueDictionary
 
+import numpy as np
+import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 Value = TypeVar("Value")
+
+
+@contextmanager
+def outside_of_transforms() -> Iterator[None]:
+    """Make what is to be kept: it outlives the inference mode, the transform or the default device of today's call."""
+    with torch._C._DisableFuncTorch(), torch.inference_mode(False), torch.device("cpu"):
+        yield
 
 
 class CacheInfo(NamedTuple):
@@ -58,7 +69,10 @@ class Cache(Generic[Value]):
     def get_or_make(self, key: Hashable, make: Callable[[], Value]) -> Value:
         """The value of a key, made if there is none."""
         found = self.get(key)
-        return self.keep(key, make()) if found is None else found
+        if found is None:
+            with outside_of_transforms():
+                found = self.keep(key, make())
+        return found
 
     def _too_large(self) -> bool:
         return self.max_bytes is not None and self.nbytes > self.max_bytes
@@ -80,34 +94,54 @@ class Cache(Generic[Value]):
 
 
 class CompiledPrograms(Cache[Any]):
-    """What compiled programs name by text: a graph or a plan, which their operators look up when they run.
+    """What compiled programs name by number: a graph or a plan, which their operators look up when they run.
 
-    Whatever is made here is found as long as it lives. What a program has asked for once stays, also when nobody else
-    holds it, among the latest `max_entries`: the backward pass of a program may run after its graph is gone.
+    The number is a tensor, the handle, so that it is an input of the program and not part of its text: one program
+    serves all graphs. Whatever is made here is found as long as it lives. What a program has asked for once stays, also
+    when nobody else holds it, among the latest `max_entries`: its backward pass may run after the graph is gone.
     """
 
     def __init__(self, max_entries: int):
         super().__init__(max_entries)
-        self._living: WeakValueDictionary[str, Any] = WeakValueDictionary()
+        self._by_text: WeakValueDictionary[str, Any] = WeakValueDictionary()
+        self._living: WeakValueDictionary[int, Any] = WeakValueDictionary()
+        self._handles = _numbers()
         self._collisions = 0
 
-    def register(self, text: str, thing: Any) -> tuple[str, Any]:
-        """The text by which to find this, and the equal thing that is found by it, which is to be held beside it."""
+    def register(self, text: str, thing: Any) -> tuple[str, Any, Tensor]:
+        """The text of this alone, the equal thing that lives, which is to be held beside it, and that one's handle."""
         with self._lock:
-            known = self._living.setdefault(text, thing)
-            if known is thing or known == thing:
-                return text, known
-            self._collisions += 1  # two digests that agree by chance, or on purpose
-            text = f"{text} #{self._collisions}"
-            self._living[text] = thing
-            return text, thing
+            known = self._by_text.setdefault(text, thing)
+            if known is not thing and known == thing:
+                return text, known, known._handle
+            if known is not thing:
+                self._collisions += 1  # two digests that agree by chance, or on purpose
+                text = f"{text} #{self._collisions}"
+                self._by_text[text] = thing
+            number, handle = next(self._handles)
+            self._living[number] = thing
+            return text, thing, handle
 
-    def find(self, text: str) -> Any | None:
-        """What has this text; from now on held."""
-        found = self.get(text)
-        if found is None and (found := self._living.get(text)) is not None:
-            self.keep(text, found)
-        return found
+    def find(self, handle: Tensor) -> Any:
+        """What has this handle; from now on held."""
+        number = int(handle)
+        found = self.get(number)
+        if found is not None:
+            return found
+        if (found := self._living.get(number)) is None:
+            raise RuntimeError(
+                "a compiled program runs on a graph that is not in this process, or that was forgotten by "
+                "attngraph.cache.clear(): compile it again where the graph is made"
+            )
+        return self.keep(number, found)
+
+
+def _numbers() -> Iterator[tuple[int, Tensor]]:
+    """0, 1, 2, … and the same as tensors, whatever modes and transforms of torch are at work."""
+    for first in count(step=256):
+        with torch._C._DisableTorchDispatch(), torch._C._DisableFuncTorch(), torch.inference_mode(False):
+            made = [(number, torch.from_numpy(np.array(number))) for number in range(first, first + 256)]
+        yield from made
 
 
 PLANS: Cache[Any] = Cache(max_entries=64, max_bytes=1 << 31)
@@ -121,7 +155,7 @@ EDGES: Cache[Any] = Cache(max_entries=16)
 COSTS: Cache[Any] = Cache(max_entries=16)
 """(setting, device, threads) → costs, as read from a file or by default."""
 COMPILED = CompiledPrograms(max_entries=1024)
-"""Text → graph or plan, for compiled programs."""
+"""Number → graph or plan, for compiled programs; and text with numbers → the graph that a program makes of them."""
 EDGE_INDEX: WeakIdKeyDictionary = WeakIdKeyDictionary()
 """A tensor `edge_index` that lives → what was asked of it, and its graph."""
 

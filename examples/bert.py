@@ -20,7 +20,6 @@ import training
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from attngraph import draw
 from attngraph.models import GPT
 
 
@@ -95,9 +94,12 @@ def train(args: argparse.Namespace) -> dict:
         score="validation_accuracy",
         free=(*training.FREE, "against", "text"),
     )
-    score, metrics = training.fit(args, task)
-    print(f"{score:.2f}% of the masked characters of the whole validation text right, after {metrics.seconds:.0f} s")
-    report(Path(args.runs) / args.name, args, model.eval(), corpus, tokens, metrics, device)
+    with training.only_run(args):
+        score, metrics = training.fit(args, task)
+        print(
+            f"{score:.2f}% of the masked characters of the whole validation text right, after {metrics.seconds:.0f} s"
+        )
+        report(Path(args.runs) / args.name, args, model.eval(), corpus, tokens, metrics, device)
     return {"validation_accuracy": score, "seconds": metrics.seconds}
 
 
@@ -120,9 +122,11 @@ def report(
     filled = f"{masked}\n{'-' * 40}\n{''.join(tokens.decode([token]) for token in guess.tolist())}\n"
     training.write_whole(folder / "filled.txt", lambda path: path.write_text(filled, encoding="utf-8"))
     curve = training.loss_curve(metrics, f"masked characters, {args.graph}", "loss [nats a mask]", "masks right [%]")
-    draw.save(curve, folder / "accuracy.png")
-    draw.save(training.connectivity(model.transformer.graphs, min(args.context, 64)), folder / "connectivity.png")
-    draw.save(gpt.attention_map(model, whole[:48].to(device), tokens), folder / "attention.png")
+    training.save_picture(curve, folder / "accuracy.png")
+    training.save_picture(
+        training.connectivity(model.transformer.graphs, min(args.context, 64)), folder / "connectivity.png"
+    )
+    training.save_picture(gpt.attention_map(model, whole[:48].to(device), tokens), folder / "attention.png")
     print(f"{'-' * 80}\n{filled}{'-' * 80}\n{training.left_in(folder)}")
 
 

@@ -14,9 +14,9 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import os
 import urllib.request
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -95,15 +95,16 @@ def read_text(path: str | None) -> tuple[str, str]:
 
 def shakespeare() -> str:
     """Tiny Shakespeare: from the cache, or downloaded and checked against its known hash."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "attngraph" / "tinyshakespeare.txt"
+    cache = training.cached("tinyshakespeare.txt")
     if cache.exists() and hashlib.sha256(cache.read_bytes()).hexdigest() == SHA256:
         return cache.read_text(encoding="utf-8")
     with urllib.request.urlopen(SHAKESPEARE, timeout=10) as answer:
         content = answer.read()
     if hashlib.sha256(content).hexdigest() != SHA256:
         raise OSError("the download is not the known file")
-    cache.parent.mkdir(parents=True, exist_ok=True)
-    training.write_whole(cache, lambda path: path.write_bytes(content))
+    with suppress(OSError):  # no place to keep it
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        training.write_whole(cache, lambda path: path.write_bytes(content))
     return content.decode("utf-8")
 
 
@@ -280,11 +281,11 @@ def train(args: argparse.Namespace) -> dict:
         per_batch=args.batch * args.context,
         free=(*training.FREE, *FREE, "text"),
     )
-    validation, metrics = training.fit(args, task)
-    print(
-        f"validation loss {validation:.4f} nats a token over the whole validation text, after {metrics.seconds:.0f} s"
-    )
-    report(Path(args.runs) / args.name, args, model, corpus, tokens, prompt.to(device), metrics)
+    with training.only_run(args):
+        validation, metrics = training.fit(args, task)
+        found = f"validation loss {validation:.4f} nats a token over the whole validation text"
+        print(f"{found}, after {metrics.seconds:.0f} s")
+        report(Path(args.runs) / args.name, args, model, corpus, tokens, prompt.to(device), metrics)
     return {"validation_loss": validation, "seconds": metrics.seconds, "parameters": parameters, "source": source}
 
 
@@ -318,12 +319,12 @@ def report(
     curve = training.loss_curve(
         metrics, f"{args.model} on {args.graph}", "loss [nats a token]", "validation, whole text"
     )
-    draw.save(curve, folder / "loss.png")
+    training.save_picture(curve, folder / "loss.png")
     if isinstance(model, GPT):
         graphs = model.transformer.graphs
-        draw.save(training.connectivity(graphs, min(args.context, 64)), folder / "connectivity.png")
+        training.save_picture(training.connectivity(graphs, min(args.context, 64)), folder / "connectivity.png")
         sentence = corpus.validation[: min(args.context, 48)].to(prompt.device)
-        draw.save(attention_map(model, sentence, tokens), folder / "attention.png")
+        training.save_picture(attention_map(model, sentence, tokens), folder / "attention.png")
     print(f"{'-' * 80}\n{sample.strip()}\n{'-' * 80}\n{training.left_in(folder)}")
 
 

@@ -12,11 +12,12 @@ import json
 import math
 import os
 import signal
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -28,18 +29,28 @@ import attngraph
 from attngraph import Graph, draw, parse_list
 from attngraph.nn import Attention
 
+try:
+    import fcntl
+except ImportError:  # Windows: runs are not locked there
+    fcntl = None
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 # ---------------------------------------------------------------------------------------------------------- settings
 
 FREE = ("name", "runs", "resume")  # of a run that is resumed
+MOST = 2**31 - 1  # of any number
 
 
 class Parser(argparse.ArgumentParser):
     """A command line; of a run that is resumed, the `free` settings may be others."""
 
     free: tuple[str, ...] = FREE
+    reading: Path | None = None  # the file that the arguments are from
+
+    def error(self, message: str) -> NoReturn:
+        super().error(message if self.reading is None else f"{self.reading}: {message}")
 
 
 def parser_of(doc: str | None, free: tuple[str, ...] = (), **defaults: Any) -> Parser:
@@ -79,7 +90,7 @@ def parsed(parser: Parser, arguments: list[str] | None) -> argparse.Namespace:
         unset = argparse.Namespace(**dict.fromkeys(vars(given)))
         given = resumed(given, vars(parser.parse_args(arguments, unset)), parser)
     least = dict.fromkeys(("warmup", "clip", "dropout", "weight_decay", "adamw_lr", "lr"), 0)
-    require_at_least(given, parser, **least, batch=1, accumulate=1, steps=1, evaluate_every=1)
+    require_at_least(given, parser, **least, batch=1, accumulate=1, steps=1, evaluate_every=1, seed=-MOST)
     if given.dropout >= 1:
         parser.error(f"--dropout must be a probability below 1 (got {given.dropout})")
     if given.device not in ("auto", "cpu", "mps") and not given.device.startswith("cuda"):
@@ -88,11 +99,13 @@ def parsed(parser: Parser, arguments: list[str] | None) -> argparse.Namespace:
 
 
 def require_at_least(given: argparse.Namespace, parser: argparse.ArgumentParser, **least: float) -> None:
-    """An error for settings that are below what they must be."""
+    """An error for settings that are below what they must be, or above all reason."""
     for name, bound in least.items():
         value = getattr(given, name)
         if value is not None and not value >= bound:
             parser.error(f"--{name.replace('_', '-')} must be {bound} or more (got {value})")
+        if value is not None and value > MOST:
+            parser.error(f"--{name.replace('_', '-')} must be {MOST} or less (got {value})")
 
 
 def resumed(given: argparse.Namespace, explicit: dict[str, Any], parser: Parser) -> argparse.Namespace:
@@ -100,7 +113,17 @@ def resumed(given: argparse.Namespace, explicit: dict[str, Any], parser: Parser)
     path = Path(given.runs) / given.name / "config.json"
     if not path.exists():
         parser.error(f"nothing to resume: {path} does not exist")
-    saved = json.loads(path.read_text())["settings"]
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))["settings"]
+        missing = sorted({*vars(given)} - {*FREE, *saved})
+        arguments = as_arguments(saved)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        parser.error(f"{path} is damaged, it holds no settings ({type(error).__name__}: {error})")
+    if missing:
+        parser.error(f"{path} is damaged, it lacks the settings {', '.join(missing)}")
+    parser.reading = path
+    saved = {name: value for name, value in vars(parser.parse_args(arguments)).items() if name in saved}
+    parser.reading = None
     for name, value in explicit.items():
         if value is not None and name not in parser.free and value != saved[name]:
             parser.error(
@@ -109,6 +132,18 @@ def resumed(given: argparse.Namespace, explicit: dict[str, Any], parser: Parser)
             )
     wanted = {name: explicit[name] for name in parser.free if explicit[name] is not None}
     return argparse.Namespace(**{**vars(given), **saved, **wanted})
+
+
+def as_arguments(settings: dict[str, Any]) -> list[str]:
+    """The command line that says the same."""
+    arguments = []
+    for name, value in settings.items():
+        flag = f"--{name.replace('_', '-')}"
+        if isinstance(value, list):
+            arguments += [flag, *map(str, value)]
+        elif value is not None:
+            arguments.append(f"{flag}={value}")
+    return arguments
 
 
 def layer_graphs(text: str, layers: int, size: tuple[int, int] | None = None) -> Graph | list[Graph]:
@@ -240,9 +275,18 @@ def faster_dtype(loss: Callable[[int], Tensor], model: nn.Module, device: torch.
 # ------------------------------------------------------------------------------------------------------- checkpoints
 
 
+def cached(name: str) -> Path:
+    """Where a download is kept: in the user's cache directory, or without a home among temporary files."""
+    try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:  # no home
+        folder = Path(tempfile.gettempdir())
+    return folder / "attngraph" / name
+
+
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Write a file aside, sync it, then rename it: whoever reads the path finds the old file or the new one, whole."""
-    aside = path.with_name(f".{path.name}.partial")
+    aside = path.with_name(f".partial-{path.name}")  # with its ending, by which pictures know their format
     try:
         write(aside)
         with open(aside, "rb+") as file:
@@ -251,6 +295,29 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     except (OSError, SafetensorError) as error:
         aside.unlink(missing_ok=True)
         raise SystemExit(f"{path} can't be written ({error}); what was there before is still whole") from None
+
+
+def save_picture(ax: Axes, path: Path) -> None:
+    """The whole picture or none."""
+    write_whole(path, lambda aside: draw.save(ax, aside))
+
+
+@contextmanager
+def only_run(args: argparse.Namespace) -> Iterator[None]:
+    """Nobody else writes to the run's folder meanwhile: a second run of its name, new or resumed, is refused."""
+    folder = Path(args.runs) / args.name
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = open(folder.with_name(f".{folder.name}.lock"), "a+")  # noqa: SIM115  closed below
+    except OSError as error:
+        raise SystemExit(f"{folder.parent} can't be written ({error}); choose another --runs") from None
+    with lock:
+        if fcntl is not None:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise SystemExit(f"a run is going on in {folder}; wait for it, or choose another --name") from None
+        yield
 
 
 def set_aside(folder: Path) -> Path:
@@ -286,19 +353,41 @@ def load_checkpoint(
         if head[:1] in (b"P", b"\x80") and head[8:] != b"{":  # a safetensors header begins there
             raise SystemExit(f"{path} holds a pickle, which could run anything, not safetensors") from None
         raise SystemExit(f"{path} is no whole safetensors file ({error}); delete the run and start anew") from None
-    saved = json.loads(metadata.get("config", "{}"))
-    if saved != config:
-        names = sorted(name for name in {*saved, *config} if saved.get(name) != config.get(name))
-        raise SystemExit(f"{path} is of another model: {', '.join(names) or 'no config'} differ; use its own settings")
-    model.load_state_dict({name[6:]: tensor for name, tensor in tensors.items() if name.startswith("model.")})
-    for number, optimizer in enumerate(optimizers):
-        state: dict[int, dict[str, Tensor]] = {}
-        for name, tensor in tensors.items():
-            if name.startswith(f"optimizer.{number}."):
-                _, _, index, entry = name.split(".", 3)
-                state.setdefault(int(index), {})[entry] = tensor
-        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    return int(metadata["step"])
+    try:
+        saved, step = json.loads(metadata.get("config", "{}")), int(metadata["step"])
+        if saved != config:
+            names = sorted(name for name in {*saved, *config} if saved.get(name) != config.get(name))
+            other = f"{', '.join(names) or 'no config'} differ"
+            raise SystemExit(f"{path} is of another model: {other}; use its own settings")
+        model.load_state_dict({name[6:]: tensor for name, tensor in tensors.items() if name.startswith("model.")})
+        for number, optimizer in enumerate(optimizers):
+            load_optimizer(optimizer, f"optimizer.{number}.", tensors)
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise SystemExit(
+            f"{path} is damaged ({type(error).__name__}: {error}); delete the run and start anew"
+        ) from None
+    return step
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, prefix: str, tensors: dict[str, Tensor]) -> None:
+    """Its state of every parameter, from the tensors of a checkpoint; ValueError if that is not what it holds."""
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        if name.startswith(prefix):
+            index, entry = name.removeprefix(prefix).split(".", 1)
+            state.setdefault(int(index), {})[entry] = tensor
+    for index, param in enumerate(params):
+        if {entry: tensor.shape for entry, tensor in state.get(index, {}).items()} != entries(optimizer, param):
+            raise ValueError(f"it does not hold the optimiser's state of parameter {index} of {prefix[:-1]}")
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def entries(optimizer: torch.optim.Optimizer, param: nn.Parameter) -> dict[str, torch.Size]:
+    """What an optimiser keeps of a parameter."""
+    if isinstance(optimizer, torch.optim.AdamW):
+        return {"step": torch.Size(), "exp_avg": param.shape, "exp_avg_sq": param.shape}
+    return {"momentum_buffer": param.shape}
 
 
 class Metrics:
@@ -308,8 +397,19 @@ class Metrics:
         self.columns = ("step", "seconds", unit, "training_loss", score, "rate", "gradient_norm")
         self.path, self.rows = path, []
         if from_step and path.exists():
-            with open(path, newline="") as file:
-                self.rows = [row for row in csv.DictReader(file) if int(row["step"]) <= from_step]
+            try:
+                self.rows = [row for row in self._read() if int(row["step"]) <= from_step]
+            except (OSError, ValueError, csv.Error) as error:
+                raise SystemExit(f"{path} is damaged ({error}); move it away, and a new one is begun") from None
+
+    def _read(self) -> list[dict[str, Any]]:
+        with open(self.path, newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        for number, row in enumerate(rows, 1):
+            if tuple(row) != self.columns or None in row.values():
+                raise ValueError(f"row {number} must have {', '.join(self.columns)}")
+            int(row["step"]), [float(value) for value in row.values() if value != ""]
+        return rows
 
     @property
     def seconds(self) -> float:
@@ -367,9 +467,12 @@ def fit(args: argparse.Namespace, task: Task) -> tuple[float, Metrics]:
                 f"nothing to resume: {checkpoint} does not exist; the run stopped before its first checkpoint"
             )
         first = load_checkpoint(checkpoint, model, steppers, shape)
-    elif folder.exists():
-        print(f"kept      the run that was there before as {set_aside(folder)}")
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        if folder.exists() and not args.resume:
+            print(f"kept      the run that was there before as {set_aside(folder)}")
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SystemExit(f"{folder} can't be written ({error}); choose another --runs or --name") from None
     settings = {name: value for name, value in vars(args).items() if name not in FREE}
     config = json.dumps(
         {"settings": settings, "parameters": parameters, **task.record, "attngraph": attngraph.__version__}, indent=2

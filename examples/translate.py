@@ -222,9 +222,10 @@ def train(args: argparse.Namespace) -> dict:
         score="exact_match",
         free=(*training.FREE, "translate", "beam"),
     )
-    score, metrics = training.fit(args, task)
-    print(f"{score:.2f}% of {len(unseen):,} unseen dates exactly right, after {metrics.seconds:.0f} s")
-    report(args, model.eval(), metrics, questions[:6], device)
+    with training.only_run(args):
+        score, metrics = training.fit(args, task)
+        print(f"{score:.2f}% of {len(unseen):,} unseen dates exactly right, after {metrics.seconds:.0f} s")
+        report(args, model.eval(), metrics, questions[:6], device)
     return {"exact_match": score, "seconds": metrics.seconds}
 
 
@@ -245,11 +246,11 @@ def report(
     samples = "\n".join(lines) + "\n"
     training.write_whole(folder / "samples.txt", lambda path: path.write_text(samples, encoding="utf-8"))
     curve = training.loss_curve(metrics, "dates to ISO 8601", "loss [nats a character]", "unseen dates right [%]")
-    draw.save(curve, folder / "accuracy.png")
-    draw.save(training.connectivity(model.encoder.graphs, 32), folder / "connectivity.png")
+    training.save_picture(curve, folder / "accuracy.png")
+    training.save_picture(training.connectivity(model.encoder.graphs, 32), folder / "connectivity.png")
     text = "Dienstag, den 3. März 1987"
     weights, result = alignment(model, text, device)
-    draw.save(picture(weights, text, result), folder / "alignment.png")
+    training.save_picture(picture(weights, text, result), folder / "alignment.png")
     print(f"{samples}{training.left_in(folder)}")
 
 

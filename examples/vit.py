@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import gzip
-import os
 import tarfile
 import urllib.request
 from pathlib import Path
@@ -27,7 +26,6 @@ import training
 from torch import Tensor
 from torch.nn.functional import affine_grid, cross_entropy, grid_sample
 
-from attngraph import draw
 from attngraph.models import ViT
 from attngraph.nn import TransformerConfig
 
@@ -75,8 +73,7 @@ def images_of(args: argparse.Namespace) -> tuple[Tensor, Tensor, Tensor, Tensor]
         )
         training_images, test_images, training_classes, test_classes = map(torch.from_numpy, parts)
         return training_images.float(), training_classes, test_images.float(), test_classes
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "attngraph" / args.data
-    folder = Path(args.folder) if args.folder else cache
+    folder = Path(args.folder) if args.folder else training.cached(args.data)
     return mnist(folder) if args.data == "mnist" else cifar10(folder)
 
 
@@ -197,20 +194,22 @@ def train(args: argparse.Namespace) -> dict:
         score="test_accuracy",
         free=(*training.FREE, "folder"),
     )
-    score, metrics = training.fit(args, task)
-    print(
-        f"{score:.2f}% of {len(test_images):,} test images right, after {metrics.seconds:.0f} s, with {edges:,} edges"
-    )
-    model.eval()
-    folder = Path(args.runs) / args.name
-    curve = training.loss_curve(
-        metrics, f"{args.data} on {args.graph}", "loss [nats an image]", "test images right [%]"
-    )
-    draw.save(curve, folder / "accuracy.png")
-    draw.save(training.connectivity(model.transformer.graphs, nodes), folder / "connectivity.png")
-    if args.pool == "cls":
-        draw.save(attention_map(model, test_images[:8], (mean, deviation), device), folder / "attention.png")
-    print(training.left_in(folder))
+    with training.only_run(args):
+        score, metrics = training.fit(args, task)
+        right = f"{score:.2f}% of {len(test_images):,} test images right"
+        print(f"{right}, after {metrics.seconds:.0f} s, with {edges:,} edges")
+        model.eval()
+        folder = Path(args.runs) / args.name
+        curve = training.loss_curve(
+            metrics, f"{args.data} on {args.graph}", "loss [nats an image]", "test images right [%]"
+        )
+        training.save_picture(curve, folder / "accuracy.png")
+        training.save_picture(training.connectivity(model.transformer.graphs, nodes), folder / "connectivity.png")
+        if args.pool == "cls":
+            training.save_picture(
+                attention_map(model, test_images[:8], (mean, deviation), device), folder / "attention.png"
+            )
+        print(training.left_in(folder))
     return {"test_accuracy": score, "seconds": metrics.seconds, "parameters": parameters, "edges": edges}
 
 

@@ -28,7 +28,7 @@ from triton.runtime.jit import JITFunction
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from attngraph import Prefix, Window
 from attngraph.graph.base import at_size, list_edges
-from attngraph.kernels.contract import ScoreBias
+from attngraph.kernels.contract import Modifiers, ScoreBias
 from attngraph.kernels.triton import rows as rows_triton
 from attngraph.kernels.triton import tiles as tiles_triton
 from attngraph.planning.layouts.csr import CSR
@@ -36,7 +36,7 @@ from attngraph.planning.layouts.tiles import Tiles, tabulate
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 TENSOR_CORES = {80: "HMMA", 90: "HGMMA|HMMA"}  # instructions that multiply matrices
-BIASES = (None, "offset", "edge", "dense", "keys")
+BIASES = (None, "offset", "edge", "dense", "keys", "padding")
 
 # What does not quite fit, whatever the blocks: the kernels of tiles in float32, which multiplies three times as TF32.
 # By version of Triton: by architecture, kernel and dimension, and by bias, bytes of a thread outside of registers.
@@ -57,13 +57,13 @@ SPILLS = {  # the newest version last
         (80, "_fwd_kernel", 32): {None: 8},
         (80, "_bwd_dq_kernel", 32): {"offset": 16},
         (80, "_bwd_dq_kernel", 64): {"offset": 8},
-        (80, "_bwd_dq_kernel", 128): {"offset": 80, "edge": 48, "dense": 48, "keys": 32},
-        (80, "_bwd_dkdv_kernel", 32): {None: 40, "offset": 8, "edge": 32, "dense": 48, "keys": 64},
-        (80, "_bwd_dkdv_kernel", 128): {None: 24, "offset": 16, "edge": 24, "dense": 24, "keys": 56},
+        (80, "_bwd_dq_kernel", 128): {"offset": 80, "edge": 48, "dense": 48, "keys": 32, "padding": 24},
+        (80, "_bwd_dkdv_kernel", 32): {None: 40, "offset": 8, "edge": 32, "dense": 48, "keys": 64, "padding": 8},
+        (80, "_bwd_dkdv_kernel", 128): {None: 24, "offset": 16, "edge": 24, "dense": 24, "keys": 56, "padding": 88},
         (90, "_bwd_dq_kernel", 32): {"offset": 8},
-        (90, "_bwd_dq_kernel", 128): {"offset": 112, "edge": 48, "dense": 56, "keys": 56},
-        (90, "_bwd_dkdv_kernel", 32): {"offset": 8, "edge": 24, "dense": 32, "keys": 48},
-        (90, "_bwd_dkdv_kernel", 128): {None: 16, "offset": 32, "edge": 40, "dense": 80, "keys": 136},
+        (90, "_bwd_dq_kernel", 128): {"offset": 112, "edge": 48, "dense": 56, "keys": 56, "padding": 8},
+        (90, "_bwd_dkdv_kernel", 32): {"offset": 8, "edge": 24, "dense": 32, "keys": 48, "padding": 48},
+        (90, "_bwd_dkdv_kernel", 128): {None: 16, "offset": 32, "edge": 40, "dense": 80, "keys": 136, "padding": 128},
     },
 }
 
@@ -108,7 +108,7 @@ def compiled(arch: int):
 
 
 def run(family: str, dim: int, dtype: torch.dtype, n: int, bias: str | None = None) -> None:
-    """Forward and backward, with a bias and its gradient if there is one."""
+    """Forward and backward, with a bias and its gradient if there is one; a "bias" of padding is a mask."""
     graph = Window(40, 0) | Prefix(3)
     bound, module = at_size(graph, n, n)[0], {"tiles": tiles_triton, "rows": rows_triton}[family]
     if family == "tiles":
@@ -124,9 +124,13 @@ def run(family: str, dim: int, dtype: torch.dtype, n: int, bias: str | None = No
         "dense": (1, 2, n, n),
         "keys": (1, 2, 1, n),
     }
-    score_bias = None if bias is None else ScoreBias("dense" if bias == "keys" else bias, torch.zeros(shapes[bias]))
-    out, lse = module.forward(q, k, v, layout, score_bias, 1.0)
-    module.backward(q, k, v, out, lse, out, lse, layout, score_bias, 1.0, bias is not None)
+    if bias == "padding":
+        modifiers = Modifiers(1.0, attention_mask=torch.ones(1, n, dtype=torch.bool))
+    else:
+        kind = "dense" if bias == "keys" else bias
+        modifiers = Modifiers(1.0, None if bias is None else ScoreBias(kind, torch.zeros(shapes[bias])))
+    out, lse = module.forward(q, k, v, layout, modifiers)
+    module.backward(q, k, v, out, lse, out, lse, layout, modifiers, modifiers.bias is not None)
 
 
 def report(kernel, arch: int) -> dict:

@@ -13,7 +13,7 @@ from torch.testing import assert_close
 from attngraph import Causal, Costs, Empty, Full, PerHead, Prefix, Random, Window, attend, cache, plan
 from attngraph.graph.base import at_size
 from attngraph.graph.rewrite import simplify
-from attngraph.kernels.contract import ScoreBias
+from attngraph.kernels.contract import Modifiers, ScoreBias
 from attngraph.planning import backends
 from attngraph.planning.backends import BACKENDS
 from attngraph.planning.call import Call, Request
@@ -51,21 +51,21 @@ def test_it_equals_the_reference_forward_and_backward(case, label):
         if backend.runs_whole(layout, call):
             out = backend.attend(*sides, layout, None, Request(scale=0.5))[0]
         else:
-            out = backend.forward(*sides, layout, None, 0.5)[0]
+            out = backend.forward(*sides, layout, Modifiers(0.5))[0]
         found = out, *torch.autograd.grad(out, sides, dout.to(dtype))
     else:
         q, k, v = (side.detach() for side in sides)
-        out, lse = backend.forward(q, k, v, layout, None, 0.5)
-        found = out, *backend.backward(q, k, v, out, lse, dout.to(dtype), None, layout, None, 0.5, False)[:3]
+        out, lse = backend.forward(q, k, v, layout, Modifiers(0.5))
+        found = out, *backend.backward(q, k, v, out, lse, dout.to(dtype), None, layout, Modifiers(0.5), False)[:3]
     tolerance = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0, "atol": 1e-10}
     for one, other in zip(found, expected, strict=True):
         assert_close(one.double(), other, **tolerance)
 
 
 OPTIONS = [
-    {}, {"dropout": True}, {"score": "additive"}, {"normalize": "sigmoid"}, {"return_weights": True}, {"bias": "edge"},
-    {"transform": "torch.func"}, {"transform": "forward-mode"}, {"part": True}, {"compiled": True},
-    {"dtype": torch.bfloat16},
+    {}, {"dropout": True}, {"padding": True}, {"score": "additive"}, {"normalize": "sigmoid"}, {"return_weights": True},
+    {"bias": "edge"}, {"transform": "torch.func"}, {"transform": "forward-mode"}, {"part": True},
+    {"compiled": True}, {"dtype": torch.bfloat16},
 ]  # fmt: skip
 
 
@@ -77,8 +77,8 @@ def test_a_reason_is_a_sentence(label, options):
 
 
 @pytest.mark.parametrize("options", [
-    {}, {"dropout": True}, {"bias": "offset"}, {"bias": "edge"}, {"score": "a function"}, {"return_weights": True},
-    {"normalize": "sigmoid"}, {"dtype": torch.float64}, {"backend": "rows"},
+    {}, {"dropout": True}, {"padding": True}, {"bias": "offset"}, {"bias": "edge"}, {"score": "a function"},
+    {"return_weights": True}, {"normalize": "sigmoid"}, {"dtype": torch.float64}, {"backend": "rows"},
 ], ids=str)  # fmt: skip
 def test_explain_has_the_answer_of_every_backend_that_was_asked(options):
     made = plan(Causal() & (Window(60, 0) | Random(3)), 700, 700, heads=2, **options)
@@ -161,7 +161,8 @@ def test_a_bias_kind_reaches_the_kernels_that_know_it():
     for label in ("tiles (torch)", "rows (numba)"):
         backend, call = BACKENDS[label], call_of(12, 12, bias="offset")
         assert backend.supports(call) is None
-        outs.append(backend.forward(q, k, v, backend.build(edges, call), ScoreBias("offset", values), 0.5)[0])
+        modifiers = Modifiers(0.5, ScoreBias("offset", values))
+        outs.append(backend.forward(q, k, v, backend.build(edges, call), modifiers)[0])
     assert_close(*outs, rtol=0, atol=1e-12)
     assert BACKENDS["tiles (numba)"].supports(call_of(12, 12, dtype=torch.float32, bias="offset")) is not None
 
@@ -220,7 +221,7 @@ def test_a_plan_in_a_compiled_program_never_ignores_an_option(options):
 
 
 @pytest.mark.parametrize(("options", "message"), [
-    ({"score": "nope"}, "score of a plan"), ({"normalize": 3}, "normalize of a plan"),
+    ({"score": "nope"}, "score of a plan"), ({"normalize": 3}, "normalize must be"),
     ({"dtype": torch.int64}, "dtype"), ({"dtype": "float32"}, "dtype"), ({"dropout": 0.3}, "dropout"),
 ])  # fmt: skip
 def test_options_of_a_plan_are_checked(options, message):

@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +18,8 @@ import gpt
 import pytest
 import torch
 import training
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save
 
 SCRIPT = Path(gpt.__file__)
 TEXT = "the quick brown fox jumps over the lazy dog; 'tis no small thing to leap.\n" * 40
@@ -362,3 +364,125 @@ def test_it_runs_as_a_script(tmp_path, text):
     assert done.returncode == 0, done.stderr
     assert "tokens/s" in done.stderr
     assert "validation loss" in done.stdout
+
+
+# ----------------------------------------------------------------------------------------------------------- damages
+
+
+def text_damages(content):
+    """Of a file of text: cut, emptied, no text, of another kind."""
+    yield from (content[: len(content) // 2], b"", b"\xff\xfe\x00", b"[]", b"null", b"7", b'"x"', b"{}", b"a,b\n1,2\n")
+
+
+def config_damages(path):
+    """Each setting removed, or something else in its place."""
+    whole = json.loads(path.read_bytes())
+    yield from text_damages(path.read_bytes())
+    for wrong in (None, 7, "x", [], [1], {}):
+        yield json.dumps({**whole, "settings": wrong}).encode()
+    for name in whole["settings"]:
+        rest = {other: value for other, value in whole["settings"].items() if other != name}
+        yield json.dumps({**whole, "settings": rest}).encode()
+        for wrong in (None, True, 0, -1, 2.5, float("nan"), 10**30, "x", "", [], ["x"], {"a": 1}):
+            yield json.dumps({**whole, "settings": {**rest, name: wrong}}).encode()
+
+
+def metrics_damages(path):
+    whole = path.read_text()
+    yield from text_damages(path.read_bytes())
+    for old, new in ((",", ";"), ("\r\n", "\n\n,"), ("step", "stop"), ("1,", "x,"), ("1,", ","), (",", "\0")):
+        yield whole.replace(old, new).encode()
+
+
+def checkpoint_damages(path):
+    """Its metadata and tensors removed, or others in their place."""
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(path)
+    for wrong in (
+        {},
+        {"step": "x"},
+        {"step": ""},
+        {"config": "{"},
+        {"config": "[]"},
+        {"config": "7"},
+        {"config": "{}"},
+    ):
+        kept = {name: value for name, value in metadata.items() if name not in wrong}
+        yield save(tensors, {**kept, **wrong} if wrong else {"a": "b"})
+    for name, tensor in tensors.items():
+        rest = {other: value for other, value in tensors.items() if other != name}
+        yield save(rest, metadata)
+        yield save({**rest, name: torch.zeros(3, 5)}, metadata)
+        yield save({**rest, f"{name}.x": tensor}, metadata)
+        yield save({**tensors, f"optimizer.0.{name}": tensor.clone()}, metadata)
+
+
+@pytest.mark.parametrize(
+    ("file", "damages"),
+    [
+        ("config.json", config_damages),
+        ("metrics.csv", metrics_damages),
+        ("checkpoint.safetensors", checkpoint_damages),
+    ],
+)
+@pytest.mark.parametrize("share", [25, pytest.param(1, marks=pytest.mark.slow)], ids=["some", "all"])
+def test_a_damaged_run_goes_on_or_is_told(tmp_path, text, capsys, file, damages, share):
+    """By a sentence, never by a traceback."""
+    _, folder = run(tmp_path, text, "--steps", 2, "--evaluate-every", 1, "--sample", 1)
+    whole = shutil.copytree(folder, tmp_path / "whole")
+    for number, content in enumerate(list(damages(folder / file))):
+        if number % share:
+            continue
+        shutil.rmtree(folder)
+        shutil.copytree(whole, folder)
+        (folder / file).write_bytes(content)
+        capsys.readouterr()
+        told = None
+        try:
+            gpt.train(gpt.settings(["--runs", str(tmp_path / "runs"), "--name", "run", "--resume"]))
+        except SystemExit as error:
+            told = f"{error} {capsys.readouterr().err}"
+        assert told is None or len(told) > 20
+
+
+def test_a_run_is_not_begun_twice(tmp_path, text):
+    """Found: the second renamed the folder, into which the first then wrote its weights."""
+    _, folder = run(tmp_path, text)
+    args = gpt.settings(["--runs", str(tmp_path / "runs"), "--name", "run", "--resume"])
+    with training.only_run(args):
+        with pytest.raises(SystemExit, match="a run is going on in"):
+            run(tmp_path, text)
+        with pytest.raises(SystemExit, match="a run is going on in"):
+            gpt.train(args)
+    assert not folder.with_name("run.1").exists()
+    gpt.train(args)  # afterwards it may go on
+
+
+def test_where_nothing_can_be_written_nothing_begins(tmp_path, text, monkeypatch):
+    (tmp_path / "runs").write_text("a file")
+    with pytest.raises(SystemExit, match=r"can't be written .*choose another --runs"):
+        run(tmp_path, text)
+    (tmp_path / "runs").unlink()
+    mkdir = Path.mkdir
+
+    def refused(path, *args, **options):
+        if path.name == "run":
+            raise PermissionError(13, "Permission denied")
+        return mkdir(path, *args, **options)
+
+    monkeypatch.setattr(Path, "mkdir", refused)
+    with pytest.raises(SystemExit, match=r"run can't be written .*choose another --runs or --name"):
+        run(tmp_path, text)
+
+
+def test_a_disk_that_fills_at_the_pictures_leaves_the_weights(tmp_path, text, monkeypatch):
+    def full(ax, path):
+        Path(path).write_bytes(b"half a picture")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(training.draw, "save", full)
+    with pytest.raises(SystemExit, match=r"loss.png can't be written .*No space left"):
+        run(tmp_path, text)
+    left = sorted(path.name for path in (tmp_path / "runs" / "run").iterdir())
+    assert left == ["checkpoint.safetensors", "config.json", "metrics.csv", "sample.txt"]

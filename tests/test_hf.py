@@ -160,6 +160,7 @@ def both(family, model, reference, dtype, padded):
         found = peer(
             input_features=sounds, decoder_input_ids=others,
             decoder_attention_mask=None if mask is None else mask[:, :6],
+            decoder_position_ids=(real[:, :6].cumsum(-1) - 1).clamp(min=0) if padded else None,
         )  # fmt: skip
         return model(sounds, others, **ours), found.logits, real[:, :6]
     if family == "t5":
@@ -174,7 +175,11 @@ def both(family, model, reference, dtype, padded):
             states=states, actions=actions, returns_to_go=returns, timesteps=times, attention_mask=mask
         ).action_preds
         return model(states, actions, returns, times, **ours), found, real
-    return model(tokens, **ours), peer(input_ids=tokens, attention_mask=mask).logits, real
+    right = peer(input_ids=tokens).logits
+    if padded:  # each row as if it were alone
+        for row, some in enumerate(real):
+            right[row, some] = peer(input_ids=tokens[row, some][None]).logits[0]
+    return model(tokens, **ours), right, real
 
 
 def assert_same_logits(family, model, reference, padded=False):
@@ -265,7 +270,7 @@ def test_the_graph_of_the_memory_is_kept(tmp_path):
 def test_unknown_rotary_settings_are_named(tmp_path, rope):
     theirs("llama", 0, tmp_path)
     changed(tmp_path, rope_parameters={"rope_type": "default", **rope})
-    with pytest.raises(ValueError, match=f"rotary positions: {next(iter(rope))}"):
+    with pytest.raises(ValueError, match=f"unknown settings in .*: {next(iter(rope))}"):
         hf.load(tmp_path)
 
 
@@ -335,7 +340,7 @@ def rewritten(folder, change):
     [
         (lambda at: changed(at, flux_capacitor=3), "unknown settings: flux_capacitor"),
         (lambda at: changed(at, model_type="gpt5"), "model_type must be one of gpt2, bert"),
-        (lambda at: changed(at, architectures=["GPT2ForSequenceClassification"]), "must be GPT2LMHeadModel"),
+        (lambda at: changed(at, architectures=["GPT2ForSequenceClassification"]), "must be a list of GPT2LMHeadModel"),
         (lambda at: changed(at, activation_function="mish"), "'activation_function' must be one of gelu"),
         (lambda at: changed(at, add_cross_attention=True), "'add_cross_attention' must be False"),
         (lambda at: changed(at, n_embd=25), "must be a multiple of num_heads"),
@@ -344,8 +349,8 @@ def rewritten(folder, change):
         (lambda at: rewritten(at, lambda t: t.update(extra=torch.ones(1))), "left-over tensors: extra"),
         (lambda at: (at / "model.safetensors").write_bytes(b"no tensors"), "model.safetensors can't be read"),
         (lambda at: (at / "config.json").write_text("{"), "must be JSON"),
-        (lambda at: changed(at, n_embd="24"), "'n_embd' must be like 768 (got '24')"),
-        (lambda at: changed(at, n_head=0), "a setting is of the wrong kind"),
+        (lambda at: changed(at, n_embd="24"), "'n_embd' must be a whole number from 1 to 2147483647 (got '24')"),
+        (lambda at: changed(at, n_head=0), "'n_head' must be a whole number from 1"),
         (lambda at: changed(at, attngraph={"transformr": "Causal()"}), "must give graphs to transformer (got"),
         (lambda at: rewritten(at, lambda t: t.update({"wte.weight": torch.ones(1)})), "two tensors of one name"),
     ],
@@ -420,3 +425,54 @@ def test_gpt2_small_loads_fast_and_in_its_own_size(tmp_path):
     assert size == 124_439_808 * 4
     assert seconds <= 3
     assert share <= 1.2
+
+
+# ----------------------------------------------------------------------------------------------------------- damages
+
+REMOVED = object()
+WRONG = [
+    REMOVED, None, True, False, 0, -1, 1, 3, 2.5, 1e30, float("nan"), float("inf"), "x", "", [], [1], [[2]], ["x"], {},
+    {"a": 1}, 10**6, 2**31 - 1, 10**30,
+]  # fmt: skip
+
+
+def damaged(settings):
+    """Every setting removed, or something else in its place; also those in mappings: (its name, the settings)."""
+    for name, value in settings.items():
+        for wrong in WRONG:
+            changed = {**settings, name: wrong}
+            if wrong is REMOVED:
+                del changed[name]
+            yield name, changed
+        if isinstance(value, dict) and name not in ("id2label", "label2id"):
+            yield from ((inner, {**settings, name: changed}) for inner, changed in damaged(value))
+
+
+def names_it(name, message):
+    """An error names the setting; of the number of labels, the one that counts them."""
+    return name in message or (name == "id2label" and "num_labels" in message)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("share", [19, pytest.param(1, marks=pytest.mark.slow)], ids=["some", "all"])
+@torch.no_grad()
+def test_a_damaged_config_works_or_is_told_by_name(family, share, tmp_path):
+    """At once, too: a million layers are not made before the file is found to have two."""
+    rope = next((number for number, more in enumerate(FAMILIES[family][3]) if "rope_parameters" in more), 0)
+    for number in {0, rope}:
+        theirs(family, number, tmp_path)
+        settings = json.loads((tmp_path / "config.json").read_text())
+        graphs = ("encoder", "decoder") if family in ("t5", "whisper") else ("transformer",)
+        settings["attngraph"] = dict.fromkeys(graphs, "Full(), Full()")
+        for count, (name, changed) in enumerate(damaged(settings)):
+            if count % share != number % share:
+                continue
+            (tmp_path / "config.json").write_text(json.dumps(changed))
+            try:
+                model = hf.load(tmp_path)
+            except ValueError as error:
+                model, told = None, str(error)
+            if model is None:
+                assert names_it(name, told), (name, told)
+            elif family in ("gpt2", "bert", "llama", "qwen2"):
+                model(torch.randint(37, (1, 7)))

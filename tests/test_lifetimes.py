@@ -10,6 +10,7 @@ import sys
 import threading
 import weakref
 from collections import deque
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from test_own_graphs import Ring
 from torch.testing import assert_close
 
 import attngraph
-from attngraph import Causal, Costs, EdgeList, Graph, Prefix, Random, Window, attend, cache, from_function
+from attngraph import Causal, Costs, EdgeList, Graph, PerHead, Prefix, Random, Window, attend, cache, from_function
 from attngraph.planning import calibrate, costs
 
 ROOT = Path(__file__).parent.parent
@@ -388,7 +389,54 @@ def test_without_a_place_to_keep_it_calibration_says_so(own_cache, monkeypatch, 
     assert Costs.here().source.startswith("the defaults for")
 
 
+def test_calibration_notices_that_the_machine_is_busy(own_cache, monkeypatch):
+    monkeypatch.setattr(calibrate, "measured", lambda device: Costs(source="measured"))
+    monkeypatch.setattr(calibrate.psutil, "cpu_percent", lambda interval: 90.0)
+    with pytest.warns(UserWarning, match=r"cores of this machine busy.*again when it is idle"):
+        attngraph.calibrate()
+
+
 def test_more_threads_share_the_work_but_not_the_calls():
     two, four = (costs.default_costs("avx2", threads) for threads in (2, 4))
     assert four.tile_s_per_pair_dim == two.tile_s_per_pair_dim / 2
     assert four.tile_s_per_call == two.tile_s_per_call
+
+
+# ---------------------------------------------------------------------------- made once, in whatever call came first
+
+GRAPHS_THAT_ARE_KEPT = [
+    Causal() & Window(3, 0),
+    PerHead([Causal(), Window(2, 0)]),
+    EdgeList(torch.tensor([[0, 1], [3, 4]]), 40),
+]
+FIRST_CALLS = {
+    "inference mode": lambda f, x: torch.inference_mode()(f)(x),
+    "grad": lambda f, x: torch.func.grad(lambda x: f(x).sum())(x),
+    "vmap": lambda f, x: torch.vmap(f)(x[None].expand(3, *x.shape)),
+    "jacrev": lambda f, x: torch.func.jacrev(lambda s: f(x * s).sum())(torch.tensor(1.0)),
+    "jvp": lambda f, x: torch.func.jvp(f, (x,), (x,)),
+}
+
+
+@pytest.mark.parametrize("graph", GRAPHS_THAT_ARE_KEPT, ids=["window", "heads", "list"])
+@pytest.mark.parametrize("backend", ["auto", "dense", "tiles", "rows", "edges"])
+def test_what_is_kept_knows_nothing_of_the_mode_it_was_made_in(graph, backend):
+    """Found: after a first call in inference mode, or under a transform, nothing could be trained or compiled."""
+
+    def run(x):
+        return attend(x, x, x, graph, backend=backend)
+
+    def trained():
+        x = torch.ones(1, 2, 40, 8).cumsum(-2).sin().requires_grad_()
+        return torch.autograd.grad(run(x).square().sum(), x)
+
+    cache.clear()
+    right = trained()
+    for first in FIRST_CALLS.values():
+        cache.clear()
+        with suppress(ValueError, NotImplementedError):  # a transform that a backend refuses
+            first(run, torch.randn(1, 2, 40, 8))
+        assert_close(trained(), right)
+    if backend == "auto":
+        torch.compiler.reset()
+        torch.compile(run, backend="aot_eager", fullgraph=True)(torch.randn(1, 2, 40, 8))

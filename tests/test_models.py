@@ -203,7 +203,7 @@ def test_rotary_scalings_are_those_of_transformers(kind, length):
     )
     wanted, amplitude = ROPE_INIT_FUNCTIONS[kind](theirs, None, seq_len=length)
     rotary = Rotary(8, scaling=scaling)
-    torch.testing.assert_close(rotary.rope.frequencies(length), wanted, rtol=1e-6, atol=0)
+    torch.testing.assert_close(rotary.rope.frequencies(torch.tensor(length)), wanted, rtol=1e-6, atol=0)
     assert rotary.rope.amplitude == pytest.approx(amplitude)
     cos, sin = rotary(torch.arange(length))
     torch.testing.assert_close(cos[-1, :4], (wanted * (length - 1)).cos() * amplitude)
@@ -237,7 +237,7 @@ def test_padding_of_the_source_takes_no_places():
         ),
         (
             lambda: GPT(config(), 17)(tokens(1, 3), attention_mask=torch.tensor([[2, 1, 0]])), ValueError,
-            "(got integers 0 … 2)",
+            "(got 0 … 2)",
         ),
         (lambda: GPT(config(), 17)(tokens(1, 3), attention_mask=[[1, 1, 1]]), TypeError, "(got a list)"),
         (

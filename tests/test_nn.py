@@ -140,9 +140,13 @@ def test_biases_are_where_the_config_says():
 
 
 def test_rotary_scores_depend_on_the_distance_alone():
-    rotary = Rotary(8).double()
+    rotary = Rotary(8)
     q, k = torch.randn(2, 1, 8, dtype=torch.float64)
-    scores = [rotate(q, *rotary(torch.tensor([i + 5]))) @ rotate(k, *rotary(torch.tensor([i]))).T for i in (0, 3, 1000)]
+
+    def turned(x, position):
+        return rotate(x, *rotary(torch.tensor([position]), torch.float64))
+
+    scores = [turned(q, i + 5) @ turned(k, i).T for i in (0, 3, 1000)]
     torch.testing.assert_close(scores[0], scores[1], rtol=0, atol=1e-12)
     torch.testing.assert_close(scores[0], scores[2], rtol=0, atol=1e-9)
 
@@ -155,7 +159,8 @@ def test_llama3_scaling_keeps_short_waves_and_stretches_long_ones():
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": 8192,
     }
-    plain, scaled = Rotary(128, 500_000.0).frequencies, Rotary(128, 500_000.0, scaling).frequencies
+    length = torch.tensor(0)
+    plain, scaled = (Rotary(128, 500_000.0, given).rope.frequencies(length) for given in (None, scaling))
     assert torch.equal(plain[:20], scaled[:20])
     torch.testing.assert_close(plain[-10:] / 8, scaled[-10:])
     assert ((scaled <= plain) & (scaled >= plain / 8 * 0.999)).all()
@@ -321,10 +326,10 @@ def test_top_p_keeps_the_smallest_set():
         (lambda: rotate(torch.ones(3, 2), torch.ones(3, 1), torch.ones(3, 1)), "of the dimension of x, 2"),
         (lambda: FeedForward(4, 8, activation="x"), "activation must be one of"),
         (lambda: GPT(config(max_length=4), 17)(torch.zeros(1, 5, dtype=torch.int64)), "4 learned positions but got 5"),
-        (lambda: generate(nn.Identity(), torch.zeros(1, 0), 1), "at least one token"),
-        (lambda: generate(nn.Identity(), torch.zeros(1, 1), 1, temperature=-1), "temperature must be 0 or more"),
-        (lambda: generate(nn.Identity(), torch.zeros(1, 1), 1, top_k=0), "top_k must be 1 or more"),
-        (lambda: generate(nn.Identity(), torch.zeros(1, 1), 1, top_p=1.5), "top_p must be a probability"),
+        (lambda: generate(nn.Identity(), torch.zeros(1, 0).long(), 1), "at least one token"),
+        (lambda: generate(nn.Identity(), torch.zeros(1, 1).long(), 1, temperature=-1), "temperature must be 0 or more"),
+        (lambda: generate(nn.Identity(), torch.zeros(1, 1).long(), 1, top_k=0), "top_k must be 1 or more"),
+        (lambda: generate(nn.Identity(), torch.zeros(1, 1).long(), 1, top_p=1.5), "top_p must be a probability"),
     ],
 )
 def test_bad_input_is_an_error(make, message):

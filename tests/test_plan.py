@@ -35,6 +35,7 @@ from attngraph import (
     plan,
 )
 from attngraph.graph.base import at_size
+from attngraph.graph.text import pack
 from attngraph.planning.backends.base import INSTALLED
 from attngraph.planning.call import Call
 from attngraph.planning.execution import attend_forward
@@ -249,9 +250,11 @@ def test_two_runs_and_any_number_of_threads_give_the_same_bits(backend):
 def test_the_operators_pass_opcheck():
     q, k, v = (side.float().detach().requires_grad_() for side in tensors(40, 40, dim=8, value_dim=8))
     for backend in ("tiles", "rows", "auto"):
-        torch.library.opcheck(attend_forward, (q, k, v, None, "", 0.3, MIXED._key, backend))
+        torch.library.opcheck(attend_forward, (q, k, v, None, None, "", 0.3, *pack(MIXED), backend))
     slopes = torch.randn(4, 79, requires_grad=True)
-    torch.library.opcheck(attend_forward, (q, k, v, slopes, "offset", 0.3, MIXED._key, "tiles"))
+    torch.library.opcheck(
+        attend_forward, (q, k, v, slopes, torch.rand(2, 40) < 0.8, "offset", 0.3, *pack(MIXED), "tiles")
+    )
 
 
 @pytest.mark.parametrize("backend", ["tiles", "rows"])
@@ -269,14 +272,6 @@ def test_plans_compile_and_checkpoint(backend):
     gradients = torch.autograd.grad(checkpoint(attention, q, k, v, use_reentrant=False).square().sum(), (q, k, v))
     right = torch.autograd.grad(attention(q, k, v).square().sum(), (q, k, v))
     assert all(torch.equal(a, b) for a, b in zip(gradients, right, strict=True))
-
-
-@pytest.mark.parametrize("backend", ["tiles", "rows"])
-def test_a_second_derivative_is_a_clear_error(backend):
-    q, k, v = tensors(20, 20)
-    (gradient,) = torch.autograd.grad(attend(q, k, v, MIXED, backend=backend).square().sum(), q, create_graph=True)
-    with pytest.raises(RuntimeError, match="can be differentiated once; backend='edges'"):
-        gradient.sum().backward()
 
 
 def test_reordering_finds_the_band_of_a_shuffled_grid():
@@ -570,7 +565,7 @@ def test_a_compiled_function_takes_a_plan():
         ({"heads": 0}, "heads"),
         ({"heads": 2.5}, "heads"),
         ({"head_dim": -4}, "head_dim"),
-        ({"bias": "alibi"}, "bias of a plan"),
+        ({"bias": "alibi"}, "bias must be one of"),
         ({"reorder": "no"}, "reorder"),
         ({"costs": "default"}, "Costs"),
     ],
@@ -578,7 +573,7 @@ def test_a_compiled_function_takes_a_plan():
 def test_a_plan_checks_what_it_is_given(options, message):
     with pytest.raises((ValueError, TypeError), match=message):
         plan(Causal(), 9, 9, **options)
-    with pytest.raises(TypeError, match="takes a Graph"):
+    with pytest.raises(TypeError, match="graph must be a Graph"):
         plan("Causal()", 9, 9)
     with pytest.raises(ValueError, match="tile_s_per_pair_dim of Costs"):
         Costs(tile_s_per_pair_dim=float("nan"))

@@ -5,8 +5,8 @@ HYPOTHESIS_PROFILE=thorough tries 500, as make test-all does; nightly 20,000.
 
 import pytest
 import torch
-from hypothesis import given, strategies
-from test_attend import BIASES, assert_equal, biases, results, tensors
+from hypothesis import assume, given, strategies
+from test_attend import BIASES, DISTANCES, assert_equal, biases, refuses_distances, results, tensors
 
 from attngraph import (
     Beside,
@@ -152,21 +152,25 @@ def test_de_morgan_and_distribution(one, other):
     strategies.sampled_from([(1, 1), (4, 4), (4, 2), (6, 1)]),
     strategies.integers(1, 9),
     strategies.integers(1, 3),
+    strategies.booleans(),
     strategies.integers(0, 2**20),
 )
-def test_every_backend_equals_the_reference(case, kind, grouping, dim, batch, seed):
+def test_every_backend_equals_the_reference(case, kind, grouping, dim, batch, padded, seed):
     graph, n, m = case
     heads, kv_heads = grouping
+    assume(not (kind in DISTANCES and refuses_distances(graph, n, m)))
     q, k, v = tensors(n, m, heads=heads, kv_heads=kv_heads, dim=dim, batch=batch, seed=seed)
     bias, learned = biases(kind, graph, n, m, heads, batch)
-    expected = results(q, k, v, graph, bias, learned, "reference")
+    mask = torch.rand(batch, m, generator=torch.Generator().manual_seed(seed)) < 0.7 if padded else None
+    expected = results(q, k, v, graph, bias, learned, "reference", attention_mask=mask)
     for backend in ("edges", "dense", "tiles", "rows", "auto"):
-        assert_equal(results(q, k, v, graph, bias, learned, backend), expected)
+        assert_equal(results(q, k, v, graph, bias, learned, backend, attention_mask=mask), expected)
 
 
 @given(sized_graphs(heads=2), strategies.sampled_from(BIASES), strategies.integers(0, 2**20))
 def test_graphs_of_heads_equal_the_reference(case, kind, seed):
     graph, n, m = case
+    assume(not (kind in DISTANCES and refuses_distances(graph, n, m)))
     q, k, v = tensors(n, m, heads=2, kv_heads=1, seed=seed)
     bias, learned = biases(kind, graph, n, m, 2)
     expected = results(q, k, v, graph, bias, learned, "reference")

@@ -9,7 +9,7 @@ from interpreter import round_as_hardware
 
 from attngraph import Causal, EdgeBias, Random, Window, attend, from_dense
 from attngraph.graph.base import at_size, list_edges
-from attngraph.kernels.contract import ScoreBias
+from attngraph.kernels.contract import Modifiers, ScoreBias
 from attngraph.planning.layouts import csr
 from attngraph.planning.layouts.csr import CSR
 
@@ -96,17 +96,17 @@ def public(kind, values, mask):
     return values
 
 
-def rows_results(q, k, v, mask, bias, grad=True, kernels=rows_numba):
+def rows_results(q, k, v, mask, bias, grad=True, kernels=rows_numba, attention_mask=None):
     """out, lse, and the gradients of a loss that looks at both."""
-    layout, scale = layout_of(mask), q.shape[3] ** -0.5
-    out, lse = kernels.forward(q, k, v, layout, bias, scale)
+    layout, modifiers = layout_of(mask), Modifiers(q.shape[3] ** -0.5, bias, attention_mask)
+    out, lse = kernels.forward(q, k, v, layout, modifiers)
     dout, dlse = (learned(*side.shape, seed=7, dtype=side.dtype).detach() for side in (out, lse))
-    grads = kernels.backward(q, k, v, out, lse, dout, dlse, layout, bias, scale, bias is not None and grad)
+    grads = kernels.backward(q, k, v, out, lse, dout, dlse, layout, modifiers, bias is not None and grad)
     return [out, lse, *grads]
 
 
-def edges_results(q, k, v, mask, bias, values):
-    out, lse = attend(q, k, v, from_dense(mask), bias=bias, backend="edges", return_lse=True)
+def edges_results(q, k, v, mask, bias, values, **options):
+    out, lse = attend(q, k, v, from_dense(mask), bias=bias, backend="edges", return_lse=True, **options)
     dout, dlse = (learned(*side.shape, seed=7, dtype=side.dtype).detach() for side in (out, lse))
     loss = (out * dout).sum() + (lse * dlse)[lse != -torch.inf].sum()
     inputs = [q, k, v] if values is None else [q, k, v, values]
@@ -134,14 +134,28 @@ def test_rows_equal_the_edges_in_every_gradient(kind, kernels, shape, size):
     assert_close(found[2:], expected[2:], 1e-11)
 
 
+@pytest.mark.parametrize(("kernels", "shape", "size"), KERNELS, ids=lambda it: getattr(it, "__name__", str(it)))
+@pytest.mark.parametrize("kind", ["none", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("edge", "offset"))])
+def test_padding_is_heard_by_nobody(kind, kernels, shape, size):
+    mask = some_mask(*size)
+    q, k, v = tensors(*shape, *size)
+    values = None if kind == "none" else values_of(kind, *shape[:2], mask)
+    padding = (torch.arange(size[1]) + torch.arange(shape[0])[:, None]) % 3 > 0
+    expected = edges_results(q, k, v, mask, public(kind, values, mask), values, attention_mask=padding)
+    bias = None if values is None else ScoreBias(kind, values)
+    found = rows_results(q, k, v, mask, bias, kernels=kernels, attention_mask=padding)
+    assert_close(found[:2], expected[:2], 1e-12)
+    assert_close(found[2:], expected[2:], 1e-11)
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_rows_equal_the_reference(shape):
     mask = some_mask(23, 31)
     q, k, v = (side.detach() for side in tensors(*shape, 23, 31))
     expected = attend(q, k, v, from_dense(mask), backend="reference", return_lse=True)
-    assert_close(rows_numba.forward(q, k, v, layout_of(mask), None, 5**-0.5), expected, 1e-12)
+    assert_close(rows_numba.forward(q, k, v, layout_of(mask), Modifiers(5**-0.5)), expected, 1e-12)
     small = (side.float() for side in (q, k, v))
-    assert_close(rows_numba.forward(*small, layout_of(mask), None, 5**-0.5), expected, 2e-6)
+    assert_close(rows_numba.forward(*small, layout_of(mask), Modifiers(5**-0.5)), expected, 2e-6)
 
 
 @pytest.mark.skipif(rows_triton is None, reason="Triton is not installed: it runs on Linux")
@@ -324,7 +338,7 @@ def test_nan_propagates_to_whoever_hears_it_and_no_further():
     mask = torch.eye(6, dtype=torch.bool) | torch.eye(6, dtype=torch.bool).roll(1, 0)
     q, k, v = (side.detach() for side in tensors(1, 2, 2, 6, 6))
     k[0, 0, 2] = torch.nan
-    out, lse = rows_numba.forward(q, k, v, layout_of(mask), None, 1.0)
+    out, lse = rows_numba.forward(q, k, v, layout_of(mask), Modifiers(1.0))
     assert out[0, 0, 2:4].isnan().all()
     assert lse[0, 0, 2:4].isnan().all()
     assert out.isnan().sum() == 2 * 3
@@ -335,10 +349,10 @@ def test_parts_of_a_graph_share_one_backward():
     whole = some_mask(23, 31)
     part = whole & (torch.arange(31) < 14)
     q, k, v = (side.detach() for side in tensors(2, 4, 2, 23, 31))
-    out, lse = rows_numba.forward(q, k, v, layout_of(whole), None, 0.4)
+    out, lse = rows_numba.forward(q, k, v, layout_of(whole), Modifiers(0.4))
     dout = learned(*out.shape, seed=7).detach()
     runs = [
-        rows_numba.backward(q, k, v, out, lse, dout, None, layout_of(mask), None, 0.4, False)[:3]
+        rows_numba.backward(q, k, v, out, lse, dout, None, layout_of(mask), Modifiers(0.4), False)[:3]
         for mask in (whole, part, whole & ~part)
     ]
     assert_close([a + b for a, b in zip(*runs[1:], strict=True)], runs[0], 1e-12)

@@ -17,6 +17,7 @@ from attngraph import (
     Window,
 )
 from attngraph.graph.base import at_size
+from attngraph.kernels.contract import Modifiers
 from attngraph.kernels.torch import tiles as tiles_torch
 from attngraph.planning.layouts.tiles import Tiles, tabulate
 
@@ -65,8 +66,8 @@ def results(kernel, sides, layout, *, with_dlse=True):
     """out, lse, dq, dk, dv."""
     q, k, v, dout, dlse = sides
     scale = q.shape[3] ** -0.5
-    out, lse = kernel.forward(q, k, v, layout, None, scale)
-    gradients = kernel.backward(q, k, v, out, lse, dout, dlse if with_dlse else None, layout, None, scale, False)
+    out, lse = kernel.forward(q, k, v, layout, Modifiers(scale))
+    gradients = kernel.backward(q, k, v, out, lse, dout, dlse if with_dlse else None, layout, Modifiers(scale), False)
     assert gradients[3] is None
     return [out, lse, *gradients[:3]]
 
@@ -134,9 +135,9 @@ def test_the_gradients_of_disjoint_parts_add_up():
     n, whole, part = 300, Window(150, 0), Window(30, 0)
     layouts = [layout_of(graph, n, n) for graph in (whole, part, whole - part)]
     q, k, v, dout, dlse = tensors((1, 2, 1), n, n, (32, 32))
-    out, lse = tiles_numba.forward(q, k, v, layouts[0], None, 0.2)
+    out, lse = tiles_numba.forward(q, k, v, layouts[0], Modifiers(0.2))
     expected, *shares = (
-        tiles_numba.backward(q, k, v, out, lse, dout, dlse, layout, None, 0.2, False)[:3] for layout in layouts
+        tiles_numba.backward(q, k, v, out, lse, dout, dlse, layout, Modifiers(0.2), False)[:3] for layout in layouts
     )
     total = [a + b for a, b in zip(*shares, strict=True)]
     assert_close([out, lse, *total], [side.double() for side in (out, lse, *expected)])

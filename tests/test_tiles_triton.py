@@ -11,7 +11,7 @@ from interpreter import round_as_hardware, without_interpreter
 from attngraph import Causal, Documents, EdgeList, Empty, Full, Global, Neighborhood, Prefix, Random, Window, attend
 from attngraph.bias import DenseBias, EdgeBias
 from attngraph.graph.base import at_size
-from attngraph.kernels.contract import ScoreBias
+from attngraph.kernels.contract import Modifiers, ScoreBias
 from attngraph.planning.layouts.tiles import Tiles, tabulate
 
 pytest.importorskip("triton", reason="Triton is not installed: it runs on Linux")
@@ -50,17 +50,17 @@ def tensors(heads, n, m, dims, dtype=torch.float32):
     return [*(side.to(dtype) for side in sides), dlse]
 
 
-def results(sides, layout, bias=None, bias_grad=False):
-    q, k, v, dout, dlse = sides
-    out, lse = tiles_triton.forward(q, k, v, layout, bias, 0.3)
-    return [out, lse, *tiles_triton.backward(q, k, v, out, lse, dout, dlse, layout, bias, 0.3, bias_grad)]
+def results(sides, layout, bias=None, bias_grad=False, attention_mask=None):
+    (q, k, v, dout, dlse), modifiers = sides, Modifiers(0.3, bias, attention_mask)
+    out, lse = tiles_triton.forward(q, k, v, layout, modifiers)
+    return [out, lse, *tiles_triton.backward(q, k, v, out, lse, dout, dlse, layout, modifiers, bias_grad)]
 
 
-def expected(sides, graph, bias=None, values=None):
+def expected(sides, graph, bias=None, values=None, **options):
     """The same by the reference, in float64; `values` are those of the bias."""
     q, k, v, dout, dlse = (side.double() for side in sides)
     wanted = [side.requires_grad_() for side in (q, k, v)] + ([] if values is None else [values])
-    out, lse = attend(q, k, v, graph, bias=bias, scale=0.3, return_lse=True, backend="reference")
+    out, lse = attend(q, k, v, graph, bias=bias, scale=0.3, return_lse=True, backend="reference", **options)
     loss = (out * dout).sum()
     if dlse.any():
         loss = loss + (lse.masked_fill(lse == -torch.inf, 0) * dlse).sum()
@@ -121,6 +121,26 @@ def test_every_bias_and_its_gradient(kind, tile, group):
     assert_close(found, expected(sides, graph, bias, values), 4e-6)
 
 
+@pytest.mark.parametrize("kind", [None, *(pytest.param(kind, marks=slow) for kind in ("offset", "edge", "dense"))])
+@pytest.mark.parametrize("tile", TILES)
+def test_padding_is_heard_by_nobody(tile, kind):
+    """In tiles with masks and without; of one batch entry a whole tile of keys, of another one all of them."""
+    graph, n, m = Prefix(70) | Window(5, 0), 90, 100
+    sides = tensors((3, 2, 1), n, m, (16, 16))
+    mask = (torch.arange(m) >= torch.tensor([[3], [66], [m]])) & (torch.arange(m) % 7 > 0)
+    sides[4][2] = 0  # a query that hears nobody has no gradient of its lse
+    bias = values = None
+    if kind is not None:
+        shape = {"offset": (2, n + m - 1), "edge": (3, 2, graph.num_edges(n, m)), "dense": (3, 2, n, m)}[kind]
+        values = torch.randn(shape, generator=torch.Generator().manual_seed(1)).double().requires_grad_()
+        ahead = torch.arange(m) - torch.arange(n)[:, None] + n - 1
+        bias = EdgeBias(values) if kind == "edge" else DenseBias(values[:, ahead] if kind == "offset" else values)
+    score_bias = None if values is None else ScoreBias(kind, values.detach().float())
+    found = results(sides, layout_of(graph, n, m, tile), score_bias, kind is not None, mask)
+    right = expected(sides, graph, bias, values, attention_mask=mask)
+    assert_close(found if kind else found[:5], right, 4e-6)
+
+
 @pytest.mark.parametrize("kind", ["dense", "offset"])
 def test_a_bias_of_minus_infinity_hides(kind):
     n, graph = 80, Full()
@@ -168,7 +188,9 @@ def test_gradients_of_parts_add_up():
     q, k, v, dout, dlse = sides = tensors((1, 1, 1), n, n, (16, 16))
     whole = results(sides, layout_of(parts[0] | parts[1], n, n, (128, 64)))
     shares = [
-        tiles_triton.backward(q, k, v, *whole[:2], dout, dlse, layout_of(part, n, n, (128, 64)), None, 0.3, False)[:3]
+        tiles_triton.backward(q, k, v, *whole[:2], dout, dlse, layout_of(part, n, n, (128, 64)), Modifiers(0.3), False)[
+            :3
+        ]
         for part in parts
     ]
     assert_close([sum(side) for side in zip(*shares, strict=True)], [side.double() for side in whole[2:5]], 2e-6)

@@ -1,89 +1,159 @@
-"""Graphs, their methods, converters and questions, given what they can't take: an error in words that help."""
+"""Bad input is told in a sentence that names it, by every public function (see wrong_arguments.py)."""
 
 import networkx
 import pytest
+import scipy.sparse
 import torch
-from scipy.sparse import coo_matrix
-from wrong_arguments import sweep
+from matplotlib import pyplot
+from wrong_arguments import WRONG, Door, faults
 
-from attngraph import (
-    Axial,
-    Beside,
-    Causal,
-    Chunks,
-    Disjoint,
-    Documents,
-    EdgeList,
-    Full,
-    Global,
-    Neighborhood,
-    PerHead,
-    Prefix,
-    Random,
-    ShiftedWindows,
-    Strided,
-    Tree,
-    Window,
-    analysis,
-    from_dense,
-    from_edge_index,
-    from_function,
-    from_networkx,
-    from_scipy_sparse_matrix,
-    parse,
-    parse_list,
-    to_block_mask,
-    to_networkx,
-    to_scipy_sparse_matrix,
-)
+import attngraph
+import attngraph.hf
+from attngraph import Causal, Window, analysis, attend, generate, plan
+from attngraph.models import GPT, DecisionTransformer, Encoder, EncoderDecoder, ViT
+from attngraph.nn import Attention, FeedForward, Transformer, TransformerConfig
 
-EDGES = torch.tensor([[0, 1], [1, 2]])
-CASES = {
-    "Causal": (Causal, {"offset": 0}),
-    "Window": (Window, {"left": 1, "right": 0, "dilation": 1}),
-    "Prefix": (Prefix, {"length": 1}),
-    "Global": (Global, {"nodes": [1]}),
-    "Strided": (Strided, {"stride": 2}),
-    "Chunks": (Chunks, {"chunk": 2, "offset": 0}),
-    "Random": (Random, {"degree": 2, "seed": 0, "num_keys": 5}),
-    "Documents": (Documents, {"lengths": [1, 2]}),
-    "Tree": (Tree, {"parents": [-1, 0]}),
-    "Neighborhood": (Neighborhood, {"shape": (2, 3), "radius": 1, "dilation": 1}),
-    "Axial": (Axial, {"shape": (2, 3)}),
-    "ShiftedWindows": (ShiftedWindows, {"shape": (2, 3), "window": 2, "shift": 1}),
-    "EdgeList": (EdgeList, {"edge_index": EDGES, "size": 3}),
-    "Disjoint": (Disjoint, {"graphs": [Causal()]}),
-    "Beside": (Beside, {"a": Full().sized(None, 2), "b": Causal()}),
-    "PerHead": (PerHead, {"graphs": [Causal()]}),
-    "rows": (Causal().rows, {"start": 0, "stop": 2}),
-    "sized": (Causal().sized, {"num_queries": 2, "num_keys": 3}),
-    "with_global_nodes": (Causal().with_global_nodes, {"count": 1}),
-    "mask": (Causal().mask, {"n": 2, "m": 3, "device": "cpu"}),
-    "edge_index": (Causal().edge_index, {"n": 2, "m": 3}),
-    "num_edges": (Causal().num_edges, {"n": 2, "m": 3}),
-    "in_degrees": (Causal().in_degrees, {"n": 2, "m": 3}),
-    "out_degrees": (Causal().out_degrees, {"n": 2, "m": 3}),
-    "spans": (Causal().spans, {"start": 0, "stop": 2, "n": 2, "m": 3}),
-    "parse": (parse, {"text": "Causal()"}),
-    "parse_list": (parse_list, {"text": "Causal()"}),
-    "from_dense": (from_dense, {"mask": torch.ones(2, 2, dtype=torch.bool)}),
-    "from_edge_index": (from_edge_index, {"edge_index": EDGES, "num_nodes": 3}),
-    "from_function": (from_function, {"function": lambda q, k: q > k, "size": (3, 3)}),
-    "from_networkx": (from_networkx, {"G": networkx.path_graph(3), "nodelist": [2, 1, 0]}),
-    "from_scipy_sparse_matrix": (from_scipy_sparse_matrix, {"matrix": coo_matrix((2, 2))}),
-    "to_networkx": (to_networkx, {"graph": Causal(), "n": 2, "m": 3}),
-    "to_scipy_sparse_matrix": (to_scipy_sparse_matrix, {"graph": Causal(), "n": 2, "m": 3}),
-    "to_block_mask": (to_block_mask, {"graph": Causal(), "n": 2, "m": 3, "block_size": 128, "device": "cpu"}),
-    "is_causal": (analysis.is_causal, {"graph": Causal(), "n": 3}),
-    "leaks": (analysis.leaks, {"graphs": [Causal()], "n": 3}),
-    "receptive_field": (analysis.receptive_field, {"graphs": [Causal()], "node": 1, "n": 3}),
-    "reach": (analysis.reach, {"graphs": [Causal()], "n": 3}),
-    "last_reader": (analysis.last_reader, {"graph": Causal(), "n": 2, "m": 3}),
-    "cost": (analysis.cost, {"graph": Causal(), "n": 3, "dim": 8, "heads": 2}),
-}
+q, k, v = torch.randn(3, 1, 2, 6, 4).unbind(0)
+x = torch.randn(2, 6, 8)
+tokens = torch.randint(11, (2, 6))
+CONFIG = {"embed_dim": 8, "num_layers": 1, "num_heads": 2, "position": "rotary"}
+config = TransformerConfig(**CONFIG)
+gpt, encoder = GPT(config, 11), Encoder(config, 11)
+translator = EncoderDecoder(config, TransformerConfig(**CONFIG, cross=True), 11)
+vit = ViT(config, 3, image_size=4, patch_size=2, channels=1)
+decision = DecisionTransformer(config, state_dim=3, action_dim=2, max_time=9)
+transformer, attention = Transformer(config, Causal()), Attention(8, 2)
+
+GRAPH = Causal() & Window(2, 0)
+ALSO = {"graphs": "takes a list of at least one graph", "size": "size|num_queries"}
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_wrong_arguments_are_told_in_words_of_ours(name):
-    function, good = CASES[name]
-    assert dict(sweep(function, **good)) == {}
+def drawn(function):
+    """A picture that is closed again."""
+
+    def close_after(**arguments):
+        try:
+            function(**arguments)
+        finally:
+            pyplot.close("all")
+
+    return close_after
+
+
+DOORS = [
+    Door("attend", attend, {
+        "q": q, "k": k, "v": v, "graph": Causal(), "bias": None, "attention_mask": None, "scale": 0.5, "dropout_p": 0.0,
+        "score": "dot", "normalize": "softmax", "backend": "auto", "return_lse": False, "return_weights": False,
+    }, {"normalize": "normalize|return_lse"}, ("score", "normalize")),
+    Door("plan", plan, {
+        "graph": Causal(), "n": 6, "m": 6, "heads": 2, "head_dim": 4, "dtype": torch.float32, "device": "cpu",
+        "backend": "auto", "bias": None, "padding": False, "dropout": False, "score": "dot", "normalize": "softmax",
+        "return_weights": False, "reorder": None, "costs": None,
+    }),
+    Door("Alibi", attngraph.Alibi, {"slopes": torch.ones(2)}),
+    Door("Alibi.geometric", attngraph.Alibi.geometric, {"num_heads": 2}),
+    Door("RelativeBias", attngraph.RelativeBias, {
+        "table": torch.zeros(2, 8), "max_distance": 16, "bidirectional": True,
+    }, {"table": "table|buckets|RelativeBias"}),
+    Door("EdgeBias", attngraph.EdgeBias, {"values": torch.zeros(3)}, {"values": "values|EdgeBias"}),
+    Door("Additive", attngraph.Additive, {"weight": torch.zeros(4), "activation": torch.tanh}),
+    Door("generate", generate, {
+        "model": gpt, "tokens": tokens, "max_new_tokens": 2, "attention_mask": None, "context": None,
+        "temperature": 1.0, "top_k": None, "top_p": None, "generator": None,
+    }),
+    Door("TransformerConfig", TransformerConfig, {
+        **CONFIG, "num_kv_heads": None, "head_dim": None, "hidden_dim": None, "activation": "gelu", "gated": False,
+        "norm": "layer", "norm_eps": 1e-5, "norm_order": "pre", "embed_norm": False, "final_norm": True, "bias": ("q",),
+        "qk_norm": False, "scale": None, "score": "dot", "max_length": None, "rotary_base": 10000.0,
+        "rotary_scaling": None, "relative_buckets": 32, "relative_max_distance": 128, "relative_bidirectional": True,
+        "cross": False, "dropout": 0.0, "init": "gpt2",
+    }),
+    Door("Transformer", Transformer, {"config": config, "graph": Causal()}),
+    Door("Transformer.forward", transformer, {
+        "x": x, "graph": None, "positions": None, "attention_mask": None, "memory": None, "memory_graph": None,
+        "memory_attention_mask": None,
+    }),
+    Door("Attention", Attention, {
+        "embed_dim": 8, "num_heads": 2, "num_kv_heads": None, "head_dim": None, "memory_dim": None, "bias": ("q",),
+        "qk_norm": False, "scale": None, "score": "dot", "dropout": 0.0,
+    }),
+    Door("Attention.forward", attention, {
+        "x": x, "graph": Causal(), "memory": None, "bias": None, "attention_mask": None, "rotary": None,
+    }),
+    Door("FeedForward", FeedForward, {
+        "embed_dim": 8, "hidden_dim": 16, "activation": "gelu", "gated": False, "bias": True, "dropout": 0.0,
+    }),
+    Door("GPT", GPT, {"config": config, "vocab_size": 11, "graph": Causal(), "tied": True}, {
+        "vocab_size": "vocab_size|tokens",
+    }),
+    Door("GPT.forward", gpt, {"tokens": tokens, "graph": None, "positions": None, "attention_mask": None}),
+    Door("Encoder", Encoder, {"config": config, "vocab_size": 11, "graph": Causal(), "num_types": 2, "tied": True}, {
+        "vocab_size": "vocab_size|tokens", "num_types": "num_types|types",
+    }),
+    Door("Encoder.forward", encoder, {
+        "tokens": tokens, "graph": None, "positions": None, "attention_mask": None, "types": None,
+    }),
+    Door("EncoderDecoder.forward", translator, {
+        "source": tokens, "target": tokens, "attention_mask": None, "decoder_attention_mask": None,
+    }, {"source": "tokens", "target": "tokens"}),
+    Door("ViT", ViT, {
+        "config": config, "num_classes": 3, "image_size": 4, "patch_size": 2, "channels": 1, "graph": Causal(),
+        "pool": "mean",
+    }, {"image_size": "image_size|height|width", "patch_size": "patch_size|patch_height|patch_width"}),
+    Door("ViT.forward", vit, {"images": torch.randn(2, 1, 4, 4), "graph": None, "attention_mask": None}),
+    Door("DecisionTransformer", DecisionTransformer, {
+        "config": config, "state_dim": 3, "action_dim": 2, "max_time": 9, "graph": Causal(), "bounded": True,
+    }, {"max_time": "max_time|timesteps"}),
+    Door("DecisionTransformer.forward", decision, {
+        "states": torch.randn(2, 5, 3), "actions": torch.randn(2, 5, 2), "returns": torch.randn(2, 5, 1),
+        "timesteps": torch.arange(5).expand(2, 5), "attention_mask": None,
+    }),
+    *(Door(kind.__name__, kind, arguments, ALSO) for kind, arguments in {
+        attngraph.Causal: {"offset": 0}, attngraph.Window: {"left": 2, "right": 0, "dilation": 1},
+        attngraph.Prefix: {"length": 2}, attngraph.Global: {"nodes": (0, 2)}, attngraph.Strided: {"stride": 2},
+        attngraph.Chunks: {"chunk": 3, "offset": 0}, attngraph.Documents: {"lengths": (2, 3)},
+        attngraph.Tree: {"parents": (-1, 0, 0)}, attngraph.Random: {"degree": 2, "seed": 0},
+        attngraph.Axial: {"shape": (2, 3)}, attngraph.Neighborhood: {"shape": (2, 3), "radius": 1, "dilation": 1},
+        attngraph.ShiftedWindows: {"shape": (4, 4), "window": 2, "shift": 1},
+        attngraph.EdgeList: {"edge_index": torch.tensor([[0, 1], [1, 2]]), "size": 3},
+        attngraph.Disjoint: {"graphs": [Causal().sized(2, 2), Causal()]},
+        attngraph.Beside: {"a": Causal().sized(2, 2), "b": Causal()},
+        attngraph.PerHead: {"graphs": [Causal(), Causal()]},
+    }.items()),
+    *(Door(f"Graph.{name}", getattr(GRAPH, name), arguments, {"count": "count|num_global"}) for name, arguments in {
+        "rows": {"start": 1, "stop": 3}, "sized": {"num_queries": 6, "num_keys": 6}, "with_global_nodes": {"count": 1},
+        "mask": {"n": 6, "m": 6, "device": "cpu"}, "edge_index": {"n": 6, "m": 6}, "num_edges": {"n": 6, "m": 6},
+        "in_degrees": {"n": 6, "m": 6}, "out_degrees": {"n": 6, "m": 6},
+        "spans": {"start": 1, "stop": 2, "n": 6, "m": 6},
+    }.items()),
+    Door("parse", attngraph.parse, {"text": "Causal()"}, {"text": "text|expression"}),
+    Door("parse_list", attngraph.parse_list, {"text": "Causal()"}, {"text": "text|expression"}),
+    Door("from_dense", attngraph.from_dense, {"mask": torch.eye(3, dtype=torch.bool)}),
+    Door("from_function", attngraph.from_function, {
+        "function": lambda i, j: j <= i, "size": (3, 3),
+    }, {"size": "size|num_queries"}, ("function",)),
+    Door("from_edge_index", attngraph.from_edge_index, {"edge_index": torch.tensor([[0, 1], [1, 2]]), "num_nodes": 3}, {
+        "num_nodes": "num_nodes|size|num_queries",
+    }),
+    Door("from_networkx", attngraph.from_networkx, {"G": networkx.path_graph(3), "nodelist": [0, 1, 2]}),
+    Door("to_networkx", attngraph.to_networkx, {"graph": Causal(), "n": 3, "m": 3}),
+    Door("from_scipy_sparse_matrix", attngraph.from_scipy_sparse_matrix, {"matrix": scipy.sparse.eye_array(3)}),
+    Door("to_scipy_sparse_matrix", attngraph.to_scipy_sparse_matrix, {"graph": Causal(), "n": 3, "m": 3}),
+    Door("to_block_mask", attngraph.to_block_mask, {"graph": Causal(), "n": 130, "m": 130}),
+    Door("analysis.is_causal", analysis.is_causal, {"graph": Causal(), "n": 4}),
+    Door("analysis.leaks", analysis.leaks, {"graphs": [Causal()], "n": 4}),
+    Door("analysis.receptive_field", analysis.receptive_field, {"graphs": [Causal()], "node": 2, "n": 4}),
+    Door("analysis.reach", analysis.reach, {"graphs": [Causal()], "n": 4}),
+    Door("analysis.last_reader", analysis.last_reader, {"graph": Causal(), "n": 4, "m": 4}),
+    Door("analysis.cost", analysis.cost, {"graph": Causal(), "n": 4, "dim": 8, "heads": 2}),
+    Door("draw.connectivity", drawn(attngraph.draw.connectivity), {"graph": Causal(), "n": 6}),
+    Door("draw.messages", drawn(attngraph.draw.messages), {"graph": Causal(), "n": 6}),
+    Door("draw.receptive_field", drawn(attngraph.draw.receptive_field), {"graphs": [Causal()], "node": 2, "n": 6}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("door", DOORS, ids=lambda door: door.name)
+def test_a_wrong_argument_is_named(door):
+    door.function(**door.arguments)
+    found = [str(tuple(fault)) for fault in faults(door)]
+    assert not found, "\n".join([f"{len(found)} of {len(door.arguments) * len(WRONG)}", *found])

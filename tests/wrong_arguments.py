@@ -1,71 +1,83 @@
-"""Wrong kinds of argument, one after the other, for any function: it works, or says what is wrong in its own words.
+"""Every public function with every kind of wrong argument: what it should say, and a judge of what it says.
 
-    sweep(Window, left=1, right=0)
-
-calls Window with each of its arguments replaced by each of WRONG. What does not work as documented must be a TypeError,
-ValueError or MemoryError that attngraph itself raises, in words that name the argument and what came.
+A `Door` is a function with arguments that fit. Each argument is replaced in turn by values of other kinds; either the
+call works, or its error is one of ours: a TypeError, ValueError or MemoryError, raised in the library, that names the
+argument. A new function is one line in `doors`.
 """
 
-import math
-import os
-import traceback
-from collections.abc import Callable, Iterator
-from typing import Any
+from __future__ import annotations
 
+import math
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
 import torch
 
 import attngraph
-from attngraph import Causal
 
+PACKAGE = str(Path(attngraph.__file__).parent)
 WRONG: dict[str, Any] = {
-    "None": None,
-    "text": "x",
-    "no text": "",
-    "a fraction": 1.5,
-    "NaN": math.nan,
-    "infinity": math.inf,
-    "negative": -1,
-    "beyond int64": 1 << 64,
-    "near 2**63": (1 << 63) - 1,
-    "a bool": True,
-    "an empty list": [],
-    "a list of text": ["x"],
-    "a list of lists": [[1], [2, 3]],
-    "a dict": {"a": 1},
-    "an object": object(),
-    "a class": Causal,
-    "a graph": Causal(),
-    "a function": len,
-    "a float tensor": torch.tensor([0.5, math.nan]),
-    "a bool tensor": torch.tensor([True, False]),
-    "an empty tensor": torch.empty(0),
-    "a matrix": torch.zeros(2, 3, dtype=torch.int64),
-    "a scalar tensor": torch.tensor(1.5),
-    "bytes": b"x",
-}
-HERE = os.path.dirname(attngraph.__file__) + os.sep
+    "None": None, "text": "x", "half": 1.5, "minus one": -1, "zero": 0, "true": True, "list": [],
+    "lists": [[1], [2, 3]], "object": object(), "set": {1}, "dict": {}, "class": int, "function": lambda: 1,
+    "vector": torch.zeros(2), "integers": torch.arange(6).view(2, 3), "five dimensions": torch.zeros(1, 1, 1, 1, 1),
+    "nan": math.nan, "inf": math.inf, "huge": 10**30, "complex": 1j, "numpy": np.zeros((2, 2)),
+    "graph": attngraph.Causal(), "graph class": attngraph.Causal,
+}  # fmt: skip
 
 
-def sweep(function: Callable[..., Any], /, **good: Any) -> Iterator[tuple[str, str]]:
-    """The calls whose outcome is none that may be: which argument was what, and what came of it."""
-    for name in good:
+class Door(NamedTuple):
+    """A public function, and arguments that fit."""
+
+    name: str
+    function: Callable[..., Any]
+    arguments: dict[str, Any]
+    also: dict[str, str] = {}
+    """What errors may call an argument besides its name."""
+    functions: tuple[str, ...] = ()
+    """Arguments that may be a function: what one raises is its own."""
+
+
+class Fault(NamedTuple):
+    """A wrong argument, and an error that does not say so."""
+
+    door: str
+    argument: str
+    wrong: str
+    error: str
+
+
+def faults(door: Door) -> Iterator[Fault]:
+    """What of a function's answers to wrong arguments is no answer."""
+    for argument in door.arguments:
         for kind, value in WRONG.items():
-            fault = outcome(lambda value=value, name=name: function(**{**good, name: value}), name, value)
-            if fault is not None:
-                yield f"{name} is {kind}", fault
+            yield from faults_of(door, argument, kind, value)
 
 
-def outcome(call: Callable[[], Any], name: str, value: Any) -> str | None:
-    """What is wrong with what a call does, or None."""
+def faults_of(door: Door, argument: str, kind: str, value: Any) -> Iterator[Fault]:
+    """The same for one argument and one value."""
+    if callable(value) and argument in door.functions:
+        return
     try:
-        call()
-    except (TypeError, ValueError, MemoryError) as error:
-        frames = traceback.extract_tb(error.__traceback__)
-        told = str(error)
-        if not frames[-1].filename.startswith(HERE):
-            return f"raised elsewhere, {frames[-1].filename}: {type(error).__name__}: {told[:100]}"
-        if name not in told and "got" not in told and repr(value) not in told:
-            return f"does not name it: {told[:100]}"
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            door.function(**{**door.arguments, argument: value})
     except Exception as error:
-        return f"{type(error).__name__}: {str(error)[:100]}"
+        if (said := complaint(error, door.also.get(argument, argument))) is not None:
+            yield Fault(door.name, argument, kind, said)
+
+
+def complaint(error: Exception, argument: str) -> str | None:
+    """What is wrong with an error; None if it is one of ours and names the argument."""
+    text = f"{type(error).__name__}: {error}"[:160]
+    if not isinstance(error, TypeError | ValueError | MemoryError):
+        return f"of another kind: {text}"
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    if not last.filename.startswith(PACKAGE):
+        return f"from inside ({Path(last.filename).name}:{last.lineno}): {text}"
+    if not any(word in str(error) for word in argument.split("|")):
+        return f"names no {argument!r}: {text}"
     return None

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor
 
+from attngraph.arguments import checked
 from attngraph.graph.base import Graph
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 BLUE, LIGHT, GREY = "#2a5d9f", "#d7e3f2", "#d5d9e0"
 
 
+@checked
 def connectivity(
     graph: Graph, n: int, m: int | None = None, *, ax: Axes | None = None, title: str | None = None
 ) -> Axes:
@@ -36,6 +38,7 @@ def connectivity(
     return ax
 
 
+@checked
 def messages(
     graph: Graph,
     n: int,
@@ -78,6 +81,7 @@ def messages(
     return ax
 
 
+@checked
 def attention(
     weights: Tensor,
     graph: Graph,
@@ -114,6 +118,7 @@ def attention(
     return ax
 
 
+@checked
 def receptive_field(graphs: Sequence[Graph], node: int, n: int, *, ax: Axes | None = None) -> Axes:
     """Through which nodes of which layer the inputs reach `node`: a row a layer, the output on top."""
     from attngraph import analysis

@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 
+from attngraph.arguments import checked
+from attngraph.graph.base import require_ints
+from attngraph.nn.checks import values_known
+from attngraph.nn.padding import padding_mask
+from attngraph.nn.transformer import TransformerConfig
+
 
 @torch.no_grad()
+@checked
 def generate(
     model: nn.Module,
     tokens: Tensor,
     max_new_tokens: int,
     *,
+    attention_mask: Tensor | None = None,
     context: int | None = None,
     temperature: float = 1.0,
     top_k: int | None = None,
@@ -21,35 +33,74 @@ def generate(
     """Continue each row of tokens (B, N) by `max_new_tokens` sampled ones: (B, N + max_new_tokens).
 
     Args:
-        model: tokens (B, N) → logits (B, N, V).
+        model: tokens (B, N) → logits (B, N, V); with a mask, it also takes `attention_mask=`.
+        attention_mask: bool or integers 0 and 1, (B, N), True or 1 for real tokens: prompts of different lengths are
+            padded on the left. Each is continued as if it were alone.
         context: how many of the last tokens the model is shown; by default all.
         temperature: divides the logits; 0 takes the likeliest token.
         top_k: sample only from the k likeliest tokens.
         top_p: sample only from the likeliest tokens that together have this probability (Holtzman et al. 2020).
         generator: the source of chance, on the tokens' device.
 
-    Raises ValueError for settings out of range and for an empty prompt.
+    Raises ValueError for settings out of range, for an empty prompt, for one that is padded on the right, and for
+    logits from which no token can be taken (NaN, +inf, or -inf for all); TypeError for what is of another kind.
     """
+    if not isinstance(tokens, Tensor) or tokens.is_floating_point() or tokens.dtype == torch.bool:
+        got = tokens.dtype if isinstance(tokens, Tensor) else f"a {type(tokens).__name__}"
+        raise TypeError(f"tokens must be a tensor of integers (got {got})")
     if tokens.ndim != 2 or tokens.shape[1] == 0:
         raise ValueError(f"tokens must have shape (B, N) with at least one token each (got {tuple(tokens.shape)})")
-    if temperature < 0:
+    require_ints(0, max_new_tokens=max_new_tokens)
+    require_ints(1, **{name: value for name, value in (("context", context), ("top_k", top_k)) if value is not None})
+    if not 0 <= temperature < math.inf:
         raise ValueError(f"temperature must be 0 or more (got {temperature})")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k must be 1 or more (got {top_k})")
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"top_p must be a probability above 0 (got {top_p})")
-    training = model.training
-    model.eval()  # no dropout
-    for _ in range(max_new_tokens):
-        logits = model(tokens if context is None else tokens[:, -context:])[:, -1].float()
-        if temperature == 0:
-            next_token = logits.argmax(-1, keepdim=True)
-        else:
-            probabilities = _truncated(logits / temperature, top_k, top_p).softmax(-1)
-            next_token = torch.multinomial(probabilities, 1, generator=generator)
-        tokens = torch.cat([tokens, next_token], dim=1)
-    model.train(training)
+    mask = padding_mask("attention_mask", attention_mask, tokens[..., None])
+    if mask is not None and values_known(mask) and not mask[:, -1].all():
+        raise ValueError("attention_mask must be True or 1 for the last token of each prompt: pad prompts on the left")
+    shown = max_new_tokens and tokens.shape[1] + max_new_tokens - 1
+    if mask is not None:
+        shown -= int(mask.int().argmax(-1).min())
+    _check_positions(model, shown if context is None else min(context, shown))
+    tokens = tokens.long()
+    with _evaluating(model):
+        for step in range(max_new_tokens):
+            options = {} if mask is None else {"attention_mask": mask[:, -context:] if context else mask}
+            logits = model(tokens[:, -context:] if context else tokens, **options)[:, -1].float()
+            highest = logits.amax(-1)
+            if not highest.isfinite().all():
+                raise ValueError(f"logits must be finite (new token {step + 1} got {highest.tolist()} as the highest)")
+            if temperature == 0:
+                next_token = logits.argmax(-1, keepdim=True)
+            else:
+                probabilities = _truncated((logits - highest[:, None]) / float(temperature), top_k, top_p).softmax(-1)
+                next_token = torch.multinomial(probabilities, 1, generator=generator)
+            tokens = torch.cat([tokens, next_token], dim=1)
+            mask = mask if mask is None else torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
     return tokens
+
+
+def _check_positions(model: nn.Module, shown: int) -> None:
+    """Raise before anything is computed, not when the positions are used up."""
+    config = getattr(model, "config", None)
+    if isinstance(config, TransformerConfig) and config.position == "learned" and shown > (config.max_length or 0):
+        raise ValueError(
+            f"the model has {config.max_length} learned positions, and would be shown {shown} tokens: "
+            f"context={config.max_length} shows it the last ones"
+        )
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Without dropout; afterwards each of its modules is as it was."""
+    before = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in before:
+            module.training = training
 
 
 def _truncated(logits: Tensor, top_k: int | None, top_p: float | None) -> Tensor:

@@ -27,7 +27,6 @@ from attngraph.graph.base import (
     has_lists_alone,
     list_edges,
     merge_edges,
-    require_graph,
     require_ints,
     sort_edges,
 )
@@ -440,8 +439,6 @@ class TwoHops(Graph):
     _precedence = 4
 
     def _check(self):
-        require_graph(self.a, "a")
-        require_graph(self.b, "b")
         what = "the two hops of a @ b: the keys of a and the queries of b"
         common_size(lambda: what, (None, self.a.size[1]), (None, self.b.size[0]))
 
@@ -526,8 +523,7 @@ def all_pairs(n: int, m: int) -> Edges:
 def normal_graphs(graph: Graph, name: str) -> tuple[Graph, ...]:
     """A field that holds several graphs, as a tuple; anything else is an error."""
     given = getattr(graph, name)
-    is_list = isinstance(given, Iterable) and not isinstance(given, Graph | Tensor)
-    graphs = tuple(given) if is_list else ()
+    graphs = tuple(given) if isinstance(given, Iterable) and not isinstance(given, Graph) else ()
     if not graphs or not all(isinstance(part, Graph) for part in graphs):
         raise TypeError(f"{type(graph).__name__} takes a list of at least one graph (got {given!r})")
     object.__setattr__(graph, name, graphs)

@@ -10,17 +10,18 @@ import itertools
 import struct
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import MISSING, FrozenInstanceError, dataclass, fields, replace
 from inspect import get_annotations
 from operator import index
 from types import FunctionType
-from typing import TYPE_CHECKING, Any, NamedTuple, SupportsIndex, cast, dataclass_transform
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, SupportsIndex, cast, dataclass_transform
 
 import torch
 from torch import Tensor
 
 from attngraph import cache
+from attngraph.arguments import checked, shown
 from attngraph.graph import boxes as of_boxes
 from attngraph.graph import counting
 from attngraph.graph.boxes import Boxes, require_memory
@@ -82,7 +83,7 @@ class Graph:
 
         @property
         def _key(self) -> str:
-            """Which graph this is, as text: how a graph travels into a compiled program."""
+            """Which graph this is, as text: equal graphs have equal keys."""
             ...
 
         @property
@@ -185,15 +186,35 @@ class Graph:
 
     def _write(self, inner: Callable[[Graph], str]) -> str:
         """The graph as an expression, its parts written by `inner`."""
-        given = [(getattr(self, field.name), field.default) for field in fields(cast(Any, self))]
-        while given and given[-1][1] is not MISSING and given[-1][0] == given[-1][1]:
-            given.pop()
-        return f"{type(self).__name__}({', '.join(_argument(value, inner) for value, _ in given)})"
+        names = [field.name for field in fields(cast(Any, self))]
+        while names and names[-1] in self._defaults and getattr(self, names[-1]) == self._defaults[names[-1]]:
+            names.pop()
+        given = (_argument(getattr(self, name), inner) for name in names)
+        return f"{type(self).__name__}({', '.join(given)})"
 
     def _write_key(self) -> str:
         """The graph as text that no other graph of this process has: equal graphs have equal keys."""
         own = "" if type(self).__module__.startswith("attngraph.") else f"#{self._class_number} "
         return own + self._write(lambda part: part._key)
+
+    def _write_traced(self, tensors: list[Tensor]) -> str:
+        """The graph as text for a compiled program; what was made outside it stands there as _0, _1, … of `tensors`.
+
+        These are handles, which mean nothing in another process: an exported program has text and edges instead.
+        """
+        if self._handle is None or torch.compiler.is_exporting():
+            return self._write_exported(tensors)
+        tensors.append(self._handle)
+        return f"_{len(tensors) - 1}"
+
+    def _write_exported(self, tensors: list[Tensor]) -> str:
+        """The graph as text that `parse` understands, parts of it as `_write_traced` writes them."""
+        if not type(self).__module__.startswith("attngraph."):
+            raise ValueError(
+                f"{self} can't be part of an exported program, as {type(self).__name__} is a class of this process: "
+                f"export with its edges, EdgeList(graph.edge_index(n, m), size=(n, m))"
+            )
+        return self._write(lambda part: part._write_traced(tensors))
 
     def _state(self) -> tuple:
         """What changes when the edges do, of a graph whose definition reads something that can change."""
@@ -202,7 +223,11 @@ class Graph:
     # ========================================================================= what follows from the fields
 
     _class_number = 0
+    _defaults: ClassVar[dict[str, Any]] = {}
+    """Of the fields that have one; torch.compile can't read `dataclasses.MISSING`."""
     _precedence = 6
+    _handle: ClassVar[Tensor | None] = None
+    """What names it in compiled programs, unless it is made in one; see `cache.CompiledPrograms`."""
 
     def __init_subclass__(cls, **options: Any):
         super().__init_subclass__(**options)
@@ -222,6 +247,7 @@ class Graph:
         if "__eq__" not in own:
             cls.__eq__, cls.__hash__ = cls.__eq__, cls.__hash__
         dataclass(frozen=True, repr=False)(cls)
+        cls._defaults = {each.name: each.default for each in fields(cast(Any, cls)) if each.default is not MISSING}
         del cls.__setattr__, cls.__delattr__  # Graph's serve; a dataclass decorator would refuse to make them again
 
     def __post_init__(self):
@@ -244,11 +270,9 @@ class Graph:
         self._set(size=self._own_size(), heads=heads.pop() if heads else None)
         self._set(_may_change=any(part._may_change for part in children) or type(self)._state is not Graph._state)
         self._set(_unbound=self._waits())
-        key = _shortened(self._write_key())
         if not torch.compiler.is_compiling():
-            key, equal = cache.COMPILED.register(key, self)
-            self._set(_equal=equal)  # which stays alive as long as this one: its key names both
-        self._set(_key=key)
+            key, equal, handle = cache.COMPILED.register(_shortened(self._write_key()), self)
+            self._set(_key=key, _handle=handle, _equal=equal)  # which lives as long as this one: its key names both
 
     def _set(self, **values: object) -> None:
         """Attributes of a graph that is being made."""
@@ -308,9 +332,8 @@ class Graph:
     def __repr__(self) -> str:
         if self._terms > MAX_TERMS_WRITTEN:
             return self._named()
-        return self._write(
-            repr if self._depth <= MAX_DEPTH // 2 else Graph.__repr__
-        )  # repr takes more of Python's depth
+        inner = repr if self._depth <= MAX_DEPTH // 2 else Graph.__repr__  # repr itself takes some of Python's depth
+        return self._write(inner)
 
     def __str__(self) -> str:
         return self._write(str) if self._terms <= MAX_TERMS_TOLD else self._named()
@@ -388,6 +411,7 @@ class Graph:
         """
         return algebra.QuerySlice(self, start, stop)
 
+    @checked
     def sized(self, num_queries: int | None = None, num_keys: int | None = None) -> Graph:
         """The same graph, knowing its size; a size that contradicts its own is an error.
 
@@ -397,6 +421,7 @@ class Graph:
         """
         return algebra.Sized(self, num_queries, num_keys) if (num_queries, num_keys) != self.size else self
 
+    @checked
     def with_global_nodes(self, count: int) -> Graph:
         """The graph with `count` more nodes, in front (CLS tokens, registers), that hear all and are heard by all.
 
@@ -410,13 +435,14 @@ class Graph:
 
     # ================================================================================================== the views
 
+    @checked
     def mask(self, n: int | None = None, m: int | None = None, device: torch.device | str | None = None) -> Tensor:
         """The edges as a bool tensor (n, m), or (H, n, m): rows are queries, columns are keys, True is an edge."""
         graph, n, m = at_size(self, n, m)
-        device, heads = None if device is None else require_device(device), graph.heads or 1
+        heads = graph.heads or 1
         if n * m * heads <= PAIRS_PER_STEP:
             return graph.contains(torch.arange(n, device=device)[:, None], torch.arange(m, device=device)[None])
-        require_memory(n * m * heads, f"for the mask of {graph} at {n} × {m}", device)
+        require_memory(n * m * heads, f"for the mask of {graph} at {n} × {m}", device and torch.device(device))
         found = torch.empty((n, m) if graph.heads is None else (heads, n, m), dtype=torch.bool, device=device)
         for start, rows in scanned(graph, n, m, device):
             found[..., start : start + rows.shape[-2], :] = rows
@@ -457,6 +483,7 @@ class Graph:
         graph, n, m = at_size(self, n, m)
         return count_keys(graph.T, m, n)
 
+    @checked
     def spans(self, start: int, stop: int, n: int | None = None, m: int | None = None) -> list[tuple[int, int]]:
         """Ranges of keys (first, stop) outside of which the queries start … stop-1 hear nobody; conservative.
 
@@ -465,8 +492,6 @@ class Graph:
         [(0, 1), (8, 12)]
         """
         graph, n, m = at_size(self, n, m)
-        start, stop = plain_int(start), plain_int(stop)
-        require_ints(None, start=start, stop=stop)
         if not 0 <= start <= stop <= n:
             raise ValueError(f"spans needs 0 <= start <= stop <= {n}, the number of queries (got {start} and {stop})")
         part = bind((_of_any_head(graph, n, m) if graph.heads else graph).rows(start, stop), stop - start, m)
@@ -516,8 +541,7 @@ for _name in ("__setattr__", "__delattr__"):
 
 def at_size(graph: Graph, n: int | None = None, m: int | None = None) -> tuple[Graph, int, int]:
     """The graph bound to a definite size, and that size; what is not given is the graph's own."""
-    require_graph(graph)
-    n, m = (node_count(name, given) for name, given in (("n", n), ("m", m)))
+    n, m = (_node_count(name, given) for name, given in (("n", n), ("m", m)))
     n, m = common_size(lambda: f"graph {graph} and the size asked for", graph.size, (n, m))
     if n is None or m is None:
         raise ValueError(f"graph {graph} has size {(n, m)}: give the missing number, as in graph.mask(n, m)")
@@ -690,8 +714,8 @@ def warn_if_long(graph: Graph, pairs: int, seconds: float) -> None:
     """Warn where looking at all pairs is expected to take long."""
     if seconds > LONG_SECONDS:
         warnings.warn(
-            f"{pairs:,} pairs of {graph} are looked at one by one, which takes about {seconds:.0f} s: a class that defines "
-            f"_classify_boxes, _breakpoints or _edges is found without",
+            f"{pairs:,} pairs of {graph} are looked at one by one, which takes about {seconds:.0f} s: a class that "
+            f"defines _classify_boxes, _breakpoints or _edges is found without",
             stacklevel=2,
         )
 
@@ -805,9 +829,11 @@ def plain_int(value: Any) -> Any:
 
 
 def _put_plainly(graph: Graph) -> None:
-    """Integers of any kind in the fields of a graph as ints, so that equal graphs are equal."""
+    """Integers of any kind in the fields of a graph as ints, so that equal graphs are equal; raise for no operands."""
     for field in fields(cast(Any, graph)):
         value = getattr(graph, field.name)
+        if field.type in ("Graph", Graph) and not isinstance(value, Graph):
+            raise TypeError(f"{field.name} of {type(graph).__name__} must be a Graph (got {shown(value)})")
         plain = plain_int(value)
         if isinstance(value, tuple) and not _PLAIN.issuperset(map(type, value)):
             plain = type(value)(map(plain_int, value)) if type(value) is tuple else value
@@ -844,42 +870,12 @@ def _argument(value: object, inner: Callable[[Graph], str]) -> str:
     return inner(value) if isinstance(value, Graph) else repr(value)
 
 
-def require_graph(given: object, name: str = "graph") -> None:
-    """Raise unless an argument is a graph."""
-    if not isinstance(given, Graph):
-        hint = f"; did you mean {given.__name__}()?" if isinstance(given, type) and issubclass(given, Graph) else ""
-        what = f"{given!r:.80}"
-        if hasattr(given, "shape"):
-            what, hint = f"a {type(given).__name__}", "; a mask becomes one by from_dense(mask)"
-        raise TypeError(f"{name} must be a Graph (got {what}){hint}")
-
-
-def require_graphs(given: Iterable[Graph], name: str) -> tuple[Graph, ...]:
-    """Several graphs, as a tuple; anything else is an error."""
-    if not isinstance(given, Iterable) or isinstance(given, str | bytes | Mapping) or hasattr(given, "shape"):
-        raise TypeError(f"{name} must be a list of graphs (got {given!r:.80})")
-    graphs = tuple(given)
-    for graph in graphs:
-        require_graph(graph, f"each of {name}")
-    return graphs
-
-
-def node_count(name: str, given: SupportsIndex | None) -> int | None:
+def _node_count(name: str, given: SupportsIndex | None) -> int | None:
     """A size that was asked for, as an int."""
     count = plain_int(given)
     if count is None or (isinstance(count, int) and not isinstance(count, bool) and 0 <= count <= LARGEST):
         return count
     raise ValueError(f"{name} must be a number of nodes, an int from 0 to 2**61 (got {given!r})")
-
-
-def require_device(given: torch.device | str) -> torch.device:
-    """A device by its name."""
-    try:
-        if isinstance(given, str | torch.device):
-            return torch.device(given)
-    except RuntimeError:
-        pass
-    raise ValueError(f'device must be a torch.device or its name, as in "cpu" or "cuda:0" (got {given!r:.80})')
 
 
 def common_size(what: Callable[[], str], *sizes: Size) -> Size:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from attngraph.graph.algebra import Sized, normal_graphs
-from attngraph.graph.base import Graph, Size, bind, common_size, count_edges, list_edges, require_graph, sort_edges
+from attngraph.graph.base import Graph, Size, bind, common_size, count_edges, list_edges, sort_edges
 from attngraph.graph.boxes import PARTIAL, SideBySide
 from attngraph.graph.counting import Breakpoints
 
@@ -137,8 +137,6 @@ class Beside(Graph):
     b: Graph
 
     def _check(self):
-        require_graph(self.a, "a")
-        require_graph(self.b, "b")
         common_size(lambda: "the graphs of Beside(a, b)", (self.a.size[0], None), (self.b.size[0], None))
         if self.a.size[1] is None:
             raise ValueError(

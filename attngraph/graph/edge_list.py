@@ -137,6 +137,10 @@ class EdgeList(Graph):
     def _write_key(self) -> str:
         return str(self)
 
+    def _write_exported(self, tensors: list[Tensor]) -> str:
+        tensors.append(self.code)
+        return f"EdgeList(_{len(tensors) - 1}, size={self.size})"
+
     def __str__(self) -> str:
         if len(self.code) <= MAX_EDGES_WRITTEN:
             return repr(self)
@@ -161,6 +165,12 @@ def _restored(size: tuple[int, int], code: Tensor, position: Tensor, order: Tens
     graph._set(size=size, code=code, position=position, order=order)
     graph.__post_init__()
     return graph
+
+
+def of_sorted(code: Tensor, size: tuple[int, int]) -> EdgeList:
+    """The graph of these edges, query · num_keys + key, ascending."""
+    position = torch.arange(len(code), device=code.device)
+    return _restored(size, code, position, position)
 
 
 def fingerprint(given: Tensor) -> tuple[int, ...]:

@@ -90,8 +90,7 @@ class _Grid(Graph):
     def _each_axis(self, name: str, at_least: int) -> None:
         """A field with one number for all axes, or one for each."""
         given = getattr(self, name)
-        is_list = isinstance(given, Iterable) and getattr(given, "ndim", 1)
-        numbers = tuple(map(plain_int, given)) if is_list else (given,) * len(self.shape)
+        numbers = tuple(map(plain_int, given)) if isinstance(given, Iterable) else (given,) * len(self.shape)
         if len(numbers) != len(self.shape):
             raise ValueError(f"{name} must be one number, or one for each axis of shape {self.shape} (got {given!r})")
         for number in numbers:

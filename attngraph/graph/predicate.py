@@ -9,9 +9,11 @@ import zlib
 from array import array
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
 from functools import partial
 from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
+from weakref import ReferenceType
 
 import numpy as np
 import torch
@@ -59,6 +61,12 @@ class Predicate(Graph):
         name = getattr(self.function, "__qualname__", type(self.function).__name__)
         return f"from_function(<{name}, number {self.__dict__['_number']}>)"
 
+    def _write_exported(self, tensors: list[Tensor]) -> str:
+        raise ValueError(
+            f"{self} can't be part of an exported program, as a function can't be written down: export with its edges, "
+            f"EdgeList(graph.edge_index(n, m), size=(n, m))"
+        )
+
     def __eq__(self, other: object) -> bool:
         return self is other
 
@@ -89,8 +97,12 @@ def _described(value: Any, depth: int, seen: set[int]) -> Iterator[object]:
         yield _tensor_state(value)
     elif isinstance(value, np.ndarray) and value.dtype != object:
         yield value.shape, zlib.crc32(np.ascontiguousarray(value).tobytes())
-    elif isinstance(value, bytearray | array):
+    elif isinstance(value, bytearray | array | memoryview):
         yield bytes(value)
+    elif isinstance(value, CodeType):
+        yield value
+    elif isinstance(value, Iterator):
+        yield object()  # it gives something else each time
     elif depth > MAX_DEPTH or len(seen) > MAX_PARTS:
         yield object()  # unlike any other: nothing is kept for it
     elif not _is_foreign(value) and id(value) not in seen:
@@ -104,6 +116,8 @@ def _is_foreign(value: Any) -> bool:
     """Whether a module, class or function belongs to Python or to a library, whose own state is no part of a graph."""
     if not isinstance(value, ModuleType | type | FunctionType | BuiltinFunctionType):
         return False
+    if isinstance(value, BuiltinFunctionType) and not isinstance(value.__self__, ModuleType | None):
+        return False  # a method, as of a dict
     name = value.__name__ if isinstance(value, ModuleType) else getattr(value, "__module__", None)
     return name is None or name.partition(".")[0] in FOREIGN
 
@@ -126,6 +140,12 @@ def _parts(value: Any) -> Iterator[Any]:
         yield from (value.func, *value.args, *value.keywords.values())
     elif isinstance(value, MethodType):
         yield from (value.__func__, value.__self__)
+    elif isinstance(value, BuiltinFunctionType):
+        yield value.__self__
+    elif isinstance(value, ContextVar):
+        yield value.get(None)
+    elif isinstance(value, ReferenceType):
+        yield value()
     elif isinstance(value, FunctionType):
         yield from _parts_of_function(value)
     elif isinstance(value, Mapping):
@@ -144,6 +164,7 @@ def _parts(value: Any) -> Iterator[Any]:
 
 def _parts_of_function(function: FunctionType) -> Iterator[Any]:
     """Captured variables, defaults, attributes, and globals that it names; of a module that it names, what it names."""
+    yield function.__code__
     for cell in function.__closure__ or ():
         try:
             yield cell.cell_contents

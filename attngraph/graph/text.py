@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import ast
+from collections.abc import Sequence
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from attngraph import cache
+from attngraph.arguments import checked
 from attngraph.graph import algebra, compose, edge_list, grids, patterns
 from attngraph.graph.base import Graph
 
@@ -29,6 +34,7 @@ OPERATORS = {
 METHODS = ("rows", "sized", "with_global_nodes")
 
 
+@checked
 def parse(text: str) -> Graph:
     """The graph that an expression describes, as `repr` writes it.
 
@@ -46,6 +52,7 @@ def parse(text: str) -> Graph:
     return graph
 
 
+@checked
 def parse_list(text: str) -> list[Graph]:
     """The graphs that expressions describe, separated by commas, as for the layers of a model.
 
@@ -59,8 +66,8 @@ def parse_list(text: str) -> list[Graph]:
     return graphs
 
 
-def _parsed(text: str) -> Any:
-    """The value of an expression: a graph, a number, or a list of them."""
+def _parsed(text: str, tensors: Sequence[Tensor] = ()) -> Any:
+    """The value of an expression: a graph, a number, or a list of them; `_0`, `_1`, … stand for tensors."""
     if not isinstance(text, str):
         raise TypeError(f"a graph expression is a str (got {type(text).__name__})")
     if len(text) > LONGEST:
@@ -70,19 +77,19 @@ def _parsed(text: str) -> Any:
     except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
         reason = error.msg if isinstance(error, SyntaxError) else "too deeply nested"
         raise ValueError(f"not a graph expression: {_short(text)!r} ({reason}); {_HINT}") from None
-    return _value(tree, text, 0)
+    return _value(tree, text, tensors, 0)
 
 
 _HINT = f"write for example Causal() & (Window(256, 0) | Prefix(4)), of {', '.join(NAMES)}"
 
 
-def _value(node: ast.expr, text: str, depth: int) -> Any:
+def _value(node: ast.expr, text: str, tensors: Sequence[Tensor], depth: int) -> Any:
     """A graph, a number or a list."""
     if depth > DEEPEST:
         raise ValueError(f"a graph expression nests at most {DEEPEST} operations: {_short(text)!r}")
 
     def inner(part):
-        return _value(part, text, depth + 1)
+        return _value(part, text, tensors, depth + 1)
 
     match node:
         case ast.Constant(value=int() | None as number) if not isinstance(number, bool):
@@ -104,6 +111,11 @@ def _value(node: ast.expr, text: str, depth: int) -> Any:
             return graph
         case ast.Attribute(attr="T"):
             return _graph(inner(node.value), text).T
+        case ast.Name(id=name) if tensors and name[0] == "_":
+            return cache.COMPILED.find(tensors[int(name[1:])])
+        case ast.Call(func=ast.Name(id="EdgeList"), args=[ast.Name(id=name)]) if tensors:
+            size = inner(node.keywords[0].value)
+            return edge_list.of_sorted(tensors[int(name[1:])], tuple(size))
         case ast.Call(func=ast.Attribute(value=inside, attr=name)) if name in METHODS:
             return _call(getattr(_graph(inner(inside), text), name), node, text, inner)
         case ast.Call(func=ast.Name(id=name)) if name in NAMES:
@@ -134,15 +146,24 @@ def _short(text: str) -> str:
     return text if len(text) <= 80 else text[:77] + "…"
 
 
-def from_key(key: str) -> Any:
-    """The graph or plan that a compiled program names: the one made here, or else a new graph, if the text says all."""
-    known = cache.COMPILED.find(key)
-    if known is not None:
-        return known
-    try:
-        return parse(key)
-    except ValueError:
-        raise RuntimeError(
-            f"a compiled program runs on the graph {_short(key)}, which is not in this process, or was forgotten by "
-            f"attngraph.cache.clear(): compile it again where the graph is made"
-        ) from None
+def pack(graph: Any) -> tuple[str, list[Tensor]]:
+    """How a graph or a plan travels into an operator of a compiled program: as text, and tensors that stand in it."""
+    if not torch.compiler.is_compiling() and tensors_are_fake():
+        return "", []  # nothing will run
+    tensors: list[Tensor] = []
+    return graph._write_traced(tensors), tensors
+
+
+def tensors_are_fake() -> bool:
+    """Whether a FakeTensorMode is at work: tensors have shapes, and no numbers."""
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
+
+
+def unpack(text: str, tensors: Sequence[Tensor]) -> Any:
+    """The inverse of `pack`, when the program runs: a tensor is a handle, or the edges of an EdgeList."""
+    if text == "_0":
+        return cache.COMPILED.find(tensors[0])
+    if all(tensor.ndim == 0 for tensor in tensors):
+        key = text, *(int(tensor) for tensor in tensors)
+        return cache.COMPILED.get_or_make(key, lambda: _parsed(text, tensors))
+    return _parsed(text, tensors)

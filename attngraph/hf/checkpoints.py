@@ -15,11 +15,13 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from attngraph.graph.text import parse_list
-from attngraph.hf.families import FAMILIES, TRANSPOSED, Family, Form, Settings
+from attngraph.hf.families import FAMILIES, TRANSPOSED, Family, Form
+from attngraph.hf.settings import Settings, WrongSetting
 from attngraph.models import EncoderDecoder
-from attngraph.nn.transformer import POSITIONS, Transformer
+from attngraph.nn.transformer import Transformer
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
+LAYER = r"\.(\d+)\."  # its number in a name
 OLD_NAMES = (("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias"))
 
 
@@ -54,23 +56,15 @@ def load(path: str | os.PathLike, *, dtype: torch.dtype | None = None, device: t
     if family is None:
         known = ", ".join(FAMILIES)
         raise ValueError(f"{folder / CONFIG}: model_type must be one of {known} (got {given.get('model_type')!r})")
-    for architecture in given.get("architectures") or ():
-        if architecture not in family.architectures:
-            known = ", ".join(family.architectures)
-            raise ValueError(f"{folder / CONFIG}: the architecture must be {known} (got {architecture})")
-    settings = Settings(given)
+    architectures = given.get("architectures") or []
+    if not isinstance(architectures, list) or any(each not in family.architectures for each in architectures):
+        known = " or ".join(family.architectures)
+        raise ValueError(f"{folder / CONFIG}: architectures must be a list of {known} (got {architectures!r})")
     with ExitStack() as stack:
         try:
             found = _Tensors(folder, family, stack)
-            tied = found.tied(family.ties(settings))
-            try:
-                with torch.device("meta"), _NoInitialization():
-                    model = family.build(settings, tied)
-            except (TypeError, ArithmeticError) as error:
-                raise ValueError(f"a setting is of the wrong kind: {error}") from None
-            if unknown := settings.unknown():
-                raise ValueError(f"unknown settings: {', '.join(unknown)}")
-            places = _fill(model, family, found, dtype, torch.device(device))
+            settings = Settings(given, found.layers)
+            model, places = _built(settings, family, found, dtype, torch.device(device))
             _set_graphs(model, given.get("attngraph", {}))
         except ValueError as error:
             raise ValueError(f"{folder}: {error}") from None
@@ -107,6 +101,23 @@ def save(model: nn.Module, path: str | os.PathLike) -> None:
     config = json.dumps({**given, **changes}, indent=2) + "\n"
     _replace(folder / WEIGHTS, lambda new: save_file(tensors, new, metadata={"format": "pt"}))
     _replace(folder / CONFIG, lambda new: new.write_text(config, encoding="utf-8"))
+
+
+def _built(
+    settings: Settings, family: Family, found: _Tensors, dtype: torch.dtype | None, device: torch.device
+) -> tuple[nn.Module, dict[str, Place]]:
+    """A model with its tensors, and where they were."""
+    try:
+        tied = found.tied(family.ties(settings))
+        with torch.device("meta"), _NoInitialization():
+            model = family.build(settings, tied)
+        if unknown := settings.unknown():
+            raise WrongSetting(f"unknown settings: {', '.join(unknown)}")
+        return model, _fill(model, family, found, dtype, device)
+    except WrongSetting:
+        raise
+    except (ValueError, TypeError, ArithmeticError, RuntimeError) as error:  # what does not fit together
+        raise ValueError(f"{error}; the settings are {', '.join(settings.used.values())}") from None
 
 
 # ------------------------------------------------------------------------------------------------------------ files
@@ -171,6 +182,12 @@ class _Tensors:
         opened, full = self.where[name]
         return opened.get_tensor(full)
 
+    @property
+    def layers(self) -> int:
+        """How many there are, at most."""
+        numbers = (int(number) for name in self.where for number in re.findall(LAYER, name))
+        return max(numbers, default=-1) + 1
+
     def tied(self, wanted: bool) -> bool:
         """Whether the head is the embedding: where the settings say so, and no other head is there."""
         head, embedding = self.family.head
@@ -228,7 +245,7 @@ class Place(NamedTuple):
 
 def _places(family: Family, name: str) -> Iterator[Place]:
     """Where a parameter may be: under one name, or under those of older and newer models of the family."""
-    layer = re.search(r"\.(\d+)\.", name)
+    layer = re.search(LAYER, name)
     number = layer.groups() if layer else ()
     plain = f"{name[: layer.start()]}.{{}}.{name[layer.end() :]}" if layer else name
     for rule in family.names:
@@ -296,9 +313,6 @@ def _fill(
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 module._parameters[name] = filled[parameter]  # what was shared stays shared
-    for _, part in _transformers(model):
-        if part.position is not None and not list(part.position.parameters()):  # computed, not read
-            part.position = POSITIONS[part.config.position](part.config).to(device)
     return {name: place._replace(file=family.full(place.file)) for name, place in places.items()}
 
 
@@ -313,7 +327,12 @@ def _set_graphs(model: nn.Module, graphs: Mapping[str, str]) -> None:
     if not isinstance(graphs, dict) or graphs.keys() - set(known):
         raise ValueError(f"the setting 'attngraph' must give graphs to {' or '.join(known)} (got {graphs!r})")
     for name, text in graphs.items():
-        found = parse_list(text)
+        if not isinstance(text, str):
+            raise ValueError(f"the setting 'attngraph' must give graphs as text (got {text!r} for {name!r})")
+        try:
+            found = parse_list(text)
+        except ValueError as error:
+            raise ValueError(f"the setting 'attngraph' gives {name!r} the graph {text!r}: {error}") from None
         if name == "memory" and isinstance(model, EncoderDecoder):
             model.memory_graph = found[0]
         else:

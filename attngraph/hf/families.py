@@ -5,7 +5,7 @@ A family differs from the others in its switches and in its graph; the rest is n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from operator import methodcaller
 from typing import Any, NamedTuple
 
@@ -13,75 +13,9 @@ from torch import Tensor, nn
 
 from attngraph.graph.base import Graph
 from attngraph.graph.patterns import Causal, Window
+from attngraph.hf.settings import ACTIVATIONS, Settings, WrongSetting, unlike
 from attngraph.models import GPT, DecisionTransformer, Encoder, EncoderDecoder, ViT
 from attngraph.nn import AudioEmbedding, TransformerConfig
-
-
-class Settings:
-    """What a config.json says, and which of it was asked for: what nobody asks for is unknown, and an error."""
-
-    def __init__(self, given: Mapping[str, Any]):
-        self.given = given
-        self.asked: set[str] = set(IRRELEVANT)
-
-    def __call__(self, name: str, default: Any = None) -> Any:
-        """A setting, or what it is by default where it is absent or null."""
-        self.asked.add(name)
-        value = self.given.get(name)
-        kind = (int, float) if isinstance(default, (int, float)) else type(default)
-        if not (value is None or default is None or isinstance(value, (kind, list)) or kind is tuple):
-            raise ValueError(f"the setting {name!r} must be like {default!r} (got {value!r})")
-        return default if value is None else value
-
-    def need(self, name: str) -> Any:
-        """A setting that must be there."""
-        if self(name) is None:
-            raise ValueError(f"config.json needs the setting {name!r}")
-        return self(name)
-
-    def must(self, name: str, *allowed: Any) -> None:
-        """A setting of which only some values, the first of them the default, can be computed here."""
-        if (found := self(name, allowed[0])) not in allowed:
-            raise ValueError(f"the setting {name!r} must be {' or '.join(map(repr, allowed))} (got {found!r})")
-
-    def activation(self, name: str, default: str) -> str:
-        """One of those that are here, by our own name for it."""
-        found = self(name, default)
-        if not isinstance(found, str) or found not in ACTIVATIONS:
-            raise ValueError(f"the setting {name!r} must be one of {', '.join(ACTIVATIONS)} (got {found!r})")
-        return ACTIVATIONS[found]
-
-    def unknown(self) -> list[str]:
-        """The settings that nobody asked for."""
-        return sorted(name for name in self.given if name not in self.asked)
-
-
-ACTIVATIONS = {
-    "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "quick_gelu": "quick_gelu",
-    "relu": "relu", "silu": "silu", "swish": "silu",
-}  # fmt: skip
-# What changes no logit: names, training, text generation, other heads, how something is computed.
-_IRRELEVANT = """
-    _attn_implementation_autoset auto_map cache_implementation cross_attention_hidden_size diversity_penalty
-    encoder_no_repeat_ngram_size exponential_decay_length_penalty no_repeat_ngram_size num_beam_groups output_scores
-    remove_invalid_values return_dict_in_generate tf_legacy_loss tie_encoder_decoder torchscript typical_p
-    unsloth_version use_bfloat16 use_mrope
-    _name_or_path activation_dropout apply_spec_augment architectures attention_dropout attention_probs_dropout_prob
-    attn_implementation attn_pdrop attngraph bad_words_ids begin_suppress_tokens bos_token_id
-    chunk_size_feed_forward classifier_dropout classifier_proj_size cls_token_id decoder_layerdrop
-    decoder_start_token_id directionality do_sample dtype early_stopping embd_pdrop encoder_layerdrop encoder_stride
-    eos_token_id finetuning_task forced_bos_token_id forced_decoder_ids forced_eos_token_id gradient_checkpointing
-    id2label init_std initializer_factor initializer_range is_encoder_decoder keys_to_ignore_at_inference label2id
-    length_penalty mask_feature_length mask_feature_min_masks mask_feature_prob mask_time_length mask_time_min_masks
-    mask_time_prob mask_token_id max_length median_filter_width min_length model_type n_ctx num_beams
-    num_return_sequences output_attentions output_hidden_states output_past pad_token_id pooler_act pooler_fc_size
-    pooler_num_attention_heads pooler_num_fc_layers pooler_output_size pooler_size_per_head pooler_type prefix
-    pretraining_tp problem_type reorder_and_upcast_attn repetition_penalty return_dict scale_embedding sep_token_id
-    summary_activation summary_first_dropout summary_proj_to_labels summary_type summary_use_proj suppress_tokens
-    task_specific_params temperature tokenizer_class top_k top_p torch_dtype transformers_version unk_token_id
-    use_cache use_return_dict use_weighted_layer_sum
-"""
-IRRELEVANT = frozenset(_IRRELEVANT.split())
 
 
 class Form(NamedTuple):
@@ -156,26 +90,27 @@ def projections(file: str, here: str, names: Sequence[str]) -> tuple[Name, ...]:
 def _gpt2_config(given: Settings, activation: str, *, width: str, layers: int, heads: int) -> TransformerConfig:
     """`width` is the name of the setting; `layers` and `heads` are what there is by default."""
     given.must("add_cross_attention", False)
-    embed_dim, num_layers, num_heads = given(width, 768), given("n_layer", layers), given("n_head", heads)
+    embed_dim, num_layers = given.size(width, 768), given.num_layers("n_layer", layers)
+    num_heads = given.size("n_head", heads)
     scale = (embed_dim // num_heads) ** -0.5 if given("scale_attn_weights", True) else 1.0
     by_layer = given("scale_attn_by_inverse_layer_idx", False)
     return TransformerConfig(
         embed_dim=embed_dim,
         num_layers=num_layers,
         num_heads=num_heads,
-        hidden_dim=given("n_inner"),
+        hidden_dim=given.size("n_inner", None),
         activation=given.activation("activation_function", activation),
         norm_eps=given("layer_norm_epsilon", 1e-5),
         scale=tuple(scale / (layer + 1) for layer in range(num_layers)) if by_layer else scale,
         position="learned",
-        max_length=given("n_positions", 1024),
-        dropout=given("resid_pdrop", 0.1),
+        max_length=given.size("n_positions", 1024),
+        dropout=given.probability("resid_pdrop", 0.1),
     )
 
 
 def _gpt2(given: Settings, tied: bool) -> nn.Module:
     config = _gpt2_config(given, "gelu_new", width="n_embd", layers=12, heads=12)
-    return GPT(config, given("vocab_size", 50257), tied=tied)
+    return GPT(config, given.size("vocab_size", 50257), tied=tied)
 
 
 def _gpt2_layers(layers: str) -> tuple[Name, ...]:
@@ -213,9 +148,9 @@ def _decision(given: Settings, tied: bool) -> nn.Module:
     given("vocab_size")
     return DecisionTransformer(
         _gpt2_config(given, "relu", width="hidden_size", layers=3, heads=1),
-        state_dim=given("state_dim", 17),
-        action_dim=given("act_dim", 4),
-        max_time=given("max_ep_len", 4096),
+        state_dim=given.size("state_dim", 17),
+        action_dim=given.size("act_dim", 4),
+        max_time=given.size("max_ep_len", 4096),
         bounded=given("action_tanh", True),
     )
 
@@ -244,10 +179,10 @@ DECISION = Family(
 def _bert_sizes(given: Settings) -> dict[str, Any]:
     """The switches whose settings BERT and ViT call the same."""
     return {
-        "embed_dim": given("hidden_size", 768),
-        "num_layers": given("num_hidden_layers", 12),
-        "num_heads": given("num_attention_heads", 12),
-        "hidden_dim": given("intermediate_size", 3072),
+        "embed_dim": given.size("hidden_size", 768),
+        "num_layers": given.num_layers("num_hidden_layers", 12),
+        "num_heads": given.size("num_attention_heads", 12),
+        "hidden_dim": given.size("intermediate_size", 3072),
         "activation": given.activation("hidden_act", "gelu"),
         "norm_eps": given("layer_norm_eps", 1e-12),
     }
@@ -262,10 +197,10 @@ def _bert(given: Settings, tied: bool) -> nn.Module:
         norm_order="post",
         embed_norm=True,
         final_norm=False,
-        max_length=given("max_position_embeddings", 512),
-        dropout=given("hidden_dropout_prob", 0.1),
+        max_length=given.size("max_position_embeddings", 512),
+        dropout=given.probability("hidden_dropout_prob", 0.1),
     )
-    return Encoder(config, given("vocab_size", 30522), num_types=given("type_vocab_size", 2), tied=tied)
+    return Encoder(config, given.size("vocab_size", 30522), num_types=given("type_vocab_size", 2), tied=tied)
 
 
 BERT = Family(
@@ -304,19 +239,15 @@ BERT = Family(
 
 
 def _vit(given: Settings, tied: bool) -> nn.Module:
-    image, patch = _pair(given("image_size", 224)), _pair(given("patch_size", 16))
+    image, patch = given.pair("image_size", 224), given.pair("patch_size", 16)
     config = TransformerConfig(
         **_bert_sizes(given),
         bias=(*("q", "k", "v") * bool(given("qkv_bias", True)), "o", "ff", "norm"),
         max_length=1 + (image[0] // patch[0]) * (image[1] // patch[1]),
-        dropout=given("hidden_dropout_prob", 0.0),
+        dropout=given.probability("hidden_dropout_prob", 0.0),
     )
-    classes = given("num_labels", len(given.given.get("id2label") or "ab"))  # two by default
-    return ViT(config, classes, image_size=image, patch_size=patch, channels=given("num_channels", 3))
-
-
-def _pair(size: int | list[int]) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else (size[0], size[1])
+    classes = given.size("num_labels", len(given("id2label", kind=dict) or "ab"))  # two by default
+    return ViT(config, classes, image_size=image, patch_size=patch, channels=given.size("num_channels", 3))
 
 
 VIT = Family(
@@ -349,18 +280,18 @@ VIT = Family(
 
 def _t5(given: Settings, tied: bool) -> nn.Module:
     given.must("is_decoder", False)
-    gate, _, activation = str(given("feed_forward_proj", "relu")).rpartition("-")
+    gate, _, activation = given("feed_forward_proj", "relu").rpartition("-")
     if gate not in ("", "gated"):
-        raise ValueError(f"the setting 'feed_forward_proj' must be like relu or gated-gelu (got {gate}-{activation})")
+        raise WrongSetting(f"the setting 'feed_forward_proj' must be like relu or gated-gelu (got {gate}-{activation})")
     given.asked |= {"n_positions", "dense_act_fn", "is_gated_act"}
     activation = "gelu_new" if gate and activation == "gelu" else activation
     if activation not in ACTIVATIONS:
-        raise ValueError(f"the setting 'feed_forward_proj' must be of {', '.join(ACTIVATIONS)} (got {activation!r})")
+        raise WrongSetting(f"the setting 'feed_forward_proj' must be of {', '.join(ACTIVATIONS)} (got {activation!r})")
     common = {
-        "embed_dim": given("d_model", 512),
-        "num_heads": given("num_heads", 8),
-        "head_dim": given("d_kv", 64),
-        "hidden_dim": given("d_ff", 2048),
+        "embed_dim": given.size("d_model", 512),
+        "num_heads": given.size("num_heads", 8),
+        "head_dim": given.size("d_kv", 64),
+        "hidden_dim": given.size("d_ff", 2048),
         "activation": ACTIVATIONS[activation],
         "gated": bool(gate),
         "norm": "rms",
@@ -368,18 +299,21 @@ def _t5(given: Settings, tied: bool) -> nn.Module:
         "bias": (),
         "scale": 1.0,
         "position": "relative",
-        "relative_buckets": given("relative_attention_num_buckets", 32),
-        "relative_max_distance": given("relative_attention_max_distance", 128),
-        "dropout": given("dropout_rate", 0.1),
+        "relative_buckets": given.size("relative_attention_num_buckets", 32),
+        "relative_max_distance": given.size("relative_attention_max_distance", 128),
+        "dropout": given.probability("dropout_rate", 0.1),
     }
-    layers = given("num_layers", 6)
+    layers = given.num_layers("num_layers", 6)
     scaled = given("scale_decoder_outputs", given("tie_word_embeddings", True))
     return EncoderDecoder(
         TransformerConfig(num_layers=layers, **common),
         TransformerConfig(
-            num_layers=given("num_decoder_layers", layers), cross=True, relative_bidirectional=False, **common
+            num_layers=given.num_layers("num_decoder_layers", layers),
+            cross=True,
+            relative_bidirectional=False,
+            **common,
         ),
-        given("vocab_size", 32128),
+        given.size("vocab_size", 32128),
         tied=tied,
         logit_scale=common["embed_dim"] ** -0.5 if scaled else 1.0,
     )
@@ -433,25 +367,25 @@ T5 = Family(
 def _whisper(given: Settings, tied: bool) -> nn.Module:
     given("num_hidden_layers")
     common = {
-        "embed_dim": given("d_model", 384),
+        "embed_dim": given.size("d_model", 384),
         "activation": given.activation("activation_function", "gelu"),
         "bias": ("q", "v", "o", "ff", "norm"),
         "position": "learned",
-        "dropout": given("dropout", 0.0),
+        "dropout": given.probability("dropout", 0.0),
     }
     encoder, decoder = (
         TransformerConfig(
-            num_layers=given(f"{side}_layers", 4),
-            num_heads=given(f"{side}_attention_heads", 6),
-            hidden_dim=given(f"{side}_ffn_dim", 1536),
-            max_length=given(f"max_{what}_positions", positions),
+            num_layers=given.num_layers(f"{side}_layers", 4),
+            num_heads=given.size(f"{side}_attention_heads", 6),
+            hidden_dim=given.size(f"{side}_ffn_dim", 1536),
+            max_length=given.size(f"max_{what}_positions", positions),
             cross=side == "decoder",
             **common,
         )
         for side, what, positions in (("encoder", "source", 1500), ("decoder", "target", 448))
     )
-    source = AudioEmbedding(given("num_mel_bins", 80), common["embed_dim"])
-    return EncoderDecoder(encoder, decoder, given("vocab_size", 51865), source=source, tied=tied)
+    source = AudioEmbedding(given.size("num_mel_bins", 80), common["embed_dim"])
+    return EncoderDecoder(encoder, decoder, given.size("vocab_size", 51865), source=source, tied=tied)
 
 
 _WHISPER_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
@@ -491,28 +425,39 @@ WHISPER = Family(
 
 
 SCALINGS = {
-    "factor", "original_max_position_embeddings", "attention_factor", "mscale", "mscale_all_dim", "beta_fast",
-    "beta_slow", "truncate", "low_freq_factor", "high_freq_factor", "short_factor", "long_factor",
+    "factor": float, "original_max_position_embeddings": int, "attention_factor": float, "mscale": float,
+    "mscale_all_dim": float, "beta_fast": float, "beta_slow": float, "truncate": bool, "low_freq_factor": float,
+    "high_freq_factor": float, "short_factor": list, "long_factor": list,
 }  # fmt: skip
+LEAST = 1e-9  # of what is divided by
 
 
 def _rotary(given: Settings) -> tuple[float, dict[str, Any] | None]:
     """Base and scaling, as configs of either age say them."""
-    old = given("rope_scaling")
-    found = given("rope_parameters") or old or {}
-    if not isinstance(found, dict):
-        raise ValueError(f"the setting 'rope_scaling' or 'rope_parameters' must be a mapping (got {found!r})")
-    found = dict(found)
+    old = given("rope_scaling", kind=dict)
+    found = dict(given("rope_parameters", kind=dict) or old or {})
     kind = found.pop("rope_type", found.pop("type", "default"))
-    base = found.pop("rope_theta", None) or given("rope_theta", 10000.0)
-    given("rope_theta")
+    base = found.pop("rope_theta", None)
     found.pop("type", None)
-    if found.pop("partial_rotary_factor", 1.0) != 1.0:
-        raise ValueError("the setting 'partial_rotary_factor' must be 1.0: all of a head is turned")
-    if unknown := sorted(set(found) - SCALINGS):
-        raise ValueError(f"unknown settings of the rotary positions: {', '.join(unknown)}")
-    longest = given("max_position_embeddings", 2048)
-    trained = found.get("original_max_position_embeddings") or given("original_max_position_embeddings", longest)
+    if (part := found.pop("partial_rotary_factor", 1.0)) != 1.0:
+        raise WrongSetting(f"the setting 'partial_rotary_factor' must be 1.0: all of a head is turned (got {part!r})")
+    if unknown := sorted(set(found) - set(SCALINGS)):
+        raise WrongSetting(f"unknown settings in 'rope_parameters' or 'rope_scaling': {', '.join(unknown)}")
+    for name, value in (("rope_type", kind), ("rope_theta", base), *found.items()):
+        wanted = None if value is None else unlike(value, SCALINGS.get(name, str if value is kind else float), LEAST)
+        if isinstance(value, list) and any(unlike(each, float, LEAST) for each in value):
+            wanted = "numbers above 0"
+        if wanted:
+            raise WrongSetting(f"the setting {name!r} of the rotary positions must be {wanted} (got {value!r})")
+    found = {
+        name: float(value) if SCALINGS[name] is float and value is not None else value for name, value in found.items()
+    }
+    base = float(given("rope_theta", 10000.0) if base is None else base)
+    given.asked.add("rope_theta")
+    if base <= 1:
+        raise WrongSetting(f"the setting 'rope_theta' must be above 1 (got {base})")
+    longest = given.size("max_position_embeddings", 2048)
+    trained = found.get("original_max_position_embeddings") or given.size("original_max_position_embeddings", longest)
     if kind == "default":
         return base, None
     if found.get("factor") is None:
@@ -523,14 +468,14 @@ def _rotary(given: Settings) -> tuple[float, dict[str, Any] | None]:
 
 def _llama_config(given: Settings, bias: tuple[str, ...], eps: float) -> TransformerConfig:
     base, scaling = _rotary(given)
-    heads, width = given("num_attention_heads", 32), given("hidden_size", 4096)
+    heads, width = given.size("num_attention_heads", 32), given.size("hidden_size", 4096)
     return TransformerConfig(
         embed_dim=width,
-        num_layers=given("num_hidden_layers", 32),
+        num_layers=given.num_layers("num_hidden_layers", 32),
         num_heads=heads,
-        num_kv_heads=given("num_key_value_heads", heads),
-        head_dim=given("head_dim", width // heads),
-        hidden_dim=given("intermediate_size", 11008),
+        num_kv_heads=given.size("num_key_value_heads", heads),
+        head_dim=given.size("head_dim", width // heads),
+        hidden_dim=given.size("intermediate_size", 11008),
         activation=given.activation("hidden_act", "silu"),
         gated=True,
         norm="rms",
@@ -544,27 +489,28 @@ def _llama_config(given: Settings, bias: tuple[str, ...], eps: float) -> Transfo
 
 def _llama(given: Settings, tied: bool) -> nn.Module:
     bias = ("q", "k", "v", "o") * bool(given("attention_bias", False)) + ("ff",) * bool(given("mlp_bias", False))
-    return GPT(_llama_config(given, bias, 1e-6), given("vocab_size", 32000), tied=tied)
+    return GPT(_llama_config(given, bias, 1e-6), given.size("vocab_size", 32000), tied=tied)
 
 
 def _qwen2(given: Settings, tied: bool) -> nn.Module:
     config = _llama_config(given, ("q", "k", "v"), 1e-6)
-    width = given("sliding_window", 4096) if given("use_sliding_window", False) else None
+    width = given.size("sliding_window", 4096) if given("use_sliding_window", False) else None
     given.asked |= {"sliding_window", "max_window_layers"}  # used or not
-    kinds = given("layer_types") or [
+    kinds = given("layer_types", kind=list) or [
         "sliding_attention" if width and layer >= given("max_window_layers", 28) else "full_attention"
         for layer in range(config.num_layers)
     ]
     if len(kinds) != config.num_layers:
-        raise ValueError(f"the setting 'layer_types' must name {config.num_layers} layers (got {len(kinds)})")
-    return GPT(config, given("vocab_size", 151936), [_layer_graph(kind, width) for kind in kinds], tied=tied)
+        layers = f"{config.num_layers} layers, as many as 'num_hidden_layers'"
+        raise WrongSetting(f"the setting 'layer_types' must name {layers} (got {kinds})")
+    return GPT(config, given.size("vocab_size", 151936), [_layer_graph(kind, width) for kind in kinds], tied=tied)
 
 
 def _layer_graph(kind: str, width: int | None) -> Graph:
     if kind == "full_attention":
         return Causal()
     if kind != "sliding_attention" or not width:
-        raise ValueError(f"the setting 'layer_types' must name full_attention or sliding_attention (got {kind!r})")
+        raise WrongSetting(f"the setting 'layer_types' must name full_attention or sliding_attention (got {kind!r})")
     return Window(width - 1, 0)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from attngraph.arguments import checked
 from attngraph.graph.base import BYTES_PER_EDGE, Graph
 from attngraph.graph.boxes import require_memory
 from attngraph.graph.compose import PerHead
@@ -45,6 +46,7 @@ def from_dense(mask: Tensor) -> Graph:
     return EdgeList(mask.nonzero().flip(1).T, (mask.shape[0], mask.shape[1]))
 
 
+@checked
 def from_function(function: Callable[[Tensor, Tensor], Tensor], size: tuple[int, int] | None = None) -> Graph:
     """A graph from a predicate of (q_idx, kv_idx), as FlexAttention's `mask_mod` without batch and head.
 

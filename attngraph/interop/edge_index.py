@@ -5,10 +5,12 @@ from __future__ import annotations
 from torch import Tensor
 
 from attngraph import cache
+from attngraph.arguments import checked
 from attngraph.graph.base import plain_int
 from attngraph.graph.edge_list import EdgeList, fingerprint, integer_tensor
 
 
+@checked
 def from_edge_index(edge_index: Tensor, num_nodes: int | tuple[int, int] | None = None) -> EdgeList:
     """A graph from PyG's `edge_index` (2, E): row 0 the source = key, row 1 the target = query.
 

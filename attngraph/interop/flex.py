@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from attngraph.graph.base import Graph, at_size, plain_int, require_device, require_ints
+from attngraph.arguments import checked
+from attngraph.graph.base import Graph, at_size
 from attngraph.graph.rewrite import simplify
 from attngraph.planning.edge_set import EdgeSet, Tiling
 from attngraph.planning.layouts.tiles import Tiles
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 MAX_LIST_ENTRIES = 1 << 20  # of a list of blocks that has an entry for every column
 
 
+@checked
 def to_block_mask(
     graph: Graph,
     n: int | None = None,
@@ -46,9 +48,7 @@ def to_block_mask(
     """
     from torch.nn.attention.flex_attention import BlockMask  # takes longer than all of attngraph
 
-    block_size, device = plain_int(block_size), require_device(device)
-    require_ints(1, block_size=block_size)
-    if block_size % 32:
+    if block_size < 1 or block_size % 32:
         raise ValueError(f"block_size must be a multiple of 32 (got {block_size})")
     bound, n, m = at_size(graph, n, m)
     tile = (block_size, block_size)

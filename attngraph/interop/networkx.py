@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from attngraph.arguments import checked
 from attngraph.graph.base import Graph, at_size
 from attngraph.graph.edge_list import EdgeList
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     import networkx
 
 
+@checked
 def from_networkx(G: networkx.Graph, nodelist: Sequence[Any] | None = None) -> EdgeList:
     """A graph from networkx: u → v means that v hears u; an undirected edge is heard in both directions.
 
@@ -32,11 +34,9 @@ def from_networkx(G: networkx.Graph, nodelist: Sequence[Any] | None = None) -> E
             f"networkx.DiGraph(edges), or is taken by from_edge_index"
         )
     if nodelist is not None:
-        try:
-            nodelist = list(nodelist)
-            hash(tuple(nodelist))
-        except TypeError:
-            raise TypeError(f"nodelist must be a list of the nodes of the graph (got {nodelist!r:.80})") from None
+        nodelist = list(nodelist)
+        if not all(isinstance(node, Hashable) for node in nodelist):
+            raise TypeError(f"nodelist must name nodes, which are hashable (got {nodelist!r})")
     if nodelist is None:
         nodelist = list(G)
         if set(nodelist) == set(range(len(nodelist))):
@@ -51,6 +51,7 @@ def from_networkx(G: networkx.Graph, nodelist: Sequence[Any] | None = None) -> E
     return EdgeList(torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2).T, len(number))
 
 
+@checked
 def to_networkx(graph: Graph, n: int | None = None, m: int | None = None) -> networkx.DiGraph:
     """The edges as a networkx DiGraph on the numbers 0 … max(n, m)-1: u → v where v hears u."""
     import networkx

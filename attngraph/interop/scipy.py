@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
+from attngraph.arguments import checked
 from attngraph.graph.base import Graph, at_size
 from attngraph.graph.edge_list import EdgeList
 
@@ -36,6 +37,7 @@ def from_scipy_sparse_matrix(matrix: SparseMatrix) -> EdgeList:
     return EdgeList(torch.stack([key, query]), (coo.shape[1], coo.shape[0]))
 
 
+@checked
 def to_scipy_sparse_matrix(graph: Graph, n: int | None = None, m: int | None = None) -> scipy.sparse.coo_matrix:
     """The edges as a SciPy matrix with A[k, q] = 1 for each edge k → q: the inverse of `from_scipy_sparse_matrix`."""
     from scipy.sparse import coo_matrix

@@ -27,6 +27,25 @@ class ScoreBias(NamedTuple):
     kind: BiasKind
     values: Tensor
 
+    def over_edges(self, query: Tensor, key: Tensor, n: int) -> Tensor:
+        """What is added along all edges of a graph with n queries: (…, E)."""
+        match self.kind:
+            case "offset":
+                return self.values[:, key - query + n - 1]
+            case "dense":
+                return self.values.expand(*self.values.shape[:2], n, -1)[..., query, key]
+            case "edge":
+                return self.values
+
+
+class Modifiers(NamedTuple):
+    """What is done to the products q · k before the softmax: times `scale`, plus `bias`, and padding left out."""
+
+    scale: float
+    bias: ScoreBias | None = None
+    attention_mask: Tensor | None = None
+    """bool (B, M): False for keys that are padding, which no query of their batch entry hears. None: there are none."""
+
 
 # --------------------------------------------------------------------------------------------- of the reference
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-from attngraph.kernels.contract import DenseLayout
+from attngraph.kernels.contract import DenseLayout, Modifiers
+from attngraph.kernels.memory import apart
 
 # Nodes up to which half precision runs as float32 on a CPU: forward + backward took half the time there.
 MAX_UPCAST_NODES = 256
@@ -25,33 +28,72 @@ def dense(
     scale: float,
     dropout_p: float,
 ) -> Tensor:
-    """q (B, H, N, D), k and v (B, Hkv, M, ·), mask (N, M) or (H, N, M), bias (…, N, M) → out (B, H, N, ·).
+    """q (B, H, N, D), k and v (B, Hkv, M, ·), mask (…, N, M), bias (…, N, M) → out (B, H, N, ·).
 
     `causal` without a mask is Causal(); neither is Full().
     """
     if bias is not None:
         bias = bias.to(torch.promote_types(bias.dtype, q.dtype))
         mask = bias if mask is None else bias.masked_fill(~mask, -torch.inf)
-    gqa, half = q.shape[1] != k.shape[1], q.dtype in (torch.bfloat16, torch.float16)
+    options = {"dropout_p": dropout_p, "causal": causal, "scale": scale}
+    half = q.dtype in (torch.bfloat16, torch.float16)
     if half and q.device.type == "cpu" and max(q.shape[2], k.shape[2]) <= MAX_UPCAST_NODES:
         if mask is not None and mask.dtype != torch.bool:
             mask = mask.float()
         with torch.autocast("cpu", enabled=False):  # which would cast them back
-            out = scaled_dot_product_attention(
-                q.float(), k.float(), v.float(), mask, dropout_p, causal, scale=scale, enable_gqa=gqa
-            )
-        return out.to(q.dtype)
+            return _attention(q.float(), k.float(), v.float(), mask, **options).to(q.dtype)
     if mask is not None and mask.dtype not in (torch.bool, q.dtype, torch.float32):
         mask = mask.to(q.dtype)
-    return scaled_dot_product_attention(q, k, v, mask, dropout_p, causal, scale=scale, enable_gqa=gqa)
+    return _attention(q, k, v, mask, **options)
+
+
+def _attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, dropout_p: float, causal: bool, scale: float
+) -> Tensor:
+    """PyTorch's own attention, which can be transformed and differentiated again and again: its flash kernels can't."""
+    compiled, grouped = torch.compiler.is_compiling(), {"enable_gqa": True} if q.shape[1] != k.shape[1] else {}
+    if not compiled and torch._C._are_functorch_transforms_active():
+        with sdpa_kernel(SDPBackend.MATH):
+            return scaled_dot_product_attention(q, k, v, mask, dropout_p, causal, scale=scale, **grouped)
+    out = scaled_dot_product_attention(q, k, v, mask, dropout_p, causal, scale=scale, **grouped)
+    if out.requires_grad and not compiled:
+        node = out.grad_fn
+        if node is not None and hasattr(type(node), "_saved_logsumexp"):
+            node.register_hook(_gradients_by_products)
+    return out
+
+
+def _gradients_by_products(grad_inputs: tuple, grad_outputs: tuple) -> tuple | None:
+    """In place of a flash kernel's gradients those of matrix products, which have gradients, with create_graph=True."""
+    if not torch.is_grad_enabled():
+        return None
+    node: Any = torch._C._current_autograd_node()
+    if node._saved_dropout_p:  # what was dropped is known to the kernel alone, which says that it has no gradients
+        return None
+    q, k, v = sides = apart(node._saved_query, node._saved_key, node._saved_value)
+    mask = getattr(node, "_saved_attn_mask", None)  # on a CPU
+    mask = getattr(node, "_saved_attn_bias", None) if mask is None else mask  # on a GPU
+    with sdpa_kernel(SDPBackend.MATH), torch.autocast(q.device.type, enabled=False):
+        options = {"scale": node._saved_scale, "enable_gqa": q.shape[1] != k.shape[1]}
+        out = scaled_dot_product_attention(q, k, v, mask, 0.0, node._saved_is_causal, **options)
+    needed = [side for side, gradient in zip(sides, grad_inputs, strict=False) if gradient is not None]
+    found = iter(torch.autograd.grad(out, needed, grad_outputs[0], create_graph=True))
+    return *(None if gradient is None else next(found) for gradient in grad_inputs[:3]), *grad_inputs[3:]
 
 
 def logsumexp(q: Tensor, k: Tensor, mask: Tensor | None, *, causal: bool, bias: Tensor | None, scale: float) -> Tensor:
     """The lse (B, H, N) that belongs to `dense`, differentiable; -inf where a query has no edge."""
     if mask is None and bias is None and q.device.type == "cpu" and q.shape[2] and k.shape[2]:
         return _FlashLogsumexp.apply(q.contiguous(), _repeat_kv(k, q).contiguous(), causal, scale)
+    return _logsumexp_of_scores(q, k, mask, causal=causal, bias=bias, scale=scale)
+
+
+def _logsumexp_of_scores(
+    q: Tensor, k: Tensor, mask: Tensor | None, *, causal: bool, bias: Tensor | None, scale: float
+) -> Tensor:
+    """The same from a matrix of all scores."""
     dtype = torch.promote_types(q.dtype, torch.float32)
-    with torch.autocast(q.device.type, enabled=False):
+    with nullcontext() if q.is_meta else torch.autocast(q.device.type, enabled=False):
         scores = q.to(dtype) @ _repeat_kv(k, q).to(dtype).mT * scale
     if bias is not None:
         scores = scores + bias
@@ -78,12 +120,15 @@ class _FlashLogsumexp(torch.autograd.Function):
         return lse.clone()
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            raise RuntimeError(
-                "the lse of backend='dense' can be differentiated once; with backend='edges' again and again"
-            )
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         q, k, out, lse = ctx.saved_tensors
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
+            q, k = apart(q, k)
+            lse = _logsumexp_of_scores(q, k, None, causal=ctx.causal, bias=None, scale=ctx.scale)
+            sides = [side for side, needed in zip((q, k), ctx.needs_input_grad, strict=False) if needed]
+            found = iter(torch.autograd.grad(lse, sides, grad_outputs, create_graph=True))
+            dq, dk = (next(found) if needed else None for needed in ctx.needs_input_grad[:2])
+            return dq, dk, None, None
         dlse = grad_outputs[0][..., None].to(q.dtype)
         dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
             (dlse * q).contiguous(), q, k, k, out, lse, 0.0, ctx.causal, scale=ctx.scale
@@ -103,21 +148,25 @@ MASKED_SCORE = -1e30  # added to the score of a pair without an edge
 MAX_FLASH_DIM = 256  # dimension of a head that the flash kernel of a GPU takes
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, layout: DenseLayout, bias: None, scale: float) -> tuple[Tensor, Tensor]:
-    """q (B, H, N, D), k and v (B, Hkv, M, ·) → out (B, H, N, ·), lse (B, H, N), by PyTorch's flash kernels."""
+def forward(q: Tensor, k: Tensor, v: Tensor, layout: DenseLayout, modifiers: Modifiers) -> tuple[Tensor, Tensor]:
+    """q (B, H, N, D), k and v (B, Hkv, M, ·) → out (B, H, N, ·), lse (B, H, N), by PyTorch's flash kernels.
+
+    Of the modifiers it has the scale alone, here and backward.
+    """
     if layout.lengths:
         out = q.new_zeros(*q.shape[:3], v.shape[3])
         lse = q.new_zeros(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
         for nodes, one in layout.documents(q.device):
             q_docs, k_docs, v_docs = _documents(nodes, q), _documents(nodes, k), _documents(nodes, v)
-            out_docs, lse_docs = forward(q_docs, k_docs, v_docs, one, bias, scale)
+            out_docs, lse_docs = forward(q_docs, k_docs, v_docs, one, modifiers)
             _store_documents(out, nodes, out_docs)
             _store_documents(lse, nodes, lse_docs)
         return out, lse
     mask, mask_bias = _masks(layout, q)
     k, v, value_dim = _repeat_kv(k, q), _repeat_kv(v, q), v.shape[3]
     width = _padded_width(q, v)
-    problem = _Problem(_pad_to(q, width), _pad_to(k, width), _pad_to(v, width), mask_bias, _is_causal(layout), scale)
+    sides = _pad_to(q, width), _pad_to(k, width), _pad_to(v, width)
+    problem = _Problem(*sides, mask_bias, _is_causal(layout), modifiers.scale)
     out, lse = _flash_kernel(problem.q, layout).forward(problem)
     out, lse = out[..., :value_dim], lse[..., : q.shape[2]]
     if mask is not None:
@@ -135,8 +184,7 @@ def backward(
     dout: Tensor,
     dlse: Tensor | None,
     layout: DenseLayout,
-    bias: None,
-    scale: float,
+    modifiers: Modifiers,
     bias_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, None]:
     """What all pairs add to (dq, dk, dv, None), from the final out and lse of each query; dlse may be None.
@@ -151,7 +199,7 @@ def backward(
             out_docs, lse_docs, dout_docs = _documents(nodes, out), _documents(nodes, lse), _documents(nodes, dout)
             dlse_docs = None if dlse is None else _documents(nodes, dlse)
             dq_docs, dk_docs, dv_docs, _ = backward(
-                q_docs, k_docs, v_docs, out_docs, lse_docs, dout_docs, dlse_docs, one, bias, scale, bias_grad
+                q_docs, k_docs, v_docs, out_docs, lse_docs, dout_docs, dlse_docs, one, modifiers, bias_grad
             )
             _store_documents(dq, nodes, dq_docs)
             _store_documents(dk, nodes, dk_docs)
@@ -161,7 +209,8 @@ def backward(
     group, dim, value_dim = q.shape[1] // k.shape[1], q.shape[3], v.shape[3]
     width = _padded_width(q, v, extra=dlse is not None)
     k, v = _repeat_kv(k, q), _repeat_kv(v, q)
-    problem = _Problem(_pad_to(q, width), _pad_to(k, width), _pad_to(v, width), mask_bias, _is_causal(layout), scale)
+    sides = _pad_to(q, width), _pad_to(k, width), _pad_to(v, width)
+    problem = _Problem(*sides, mask_bias, _is_causal(layout), modifiers.scale)
     out, dout = _pad_to(out, width), _pad_to(dout, width)
     if dlse is not None:
         dout[..., value_dim], out[..., value_dim] = -dlse, 1

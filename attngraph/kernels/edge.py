@@ -18,6 +18,7 @@ def edges(
     member: Tensor,
     *,
     bias: Tensor | None,
+    attention_mask: Tensor | None,
     scale: float,
     dropout_p: float,
     score: str | Score,
@@ -25,6 +26,7 @@ def edges(
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """q (B, H, N, D), k and v (B, Hkv, M, ·), edges (E,), member (H | 0, E), bias (…, E) → out, lse, weights (B, H, E).
 
+    attention_mask (B, M) is False for keys that nobody hears.
     `_i` is at the query of each edge, `_j` at its key. Half precision is computed in float32.
     """
     dtype = torch.promote_types(q.dtype, torch.float32)
@@ -36,15 +38,18 @@ def edges(
     if bias is not None:
         scores = scores + bias.to(dtype)
 
-    lse = None
+    lse, heard = None, member if member.shape[0] else None
+    if attention_mask is not None:
+        real = attention_mask[:, None, key]
+        heard = real if heard is None else heard & real
     if normalize == "softmax":
-        if member.shape[0]:
-            scores = scores.masked_fill(~member, -torch.inf)
+        if heard is not None:
+            scores = scores.masked_fill(~heard, -torch.inf)
         weights, lse = _softmax(scores, query, q.shape[2])
     else:
         weights = normalizer(normalize)(scores)
-        if member.shape[0]:
-            weights = weights.masked_fill(~member, 0)
+        if heard is not None:
+            weights = weights.masked_fill(~heard, 0)
     messages = dropout(weights, dropout_p)[..., None] * v_j
     out = messages.new_zeros(*q.shape[:3], v.shape[3]).index_add(2, query, messages)
     return out.to(q.dtype), lse, weights.to(q.dtype)

@@ -5,6 +5,8 @@ The first touch of a huge page is far cheaper than that of as many small ones.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -31,3 +33,8 @@ def empty(*shape: int, like: Tensor) -> Tensor:
 def zeros(*shape: int, like: Tensor) -> Tensor:
     """The same, with zeros."""
     return torch.from_numpy(np.zeros(shape, DTYPES[like.dtype]))
+
+
+def apart(*sides: Any) -> list[Any]:
+    """Tensors of which gradients are asked one by one, though one may be made of another, or be another."""
+    return [side if side is None else side.view_as(side) for side in sides]

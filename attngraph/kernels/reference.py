@@ -28,6 +28,7 @@ def reference(
     graph: GraphMask,
     *,
     bias: PairBias | None,
+    attention_mask: Tensor | None,
     scale: float,
     dropout_p: float,
     score: str | Score,
@@ -35,7 +36,8 @@ def reference(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Every node holds a query, a key and a value; each query node collects from the key nodes that it hears.
 
-    q (B, H, N, D), k and v (B, Hkv, M, ·) → out (B, H, N, ·), lse (B, H, N), weights (B, H, N, M), in float64.
+    q (B, H, N, D), k and v (B, Hkv, M, ·), attention_mask (B, M), False for keys that nobody hears → out (B, H, N, ·),
+    lse (B, H, N), weights (B, H, N, M), in float64.
     """
     score, weights_of = score_function(score), softmax if normalize == "softmax" else normalizer(normalize)
     q, k, v = (x.double().repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (q, k, v))
@@ -51,7 +53,9 @@ def reference(
             s = scores[:, h, j]
             if bias is not None:
                 s = s + bias.at(torch.full_like(j, i), j, edge[i, j]).expand(B, H, -1)[:, h]
+            real = torch.ones_like(s, dtype=torch.bool) if attention_mask is None else attention_mask[:, j]
+            s = s.masked_fill(~real, -torch.inf)
             lse[:, h, i] = logsumexp(s)
-            weights[:, h, i, j] = p = weights_of(s)
+            weights[:, h, i, j] = p = weights_of(s).masked_fill(~real, 0)
             out[:, h, i] = (dropout(p, dropout_p)[..., None] * v[:, h, j]).sum(1)
     return out, lse, weights

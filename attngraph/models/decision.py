@@ -7,8 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from attngraph.graph.base import Graph
+from attngraph.arguments import checked
+from attngraph.graph.base import Graph, require_ints
 from attngraph.graph.patterns import Causal
+from attngraph.nn.checks import require_vectors
 from attngraph.nn.embedding import TokenEmbedding
 from attngraph.nn.padding import padding_mask
 from attngraph.nn.transformer import Transformer, TransformerConfig
@@ -35,6 +37,7 @@ class DecisionTransformer(nn.Module):
     torch.Size([3, 7, 2])
     """
 
+    @checked
     def __init__(
         self,
         config: TransformerConfig,
@@ -46,6 +49,7 @@ class DecisionTransformer(nn.Module):
         bounded: bool = True,
     ):
         super().__init__()
+        require_ints(1, state_dim=state_dim, action_dim=action_dim)
         self.config, self.bounded = config, bounded
         self.time = TokenEmbedding(max_time, config.embed_dim, "timesteps")
         self.embed_return = nn.Linear(1, config.embed_dim)
@@ -69,16 +73,17 @@ class DecisionTransformer(nn.Module):
 
         `attention_mask`, bool or integers 0 and 1, (B, T), is True or 1 for real time steps.
         """
-        if not states.shape[:2] == actions.shape[:2] == returns.shape[:2] == timesteps.shape:
-            shapes = ", ".join(str(tuple(part.shape)) for part in (states, actions, returns, timesteps))
+        require_vectors("states", states, self.embed_state.in_features)
+        require_vectors("actions", actions, self.embed_action.in_features)
+        require_vectors("returns", returns, 1)
+        time = self.time(timesteps)
+        sides = states, actions, returns, time
+        if not (time.ndim == 3 and len({side.shape[:-1] for side in sides}) == 1):
+            shapes = ", ".join(str(tuple(side.shape)) for side in (states, actions, returns, timesteps))
             raise ValueError(
                 "states, actions, returns and timesteps must have the same batch and number of steps, as in "
                 f"(B, T, state_dim), (B, T, action_dim), (B, T, 1), (B, T) (got {shapes})"
             )
-        if not (states.ndim == actions.ndim == returns.ndim == 3 and returns.shape[2] == 1):
-            shapes = ", ".join(str(tuple(part.shape)) for part in (states, actions, returns))
-            raise ValueError(f"states, actions and returns must have 3 dimensions, returns one number (got {shapes})")
-        time = self.time(timesteps)
         mask = padding_mask("attention_mask", attention_mask, time)
         parts = self.embed_return(returns) + time, self.embed_state(states) + time, self.embed_action(actions) + time
         x = self.norm(torch.stack(parts, dim=2).flatten(1, 2))  # return, state, action; return, state, …

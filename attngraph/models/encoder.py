@@ -7,8 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from attngraph.arguments import checked, shown
 from attngraph.graph.algebra import Full
 from attngraph.graph.base import Graph
+from attngraph.models.tied import Tied
 from attngraph.nn.embedding import TokenEmbedding
 from attngraph.nn.feedforward import ACTIVATIONS
 from attngraph.nn.transformer import Transformer, TransformerConfig
@@ -17,12 +19,18 @@ from attngraph.nn.transformer import Transformer, TransformerConfig
 class TokenHead(nn.Module):
     """BERT's head: every node for itself once more, then scores of all tokens by the vectors that embed them."""
 
+    @checked
     def __init__(self, config: TransformerConfig, vocab_size: int):
         super().__init__()
         self.dense = nn.Linear(config.embed_dim, config.embed_dim)
         self.activation = ACTIVATIONS[config.activation]
         self.norm = nn.LayerNorm(config.embed_dim, config.norm_eps)
         self.scores = nn.Linear(config.embed_dim, vocab_size)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """No token is likelier than others."""
+        nn.init.normal_(self.scores.weight, std=0.02)
         nn.init.zeros_(self.scores.bias)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -30,7 +38,7 @@ class TokenHead(nn.Module):
         return self.scores(self.norm(self.activation(self.dense(x))))
 
 
-class Encoder(nn.Module):
+class Encoder(Tied):
     """A model of tokens that hear each other as the graph says, to predict those that were masked (Devlin et al. 2019).
 
     Args:
@@ -46,6 +54,7 @@ class Encoder(nn.Module):
     torch.Size([2, 10, 65])
     """
 
+    @checked
     def __init__(
         self,
         config: TransformerConfig,
@@ -55,36 +64,45 @@ class Encoder(nn.Module):
         num_types: int = 0,
         tied: bool = True,
     ):
-        super().__init__()
+        super().__init__(tied)
         self.config, self.vocab_size = config, vocab_size
         self.embedding = TokenEmbedding(vocab_size, config.embed_dim)
         self.types = TokenEmbedding(num_types, config.embed_dim, "types") if num_types else None
         self.transformer = Transformer(config, graph)
         self.head = TokenHead(config, vocab_size)
-        for table in (self.embedding, self.types, self.head.scores):
-            if table is not None:
-                nn.init.normal_(table.weight, std=0.02)
-        if tied:
-            self.head.scores.weight = self.embedding.weight
+        self._tie()
+
+    def reset_parameters(self) -> None:
+        """Its parts have their own; those that are one become one."""
+        self._tie()
+
+    @property
+    def scores(self) -> nn.Linear:
+        """What makes logits."""
+        return self.head.scores
 
     def forward(
         self,
         tokens: Tensor,
         graph: Graph | Sequence[Graph] | None = None,
         *,
+        positions: Tensor | None = None,
         attention_mask: Tensor | None = None,
         types: Tensor | None = None,
     ) -> Tensor:
         """tokens int64 (B, N) → logits (B, N, vocab_size).
 
-        `attention_mask`, bool or integers 0 and 1, (B, N), is True or 1 for real tokens; `types`, int64 (B, N), are the
-        kinds of the tokens, by default 0.
+        `attention_mask`, bool or integers 0 and 1, (B, N), is True or 1 for real tokens; `positions`, integers (N,) or
+        (B, N), are by default counted from each row's first real token; `types`, int64 (B, N), are the kinds of the
+        tokens, by default 0.
         """
         x = self.embedding(tokens)
+        if types is not None and not isinstance(types, Tensor):
+            raise TypeError(f"types must be a tensor of integers (got {shown(types)})")
         if types is not None and types.shape != tokens.shape:
             raise ValueError(f"types must have the shape of tokens, {tuple(tokens.shape)} (got {tuple(types.shape)})")
         if self.types is not None:
             x = x + self.types(torch.zeros_like(tokens) if types is None else types)
         elif types is not None:
             raise ValueError("types are of use only in a model with num_types")
-        return self.head(self.transformer(x, graph, attention_mask=attention_mask))
+        return self.head(self.transformer(x, graph, positions=positions, attention_mask=attention_mask))

@@ -6,14 +6,17 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from attngraph.arguments import checked
 from attngraph.graph.algebra import Full
 from attngraph.graph.base import Graph
 from attngraph.graph.patterns import Causal
+from attngraph.models.tied import Tied
 from attngraph.nn.embedding import TokenEmbedding
+from attngraph.nn.padding import padding_mask
 from attngraph.nn.transformer import Transformer, TransformerConfig
 
 
-class EncoderDecoder(nn.Module):
+class EncoderDecoder(Tied):
     """From a source to a target, token by token (Vaswani et al. 2017; T5; Whisper).
 
     Args:
@@ -35,6 +38,7 @@ class EncoderDecoder(nn.Module):
     torch.Size([2, 7, 65])
     """
 
+    @checked
     def __init__(
         self,
         encoder: TransformerConfig,
@@ -48,7 +52,7 @@ class EncoderDecoder(nn.Module):
         tied: bool = True,
         logit_scale: float = 1.0,
     ):
-        super().__init__()
+        super().__init__(tied)
         if encoder.embed_dim != decoder.embed_dim:
             given = f"{encoder.embed_dim} and {decoder.embed_dim}"
             raise ValueError(f"encoder and decoder must have the same embed_dim (got {given})")
@@ -60,30 +64,52 @@ class EncoderDecoder(nn.Module):
         self.encoder = Transformer(encoder, encoder_graph)
         self.decoder = Transformer(decoder, decoder_graph)
         self.head = nn.Linear(decoder.embed_dim, vocab_size, bias=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Embedding and head; its other parts have their own."""
         for table in (self.embedding, self.head):
             nn.init.normal_(table.weight, std=0.02)
-        if tied:
-            self.head.weight = self.embedding.weight
+        self._tie()
+
+    @property
+    def scores(self) -> nn.Linear:
+        """What makes logits."""
+        return self.head
 
     def forward(
         self,
         source: Tensor,
         target: Tensor,
         *,
+        positions: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        decoder_positions: Tensor | None = None,
         decoder_attention_mask: Tensor | None = None,
+        memory_positions: Tensor | None = None,
     ) -> Tensor:
         """source int64 (B, M), or what the source's embedding takes; target int64 (B, N) → logits (B, N, vocab_size).
 
         `attention_mask` (B, M) of the source and `decoder_attention_mask` (B, N) of the target, bool or integers 0 and
-        1, are True or 1 for real tokens.
+        1, are True or 1 for real tokens; `positions` of the source and `decoder_positions` of the target, integers,
+        are by default counted from each row's first real token; `memory_positions` (M,) or (B, M) are those of the
+        source in a decoder that hears it beside itself, where by default it ends at -1.
         """
-        memory = self.encode(source, attention_mask=attention_mask)
-        return self.decode(memory, target, attention_mask=attention_mask, decoder_attention_mask=decoder_attention_mask)
+        return self.decode(
+            self.encode(source, positions=positions, attention_mask=attention_mask),
+            target,
+            attention_mask=attention_mask,
+            decoder_positions=decoder_positions,
+            decoder_attention_mask=decoder_attention_mask,
+            memory_positions=memory_positions,
+        )
 
-    def encode(self, source: Tensor, *, attention_mask: Tensor | None = None) -> Tensor:
+    def encode(
+        self, source: Tensor, *, positions: Tensor | None = None, attention_mask: Tensor | None = None
+    ) -> Tensor:
         """The memory: (B, M, embed_dim)."""
-        return self.encoder((self.source or self.embedding)(source), attention_mask=attention_mask)
+        x = (self.source or self.embedding)(source)
+        return self.encoder(x, positions=positions, attention_mask=attention_mask)
 
     def decode(
         self,
@@ -91,14 +117,20 @@ class EncoderDecoder(nn.Module):
         target: Tensor,
         *,
         attention_mask: Tensor | None = None,
+        decoder_positions: Tensor | None = None,
         decoder_attention_mask: Tensor | None = None,
+        memory_positions: Tensor | None = None,
     ) -> Tensor:
         """The logits of targets that hear this memory, of which `attention_mask` (B, M) says what is real."""
+        x = self.embedding(target)
+        mask = padding_mask("decoder_attention_mask", decoder_attention_mask, x)
         x = self.decoder(
-            self.embedding(target),
-            attention_mask=decoder_attention_mask,
+            x,
+            positions=decoder_positions,
+            attention_mask=mask,
             memory=memory,
             memory_graph=self.memory_graph,
+            memory_positions=memory_positions,
             memory_attention_mask=attention_mask,
         )
         return self.head(x * self.logit_scale)

@@ -6,13 +6,15 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from attngraph.arguments import checked
 from attngraph.graph.base import Graph
 from attngraph.graph.patterns import Causal
+from attngraph.models.tied import Tied
 from attngraph.nn.embedding import TokenEmbedding
 from attngraph.nn.transformer import Transformer, TransformerConfig
 
 
-class GPT(nn.Module):
+class GPT(Tied):
     """A language model: what it hears, and so what it may predict from, is its graph (Radford et al. 2019).
 
     Args:
@@ -28,6 +30,7 @@ class GPT(nn.Module):
     torch.Size([2, 10, 65])
     """
 
+    @checked
     def __init__(
         self,
         config: TransformerConfig,
@@ -36,24 +39,46 @@ class GPT(nn.Module):
         *,
         tied: bool = True,
     ):
-        super().__init__()
-        self.config, self.vocab_size, self.tied = config, vocab_size, tied
+        super().__init__(tied)
+        self.config, self.vocab_size = config, vocab_size
         self.embedding = TokenEmbedding(vocab_size, config.embed_dim)
         self.transformer = Transformer(config, graph)
         self.head = nn.Linear(config.embed_dim, vocab_size, bias=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Embedding and head; after the Transformer has its own."""
         nn.init.normal_(self.embedding.weight, std=0.02)
         nn.init.normal_(self.head.weight, std=0.02)
-        if config.init == "zero":
+        if self.config.init == "zero":
             nn.init.zeros_(self.head.weight)
             nn.init.normal_(self.embedding.weight, std=0.5)
-        if tied:
-            self.head.weight = self.embedding.weight
+        self._tie()
+
+    @property
+    def scores(self) -> nn.Linear:
+        """What makes logits."""
+        return self.head
 
     def forward(
-        self, tokens: Tensor, graph: Graph | Sequence[Graph] | None = None, *, attention_mask: Tensor | None = None
+        self,
+        tokens: Tensor,
+        graph: Graph | Sequence[Graph] | None = None,
+        *,
+        positions: Tensor | None = None,
+        attention_mask: Tensor | None = None,
     ) -> Tensor:
         """tokens int64 (B, N) → logits (B, N, vocab_size).
 
-        `attention_mask`, bool or integers 0 and 1, (B, N), is True or 1 for real tokens.
+        `attention_mask`, bool or integers 0 and 1, (B, N), is True or 1 for real tokens. `positions`, integers (N,) or
+        (B, N), are by default counted from each row's first real token; in a pack, each document begins at 0:
+
+        >>> from attngraph.nn import TransformerConfig
+        >>> config = TransformerConfig(embed_dim=64, num_layers=2, num_heads=4, position="learned", max_length=6)
+        >>> pack, graph = torch.randint(65, (1, 10)), Causal() & Documents([6, 4])
+        >>> positions = torch.cat([torch.arange(6), torch.arange(4)])
+        >>> GPT(config, vocab_size=65)(pack, graph, positions=positions).shape
+        torch.Size([1, 10, 65])
         """
-        return self.head(self.transformer(self.embedding(tokens), graph, attention_mask=attention_mask))
+        x = self.embedding(tokens)
+        return self.head(self.transformer(x, graph, positions=positions, attention_mask=attention_mask))

@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from attngraph.arguments import checked
 from attngraph.graph.algebra import Full
 from attngraph.graph.base import Graph, require_ints
 from attngraph.nn.embedding import PatchEmbedding
@@ -35,6 +36,7 @@ class ViT(nn.Module):
     torch.Size([3, 10])
     """
 
+    @checked
     def __init__(
         self,
         config: TransformerConfig,
@@ -53,13 +55,17 @@ class ViT(nn.Module):
         self.config, self.pool = config, pool
         self.patches = PatchEmbedding(_pair(image_size), _pair(patch_size), channels, config.embed_dim)
         self.cls = nn.Parameter(torch.empty(config.embed_dim)) if pool == "cls" else None
-        if self.cls is not None:
-            nn.init.normal_(self.cls, std=0.02)
         graphs = [graph] if isinstance(graph, Graph) else list(graph)
         if pool == "cls":
             graphs = [_with_cls(each, self.num_patches) for each in graphs]
         self.transformer = Transformer(config, graphs[0] if isinstance(graph, Graph) else graphs)
         self.head = nn.Linear(config.embed_dim, num_classes)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """What is its own, the vector of CLS."""
+        if self.cls is not None:
+            nn.init.normal_(self.cls, std=0.02)
 
     @property
     def num_patches(self) -> int:
@@ -76,18 +82,23 @@ class ViT(nn.Module):
         """
         x = self.patches(images)
         mask = padding_mask("attention_mask", attention_mask, x)
+        if self.cls is not None:
+            x = torch.cat([self.cls.expand(len(x), 1, -1), x], dim=1)
+            mask = mask if mask is None else torch.cat([torch.ones_like(mask[:, :1]), mask], dim=1)
+        places = torch.arange(x.shape[1], device=x.device)  # in the image, whatever is to be heard
+        positions = places if self.transformer.takes_positions else None
+        x = self.transformer(x, graph, positions=positions, attention_mask=mask)
         if self.cls is None:
-            x = self.transformer(x, graph, attention_mask=mask)
             weight = torch.ones_like(x[..., :1]) if mask is None else mask[..., None].to(x.dtype)
             return self.head((x * weight).sum(-2) / weight.sum(-2).clamp(min=1))
-        if mask is not None:
-            mask = torch.cat([torch.ones_like(mask[:, :1]), mask], dim=1)
-        x = torch.cat([self.cls.expand(len(x), 1, -1), x], dim=1)
-        return self.head(self.transformer(x, graph, attention_mask=mask)[:, 0])
+        return self.head(x[:, 0])
 
 
 def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else (size[0], size[1])
+    pair = (size, size) if isinstance(size, int) else tuple(size)
+    if len(pair) != 2:
+        raise ValueError(f"image_size and patch_size are a number, or (height, width) (got {size!r})")
+    return pair
 
 
 def _with_cls(graph: Graph, patches: int) -> Graph:

@@ -8,10 +8,13 @@ from typing import Literal, TypedDict
 import torch
 from torch import Tensor, nn
 
+from attngraph.arguments import checked, shown
 from attngraph.attention import attend
 from attngraph.bias import Bias
-from attngraph.graph.base import Graph
+from attngraph.graph.base import Graph, require_ints
+from attngraph.graph.positions import query_offset
 from attngraph.kernels.scoring import Additive
+from attngraph.nn.checks import require_vectors
 from attngraph.nn.positions import rotate
 
 
@@ -45,6 +48,7 @@ class Attention(nn.Module):
     torch.Size([2, 10, 64])
     """
 
+    @checked
     def __init__(
         self,
         embed_dim: int,
@@ -60,6 +64,9 @@ class Attention(nn.Module):
         dropout: float = 0.0,
     ):
         super().__init__()
+        require_ints(1, embed_dim=embed_dim, num_heads=num_heads)
+        widths = {"num_kv_heads": num_kv_heads, "head_dim": head_dim, "memory_dim": memory_dim}
+        require_ints(1, **{name: width for name, width in widths.items() if width is not None})
         if head_dim is None and embed_dim % num_heads:
             raise ValueError(
                 f"embed_dim must be a multiple of num_heads (got {embed_dim} and {num_heads}), or give head_dim"
@@ -72,7 +79,7 @@ class Attention(nn.Module):
         if score not in ("dot", "additive"):
             raise ValueError(f"score must be dot or additive (got {score!r})")
         self.scale, self.dropout = scale, dropout
-        self.score_weight = nn.Parameter(torch.ones(num_heads, self.head_dim)) if score == "additive" else None
+        self.score_weight = nn.Parameter(torch.empty(num_heads, self.head_dim)) if score == "additive" else None
         memory_dim = memory_dim or embed_dim
         self.query = nn.Linear(embed_dim, self.num_heads * self.head_dim, bias="q" in bias)
         self.key = nn.Linear(memory_dim, self.num_kv_heads * self.head_dim, bias="k" in bias)
@@ -80,6 +87,12 @@ class Attention(nn.Module):
         self.query_norm = nn.RMSNorm(self.head_dim, eps=1e-6) if qk_norm else None
         self.key_norm = nn.RMSNorm(self.head_dim, eps=1e-6) if qk_norm else None
         self.out = nn.Linear(self.num_heads * self.head_dim, embed_dim, bias="o" in bias)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """What is its own; its projections have their own initialisation."""
+        if self.score_weight is not None:
+            nn.init.ones_(self.score_weight)
 
     def forward(
         self,
@@ -88,16 +101,22 @@ class Attention(nn.Module):
         memory: Tensor | None = None,
         *,
         bias: Bias | Tensor | None = None,
+        attention_mask: Tensor | None = None,
         rotary: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """x (B, N, embed_dim), memory (B, M, memory_dim) or None → (B, N, embed_dim).
 
-        `bias` is as in `attend`; `rotary` is a pair (cos, sin), each (N, head_dim), as `Rotary` gives it; of more nodes
-        than x, the queries are the last ones.
+        `bias` and `attention_mask` are as in `attend`; `rotary` is a pair (cos, sin), each (M, head_dim), of the keys,
+        as `Rotary` gives it: the queries stand where `graph.rows(start, stop)` begins, else they are the last keys.
         """
-        q, k, v = self.project(x, x if memory is None else memory, rotary)
+        require_vectors("x", x, self.query.in_features)
+        if memory is not None:
+            require_vectors("memory", memory, self.key.in_features)
+        num_keys = x.shape[-2] if memory is None else memory.shape[-2]
+        start = None if rotary is None else query_offset(graph, x.shape[-2], num_keys)
+        q, k, v = self.project(x, x if memory is None else memory, rotary, start)
         dropout_p = self.dropout if self.training else 0.0
-        out = attend(q, k, v, graph, bias=bias, dropout_p=dropout_p, **self.scoring)
+        out = attend(q, k, v, graph, bias=bias, attention_mask=attention_mask, dropout_p=dropout_p, **self.scoring)
         return self.out(out.transpose(-3, -2).flatten(-2))
 
     @property
@@ -108,9 +127,16 @@ class Attention(nn.Module):
         return {"scale": 1.0 if self.scale is None else self.scale, "score": Additive(self.score_weight)}
 
     def project(
-        self, x: Tensor, memory: Tensor, rotary: tuple[Tensor, Tensor] | None = None
+        self,
+        x: Tensor,
+        memory: Tensor,
+        rotary: tuple[Tensor, Tensor] | None = None,
+        start: int | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The queries (B, H, N, D) of x, and the keys and values (B, Hkv, M, D) of the memory."""
+        """The queries (B, H, N, D) of x, and the keys and values (B, Hkv, M, D) of the memory.
+
+        Of cos and sin, the queries have those from `start` on, by default the last.
+        """
         q = self.query(x).unflatten(-1, (self.num_heads, -1)).transpose(-3, -2)
         k = self.key(memory).unflatten(-1, (self.num_kv_heads, -1)).transpose(-3, -2)
         v = self.value(memory).unflatten(-1, (self.num_kv_heads, -1)).transpose(-3, -2)
@@ -118,9 +144,11 @@ class Attention(nn.Module):
             q = self.query_norm(q.to(self.query_norm.weight.dtype))
             k = self.key_norm(k.to(self.key_norm.weight.dtype))
         if rotary is not None:
+            if not (isinstance(rotary, tuple | list) and [isinstance(side, Tensor) for side in rotary] == [True, True]):
+                raise TypeError(f"rotary must be two tensors, (cos, sin), as Rotary gives them (got {shown(rotary)})")
             cos, sin = rotary
-            num_queries = q.shape[-2]
-            q = rotate(q, cos[..., -num_queries:, :], sin[..., -num_queries:, :])
+            first = cos.shape[-2] - q.shape[-2] if start is None else start
+            q = rotate(q, *(side.narrow(-2, first, q.shape[-2]) for side in rotary))
             k = rotate(k, cos, sin)
         return q.to(v.dtype), k.to(v.dtype), v
 

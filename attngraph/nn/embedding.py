@@ -6,7 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu
 
+from attngraph.arguments import checked, shown
 from attngraph.graph.base import require_ints
+from attngraph.nn.checks import require_range
 
 
 class TokenEmbedding(nn.Embedding):
@@ -16,21 +18,23 @@ class TokenEmbedding(nn.Embedding):
     GPU would have to stop and wait for the answer; it fails by itself).
     """
 
+    @checked
     def __init__(self, num_embeddings: int, embed_dim: int, what: str = "tokens"):
         require_ints(1, **{f"number of {what}": num_embeddings})
         super().__init__(num_embeddings, embed_dim)
         self.what = what
+
+    def reset_parameters(self) -> None:
+        """N(0, 0.02²)."""
+        nn.init.normal_(self.weight, std=0.02)
 
     def forward(self, input: Tensor) -> Tensor:
         """Integers (..., N) → (..., N, embed_dim)."""
         dtype = input.dtype if isinstance(input, Tensor) else type(input).__name__
         if not isinstance(input, Tensor) or input.is_floating_point() or input.dtype == torch.bool:
             raise TypeError(f"{self.what} must be a tensor of integers (got {dtype})")
-        if input.device.type == "cpu" and input.numel() and not torch.compiler.is_compiling():
-            low, high = (int(end) for end in input.aminmax())
-            if low < 0 or high >= self.num_embeddings:
-                last = self.num_embeddings - 1
-                raise ValueError(f"{self.what} must be from 0 to {last}: the model has no others (got {low} … {high})")
+        last = self.num_embeddings - 1
+        require_range(f"{self.what} must be from 0 to {last}: the model has no others", last, input)
         return super().forward(input if input.dtype in (torch.int32, torch.int64) else input.long())
 
 
@@ -41,6 +45,7 @@ class PatchEmbedding(nn.Module):
     torch.Size([3, 16, 64])
     """
 
+    @checked
     def __init__(self, image_size: tuple[int, int], patch_size: tuple[int, int], channels: int, embed_dim: int):
         super().__init__()
         require_ints(1, height=image_size[0], width=image_size[1], channels=channels)
@@ -54,6 +59,8 @@ class PatchEmbedding(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """(B, channels, height, width) → (B, patches, embed_dim), row by row."""
         wanted = (self.channels, *self.image_size)
+        if not isinstance(images, Tensor):
+            raise TypeError(f"images must be a tensor (got {shown(images)})")
         if images.ndim != 4 or images.shape[1:] != wanted:
             raise ValueError(f"images must have shape (B, {', '.join(map(str, wanted))}) (got {tuple(images.shape)})")
         if not images.is_floating_point():
@@ -64,6 +71,7 @@ class PatchEmbedding(nn.Module):
 class AudioEmbedding(nn.Module):
     """Frames of a spectrogram, two convolutions, every second one kept (Whisper, Radford et al. 2022)."""
 
+    @checked
     def __init__(self, channels: int, embed_dim: int):
         super().__init__()
         self.first = nn.Conv1d(channels, embed_dim, kernel_size=3, padding=1)
@@ -72,6 +80,8 @@ class AudioEmbedding(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """(B, channels, frames) → (B, frames / 2, embed_dim)."""
         channels = self.first.in_channels
+        if not isinstance(features, Tensor):
+            raise TypeError(f"features must be a tensor (got {shown(features)})")
         if features.ndim != 3 or features.shape[1] != channels:
             raise ValueError(f"features must have shape (B, {channels}, frames) (got {tuple(features.shape)})")
         if not features.is_floating_point():

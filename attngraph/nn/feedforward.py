@@ -9,6 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout, gelu, relu, silu
 
+from attngraph.arguments import checked
+from attngraph.graph.base import require_ints
+
 
 def quick_gelu(x: Tensor) -> Tensor:
     """x · σ(1.702 x), CLIP's approximation of GELU."""
@@ -38,6 +41,7 @@ class FeedForward(nn.Module):
     torch.Size([2, 10, 64])
     """
 
+    @checked
     def __init__(
         self,
         embed_dim: int,
@@ -49,6 +53,7 @@ class FeedForward(nn.Module):
         dropout: float = 0.0,
     ):
         super().__init__()
+        require_ints(1, embed_dim=embed_dim, hidden_dim=hidden_dim)
         if activation not in ACTIVATIONS:
             raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)} (got {activation!r})")
         self.activation, self.dropout = ACTIVATIONS[activation], dropout

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from attngraph.bias import Alibi, RelativeBias
+from attngraph.nn.checks import require_range
 
 
 def padding_mask(name: str, mask: Tensor | None, nodes: Tensor) -> Tensor | None:
@@ -26,11 +26,30 @@ def padding_mask(name: str, mask: Tensor | None, nodes: Tensor) -> Tensor | None
         raise ValueError(f"{wanted} (got shape {tuple(mask.shape)})")
     if mask.dtype == torch.bool:
         return mask
-    if mask.device.type == "cpu" and mask.numel() and not torch.compiler.is_compiling():
-        low, high = (int(end) for end in mask.aminmax())
-        if low < 0 or high > 1:
-            raise ValueError(f"{wanted} (got integers {low} … {high})")
+    require_range(wanted, 1, mask)
     return mask != 0
+
+
+def positions_of(name: str, positions: Tensor | None, mask: Tensor | None, nodes: Tensor) -> Tensor:
+    """The positions of nodes (B, N, D): (N,), (1, N) or (B, N). All padding is at 0, whatever its positions were.
+
+    Where none are given they count from each row's first real node, so that padding in front takes no places.
+    """
+    shape, num_nodes = tuple(nodes.shape[:-1]), nodes.shape[-2]
+    if positions is None:
+        positions = torch.arange(num_nodes, device=nodes.device)
+        if mask is not None:
+            positions = positions - (mask.cumsum(-1) == 0).sum(-1, keepdim=True)
+    else:
+        wanted = f"{name} must be a tensor of integers of shape ({num_nodes},) or {shape}"
+        if not isinstance(positions, Tensor):
+            raise TypeError(f"{wanted} (got a {type(positions).__name__})")
+        if positions.is_floating_point() or positions.is_complex() or positions.dtype == torch.bool:
+            raise TypeError(f"{wanted} (got {positions.dtype})")
+        if tuple(positions.shape) not in ((num_nodes,), (1, num_nodes), shape):
+            raise ValueError(f"{wanted} (got shape {tuple(positions.shape)})")
+        positions = positions.long()
+    return positions if mask is None else positions.where(mask, 0)
 
 
 def joint_padding_mask(memory_mask: Tensor | None, memory: Tensor, mask: Tensor | None, nodes: Tensor) -> Tensor | None:
@@ -42,17 +61,3 @@ def joint_padding_mask(memory_mask: Tensor | None, memory: Tensor, mask: Tensor 
     if mask is None:
         mask = nodes.new_ones(nodes.shape[:-1], dtype=torch.bool)
     return torch.cat([memory_mask, mask], dim=-1)
-
-
-def padding_bias(
-    bias: Alibi | RelativeBias | None, mask: Tensor | None, num_queries: int, dtype: torch.dtype
-) -> Alibi | RelativeBias | Tensor | None:
-    """The bias of the positions, and -inf for keys that are padding: (B, 1 or H, 1 or N, M) where there is a mask."""
-    if mask is None:
-        return bias
-    padding = torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, -torch.inf)[..., None, None, :]
-    if bias is None:
-        return padding
-    q_idx = torch.arange(num_queries, device=mask.device)
-    kv_idx = torch.arange(mask.shape[-1], device=mask.device)
-    return bias.at(q_idx[:, None], kv_idx[None]).to(dtype) + padding

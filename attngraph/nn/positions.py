@@ -8,21 +8,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from attngraph.arguments import checked
 from attngraph.bias import Alibi, RelativeBias
+from attngraph.nn.embedding import TokenEmbedding
 from attngraph.nn.rope import Rope
 
 
-class LearnedPositions(nn.Module):
-    """A learned vector for each position (Gehring et al. 2017; GPT, BERT, ViT)."""
+class LearnedPositions(TokenEmbedding):
+    """A learned vector for each position (Gehring et al. 2017; GPT, BERT, ViT).
 
+    Positions (..., N) → (..., N, embed_dim). Raises, on a CPU, ValueError for positions outside of 0 … max_length - 1.
+    """
+
+    @checked
     def __init__(self, max_length: int, embed_dim: int):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(max_length, embed_dim))
-        nn.init.normal_(self.weight, std=0.02)
-
-    def forward(self, positions: Tensor) -> Tensor:
-        """positions (..., N) → (..., N, embed_dim)."""
-        return nn.functional.embedding(positions, self.weight)
+        super().__init__(max_length, embed_dim, "positions")
 
 
 class SinusoidalPositions(nn.Module):
@@ -31,17 +31,17 @@ class SinusoidalPositions(nn.Module):
     P[p, 2i] = sin(p / base^(2i/d)) and P[p, 2i+1] = cos of the same.
     """
 
-    frequencies: Tensor
-
+    @checked
     def __init__(self, embed_dim: int, base: float = 10000.0):
         super().__init__()
         if embed_dim % 2:
             raise ValueError(f"sinusoidal positions need an even embed_dim (got {embed_dim})")
-        self.register_buffer("frequencies", base ** (-torch.arange(0, embed_dim, 2) / embed_dim), persistent=False)
+        self.embed_dim, self.base = embed_dim, base
 
-    def forward(self, positions: Tensor) -> Tensor:
-        """positions (..., N) → (..., N, embed_dim)."""
-        angles = positions[..., None] * self.frequencies
+    def forward(self, positions: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """positions (..., N) → (..., N, embed_dim), computed in `dtype`."""
+        exponent = torch.arange(0, self.embed_dim, 2, device=positions.device).float() / self.embed_dim
+        angles = positions[..., None] * (self.base**-exponent).to(dtype)
         return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(-2)
 
 
@@ -50,24 +50,28 @@ class Rotary(nn.Module):
 
     The two halves of a head form the pairs that are turned ("rotate half", as Llama does). `scaling` is None, or a
     mapping as checkpoints have it, by which longer texts are read than were trained on: {"rope_type": kind, …} of kind
-    "linear" (factor), "dynamic" (factor, original_max_position_embeddings), "yarn", "longrope" or "llama3".
+    "linear" (factor), "dynamic" (factor, original_max_position_embeddings), "yarn", "longrope" or "llama3". Where they
+    depend on how long a text is ("dynamic", "longrope"), each row of a batch has its own length, and of a pack the
+    longest of its documents counts.
     """
 
-    frequencies: Tensor
-
+    @checked
     def __init__(self, head_dim: int, base: float = 10000.0, scaling: Mapping[str, Any] | None = None):
         super().__init__()
         if head_dim % 2:
             raise ValueError(f"rotary positions need an even head_dim (got {head_dim})")
         self.rope = Rope(head_dim, base, scaling)
-        self.register_buffer("frequencies", self.rope.frequencies(), persistent=False)
 
-    def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """positions (N,) or (B, N) → cos, sin: (N, head_dim) or (B, 1, N, head_dim), as `rotate` takes them."""
-        frequencies = self.frequencies
-        if self.rope.kind in Rope.BY_LENGTH and positions.numel():
-            frequencies = self.rope.frequencies(int(positions.max()) + 1).to(frequencies)
-        angles = positions[..., None] * frequencies
+    def forward(self, positions: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+        """positions (N,) or (B, N) → cos, sin: (N, head_dim) or (B, 1, N, head_dim), as `rotate` takes them.
+
+        They are computed in `dtype`, from frequencies in float32.
+        """
+        length = positions.new_zeros(1)
+        if self.rope.kind in Rope.BY_LENGTH and positions.shape[-1]:  # a memory's positions are below 0
+            first, last = positions.amin(-1, keepdim=True), positions.amax(-1, keepdim=True)
+            length = last + 1 - first.clamp(max=0)
+        angles = positions[..., None] * self.rope.frequencies(length).to(dtype)
         if positions.ndim == 2:
             angles = angles[:, None]  # the same for every head
         cos, sin = angles.cos() * self.rope.amplitude, angles.sin() * self.rope.amplitude
@@ -87,25 +91,30 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class AlibiPositions(nn.Module):
     """A penalty that grows with the distance, with the fixed slopes of Press et al. 2022."""
 
-    slopes: Tensor
-
+    @checked
     def __init__(self, num_heads: int):
         super().__init__()
-        self.register_buffer("slopes", Alibi.geometric(num_heads).slopes, persistent=False)
+        self.num_heads = num_heads
 
-    def forward(self) -> Alibi:
+    def forward(self, device: torch.device | None = None, dtype: torch.dtype = torch.float32) -> Alibi:
         """The bias, for `attend`."""
-        return Alibi(self.slopes)
+        return Alibi(Alibi.geometric(self.num_heads, device).slopes.to(dtype))
 
 
 class RelativePositions(nn.Module):
     """A learned bias for each head and bucket of relative positions (see `RelativeBias`)."""
 
+    @checked
     def __init__(self, num_heads: int, num_buckets: int, max_distance: int | None = None, bidirectional: bool = True):
         super().__init__()
-        self.table = nn.Parameter(torch.zeros(num_heads, num_buckets))
+        self.table = nn.Parameter(torch.empty(num_heads, num_buckets))
         self.max_distance, self.bidirectional = max_distance, bidirectional
+        self.reset_parameters()
         self.forward()  # an impossible choice is an error here
+
+    def reset_parameters(self) -> None:
+        """No preference."""
+        nn.init.zeros_(self.table)
 
     def forward(self) -> RelativeBias:
         """The bias, for `attend`."""

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attngraph.arguments import checked
+
 
 class Rope:
     """base^(-2i/D) for i < D/2, scaled; and the amplitude of the turned vectors.
@@ -18,11 +20,16 @@ class Rope:
 
     BY_LENGTH = ("dynamic", "longrope")  # the frequencies depend on how long the text is
 
+    @checked
     def __init__(self, head_dim: int, base: float = 10000.0, scaling: Mapping[str, Any] | None = None):
         self.head_dim, self.base, self.scaling = head_dim, base, dict(scaling or {})
         self.kind = self.scaling.get("rope_type", "default")
         if self.kind not in RULES:
             raise ValueError(f"rope_type of a rotary scaling must be one of {', '.join(RULES)} (got {self.kind!r})")
+        if not 1 < base < math.inf:
+            raise ValueError(f"the base of rotary positions must be above 1 (got {base})")
+        if self.kind == "dynamic" and head_dim == 2:
+            raise ValueError("a rotary scaling of rope_type 'dynamic' needs a head_dim of 4 or more (got 2)")
         rule, needed = RULES[self.kind]
         missing = [name for name in needed if self.scaling.get(name) is None]
         if missing:
@@ -33,33 +40,33 @@ class Rope:
         self.rule = rule
         self.amplitude = _amplitude(self.kind, self.scaling)
 
-    def frequencies(self, length: int = 0) -> Tensor:
-        """Radians for each position: (D/2,), for texts of this length where that makes a difference."""
+    def frequencies(self, length: Tensor) -> Tensor:
+        """Radians for each position, (D/2,); or (..., D/2) for texts of these lengths, where they make a difference."""
         return self.rule(self, self.scaling, length)
 
-    def plain(self, base: float | None = None) -> Tensor:
-        """As they are without scaling."""
-        exponent = torch.arange(0, self.head_dim, 2).float() / self.head_dim
-        return 1.0 / (base or self.base) ** exponent
+    def plain(self, device: torch.device, base: float | Tensor | None = None) -> Tensor:
+        """As they are without scaling; of several bases (..., 1), those of each."""
+        exponent = torch.arange(0, self.head_dim, 2, device=device).float() / self.head_dim
+        return 1.0 / (self.base if base is None else base) ** exponent
 
 
-def _default(rope: Rope, given: Mapping[str, Any], length: int) -> Tensor:
-    return rope.plain()
+def _default(rope: Rope, given: Mapping[str, Any], length: Tensor) -> Tensor:
+    return rope.plain(length.device)
 
 
-def _linear(rope: Rope, given: Mapping[str, Any], length: int) -> Tensor:
+def _linear(rope: Rope, given: Mapping[str, Any], length: Tensor) -> Tensor:
     """All positions closer together (Chen et al. 2023)."""
-    return rope.plain() / given["factor"]
+    return rope.plain(length.device) / given["factor"]
 
 
-def _dynamic(rope: Rope, given: Mapping[str, Any], length: int) -> Tensor:
+def _dynamic(rope: Rope, given: Mapping[str, Any], length: Tensor) -> Tensor:
     """A base that grows with the text, beyond the length that was trained on (bloc97 and emozilla 2023)."""
     trained = given["original_max_position_embeddings"]
-    stretch = given["factor"] * max(length, trained) / trained - (given["factor"] - 1)
-    return rope.plain(rope.base * stretch ** (rope.head_dim / (rope.head_dim - 2)))
+    stretch = given["factor"] * length.clamp(min=trained).float() / trained - (given["factor"] - 1)
+    return rope.plain(length.device, rope.base * stretch[..., None] ** (rope.head_dim / (rope.head_dim - 2)))
 
 
-def _yarn(rope: Rope, given: Mapping[str, Any], length: int) -> Tensor:
+def _yarn(rope: Rope, given: Mapping[str, Any], length: Tensor) -> Tensor:
     """Slow turns stretched, fast ones kept, between them a ramp (Peng et al. 2023)."""
     dim, trained = rope.head_dim, given["original_max_position_embeddings"]
 
@@ -71,20 +78,24 @@ def _yarn(rope: Rope, given: Mapping[str, Any], length: int) -> Tensor:
     if given.get("truncate", True):
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, dim - 1)
-    ramp = ((torch.arange(dim // 2).float() - low) / (high - low or 0.001)).clamp(0, 1)
-    return rope.plain() / given["factor"] * ramp + rope.plain() * (1 - ramp)
+    ramp = ((torch.arange(dim // 2, device=length.device).float() - low) / (high - low or 0.001)).clamp(0, 1)
+    plain = rope.plain(length.device)
+    return plain / given["factor"] * ramp + plain * (1 - ramp)
 
 
-def _longrope(rope: Rope, given: Mapping[str, Any], length: int) -> Tensor:
+def _longrope(rope: Rope, given: Mapping[str, Any], length: Tensor) -> Tensor:
     """A factor of its own for each frequency, others for long texts (Ding et al. 2024)."""
-    name = "long_factor" if length > given["original_max_position_embeddings"] else "short_factor"
-    return rope.plain() / torch.tensor(given[name], dtype=torch.float32)
+    short, long = (
+        torch.tensor(given[name], dtype=torch.float32, device=length.device) for name in ("short_factor", "long_factor")
+    )
+    is_long = length[..., None] > given["original_max_position_embeddings"]
+    return rope.plain(length.device) / torch.where(is_long, long, short)
 
 
-def _llama3(rope: Rope, given: Mapping[str, Any], length: int) -> Tensor:
+def _llama3(rope: Rope, given: Mapping[str, Any], length: Tensor) -> Tensor:
     """Long wavelengths stretched, smoothly between two bounds (Llama 3.1, 2024)."""
     low, high, factor = given["low_freq_factor"], given["high_freq_factor"], given["factor"]
-    frequencies = rope.plain()
+    frequencies = rope.plain(length.device)
     turns = given["original_max_position_embeddings"] * frequencies / (2 * math.pi)  # over the original context
     smooth = ((turns - low) / (high - low)).clamp(0, 1)
     return frequencies * ((1 - smooth) / factor + smooth)

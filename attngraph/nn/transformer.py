@@ -10,13 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout
 
+from attngraph.arguments import check_fields, checked
 from attngraph.bias import Alibi, Bias, RelativeBias
 from attngraph.graph.algebra import Full
 from attngraph.graph.base import Graph, require_ints
 from attngraph.graph.compose import Beside
 from attngraph.nn.attention import Attention
+from attngraph.nn.checks import require_vectors
 from attngraph.nn.feedforward import ACTIVATIONS, FeedForward
-from attngraph.nn.padding import joint_padding_mask, padding_bias, padding_mask
+from attngraph.nn.padding import joint_padding_mask, padding_mask, positions_of
 from attngraph.nn.positions import AlibiPositions, LearnedPositions, RelativePositions, Rotary, SinusoidalPositions
 
 
@@ -75,8 +77,9 @@ class TransformerConfig:
     """gpt2: N(0, 0.02²), divided by √(2·layers) where the residual stream is written to. zero: there it starts at 0."""
 
     def __post_init__(self):
-        if isinstance(self.bias, str):
-            raise ValueError(f"bias must be a list of names, such as ('q', 'k', 'v') (got {self.bias!r})")
+        check_fields(self)
+        if not all(isinstance(name, str) for name in self.bias):
+            raise TypeError(f"bias must be a list of names, such as ('q', 'k', 'v') (got {self.bias!r})")
         unknown = set(self.bias) - {"q", "k", "v", "o", "ff", "norm"}
         if unknown:
             raise ValueError(f"bias must name q, k, v, o, ff or norm (got {', '.join(sorted(unknown))})")
@@ -149,24 +152,26 @@ class Block(nn.Module):
         graph: Graph,
         *,
         bias: Bias | Tensor | None = None,
+        attention_mask: Tensor | None = None,
         rotary: tuple[Tensor, Tensor] | None = None,
         memory: Tensor | None = None,
         memory_graph: Graph | None = None,
-        memory_bias: Bias | Tensor | None = None,
+        memory_attention_mask: Tensor | None = None,
     ) -> Tensor:
         """(B, N, embed_dim) → (B, N, embed_dim).
 
-        `bias` and `rotary` are as in `Attention`. Of a config with `cross`, `memory_graph` (by default `Full()`) and
-        `memory_bias` are those of the memory's phase; without, the keys are memory and nodes in one, and `graph` is of
-        these.
+        `bias`, `attention_mask` and `rotary` are as in `Attention`. Of a config with `cross`, `memory_graph` (by
+        default `Full()`) and `memory_attention_mask` are those of the memory's phase; without, the keys are memory and
+        nodes in one, and `graph` and `attention_mask` are of these.
         """
 
         def communicate(h: Tensor) -> Tensor:
             keys = None if memory is None or self.config.cross else torch.cat([memory, h], dim=-2)
-            return self.attention(h, graph, keys, bias=bias, rotary=rotary)
+            return self.attention(h, graph, keys, bias=bias, attention_mask=attention_mask, rotary=rotary)
 
         def hear_memory(h: Tensor) -> Tensor:
-            return self.cross(h, Full() if memory_graph is None else memory_graph, memory, bias=memory_bias)
+            heard = Full() if memory_graph is None else memory_graph
+            return self.cross(h, heard, memory, attention_mask=memory_attention_mask)
 
         x = self._add(x, self.attention_norm, communicate)
         if self.config.cross:
@@ -194,16 +199,16 @@ class Transformer(nn.Module):
         graph: who hears whom: one graph for all layers, or one for each. A `PerHead` graph differs between heads.
     """
 
+    @checked
     def __init__(self, config: TransformerConfig, graph: Graph | Sequence[Graph]):
         super().__init__()
         self.config = config
         self.graphs = graph
         self.position = POSITIONS[config.position](config) if config.position != "none" else None
         self.embed_norm = _norm(config) if config.embed_norm else None
-        blocks = [Block(config, layer) for layer in range(config.num_layers)]
-        self.layers = nn.ModuleList(blocks)
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
         self.final_norm = _norm(config) if config.final_norm else None
-        self._initialize(blocks)
+        self.reset_parameters()
 
     def forward(
         self,
@@ -214,27 +219,39 @@ class Transformer(nn.Module):
         attention_mask: Tensor | None = None,
         memory: Tensor | None = None,
         memory_graph: Graph | None = None,
+        memory_positions: Tensor | None = None,
         memory_attention_mask: Tensor | None = None,
     ) -> Tensor:
         """x (B, N, embed_dim) → (B, N, embed_dim).
 
         Args:
             graph: this time on another graph than the model's own, as for a batch of packed documents.
-            positions: int64 (N,) or (B, N); by default 0 … N-1. For learned, sinusoidal and rotary positions.
+            positions: integers (N,) or (B, N), as for documents in a pack, each of which begins at 0; by default they
+                count from each row's first real node. For learned, sinusoidal and rotary positions; the others go by
+                the distance of nodes, which in a pack is the same.
             attention_mask: bool or integers 0 and 1, (B, N): True or 1 for real nodes, False or 0 for padding, which
-                nobody hears. Nodes keep their positions.
+                nobody hears.
             memory: (B, M, embed_dim), heard in the cross phase; or, of a config without one, beside the nodes, as
                 `Beside(memory_graph, graph)`: rotary positions then go on from those of the memory.
             memory_graph: who hears which node of the memory, by default all.
-            memory_attention_mask: the same of the memory's nodes, (B, M).
+            memory_positions: where the nodes of a memory beside the nodes are, (M,) or (B, M); by default its last real
+                one is at -1.
+            memory_attention_mask: which of the memory's nodes are real, (B, M).
         """
+        require_vectors("x", x, self.config.embed_dim)
+        if memory is not None:
+            require_vectors("memory", memory, self.config.embed_dim)
         if memory is None:
             if self.config.cross:
                 raise ValueError("a model with config.cross needs a memory")
-            if memory_graph is not None or memory_attention_mask is not None:
-                raise ValueError("memory_graph and memory_attention_mask are of use only with a memory")
-        if positions is not None and self.config.position in ("none", "alibi", "relative"):
+            if not (memory_graph is memory_positions is memory_attention_mask is None):
+                raise ValueError(
+                    "memory_graph, memory_positions and memory_attention_mask are of use only with a memory"
+                )
+        if positions is not None and not self.takes_positions:
             raise ValueError(f"positions can't be given: position={self.config.position!r} goes by the nodes' numbers")
+        if memory_positions is not None and (self.config.cross or self.config.position != "rotary"):
+            raise ValueError("memory_positions are of use only for rotary positions, in a model without a cross phase")
         graphs = self.graphs if graph is None else self._per_layer(graph)
         num_queries = x.shape[-2]
         mask = padding_mask("attention_mask", attention_mask, x)
@@ -242,29 +259,30 @@ class Transformer(nn.Module):
         memory_mask = None
         if memory is not None:
             memory_mask = padding_mask("memory_attention_mask", memory_attention_mask, memory)
-        if positions is None:
-            positions = torch.arange(num_queries, device=x.device)
+        if positions is None and mask is None and self.config.position == "learned":
+            self._check_length(num_queries)
+        positions = positions_of("positions", positions, mask, x)
         key_positions = positions
         if memory is not None and memory.shape[-2] and not self.config.cross:  # its nodes are keys before the own ones
             if self.config.position in ("alibi", "relative"):
                 raise ValueError(f"a memory beside the nodes has no place in position={self.config.position!r}")
-            key_positions = _joint_positions(memory, memory_mask, positions)
+            memory_positions = _memory_positions(memory_positions, memory_mask, memory)
+            key_positions = _joint_positions(memory_positions, positions)
             graphs = tuple(Beside(memory_graph.sized(None, memory.shape[-2]), each) for each in graphs)
             mask = joint_padding_mask(memory_mask, memory, mask, x)
         x, rotary, bias = self._with_positions(x, positions, key_positions)
         if self.embed_norm is not None:
             x = self.embed_norm(x)
-        bias = padding_bias(bias, mask, num_queries, x.dtype)
-        memory_bias = padding_bias(None, memory_mask, num_queries, x.dtype) if self.config.cross else None
         for layer, layer_graph in zip(self.layers, graphs, strict=True):
             x = layer(
                 x,
                 layer_graph,
                 bias=bias,
+                attention_mask=mask,
                 rotary=rotary,
                 memory=memory,
                 memory_graph=memory_graph,
-                memory_bias=memory_bias,
+                memory_attention_mask=memory_mask if self.config.cross else None,
             )
         return x if self.final_norm is None else self.final_norm(x)
 
@@ -274,15 +292,28 @@ class Transformer(nn.Module):
         """What tells nodes their places: added to x; or cos and sin that turn queries and keys; or a bias."""
         if self.position is None:
             return x, None, None
+        dtype = torch.promote_types(x.dtype, torch.float32)  # in half precision, far nodes would get wrong angles
         match self.config.position:
+            case "learned":
+                return x + self.position(positions).to(x.dtype), None, None
+            case "sinusoidal":
+                return x + self.position(positions, dtype).to(x.dtype), None, None
             case "rotary":
-                return x, self.position(key_positions), None
-            case "alibi" | "relative":
-                return x, None, self.position()
+                return x, self.position(key_positions, dtype), None
+            case "alibi":
+                return x, None, self.position(x.device, dtype)
+        return x, None, self.position()
+
+    def _check_length(self, num_nodes: int) -> None:
+        """Of nodes at 0, 1, 2, …, also where the numbers of a tensor can't be asked for."""
         longest = self.config.max_length
-        if self.config.position == "learned" and longest is not None and x.shape[-2] > longest:
-            raise ValueError(f"the model has {longest} learned positions but got {x.shape[-2]} nodes")
-        return x + self.position(positions).to(x.dtype), None, None
+        if longest is not None and num_nodes > longest:
+            raise ValueError(f"the model has {longest} learned positions but got {num_nodes} nodes")
+
+    @property
+    def takes_positions(self) -> bool:
+        """Whether nodes have positions that can be given; otherwise their distances are those of their numbers."""
+        return self.config.position in ("learned", "sinusoidal", "rotary")
 
     @property
     def graphs(self) -> tuple[Graph, ...]:
@@ -296,7 +327,7 @@ class Transformer(nn.Module):
     def _per_layer(self, graph: Graph | Sequence[Graph]) -> tuple[Graph, ...]:
         """One graph for each layer."""
         layers, heads = self.config.num_layers, self.config.num_heads
-        graphs = (graph,) * layers if isinstance(graph, Graph) else tuple(graph)
+        graphs = tuple(graph) if isinstance(graph, Iterable) else (graph,) * layers
         for part in graphs:
             if not isinstance(part, Graph):
                 raise TypeError(
@@ -309,8 +340,10 @@ class Transformer(nn.Module):
         return graphs
 
     @torch.no_grad()
-    def _initialize(self, blocks: Iterable[Block]) -> None:
-        for block in blocks:
+    def reset_parameters(self) -> None:
+        """The layers' matrices, as `config.init` says; after those of the modules in them, as `apply` does it."""
+        for block in self.layers:
+            assert isinstance(block, Block)
             residual = [block.attention.out, block.feedforward.down] + ([block.cross.out] if self.config.cross else [])
             for linear in (part for part in block.modules() if isinstance(part, nn.Linear)):
                 if linear.bias is not None:
@@ -322,15 +355,16 @@ class Transformer(nn.Module):
                     nn.init.zeros_(linear.weight)
 
 
-def _joint_positions(memory: Tensor, memory_mask: Tensor | None, positions: Tensor) -> Tensor:
-    """Of the memory's nodes, which end at -1, and then of the nodes: (M + N,) or (B, M + N)."""
-    num_memory, num_queries = memory.shape[-2], positions.shape[-1]
-    if memory_mask is None:
-        memory_positions = torch.arange(-num_memory, 0, device=positions.device)
-    else:  # however much padding there is, it takes no places
-        memory_positions = memory_mask.cumsum(-1) - memory_mask.sum(-1, keepdim=True) - 1
+def _memory_positions(positions: Tensor | None, mask: Tensor | None, memory: Tensor) -> Tensor:
+    """Of the memory's nodes: (M,) or (B, M); by default those before 0."""
+    found = positions_of("memory_positions", positions, mask, memory)
+    return found if positions is not None else found - found.amax(-1, keepdim=True) - 1
+
+
+def _joint_positions(memory_positions: Tensor, positions: Tensor) -> Tensor:
+    """Of the memory's nodes and then of the nodes: (M + N,) or (B, M + N)."""
     batch = torch.broadcast_shapes(memory_positions.shape[:-1], positions.shape[:-1])
-    return torch.cat([memory_positions.expand(*batch, num_memory), positions.expand(*batch, num_queries)], dim=-1)
+    return torch.cat([part.expand(*batch, part.shape[-1]) for part in (memory_positions, positions)], dim=-1)
 
 
 def _attention(config: TransformerConfig, layer: int) -> Attention:

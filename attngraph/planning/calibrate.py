@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
+import psutil
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from attngraph.arguments import checked
 from attngraph.graph.algebra import Full
 from attngraph.graph.base import Graph, at_size
 from attngraph.graph.patterns import Chunks, Identity, Random, Window
+from attngraph.kernels.contract import Modifiers
 from attngraph.kernels.merge import merge
 from attngraph.planning.backends import BACKENDS, kernel_for
 from attngraph.planning.call import Call, Request
@@ -26,18 +30,29 @@ from attngraph.planning.layouts.tiles import Tiles, tabulate
 ROUNDS = 10  # of which the least time counts: whoever else uses the machine only adds to it
 
 
+@checked
 def calibrate(device: torch.device | str = "cpu", *, verbose: bool = True) -> Costs:
     """Measure this machine, and keep what was found: plans that are made from now on go by it.
 
-    It takes some seconds, in which nothing else should run. The file lies in the user's cache directory; where, is
-    printed if `verbose`. Without a place to write, the result serves if it is passed to `plan(…, costs=…)`.
+    It takes some seconds, in which nothing else should run; a machine that is busy before it begins is a warning. The
+    file lies in the user's cache directory; where, is printed if `verbose`. Without a place to write, the result serves
+    if it is passed to `plan(…, costs=…)`.
     """
     device = torch.device(device)
+    if (busy := psutil.cpu_percent(interval=0.5) * (psutil.cpu_count() or 1) / 100) > MAX_BUSY_CORES:
+        warnings.warn(
+            f"other programs keep {busy:.1f} cores of this machine busy: what is measured now is slower than the "
+            f"machine is; calibrate again when it is idle",
+            stacklevel=3,
+        )
     found = measured(device)
     path = keep(found, device)
     if verbose:
         print("no place to keep it: pass it on, plan(…, costs=…)" if path is None else f"kept in {path}")
     return found
+
+
+MAX_BUSY_CORES = 0.3
 
 
 @torch.no_grad()
@@ -89,9 +104,9 @@ def _of_pairs(device: torch.device) -> dict[str, float]:
         lambda: scaled_dot_product_attention(most[0], most[1], most[2]),
         lambda: scaled_dot_product_attention(some[0], some[1], some[2], attn_mask=mask),
         lambda: scaled_dot_product_attention(few[0], few[1], few[2], attn_mask=no_pair),
-        lambda: tiles.forward(few[0], few[1], few[2], one_tile, None, 0.125),
-        lambda: tiles.forward(most[0], most[1], most[2], all_tiles, None, 0.125),
-        lambda: tiles.forward(q, k, v, diagonal, None, 0.125),
+        lambda: tiles.forward(few[0], few[1], few[2], one_tile, Modifiers(0.125)),
+        lambda: tiles.forward(most[0], most[1], most[2], all_tiles, Modifiers(0.125)),
+        lambda: tiles.forward(q, k, v, diagonal, Modifiers(0.125)),
         lambda: merge(out, lse, v, lse),
     )
     # of_full and of_diagonal are a call, so many tiles, and so many results: two equations.
@@ -123,7 +138,7 @@ def _of_rows(device: torch.device) -> dict[str, float]:
         with device:
             layout = CSR.from_graph(*at_size(graph, n, n))
             q, k, v = torch.randn(3, 1, heads, n, dim, dtype=dtype).unbind(0)
-            return partial(rows.forward, q, k, v, layout, None, 1.0)
+            return partial(rows.forward, q, k, v, layout, Modifiers(1.0))
 
     call, narrow_few, narrow_many, wide_few, wide_many, far_few, far_many = _seconds(
         run(Identity(), 64, 16),

@@ -32,12 +32,14 @@ class Call(NamedTuple):
     """Its name, or "a function"."""
     normalize: str = "softmax"
     """Its name, or "a function"."""
+    padding: bool = False
+    """Whether an attention_mask leaves out keys."""
     dropout: bool = False
     return_weights: bool = False
     transform: Transform | None = None
     """A transform of torch.func, or forward-mode differentiation, that is at work."""
     compiled: bool = False
-    """Whether torch.compile traces the call."""
+    """Whether torch.compile traces the call, or its tensors have no numbers."""
     part: bool = False
     """Whether the backend runs some of the edges or heads, beside others."""
     return_lse: bool = False
@@ -50,7 +52,7 @@ class Call(NamedTuple):
 
 
 class Request(NamedTuple):
-    """The options of a call that are numbers or functions: what runs, not how."""
+    """The options of a call that are numbers, functions or masks: what runs, not how."""
 
     scale: float
     score: str | Callable[[Tensor, Tensor], Tensor] = "dot"
@@ -58,11 +60,14 @@ class Request(NamedTuple):
     dropout_p: float = 0.0
     return_lse: bool = False
     return_weights: bool = False
+    attention_mask: Tensor | None = None
+    """bool (B, M): False for keys that nobody hears."""
 
     @property
     def generic(self) -> dict:
         """What the generic kernels take."""
         return {
+            "attention_mask": self.attention_mask,
             "scale": self.scale,
             "score": self.score,
             "normalize": self.normalize,

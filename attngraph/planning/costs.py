@@ -10,6 +10,7 @@ import json
 import math
 import os
 import platform
+import warnings
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -134,7 +135,7 @@ def _here(setting: str, device: torch.device, threads: int) -> Costs:
     if setting in DEFAULTS:
         return DEFAULTS[setting]
     if setting not in ("", "default"):
-        return _from_file(Path(setting).expanduser(), setting)
+        return _from_file(setting)
     if setting == "":
         kept = _calibrated(device)
         if kept is not None:
@@ -142,10 +143,10 @@ def _here(setting: str, device: torch.device, threads: int) -> Costs:
     return default_costs(kind_of(device), threads)
 
 
-def _from_file(path: Path, setting: str) -> Costs:
+def _from_file(setting: str) -> Costs:
     try:
-        return Costs(**{**json.loads(path.read_text(encoding="utf-8")), "source": setting})
-    except (OSError, ValueError, TypeError) as error:
+        return Costs(**{**json.loads(Path(setting).expanduser().read_text(encoding="utf-8")), "source": setting})
+    except (OSError, ValueError, TypeError, RuntimeError) as error:
         names = ", ".join(field.name for field in fields(Costs))
         raise ValueError(
             f"{VARIABLE} must be 'default', one of {', '.join(map(repr, DEFAULTS))}, or the path of a JSON file with "
@@ -180,7 +181,14 @@ def _calibrated(device: torch.device) -> Costs | None:
         return None
     try:
         return Costs(**json.loads(path.read_text(encoding="utf-8"))[machine_name(device)])
-    except (OSError, ValueError, TypeError, KeyError):  # none yet, or of another form
+    except (OSError, KeyError):  # none yet
+        return None
+    except (ValueError, TypeError) as error:
+        warnings.warn(
+            f"the costs in {path} can't be read ({error}): defaults are taken; attngraph.calibrate() writes new ones",
+            RuntimeWarning,
+            stacklevel=2,
+        )
         return None
 
 
@@ -190,8 +198,8 @@ def keep(costs: Costs, device: torch.device) -> Path | None:
     if path is None:
         return None
     try:
-        known = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        known = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
         known = {}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
 """Running a plan: each of its parts by its backend, the results merged; forward and backward.
 
 The backward pass needs of the forward pass only its result (out, lse), whatever the parts. An eager call holds its plan
-until then; a compiled program names its graph by text, and its operators look the plan up.
+until then; a compiled program has the handle of its graph, and its operators look the plan up.
 """
 
 from __future__ import annotations
@@ -12,14 +12,16 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from attngraph.bias import Bias, require_edge_count, score_bias
+from attngraph.bias import Bias, EdgeBias, require_edge_count, score_bias
 from attngraph.graph.base import Graph
-from attngraph.graph.text import from_key
-from attngraph.kernels.contract import BiasKind, ScoreBias
-from attngraph.kernels.memory import like, nodes_first
+from attngraph.graph.text import pack, unpack
+from attngraph.kernels.contract import BiasKind, Modifiers, ScoreBias
+from attngraph.kernels.memory import apart, like, nodes_first
 from attngraph.kernels.merge import merge
+from attngraph.planning.backends import BACKENDS
 from attngraph.planning.backends.base import INSTALLED, Results
 from attngraph.planning.call import Call, Request
+from attngraph.planning.layouts.materialized import edges_of_heads
 from attngraph.planning.planner import Part, Plan, fitted, planned
 
 
@@ -29,25 +31,28 @@ def run(plan: Plan, q: Tensor, k: Tensor, v: Tensor, bias: Bias | None, call: Ca
         (part,) = plan.parts
         return part.backend.attend(q, k, v, part.layout, bias, request)
     if plan.parts and not plan.parts[0].backend.merges:  # torch differentiates its forward pass
-        return _merged(q, k, v, bias, request.scale, lambda *sides: _forward_call(plan, *sides))
-    return _merged(q, k, v, bias, request.scale, lambda *sides: _Attention.apply(*sides, plan))
+        return _merged(q, k, v, bias, request, lambda *sides: _forward_call(*sides, plan=plan))
+    return _merged(q, k, v, bias, request, lambda *sides: _Attention.apply(*sides, plan))
 
 
 def run_traced(
     graph: Graph | Plan, name: str, q: Tensor, k: Tensor, v: Tensor, bias: Bias | None, request: Request
 ) -> Results:
     """The same in a program that is being compiled: as one operator, which looks its plan up when it runs."""
-    return _merged(q, k, v, bias, request.scale, lambda *sides: attend_forward(*sides, graph._key, name))
+    return _merged(q, k, v, bias, request, lambda *sides: attend_forward(*sides, *pack(graph), name))
 
 
-def _merged(q: Tensor, k: Tensor, v: Tensor, bias: Bias | None, scale: float, attention: Any) -> Results:
-    """`attention`(q, k, v, values, kind, scale) → out, lse; with what a bias adds to all keys of a query alike."""
+def _merged(q: Tensor, k: Tensor, v: Tensor, bias: Bias | None, request: Request, attention: Any) -> Results:
+    """`attention`(q, k, v, values, attention_mask, kind, scale) → out, lse, with what a bias adds to all keys alike."""
     if not q.shape[3]:  # all scores are 0: as those of one number that is
         q, k = pad(q, (0, 1)), pad(k, (0, 1))
+    if not (value_dim := v.shape[3]):
+        v = pad(v, (0, 1))
     exact = torch.promote_types(q.dtype, torch.float32)
     of_keys, of_query = score_bias(bias, q, k)
     kind, values = (None, None) if of_keys is None else (of_keys.kind, of_keys.values.to(exact))
-    out, lse = attention(q, k, v, values, kind or "", float(scale))
+    out, lse = attention(q, k, v, values, request.attention_mask, kind or "", float(request.scale))
+    out = out if value_dim else out[..., :0]
     if of_query is not None:  # the same for all keys of a query: its weights do not change
         finite = of_query.masked_fill(of_query == -torch.inf, 0)
         out = out.masked_fill(of_query == -torch.inf, 0) + (0 * finite).to(q.dtype)  # NaN where it is NaN or inf
@@ -57,63 +62,73 @@ def _merged(q: Tensor, k: Tensor, v: Tensor, bias: Bias | None, scale: float, at
 
 # --------------------------------------------------------------------------------------------------------- eager
 
-TWICE = "tiles, rows and plans can be differentiated once; backend='edges' and 'reference' again and again"
-
 
 class _Attention(torch.autograd.Function):
     """Attention by a plan, which it holds for its backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, q, k, v, values, kind, scale, plan) -> tuple[Tensor, Tensor]:
-        out, lse = _forward_call(plan, q, k, v, values, kind, scale)
+    def forward(ctx: Any, q, k, v, values, attention_mask, kind, scale, plan) -> tuple[Tensor, Tensor]:
+        out, lse = _forward_call(q, k, v, values, attention_mask, kind, scale, plan)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(q, k, v, values, out, lse)
+        ctx.save_for_backward(q, k, v, values, attention_mask, out, lse)
         ctx.kind, ctx.scale, ctx.plan = kind, scale, plan
         return out, lse
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any):
         dout, dlse = grad_outputs
-        q, k, v, values, out, lse = ctx.saved_tensors
+        q, k, v, values, attention_mask, out, lse = ctx.saved_tensors
         dout = torch.zeros_like(out) if dout is None else dout
-        options = ctx.kind, ctx.scale, ctx.plan, ctx.needs_input_grad[3]
+        options = attention_mask, ctx.kind, ctx.scale, ctx.plan
         if torch.is_grad_enabled():  # create_graph=True
-            gradients = _Gradients.apply(dout, dlse, out, lse, q, k, v, values, *options)
+            gradients = _differentiable_gradients(dout, dlse, q, k, v, values, *options, ctx.needs_input_grad[:4])
         else:
-            gradients = _backward_call(dout, dlse, out, lse, q, k, v, values, *options)
-        return *gradients, None, None, None
+            gradients = _backward_call(dout, dlse, out, lse, q, k, v, values, *options, ctx.needs_input_grad[3])
+        return *gradients, None, None, None, None
 
 
-class _Gradients(torch.autograd.Function):
-    """The backward pass where it is to be differentiated itself, which it can't be."""
+def _differentiable_gradients(dout, dlse, q, k, v, values, attention_mask, kind, scale, plan: Plan, needs_grad):
+    """The gradients of q, k, v and values, gathered along the edges: they can be differentiated again and again."""
+    plan.require_unchanged()
+    layout = edges_of_heads(plan.graph, q.shape[2], k.shape[2], q.device)
+    q, k, v, values = apart(q, k, v, values)
+    with torch.autocast(q.device.type, enabled=False):
+        q_, k_, v_, values_ = _kernel_precision(q, k, v, values)
+        bias = _bias(kind, values_)
+        of_edges = None if bias is None else EdgeBias(bias.over_edges(layout.query, layout.key, q.shape[2]))
+        request = Request(scale, return_lse=True, attention_mask=attention_mask)
+        out, lse, _ = BACKENDS["edges"].attend(q_, k_, v_, layout, of_edges, request)
+    assert lse is not None
+    results = [(part, gradient.to(part.dtype)) for part, gradient in ((out, dout), (lse, dlse)) if gradient is not None]
+    results = [(part, gradient) for part, gradient in results if part.requires_grad]
+    sides = [side for side, needed in zip((q, k, v, values), needs_grad, strict=True) if needed]
+    outs, gradients = zip(*results, strict=True)
+    found = iter(torch.autograd.grad(outs, sides, gradients, create_graph=True, allow_unused=True))
+    return [next(found) if needed else None for needed in needs_grad]
 
-    @staticmethod
-    def forward(ctx: Any, *arguments):
-        return _backward_call(*arguments)
 
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Any):
-        raise RuntimeError(TWICE)
-
-
-def _forward_call(plan: Plan, q, k, v, values, kind, scale) -> tuple[Tensor, Tensor]:
+def _forward_call(q, k, v, values, attention_mask, kind, scale, plan: Plan) -> tuple[Tensor, Tensor]:
     """In the precision of the kernels, and back."""
     if kind == "edge":
         require_edge_count(values, plan.edges)
     with torch.autocast(q.device.type, enabled=False):
         q_, k_, v_, values_ = _kernel_precision(q, k, v, values)
-        out, lse = _forward(plan, q_, k_, v_, ScoreBias(kind, values_) if kind else None, scale)
+        out, lse = _forward(plan, q_, k_, v_, Modifiers(scale, _bias(kind, values_), attention_mask))
     return _laid_out(out.to(q.dtype), q), lse.contiguous()
 
 
-def _backward_call(dout, dlse, out, lse, q, k, v, values, kind, scale, plan, bias_grad):
+def _backward_call(dout, dlse, out, lse, q, k, v, values, attention_mask, kind, scale, plan, bias_grad):
     """The gradients of q, k, v and, with bias_grad, of the bias's values; else None."""
     with torch.autocast(q.device.type, enabled=False):
         q_, k_, v_, values_, dout_, out_ = _kernel_precision(q, k, v, values, dout, out)
-        bias = ScoreBias(kind, values_) if kind else None
-        dq, dk, dv, dbias = _backward(plan, q_, k_, v_, out_, lse, dout_, dlse, bias, scale, bias_grad)
+        modifiers = Modifiers(scale, _bias(kind, values_), attention_mask)
+        dq, dk, dv, dbias = _backward(plan, q_, k_, v_, out_, lse, dout_, dlse, modifiers, bias_grad)
     dq, dk, dv = (_laid_out(part.to(q.dtype), side) for part, side in ((dq, q), (dk, k), (dv, v)))
     return dq, dk, dv, None if dbias is None else dbias.to(values.dtype).contiguous()
+
+
+def _bias(kind: Any, values: Tensor | None) -> ScoreBias | None:
+    return ScoreBias(kind, values) if kind and values is not None else None
 
 
 def _laid_out(x: Tensor, other: Tensor) -> Tensor:
@@ -131,62 +146,70 @@ def _kernel_precision(*sides: Any) -> list[Any]:
 # ------------------------------------------------------------------------------------------ in compiled programs
 
 
-def _known_plan(graph: str, name: str, q: Tensor, k: Tensor, v: Tensor, kind: str) -> Plan:
-    """The plan that a compiled program runs by, from the text of its graph."""
-    found = from_key(graph)
+def _known_plan(
+    graph: str, tensors: list[Tensor], name: str, q: Tensor, k: Tensor, v: Tensor, kind: str, padding: bool
+) -> Plan:
+    """The plan that a compiled program runs by, from the text and tensors that name its graph."""
+    found = unpack(graph, tensors)
     bias: BiasKind | None = kind or None  # type: ignore[assignment]
     heads, kv_heads = q.shape[1], k.shape[1]
     sizes = q.shape[2], k.shape[2], heads, kv_heads, q.shape[3], v.shape[3]
-    call = Call(*sizes, q.dtype, q.device, bias, part=True)  # by forward and backward, whatever runs
+    call = Call(*sizes, q.dtype, q.device, bias, padding=padding, part=True)  # by forward and backward, whatever runs
     return fitted(found, call) if isinstance(found, Plan) else planned(found, call, name)
 
 
 @torch.library.custom_op("attngraph::attend_forward", mutates_args=())
 def attend_forward(
-    q: Tensor, k: Tensor, v: Tensor, values: Tensor | None, kind: str, scale: float, graph: str, name: str
-) -> tuple[Tensor, Tensor]:
-    """q (B, H, N, D), k and v (B, Hkv, M, ·), the values and kind of a `ScoreBias` → out (B, H, N, Dv), lse."""
-    return _forward_call(_known_plan(graph, name, q, k, v, kind), q, k, v, values, kind, scale)
+    q: Tensor, k: Tensor, v: Tensor, values: Tensor | None, attention_mask: Tensor | None,
+    kind: str, scale: float, graph: str, tensors: list[Tensor], name: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """q (B, H, N, D), k and v (B, Hkv, M, ·), values and kind of a `ScoreBias`, … → out (B, H, N, Dv), lse."""
+    plan = _known_plan(graph, tensors, name, q, k, v, kind, attention_mask is not None)
+    return _forward_call(q, k, v, values, attention_mask, kind, scale, plan)
 
 
 @attend_forward.register_fake
-def _(q, k, v, values, kind, scale, graph, name):
+def _(q, k, v, values, attention_mask, kind, scale, graph, tensors, name):
     return like(q, v.shape[3]), q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
 
 
 @torch.library.custom_op("attngraph::attend_backward", mutates_args=())
 def attend_backward(
     dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor,
-    q: Tensor, k: Tensor, v: Tensor, values: Tensor | None, kind: str, scale: float, graph: str, name: str,
-    bias_grad: bool,
+    q: Tensor, k: Tensor, v: Tensor, values: Tensor | None, attention_mask: Tensor | None,
+    kind: str, scale: float, graph: str, tensors: list[Tensor], name: str, bias_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The gradients of q, k, v and, with bias_grad, of the bias's values; else an empty tensor."""
-    plan = _known_plan(graph, name, q, k, v, kind)
-    dq, dk, dv, dbias = _backward_call(dout, dlse, out, lse, q, k, v, values, kind, scale, plan, bias_grad)
+    plan = _known_plan(graph, tensors, name, q, k, v, kind, attention_mask is not None)
+    sides = dout, dlse, out, lse, q, k, v, values, attention_mask
+    dq, dk, dv, dbias = _backward_call(*sides, kind, scale, plan, bias_grad)
     return dq, dk, dv, q.new_empty(0) if dbias is None else dbias
 
 
 @attend_backward.register_fake
-def _(dout, dlse, out, lse, q, k, v, values, kind, scale, graph, name, bias_grad):
+def _(dout, dlse, out, lse, q, k, v, values, attention_mask, kind, scale, graph, tensors, name, bias_grad):
     return *(like(side, side.shape[3]) for side in (q, k, v)), q.new_empty(values.shape if bias_grad else 0)
 
 
 def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.set_materialize_grads(False)
-    q, k, v, values, *ctx.options = inputs
-    ctx.save_for_backward(*output, q, k, v, values)
+    *sides, kind, scale, graph, tensors, name = inputs
+    ctx.options = kind, scale, graph, name
+    ctx.save_for_backward(*output, *sides, *tensors)
 
 
 def _gradients(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple:
-    out, lse, q, k, v, values = ctx.saved_tensors
+    (out, lse, *sides), tensors = ctx.saved_tensors[:7], list(ctx.saved_tensors[7:])
+    kind, scale, graph, name = ctx.options
     dout = torch.zeros_like(out) if dout is None else dout
     bias_grad = ctx.needs_input_grad[3]
-    dq, dk, dv, dbias = attend_backward(dout, dlse, out, lse, q, k, v, values, *ctx.options, bias_grad)
-    return dq, dk, dv, dbias if bias_grad else None, None, None, None, None
+    options = kind, scale, graph, tensors, name, bias_grad
+    dq, dk, dv, dbias = attend_backward(dout, dlse, out, lse, *sides, *options)
+    return dq, dk, dv, dbias if bias_grad else None, None, None, None, None, [None] * len(tensors), None
 
 
 def _not_twice(ctx: Any, *gradients: Tensor) -> None:
-    raise RuntimeError(TWICE)
+    raise RuntimeError("compiled programs can be differentiated once; attend outside of torch.compile again and again")
 
 
 attend_forward.register_autograd(_gradients, setup_context=_save)
@@ -201,10 +224,10 @@ def _parts(plan: Plan, q: Tensor, k: Tensor) -> tuple[Part, ...]:
     return plan.parts if q.shape[:3].numel() and k.shape[2] else ()
 
 
-def _forward(plan: Plan, q, k, v, bias: ScoreBias | None, scale: float) -> tuple[Tensor, Tensor]:
+def _forward(plan: Plan, q, k, v, modifiers: Modifiers) -> tuple[Tensor, Tensor]:
     parts = _parts(plan, q, k)
     if len(parts) == 1 and parts[0].is_all:
-        return parts[0].backend.forward(q, k, v, parts[0].layout, bias, scale)
+        return parts[0].backend.forward(q, k, v, parts[0].layout, modifiers)
     exact = torch.promote_types(q.dtype, torch.float32)
     out = lse = None
     if not parts or parts[0].heads:  # else the first part's results are the first sums
@@ -213,7 +236,7 @@ def _forward(plan: Plan, q, k, v, bias: ScoreBias | None, scale: float) -> tuple
     for part in parts:
         view = _View(part, q, k)
         sides = view.queries(q), view.keys(k), view.keys(v)
-        part_out, part_lse = part.backend.forward(*sides, part.layout, view.bias(bias), scale)
+        part_out, part_lse = part.backend.forward(*sides, part.layout, view.modifiers(modifiers))
         part_out, part_lse = view.in_own_order(part_out).to(exact), view.in_own_order(part_lse).to(exact)
         if out is None or lse is None:
             out, lse = part_out, part_lse
@@ -228,10 +251,10 @@ def _forward(plan: Plan, q, k, v, bias: ScoreBias | None, scale: float) -> tuple
     return out, lse
 
 
-def _backward(plan: Plan, q, k, v, out, lse, dout, dlse, bias: ScoreBias | None, scale: float, bias_grad: bool):
-    parts = _parts(plan, q, k)
+def _backward(plan: Plan, q, k, v, out, lse, dout, dlse, modifiers: Modifiers, bias_grad: bool):
+    parts, bias = _parts(plan, q, k), modifiers.bias
     if len(parts) == 1 and parts[0].is_all:
-        return parts[0].backend.backward(q, k, v, out, lse, dout, dlse, parts[0].layout, bias, scale, bias_grad)
+        return parts[0].backend.backward(q, k, v, out, lse, dout, dlse, parts[0].layout, modifiers, bias_grad)
     exact, totals, dbias = torch.promote_types(q.dtype, torch.float32), None, None
     if not parts or parts[0].heads:
         totals = [torch.zeros_like(side, dtype=exact) for side in (q, k, v)]
@@ -243,7 +266,7 @@ def _backward(plan: Plan, q, k, v, out, lse, dout, dlse, bias: ScoreBias | None,
         part_dlse = None if dlse is None else view.queries(dlse)
         *gradients, part_dbias = part.backend.backward(
             view.queries(q), view.keys(k), view.keys(v), part_out, part_lse, part_dout, part_dlse,
-            part.layout, view.bias(bias), scale, bias_grad,
+            part.layout, view.modifiers(modifiers), bias_grad,
         )  # fmt: skip
         gradients = [view.in_own_order(side).to(exact) for side in gradients]
         if totals is None:
@@ -287,7 +310,14 @@ class _View:
         place = torch.empty_like(self.order).scatter_(0, self.order, torch.arange(x.shape[2], device=x.device))
         return x.index_select(2, place)
 
-    def bias(self, bias: ScoreBias | None) -> ScoreBias | None:
+    def modifiers(self, modifiers: Modifiers) -> Modifiers:
+        """Those of this part's heads, nodes and edges."""
+        mask = modifiers.attention_mask
+        if mask is not None and self.order is not None:
+            mask = mask.index_select(1, self.order)
+        return Modifiers(modifiers.scale, self._bias(modifiers.bias), mask)
+
+    def _bias(self, bias: ScoreBias | None) -> ScoreBias | None:
         """The values of this part's heads and edges."""
         if bias is None or not self.part.heads:
             return bias

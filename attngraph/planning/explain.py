@@ -48,6 +48,7 @@ def _options(plan: Plan) -> str:
     options += [f"bias {call.bias!r}"] if call.bias else []
     options += [f"score {call.score!r}"] if call.score != "dot" else []
     options += [f"normalize {call.normalize!r}"] if call.normalize != "softmax" else []
+    options += ["padding"] if call.padding else []
     options += ["dropout"] if call.dropout else []
     options += ["weights returned"] if call.return_weights else []
     options += [f"under {call.transform}"] if call.transform else []

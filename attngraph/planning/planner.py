@@ -16,9 +16,12 @@ import torch
 from torch import Tensor
 
 from attngraph import cache
+from attngraph.arguments import checked
 from attngraph.graph.base import Graph, at_size, count_edges, require_ints
 from attngraph.graph.edge_list import EdgeList
+from attngraph.graph.patterns import Causal
 from attngraph.graph.rewrite import simplify
+from attngraph.kernels.available import why_not
 from attngraph.kernels.contract import BiasKind
 from attngraph.kernels.scoring import NORMALIZERS, SCORES
 from attngraph.planning import backends, explain
@@ -81,10 +84,21 @@ class Plan:
     edges: int
     costs: Costs
     notes: tuple[str, ...] = ()
-    _key: str = field(init=False, default_factory=lambda: f"<plan {next(_NUMBERS)}>")
+    _handle: Tensor = field(init=False)
+    _state: tuple = field(init=False)
+    """What a function that the graph is made of read when the plan was made."""
 
     def __post_init__(self):
-        cache.COMPILED.register(self._key, self)
+        object.__setattr__(self, "_state", self.graph._state() if self.graph._may_change else ())
+        handle = cache.COMPILED.register(f"<plan {next(_NUMBERS)}>", self)[2]
+        object.__setattr__(self, "_handle", handle)
+
+    def _write_traced(self, tensors: list[Tensor]) -> str:
+        """As `Graph._write_traced`."""
+        if torch.compiler.is_exporting():
+            raise ValueError("a plan can't be part of an exported program, as it holds layouts: export with its graph")
+        tensors.append(self._handle)
+        return "_0"
 
     def __reduce__(self) -> tuple:
         return Plan, tuple(getattr(self, each.name) for each in fields(self) if each.init)
@@ -108,6 +122,11 @@ class Plan:
             return False
         return self.parts[0].backend.runs_whole(self.parts[0].layout, call)
 
+    def require_unchanged(self) -> None:
+        """Raise if what the graph's functions read has changed since, so that its edges may be others."""
+        if self.graph._may_change and self._state != self.graph._state():
+            raise ValueError(f"what {self.graph} reads has changed since the plan was made: make a new one")
+
     def explain(self) -> str:
         """What runs, why, at what expected cost, and what else was asked and answered: a table to read."""
         return explain.explain(self)
@@ -120,6 +139,7 @@ class Plan:
 _NUMBERS = count(1)
 
 
+@checked
 def plan(
     graph: Graph,
     n: int | None = None,
@@ -131,6 +151,7 @@ def plan(
     device: torch.device | str = "cpu",
     backend: str = "auto",
     bias: BiasKind | None = None,
+    padding: bool = False,
     dropout: bool = False,
     score: str = "dot",
     normalize: str = "softmax",
@@ -149,6 +170,7 @@ def plan(
         backend: "auto", or the one backend for all edges.
         bias: the kind of bias that will be added, None, "offset" (Alibi, RelativeBias), "dense" or "edge" (EdgeBias):
             with the last the edges are not cut into parts, with any nodes are not reordered.
+        padding: whether an attention_mask will leave out keys.
         dropout: whether weights will be dropped.
         score, normalize: as in `attend`; "a function" for one of your own.
         return_weights: whether weights will be asked for.
@@ -163,30 +185,19 @@ def plan(
         ValueError: sizes that do not fit, or a backend that can't run here.
         MemoryError: layouts that need more memory than there is, before they are made.
     """
-    if not isinstance(graph, Graph):
-        raise TypeError(f"plan takes a Graph (got {graph if isinstance(graph, type) else type(graph).__name__})")
-    if not (costs is None or isinstance(costs, Costs)):
-        raise TypeError(f"costs must be Costs, or None (got {costs!r})")
-    if bias not in (None, "offset", "dense", "edge"):
-        kinds = "'offset' (Alibi, RelativeBias), 'edge' (EdgeBias) or 'dense' (a tensor)"
-        raise ValueError(f"bias of a plan must be None, or the kind of it, {kinds} (got {bias!r})")
-    if reorder not in (None, True, False):
-        raise ValueError(f"reorder must be True, False or None (got {reorder!r})")
     require_ints(1, heads=heads)
     require_ints(0, head_dim=head_dim)
-    if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+    if not dtype.is_floating_point:
         raise TypeError(f"dtype of a plan must be a floating-point torch.dtype (got {dtype!r})")
     for option, given, known in (("score", score, SCORES), ("normalize", normalize, ("softmax", *NORMALIZERS))):
         if given not in (*known, ANY_FUNCTION):
             raise ValueError(
                 f"{option} of a plan must be one of {', '.join(known)}, or {ANY_FUNCTION!r} (got {given!r})"
             )
-    if not (isinstance(dropout, bool) and isinstance(return_weights, bool)):
-        raise TypeError(f"dropout and return_weights of a plan are True or False (got {dropout!r}, {return_weights!r})")
     _, n, m = at_size(graph, n, m)
     call = Call(
         n, m, heads, heads, head_dim, head_dim, dtype, _definite(torch.device(device)), bias,
-        score=score, normalize=normalize, dropout=dropout, return_weights=return_weights,
+        score=score, normalize=normalize, padding=padding, dropout=dropout, return_weights=return_weights,
     )  # fmt: skip
     return _made(graph, call, backend, reorder, costs)
 
@@ -196,7 +207,10 @@ def planned(graph: Graph, call: Call, name: str) -> Plan:
     plans = cache.PLANS if call.device.type == "cpu" else cache.PLANS_ON_GPU
     key = graph, graph._state() if graph._may_change else (), call[:-1], name
     found = plans.get(key)
-    return plans.keep(key, _made(graph, call, name)) if found is None else found
+    if found is None:
+        with cache.outside_of_transforms():
+            found = plans.keep(key, _made(graph, call, name))
+    return found
 
 
 def traced(graph: Graph | Plan, call: Call, name: str) -> Backend | None:
@@ -205,6 +219,8 @@ def traced(graph: Graph | Plan, call: Call, name: str) -> Backend | None:
         reason = only_plain_attention(call) or (None if name == "auto" else "it has chosen its backends")
         if reason is not None:
             raise ValueError(f"a plan can't run this call in a compiled program ({reason}); the graph itself can")
+        if not torch.compiler.is_compiling():  # else when the program runs
+            _require_same_sizes(graph, call)
         return None
     if name != "auto":
         require(name, call)
@@ -217,7 +233,8 @@ def traced(graph: Graph | Plan, call: Call, name: str) -> Backend | None:
     dense, edges = BACKENDS["dense"], BACKENDS["edges"]
     if dense.supports(call) is not None:
         return edges
-    if closed_form(graph) is not None:
+    closed = closed_form(graph)
+    if closed is not None and not (call.padding and isinstance(closed, Causal)):
         return dense
     if (kernel_for("tiles", call) is not None and call.device.type == "cpu") or kernel_for("rows", call) is not None:
         return None
@@ -241,11 +258,13 @@ def require(name: str, call: Call) -> None:
 
 def fitted(plan: Plan, call: Call, name: str = "auto") -> Plan:
     """A plan that was made by hand, for a call of another dtype too; raise if it can't run the call."""
+    _require_same_sizes(plan, call)
     if call.bias not in (None, plan.call.bias):
         made = f"the plan was made for bias={plan.call.bias!r}"
         raise ValueError(f"{made} (got one of kind {call.bias!r}): plan(…, bias={call.bias!r})")
     if name != "auto":
         raise ValueError(f"a plan has chosen its backends: leave out backend={name!r}, or plan(…, backend={name!r})")
+    plan.require_unchanged()
     call = call._replace(part=not plan.runs_whole(call))
     reasons = [reason for part in plan.parts if (reason := part.backend.supports(call)) is not None]
     if not plan.parts and (reason := only_plain_attention(call)) is not None:
@@ -257,6 +276,17 @@ def fitted(plan: Plan, call: Call, name: str = "auto") -> Plan:
         raise ValueError(f"{plan} can't run this call ({reasons[0]}); attend with the graph itself chooses what can")
     parts = zip(plan.parts, others, strict=True)
     return replace(plan, parts=tuple(replace(part, backend=other) for part, other in parts))
+
+
+def _require_same_sizes(plan: Plan, call: Call) -> None:
+    """Raise unless a plan was made for so many nodes and heads, on this device."""
+    made, given = ((each.num_queries, each.num_keys, each.heads) for each in (plan.call, call))
+    if made != given or call.device != plan.call.device:
+        raise ValueError(
+            f"the plan was made for {made[0]} queries, {made[1]} keys and {made[2]} heads on {plan.call.device} (got "
+            f"{given[0]}, {given[1]} and {given[2]} on {call.device}); make one for these, or attend with the graph "
+            f"itself"
+        )
 
 
 def _another_kernel(backend: Backend, call: Call) -> Backend | None:
@@ -462,8 +492,9 @@ class _Choice:
             edges = f"{len(lie.query):,} edges"
             self.notes.append(f"the nodes were not reordered: for {edges} it takes long; reorder=True does")
             return None
-        if not INSTALLED["scipy"]:
-            self.notes.append("the nodes were not reordered: that needs SciPy, pip install scipy")
+        missing = "that needs SciPy, pip install scipy"
+        if not INSTALLED["scipy"] or (missing := why_not("scipy.sparse.csgraph", "scipy")):
+            self.notes.append(f"the nodes were not reordered: {missing}")
             return None
         return self.edges.reordered(bandwidth_order(lie.query, lie.key, self.edges.n), tiles.tiling)
 

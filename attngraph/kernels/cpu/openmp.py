@@ -6,12 +6,14 @@ Gains, over threads made by Python: none is started, and none shares a core with
 work by spinning for some milliseconds. Eight jobs of 0.15 ms on two threads, right after an operation of torch, take
 0.7 ms instead of 1.3 (best of 150 runs). That is on free cores: where other processes hold them, its barrier waits for
 a thread that is not scheduled, and Python threads can be faster.
-Where torch's runtime has no GOMP_parallel (Windows, or an OpenMP of another vendor): Python threads, as many.
+Where torch's runtime has no GOMP_parallel (Windows, or an OpenMP of another vendor), and in a process that was forked,
+where the threads of OpenMP are missing and its barrier would wait for them: Python threads, as many.
 """
 
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Callable
 from functools import lru_cache
 from itertools import count
@@ -19,6 +21,7 @@ from threading import Thread
 
 import torch
 
+_PROCESS = os.getpid()
 ParallelBody = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 
@@ -36,7 +39,7 @@ def parallel_for(num_jobs: int, run: Callable[[int], None]) -> None:
     num_threads = torch.get_num_threads() if num_jobs > 1 else 1
     if num_threads == 1:
         worker()
-    elif (gomp_parallel := _gomp_parallel()) is not None:
+    elif os.getpid() == _PROCESS and (gomp_parallel := _gomp_parallel()) is not None:
         gomp_parallel(ParallelBody(worker), None, num_threads, 0)
     else:
         threads = [Thread(target=worker) for _ in range(num_threads - 1)]

@@ -20,7 +20,8 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from attngraph.kernels.contract import Adjacency, CSRLayout, ScoreBias
+from attngraph.kernels.contract import Adjacency, CSRLayout, Modifiers, ScoreBias
+from attngraph.kernels.cpu.compiler import CACHE
 from attngraph.kernels.cpu.exp import exp
 from attngraph.kernels.cpu.gather import Neighbors, Vector, gather_add, gather_dot
 from attngraph.kernels.cpu.openmp import parallel_for
@@ -30,7 +31,7 @@ CHUNK_EDGES = 64  # edges of a node whose neighbours stay in the cache between t
 FASTMATH_FLAGS = {"reassoc", "contract", "nsz", "arcp"}  # all that keep inf and nan
 NO_BIAS, OFFSET, EDGE, DENSE = range(4)
 KINDS = {"offset": OFFSET, "edge": EDGE, "dense": DENSE}
-compiled = njit(nogil=True, cache=True, fastmath=FASTMATH_FLAGS)
+compiled = njit(nogil=True, cache=CACHE, fastmath=FASTMATH_FLAGS)
 
 
 class Edges(NamedTuple):
@@ -43,13 +44,14 @@ class Edges(NamedTuple):
 
 
 class BiasTable(NamedTuple):
-    """A bias: its values, flat, and their strides over (B, H, N, last), 0 where one value serves all."""
+    """A bias and padding: its values, flat, and their strides over (B, H, N, last), 0 where one value serves all."""
 
     kind: int
     values: np.ndarray
     strides: tuple[int, int, int, int]
     heads: int
     n: int  # queries
+    real: np.ndarray  # bool (B, M): keys that are no padding; (0, 0) where all are
 
 
 class ForwardTensors(NamedTuple):
@@ -131,6 +133,15 @@ def add_bias(scores, bias, edges, batch, node, first, count, by_key):
 
 
 @compiled
+def leave_out_padding(scores, bias, edges, batch, node, first, count, by_key):
+    """Scores of -inf for those of `count` edges whose key is padding: (blocks, heads, 4)."""
+    for x in range(count):
+        if not bias.real[batch, node if by_key else np.int64(edges.neighbor[first + x])]:
+            for h in range(bias.heads):
+                scores[(x // 4 * bias.heads + h) * 4 + x % 4] = -np.inf
+
+
+@compiled
 def add_bias_gradient(dvalues, ds, bias, edges, batch, i, first, count):
     """Add the gradients ds (blocks, heads, 4) of `count` edges of query i to those of the values of the bias."""
     heads, strides = bias.heads, bias.strides
@@ -208,6 +219,8 @@ def _forward_kernel(head_dim: int, value_dim: int) -> Callable[..., None]:
                 mask_padding(scores, hi - lo, heads)
                 if bias.kind != NO_BIAS:
                     add_bias(scores, bias, edges, batch, i, lo, hi - lo, False)
+                if len(bias.real):
+                    leave_out_padding(scores, bias, edges, batch, i, lo, hi - lo, False)
                 for e in range(lo, hi, 4):
                     nodes, at = neighbors_of_4(edges.neighbor, e, hi - 1, batch * m), (e - lo) * heads
                     for g in range(group):
@@ -261,9 +274,7 @@ def _unit_ranges(units: int) -> list[tuple[int, int]]:
     return [(first, min(first + size, units)) for first in range(0, units, size)]
 
 
-def forward(
-    q: Tensor, k: Tensor, v: Tensor, layout: CSRLayout, bias: ScoreBias | None, scale: float
-) -> tuple[Tensor, Tensor]:
+def forward(q: Tensor, k: Tensor, v: Tensor, layout: CSRLayout, modifiers: Modifiers) -> tuple[Tensor, Tensor]:
     """q (B, H, N, D), k and v (B, Hkv, M, ·), float32 or float64 → out (B, H, N, Dv), lse (B, H, N).
 
     A query without edges has out 0 and lse -inf.
@@ -275,7 +286,7 @@ def forward(
     piece_lse = lse.new_full((B, adjacency.num_pieces, H), -torch.inf)
     results = _flat_nodes(out, lse, piece_out, piece_lse)
     tensors, edges = ForwardTensors(q.numpy(), k.numpy(), v.numpy(), *results), _edges(adjacency)
-    table, factor = _bias_table(bias, q), _scalar(scale, q)
+    table, factor = _bias_table(modifiers, q), _scalar(modifiers.scale, q)
     kernel = _forward_kernel(head_dim, value_dim)
 
     ranges = _unit_ranges(len(adjacency.units))
@@ -357,6 +368,8 @@ def _backward_kernel(head_dim: int, value_dim: int, by_key: bool) -> Callable[..
                     start_backward(scores, ds, tensors, edges, x_row, batch * n, chunk, count, by_key)
                     if bias.kind != NO_BIAS:
                         add_bias(scores, bias, edges, batch, node, chunk, count, by_key)
+                    if len(bias.real):
+                        leave_out_padding(scores, bias, edges, batch, node, chunk, count, by_key)
                     for block in range(blocks):
                         four = neighbors_of_4(edges.neighbor, chunk + block * 4, hi - 1, batch * y_nodes)
                         for g in range(group):
@@ -417,8 +430,7 @@ def backward(
     dout: Tensor,
     dlse: Tensor | None,
     layout: CSRLayout,
-    bias: ScoreBias | None,
-    scale: float,
+    modifiers: Modifiers,
     bias_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """What these edges add to dq, dk, dv and, where asked for, to the gradient of the bias's values.
@@ -426,12 +438,12 @@ def backward(
     out (B, H, N, Dv) and lse (B, H, N) are those of all the edges of each query: with p = exp(score - lse) and
     Δ = Σ_d dout · out - dlse, ds = p · (dout · v - Δ). dlse may be None.
     """
-    delta = (dout * out).sum(3)
+    delta, bias = (dout * out).sum(3), modifiers.bias
     if dlse is not None:
         delta = delta - dlse
     lse = lse.masked_fill(lse == -torch.inf, torch.inf)  # p = 0 where there are no edges
     lse, delta = lse.detach().transpose(1, 2).contiguous(), delta.detach().transpose(1, 2).contiguous()
-    call = _Backward(_nodes_first(q), _nodes_first(k), _nodes_first(v), _nodes_first(dout), lse, delta, bias, scale)
+    call = _Backward(_nodes_first(q), _nodes_first(k), _nodes_first(v), _nodes_first(dout), lse, delta, modifiers)
     if bias is None or not bias_grad:
         dq, dvalues, per_key = call.of_queries(layout), None, False
     elif bias.kind == "offset":
@@ -455,13 +467,12 @@ class _Backward(NamedTuple):
     dout: Tensor
     lse: Tensor
     delta: Tensor
-    bias: ScoreBias | None
-    scale: float
+    modifiers: Modifiers
 
     def of_queries(self, layout: CSRLayout, dvalues: Tensor | None = None, *, serial: bool = False) -> Tensor:
         """dq; the gradient of the bias is added to dvalues, where given; serial: by this thread alone."""
         q, k, v, dout = self.q, self.k, self.v, self.dout
-        no_tensor, table = q.new_empty(0, 0, 0, 0), _bias_table(self.bias, q)
+        no_tensor, table = q.new_empty(0, 0, 0, 0), _bias_table(self.modifiers, q)
         flat = q.new_empty(0) if dvalues is None else dvalues.view(-1)
         tensors = BackwardTensors(*_arrays(q, dout, k, v), *_flat_nodes(self.lse, self.delta))
         results = [zeros(*q.shape, like=q), no_tensor, no_tensor]
@@ -474,7 +485,7 @@ class _Backward(NamedTuple):
     def of_keys(self, layout: CSRLayout, per_key: bool) -> tuple[Tensor, Tensor, Tensor]:
         """dk, dv and, where a bias has one value for each key, ds summed over the queries: (B, M, H, 1)."""
         q, k, v, dout = self.q, self.k, self.v, self.dout
-        table = _bias_table(self.bias, q)
+        table = _bias_table(self.modifiers, q)
         ds_sum = q.new_zeros(*k.shape[:2], q.shape[2], 1) if per_key else q.new_empty(0, 0, 0, 0)
         tensors = BackwardTensors(*_arrays(k, v, q, dout), *_flat_nodes(self.lse, self.delta))
         results = [zeros(*k.shape, like=k), zeros(*v.shape, like=v), ds_sum]
@@ -498,7 +509,7 @@ class _Backward(NamedTuple):
         pieces = [x.new_zeros(x.shape[0], adjacency.num_pieces, *x.shape[2:]) for x in results]
         pairs = [x for pair in zip(results, pieces, strict=True) for x in pair]
         gradients, edges = Gradients(*_flat_nodes(*pairs), dvalues.numpy()), _edges(adjacency)
-        factor, rounds = _scalar(self.scale, self.q), len(self.q) // batches if batches else 0
+        factor, rounds = _scalar(self.modifiers.scale, self.q), len(self.q) // batches if batches else 0
 
         ranges = _unit_ranges(len(adjacency.units))
 
@@ -529,7 +540,7 @@ def _offset_gradient(call: _Backward, bias: ScoreBias, layout: CSRLayout) -> tup
         q_h, dout_h, lse_h, delta_h = (x.narrow(2, h, 1).contiguous() for x in (q, call.dout, call.lse, call.delta))
         k_h, v_h = (x.narrow(2, h // group, 1).contiguous() for x in (k, call.v))
         head_bias = ScoreBias("offset", values[[min(h, len(values) - 1)]])
-        one_head = _Backward(q_h, k_h, v_h, dout_h, lse_h, delta_h, head_bias, call.scale)
+        one_head = _Backward(q_h, k_h, v_h, dout_h, lse_h, delta_h, call.modifiers._replace(bias=head_bias))
         dq[:, :, h] = one_head.of_queries(layout, dvalues[h], serial=True)[:, :, 0]
 
     parallel_for(q.shape[2], run)
@@ -562,11 +573,13 @@ def _scalar(x: float, like: Tensor) -> Any:
     return np.float32(x) if like.dtype == torch.float32 else np.float64(x)
 
 
-def _bias_table(bias: ScoreBias | None, q: Tensor) -> BiasTable:
+def _bias_table(modifiers: Modifiers, q: Tensor) -> BiasTable:
     """For q (B, N, H, D)."""
-    _, n, heads, _ = q.shape
+    (_, n, heads, _), bias = q.shape, modifiers.bias
+    mask = modifiers.attention_mask
+    real = np.empty((0, 0), np.bool_) if mask is None else mask.contiguous().numpy()
     if bias is None:
-        return BiasTable(NO_BIAS, q.new_empty(0).numpy(), (0, 0, 0, 0), heads, n)
+        return BiasTable(NO_BIAS, q.new_empty(0).numpy(), (0, 0, 0, 0), heads, n, real)
     values = bias.values.detach().to(q.dtype).contiguous()
     if bias.kind == "offset":
         whole = values[None, :, None]
@@ -577,4 +590,4 @@ def _bias_table(bias: ScoreBias | None, q: Tensor) -> BiasTable:
     batch, head, query, last = (
         0 if size == 1 else stride for size, stride in zip(whole.shape, whole.stride(), strict=True)
     )
-    return BiasTable(KINDS[bias.kind], values.flatten().numpy(), (batch, head, query, last), heads, n)
+    return BiasTable(KINDS[bias.kind], values.flatten().numpy(), (batch, head, query, last), heads, n, real)

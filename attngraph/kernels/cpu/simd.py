@@ -163,10 +163,11 @@ def where(typing, bits, first, value, masked):
 
 @intrinsic
 def exp2(typing, x):
-    """2^x for x < 128; 0 below -125; nan stays nan."""
+    """2^x for x <= 0, above as of 0; 0 below -125; nan stays nan."""
 
     def generate(context, builder, sig, args):
         (x,) = args
+        x = builder.select(builder.fcmp_ordered(">", x, _constant(0.0)), _constant(0.0), x)
         shifted = builder.fadd(x, _constant(ROUND))  # has round(x) in its last bits
         r = builder.fsub(x, builder.fsub(shifted, _constant(ROUND)))
         series = _constant(EXP2[0])

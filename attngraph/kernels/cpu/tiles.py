@@ -22,7 +22,8 @@ from numba import njit
 from torch import Tensor
 from torch.nn.functional import pad
 
-from attngraph.kernels.contract import TileRows, TilesLayout
+from attngraph.kernels.contract import Modifiers, TileRows, TilesLayout
+from attngraph.kernels.cpu.compiler import CACHE
 from attngraph.kernels.cpu.openmp import parallel_for
 from attngraph.kernels.cpu.simd import (
     BLOCK_ROWS,
@@ -44,11 +45,11 @@ from attngraph.kernels.cpu.simd import (
 from attngraph.kernels.memory import empty, zeros
 
 MAX_JOB_TILES = 128  # tiles of one head that a job has at most: about a millisecond of work
-MASKED_SCORE = np.float32(-1e30)  # below every score, and finite: a query without edges has no NaN
+MASKED_SCORE = np.finfo(np.float32).min  # below every score, and finite: a query without edges has no NaN
 ALL_BITS = np.uint64(0xFFFFFFFFFFFFFFFF)
 LN_2 = math.log(2)
 FASTMATH_FLAGS = {"contract"}  # multiply and add in one rounding; exp2 stands no reassociation
-compiled = njit(nogil=True, cache=True, fastmath=FASTMATH_FLAGS)
+compiled = njit(nogil=True, cache=CACHE, fastmath=FASTMATH_FLAGS)
 # For functions that only compiled ones call, which keep their code.
 inner = njit(fastmath=FASTMATH_FLAGS, no_cpython_wrapper=True, no_cfunc_wrapper=True)
 
@@ -80,6 +81,7 @@ class ForwardTensors(NamedTuple):
     v: np.ndarray
     out: np.ndarray
     lse: np.ndarray
+    real: np.ndarray
 
 
 class BackwardTensors(NamedTuple):
@@ -94,6 +96,7 @@ class BackwardTensors(NamedTuple):
     dq: np.ndarray
     dk: np.ndarray
     dv: np.ndarray
+    real: np.ndarray  # uint64 (tiles of keys,): a bit for each key that is no padding
 
 
 # Of a tile, the nodes of the row (or column) of tiles that a loop is at are resident, the nodes across stream. Scores
@@ -159,12 +162,12 @@ def transpose_bits(bits, bits_t):
 
 
 @inner
-def load_mask(words, mask_id, by_query, by_key):
-    """The edges of a tile: bit j of by_query[i] and bit i of by_key[j]; all where mask_id is negative."""
+def load_mask(words, mask_id, real, by_query, by_key):
+    """The edges of a tile to real keys: bit j of by_query[i] and bit i of by_key[j]; all where mask_id is negative."""
     for r in range(TILE):
-        by_query[r] = words[mask_id, r] if mask_id >= 0 else ALL_BITS
+        by_query[r] = (words[mask_id, r] if mask_id >= 0 else ALL_BITS) & real
         by_key[r] = ALL_BITS
-    if mask_id >= 0:
+    if mask_id >= 0 or real != ALL_BITS:
         transpose_bits(by_query, by_key)
 
 
@@ -217,13 +220,16 @@ def online_softmax(s, bits, scale_log2, row_max, row_sum, alpha):
         old_max = load(row_max, c)
         max_a, max_b = old_max, old_max  # two chains: each comparison waits for the one before
         for r in range(0, TILE, 2):
-            max_a = maximum(where(bits[r], c, load(s, r * TILE + c) * factor, masked), max_a)
-            max_b = maximum(where(bits[r + 1], c, load(s, (r + 1) * TILE + c) * factor, masked), max_b)
+            scaled_a, scaled_b = load(s, r * TILE + c) * factor, load(s, (r + 1) * TILE + c) * factor
+            store(s, r * TILE + c, scaled_a)  # rounded, so that none is above the largest
+            store(s, (r + 1) * TILE + c, scaled_b)
+            max_a = maximum(where(bits[r], c, scaled_a, masked), max_a)
+            max_b = maximum(where(bits[r + 1], c, scaled_b, masked), max_b)
         new_max = maximum(max_a, max_b)
         rescale = exp2(old_max - new_max)
         sums = load(row_sum, c) * rescale
         for r in range(TILE):
-            p = where(bits[r], c, exp2(load(s, r * TILE + c) * factor - new_max), zero)
+            p = where(bits[r], c, exp2(load(s, r * TILE + c) - new_max), zero)
             sums = sums + p
             store(s, r * TILE + c, p)
         store(row_max, c, new_max)
@@ -246,8 +252,10 @@ def forward_rows(first, stop, tensors, tiles, sizes):
         for r in range(TILE):
             row_max[r], row_sum[r] = MASKED_SCORE, np.float32(0)
         for tile in range(tiles.start[row], tiles.start[row + 1]):
-            key = np.int64(tiles.column[tile]) * TILE
-            load_mask(tiles.words, tiles.mask[tile], by_query, by_key)
+            key, real = np.int64(tiles.column[tile]) * TILE, tensors.real[tiles.column[tile]]
+            if not real:
+                continue
+            load_mask(tiles.words, tiles.mask[tile], real, by_query, by_key)
             product(p, k, key * head_dim, q_t, head_dim, by_key)
             online_softmax(p, by_key, sizes.scale_log2, row_max, row_sum, alpha)
             if tile > tiles.start[row]:
@@ -260,7 +268,7 @@ def forward_rows(first, stop, tensors, tiles, sizes):
         scale_rows(acc, acc_at, value_dim, alpha)
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, layout: TilesLayout, bias: None, scale: float) -> tuple[Tensor, Tensor]:
+def forward(q: Tensor, k: Tensor, v: Tensor, layout: TilesLayout, modifiers: Modifiers) -> tuple[Tensor, Tensor]:
     """q (B, H, N, D), k and v (B, Hkv, M, ·), float32 → out (B, H, N, Dv), lse (B, H, N).
 
     layout: tiles of 64 × 64. A query without edges has out 0 and lse -inf.
@@ -271,11 +279,12 @@ def forward(q: Tensor, k: Tensor, v: Tensor, layout: TilesLayout, bias: None, sc
     q_heads, out_heads, lse_heads = _heads(q, B * H), _heads(out, B * H), _heads(lse, B * H)
     k_heads, v_heads = _heads(k, B * H // group), _heads(v, B * H // group)
     jobs, tiles = _jobs(layout.by_query, B * H), _tiles(layout, layout.by_query)
-    sizes = _sizes(q, v, scale)
+    sizes, real = _sizes(q, v, modifiers.scale), _real_keys(modifiers, layout, B)
 
     def run(job: int) -> None:
         h, piece = divmod(job, len(jobs))
-        tensors = ForwardTensors(q_heads[h], k_heads[h // group], v_heads[h // group], out_heads[h], lse_heads[h])
+        sides = q_heads[h], k_heads[h // group], v_heads[h // group]
+        tensors = ForwardTensors(*sides, out_heads[h], lse_heads[h], real[h // H])
         forward_rows(*jobs[piece], tensors, tiles, sizes)
 
     parallel_for(B * H * len(jobs), run)
@@ -335,8 +344,10 @@ def backward_dq(first, stop, tensors, tiles, sizes):
             else:
                 tile = full
                 full += 1
-            key = np.int64(tiles.column[tile]) * TILE
-            load_mask(tiles.words, tiles.mask[tile], by_query, by_key)
+            key, real = np.int64(tiles.column[tile]) * TILE, tensors.real[tiles.column[tile]]
+            if not real:
+                continue
+            load_mask(tiles.words, tiles.mask[tile], real, by_query, by_key)
             product(p, tensors.k, key * head_dim, q_t, head_dim, by_key)
             product(ds, tensors.v, key * value_dim, dout_t, value_dim, by_key)
             softmax_backward(p, ds, by_key, sizes.scale_log2, tensors.lse, tensors.delta, query, False)
@@ -363,8 +374,11 @@ def backward_dkdv(first, stop, group, tensors, tiles, sizes):
         transpose(v, v_at, value_dim, v_t)
         fill_zero(dk, k_at, TILE * head_dim)
         fill_zero(dv, v_at, TILE * value_dim)
+        real = tensors.real[column]
+        if not real:
+            continue
         for tile in range(tiles.start[column], tiles.start[column + 1]):
-            load_mask(tiles.words, tiles.mask[tile], by_query, by_key)
+            load_mask(tiles.words, tiles.mask[tile], real, by_query, by_key)
             for g in range(group):
                 query = g * n + np.int64(tiles.column[tile]) * TILE
                 q_at, dout_at = query * head_dim, query * value_dim
@@ -388,8 +402,7 @@ def backward(
     dout: Tensor,
     dlse: Tensor | None,
     layout: TilesLayout,
-    bias: None,
-    scale: float,
+    modifiers: Modifiers,
     bias_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, None]:
     """What these tiles add to (dq, dk, dv), from the final out and lse of each query; dlse may be None.
@@ -407,12 +420,12 @@ def backward(
     dq, dk, dv = zeros(*q.shape, like=q), empty(*k.shape, like=k), empty(*v.shape, like=v)
     tensors = _Gradients(q, k, v, dout, lse, delta, dq, dk, dv)
     if _in_one_pass(B * key_heads):
-        _dkdv(tensors, layout, scale, [(0, layout.grid[1])])
+        _dkdv(tensors, layout, modifiers, [(0, layout.grid[1])])
     else:
         columns = _jobs(layout.by_key, B * key_heads)
         if len(columns) > 1:
-            _dq(tensors, layout, scale)
-        _dkdv(tensors, layout, scale, columns)
+            _dq(tensors, layout, modifiers)
+        _dkdv(tensors, layout, modifiers, columns)
     dq, dk, dv = dq.flatten(2, 3), dk.flatten(2, 3), dv.flatten(2, 3)
     return dq[:, :, :N, :dim], dk[:, :, :M, :dim], dv[:, :, :M, :value_dim], None
 
@@ -448,7 +461,7 @@ def _delta(out: Tensor, dout: Tensor, delta: Tensor) -> None:
     parallel_for(heads, lambda h: compute_delta(out_heads[h], dout_heads[h], out.shape[4], delta_heads[h]))
 
 
-def _dq(tensors: _Gradients, layout: TilesLayout, scale: float) -> None:
+def _dq(tensors: _Gradients, layout: TilesLayout, modifiers: Modifiers) -> None:
     """Fill dq."""
     q, k = tensors.q, tensors.k
     heads, key_heads = q.shape[0] * q.shape[1], k.shape[0] * k.shape[1]
@@ -456,29 +469,32 @@ def _dq(tensors: _Gradients, layout: TilesLayout, scale: float) -> None:
     arrays = {
         name: _heads(x, key_heads if name in by_key_head else heads) for name, x in tensors._asdict().items()
     }  # each (heads, flat)
-    jobs, tiles, sizes = _jobs(layout.by_query, heads), _tiles(layout, layout.by_query), _sizes(q, tensors.v, scale)
+    jobs, tiles = _jobs(layout.by_query, heads), _tiles(layout, layout.by_query)
+    sizes, real = _sizes(q, tensors.v, modifiers.scale), _real_keys(modifiers, layout, len(q))
 
     def run(job: int) -> None:
         h, piece = divmod(job, len(jobs))
         key_head = h * key_heads // heads
         of_head = {name: x[key_head if name in by_key_head else h] for name, x in arrays.items()}
-        backward_dq(*jobs[piece], BackwardTensors(**of_head), tiles, sizes)
+        backward_dq(*jobs[piece], BackwardTensors(**of_head, real=real[h // q.shape[1]]), tiles, sizes)
 
     parallel_for(heads * len(jobs), run)
 
 
-def _dkdv(tensors: _Gradients, layout: TilesLayout, scale: float, jobs: list[tuple[int, int]]) -> None:
+def _dkdv(tensors: _Gradients, layout: TilesLayout, modifiers: Modifiers, jobs: list[tuple[int, int]]) -> None:
     """Fill dk and dv; and dq, if there is but one job for each key head."""
     q, k = tensors.q, tensors.k
     key_heads, group = k.shape[0] * k.shape[1], q.shape[1] // k.shape[1]
     if len(jobs) != 1:
         tensors = tensors._replace(dq=q.new_empty(key_heads, 0))
     arrays = [_heads(x, key_heads) for x in tensors]
-    tiles, sizes = _tiles(layout, layout.by_key), _sizes(q, tensors.v, scale)
+    tiles, sizes = _tiles(layout, layout.by_key), _sizes(q, tensors.v, modifiers.scale)
+    real = _real_keys(modifiers, layout, len(k))
 
     def run(job: int) -> None:
         h, piece = divmod(job, len(jobs))
-        backward_dkdv(*jobs[piece], group, BackwardTensors(*(x[h] for x in arrays)), tiles, sizes)
+        of_head = BackwardTensors(*(x[h] for x in arrays), real=real[h // k.shape[1]])
+        backward_dkdv(*jobs[piece], group, of_head, tiles, sizes)
 
     parallel_for(key_heads * len(jobs), run)
 
@@ -507,6 +523,15 @@ def _sizes(q: Tensor, v: Tensor, scale: float) -> Sizes:
     return Sizes(q.shape[4], v.shape[4], np.float32(scale), np.float32(scale * float(LOG2_E)))
 
 
+def _real_keys(modifiers: Modifiers, layout: TilesLayout, batch: int) -> np.ndarray:
+    """A bit for each key that is no padding: uint64 (B, tiles of keys)."""
+    tiles, mask = layout.grid[1], modifiers.attention_mask
+    if mask is None:
+        return np.full((batch, tiles), ALL_BITS)
+    bits = np.packbits(pad(mask, (0, tiles * TILE - mask.shape[1])).numpy(), axis=1, bitorder="little")
+    return bits.view(np.dtype(np.uint64).newbyteorder("<")).astype(np.uint64)
+
+
 def _tiles(layout: TilesLayout, rows: TileRows) -> Tiles:
     words = layout.table.words.contiguous().numpy().view(np.uint64).reshape(-1, TILE)
     return Tiles(rows.start.numpy(), rows.full.numpy(), rows.column.numpy(), rows.mask.numpy(), words)
@@ -516,5 +541,5 @@ def _jobs(rows: TileRows, heads: int) -> list[tuple[int, int]]:
     """All rows of tiles as (first, stop), cut where jobs have about as many tiles; at least 8 jobs a thread, if so."""
     tiles = int(rows.start[-1])
     job_tiles = min(MAX_JOB_TILES, max(4, tiles * heads // (8 * torch.get_num_threads())))
-    stops = torch.searchsorted(rows.start, torch.arange(0, tiles, job_tiles))
+    stops = torch.searchsorted(rows.start, torch.arange(0, tiles, job_tiles, device=rows.start.device))
     return list(pairwise(sorted({0, len(rows.start) - 1, *stops.tolist()})))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from attngraph.kernels.contract import ScoreBias, Span, Strip, TilesLayout
+from attngraph.kernels.contract import Modifiers, ScoreBias, Span, Strip, TilesLayout
 from attngraph.kernels.merge import merge
 
 # Numbers of the keys of those rows of a strip that one call takes: 4 MB in float32, which stay in the cache.
@@ -23,9 +23,7 @@ CALL_NUMBERS = 1 << 20
 MASKED_SCORE = -1e30  # added to the score of a pair without an edge: finite, so that a query without edges has no NaN
 
 
-def forward(
-    q: Tensor, k: Tensor, v: Tensor, layout: TilesLayout, bias: ScoreBias | None, scale: float
-) -> tuple[Tensor, Tensor]:
+def forward(q: Tensor, k: Tensor, v: Tensor, layout: TilesLayout, modifiers: Modifiers) -> tuple[Tensor, Tensor]:
     """q (B, H, N, D), k and v (B, Hkv, M, ·) → out (B, H, N, ·), lse (B, H, N)."""
     (batch, heads, n, dim), value_dim, group = q.shape, v.shape[3], q.shape[1] // k.shape[1]
     width, layout = max(dim, value_dim), layout.on(torch.device("cpu"))
@@ -36,14 +34,14 @@ def forward(
     lse.index_fill_(2, empty_rows, -torch.inf)
     cache = _MaskCache()
     for strip in _pieces(layout, heads * width, CALL_NUMBERS):
-        score_bias = _StripBias(layout, strip, bias, q, n, cache)
+        score_bias = _StripBias(layout, strip, modifiers, q, n, cache)
         for b, g in product(range(batch), range(group)):
             q_heads = slice(g, None, group)  # the g-th query head of each key head
             q_tiles = _gather(q[b, q_heads], strip.rows)
             k_tiles, v_tiles = _gather(k[b], strip.keys), _gather(v[b], strip.keys)
             added = score_bias.of(b, range(g, heads, group))
-            part_out, part_lse = _attention(q_tiles, k_tiles, v_tiles, added, scale)
-            if strip.has_empty_rows or bias is not None:
+            part_out, part_lse = _attention(q_tiles, k_tiles, v_tiles, added, modifiers.scale)
+            if strip.has_empty_rows or modifiers[1:] != (None, None):
                 no_edge = part_lse <= MASKED_SCORE / 2
                 part_out.masked_fill_(no_edge, 0)
                 part_lse.masked_fill_(no_edge, -torch.inf)
@@ -71,8 +69,7 @@ def backward(
     dout: Tensor,
     dlse: Tensor | None,
     layout: TilesLayout,
-    bias: ScoreBias | None,
-    scale: float,
+    modifiers: Modifiers,
     bias_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """What these tiles add to (dq, dk, dv, dbias), from the final out and lse of each query; dlse may be None.
@@ -81,6 +78,7 @@ def backward(
     dk = scale · dsᵀ q, dbias = ds.
     """
     (batch, heads, n, dim), m, value_dim, group = q.shape, k.shape[2], v.shape[3], q.shape[1] // k.shape[1]
+    bias = modifiers.bias
     lse = lse.masked_fill(lse == -torch.inf, torch.inf)  # without edges, p = exp(-inf)
     width, layout = max(dim, value_dim) + (dlse is not None), layout.on(torch.device("cpu"))
     q, out, dout = _tiled(q, layout, 0, width), _tiled(out, layout, 0, width), _tiled(dout, layout, 0, width)
@@ -92,7 +90,7 @@ def backward(
     dq, dk, dv = _like(q, torch.zeros_like), _like(k, torch.zeros_like), _like(v, torch.zeros_like)
     dvalues, cache = None if bias is None or not bias_grad else _zeros_like(bias), _MaskCache()
     for strip in _pieces(layout, heads * max(width, layout.tile[0]), CALL_NUMBERS):
-        score_bias = _StripBias(layout, strip, bias, q, n, cache)
+        score_bias = _StripBias(layout, strip, modifiers, q, n, cache)
         for b, g in product(range(batch), range(group)):
             q_heads = slice(g, None, group)  # the g-th query head of each key head
             dq_part, dk_part, dv_part, ds = _attention_backward(
@@ -103,7 +101,7 @@ def backward(
                 _gather(lse[b, q_heads], strip.rows),
                 _gather(dout[b, q_heads], strip.rows),
                 score_bias.of(b, range(g, heads, group)),
-                scale,
+                modifiers.scale,
                 needs_ds=dvalues is not None,
             )
             _add(dq[b, q_heads], strip.rows, dq_part)
@@ -227,23 +225,28 @@ class _MaskCache:
 
 
 class _StripBias:
-    """What is added to the scores of a strip's piece: its mask, and the bias of some heads."""
+    """What is added to the scores of a strip's piece: its mask, and the bias and the padding of some heads."""
 
-    def __init__(self, layout: TilesLayout, strip: Strip, bias: ScoreBias | None, q: Tensor, n: int, cache: _MaskCache):
-        self.layout, self.strip, self.bias, self.q, self.n, self.cache = layout, strip, bias, q, n, cache
+    def __init__(self, layout: TilesLayout, strip: Strip, modifiers: Modifiers, q: Tensor, n: int, cache: _MaskCache):
+        self.layout, self.strip, self.q, self.n, self.cache = layout, strip, q, n, cache
+        self.bias, self.attention_mask = modifiers.bias, modifiers.attention_mask
         self.latest_places: tuple[tuple[int, int], ...] = ()
         self.latest: Tensor | None = None
 
     def of(self, b: int, heads: range) -> Tensor:
         """(rows | 1, heads | 1, tile rows, columns)."""
-        if self.bias is None:
-            return self.mask_bias
-        values = _with_batch(self.bias)
+        added = self.mask_bias if self.bias is None else self._with_bias(_with_batch(self.bias), b, heads)
+        if self.attention_mask is None:
+            return added
+        real = _padded(self.attention_mask[b], self.layout)[self.strip.keys.tiles.to(added.device)]
+        return added.masked_fill(~real.flatten(1)[:, None, None], MASKED_SCORE)
+
+    def _with_bias(self, values: Tensor, b: int, heads: range) -> Tensor:
+        """The values of the bias where there are edges; the least is MASKED_SCORE, as a bias of -inf masks too."""
         places = tuple(dict.fromkeys(self._place(values, b, h) for h in heads))
         if self.latest is None or self.latest_places != places:
-            # The least is MASKED_SCORE: a bias of -inf masks too.
-            terms = [(self.mask_bias[:, 0] + values[x][self.index]).clamp_(min=MASKED_SCORE) for x in places]
-            self.latest_places, self.latest = places, torch.stack(terms, 1)
+            terms = [torch.where(self.mask, values[x][self.index], MASKED_SCORE) for x in places]
+            self.latest_places, self.latest = places, torch.stack(terms, 1).clamp_(min=MASKED_SCORE)
         return self.latest
 
     def add_gradient(self, dvalues: Tensor, b: int, h: int, ds: Tensor) -> None:
@@ -296,6 +299,12 @@ class _StripBias:
             edge = self.layout.first_edge[self.strip.tile][..., None] + self.tile_masks.cumsum(3) - 1
             index = (edge.transpose(1, 2).flatten(2).clamp(0, shape[2] - 1),)
         return tuple(part.to(self.q.device) for part in index)
+
+
+def _padded(attention_mask: Tensor, layout: TilesLayout) -> Tensor:
+    """The mask of the keys (M,) by tiles: (tiles, tile columns)."""
+    tiles, size = layout.grid[1], layout.tile[1]
+    return pad(attention_mask, (0, tiles * size - len(attention_mask))).view(tiles, size)
 
 
 def _with_batch(bias: ScoreBias) -> Tensor:

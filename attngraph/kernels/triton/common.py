@@ -6,6 +6,7 @@ A tensor goes to a kernel together with its strides, as one named tuple:
 |---|---|---|
 | `Strided` | ptr, stride_batch, stride_head, stride_row | (B, H, nodes, D), the vectors contiguous |
 | `StridedBias` | ptr, stride_batch, stride_head, stride_query, stride_key | the values of a bias |
+| `Padding` | ptr, stride_batch | which keys (B, M) are no padding |
 | `Upstream` | dout, lse, delta | what the backward kernels read of the forward pass and of the loss |
 """
 
@@ -48,6 +49,13 @@ class StridedBias(NamedTuple):
     stride_head: int
     stride_query: int
     stride_key: int
+
+
+class Padding(NamedTuple):
+    """Which keys are no padding, as kernels take it; see `load_real`."""
+
+    ptr: Tensor  # (B, M) bool; without padding, q: it is not read
+    stride_batch: int
 
 
 class Upstream(NamedTuple):
@@ -96,6 +104,12 @@ def bias_ptrs(bias, batch, head, offs_m, offs_n, edge, num_queries, BIAS_KIND: t
     return ptrs
 
 
+@triton.jit
+def load_real(padding, batch, keys, mask):
+    """Which of the keys, where the mask is, are no padding."""
+    return tl.load(padding.ptr + batch * padding.stride_batch + keys, mask=mask, other=0) != 0
+
+
 @triton.jit(do_not_specialize=["num_blocks", "num_heads", "num_queries"])
 def _bwd_preprocess(
     out,
@@ -132,6 +146,11 @@ def bias_ptr_and_strides(values: Tensor) -> StridedBias:
     """The values of a bias, of four dimensions, as kernels take them: a dimension of size 1 serves all."""
     strides = (0 if size == 1 else stride for size, stride in zip(values.shape, values.stride(), strict=True))
     return StridedBias(values, *strides)
+
+
+def padding_ptr(attention_mask: Tensor | None, q: Tensor) -> Padding:
+    """The mask of keys (B, M) as kernels take it."""
+    return Padding(q, 0) if attention_mask is None else Padding(attention_mask.contiguous(), attention_mask.shape[1])
 
 
 def in_four_dims(kind: str, values: Tensor) -> Tensor:

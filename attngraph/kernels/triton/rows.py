@@ -16,7 +16,7 @@ atomically: the same bits every run. Scores are exponents of 2.
 
 | argument | fields | see |
 |---|---|---|
-| `inputs` | q, k, v, bias, adjacency | `Inputs` |
+| `inputs` | q, k, v, bias, padding, adjacency | `Inputs` |
 | `inputs.adjacency` | start, neighbor, units, edge | `AdjacencyPtrs` |
 | `upstream` | dout, lse, delta | `Upstream` in common.py |
 | `scale`, `dq_scale`, `dk_scale` | high, low | two float32 whose sum is the number, exact to float64 |
@@ -46,6 +46,7 @@ from attngraph.kernels.triton.common import (
     LN_2,
     LOG2_E,
     NO_BIAS,
+    Padding,
     Strided,
     StridedBias,
     Upstream,
@@ -54,13 +55,15 @@ from attngraph.kernels.triton.common import (
     compute_delta,
     constexprs,
     in_four_dims,
+    load_real,
     padded_dim,
+    padding_ptr,
     ptr_and_strides,
     sum_to_shape_of,
 )
 
 if TYPE_CHECKING:
-    from attngraph.kernels.contract import Adjacency, CSRLayout, ScoreBias
+    from attngraph.kernels.contract import Adjacency, CSRLayout, Modifiers
 
 # --------------------------------------------------------------------------------------------------- arguments
 
@@ -81,6 +84,7 @@ class Inputs(NamedTuple):
     k: Strided
     v: Strided
     bias: StridedBias | Strided  # without a bias, q: it is not read
+    padding: Padding
     adjacency: AdjacencyPtrs
 
 
@@ -95,6 +99,7 @@ class Config(NamedTuple):
     BLOCK_E: int  # edges at a time
     HEAVY: int  # edges above which a node is cut into pieces
     BIAS_KIND: int
+    PADDED: bool
     IS_DOUBLE: bool
 
 
@@ -218,6 +223,8 @@ def _fwd_kernel(
     acc = tl.zeros([config.BLOCK_H, config.BLOCK_DV], ACC_DTYPE)
     for step in range(0, num_edges, config.BLOCK_E):
         mask_e, keys, offs_e = _load_edges(inputs.adjacency, work, step, config.BLOCK_E)
+        if config.PADDED:
+            mask_e = mask_e & load_real(inputs.padding, batch, keys, mask_e)
         k = _gather_nodes(
             inputs.k, batch, kv_heads, num_kv_heads, keys, mask_e, config.HEAD_DIM, config.BLOCK_D, ACC_DTYPE
         )
@@ -320,6 +327,9 @@ def _bwd_dq_kernel(
     dq = tl.zeros([config.BLOCK_H, config.BLOCK_D], ACC_DTYPE)
     for step in range(0, num_edges, config.BLOCK_E):
         mask_e, keys, offs_e = _load_edges(inputs.adjacency, work, step, config.BLOCK_E)
+        exists = mask_e
+        if config.PADDED:
+            mask_e = mask_e & load_real(inputs.padding, batch, keys, mask_e)
         k = _gather_nodes(
             inputs.k, batch, kv_heads, num_kv_heads, keys, mask_e, config.HEAD_DIM, config.BLOCK_D, ACC_DTYPE
         )
@@ -343,7 +353,7 @@ def _bwd_dq_kernel(
             ptrs = bias_ptrs(
                 dbias, batch, heads[None, :], query, keys[:, None], offs_e[:, None], num_queries, GRAD_KIND
             )
-            tl.store(ptrs, ds, mask=mask)
+            tl.store(ptrs, ds, mask=exists[:, None] & (heads < num_heads)[None, :])
     dq = dq * _exact(dq_scale, ACC_DTYPE)
     _store_vectors(dq_out, dq_pieces, target, work, dq, config.HEAD_DIM, config.BLOCK_D)
 
@@ -391,6 +401,8 @@ def _bwd_dkdv_kernel(
                 )  # fmt: skip
                 qk += tl.load(ptrs, mask=mask, other=0.0).to(ACC_DTYPE) * LOG2_E
 
+            if config.PADDED:
+                mask = mask & load_real(inputs.padding, batch, key, True)
             p = tl.where(mask, tl.exp2(qk - _load_lse(upstream.lse, offs_lse, mask)), 0.0)
             delta = tl.load(upstream.delta + offs_lse, mask=mask, other=0.0)
             ds = p * (tl.sum(do * v[None, :, :], 2) - delta)
@@ -434,20 +446,18 @@ MIN_BLOCK_E = 4  # fewer heads rather than fewer edges
 MAX_GRID_Y = 1 << 16  # programs on the second axis of a grid
 
 
-def forward(
-    q: Tensor, k: Tensor, v: Tensor, layout: CSRLayout, bias: ScoreBias | None, scale: float
-) -> tuple[Tensor, Tensor]:
+def forward(q: Tensor, k: Tensor, v: Tensor, layout: CSRLayout, modifiers: Modifiers) -> tuple[Tensor, Tensor]:
     """out (B, H, N, Dv) and lse (B, H, N) over the edges of a layout; in float16, bfloat16, float32 or float64."""
-    return _Launcher(q, k, v, layout, bias, scale).forward(like(q, v.shape[3]))
+    return _Launcher(q, k, v, layout, modifiers).forward(like(q, v.shape[3]))
 
 
 def backward(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None,
-    layout: CSRLayout, bias: ScoreBias | None, scale: float, bias_grad: bool,
+    layout: CSRLayout, modifiers: Modifiers, bias_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
     """dq, dk, dv and, with `bias_grad`, the gradient of the bias's values; out and lse may be those of more edges."""
-    launcher = _Launcher(q, k, v, layout, bias, scale)
-    kind, values = bias if bias is not None and bias_grad else (None, None)
+    launcher = _Launcher(q, k, v, layout, modifiers)
+    kind, values = modifiers.bias if modifiers.bias is not None and bias_grad else (None, None)
     of_keys = kind == "dense" and values is not None and values.shape[2] == 1
     lse = lse.contiguous()
     upstream = Upstream(ptr_and_strides(dout), lse, compute_delta(out, dout, lse, dlse))
@@ -460,9 +470,9 @@ def backward(
 class _Launcher:
     """What all kernels of a call are given: tensors, layout, sizes."""
 
-    def __init__(
-        self, q: Tensor, k: Tensor, v: Tensor, layout: CSRLayout, bias: ScoreBias | None, scale: float
-    ) -> None:
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, layout: CSRLayout, modifiers: Modifiers) -> None:
+        scale, bias, attention_mask = modifiers
+        self.padding, self.padded = padding_ptr(attention_mask, q), attention_mask is not None
         self.B, self.H, self.N, D = q.shape
         _, self.kv_heads, self.M, Dv = v.shape
         self.layout = layout
@@ -525,7 +535,7 @@ class _Launcher:
         numbers = NUMBERS_IN_REGISTERS.get(kernel.fn.__name__, 1) // max(self.dims[2:]) // (1 + self.is_double)
         block_h = min(triton.next_power_of_2(heads), max(1, numbers // MIN_BLOCK_E))
         block_e = max(1, numbers // block_h)
-        return Config(*self.dims, block_h, block_e, adjacency.heavy, self.bias_kind, self.is_double)
+        return Config(*self.dims, block_h, block_e, adjacency.heavy, self.bias_kind, self.padded, self.is_double)
 
     def _launch(self, kernel: triton.JITFunction, adjacency: Adjacency, heads: int, *own) -> None:
         """A kernel, for each node or piece of one, and each block of heads."""
@@ -535,9 +545,10 @@ class _Launcher:
         if self.B * heads >= MAX_GRID_Y:
             raise ValueError(f"rows on a GPU take batch · heads below {MAX_GRID_Y:,} (got {self.B * heads:,})")
         if num_units * self.B:
+            inputs = Inputs(*self.qkv, self.bias, self.padding, _adjacency_ptrs(adjacency))
             kernel[num_units, self.B * head_blocks](
-                Inputs(*self.qkv, self.bias, _adjacency_ptrs(adjacency)), adjacency.num_pieces, head_blocks,
-                self.H, self.H // self.kv_heads, self.N, self.scale, constexprs(config), *own, num_warps=NUM_WARPS,
+                inputs, adjacency.num_pieces, head_blocks, self.H, self.H // self.kv_heads, self.N, self.scale,
+                constexprs(config), *own, num_warps=NUM_WARPS,
             )  # fmt: skip
 
     def _sum_pieces(self, adjacency: Adjacency, grad: Tensor, grad_pieces: Tensor) -> None:

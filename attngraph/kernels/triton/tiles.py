@@ -16,7 +16,7 @@ in a key or a value may reach queries of its tiles that do not hear it.
 
 | argument | fields | see |
 |---|---|---|
-| `inputs` | q, k, v, bias, tiles, masks | `Inputs` |
+| `inputs` | q, k, v, bias, padding, tiles, masks | `Inputs` |
 | `inputs.tiles` | start, first_full, column, mask, table_index, order | `TilePtrs`: the tiles of each row, or column |
 | `inputs.masks` | words, words_by_key, first_edge | `MaskPtrs` |
 | `upstream` | dout, lse, delta | `Upstream` in common.py |
@@ -47,6 +47,7 @@ from attngraph.kernels.triton.common import (
     LOG2_E,
     NO_BIAS,
     OFFSET,
+    Padding,
     Strided,
     StridedBias,
     Upstream,
@@ -55,15 +56,17 @@ from attngraph.kernels.triton.common import (
     compute_delta,
     constexprs,
     in_four_dims,
+    load_real,
     load_rows,
     padded_dim,
+    padding_ptr,
     ptr_and_strides,
     store_rows,
     sum_to_shape_of,
 )
 
 if TYPE_CHECKING:
-    from attngraph.kernels.contract import ScoreBias, TileRows, TilesLayout
+    from attngraph.kernels.contract import Modifiers, TileRows, TilesLayout
 
 # --------------------------------------------------------------------------------------------------- arguments
 
@@ -94,6 +97,7 @@ class Inputs(NamedTuple):
     k: Strided
     v: Strided
     bias: StridedBias | Strided  # without a bias, q: it is not read
+    padding: Padding
     tiles: TilePtrs
     masks: MaskPtrs
 
@@ -110,6 +114,7 @@ class Config(NamedTuple):
     BLOCK_M: int
     BLOCK_N: int
     BIAS_KIND: int
+    PADDED: bool
     PRECISION: str
     NUM_STAGES: int
 
@@ -135,6 +140,7 @@ class KeyBlock(NamedTuple):
     group: tl.tensor  # query heads of a key head
     offs_n: tl.tensor  # (BLOCK_N,): their numbers
     start_n: tl.tensor  # the first one's place in its tiles
+    real: tl.tensor  # (BLOCK_N,): whether they are no padding
     num_queries: tl.tensor
 
 
@@ -214,12 +220,14 @@ def _add_bias_and_mask(qk, inputs, block, tile, start_n, offs_n, config: tl.cons
         config.TILE_M, config.TILE_N, config.BLOCK_M, config.BLOCK_N, IS_MASKED,
     )  # fmt: skip
     edge = _edge_numbers(inputs.masks, inputs.tiles, tile, row, col, config, IS_MASKED)
+    if config.PADDED:
+        mask = mask & load_real(inputs.padding, block.batch, offs_n, offs_n < block.num_keys)[None, :]
     if config.BIAS_KIND != NO_BIAS:
         qk += _load_bias(
             inputs.bias, block.batch, block.head, block.offs_m[:, None], offs_n[None, :], edge, block.num_queries, mask,
             config.BIAS_KIND,
         )  # fmt: skip
-    if IS_MASKED:
+    if IS_MASKED or config.PADDED:
         qk = tl.where(mask, qk, float("-inf"))
     return qk, mask, edge
 
@@ -247,7 +255,9 @@ def _fwd_inner(
 
         new_max = tl.maximum(row_max, tl.max(qk, 1))
         safe_max = new_max
-        if IS_MASKED or config.BIAS_KIND != NO_BIAS:  # a row without an edge so far: -inf - -inf would be NaN
+        if (
+            IS_MASKED or config.PADDED or config.BIAS_KIND != NO_BIAS
+        ):  # a row without an edge so far: -inf - -inf would be NaN
             safe_max = tl.where(new_max == float("-inf"), 0.0, new_max)
         p = tl.exp2(qk - safe_max[:, None])
         alpha = tl.exp2(row_max - safe_max)
@@ -375,7 +385,7 @@ def _bwd_dkdv_inner(
 
     Scores are transposed, (keys, queries). The query heads of a group come one after the other.
     """
-    batch, kv_head, num_heads, group, offs_n, start_n, num_queries = block
+    batch, kv_head, num_heads, group, offs_n, start_n, real, num_queries = block
     BLOCK_M: tl.constexpr = config.BLOCK_M
     BLOCK_N: tl.constexpr = config.BLOCK_N
     BLOCKS: tl.constexpr = config.TILE_M // BLOCK_M  # of a tile
@@ -394,12 +404,14 @@ def _bwd_dkdv_inner(
             inputs.masks.words_by_key, inputs.tiles, tile, start_n, start_m,
             config.TILE_N, config.TILE_M, BLOCK_N, BLOCK_M, IS_MASKED,
         )  # fmt: skip
+        if config.PADDED:
+            mask = mask & real[:, None]
         if config.BIAS_KIND != NO_BIAS:
             edge = _edge_numbers(inputs.masks, inputs.tiles, tile, row, col, config, IS_MASKED)
             qkT += _load_bias(
                 inputs.bias, batch, head, offs_m[None, :], offs_n[:, None], edge, num_queries, mask, config.BIAS_KIND
             )
-        if IS_MASKED:
+        if IS_MASKED or config.PADDED:
             qkT = tl.where(mask, qkT, float("-inf"))
 
         pT = tl.exp2(qkT - lse[None, :])
@@ -428,7 +440,10 @@ def _bwd_dkdv_kernel(
     dbias = tl.zeros([config.BLOCK_N], tl.float32)
 
     begin, first_full, end = _tile_range(inputs.tiles, tile_column)
-    keys = KeyBlock(batch, kv_head, num_heads, group, offs_n, start_n, num_queries)
+    real = offs_n < num_keys
+    if config.PADDED:
+        real = load_real(inputs.padding, batch, offs_n, real)
+    keys = KeyBlock(batch, kv_head, num_heads, group, offs_n, start_n, real, num_queries)
     dk, dv, dbias = _bwd_dkdv_inner(
         dk, dv, dbias, k, v, inputs, upstream, keys, begin, first_full, scale, config, True, BIAS_GRAD
     )
@@ -484,7 +499,7 @@ BLOCKS = {
         ("_bwd_dkdv_kernel", 4): {16: Blocks(32, 64, 8, 2), 64: Blocks(32, 32, 8, 2), 128: Blocks(32, 32, 8, 1)},
     },
 }
-# With a bias: by architecture, bytes of a number, and the widest BLOCK_D.
+# With a bias or padding: by architecture, bytes of a number, and the widest BLOCK_D.
 BIASED_BLOCKS = {
     90: {
         2: {64: Blocks(64, 64, 8, 2), 128: Blocks(64, 32, 8, 2), 256: Blocks(32, 32, 8, 1)},
@@ -499,13 +514,14 @@ DIAGONAL_BLOCKS = {2: Blocks(32, 32, 4, 2), 4: Blocks(32, 32, 8, 1)}  # for `_di
 
 
 def block_sizes(
-    kernel: str, widest: int, itemsize: int, bias_kind: int, bias_grad: bool, device: torch.device
+    kernel: str, widest: int, itemsize: int, bias_kind: int, padded: bool, bias_grad: bool, device: torch.device
 ) -> Blocks:
-    """How a kernel runs, by the widest BLOCK_D, the bytes of a number, the bias and the architecture."""
+    """How a kernel runs, by the widest BLOCK_D, the bytes of a number, the bias, padding and the architecture."""
     if kernel == "_bwd_dq_kernel" and bias_kind == OFFSET.value and bias_grad:
         return DIAGONAL_BLOCKS[itemsize]
     arch = architecture(device)
-    table = BLOCKS[arch][kernel, itemsize] if bias_kind == NO_BIAS.value else BIASED_BLOCKS[arch][itemsize]
+    plain = bias_kind == NO_BIAS.value and not padded
+    table = BLOCKS[arch][kernel, itemsize] if plain else BIASED_BLOCKS[arch][itemsize]
     return next(blocks for limit, blocks in table.items() if widest <= limit)
 
 
@@ -516,47 +532,47 @@ def architecture(device: torch.device) -> int:
     return 90 if capability >= (9, 0) else 80
 
 
-def forward(
-    q: Tensor, k: Tensor, v: Tensor, layout: TilesLayout, bias: ScoreBias | None, scale: float
-) -> tuple[Tensor, Tensor]:
+def forward(q: Tensor, k: Tensor, v: Tensor, layout: TilesLayout, modifiers: Modifiers) -> tuple[Tensor, Tensor]:
     """out (B, H, N, Dv) and lse (B, H, N) of the pairs of a layout; in float16, bfloat16 or float32."""
     out, lse = like(q, v.shape[3]), q.new_empty(q.shape[:3], dtype=torch.float32)
-    _Launcher(q, k, v, layout, bias, scale).launch(_fwd_kernel, ptr_and_strides(out), lse)
+    _Launcher(q, k, v, layout, modifiers).launch(_fwd_kernel, ptr_and_strides(out), lse)
     return out, lse
 
 
 def backward(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None,
-    layout: TilesLayout, bias: ScoreBias | None, scale: float, bias_grad: bool,
+    layout: TilesLayout, modifiers: Modifiers, bias_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
     """dq, dk, dv and, with `bias_grad`, the gradient of the bias's values; out and lse may be those of more pairs."""
     group = q.shape[1] // k.shape[1]
-    kind, values = bias if bias is not None and bias_grad else (None, None)
+    kind, values = modifiers.bias if modifiers.bias is not None and bias_grad else (None, None)
     of_keys = kind == "dense" and values is not None and values.shape[2] == 1 != q.shape[2]
     if of_keys and group > 1:  # `_bwd_dkdv_kernel` sums over the heads of a group, but each has a bias of its own
         k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-        dq, dk, dv, dbias = backward(q, k, v, out, lse, dout, dlse, layout, bias, scale, bias_grad)
+        dq, dk, dv, dbias = backward(q, k, v, out, lse, dout, dlse, layout, modifiers, bias_grad)
         return dq, dk.unflatten(1, (-1, group)).sum(2), dv.unflatten(1, (-1, group)).sum(2), dbias
 
-    launcher = _Launcher(q, k, v, layout, bias, scale)
+    launcher = _Launcher(q, k, v, layout, modifiers)
     dq, dk, dv = like(q, q.shape[3]), like(k, k.shape[3]), like(v, v.shape[3])
     lse = lse.contiguous()
     upstream = Upstream(ptr_and_strides(dout), lse, compute_delta(out, dout, lse, dlse))
     pair_grads = None if values is None else launcher.empty_pair_grads(values, of_keys)
     dbias = launcher.bias if pair_grads is None else bias_ptr_and_strides(pair_grads)
-    launcher.launch(_bwd_dq_kernel, upstream, ptr_and_strides(dq), dbias, scale, bias_grad and not of_keys)
-    launcher.launch(_bwd_dkdv_kernel, upstream, ptr_and_strides(dk), ptr_and_strides(dv), dbias, scale, of_keys)
+    launcher.launch(_bwd_dq_kernel, upstream, ptr_and_strides(dq), dbias, modifiers.scale, bias_grad and not of_keys)
+    launcher.launch(
+        _bwd_dkdv_kernel, upstream, ptr_and_strides(dk), ptr_and_strides(dv), dbias, modifiers.scale, of_keys
+    )
     return dq, dk, dv, None if pair_grads is None or values is None else launcher.reduce_pair_grads(values, pair_grads)
 
 
 class _Launcher:
     """What all kernels of a call are given: tensors, layout, sizes."""
 
-    def __init__(
-        self, q: Tensor, k: Tensor, v: Tensor, layout: TilesLayout, bias: ScoreBias | None, scale: float
-    ) -> None:
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, layout: TilesLayout, modifiers: Modifiers) -> None:
+        scale, bias, attention_mask = modifiers
         self.layout = layout = layout.on(q.device)
         self.q, self.v, self.scale = q, v, scale * LOG2_E.value
+        self.padding, self.padded = padding_ptr(attention_mask, q), attention_mask is not None
         self.bias_kind = BIAS_KINDS[None if bias is None else bias[0]]
         self.qkv = ptr_and_strides(q), ptr_and_strides(k), ptr_and_strides(v)
         self.bias = self.qkv[0] if bias is None else bias_ptr_and_strides(in_four_dims(*bias))
@@ -569,7 +585,8 @@ class _Launcher:
     def blocks(self, kernel: triton.JITFunction, bias_grad: bool) -> Blocks:
         """How a kernel runs, with blocks no larger than a tile."""
         widest, itemsize = max(self.dims[2:]), self.q.dtype.itemsize
-        blocks = block_sizes(kernel.fn.__name__, widest, itemsize, self.bias_kind, bias_grad, self.q.device)
+        kinds = self.bias_kind, self.padded, bias_grad
+        blocks = block_sizes(kernel.fn.__name__, widest, itemsize, *kinds, self.q.device)
         tile_m, tile_n = self.layout.tile
         return blocks._replace(BLOCK_M=min(blocks.BLOCK_M, tile_m), BLOCK_N=min(blocks.BLOCK_N, tile_n))
 
@@ -584,10 +601,10 @@ class _Launcher:
             tiles, num_blocks, heads = self.layout.by_query, tile_rows * blocks_m, self.q.shape[:2]
         if len(tiles.column) * blocks_m * blocks_n * self.sizes[1] >= 1 << 31:
             raise ValueError(f"tiles on a GPU are counted in 32 bits (got {len(tiles.column):,} of them)")
-        inputs = Inputs(*self.qkv, self.bias, _tile_ptrs(tiles), self.masks)
+        inputs = Inputs(*self.qkv, self.bias, self.padding, _tile_ptrs(tiles), self.masks)
         config = Config(
             *self.dims, tile_m, tile_n, blocks.BLOCK_M, blocks.BLOCK_N,
-            self.bias_kind, _input_precision(self.q.dtype), blocks.num_stages,
+            self.bias_kind, self.padded, _input_precision(self.q.dtype), blocks.num_stages,
         )  # fmt: skip
         if num_programs := num_blocks * heads.numel():
             kernel[(num_programs,)](

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from attngraph.bias import Bias
 from attngraph.graph.base import Graph
-from attngraph.kernels.contract import ScoreBias
+from attngraph.kernels.available import why_not
+from attngraph.kernels.contract import Modifiers
 from attngraph.planning.call import Call, Request
 from attngraph.planning.costs import Costs
 from attngraph.planning.edge_set import EdgeSet, Tiling
@@ -51,9 +52,7 @@ class Backend(ABC):
         """The layout of these edges that its kernels read."""
 
     @abstractmethod
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, layout: Any, bias: ScoreBias | None, scale: float
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, layout: Any, modifiers: Modifiers) -> tuple[Tensor, Tensor]:
         """q (B, H, N, D), k and v (B, Hkv, M, ·) → out (B, H, N, Dv), lse (B, H, N).
 
         A query without edges has out 0 and lse -inf.
@@ -71,8 +70,7 @@ class Backend(ABC):
         dout: Tensor,
         dlse: Tensor | None,
         layout: Any,
-        bias: ScoreBias | None,
-        scale: float,
+        modifiers: Modifiers,
         bias_grad: bool,
     ) -> Gradients:
         """What these edges add to (dq, dk, dv, dbias), from the final out and lse of each query.
@@ -147,24 +145,26 @@ class KernelBackend(Backend):
             return reason
         if self.device not in (None, call.device.type):
             return f"it runs on a {'GPU' if self.device == 'cuda' else 'CPU'}, not on {call.device}"
-        if self.package is not None and not INSTALLED[self.package]:
+        if self.package is None:
+            return self.limits(call)
+        if not INSTALLED[self.package]:
             return f"it needs {self.package}: pip install {INSTALL[self.package]}"
-        return self.limits(call)
+        if (reason := self.limits(call)) is not None or call.compiled:  # a compiled program asks again when it runs
+            return reason
+        return why_not(self.module, self.package)
 
     def limits(self, call: Call) -> str | None:
         """Why it can't run a call of plain attention on its device; None if it can."""
         return None
 
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, layout: Any, bias: ScoreBias | None, scale: float
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, layout: Any, modifiers: Modifiers) -> tuple[Tensor, Tensor]:
         with current(q.device):
-            return import_module(self.module).forward(q, k, v, layout, bias, scale)
+            return import_module(self.module).forward(q, k, v, layout, modifiers)
 
-    def backward(self, q, k, v, out, lse, dout, dlse, layout, bias, scale, bias_grad) -> Gradients:
+    def backward(self, q, k, v, out, lse, dout, dlse, layout, modifiers, bias_grad) -> Gradients:
         sides = q, k, v, out, lse, dout, dlse
         with current(q.device):
-            return import_module(self.module).backward(*sides, layout, bias, scale, bias_grad)
+            return import_module(self.module).backward(*sides, layout, modifiers, bias_grad)
 
 
 def current(device: torch.device) -> AbstractContextManager[object]:

@@ -11,7 +11,7 @@ from attngraph.bias import Bias, over_pairs
 from attngraph.graph.base import Graph
 from attngraph.graph.patterns import Causal
 from attngraph.kernels import dense as kernels
-from attngraph.kernels.contract import ScoreBias
+from attngraph.kernels.contract import Modifiers
 from attngraph.planning.backends.base import Backend, Gradients, Results, width_factor
 from attngraph.planning.call import Call, Request
 from attngraph.planning.costs import Costs
@@ -40,12 +40,14 @@ class Dense(Backend):
             return "PyTorch's kernels have no forward-mode derivatives"
         if call.part and call.bias is not None:
             return "it has no bias as one of several parts"
+        if call.part and call.padding:
+            return "it has no padding as one of several parts"
         if call.part and call.transform is not None:
             return f"{call.transform} can't transform its backward pass as one of several parts"
         return "it has no dropout as one of several parts" if call.part and call.dropout else None
 
     def estimate(self, edges: EdgeSet, call: Call, costs: Costs) -> float:
-        plain = call.bias is None and not call.dropout
+        plain = self._is_plain(call)
         if plain and edges.closed_form is not None:
             return self._flash_seconds(edges.closed_form, edges.n, edges.m, call, costs)
         if plain and edges.documents is not None and call.transform is None:
@@ -63,10 +65,9 @@ class Dense(Backend):
         return costs.flash_s_per_pair_dim * call.head_dim * pairs * call.heads * width_factor(call) * half
 
     def build(self, edges: EdgeSet, call: Call) -> DenseLayout:
-        plain = call.bias is None and not call.dropout
         if edges.closed_form is not None:
             return DenseLayout(edges.closed_form, edges.n, edges.m, type(edges.closed_form).__name__.lower())
-        if plain and edges.documents is not None and call.transform is None:
+        if self._is_plain(call) and edges.documents is not None and call.transform is None:
             closed, lengths = edges.documents
             return DenseLayout(closed, edges.n, edges.m, type(closed).__name__.lower(), lengths)
         return DenseLayout(edges.graph, edges.n, edges.m, None)
@@ -76,22 +77,29 @@ class Dense(Backend):
         return DenseLayout(graph, n, m, None if closed is None else type(closed).__name__.lower())
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, layout: DenseLayout, bias: ScoreBias | None, scale: float
+        self, q: Tensor, k: Tensor, v: Tensor, layout: DenseLayout, modifiers: Modifiers
     ) -> tuple[Tensor, Tensor]:
-        assert bias is None  # as one of several parts: see supports
-        return kernels.forward(q, k, v, layout, None, scale)
+        assert modifiers[1:] == (None, None)  # as one of several parts: see supports
+        return kernels.forward(q, k, v, layout, modifiers)
 
-    def backward(self, q, k, v, out, lse, dout, dlse, layout, bias, scale, bias_grad) -> Gradients:
-        dq, dk, dv, _ = kernels.backward(q, k, v, out, lse, dout, dlse, layout, None, scale, bias_grad)
-        return dq, dk, dv, None
+    def backward(self, q, k, v, out, lse, dout, dlse, layout, modifiers, bias_grad) -> Gradients:
+        return kernels.backward(q, k, v, out, lse, dout, dlse, layout, modifiers, bias_grad)
+
+    @staticmethod
+    def _is_plain(call: Call) -> bool:
+        """Whether a flash kernel runs a closed form of it: all but a mask is in the way."""
+        return call.bias is None and not call.padding and not call.dropout
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, layout: DenseLayout, bias: Bias | None, request: Request
     ) -> Results:
         n, m, causal = q.shape[2], k.shape[2], layout.closed == "causal"
-        mask = layout.mask(q.device)
-        if causal and bias is not None:
+        mask, padding = layout.mask(q.device), request.attention_mask
+        if causal and (bias is not None or padding is not None):
             mask, causal = all_pairs_mask(layout.graph, n, m, q.device), False
+        if padding is not None:
+            real = padding[:, None, None, :]
+            mask = real if mask is None else mask & real
         values = None
         if bias is not None:
             values = over_pairs(bias, q, k, lambda: edges_of_heads(layout.graph, n, m, q.device))
@@ -103,7 +111,7 @@ class Dense(Backend):
         if layout.lengths:
             return False
         # On a GPU, PyTorch's own operator keeps the lse to itself; its kernels do not.
-        plain = call.bias is None and not call.dropout and call.transform is None
+        plain = self._is_plain(call) and call.transform is None
         return not (call.return_lse and call.device.type == "cuda" and layout.closed and plain and not call.compiled)
 
     def pairs(self, edges: EdgeSet, layout: DenseLayout) -> int:
@@ -113,5 +121,5 @@ class Dense(Backend):
         if layout.lengths:
             kinds = len({*layout.lengths})
             return f"{len(layout.lengths):,} documents of {kinds:,} lengths, each length a call of the flash kernel"
-        masked = layout.closed is None or (layout.closed == "causal" and call.bias is not None)
+        masked = layout.closed is None or (layout.closed == "causal" and (call.bias is not None or call.padding))
         return "all pairs, with a mask" if masked else f"{layout.graph} is what the flash kernel does"

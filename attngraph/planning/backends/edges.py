@@ -9,7 +9,7 @@ from torch import Tensor
 
 from attngraph.bias import Bias, over_edges
 from attngraph.graph.base import Graph
-from attngraph.kernels.contract import ScoreBias
+from attngraph.kernels.contract import Modifiers
 from attngraph.kernels.edge import edges as gathered
 from attngraph.planning.backends.base import Backend, Results, width_factor
 from attngraph.planning.call import Call, Request
@@ -41,7 +41,7 @@ class Edges(Backend):
         return edges_of_heads(graph, n, m, device)
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, layout: EdgesOfHeads, bias: ScoreBias | None, scale: float
+        self, q: Tensor, k: Tensor, v: Tensor, layout: EdgesOfHeads, modifiers: Modifiers
     ) -> tuple[Tensor, Tensor]:
         raise NotImplementedError("edges run by attend")
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from attngraph.bias import Bias, DenseBias, EdgeBias, check_edge_bias, over_pairs
 from attngraph.graph.base import Graph
-from attngraph.kernels.contract import ScoreBias
+from attngraph.kernels.contract import Modifiers
 from attngraph.kernels.reference import reference
 from attngraph.planning.backends.base import Backend, Results
 from attngraph.planning.call import Call, Request
@@ -27,7 +27,7 @@ class Reference(Backend):
     def supports(self, call: Call) -> str | None:
         if call.part:
             return "it runs all edges at once"
-        return "compiled programs have no loop over nodes" if call.compiled else None
+        return "compiled programs and tensors without numbers have no loop over nodes" if call.compiled else None
 
     def only_by_name(self, call: Call) -> str | None:
         return "only by name: it is the definition"
@@ -38,9 +38,7 @@ class Reference(Backend):
     def build(self, edges: EdgeSet, call: Call) -> Graph:
         return edges.graph
 
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, layout: Graph, bias: ScoreBias | None, scale: float
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, layout: Graph, modifiers: Modifiers) -> tuple[Tensor, Tensor]:
         raise NotImplementedError("the reference runs by attend")
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, layout: Graph, bias: Bias | None, request: Request) -> Results:

@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from attngraph.kernels.contract import ScoreBias
+from attngraph.kernels.contract import Modifiers
 from attngraph.planning.backends.base import Gradients, KernelBackend, width_factor
 from attngraph.planning.call import Call
 from attngraph.planning.costs import Costs
@@ -80,15 +80,13 @@ class TorchTiles(_TilesOfAnyKernel):
     def only_by_name(self, call: Call) -> str | None:
         return None if call.device.type == "cpu" else f"only by name on {call.device}"
 
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, layout: Tiles, bias: ScoreBias | None, scale: float
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, layout: Tiles, modifiers: Modifiers) -> tuple[Tensor, Tensor]:
         q, k, v = _widened(q, k, v)
-        return super().forward(q, k, v, layout, bias, scale)
+        return super().forward(q, k, v, layout, modifiers)
 
-    def backward(self, q, k, v, out, lse, dout, dlse, layout, bias, scale, bias_grad) -> Gradients:
+    def backward(self, q, k, v, out, lse, dout, dlse, layout, modifiers, bias_grad) -> Gradients:
         q, k, v, out, dout = _widened(q, k, v, out, dout)
-        return super().backward(q, k, v, out, lse, dout, dlse, layout, bias, scale, bias_grad)
+        return super().backward(q, k, v, out, lse, dout, dlse, layout, modifiers, bias_grad)
 
 
 class TritonTiles(_TilesOfAnyKernel):

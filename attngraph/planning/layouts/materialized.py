@@ -1,6 +1,7 @@
 """Masks and lists of edges of a graph, made once for a size and a device; also inside compiled programs.
 
-`torch.compile` sees one opaque operator that takes the graph as text, so that a compiled program serves every size.
+`torch.compile` sees one opaque operator that takes the graph by its handle, so that one program serves every graph and
+every size.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from attngraph import cache
 from attngraph.graph.base import Graph, at_size, list_edges
-from attngraph.graph.text import from_key
+from attngraph.graph.text import pack, tensors_are_fake, unpack
 
 MAX_MASK_BYTES = 1 << 26  # of a mask that is kept; larger ones cost less to build than to keep
 
@@ -36,7 +37,9 @@ class EdgesOfHeads(NamedTuple):
 def mask(graph: Graph, n: int, m: int, device: torch.device) -> Tensor:
     """The edges as a bool tensor (n, m) or (H, n, m), not to be changed; kept if it is small."""
     if torch.compiler.is_compiling():
-        return _mask_operator(graph._key, n, m, device)
+        return _mask_operator(*pack(graph), graph.heads or 0, n, m, device)
+    if device.type == "meta" or tensors_are_fake():
+        return torch.empty((graph.heads, n, m) if graph.heads else (n, m), dtype=torch.bool, device=device)
     if n * m > MAX_MASK_BYTES:
         return graph.mask(n, m, device)
     return cache.MASKS.get_or_make((graph, graph._state(), n, m, device), lambda: graph.mask(n, m, device))
@@ -45,7 +48,12 @@ def mask(graph: Graph, n: int, m: int, device: torch.device) -> Tensor:
 def edges_of_heads(graph: Graph, n: int, m: int, device: torch.device) -> EdgesOfHeads:
     """The edges as a list, not to be changed; kept."""
     if torch.compiler.is_compiling():
-        return EdgesOfHeads(*_edges_operator(graph._key, n, m, device))
+        return EdgesOfHeads(*_edges_operator(*pack(graph), graph.heads or 0, n, m, device))
+    if device.type == "meta" or tensors_are_fake():
+        with torch._C._DisableTorchDispatch(), torch.device("cpu"):
+            count = graph.num_edges(n, m)
+        query, key = (torch.empty(count, dtype=torch.int64, device=device) for _ in range(2))
+        return EdgesOfHeads(query, key, torch.empty(graph.heads or 0, count, dtype=torch.bool, device=device))
     return cache.EDGES.get_or_make((graph, graph._state(), n, m, device), lambda: _listed(graph, n, m, device))
 
 
@@ -59,25 +67,26 @@ def _listed(graph: Graph, n: int, m: int, device: torch.device) -> EdgesOfHeads:
 
 
 @torch.library.custom_op("attngraph::mask", mutates_args=())
-def _mask_operator(graph: str, n: int, m: int, device: torch.device) -> Tensor:
-    found = mask(from_key(graph), n, m, device)
+def _mask_operator(graph: str, tensors: list[Tensor], heads: int, n: int, m: int, device: torch.device) -> Tensor:
+    found = mask(unpack(graph, tensors), n, m, device)
     return found if n * m > MAX_MASK_BYTES else found.clone()  # an operator's result belongs to its caller
 
 
 @_mask_operator.register_fake
-def _(graph: str, n: int, m: int, device: torch.device) -> Tensor:
-    heads = from_key(graph).heads
-    return torch.empty((n, m) if heads is None else (heads, n, m), dtype=torch.bool, device=device)
+def _(graph: str, tensors: list[Tensor], heads: int, n: int, m: int, device: torch.device) -> Tensor:
+    return torch.empty((heads, n, m) if heads else (n, m), dtype=torch.bool, device=device)
 
 
 @torch.library.custom_op("attngraph::edges", mutates_args=())
-def _edges_operator(graph: str, n: int, m: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    query, key, member = edges_of_heads(from_key(graph), n, m, device)
+def _edges_operator(
+    graph: str, tensors: list[Tensor], heads: int, n: int, m: int, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    query, key, member = edges_of_heads(unpack(graph, tensors), n, m, device)
     return query.clone(), key.clone(), member.clone()
 
 
 @_edges_operator.register_fake
-def _(graph: str, n: int, m: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+def _(graph: str, tensors: list[Tensor], heads: int, n: int, m: int, device: torch.device):
     count = torch.library.get_ctx().new_dynamic_size()
     query, key = (torch.empty(count, dtype=torch.int64, device=device) for _ in range(2))
-    return query, key, torch.empty(from_key(graph).heads or 0, count, dtype=torch.bool, device=device)
+    return query, key, torch.empty(heads, count, dtype=torch.bool, device=device)

@@ -119,7 +119,6 @@ def test_bad_input_is_an_error(make, message):
         (lambda: Causal() & torch.ones(2, 2), r"got a Tensor\); a mask becomes one by from_dense"),
         (lambda: torch.ones(2, 2) & Causal(), r"got a Tensor\); a mask becomes one by from_dense"),
         (lambda: Causal() & Window, r"did you mean Window\(\)"),
-        (lambda: to_networkx(torch.ones(2, 2)), r"graph must be a Graph .* from_dense\(mask\)"),
     ],
 )
 def test_what_was_meant_is_told(make, message):

@@ -442,7 +442,9 @@ class Graph:
         heads = graph.heads or 1
         if n * m * heads <= PAIRS_PER_STEP:
             return graph.contains(torch.arange(n, device=device)[:, None], torch.arange(m, device=device)[None])
-        require_memory(n * m * heads, f"for the mask of {graph} at {n} × {m}", device and torch.device(device))
+        require_memory(
+            n * m * heads, f"for the mask of {graph} at {n} × {m}", None if device is None else torch.device(device)
+        )
         found = torch.empty((n, m) if graph.heads is None else (heads, n, m), dtype=torch.bool, device=device)
         for start, rows in scanned(graph, n, m, device):
             found[..., start : start + rows.shape[-2], :] = rows
@@ -691,7 +693,7 @@ def lists_rows(graph: Graph, n: int, m: int) -> bool:
 def _of_any_head(graph: Graph, n: int, m: int) -> Graph:
     """The union of the graphs of all heads."""
     different = tuple(dict.fromkeys(graph._head(h) for h in range(cast(int, graph.heads))))
-    return bind(algebra.Union(different) if len(different) > 1 else different[0], n, m)
+    return bind(algebra.Union(different) if len(different) > 1 else graph._head(0), n, m)
 
 
 def scanned(graph: Graph, n: int, m: int, device: torch.device | str | None = None) -> Iterator[tuple[int, Tensor]]:

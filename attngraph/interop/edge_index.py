@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from attngraph import cache
@@ -11,7 +13,9 @@ from attngraph.graph.edge_list import EdgeList, fingerprint, integer_tensor
 
 
 @checked
-def from_edge_index(edge_index: Tensor, num_nodes: int | tuple[int, int] | None = None) -> EdgeList:
+def from_edge_index(
+    edge_index: Tensor | Sequence[Sequence[int]], num_nodes: int | tuple[int, int] | None = None
+) -> EdgeList:
     """A graph from PyG's `edge_index` (2, E): row 0 the source = key, row 1 the target = query.
 
     `num_nodes` is the number of nodes, queries and keys alike, or a pair (num_queries, num_keys) where these are two

@@ -244,7 +244,7 @@ def _masks(graph: Graph, n: int, m: int, tile: tuple[int, int], top: Tensor, lef
         packed.append(pack(edge & (query < n) & (key < m)))
         if len(packed) == 2:
             pairs = len(top) * tile[0] * tile[1]
-            warn_if_long(graph, pairs, (time.perf_counter() - began) * len(top) / len(chunk))
+            warn_if_long(graph, pairs, (time.perf_counter() - began) * len(top) / max(len(chunk), 1))
     return torch.cat(packed)
 
 

@@ -86,7 +86,7 @@ def cases():
     yield from ((graph, graph.size[0]) for graph in OF_THEIR_SIZE)
 
 
-SMALL_SHARE = ["num_edges", "edge_index", "in_degrees", "mask", "spans", "plan"]
+SMALL_SHARE = ["num_edges", "mask", "in_degrees"]
 
 
 @pytest.mark.parametrize(

@@ -29,8 +29,10 @@ def from_edge_index(
     EdgeList([[0, 1], [1, 2]], size=(3, 3))
     """
     given, num_nodes = integer_tensor(edge_index), plain_int(num_nodes)
-    by_version = isinstance(edge_index, Tensor) and edge_index.is_cuda and not edge_index.is_inference()
-    state = (*given.shape, edge_index.data_ptr(), edge_index._version) if by_version else fingerprint(given)
+    if isinstance(edge_index, Tensor) and edge_index.is_cuda and not edge_index.is_inference():
+        state = (*given.shape, edge_index.data_ptr(), edge_index._version)
+    else:
+        state = fingerprint(given)
     wanted = repr(num_nodes), state
     known = cache.EDGE_INDEX.get(edge_index) if isinstance(edge_index, Tensor) else None
     if known is not None and known[0] == wanted:

@@ -405,6 +405,8 @@ class Graph:
     def rows(self, start: int, stop: int) -> Graph:
         """The queries start … stop-1, renumbered from 0, with all the keys: for decoding and for partitions.
 
+        Biases of distances and rotary positions know that query 0 stands at key `start`.
+
         >>> from attngraph import Causal
         >>> Causal().rows(2, 3).mask(1, 4).int()
         tensor([[1, 1, 1, 0]], dtype=torch.int32)

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from attngraph.arguments import checked, shown
-from attngraph.graph import counting
-from attngraph.graph.algebra import Difference, Empty, Intersection, Sized, SymmetricDifference, Union
-from attngraph.graph.base import BYTES_PER_NODE, BYTES_PER_PAIR, Graph, at_size, list_edges, require_ints
+from attngraph.graph import algebra, counting
+from attngraph.graph.base import Graph, at_size, require_ints
 from attngraph.graph.boxes import require_memory
 from attngraph.graph.compose import PerHead
+from attngraph.graph.listing import BYTES_PER_NODE, BYTES_PER_PAIR, list_edges
 from attngraph.graph.patterns import Causal, Identity, Window
 
 FAR = 1 << 20  # the number of nodes at which a graph that fits any size is looked at
@@ -47,13 +47,13 @@ def _is_causal_by_form(graph: Graph) -> bool:
             return offset <= 0
         case Window(_, right):
             return right == 0
-        case Empty() | Identity():
+        case algebra.Empty() | Identity():
             return True
-        case Intersection(graphs):
+        case algebra.Intersection(graphs):
             return any(map(_is_causal_by_form, graphs))
-        case Union(graphs) | PerHead(graphs) | SymmetricDifference(graphs):
+        case algebra.Union(graphs) | PerHead(graphs) | algebra.SymmetricDifference(graphs):
             return all(map(_is_causal_by_form, graphs))
-        case Difference((a, _)) | Sized(a):
+        case algebra.Difference((a, _)) | algebra.Sized(a):
             return _is_causal_by_form(a)
     return False
 

@@ -27,7 +27,8 @@ from triton.runtime.jit import JITFunction
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from attngraph import Prefix, Window
-from attngraph.graph.base import at_size, list_edges
+from attngraph.graph.base import at_size
+from attngraph.graph.listing import list_edges
 from attngraph.kernels.contract import Modifiers, ScoreBias
 from attngraph.kernels.triton import rows as rows_triton
 from attngraph.kernels.triton import tiles as tiles_triton

@@ -35,7 +35,8 @@ from attngraph import (
     from_function,
     plan,
 )
-from attngraph.graph.base import at_size, split
+from attngraph.graph.base import at_size
+from attngraph.graph.listing import split
 from attngraph.graph.rewrite import simplify
 
 N = 512

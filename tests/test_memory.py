@@ -95,7 +95,7 @@ SMALL_SHARE = ["num_edges", "mask", "in_degrees"]
 )
 def test_a_question_is_answered_or_refused_with_a_number(name, monkeypatch):
     monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=LIMIT))
-    monkeypatch.setattr("attngraph.graph.base.LONG_SECONDS", 2)
+    monkeypatch.setattr("attngraph.graph.listing.LONG_SECONDS", 2)
     sizes = {10**5} if name in SMALL_SHARE else {10**5, 10**6, LARGE}
     for graph, n in cases():
         if graph.size[0] is None and n not in sizes:
@@ -134,6 +134,6 @@ def test_a_chain_of_a_tree_is_planned_as_causal_is():
 
 
 def test_a_long_look_is_announced(monkeypatch):
-    monkeypatch.setattr("attngraph.graph.base.LONG_SECONDS", 0)
+    monkeypatch.setattr("attngraph.graph.listing.LONG_SECONDS", 0)
     with pytest.warns(UserWarning, match=r"25,000,000 pairs of Own\(\) are looked at one by one"):
         Own().num_edges(5_000, 5_000)

@@ -8,7 +8,8 @@ import torch
 from interpreter import round_as_hardware
 
 from attngraph import Causal, EdgeBias, Random, Window, attend, from_dense
-from attngraph.graph.base import at_size, list_edges
+from attngraph.graph.base import at_size
+from attngraph.graph.listing import list_edges
 from attngraph.kernels.contract import Modifiers, ScoreBias
 from attngraph.planning.layouts import csr
 from attngraph.planning.layouts.csr import CSR

@@ -11,7 +11,8 @@ from hypothesis import given
 from test_properties import sized_graphs
 
 from attngraph import Causal, Window, parse
-from attngraph.graph.base import at_size, split
+from attngraph.graph.base import at_size
+from attngraph.graph.listing import split
 from attngraph.graph.rewrite import (
     _rewritten,
     _rewritten_intersection,

@@ -14,22 +14,7 @@ import torch
 from torch import Tensor
 
 from attngraph.graph import counting
-from attngraph.graph.base import (
-    BYTES_PER_EDGE,
-    Edges,
-    Graph,
-    IsListed,
-    Listed,
-    Split,
-    bind,
-    common_size,
-    count_edges,
-    has_lists_alone,
-    list_edges,
-    merge_edges,
-    require_ints,
-    sort_edges,
-)
+from attngraph.graph.base import Edges, Graph, bind, common_size, require_ints
 from attngraph.graph.boxes import (
     EMPTY,
     FULL,
@@ -42,6 +27,17 @@ from attngraph.graph.boxes import (
     row_ids,
 )
 from attngraph.graph.counting import Breakpoints, stretches
+from attngraph.graph.listing import (
+    BYTES_PER_EDGE,
+    IsListed,
+    Listed,
+    Split,
+    count_edges,
+    has_lists_alone,
+    list_edges,
+    merge_edges,
+    sort_edges,
+)
 from attngraph.graph.sharing import moved
 
 PAIRS_PER_EDGE = 16  # pairs that can be looked at for what listing an edge costs

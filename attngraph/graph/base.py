@@ -5,43 +5,42 @@ No kernels, no devices, no weights: a graph is a value that answers questions ab
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import struct
-import time
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import MISSING, FrozenInstanceError, dataclass, fields, replace
-from inspect import get_annotations
-from operator import index
-from types import FunctionType
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, SupportsIndex, cast, dataclass_transform
+from typing import TYPE_CHECKING, Any, ClassVar, SupportsIndex, cast, dataclass_transform
 
 import torch
 from torch import Tensor
 
 from attngraph import cache
-from attngraph.arguments import checked, shown
+from attngraph.arguments import checked
 from attngraph.graph import boxes as of_boxes
-from attngraph.graph import counting
 from attngraph.graph.boxes import Boxes, require_memory
 from attngraph.graph.counting import Breakpoints
 from attngraph.graph.sharing import once
+from attngraph.graph.values import (
+    argument,
+    check_found,
+    exact,
+    plain_int,
+    put_plainly,
+    refuse_old_hooks,
+    refuse_reserved_fields,
+    require_values,
+    shortened,
+)
+
+if TYPE_CHECKING:
+    from attngraph.graph.listing import IsListed, Split
 
 Size = tuple[int | None, int | None]
 Edges = tuple[Tensor, Tensor]
 """Edges as (query, key), each int64 (E,), sorted by query, then key."""
 
-PAIRS_PER_STEP = 1 << 24  # pairs (query, key) that a scan of a predicate looks at in one step: 16 MiB of bools
-BYTES_PER_PAIR = 16  # about what `contains` takes for each
-BYTES_PER_NODE = 32  # about what counting takes for each node
-BYTES_PER_EDGE = 60  # about what listing takes for each edge, temporary tensors included
-LONG_SECONDS = 30  # of a scan that warns
-MAX_PAIRS = 1 << 40  # that are looked at one by one: hours
 LARGEST = 1 << 61  # of the numbers of a graph: sums and differences of two stay within int64
 MAX_DEPTH = 210  # operations within each other: some Python frames each
 MAX_TERMS_TOLD, MAX_TERMS_WRITTEN = 100, 1 << 20  # of an expression that `str` and `repr` write out
-MAX_KEY = 4096  # characters of a key; longer ones are named by their hash
 _CLASS_NUMBERS = itertools.count(1)
 
 
@@ -132,17 +131,19 @@ class Graph:
     def _edges(self, n: int, m: int) -> Edges:
         """All edges, sorted; the default scans `contains`."""
         found = [torch.empty(0, 2, dtype=torch.int64)]
-        for start, inside in scanned(self, n, m):
+        for start, inside in listing.scanned(self, n, m):
             found.append(inside.nonzero() + torch.tensor([start, 0]))
             rows = start + len(inside)
             so_far = sum(map(len, found)) * n // rows
-            require_memory(so_far * BYTES_PER_EDGE, f"to list the about {so_far:,} edges of {self} at {n} × {m}")
+            require_memory(
+                so_far * listing.BYTES_PER_EDGE, f"to list the about {so_far:,} edges of {self} at {n} × {m}"
+            )
         query, key = torch.cat(found).unbind(1)
         return query, key
 
     def _edges_of_rows(self, start: int, stop: int, n: int, m: int) -> Edges:
         """The edges of the queries start … stop-1, renumbered from 0; the default chooses among those of all n."""
-        if not _defines(self, "_edges"):
+        if not defines(self, "_edges"):
             return Graph._edges(self.rows(start, stop), stop - start, m)
         query, key = self._edges(n, m)
         inside = (query >= start) & (query < stop)
@@ -150,9 +151,9 @@ class Graph:
 
     def _count(self, n: int, m: int) -> int:
         """The number of edges; the default lists them, or scans `contains`."""
-        if _defines(self, "_edges"):
+        if defines(self, "_edges"):
             return len(self._edges(n, m)[0])
-        return sum(int(inside.sum()) for _, inside in scanned(self, n, m))
+        return sum(int(inside.sum()) for _, inside in listing.scanned(self, n, m))
 
     def _classify_boxes(self, boxes: Boxes) -> Tensor:
         """EMPTY, PARTIAL or FULL for each box (see `boxes`), int8; PARTIAL is always safe."""
@@ -164,11 +165,11 @@ class Graph:
 
     def _found_by_listing(self) -> bool:
         """Whether to find the edges by listing them, rather than by boxes: true of a graph that can do only that."""
-        return _defines(self, "_edges") and not _defines(self, "_classify_boxes")
+        return defines(self, "_edges") and not defines(self, "_classify_boxes")
 
     def _split(self, n: int, m: int, is_listed: IsListed) -> Split:
         """The graph without those parts that are to be listed, and where these lie."""
-        return (algebra.nothing(self), (Listed(self, n, m),)) if is_listed(self, n, m) else (self, ())
+        return (algebra.nothing(self), (listing.Listed(self, n, m),)) if is_listed(self, n, m) else (self, ())
 
     def _waits(self) -> bool:
         """Whether `_bind` would tell the graph something that it does not know."""
@@ -189,7 +190,7 @@ class Graph:
         names = [field.name for field in fields(cast(Any, self))]
         while names and names[-1] in self._defaults and getattr(self, names[-1]) == self._defaults[names[-1]]:
             names.pop()
-        given = (_argument(getattr(self, name), inner) for name in names)
+        given = (argument(getattr(self, name), inner) for name in names)
         return f"{type(self).__name__}({', '.join(given)})"
 
     def _write_key(self) -> str:
@@ -231,11 +232,11 @@ class Graph:
 
     def __init_subclass__(cls, **options: Any):
         super().__init_subclass__(**options)
-        _refuse_reserved_fields(cls)
-        _refuse_old_hooks(cls)
+        refuse_reserved_fields(cls, {name for name in vars(Graph) if not name.startswith("__")} | _ATTRIBUTES)
+        refuse_old_hooks(cls)
         owner = _owner(cls, "contains")
         if owner is cls or not issubclass(owner, Graph):
-            setattr(cls, "contains", once(cls.contains, _checked))  # noqa: B010  its type stays
+            setattr(cls, "contains", once(cls.contains, check_found))  # noqa: B010  its type stays
         for name in _ASKED_ONCE & vars(cls).keys():
             setattr(cls, name, once(getattr(cls, name)))
         for name in _FOLLOWS_CONTAINS:
@@ -252,10 +253,10 @@ class Graph:
 
     def __post_init__(self):
         if not torch.compiler.is_compiling():
-            _put_plainly(self)
+            put_plainly(self)
         self._check()
         if not torch.compiler.is_compiling():
-            _require_values(self)
+            require_values(self, type(self).__hash__ is Graph.__hash__)
         children = self._children
         self._set(_terms=1 + sum(part._terms for part in children))
         self._set(_depth=1 + max((part._depth for part in children), default=-1))
@@ -271,7 +272,7 @@ class Graph:
         self._set(_may_change=any(part._may_change for part in children) or type(self)._state is not Graph._state)
         self._set(_unbound=self._waits())
         if not torch.compiler.is_compiling():
-            key, equal, handle = cache.COMPILED.register(_shortened(self._write_key()), self)
+            key, equal, handle = cache.COMPILED.register(shortened(self._write_key()), self)
             self._set(_key=key, _handle=handle, _equal=equal)  # which lives as long as this one: its key names both
 
     def _set(self, **values: object) -> None:
@@ -310,7 +311,7 @@ class Graph:
 
     def _values(self) -> tuple:
         """What makes the graph equal to others of its class."""
-        return tuple(_exact(getattr(self, field.name)) for field in fields(cast(Any, self)))
+        return tuple(exact(getattr(self, field.name)) for field in fields(cast(Any, self)))
 
     def __eq__(self, other: object) -> bool:
         if self is other:
@@ -332,8 +333,7 @@ class Graph:
     def __repr__(self) -> str:
         if self._terms > MAX_TERMS_WRITTEN:
             return self._named()
-        inner = repr if self._depth <= MAX_DEPTH // 2 else Graph.__repr__  # repr itself takes some of Python's depth
-        return self._write(inner)
+        return self._write(repr if self._depth <= MAX_DEPTH // 2 else Graph.__repr__)  # repr itself takes some depth
 
     def __str__(self) -> str:
         return self._write(str) if self._terms <= MAX_TERMS_TOLD else self._named()
@@ -442,13 +442,13 @@ class Graph:
         """The edges as a bool tensor (n, m), or (H, n, m): rows are queries, columns are keys, True is an edge."""
         graph, n, m = at_size(self, n, m)
         heads = graph.heads or 1
-        if n * m * heads <= PAIRS_PER_STEP:
+        if n * m * heads <= listing.PAIRS_PER_STEP:
             return graph.contains(torch.arange(n, device=device)[:, None], torch.arange(m, device=device)[None])
         require_memory(
             n * m * heads, f"for the mask of {graph} at {n} × {m}", None if device is None else torch.device(device)
         )
         found = torch.empty((n, m) if graph.heads is None else (heads, n, m), dtype=torch.bool, device=device)
-        for start, rows in scanned(graph, n, m, device):
+        for start, rows in listing.scanned(graph, n, m, device):
             found[..., start : start + rows.shape[-2], :] = rows
         return found
 
@@ -464,7 +464,7 @@ class Graph:
                 [0, 1, 1]])
         """
         graph, n, m = at_size(self, n, m)
-        query, key = list_edges(graph, n, m)
+        query, key = listing.list_edges(graph, n, m)
         return torch.stack([key, query])
 
     def num_edges(self, n: int | None = None, m: int | None = None) -> int:
@@ -475,17 +475,17 @@ class Graph:
         500000000500000000
         """
         graph, n, m = at_size(self, n, m)
-        return count_edges(graph, n, m)
+        return listing.count_edges(graph, n, m)
 
     def in_degrees(self, n: int | None = None, m: int | None = None) -> Tensor:
         """How many keys each query hears: int64 (n,)."""
         graph, n, m = at_size(self, n, m)
-        return count_keys(graph, n, m)
+        return listing.count_keys(graph, n, m)
 
     def out_degrees(self, n: int | None = None, m: int | None = None) -> Tensor:
         """How many queries hear each key: int64 (m,)."""
         graph, n, m = at_size(self, n, m)
-        return count_keys(graph.T, m, n)
+        return listing.count_keys(graph.T, m, n)
 
     @checked
     def spans(self, start: int, stop: int, n: int | None = None, m: int | None = None) -> list[tuple[int, int]]:
@@ -498,8 +498,8 @@ class Graph:
         graph, n, m = at_size(self, n, m)
         if not 0 <= start <= stop <= n:
             raise ValueError(f"spans needs 0 <= start <= stop <= {n}, the number of queries (got {start} and {stop})")
-        part = bind((_of_any_head(graph, n, m) if graph.heads else graph).rows(start, stop), stop - start, m)
-        rest, (query, key) = split(part, stop - start, m)
+        part = bind((listing.of_any_head(graph, n, m) if graph.heads else graph).rows(start, stop), stop - start, m)
+        rest, (query, key) = listing.split(part, stop - start, m)
         return of_boxes.spans(rest, 0, stop - start, m, torch.unique(key[part.contains(query, key)]))
 
 
@@ -517,7 +517,7 @@ for _name in ("_bind", "_head", "_state"):
     setattr(Graph, _name, once(getattr(Graph, _name)))
 
 
-def _defines(graph: Graph, name: str) -> bool:
+def defines(graph: Graph, name: str) -> bool:
     """Whether the class of a graph has another hook than Graph itself."""
     return getattr(type(graph), name) is not getattr(Graph, name)
 
@@ -561,169 +561,6 @@ def _head_of(graph: Graph, index: int) -> Graph:
     return graph._head(index)
 
 
-class Listed(NamedTuple):
-    """A graph whose edges are listed, and where they lie in a larger one."""
-
-    graph: Graph
-    n: int
-    m: int
-    row: int = 0
-    """Of the larger one, the query that is its first query, or its first key if it lies transposed."""
-    column: int = 0
-    is_transposed: bool = False
-
-    def moved(self, rows: int, columns: int) -> Listed:
-        """The same, further down and to the right."""
-        return self._replace(row=self.row + rows, column=self.column + columns)
-
-    @property
-    def transposed(self) -> Listed:
-        """The same after queries and keys changed places."""
-        return self._replace(row=self.column, column=self.row, is_transposed=not self.is_transposed)
-
-    @property
-    def cost(self) -> int:
-        """About how many edges are to be listed."""
-        return self.graph._count(self.n, self.m) if _defines(self.graph, "_count") else self.n * self.m
-
-    def edges(self, n: int, m: int) -> Edges:
-        """Those within the n queries and m keys of the larger graph."""
-        if self.is_transposed:
-            key, query = self.graph._edges(self.n, self.m)
-        else:
-            start, stop = max(0, -self.row), min(self.n, n - self.row)
-            if start == 0 and stop == self.n:
-                query, key = self.graph._edges(self.n, self.m)
-            else:
-                query, key = self.graph._edges_of_rows(start, max(start, stop), self.n, self.m)
-                query = query + start
-        query, key = query + self.row, key + self.column
-        inside = (query >= 0) & (query < n) & (key >= 0) & (key < m)
-        return query[inside], key[inside]
-
-
-IsListed = Callable[[Graph, int, int], bool]
-Split = tuple[Graph, tuple[Listed, ...]]
-
-
-def split(graph: Graph, n: int, m: int, is_listed: IsListed | None = None) -> tuple[Graph, Edges]:
-    """A graph, to be found box by box, that agrees with this one in all pairs but those of a list, sorted.
-
-    `is_listed` says which parts of the expression are listed: by default those whose edges are found by listing them.
-
-    >>> from attngraph import parse
-    >>> split(parse("Causal() & (Window(8, 0) | Random(2, 0, 9))"), 9, 9)[0]
-    Causal() & (Window(8, 0) | Empty().sized(None, 9))
-    """
-    rest, listed = graph._split(n, m, is_listed or _is_found_by_listing)
-    return rest, merge_edges([each.edges(n, m) for each in dict.fromkeys(listed)], m)
-
-
-def _is_found_by_listing(graph: Graph, n: int, m: int) -> bool:
-    return graph._found_by_listing()
-
-
-def has_lists_alone(graph: Graph, n: int, m: int) -> bool:
-    """Whether a graph can't be counted by its lines, and its edges can be listed."""
-    return _defines(graph, "_edges") and graph._breakpoints(n, m) is None
-
-
-def _by_lines(graph: Graph, n: int, m: int) -> tuple[Graph, Edges, Edges] | None:
-    """A graph that can be counted by its lines, and the edges, sorted, that this one has and lacks besides; or None."""
-    rest, listed = graph._split(n, m, has_lists_alone)
-    if rest._breakpoints(n, m) is None or any(each.graph is graph for each in listed):
-        return None
-    if not listed:
-        return rest, no_edges(), no_edges()
-    query, key = merge_edges([each.edges(n, m) for each in dict.fromkeys(listed)], m)
-    here, there = graph.contains(query, key), rest.contains(query, key)
-    more, less = here & ~there, there & ~here
-    return rest, (query[more], key[more]), (query[less], key[less])
-
-
-def list_edges(graph: Graph, n: int, m: int) -> Edges:
-    """All edges, sorted, of a graph that is bound to its size; where heads have graphs of their own, those of any."""
-    if graph.heads:
-        return list_edges(_of_any_head(graph, n, m), n, m)
-    parts = _by_lines(graph, n, m)
-    found = None if parts is None else counting.edges(parts[0], n, m)
-    if parts is None or found is None:
-        return graph._edges(n, m)
-    _, more, less = parts
-    if len(less[0]):
-        kept = ~torch.isin(found[0] * m + found[1], less[0] * m + less[1], assume_unique=True)
-        found = found[0][kept], found[1][kept]
-    return merge_edges([found, more], m) if len(more[0]) else found
-
-
-def count_edges(graph: Graph, n: int, m: int) -> int:
-    """The number of edges of a graph that is bound to its size; where heads have their own, those of any."""
-    if graph.heads:
-        return count_edges(_of_any_head(graph, n, m), n, m)
-    found = counting.count(graph, n, m)
-    if found is not None:
-        return found
-    parts = None if _defines(graph, "_count") else _by_lines(graph, n, m)
-    found = None if parts is None else counting.count(parts[0], n, m)
-    if parts is None or found is None:
-        return graph._count(n, m)
-    return found + len(parts[1][0]) - len(parts[2][0])
-
-
-def count_keys(graph: Graph, n: int, m: int) -> Tensor:
-    """How many keys each query of a graph that is bound to its size hears: int64 (n,)."""
-    if graph.heads:
-        return count_keys(_of_any_head(graph, n, m), n, m)
-    require_memory(n * BYTES_PER_NODE, f"for the degrees of {graph} at {n} × {m}")
-    parts = _by_lines(graph, n, m)
-    found = None if parts is None else counting.in_degrees(parts[0], n, m)
-    if parts is not None and found is not None:
-        more, less = (torch.bincount(query, minlength=n) for query, _ in parts[1:])
-        return found + more - less
-    if _defines(graph, "_edges"):
-        return torch.bincount(graph._edges(n, m)[0], minlength=n)
-    return torch.cat([torch.empty(0, dtype=torch.int64), *(inside.sum(1) for _, inside in scanned(graph, n, m))])
-
-
-def lists_rows(graph: Graph, n: int, m: int) -> bool:
-    """Whether the edges of some queries cost as much as they are, not as much as those of all queries."""
-    rest, listed = graph._split(n, m, has_lists_alone)
-    apart = (not each.is_transposed and _defines(each.graph, "_edges_of_rows") for each in listed)
-    return rest._breakpoints(n, m) is not None and all(apart)
-
-
-def _of_any_head(graph: Graph, n: int, m: int) -> Graph:
-    """The union of the graphs of all heads."""
-    different = tuple(dict.fromkeys(graph._head(h) for h in range(cast(int, graph.heads))))
-    return bind(algebra.Union(different) if len(different) > 1 else graph._head(0), n, m)
-
-
-def scanned(graph: Graph, n: int, m: int, device: torch.device | str | None = None) -> Iterator[tuple[int, Tensor]]:
-    """The mask, some queries at a time: the first of them, and their rows (some, m), or (H, some, m)."""
-    if n * m > MAX_PAIRS:
-        raise ValueError(
-            f"all {n * m:,} pairs of {graph} would have to be looked at one by one (at most {MAX_PAIRS:,} are): use "
-            f"fewer nodes, rows of it, graph.rows(start, stop), or closed forms; a class may define _edges"
-        )
-    step, began = max(1, PAIRS_PER_STEP // max(m * (graph.heads or 1), 1)), time.perf_counter()
-    require_memory(min(step, n) * m * BYTES_PER_PAIR, f"to look at the {m:,} keys of a query of {graph}")
-    key = torch.arange(m, device=device)[None]
-    for start in range(0, n, step):
-        yield start, graph.contains(torch.arange(start, min(start + step, n), device=device)[:, None], key)
-        if start == 0:
-            warn_if_long(graph, n * m, (time.perf_counter() - began) * n / step)
-
-
-def warn_if_long(graph: Graph, pairs: int, seconds: float) -> None:
-    """Warn where looking at all pairs is expected to take long."""
-    if seconds > LONG_SECONDS:
-        warnings.warn(
-            f"{pairs:,} pairs of {graph} are looked at one by one, which takes about {seconds:.0f} s: a class that "
-            f"defines _classify_boxes, _breakpoints or _edges is found without",
-            stacklevel=2,
-        )
-
-
 # -------------------------------------------------------------------------------------------- how a class is made
 
 
@@ -746,132 +583,6 @@ def _is_operand(other: object) -> bool:
             f"from_dense(mask)"
         )
     return isinstance(other, Graph)
-
-
-_HOOKS_OF_0_1 = {
-    "blocks": ("_classify_boxes", 2), "pattern": ("_box_pattern", 2), "lines": ("_breakpoints", 3),
-    "edges": ("_edges", 3), "list_edges": ("_edges", 3), "edges_of": ("_edges_of_rows", 4), "count": ("_count", 3),
-    "count_edges": ("_count", 3), "own_size": ("_own_size", 1), "check": ("_check", 1), "bind": ("_bind", 3),
-}  # fmt: skip
-"""What was a hook in version 0.1, what it is now, and how many arguments it takes."""
-
-
-def _refuse_old_hooks(cls: type[Graph]) -> None:
-    """Raise if a class defines a hook by the name of an earlier version, which nobody would call."""
-    for name, (today, arguments) in _HOOKS_OF_0_1.items():
-        hook = vars(cls).get(name)
-        if isinstance(hook, FunctionType) and hook.__code__.co_argcount == arguments:
-            raise TypeError(
-                f"{cls.__name__} defines {name}, which was a hook of graphs before version 0.2 and is {today} now: "
-                f"rename it; a method of yours needs another name"
-            )
-
-
-def _refuse_reserved_fields(cls: type[Graph]) -> None:
-    """Raise if a field would hide what every graph has."""
-    reserved = {name for name in vars(Graph) if not name.startswith("__")} | _ATTRIBUTES
-    for name in get_annotations(cls):
-        if name in reserved:
-            raise TypeError(
-                f"{cls.__name__} can't have a field called {name!r}: every graph has an attribute of this name; "
-                f"choose another one"
-            )
-
-
-def _flat(value: object) -> Iterator[object]:
-    """A value, or what tuples within tuples hold."""
-    if isinstance(value, tuple):
-        for part in value:
-            yield from _flat(part)
-    else:
-        yield value
-
-
-def _require_values(graph: Graph) -> None:
-    """Raise unless every field is a value: what can't be compared can't be looked up."""
-    for field in fields(cast(Any, graph)):
-        value = getattr(graph, field.name)
-        if any(isinstance(part, Tensor) for part in _flat(value)):
-            raise TypeError(
-                f"field {field.name!r} of {type(graph).__name__} must be a number, a tuple or a graph, so that the "
-                f"graph is a value (got a Tensor): give it as a tuple, tensor.tolist(), or make an EdgeList"
-            )
-        try:
-            if type(graph).__hash__ is Graph.__hash__:
-                hash(value)
-        except TypeError:
-            raise TypeError(
-                f"field {field.name!r} of {type(graph).__name__} must be hashable, so that the graph is a value (got a "
-                f"{type(value).__name__}): give a tuple, or turn it into one in _check"
-            ) from None
-
-
-def _checked(graph: Graph, q_idx: Tensor, kv_idx: Tensor, found: Tensor) -> Tensor:
-    """What `contains` has found, known to be a bool for every pair."""
-    if not isinstance(found, Tensor) or found.dtype != torch.bool:
-        kind = found.dtype if isinstance(found, Tensor) else type(found).__name__
-        raise TypeError(f"contains of {type(graph).__name__} must return a bool tensor (got {kind}); use == < & |")
-    pairs = torch.broadcast_shapes(q_idx.shape, kv_idx.shape)
-    shape = pairs if graph.heads is None else (graph.heads, *pairs)
-    try:
-        return found.expand(shape)
-    except RuntimeError:
-        raise ValueError(
-            f"contains of {type(graph).__name__} must return one bool for each pair, of shape {tuple(shape)} (got "
-            f"{tuple(found.shape)}): compare q_idx with kv_idx element by element"
-        ) from None
-
-
-def plain_int(value: Any) -> Any:
-    """An integer of NumPy, or a tensor of one, as an int; anything else as it is."""
-    if isinstance(value, int) or not isinstance(value, SupportsIndex) or getattr(value, "ndim", 0):
-        return value
-    try:
-        return value if str(getattr(value, "dtype", "")).endswith("bool") else index(value)
-    except (TypeError, RuntimeError):
-        return value
-
-
-def _put_plainly(graph: Graph) -> None:
-    """Integers of any kind in the fields of a graph as ints, so that equal graphs are equal; raise for no operands."""
-    for field in fields(cast(Any, graph)):
-        value = getattr(graph, field.name)
-        if field.type in ("Graph", Graph) and not isinstance(value, Graph):
-            raise TypeError(f"{field.name} of {type(graph).__name__} must be a Graph (got {shown(value)})")
-        plain = plain_int(value)
-        if isinstance(value, tuple) and not _PLAIN.issuperset(map(type, value)):
-            plain = type(value)(map(plain_int, value)) if type(value) is tuple else value
-        if plain is not value:
-            graph._set(**{field.name: plain})
-
-
-def _exact(value: object) -> object:
-    """A value that equals no other that reads differently: True is not 1, 0.0 not -0.0; a NaN is itself."""
-    if isinstance(value, float):
-        return type(value), struct.pack("<d", value)
-    if isinstance(value, complex):
-        return type(value), struct.pack("<dd", value.real, value.imag)
-    if isinstance(value, frozenset):
-        return type(value), frozenset(map(_exact, value))
-    if isinstance(value, tuple):
-        return value if _PLAIN.issuperset(map(type, value)) else (type(value), *map(_exact, value))
-    return value if type(value) in _PLAIN or isinstance(value, Graph) else (type(value), value)
-
-
-_PLAIN = {int, str, type(None)}
-
-
-def _shortened(key: str) -> str:
-    """A key, or if it is long its beginning and a hash: expressions of expressions would grow without bound."""
-    if len(key) <= MAX_KEY:
-        return key
-    return f"{key[:60]} … <{hashlib.sha256(key.encode()).hexdigest()[:40]}>"
-
-
-def _argument(value: object, inner: Callable[[Graph], str]) -> str:
-    if isinstance(value, tuple):
-        return f"[{', '.join(_argument(item, inner) for item in value)}]"
-    return inner(value) if isinstance(value, Graph) else repr(value)
 
 
 def _node_count(name: str, given: SupportsIndex | None) -> int | None:
@@ -906,25 +617,4 @@ def require_ints(at_least: int | None, **given: int) -> None:
             raise ValueError(f"{name} must be {at_least} or more (got {value})")
 
 
-def sort_edges(query: Tensor, key: Tensor, m: int) -> tuple[Tensor, Tensor]:
-    """Edges by query, then key."""
-    order = (query * m + key).argsort()
-    return query[order], key[order]
-
-
-def no_edges() -> Edges:
-    """An empty list of edges."""
-    return torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64)
-
-
-def merge_edges(parts: list[Edges], m: int) -> Edges:
-    """The union of several lists of edges, sorted."""
-    if not parts:
-        return no_edges()
-    edges = sum(len(query) for query, _ in parts)
-    require_memory(edges * BYTES_PER_EDGE, f"to sort {edges:,} edges")
-    code = torch.unique(torch.cat([query * m + key for query, key in parts]))
-    return code // max(m, 1), code % max(m, 1)
-
-
-from attngraph.graph import algebra  # noqa: E402  what the operators of Graph build derives from Graph
+from attngraph.graph import algebra, listing  # noqa: E402  what the operators of Graph build derives from Graph

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from attngraph.graph.algebra import Sized, normal_graphs
-from attngraph.graph.base import Graph, Size, bind, common_size, count_edges, list_edges, sort_edges
+from attngraph.graph.base import Graph, Size, bind, common_size
 from attngraph.graph.boxes import PARTIAL, SideBySide
 from attngraph.graph.counting import Breakpoints
+from attngraph.graph.listing import count_edges, list_edges, sort_edges
 
 if TYPE_CHECKING:
     from attngraph.graph.boxes import Placed

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from attngraph.graph.algebra import contains_code
-from attngraph.graph.base import Graph, plain_int, require_ints
+from attngraph.graph.base import Graph, require_ints
 from attngraph.graph.boxes import Boxes, classify
+from attngraph.graph.values import plain_int
 
 ROWS_PER_STEP = 1 << 22  # rows of boxes whose edges are counted in one step: 32 MiB for each of a few tensors
 MAX_EDGES_WRITTEN = 16  # by `str`; longer lists are named by their digest

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from attngraph.graph.algebra import Full
-from attngraph.graph.base import BYTES_PER_EDGE, Graph, list_edges, merge_edges, plain_int, require_ints
+from attngraph.graph.base import Graph, require_ints
 from attngraph.graph.boxes import require_memory
+from attngraph.graph.listing import BYTES_PER_EDGE, list_edges, merge_edges
 from attngraph.graph.patterns import Chunks, Identity, Window, integers
+from attngraph.graph.values import plain_int
 
 
 class _Grid(Graph):

@@ -11,9 +11,11 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
-from attngraph.graph.base import BYTES_PER_EDGE, Graph, merge_edges, plain_int, require_ints
+from attngraph.graph.base import Graph, require_ints
 from attngraph.graph.boxes import between_diagonals, classify, classify_groups, require_memory
 from attngraph.graph.counting import Breakpoints
+from attngraph.graph.listing import BYTES_PER_EDGE, merge_edges
+from attngraph.graph.values import plain_int
 
 SHALLOW = 64  # ancestors of a node, in the mean, up to which a tree is listed
 MAX_BORDERS = 1 << 20  # chunks beyond which their borders are no short list

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from attngraph.arguments import checked
-from attngraph.graph.base import BYTES_PER_EDGE, Graph
+from attngraph.graph.base import Graph
 from attngraph.graph.boxes import require_memory
 from attngraph.graph.compose import PerHead
 from attngraph.graph.edge_list import EdgeList
+from attngraph.graph.listing import BYTES_PER_EDGE
 from attngraph.graph.predicate import Predicate
 
 MASKED = -1000  # what additive masks add where there is no edge, or less

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from attngraph import cache
 from attngraph.arguments import checked
-from attngraph.graph.base import plain_int
 from attngraph.graph.edge_list import EdgeList, fingerprint, integer_tensor
+from attngraph.graph.values import plain_int
 
 
 @checked

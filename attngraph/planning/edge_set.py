@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from attngraph.graph.algebra import Full, Intersection, Sized
-from attngraph.graph.base import Edges, Graph, count_edges, list_edges, no_edges, split
+from attngraph.graph.base import Edges, Graph
+from attngraph.graph.listing import count_edges, list_edges, no_edges, split
 from attngraph.graph.patterns import Causal, Chunks, Documents
 from attngraph.graph.rewrite import simplify
 from attngraph.planning.layouts.tiles import Table, tabulate, tabulate_edges, union, without

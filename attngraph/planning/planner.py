@@ -17,8 +17,9 @@ from torch import Tensor
 
 from attngraph import cache
 from attngraph.arguments import checked
-from attngraph.graph.base import Graph, at_size, count_edges, require_ints
+from attngraph.graph.base import Graph, at_size, require_ints
 from attngraph.graph.edge_list import EdgeList
+from attngraph.graph.listing import count_edges
 from attngraph.graph.patterns import Causal
 from attngraph.graph.rewrite import simplify
 from attngraph.kernels.available import why_not

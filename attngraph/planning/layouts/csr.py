@@ -10,8 +10,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from attngraph.graph.base import Graph, bind, count_edges, list_edges, lists_rows
+from attngraph.graph.base import Graph, bind
 from attngraph.graph.boxes import require_memory
+from attngraph.graph.listing import count_edges, list_edges, lists_rows
 from attngraph.kernels.contract import Adjacency
 
 # Edges of one node above which it is cut into pieces of at most as many, by device: a GPU has more at work at a time.

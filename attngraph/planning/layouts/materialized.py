@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from attngraph import cache
-from attngraph.graph.base import Graph, at_size, list_edges
+from attngraph.graph.base import Graph, at_size
+from attngraph.graph.listing import list_edges
 from attngraph.graph.text import pack, tensors_are_fake, unpack
 
 MAX_MASK_BYTES = 1 << 26  # of a mask that is kept; larger ones cost less to build than to keep

@@ -16,8 +16,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from attngraph.graph.base import Graph, warn_if_long
+from attngraph.graph.base import Graph
 from attngraph.graph.boxes import Boxes, occupied_tiles, require_memory, row_ids
+from attngraph.graph.listing import warn_if_long
 from attngraph.kernels.contract import Strip, TileRows
 from attngraph.planning.layouts.strips import strips
 

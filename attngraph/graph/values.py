@@ -1,0 +1,153 @@
+"""A graph is a value: what its class may define, what its fields may hold, and when two of them are equal."""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import fields
+from inspect import get_annotations
+from operator import index
+from types import FunctionType
+from typing import TYPE_CHECKING, Any, SupportsIndex, cast
+
+import torch
+from torch import Tensor
+
+from attngraph.arguments import shown
+
+if TYPE_CHECKING:
+    from attngraph.graph.base import Graph
+
+MAX_KEY = 4096  # characters of a key; longer ones are named by their hash
+
+# --------------------------------------------------------------------------------------------------- the class
+
+
+_HOOKS_OF_0_1 = {
+    "blocks": ("_classify_boxes", 2), "pattern": ("_box_pattern", 2), "lines": ("_breakpoints", 3),
+    "edges": ("_edges", 3), "list_edges": ("_edges", 3), "edges_of": ("_edges_of_rows", 4), "count": ("_count", 3),
+    "count_edges": ("_count", 3), "own_size": ("_own_size", 1), "check": ("_check", 1), "bind": ("_bind", 3),
+}  # fmt: skip
+"""What was a hook in version 0.1, what it is now, and how many arguments it takes."""
+
+
+def refuse_old_hooks(cls: type[Graph]) -> None:
+    """Raise if a class defines a hook by the name of an earlier version, which nobody would call."""
+    for name, (today, arguments) in _HOOKS_OF_0_1.items():
+        hook = vars(cls).get(name)
+        if isinstance(hook, FunctionType) and hook.__code__.co_argcount == arguments:
+            raise TypeError(
+                f"{cls.__name__} defines {name}, which was a hook of graphs before version 0.2 and is {today} now: "
+                f"rename it; a method of yours needs another name"
+            )
+
+
+def refuse_reserved_fields(cls: type[Graph], reserved: Collection[str]) -> None:
+    """Raise if a field would hide what every graph has."""
+    for name in get_annotations(cls):
+        if name in reserved:
+            raise TypeError(
+                f"{cls.__name__} can't have a field called {name!r}: every graph has an attribute of this name; "
+                f"choose another one"
+            )
+
+
+# ---------------------------------------------------------------------------------------------- the instance
+
+
+def _flat(value: object) -> Iterator[object]:
+    """A value, or what tuples within tuples hold."""
+    if isinstance(value, tuple):
+        for part in value:
+            yield from _flat(part)
+    else:
+        yield value
+
+
+def require_values(graph: Graph, compares_fields: bool) -> None:
+    """Raise unless every field is a value: what can't be compared can't be looked up."""
+    for field in fields(cast(Any, graph)):
+        value = getattr(graph, field.name)
+        if any(isinstance(part, Tensor) for part in _flat(value)):
+            raise TypeError(
+                f"field {field.name!r} of {type(graph).__name__} must be a number, a tuple or a graph, so that the "
+                f"graph is a value (got a Tensor): give it as a tuple, tensor.tolist(), or make an EdgeList"
+            )
+        try:
+            if compares_fields:
+                hash(value)
+        except TypeError:
+            raise TypeError(
+                f"field {field.name!r} of {type(graph).__name__} must be hashable, so that the graph is a value (got a "
+                f"{type(value).__name__}): give a tuple, or turn it into one in _check"
+            ) from None
+
+
+def check_found(graph: Graph, q_idx: Tensor, kv_idx: Tensor, found: Tensor) -> Tensor:
+    """What `contains` has found, known to be a bool for every pair."""
+    if not isinstance(found, Tensor) or found.dtype != torch.bool:
+        kind = found.dtype if isinstance(found, Tensor) else type(found).__name__
+        raise TypeError(f"contains of {type(graph).__name__} must return a bool tensor (got {kind}); use == < & |")
+    pairs = torch.broadcast_shapes(q_idx.shape, kv_idx.shape)
+    shape = pairs if graph.heads is None else (graph.heads, *pairs)
+    try:
+        return found.expand(shape)
+    except RuntimeError:
+        raise ValueError(
+            f"contains of {type(graph).__name__} must return one bool for each pair, of shape {tuple(shape)} (got "
+            f"{tuple(found.shape)}): compare q_idx with kv_idx element by element"
+        ) from None
+
+
+def plain_int(value: Any) -> Any:
+    """An integer of NumPy, or a tensor of one, as an int; anything else as it is."""
+    if isinstance(value, int) or not isinstance(value, SupportsIndex) or getattr(value, "ndim", 0):
+        return value
+    try:
+        return value if str(getattr(value, "dtype", "")).endswith("bool") else index(value)
+    except (TypeError, RuntimeError):
+        return value
+
+
+def put_plainly(graph: Graph) -> None:
+    """Integers of any kind in the fields of a graph as ints, so that equal graphs are equal; raise for no operands."""
+    for field in fields(cast(Any, graph)):
+        value = getattr(graph, field.name)
+        if getattr(field.type, "__name__", field.type) == "Graph" and not hasattr(value, "_values"):
+            raise TypeError(f"{field.name} of {type(graph).__name__} must be a Graph (got {shown(value)})")
+        plain = plain_int(value)
+        if isinstance(value, tuple) and not _PLAIN.issuperset(map(type, value)):
+            plain = type(value)(map(plain_int, value)) if type(value) is tuple else value
+        if plain is not value:
+            graph._set(**{field.name: plain})
+
+
+def exact(value: object) -> object:
+    """A value that equals no other that reads differently: True is not 1, 0.0 not -0.0; a NaN is itself."""
+    if isinstance(value, float):
+        return type(value), struct.pack("<d", value)
+    if isinstance(value, complex):
+        return type(value), struct.pack("<dd", value.real, value.imag)
+    if isinstance(value, frozenset):
+        return type(value), frozenset(map(exact, value))
+    if isinstance(value, tuple):
+        return value if _PLAIN.issuperset(map(type, value)) else (type(value), *map(exact, value))
+    return value if type(value) in _PLAIN or hasattr(value, "_values") else (type(value), value)
+
+
+_PLAIN = {int, str, type(None)}
+
+
+def shortened(key: str) -> str:
+    """A key, or if it is long its beginning and a hash: expressions of expressions would grow without bound."""
+    if len(key) <= MAX_KEY:
+        return key
+    return f"{key[:60]} … <{hashlib.sha256(key.encode()).hexdigest()[:40]}>"
+
+
+def argument(value: object, inner: Callable[[Graph], str]) -> str:
+    """A field as an argument of an expression."""
+    if isinstance(value, tuple):
+        return f"[{', '.join(argument(item, inner) for item in value)}]"
+    return inner(cast(Any, value)) if hasattr(value, "_values") else repr(value)

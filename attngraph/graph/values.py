@@ -114,7 +114,7 @@ def put_plainly(graph: Graph) -> None:
     """Integers of any kind in the fields of a graph as ints, so that equal graphs are equal; raise for no operands."""
     for field in fields(cast(Any, graph)):
         value = getattr(graph, field.name)
-        if getattr(field.type, "__name__", field.type) == "Graph" and not hasattr(value, "_values"):
+        if getattr(field.type, "__name__", field.type) == "Graph" and not hasattr(type(value), "_values"):
             raise TypeError(f"{field.name} of {type(graph).__name__} must be a Graph (got {shown(value)})")
         plain = plain_int(value)
         if isinstance(value, tuple) and not _PLAIN.issuperset(map(type, value)):
@@ -133,7 +133,7 @@ def exact(value: object) -> object:
         return type(value), frozenset(map(exact, value))
     if isinstance(value, tuple):
         return value if _PLAIN.issuperset(map(type, value)) else (type(value), *map(exact, value))
-    return value if type(value) in _PLAIN or hasattr(value, "_values") else (type(value), value)
+    return value if type(value) in _PLAIN or hasattr(type(value), "_values") else (type(value), value)
 
 
 _PLAIN = {int, str, type(None)}
@@ -150,4 +150,4 @@ def argument(value: object, inner: Callable[[Graph], str]) -> str:
     """A field as an argument of an expression."""
     if isinstance(value, tuple):
         return f"[{', '.join(argument(item, inner) for item in value)}]"
-    return inner(cast(Any, value)) if hasattr(value, "_values") else repr(value)
+    return inner(cast(Any, value)) if hasattr(type(value), "_values") else repr(value)

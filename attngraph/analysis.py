@@ -11,7 +11,7 @@ from torch import Tensor
 from attngraph.arguments import checked, shown
 from attngraph.graph import counting
 from attngraph.graph.algebra import Difference, Empty, Intersection, Sized, SymmetricDifference, Union
-from attngraph.graph.base import BYTES_PER_PAIR, Graph, at_size, list_edges, require_ints
+from attngraph.graph.base import BYTES_PER_NODE, BYTES_PER_PAIR, Graph, at_size, list_edges, require_ints
 from attngraph.graph.boxes import require_memory
 from attngraph.graph.compose import PerHead
 from attngraph.graph.patterns import Causal, Identity, Window
@@ -73,6 +73,7 @@ def leaks(graphs: Sequence[Graph], n: int | None = None) -> list[Leak]:
         future = graph - Causal()
         hearing = future.in_degrees(n_of, m_of).nonzero()[:1, 0]
         for query in hearing.tolist():
+            require_memory(m_of * BYTES_PER_PAIR, f"to look at the {m_of:,} keys of a query of {graph}")
             row = at_size(future, n_of, m_of)[0].contains(torch.tensor([[query]]), torch.arange(m_of)[None])
             found.append(Leak(layer, int(row.reshape(-1, m_of).any(0).nonzero()[0, 0]), query))
     return found
@@ -87,6 +88,7 @@ def receptive_field(graphs: Sequence[Graph], node: int, n: int) -> Tensor:
     """
     if not 0 <= node < n:
         raise ValueError(f"node must be from 0 to {n - 1} (got {node})")
+    require_memory(n * BYTES_PER_NODE, f"to look at {n:,} nodes")
     heard, every = torch.tensor([node]), torch.arange(n)
     for graph in reversed(_layers(graphs)):
         require_memory(len(heard) * n * BYTES_PER_PAIR, f"to look at the keys of {len(heard):,} queries of {graph}")
@@ -124,6 +126,7 @@ def last_reader(graph: Graph, n: int | None = None, m: int | None = None) -> Ten
     tensor([5, 3, 4, 5, 5, 5])
     """
     bound, n, m = at_size(graph, n, m)
+    require_memory(m * BYTES_PER_NODE, f"for the last reader of each key of {graph} at {n} × {m}")
     last = torch.full((m,), -1)
     runs = None if graph.heads else counting.runs(bound.T, m, n)
     if runs is None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from attngraph import Costs, Graph, Plan, plan
+import torch
+
+from attngraph import Costs, EdgeList, Graph, Plan, plan
 from attngraph.graph.base import at_size
 from attngraph.graph.boxes import occupied_tiles
-from attngraph.graph.rewrite import split
+from attngraph.graph.rewrite import simplify
 from attngraph.planning.backends.tiles import TritonTiles
+from attngraph.planning.edge_set import EdgeSet
 
 TILE = TritonTiles.tiling.tile
 
@@ -18,7 +21,9 @@ def explained(graph: Graph, n: int, heads: int, head_dim: int) -> str:
 
 def parts(graph: Graph, n: int) -> tuple[Graph, Graph]:
     """What the planner gives to tiles, and the residual edges."""
-    return split(at_size(graph, n, n)[0])
+    edges = EdgeSet(simplify(at_size(graph, n, n)[0]), n, n)
+    query, key = edges.beside_bands[0]
+    return edges.banded, EdgeList(torch.stack([key, query]), n)
 
 
 def pairs_of_tiles(graph: Graph, n: int, tile: tuple[int, int] = TILE) -> int:

@@ -4,7 +4,20 @@ import pytest
 import torch
 from graphs import GRAPHS
 
-from attngraph import Causal, Documents, Full, PerHead, Prefix, Random, Window, analysis, draw, from_function
+from attngraph import (
+    Causal,
+    Chunks,
+    Documents,
+    Full,
+    Identity,
+    PerHead,
+    Prefix,
+    Random,
+    Window,
+    analysis,
+    draw,
+    from_function,
+)
 
 every = pytest.mark.parametrize("case", GRAPHS, ids=lambda case: f"{str(case.graph)[:60]}-{case.n}x{case.m}")
 square = pytest.mark.parametrize(
@@ -94,3 +107,27 @@ def test_labels_are_no_mathematics(tmp_path):
 def test_a_node_outside_is_told():
     with pytest.raises(ValueError, match="node must be from 0 to 3"):
         analysis.receptive_field([Causal()], 4, 4)
+
+
+def test_what_the_form_tells_needs_no_size():
+    for graph in (
+        Causal() & Random(3),
+        Causal() & from_function(lambda q, k: q > k),
+        Causal() | Window(3, 0),
+        Identity(),
+    ):
+        assert analysis.is_causal(graph)
+    assert analysis.is_causal(PerHead([Causal(), Causal(-1) & Random(2)]))
+    assert not analysis.is_causal(Chunks(64))
+    assert analysis.is_causal(Chunks(1))
+    with pytest.raises(ValueError, match="give the number of nodes"):
+        analysis.is_causal(Random(3))
+
+
+def test_reach_does_not_depend_on_the_default_dtype():
+    expected = analysis.reach([Window(1, 0)] * 2, 5)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert torch.equal(analysis.reach([Window(1, 0)] * 2, 5), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)

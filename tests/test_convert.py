@@ -109,6 +109,45 @@ def test_bad_input_is_an_error(make, message):
     assert message in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: from_networkx([(0, 1)]), r"networkx.DiGraph\(edges\)"),
+        (lambda: from_function(lambda b, h, q, k: q >= k), r"lambda q, k: mask_mod\(0, 0, q, k\)"),
+        (lambda: from_function(lambda q: q), r"a function of \(q_idx, kv_idx\) \(got one of \(q\)\)"),
+        (lambda: from_function(lambda q, k: q >= k and q < 4).mask(5, 5), "combine them by & | ~"),
+        (lambda: Causal() & torch.ones(2, 2), r"got a Tensor\); a mask becomes one by from_dense"),
+        (lambda: torch.ones(2, 2) & Causal(), r"got a Tensor\); a mask becomes one by from_dense"),
+        (lambda: Causal() & Window, r"did you mean Window\(\)"),
+    ],
+)
+def test_what_was_meant_is_told(make, message):
+    with pytest.raises(TypeError, match=message):
+        make()
+
+
+@pytest.mark.parametrize("masked", [torch.finfo(torch.float32).min, -1e4, -1e9])
+def test_an_additive_mask_is_no_mask(masked):
+    with pytest.raises(ValueError, match=r"got an additive mask, .* from_dense\(mask == 0\)"):
+        from_dense(torch.tensor([[0, masked], [0, 0]]))
+    assert from_dense(torch.tensor([[0.5, -2.0], [0, 0]])).num_edges() == 2  # signed weights
+
+
+class Alike:
+    """Callable, comparable, and so not hashable."""
+
+    def __eq__(self, other):
+        return isinstance(other, Alike)
+
+    def __call__(self, q_idx, kv_idx):
+        return q_idx >= kv_idx
+
+
+def test_any_callable_is_a_predicate_and_any_nodelist_a_list():
+    assert from_function(Alike()).num_edges(3, 3) == 6
+    assert from_networkx(networkx.path_graph(3), nodelist=iter([2, 1, 0])).num_edges() == 4
+
+
 def test_the_graph_of_a_tensor_is_remembered_until_it_changes():
     edge_index = torch.tensor([[0, 1], [1, 2]])
     graph = from_edge_index(edge_index, 3)

@@ -1,5 +1,12 @@
 """What needs more memory, or looks at more pairs, than there is: an error with a number, before it begins."""
 
+import time
+import warnings
+from types import SimpleNamespace
+
+import pytest
+import torch
+
 from attngraph import (
     Axial,
     Causal,
@@ -19,6 +26,7 @@ from attngraph import (
     Tree,
     Window,
     analysis,
+    attend,
     from_function,
     plan,
     to_block_mask,
@@ -76,3 +84,56 @@ def cases():
         rows = graph.size[0]
         yield from ((graph, n) for n in ((rows,) if rows else (10**5, 10**6, LARGE)))
     yield from ((graph, graph.size[0]) for graph in OF_THEIR_SIZE)
+
+
+SMALL_SHARE = ["num_edges", "mask", "in_degrees"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[] if name in SMALL_SHARE else pytest.mark.slow) for name in QUESTIONS],
+)
+def test_a_question_is_answered_or_refused_with_a_number(name, monkeypatch):
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=LIMIT))
+    monkeypatch.setattr("attngraph.graph.base.LONG_SECONDS", 2)
+    sizes = {10**5} if name in SMALL_SHARE else {10**5, 10**6, LARGE}
+    for graph, n in cases():
+        if graph.size[0] is None and n not in sizes:
+            continue
+        began = time.process_time()
+        refusal = None
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)  # that all pairs are looked at, and for how long
+            try:
+                QUESTIONS[name](graph, n)
+            except (MemoryError, ValueError, UserWarning) as error:
+                refusal = str(error)
+        assert refusal is None or any(letter.isdigit() for letter in refusal), (graph, n, refusal)
+        assert time.process_time() - began < SECONDS, (graph, n)
+
+
+def test_what_has_a_formula_is_counted():
+    assert (Chunks(64) & Causal()).num_edges(3_000_000, 3_000_000) == 3_000_000 * 65 // 2
+    assert Tree(range(-1, 49_999)).num_edges() == 50_000 * 50_001 // 2
+    assert Neighborhood((10**5, 10**5), 0).num_edges() == 10**10
+    assert (~Random(3)).num_edges(10**5, 10**5) == 10**10 - 3 * 10**5
+
+
+def test_large_masks_are_made_some_rows_at_a_time():
+    n = 5_000
+    assert torch.equal(Causal().mask(n, n), torch.ones(n, n, dtype=torch.bool).tril())
+    both = PerHead([Causal(), Window(1, 0)]).mask(n, n)
+    assert torch.equal(both[1], Window(1, 0).mask(n, n))
+
+
+def test_a_chain_of_a_tree_is_planned_as_causal_is():
+    tree, n = Tree(range(-1, 2_999)), 3_000
+    assert torch.equal(tree.mask(), Causal().mask(n, n))
+    q, k, v = torch.randn(3, 1, 1, n, 4)
+    torch.testing.assert_close(attend(q, k, v, tree), attend(q, k, v, Causal()))
+
+
+def test_a_long_look_is_announced(monkeypatch):
+    monkeypatch.setattr("attngraph.graph.base.LONG_SECONDS", 0)
+    with pytest.warns(UserWarning, match=r"25,000,000 pairs of Own\(\) are looked at one by one"):
+        Own().num_edges(5_000, 5_000)

@@ -2,14 +2,30 @@
 
 import copy
 import dataclasses
+import math
 import pickle
+import sys
 from dataclasses import FrozenInstanceError, dataclass
+from functools import reduce
 
+import numpy as np
 import pytest
 import torch
 from graphs import GRAPHS
 
-from attngraph import Causal, EdgeList, Graph, Identity, Random, Window, attend, cache
+from attngraph import (
+    Causal,
+    Documents,
+    EdgeList,
+    Graph,
+    Identity,
+    Neighborhood,
+    Random,
+    Window,
+    attend,
+    cache,
+    from_edge_index,
+)
 from attngraph.graph.base import at_size
 
 
@@ -213,3 +229,105 @@ def test_a_definition_of_the_wrong_shape_is_told():
 
     with pytest.raises(ValueError, match=r"one bool for each pair, of shape \(3, 3\) \(got \(7, 2\)\)"):
         Flat().mask(3, 3)
+
+
+class Shift(Graph):
+    """A field of any kind, which `contains` reads as it is."""
+
+    by: object
+
+    def contains(self, q_idx, kv_idx):
+        return kv_idx - q_idx == (2 if self.by is True else 3 if math.copysign(1, self.by) < 0 else int(self.by == 1))
+
+
+@pytest.mark.parametrize(("one", "other"), [(True, 1), (0.0, -0.0), (1.0, 1), ((0, 1), (False, 1)), (1 + 0j, 1)])
+def test_values_that_python_takes_for_equal_are_told_apart(one, other):
+    assert Shift(one) != Shift(other)
+    assert Shift(one)._key != Shift(other)._key
+    assert Shift(one) == Shift(one)
+    assert len({Shift(one), Shift(other), Shift(one)}) == 2
+
+
+def test_nan_is_a_value_as_any_other():
+    assert Shift(math.nan) == Shift(float("nan"))
+    assert Shift(math.nan)._key == Shift(float("nan"))._key
+    assert hash(Shift(math.nan)) == hash(Shift(float("nan")))
+    assert Shift(math.nan) != Shift(-math.nan)
+
+
+def test_plans_of_fields_that_python_takes_for_equal_are_their_own():
+    q, k, v = torch.randn(3, 1, 1, 6, 4)
+    for by in (True, 1, 0.0, -0.0):
+        graph = Shift(by)
+        torch.testing.assert_close(attend(q, k, v, graph), attend(q, k, v, graph, backend="reference"))
+
+
+@pytest.mark.parametrize(
+    "number", [np.int64(4), np.uint8(4), torch.tensor(4), torch.tensor(4, dtype=torch.int32)], ids=repr
+)
+def test_integers_of_any_kind_are_ints(number):
+    assert Ring(number) == Ring(4)
+    assert type(Ring(number).nodes) is int
+    assert repr(Window(number, 0)) == "Window(4, 0)"
+    assert repr(Documents([number, 1])) == "Documents([4, 1])"
+    assert repr(Neighborhood((number, 2), number)) == "Neighborhood([4, 2], 4)"
+    assert Causal().rows(0, number) == Causal().rows(0, 4)
+    assert Causal().sized(number, number).size == (4, 4)
+    assert Causal().num_edges(number, number) == 10
+    edges = torch.tensor([[0, 1], [1, 3]])
+    assert EdgeList(edges, number) == from_edge_index(edges, number) == EdgeList(edges, (4, number))
+
+
+@pytest.mark.parametrize(("name", "arguments", "today"), [
+    ("blocks", "self, boxes", "_classify_boxes"), ("lines", "self, n, m", "_breakpoints"),
+    ("own_size", "self", "_own_size"), ("edges", "self, n, m", "_edges"), ("count", "self, n, m", "_count"),
+])  # fmt: skip
+def test_a_hook_of_an_earlier_version_is_told_its_name(name, arguments, today):
+    space: dict = {"contains": lambda self, q_idx, kv_idx: q_idx == kv_idx}
+    space[name] = {"self": lambda self: None, "self, boxes": lambda self, boxes: None}.get(
+        arguments, lambda self, n, m: None
+    )
+    with pytest.raises(TypeError, match=rf"Mine defines {name}, which was a hook .* and is {today} now"):
+        type("Mine", (Graph,), space)
+
+
+def test_an_init_of_ones_own_is_told_of_fields():
+    class Own(Graph):
+        def __init__(self, nodes):
+            self.nodes = nodes
+
+        def contains(self, q_idx, kv_idx):
+            return q_idx == kv_idx
+
+    with pytest.raises(FrozenInstanceError, match=r"declares its fields, as in `nodes: int`, and needs no __init__"):
+        Own(3)
+
+
+def test_numbers_near_the_end_of_int64_are_refused():
+    for make in (lambda: Causal(sys.maxsize), lambda: Window(1 << 62, 0), lambda: Window(1 << 40, 0, 1 << 40)):
+        with pytest.raises(ValueError, match=r"at most 2\*\*61"):
+            make()
+    assert Causal(1 << 61).num_edges(3, 3) == 9
+    assert Random(2, seed=1 << 70).num_edges(3, 5) == 6
+
+
+def test_too_many_operations_within_each_other_are_told():
+    graph = reduce(lambda graph, _: graph.T, range(210), Causal())
+    with pytest.raises(ValueError, match="a graph nests at most 210 operations"):
+        graph.T  # noqa: B018
+    assert graph.mask(3, 3).sum() == 6
+    assert pickle.loads(pickle.dumps(graph)) == graph
+    assert repr(graph) == "Causal()" + 210 * ".T"
+
+
+def test_equal_expressions_of_many_shared_parts_are_found_equal_at_once():
+    def made():
+        graph = Causal() | EdgeList([[0], [1]], 9)
+        for _ in range(40):
+            graph = graph | graph.T
+        return graph
+
+    assert made() == made()
+    assert len({made(), made()}) == 1
+    assert str(made()) == repr(made()) == "<Union of 4,398,046,511,102 graphs>"
+    assert torch.equal(pickle.loads(pickle.dumps(made())).mask(), torch.ones(9, 9, dtype=torch.bool))

@@ -34,6 +34,7 @@ Edges = tuple[Tensor, Tensor]
 
 PAIRS_PER_STEP = 1 << 24  # pairs (query, key) that a scan of a predicate looks at in one step: 16 MiB of bools
 BYTES_PER_PAIR = 16  # about what `contains` takes for each
+BYTES_PER_NODE = 32  # about what counting takes for each node
 BYTES_PER_EDGE = 60  # about what listing takes for each edge, temporary tensors included
 LONG_SECONDS = 30  # of a scan that warns
 MAX_PAIRS = 1 << 40  # that are looked at one by one: hours
@@ -329,7 +330,10 @@ class Graph:
         return known
 
     def __repr__(self) -> str:
-        return self._write(repr) if self._terms <= MAX_TERMS_WRITTEN else self._named()
+        if self._terms > MAX_TERMS_WRITTEN:
+            return self._named()
+        inner = repr if self._depth <= MAX_DEPTH // 2 else Graph.__repr__  # repr itself takes some of Python's depth
+        return self._write(inner)
 
     def __str__(self) -> str:
         return self._write(str) if self._terms <= MAX_TERMS_TOLD else self._named()
@@ -440,7 +444,9 @@ class Graph:
         heads = graph.heads or 1
         if n * m * heads <= PAIRS_PER_STEP:
             return graph.contains(torch.arange(n, device=device)[:, None], torch.arange(m, device=device)[None])
-        require_memory(n * m * heads, f"for the mask of {graph} at {n} × {m}", device and torch.device(device))
+        require_memory(
+            n * m * heads, f"for the mask of {graph} at {n} × {m}", None if device is None else torch.device(device)
+        )
         found = torch.empty((n, m) if graph.heads is None else (heads, n, m), dtype=torch.bool, device=device)
         for start, rows in scanned(graph, n, m, device):
             found[..., start : start + rows.shape[-2], :] = rows
@@ -668,6 +674,7 @@ def count_keys(graph: Graph, n: int, m: int) -> Tensor:
     """How many keys each query of a graph that is bound to its size hears: int64 (n,)."""
     if graph.heads:
         return count_keys(_of_any_head(graph, n, m), n, m)
+    require_memory(n * BYTES_PER_NODE, f"for the degrees of {graph} at {n} × {m}")
     parts = _by_lines(graph, n, m)
     found = None if parts is None else counting.in_degrees(parts[0], n, m)
     if parts is not None and found is not None:
@@ -688,7 +695,7 @@ def lists_rows(graph: Graph, n: int, m: int) -> bool:
 def _of_any_head(graph: Graph, n: int, m: int) -> Graph:
     """The union of the graphs of all heads."""
     different = tuple(dict.fromkeys(graph._head(h) for h in range(cast(int, graph.heads))))
-    return bind(algebra.Union(different) if len(different) > 1 else different[0], n, m)
+    return bind(algebra.Union(different) if len(different) > 1 else graph._head(0), n, m)
 
 
 def scanned(graph: Graph, n: int, m: int, device: torch.device | str | None = None) -> Iterator[tuple[int, Tensor]]:
@@ -703,12 +710,18 @@ def scanned(graph: Graph, n: int, m: int, device: torch.device | str | None = No
     key = torch.arange(m, device=device)[None]
     for start in range(0, n, step):
         yield start, graph.contains(torch.arange(start, min(start + step, n), device=device)[:, None], key)
-        if start == 0 and (seconds := (time.perf_counter() - began) * n / step) > LONG_SECONDS:
-            warnings.warn(
-                f"all {n * m:,} pairs of {graph} are looked at one by one, which takes about {seconds:.0f} s: a graph "
-                f"that defines _classify_boxes, _breakpoints or _edges is found without",
-                stacklevel=2,
-            )
+        if start == 0:
+            warn_if_long(graph, n * m, (time.perf_counter() - began) * n / step)
+
+
+def warn_if_long(graph: Graph, pairs: int, seconds: float) -> None:
+    """Warn where looking at all pairs is expected to take long."""
+    if seconds > LONG_SECONDS:
+        warnings.warn(
+            f"{pairs:,} pairs of {graph} are looked at one by one, which takes about {seconds:.0f} s: a class that "
+            f"defines _classify_boxes, _breakpoints or _edges is found without",
+            stacklevel=2,
+        )
 
 
 # -------------------------------------------------------------------------------------------- how a class is made

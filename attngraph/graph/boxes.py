@@ -164,17 +164,20 @@ def _quartered(row: Tensor, column: Tensor, levels: int, rows: int, columns: int
     return row[inside], column[inside]
 
 
+MAX_SPANS = 1 << 16  # parts of the keys that are undecided
+
+
 def spans(graph: Graph, start: int, stop: int, m: int, heard: Tensor) -> list[tuple[int, int]]:
     """Ranges of keys outside of which the queries start … stop-1 hear nobody, as (first, stop), ascending.
 
-    The keys are halved until a part is decided or is one key; ranges that touch are one. Some keys are known to be
-    heard besides.
+    The keys are halved until a part is decided or is one key, or there are too many parts; ranges that touch are one.
+    Some keys are known to be heard besides.
     """
     left = torch.zeros(1 if start < stop and m else 0, dtype=torch.int64)
     right, found = torch.full_like(left, m), list(zip(heard.tolist(), (heard + 1).tolist(), strict=True))
     while len(left):
         kind = graph._classify_boxes(Boxes(torch.full_like(left, start), torch.full_like(left, stop), left, right))
-        done = (kind != EMPTY) & ((kind == FULL) | (right - left == 1))
+        done = (kind != EMPTY) & ((kind == FULL) | (right - left == 1) | (len(left) > MAX_SPANS))
         found += zip(left[done].tolist(), right[done].tolist(), strict=True)
         left, right = (side[(kind == PARTIAL) & ~done] for side in (left, right))
         middle = (left + right) // 2

@@ -56,7 +56,8 @@ class EdgeList(Graph):
         sides = tuple(size) if isinstance(size, list | tuple) else (size, size)
         if len(sides) != 2:
             raise ValueError(f"size must be a number of nodes, or (num_queries, num_keys) (got {size!r})")
-        n, m = size = tuple(map(plain_int, sides))
+        n, m = map(plain_int, sides)
+        size = (n, m)
         require_ints(0, num_queries=n, num_keys=m)
         if n * m >= 1 << 63:
             raise ValueError(

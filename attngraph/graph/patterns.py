@@ -454,7 +454,7 @@ class Tree(Graph):
         return int(self._depths.sum())
 
     def _found_by_listing(self):
-        return self._count(*self.size) <= SHALLOW * len(self.parents)
+        return int(self._depths.sum()) <= SHALLOW * len(self.parents)
 
     def _classify_boxes(self, boxes):
         first, last = (_Extremes.of(side.to(boxes.top.device)) for side in self.interval)

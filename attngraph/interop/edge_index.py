@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from attngraph import cache
@@ -11,7 +13,9 @@ from attngraph.graph.edge_list import EdgeList, fingerprint, integer_tensor
 
 
 @checked
-def from_edge_index(edge_index: Tensor, num_nodes: int | tuple[int, int] | None = None) -> EdgeList:
+def from_edge_index(
+    edge_index: Tensor | Sequence[Sequence[int]], num_nodes: int | tuple[int, int] | None = None
+) -> EdgeList:
     """A graph from PyG's `edge_index` (2, E): row 0 the source = key, row 1 the target = query.
 
     `num_nodes` is the number of nodes, queries and keys alike, or a pair (num_queries, num_keys) where these are two
@@ -25,8 +29,10 @@ def from_edge_index(edge_index: Tensor, num_nodes: int | tuple[int, int] | None 
     EdgeList([[0, 1], [1, 2]], size=(3, 3))
     """
     given, num_nodes = integer_tensor(edge_index), plain_int(num_nodes)
-    by_version = isinstance(edge_index, Tensor) and edge_index.is_cuda and not edge_index.is_inference()
-    state = (*given.shape, edge_index.data_ptr(), edge_index._version) if by_version else fingerprint(given)
+    if isinstance(edge_index, Tensor) and edge_index.is_cuda and not edge_index.is_inference():
+        state = (*given.shape, edge_index.data_ptr(), edge_index._version)
+    else:
+        state = fingerprint(given)
     wanted = repr(num_nodes), state
     known = cache.EDGE_INDEX.get(edge_index) if isinstance(edge_index, Tensor) else None
     if known is not None and known[0] == wanted:

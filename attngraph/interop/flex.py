@@ -10,7 +10,9 @@ from torch import Tensor
 
 from attngraph.arguments import checked
 from attngraph.graph.base import Graph, at_size
-from attngraph.planning.layouts.tiles import Tiles, tabulate
+from attngraph.graph.rewrite import simplify
+from attngraph.planning.edge_set import EdgeSet, Tiling
+from attngraph.planning.layouts.tiles import Tiles
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -50,7 +52,9 @@ def to_block_mask(
         raise ValueError(f"block_size must be a multiple of 32 (got {block_size})")
     bound, n, m = at_size(graph, n, m)
     tile = (block_size, block_size)
-    layouts = [Tiles(n, m, tabulate(bound._head(h), n, m, tile)) for h in range(bound.heads or 1)]
+    tiling = Tiling(tile, block=tile)
+    heads = (EdgeSet(simplify(bound._head(h)), n, m) for h in range(bound.heads or 1))
+    layouts = [Tiles(n, m, edges.tabulated(tiling).to_table()) for edges in heads]
     lists = {}
     by_query, by_key = [layout.by_query for layout in layouts], [layout.by_key for layout in layouts]
     num_rows, num_columns = layouts[0].grid

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @checked
-def from_networkx(G: networkx.Graph, nodelist: Sequence[Any] | None = None) -> EdgeList:
+def from_networkx(G: networkx.Graph, nodelist: Iterable[Any] | None = None) -> EdgeList:
     """A graph from networkx: u → v means that v hears u; an undirected edge is heard in both directions.
 
     Nodes that are exactly the numbers 0 … N-1 keep their number. Otherwise node i is `nodelist[i]`, or without a

@@ -137,10 +137,10 @@ class EdgeSet:
         """How the edges lie in tiles."""
         if tiling not in self._tabulated:
             table = tabulate(self.banded, self.n, self.m, tiling.tile)
-            more, less = ([side.to(table.row.device) for side in edges] for edges in self.beside_bands)
+            (query, key), less = ([side.to(table.row.device) for side in edges] for edges in self.beside_bands)
             if len(less[0]):
-                table = without(table, tabulate_edges(*less, tiling.tile))
-            self._tabulated[tiling] = Tabulated.of(table, *more, self.m, tiling)
+                table = without(table, tabulate_edges(less[0], less[1], tiling.tile))
+            self._tabulated[tiling] = Tabulated.of(table, query, key, self.m, tiling)
         return self._tabulated[tiling]
 
     @cached_property

@@ -6,6 +6,7 @@ tiles are all alike, is a list of tiles and two masks.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from attngraph.graph.base import Graph
+from attngraph.graph.base import Graph, warn_if_long
 from attngraph.graph.boxes import Boxes, occupied_tiles, require_memory, row_ids
 from attngraph.kernels.contract import Strip, TileRows
 from attngraph.planning.layouts.strips import strips
@@ -235,11 +236,15 @@ def _combined(a: Table, b: Table, operator: Callable[[Tensor, Tensor], Tensor]) 
 def _masks(graph: Graph, n: int, m: int, tile: tuple[int, int], top: Tensor, left: Tensor) -> Tensor:
     """The packed masks of tiles, looked up pair by pair."""
     packed = [torch.zeros(0, tile[0], tile[1] // WORD, dtype=torch.int32)]
+    began = time.perf_counter()
     for chunk in torch.arange(len(top)).split(max(1, STEP_PAIRS // (tile[0] * tile[1]))):
         query = top[chunk][:, None, None] + torch.arange(tile[0])[:, None]
         key = left[chunk][:, None, None] + torch.arange(tile[1])
         edge = graph.contains(query.clamp(max=n - 1), key.clamp(max=m - 1))
         packed.append(pack(edge & (query < n) & (key < m)))
+        if len(packed) == 2:
+            pairs = len(top) * tile[0] * tile[1]
+            warn_if_long(graph, pairs, (time.perf_counter() - began) * len(top) / max(len(chunk), 1))
     return torch.cat(packed)
 
 

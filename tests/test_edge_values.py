@@ -98,6 +98,8 @@ def test_edge_values_of_every_argument(
         heads, kv_heads = graph.heads, 1
     if kind in DISTANCES and refuses_distances(graph, n, m):
         kind = "none"
+    if dtype == torch.bfloat16:  # its results are rounded before their gradients are taken of them
+        contents = tuple("plain" if content == "one large" else content for content in contents)
     shapes = (batch, heads, n, dim), (batch, kv_heads, m, dim), (batch, kv_heads, m, value_dim)
     given = zip(shapes, contents, layouts, (0, 7, 14), strict=True)
     q, k, v = (

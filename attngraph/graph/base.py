@@ -318,8 +318,7 @@ class Graph:
             return True
         if not isinstance(other, Graph) or type(self) is not type(other):
             return NotImplemented
-        equal = self.__dict__.get("_equal")
-        if equal is not None and equal is other.__dict__.get("_equal"):
+        if (equal := self.__dict__.get("_equal")) is not None and equal is other.__dict__.get("_equal"):
             return True
         return hash(self) == hash(other) and self._values() == other._values()
 

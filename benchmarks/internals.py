@@ -7,9 +7,9 @@ import torch
 from attngraph import Costs, EdgeList, Graph, Plan, plan
 from attngraph.graph.base import at_size
 from attngraph.graph.boxes import occupied_tiles
+from attngraph.graph.listing import split
 from attngraph.graph.rewrite import simplify
 from attngraph.planning.backends.tiles import TritonTiles
-from attngraph.planning.edge_set import EdgeSet
 
 TILE = TritonTiles.tiling.tile
 
@@ -21,9 +21,10 @@ def explained(graph: Graph, n: int, heads: int, head_dim: int) -> str:
 
 def parts(graph: Graph, n: int) -> tuple[Graph, Graph]:
     """What the planner gives to tiles, and the residual edges."""
-    edges = EdgeSet(simplify(at_size(graph, n, n)[0]), n, n)
-    query, key = edges.beside_bands[0]
-    return edges.banded, EdgeList(torch.stack([key, query]), n)
+    bound = at_size(graph, n, n)[0]
+    banded, (query, key) = split(bound, n, n)
+    inside = bound.contains(query, key)
+    return simplify(banded), EdgeList(torch.stack([key[inside], query[inside]]), n)
 
 
 def pairs_of_tiles(graph: Graph, n: int, tile: tuple[int, int] = TILE) -> int:

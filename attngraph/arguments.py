@@ -38,6 +38,8 @@ def checked(function: Function) -> Function:
 
     @wraps(function)
     def with_checked_arguments(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():  # what a program is made of was right where it ran before
+            return function(*args, **kwargs)
         if not kinds:
             kinds.update(kinds_of(function))
         given = [take(name, value, kinds.get(name, [])) for name, value in zip(parameters, args, strict=False)]

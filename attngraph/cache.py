@@ -26,7 +26,8 @@ Value = TypeVar("Value")
 @contextmanager
 def outside_of_transforms() -> Iterator[None]:
     """Make what is to be kept: it outlives the inference mode, the transform or the default device of today's call."""
-    with torch._C._DisableFuncTorch(), torch.inference_mode(False), torch.device("cpu"):
+    here = torch.inference_mode(False), torch.device("cpu")
+    with torch._C._DisableTorchDispatch(), torch._C._DisableFuncTorch(), here[0], here[1]:
         yield
 
 

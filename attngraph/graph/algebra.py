@@ -5,6 +5,7 @@ Of connectivity it knows all and nothing, its unit and its zero; the rest is in 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from operator import and_, or_, xor
@@ -235,6 +236,9 @@ class Transpose(Graph):
         n, m = self.graph.size
         return m, n
 
+    def _own_places(self):
+        return tuple(None if place is None else -place for place in self.graph._places)
+
     def contains(self, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         return self.graph.contains(kv_idx, q_idx)
 
@@ -282,6 +286,10 @@ class QuerySlice(Graph):
 
     def _own_size(self):
         return (self.stop - self.start, self.graph.size[1])
+
+    def _own_places(self):
+        told = tuple(place for place in self.graph._places if place is not None)
+        return tuple(self.start + place for place in told or (0,))
 
     def contains(self, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         return self.graph.contains(moved(q_idx, self.start), kv_idx)
@@ -440,6 +448,12 @@ class TwoHops(Graph):
 
     def _own_size(self):
         return (self.a.size[0], self.b.size[1])
+
+    def _own_places(self):
+        if not (self.a._places or self.b._places):
+            return ()
+        pairs = itertools.product(self.a._places or (0,), self.b._places or (0,))
+        return tuple(dict.fromkeys(None if None in pair else sum(pair) for pair in pairs))
 
     @property
     def middle(self) -> int | None:

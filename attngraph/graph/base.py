@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from dataclasses import MISSING, FrozenInstanceError, dataclass, fields, replace
+from dataclasses import MISSING, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar, SupportsIndex, cast, dataclass_transform
 
 import torch
@@ -25,6 +25,7 @@ from attngraph.graph.values import (
     exact,
     plain_int,
     put_plainly,
+    refuse_assignment,
     refuse_old_hooks,
     refuse_reserved_fields,
     require_values,
@@ -93,6 +94,11 @@ class Graph:
         @property
         def _unbound(self) -> bool:
             """Whether it or a part of it is to be told its size: see `_waits`."""
+            ...
+
+        @property
+        def _places(self) -> tuple[int | None, ...]:
+            """Where its queries stand among its keys: see `positions`."""
             ...
 
         @property
@@ -176,6 +182,10 @@ class Graph:
         if not _owner(type(self), "_bind").__module__.startswith("attngraph.graph."):
             return True
         return any(part._unbound for part in self._children)
+
+    def _own_places(self) -> tuple[int | None, ...]:
+        """The keys at which query 0 stands, as each part tells it: see `positions`."""
+        return tuple(dict.fromkeys(place for part in self._children for place in part._places))
 
     def _bind(self, n: int | None, m: int | None) -> Graph:
         """The same graph, told its size; only what depends on the size (Random, two hops) listens."""
@@ -270,7 +280,7 @@ class Graph:
             raise ValueError(f"graphs with different numbers of heads do not combine (got {sorted(heads)})")
         self._set(size=self._own_size(), heads=heads.pop() if heads else None)
         self._set(_may_change=any(part._may_change for part in children) or type(self)._state is not Graph._state)
-        self._set(_unbound=self._waits())
+        self._set(_unbound=self._waits(), _places=self._own_places())
         if not torch.compiler.is_compiling():
             key, equal, handle = cache.COMPILED.register(shortened(self._write_key()), self)
             self._set(_key=key, _handle=handle, _equal=equal)  # which lives as long as this one: its key names both
@@ -526,17 +536,8 @@ def _owner(cls: type, name: str) -> type:
     return next(base for base in cls.__mro__ if name in vars(base))
 
 
-def _refuse_assignment(self: Graph, name: str, value: object = None) -> None:
-    if "_key" not in self.__dict__:
-        raise FrozenInstanceError(
-            f"a graph is a frozen dataclass: {type(self).__name__} declares its fields, as in `{name}: int`, and needs "
-            f"no __init__ (one of your own sets them by self._set({name}=…) and ends with self.__post_init__())"
-        )
-    raise FrozenInstanceError(f"a graph is a value: field {name!r} of {type(self).__name__} cannot change")
-
-
 for _name in ("__setattr__", "__delattr__"):
-    setattr(Graph, _name, _refuse_assignment)
+    setattr(Graph, _name, refuse_assignment)
 
 
 # ------------------------------------------------------------------------ of any graph, by the fastest way known
@@ -568,7 +569,7 @@ def _rebuild(cls: type[Graph], values: dict[str, Any]) -> Graph:
     return cls(**values)
 
 
-_ATTRIBUTES = {"size", "heads", "_key", "_may_change", "_equal", "_hash", "_terms", "_depth", "_unbound"}
+_ATTRIBUTES = {"size", "heads", "_key", "_may_change", "_equal", "_hash", "_terms", "_depth", "_unbound", "_places"}
 """Of every graph, set when it is made."""
 
 

@@ -48,6 +48,13 @@ class Disjoint(Graph):
         queries, keys = zip(*(graph.size for graph in self.graphs), strict=True)
         return _sum(queries), _sum(keys)
 
+    def _own_places(self):
+        placed = list(self._placed(None, None))
+        if all(row == column and not graph._places for graph, row, column, _ in placed):
+            return ()
+        begins = ((place, column - row) for graph, row, column, _ in placed for place in graph._places or (0,))
+        return tuple(dict.fromkeys(None if place is None else place + ahead for place, ahead in begins))
+
     def _placed(self, n: int | None, m: int | None) -> Iterator[tuple[Graph, int, int, Size]]:
         """Each graph with its first query, its first key and its size in n × m nodes."""
         row = column = 0
@@ -153,6 +160,9 @@ class Beside(Graph):
         in_a, a_inside = _inside(kv_idx, self.a.size[1])
         in_b, b_inside = _inside(kv_idx - self._first, self.b.size[1])
         return (self.a.contains(q_idx, in_a) & a_inside) | (self.b.contains(q_idx, in_b) & b_inside)
+
+    def _own_places(self):
+        return tuple(None if place is None else self._first + place for place in self.b._places or (0,))
 
     @property
     def _first(self) -> int:

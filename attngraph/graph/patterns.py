@@ -58,6 +58,9 @@ class Causal(Graph):
     def _check(self):
         require_ints(None, offset=self.offset)
 
+    def _own_places(self):
+        return (None,) if self.offset else ()  # it looks ahead, or its queries stand behind
+
     def contains(self, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         return kv_idx <= q_idx + self.offset
 

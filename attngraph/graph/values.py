@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import fields
+from dataclasses import FrozenInstanceError, fields
 from inspect import get_annotations
 from operator import index
 from types import FunctionType
@@ -151,3 +151,12 @@ def argument(value: object, inner: Callable[[Graph], str]) -> str:
     if isinstance(value, tuple):
         return f"[{', '.join(argument(item, inner) for item in value)}]"
     return inner(cast(Any, value)) if hasattr(type(value), "_values") else repr(value)
+
+
+def refuse_assignment(self: Any, name: str, value: object = None) -> None:
+    if "_key" not in self.__dict__:
+        raise FrozenInstanceError(
+            f"a graph is a frozen dataclass: {type(self).__name__} declares its fields, as in `{name}: int`, and needs "
+            f"no __init__ (one of your own sets them by self._set({name}=…) and ends with self.__post_init__())"
+        )
+    raise FrozenInstanceError(f"a graph is a value: field {name!r} of {type(self).__name__} cannot change")

@@ -112,8 +112,7 @@ class Attention(nn.Module):
         require_vectors("x", x, self.query.in_features)
         if memory is not None:
             require_vectors("memory", memory, self.key.in_features)
-        num_keys = x.shape[-2] if memory is None else memory.shape[-2]
-        start = None if rotary is None else query_offset(graph, x.shape[-2], num_keys)
+        start = None if rotary is None else query_offset(graph)
         q, k, v = self.project(x, x if memory is None else memory, rotary, start)
         dropout_p = self.dropout if self.training else 0.0
         out = attend(q, k, v, graph, bias=bias, attention_mask=attention_mask, dropout_p=dropout_p, **self.scoring)

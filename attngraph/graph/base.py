@@ -279,8 +279,8 @@ class Graph:
         if len(heads) > 1:
             raise ValueError(f"graphs with different numbers of heads do not combine (got {sorted(heads)})")
         self._set(size=self._own_size(), heads=heads.pop() if heads else None)
-        self._set(_may_change=any(part._may_change for part in children) or type(self)._state is not Graph._state)
-        self._set(_unbound=self._waits(), _places=self._own_places())
+        may_change = any(part._may_change for part in children) or type(self)._state is not Graph._state
+        self._set(_may_change=may_change, _unbound=self._waits(), _places=self._own_places())
         if not torch.compiler.is_compiling():
             key, equal, handle = cache.COMPILED.register(shortened(self._write_key()), self)
             self._set(_key=key, _handle=handle, _equal=equal)  # which lives as long as this one: its key names both

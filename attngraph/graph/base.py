@@ -193,7 +193,7 @@ class Graph:
 
     def _head(self, index: int) -> Graph:
         """The graph of one head."""
-        return self._map(_head_of, index) if self.heads else self
+        return self._map(lambda part, head: part._head(head), index) if self.heads else self
 
     def _write(self, inner: Callable[[Graph], str]) -> str:
         """The graph as an expression, its parts written by `inner`."""
@@ -540,7 +540,7 @@ for _name in ("__setattr__", "__delattr__"):
     setattr(Graph, _name, refuse_assignment)
 
 
-# ------------------------------------------------------------------------ of any graph, by the fastest way known
+# ------------------------------------------------------------------------ of any graph
 
 
 def at_size(graph: Graph, n: int | None = None, m: int | None = None) -> tuple[Graph, int, int]:
@@ -555,10 +555,6 @@ def at_size(graph: Graph, n: int | None = None, m: int | None = None) -> tuple[G
 def bind(graph: Graph, n: int | None, m: int | None) -> Graph:
     """The same graph, told its size."""
     return graph._bind(n, m) if graph._unbound else graph
-
-
-def _head_of(graph: Graph, index: int) -> Graph:
-    return graph._head(index)
 
 
 # -------------------------------------------------------------------------------------------- how a class is made

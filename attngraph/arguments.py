@@ -84,6 +84,8 @@ def take(name: str, value: Any, kinds: Sequence[Kind]) -> Any:
             return kind.take(value)
         except TypeError:
             continue
+        except OverflowError:
+            raise ValueError(f"{name} must be below 2**63 in size (got {shown(value)})") from None
     if not kinds:
         return value
     *others, last = dict.fromkeys(kind.name for kind in kinds)
@@ -122,17 +124,14 @@ def _integer(value: Any) -> int:
     except RuntimeError:  # a tensor of several
         raise TypeError from None
     if not -(2**63) <= number < 2**63:
-        raise TypeError
+        raise OverflowError
     return number
 
 
 def _number(value: Any) -> Any:
     if isinstance(value, bool | np.bool_) or not isinstance(value, Real):
         raise TypeError
-    try:
-        float(value)
-    except OverflowError:
-        raise TypeError from None
+    float(value)  # OverflowError for what is too large
     return value
 
 
@@ -164,7 +163,7 @@ def _one_of(values: tuple[Any, ...]) -> Kind:
 
 
 SIMPLE = {
-    int: Kind("an int below 2⁶³", _integer),
+    int: Kind("an int", _integer),
     float: Kind("a number", _number),
     bool: Kind("True or False", _boolean),
     str: _instance("a string", str),

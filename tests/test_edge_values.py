@@ -21,7 +21,7 @@ SIZED = [*((case.graph, case.n, case.m) for case in GRAPHS), *LARGE]
 SIZES = [(2, 4, 2, 8, 5), (1, 2, 2, 16, 16), (0, 2, 1, 4, 4), (1, 4, 1, 0, 3), (2, 2, 1, 3, 0)]  # B, …, Dv
 OF_BIAS = ("plain", "-inf", "all -inf", "far apart", "NaN where no edge is", "+inf where no edge is")
 SCALES = (0.0, -0.0, 1e-45, -1e-45, 1e-30, -1e-9, 1.0, -1.0, 30.0, -30.0)
-TOLERANCE = {torch.float64: (1e-11, 1e-9), torch.float32: (2e-5, 1e-4), torch.bfloat16: (2e-2, 6e-2)}
+TOLERANCE = {torch.float64: (1e-11, 1e-9), torch.float32: (2e-5, 4e-4), torch.bfloat16: (2e-2, 6e-2)}
 
 
 def plain(*shape, seed):

@@ -79,5 +79,5 @@ def test_what_is_no_graph_is_told(text, message, capfd):
 
 
 def test_only_text_is_parsed():
-    with pytest.raises(TypeError, match="a graph expression is a str"):
+    with pytest.raises(TypeError, match="text must be a string"):
         parse(Causal())

@@ -304,9 +304,9 @@ def test_top_p_keeps_the_smallest_set():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: config(norm="batch"), "norm must be one of layer, rms (got 'batch')"),
-        (lambda: config(position="where"), "position must be one of none, learned"),
-        (lambda: config(bias="ff"), "a list of names"),
+        (lambda: config(norm="batch"), "norm must be one of 'layer', 'rms' (got 'batch')"),
+        (lambda: config(position="where"), "position must be one of 'none', 'learned'"),
+        (lambda: config(bias="ff"), "bias must be a list"),
         (lambda: config(num_heads=0), "num_heads must be 1 or more (got 0)"),
         (lambda: config(num_kv_heads=0), "num_kv_heads must be 1 or more (got 0)"),
         (lambda: Transformer(config(), PerHead([Full()] * 3)), "graph has 3 heads but the model 4"),

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from modules import POSITIONS, SCALINGS, config
 from torch import nn
 
-from attngraph import Causal, Disjoint, Documents, Full, Window, generate
+from attngraph import Causal, Disjoint, Documents, Full, Prefix, Window, generate
 from attngraph.models import GPT, DecisionTransformer, Encoder, EncoderDecoder, ViT
 from attngraph.nn import LearnedPositions, Transformer, TransformerConfig
 
@@ -68,7 +68,9 @@ def positions_if_they_can_be_given(position, lengths, name="positions"):
 
 @pytest.mark.parametrize("position", [*POSITIONS, *SCALINGS])
 @pytest.mark.parametrize(
-    ("cls", "graph"), [(GPT, Causal()), (GPT, Causal() & Window(2, 0)), (Encoder, Full())], ids=str
+    ("cls", "graph"),
+    [(GPT, Causal()), (GPT, Causal() & Window(2, 0)), (Encoder, Full()), (GPT, Causal() & (Window(1, 0) | Prefix(2)))],
+    ids=str,
 )
 @given(LENGTHS, st.sampled_from(SWITCHES), st.sampled_from([torch.float32, torch.float64]))
 @settings(max_examples=max(3, settings().max_examples // 20))
@@ -81,7 +83,8 @@ def test_of_a_model_of_tokens(cls, graph, position, lengths, switches, dtype):
         batch, mask = padded(rows, side)
         assert_same(with_gradients(model, model(batch, attention_mask=mask)[mask]), right, dtype)
     where = positions_if_they_can_be_given(position, lengths)
-    packed = model(torch.cat(rows)[None], graph & Documents(lengths), **where)
+    pack = Disjoint([graph.sized(length, length) for length in lengths])  # as `graph & Documents`, and of any graph
+    packed = model(torch.cat(rows)[None], pack if "Prefix" in str(graph) else graph & Documents(lengths), **where)
     assert_same(with_gradients(model, packed[0]), right, dtype)
 
 
@@ -292,7 +295,7 @@ def test_tokens_of_any_integer_kind_are_continued(dtype):
     ("error", "message", "options"),
     [
         (TypeError, "tokens must be a tensor of integers (got torch.float32)", {"tokens": torch.zeros(1, 2)}),
-        (TypeError, "tokens must be a tensor of integers (got a list)", {"tokens": [[1, 2]]}),
+        (TypeError, "tokens must be a tensor (got a list)", {"tokens": [[1, 2]]}),
         (TypeError, "(got torch.bool)", {"tokens": torch.ones(1, 2) > 0}),
         (ValueError, "at least one token each (got (1, 0))", {"tokens": torch.zeros(1, 0).long()}),
         (ValueError, "at least one token each (got (3,))", {"tokens": torch.zeros(3).long()}),
@@ -303,7 +306,7 @@ def test_tokens_of_any_integer_kind_are_continued(dtype):
         (ValueError, "temperature must be 0 or more (got nan)", {"temperature": NAN}),
         (ValueError, "temperature must be 0 or more (got inf)", {"temperature": INF}),
         (ValueError, "top_p must be a probability above 0 (got nan)", {"top_p": NAN}),
-        (TypeError, "top_k must be an int (got 2.0)", {"top_k": 2.0}),
+        (TypeError, "top_k must be an int or None (got 2.0)", {"top_k": 2.0}),
         (ValueError, "pad prompts on the left", {"attention_mask": torch.tensor([[1, 1, 1], [1, 1, 0]])}),
         (ValueError, "of shape (2, 3)", {"attention_mask": torch.ones(2, 4).long()}),
         (ValueError, "8 learned positions, and would be shown 9 tokens: context=8 shows", {"max_new_tokens": 7}),

@@ -453,7 +453,7 @@ class TwoHops(Graph):
         if not (self.a._places or self.b._places):
             return ()
         pairs = itertools.product(self.a._places or (0,), self.b._places or (0,))
-        return tuple(dict.fromkeys(None if None in pair else sum(pair) for pair in pairs))
+        return tuple(dict.fromkeys(None if a is None or b is None else a + b for a, b in pairs))
 
     @property
     def middle(self) -> int | None:
@@ -462,10 +462,7 @@ class TwoHops(Graph):
 
     def contains(self, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         if self.middle is None:
-            raise ValueError(
-                f"two hops need the number of nodes between them, which {self} does not tell: give one of the "
-                f"graphs its size, graph.sized(num_queries, num_keys)"
-            )
+            raise ValueError(self._no_middle())
         looked_at = max(q_idx.numel(), kv_idx.numel()) * self.middle
         if looked_at > PAIRS_LOOKED_AT and self.heads is None and not self._unbound:
             return contains_code(self._codes.to(q_idx.device), q_idx * cast(int, self.size[1]) + kv_idx)
@@ -502,7 +499,15 @@ class TwoHops(Graph):
 
     def _bind(self, n, m):
         middle = self.middle if self.middle is not None else n if n == m else None
+        if middle is None and None not in (n, m):
+            raise ValueError(self._no_middle())
         return TwoHops(bind(self.a.sized(n, middle), n, middle), bind(self.b.sized(middle, m), middle, m))
+
+    def _no_middle(self) -> str:
+        return (
+            f"two hops need the number of nodes between them, which {self} does not tell: give one of the graphs its "
+            f"size, graph.sized(num_queries, num_keys)"
+        )
 
     def _waits(self):
         return None in (*self.a.size, *self.b.size) or super()._waits()

@@ -193,7 +193,7 @@ class Graph:
 
     def _head(self, index: int) -> Graph:
         """The graph of one head."""
-        return self._map(_head_of, index) if self.heads else self
+        return self._map(lambda part, head: part._head(head), index) if self.heads else self
 
     def _write(self, inner: Callable[[Graph], str]) -> str:
         """The graph as an expression, its parts written by `inner`."""
@@ -279,8 +279,8 @@ class Graph:
         if len(heads) > 1:
             raise ValueError(f"graphs with different numbers of heads do not combine (got {sorted(heads)})")
         self._set(size=self._own_size(), heads=heads.pop() if heads else None)
-        self._set(_may_change=any(part._may_change for part in children) or type(self)._state is not Graph._state)
-        self._set(_unbound=self._waits(), _places=self._own_places())
+        may_change = any(part._may_change for part in children) or type(self)._state is not Graph._state
+        self._set(_may_change=may_change, _unbound=self._waits(), _places=self._own_places())
         if not torch.compiler.is_compiling():
             key, equal, handle = cache.COMPILED.register(shortened(self._write_key()), self)
             self._set(_key=key, _handle=handle, _equal=equal)  # which lives as long as this one: its key names both
@@ -540,7 +540,7 @@ for _name in ("__setattr__", "__delattr__"):
     setattr(Graph, _name, refuse_assignment)
 
 
-# ------------------------------------------------------------------------ of any graph, by the fastest way known
+# ------------------------------------------------------------------------ of any graph
 
 
 def at_size(graph: Graph, n: int | None = None, m: int | None = None) -> tuple[Graph, int, int]:
@@ -555,10 +555,6 @@ def at_size(graph: Graph, n: int | None = None, m: int | None = None) -> tuple[G
 def bind(graph: Graph, n: int | None, m: int | None) -> Graph:
     """The same graph, told its size."""
     return graph._bind(n, m) if graph._unbound else graph
-
-
-def _head_of(graph: Graph, index: int) -> Graph:
-    return graph._head(index)
 
 
 # -------------------------------------------------------------------------------------------- how a class is made

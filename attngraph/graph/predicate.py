@@ -5,14 +5,16 @@ from __future__ import annotations
 import inspect
 import itertools
 import sys
+import weakref
 import zlib
 from array import array
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, MappingView
 from contextvars import ContextVar
+from decimal import Decimal
 from functools import partial
 from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
-from typing import Any
+from typing import Any, cast
 from weakref import ReferenceType
 
 import numpy as np
@@ -91,8 +93,8 @@ def _require_two_arguments(function: Callable[..., Any]) -> None:
 
 def _described(value: Any, depth: int, seen: set[int]) -> Iterator[object]:
     """Hashable things that change when the value does, as far as that can be seen; else something new each time."""
-    if value is None or isinstance(value, bool | int | float | complex | str | bytes):
-        yield value
+    if value is None or isinstance(value, bool | int | float | complex | str | bytes | np.generic | range | Decimal):
+        yield type(value), value
     elif isinstance(value, Tensor):
         yield _tensor_state(value)
     elif isinstance(value, np.ndarray) and value.dtype != object:
@@ -106,10 +108,23 @@ def _described(value: Any, depth: int, seen: set[int]) -> Iterator[object]:
     elif depth > MAX_DEPTH or len(seen) > MAX_PARTS:
         yield object()  # unlike any other: nothing is kept for it
     elif not _is_foreign(value) and id(value) not in seen:
-        yield id(value)
+        yield _Same(value)
         seen.add(id(value))
         for part in _parts(value):
             yield from _described(part, depth + 1, seen)
+
+
+class _Same:
+    """An object, equal to itself alone: unlike its id, which the next object may have when it is gone."""
+
+    def __init__(self, value: Any):
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self.value is other.value
+
+    def __hash__(self) -> int:
+        return id(self.value)
 
 
 def _is_foreign(value: Any) -> bool:
@@ -131,7 +146,7 @@ def _tensor_state(tensor: Tensor) -> tuple:
     if small:
         numbers = torch.empty(tensor.numel(), dtype=tensor.dtype).copy_(tensor.detach().reshape(-1))
         return tuple(tensor.shape), tensor.dtype, zlib.crc32(numbers.view(torch.uint8).numpy().tobytes())
-    return id(tensor), None if tensor.is_inference() else tensor._version
+    return weakref.ref(tensor), None if tensor.is_inference() else tensor._version
 
 
 def _parts(value: Any) -> Iterator[Any]:
@@ -148,6 +163,12 @@ def _parts(value: Any) -> Iterator[Any]:
         yield value()
     elif isinstance(value, FunctionType):
         yield from _parts_of_function(value)
+    elif isinstance(value, property):
+        yield from (value.fget, value.fset)
+    elif isinstance(value, staticmethod | classmethod):
+        yield value.__func__
+    elif isinstance(value, MappingView):
+        yield from cast(Any, value)
     elif isinstance(value, Mapping):
         yield from (side for item in value.items() for side in item)
     elif isinstance(value, list | tuple | set | frozenset | deque):
@@ -156,9 +177,11 @@ def _parts(value: Any) -> Iterator[Any]:
         yield from value.ravel().tolist()
     else:
         yield from dict(getattr(value, "__dict__", {})).values()
-        for base in type(value).__mro__:
-            for slot in base.__dict__.get("__slots__", ()):
-                yield getattr(value, slot, None)
+        if isinstance(value, type):
+            yield from cast(Any, value).__bases__
+        for base in cast(Any, type(value)).__mro__:
+            slots: Any = base.__dict__.get("__slots__", ())
+            yield from (getattr(value, slot, None) for slot in slots)
         yield type(value)
 
 

@@ -15,7 +15,7 @@ from attngraph.graph import algebra, compose, edge_list, grids, patterns
 from attngraph.graph.base import Graph
 
 LONGEST = 1 << 24  # characters
-DEEPEST = 100  # nested operations
+DEEPEST = 190  # nested operations; Python's own parser takes 200 brackets
 
 NAMES = {
     name: kind

@@ -76,14 +76,14 @@ class DecisionTransformer(nn.Module):
         require_vectors("states", states, self.embed_state.in_features)
         require_vectors("actions", actions, self.embed_action.in_features)
         require_vectors("returns", returns, 1)
-        time = self.time(timesteps)
-        sides = states, actions, returns, time
-        if not (time.ndim == 3 and len({side.shape[:-1] for side in sides}) == 1):
-            shapes = ", ".join(str(tuple(side.shape)) for side in (states, actions, returns, timesteps))
+        sides = states, actions, returns
+        if isinstance(timesteps, Tensor) and {side.shape[:-1] for side in sides} != {timesteps.shape}:
+            shapes = ", ".join(str(tuple(side.shape)) for side in (*sides, timesteps))
             raise ValueError(
                 "states, actions, returns and timesteps must have the same batch and number of steps, as in "
                 f"(B, T, state_dim), (B, T, action_dim), (B, T, 1), (B, T) (got {shapes})"
             )
+        time = self.time(timesteps)
         mask = padding_mask("attention_mask", attention_mask, time)
         parts = self.embed_return(returns) + time, self.embed_state(states) + time, self.embed_action(actions) + time
         x = self.norm(torch.stack(parts, dim=2).flatten(1, 2))  # return, state, action; return, state, …

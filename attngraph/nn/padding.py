@@ -39,7 +39,7 @@ def positions_of(name: str, positions: Tensor | None, mask: Tensor | None, nodes
     if positions is None:
         positions = torch.arange(num_nodes, device=nodes.device)
         if mask is not None:
-            positions = positions - (mask.cumsum(-1) == 0).sum(-1, keepdim=True)
+            positions = positions - padding_in_front(mask)
     else:
         wanted = f"{name} must be a tensor of integers of shape ({num_nodes},) or {shape}"
         if not isinstance(positions, Tensor):
@@ -50,6 +50,17 @@ def positions_of(name: str, positions: Tensor | None, mask: Tensor | None, nodes
             raise ValueError(f"{wanted} (got shape {tuple(positions.shape)})")
         positions = positions.long()
     return positions if mask is None else positions.where(mask, 0)
+
+
+def padding_in_front(mask: Tensor) -> Tensor:
+    """How many nodes of each row are before its first real one: (B, 1)."""
+    return (mask.cumsum(-1) == 0).sum(-1, keepdim=True)
+
+
+def rolled(nodes: Tensor, by: Tensor) -> Tensor:
+    """Nodes (B, N) or (B, N, D) moved forward by so many places in each row, (B, 1); the first go behind the last."""
+    index = (torch.arange(nodes.shape[1], device=nodes.device) + by) % max(nodes.shape[1], 1)
+    return nodes.gather(1, index if nodes.ndim == 2 else index[..., None].expand_as(nodes))
 
 
 def joint_padding_mask(memory_mask: Tensor | None, memory: Tensor, mask: Tensor | None, nodes: Tensor) -> Tensor | None:

@@ -23,8 +23,8 @@ class Rope:
     @checked
     def __init__(self, head_dim: int, base: float = 10000.0, scaling: Mapping[str, Any] | None = None):
         self.head_dim, self.base, self.scaling = head_dim, base, dict(scaling or {})
-        self.kind = self.scaling.get("rope_type", "default")
-        if self.kind not in RULES:
+        self.kind = self.scaling.get("rope_type", self.scaling.get("type", "" if self.scaling else "default"))
+        if not isinstance(self.kind, str) or self.kind not in RULES:
             raise ValueError(f"rope_type of a rotary scaling must be one of {', '.join(RULES)} (got {self.kind!r})")
         if not 1 < base < math.inf:
             raise ValueError(f"the base of rotary positions must be above 1 (got {base})")
@@ -34,6 +34,11 @@ class Rope:
         missing = [name for name in needed if self.scaling.get(name) is None]
         if missing:
             raise ValueError(f"a rotary scaling of rope_type {self.kind!r} needs {', '.join(missing)}")
+        for name in ("factor", TRAINED):
+            value = self.scaling.get(name)
+            number = value if isinstance(value, int | float) and not isinstance(value, bool) else 0
+            if name in needed and not 0 < number < 1e18:
+                raise ValueError(f"{name} of a rotary scaling must be a number above 0 (got {value!r})")
         for name in ("short_factor", "long_factor"):
             if name in needed and len(self.scaling[name]) != head_dim // 2:
                 raise ValueError(f"{name} must have {head_dim // 2} numbers (got {len(self.scaling[name])})")

@@ -10,15 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout
 
-from attngraph.arguments import check_fields, checked
+from attngraph.arguments import check_fields, checked, shown
 from attngraph.bias import Alibi, Bias, RelativeBias
 from attngraph.graph.algebra import Full
 from attngraph.graph.base import Graph, require_ints
 from attngraph.graph.compose import Beside
 from attngraph.nn.attention import Attention
-from attngraph.nn.checks import require_vectors
+from attngraph.nn.checks import require_vectors, values_known
 from attngraph.nn.feedforward import ACTIVATIONS, FeedForward
-from attngraph.nn.padding import joint_padding_mask, padding_mask, positions_of
+from attngraph.nn.padding import joint_padding_mask, padding_in_front, padding_mask, positions_of, rolled
 from attngraph.nn.positions import AlibiPositions, LearnedPositions, RelativePositions, Rotary, SinusoidalPositions
 
 
@@ -230,7 +230,8 @@ class Transformer(nn.Module):
                 count from each row's first real node. For learned, sinusoidal and rotary positions; the others go by
                 the distance of nodes, which in a pack is the same.
             attention_mask: bool or integers 0 and 1, (B, N): True or 1 for real nodes, False or 0 for padding, which
-                nobody hears.
+                nobody hears. Without `positions`, the places of a graph of any size (`Prefix`, `Chunks`) are counted
+                from each row's first real node too; a graph that knows its size names these very nodes.
             memory: (B, M, embed_dim), heard in the cross phase; or, of a config without one, beside the nodes, as
                 `Beside(memory_graph, graph)`: rotary positions then go on from those of the memory.
             memory_graph: who hears which node of the memory, by default all.
@@ -255,12 +256,19 @@ class Transformer(nn.Module):
         graphs = self.graphs if graph is None else self._per_layer(graph)
         num_queries = x.shape[-2]
         mask = padding_mask("attention_mask", attention_mask, x)
+        if not (memory_graph is None or isinstance(memory_graph, Graph)):
+            raise TypeError(f"memory_graph must be a Graph (got {shown(memory_graph)})")
         memory_graph = Full() if memory_graph is None else memory_graph
         memory_mask = None
         if memory is not None:
             memory_mask = padding_mask("memory_attention_mask", memory_attention_mask, memory)
         if positions is None and mask is None and self.config.position == "learned":
             self._check_length(num_queries)
+        skipped = None  # nodes in front of each row's first real one, which go behind: so its places in the graph are
+        if positions is None and mask is not None and all(part.size == (None, None) for part in graphs):  # its own
+            skipped = None if values_known(mask) and bool(mask[:, :1].all()) else padding_in_front(mask)
+        if skipped is not None and mask is not None:
+            x, mask = rolled(x, skipped), rolled(mask, skipped)
         positions = positions_of("positions", positions, mask, x)
         key_positions = positions
         if memory is not None and memory.shape[-2] and not self.config.cross:  # its nodes are keys before the own ones
@@ -284,7 +292,8 @@ class Transformer(nn.Module):
                 memory_graph=memory_graph,
                 memory_attention_mask=memory_mask if self.config.cross else None,
             )
-        return x if self.final_norm is None else self.final_norm(x)
+        x = x if self.final_norm is None else self.final_norm(x)
+        return x if skipped is None else rolled(x, -skipped)
 
     def _with_positions(
         self, x: Tensor, positions: Tensor, key_positions: Tensor
@@ -327,7 +336,9 @@ class Transformer(nn.Module):
     def _per_layer(self, graph: Graph | Sequence[Graph]) -> tuple[Graph, ...]:
         """One graph for each layer."""
         layers, heads = self.config.num_layers, self.config.num_heads
-        graphs = tuple(graph) if isinstance(graph, Iterable) else (graph,) * layers
+        graphs = (graph,) * layers if isinstance(graph, Graph) else tuple(graph) if _is_list(graph) else ()
+        if not graphs and not _is_list(graph):
+            raise TypeError(f"graph must be one graph, or one for each of {layers} layers (got {shown(graph)})")
         for part in graphs:
             if not isinstance(part, Graph):
                 raise TypeError(
@@ -353,6 +364,10 @@ class Transformer(nn.Module):
                     nn.init.normal_(linear.weight, std=0.02 * depth)
                 elif linear in residual:
                     nn.init.zeros_(linear.weight)
+
+
+def _is_list(graph: object) -> bool:
+    return isinstance(graph, Iterable) and not isinstance(graph, Tensor)
 
 
 def _memory_positions(positions: Tensor | None, mask: Tensor | None, memory: Tensor) -> Tensor:

@@ -259,7 +259,7 @@ BAD = [
     (lambda: Causal() & torch.ones(3, 3, dtype=torch.bool), TypeError, "unsupported operand"),
     (lambda: Causal().mask(), ValueError, "give the missing number"),
     (lambda: Causal().mask(-1, 3), ValueError, "n must be a number of nodes, an int from 0"),
-    (lambda: Causal().mask(2.0, 3), TypeError, "n must be an int below"),
+    (lambda: Causal().mask(2.0, 3), TypeError, "n must be an int"),
     (lambda: Causal().rows(3, 2), ValueError, "start <= stop"),
     (lambda: Documents([3]).rows(0, 4), ValueError, "3, the graph's number of queries"),
     (lambda: Causal().with_global_nodes(4).mask(2, 2), ValueError, "needs at least that many queries"),

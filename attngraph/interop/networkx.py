@@ -9,10 +9,13 @@ import torch
 
 from attngraph.arguments import checked
 from attngraph.graph.base import Graph, at_size
+from attngraph.graph.boxes import require_memory
 from attngraph.graph.edge_list import EdgeList
 
 if TYPE_CHECKING:
     import networkx
+
+BYTES_PER_OBJECT = 500  # what networkx takes for each node and each edge, about
 
 
 @checked
@@ -58,6 +61,10 @@ def to_networkx(graph: Graph, n: int | None = None, m: int | None = None) -> net
 
     result = networkx.DiGraph()
     bound, n, m = at_size(graph, n, m)
+    require_memory(max(n, m) * BYTES_PER_OBJECT, f"for the {max(n, m):,} nodes of {graph} as objects of Python")
+    edge_index = bound.edge_index(n, m)
+    edges = edge_index.shape[1]
+    require_memory(edges * BYTES_PER_OBJECT, f"for the {edges:,} edges of {graph} as objects of Python")
     result.add_nodes_from(range(max(n, m)))
-    result.add_edges_from(bound.edge_index(n, m).T.tolist())
+    result.add_edges_from(edge_index.T.tolist())
     return result

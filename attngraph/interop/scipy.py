@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
 import torch
 
 from attngraph.arguments import checked
@@ -44,4 +45,4 @@ def to_scipy_sparse_matrix(graph: Graph, n: int | None = None, m: int | None = N
 
     bound, n, m = at_size(graph, n, m)
     key, query = bound.edge_index(n, m).numpy()
-    return coo_matrix(([1] * len(key), (key, query)), shape=(m, n))
+    return coo_matrix((np.ones(len(key), dtype=np.int64), (key, query)), shape=(m, n))

@@ -8,7 +8,7 @@ PIP := -m pip install --disable-pip-version-check --quiet
 
 # Tests in as many processes as there are cores; one that has nothing left takes over what another has not begun.
 PYTEST := -m pytest -n logical --maxprocesses 16 --dist worksteal
-NORMAL := -m "not slow"
+NORMAL := -m "not slow and not nightly"
 
 # What depends on the instructions that the CPU has, and how an AVX-512 machine is held to AVX2.
 VECTORS := tests/test_attend.py tests/test_bias.py tests/test_plan.py tests/test_properties.py \
@@ -25,7 +25,7 @@ test: $(VENV)/installed lint  # a few minutes
 	$(RUN) $(PYTEST) $(NORMAL)
 
 test-slow: $(VENV)/installed  # what `make test` leaves out: compilers, every family, 500 examples of each law
-	HYPOTHESIS_PROFILE=thorough $(RUN) $(PYTEST) -m "slow or hypothesis"
+	HYPOTHESIS_PROFILE=thorough $(RUN) $(PYTEST) -m "(slow or hypothesis) and not nightly"
 
 test-avx2: $(VENV)/installed  # the same numbers without AVX-512; x86 only
 	$(AVX2) $(RUN) $(PYTEST) $(NORMAL) -k "not triton" $(VECTORS)
@@ -43,8 +43,8 @@ test-oldest:  # the lowest versions that pyproject.toml allows
 	.venv-oldest/bin/python $(PIP) --constraint .venv-oldest/constraints.txt --editable '.[tests]'
 	.venv-oldest/bin/python $(PYTEST) $(NORMAL)
 
-nightly: $(VENV)/installed  # 20,000 generated examples of each law
-	HYPOTHESIS_PROFILE=nightly $(RUN) $(PYTEST) -m hypothesis
+nightly: $(VENV)/installed  # 20,000 generated examples of each law, and every cell of every sweep
+	HYPOTHESIS_PROFILE=nightly $(RUN) $(PYTEST) -m "hypothesis or nightly"
 
 bench: $(VENV)/installed  # dense against sparse on this machine, in ten minutes: runs/bench/report.html
 	$(RUN) -m benchmarks $(ARGS)

@@ -34,7 +34,7 @@ from attngraph import (
 )
 
 N = 24
-slow = pytest.mark.slow
+slow = pytest.mark.nightly
 
 
 class Ring(Graph):

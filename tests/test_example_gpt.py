@@ -426,7 +426,7 @@ def checkpoint_damages(path):
         ("checkpoint.safetensors", checkpoint_damages),
     ],
 )
-@pytest.mark.parametrize("share", [25, pytest.param(1, marks=pytest.mark.slow)], ids=["some", "all"])
+@pytest.mark.parametrize("share", [25, pytest.param(1, marks=pytest.mark.nightly)], ids=["some", "all"])
 def test_a_damaged_run_goes_on_or_is_told(tmp_path, text, capsys, file, damages, share):
     """By a sentence, never by a traceback."""
     _, folder = run(tmp_path, text, "--steps", 2, "--evaluate-every", 1, "--sample", 1)

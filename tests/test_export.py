@@ -90,7 +90,7 @@ def test_programs_mean_the_same_in_another_process(tmp_path):
     same_elsewhere(tmp_path, programs)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.parametrize("backend", ["auto", "edges", "dense"])
 def test_programs_of_every_graph_mean_the_same_in_another_process(backend, strict, tmp_path):

@@ -414,7 +414,7 @@ print(seconds, (resident("VmHWM") - before) / size, size)
 """
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peak memory is read from /proc")
 def test_gpt2_small_loads_fast_and_in_its_own_size(tmp_path):
     """124M parameters: at most 3 s, and 1.2 times its size."""
@@ -454,7 +454,7 @@ def names_it(name, message):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("share", [19, pytest.param(1, marks=pytest.mark.slow)], ids=["some", "all"])
+@pytest.mark.parametrize("share", [19, pytest.param(1, marks=pytest.mark.nightly)], ids=["some", "all"])
 @torch.no_grad()
 def test_a_damaged_config_works_or_is_told_by_name(family, share, tmp_path):
     """At once, too: a million layers are not made before the file is found to have two."""

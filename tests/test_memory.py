@@ -91,7 +91,7 @@ SMALL_SHARE = ["num_edges", "mask", "in_degrees"]
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=[] if name in SMALL_SHARE else pytest.mark.slow) for name in QUESTIONS],
+    [pytest.param(name, marks=[] if name in SMALL_SHARE else pytest.mark.nightly) for name in QUESTIONS],
 )
 def test_a_question_is_answered_or_refused_with_a_number(name, monkeypatch):
     monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=LIMIT))

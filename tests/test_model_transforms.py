@@ -148,7 +148,7 @@ TRANSFORMS = (
 )  # fmt: skip
 COMPILERS = (compiled, for_any_size, exported_strictly)
 SCHEMES = (*POSITIONS, *SCALINGS)
-SLOW = pytest.mark.slow
+SLOW = pytest.mark.nightly
 
 
 def cells():
@@ -183,7 +183,7 @@ def test_so_is_one_on_a_graph_with_padding(transform, graph, more):
     same(GPT, "learned", transform, graph, **more)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("by", COMPILERS, ids=lambda each: each.__name__)
 @pytest.mark.parametrize("position", SCHEMES)
 def test_so_is_a_compiled_one_with_padding(by, position):

@@ -24,7 +24,7 @@ from attngraph import (
 from attngraph.models import GPT
 from attngraph.nn import TransformerConfig
 
-slow = pytest.mark.slow
+slow = pytest.mark.nightly
 BACKENDS = ("dense", "tiles", "rows", "auto")
 GRAPH = Causal() & (Window(2, 0) | Prefix(1)) | EdgeList([[3, 7, 1], [2, 2, 8]], 9)
 HEADS = PerHead([GRAPH, Full(), Random(2), Causal() & Chunks(4)])

@@ -107,7 +107,7 @@ IN_GRAPHS = {
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(
-    "put", [put if put == "algebra" else pytest.param(put, marks=pytest.mark.slow) for put in IN_GRAPHS]
+    "put", [put if put == "algebra" else pytest.param(put, marks=pytest.mark.nightly) for put in IN_GRAPHS]
 )
 def test_the_next_call_is_on_the_new_edges(name, put):
     globals().update(WIDTH=2)

@@ -25,7 +25,7 @@ from attngraph import (
 )
 from attngraph.nn import Attention
 
-slow = pytest.mark.slow
+slow = pytest.mark.nightly
 BACKENDS = ("reference", "edges", "dense", "tiles", "rows", "auto")
 N = 7
 SOME = Causal() & (Window(2, 0) | Prefix(1)) | EdgeList([[5], [2]], N)

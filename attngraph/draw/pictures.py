@@ -135,6 +135,7 @@ def receptive_field(graphs: Sequence[Graph], node: int, n: int, *, ax: Axes | No
     return ax
 
 
+@checked
 def save(ax: Axes, path: str | os.PathLike[str]) -> None:
     """Write the picture that holds these axes to a file; its ending says the format."""
     cast("Figure", ax.figure).savefig(path, dpi=150, bbox_inches="tight")

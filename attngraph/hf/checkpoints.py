@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from attngraph.arguments import checked
 from attngraph.graph.text import parse_list
 from attngraph.hf.families import FAMILIES, TRANSPOSED, Family, Form
 from attngraph.hf.settings import Settings, WrongSetting
@@ -25,6 +26,7 @@ LAYER = r"\.(\d+)\."  # its number in a name
 OLD_NAMES = (("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias"))
 
 
+@checked
 def load(path: str | os.PathLike, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> nn.Module:
     """A pretrained model from a local directory: GPT-2, BERT, ViT, T5, Whisper, Llama, Qwen2, Decision Transformer.
 
@@ -72,6 +74,7 @@ def load(path: str | os.PathLike, *, dtype: torch.dtype | None = None, device: t
     return model.eval()
 
 
+@checked
 def save(model: nn.Module, path: str | os.PathLike) -> None:
     """Write a model that `load` made to a directory, as config.json and model.safetensors, which `load` reads again.
 

@@ -27,6 +27,13 @@ class Additive:
     weight: Tensor
     activation: Callable[[Tensor], Tensor] = torch.tanh
 
+    def __post_init__(self):
+        if not isinstance(self.weight, Tensor) or self.weight.ndim not in (1, 2):
+            got = tuple(self.weight.shape) if isinstance(self.weight, Tensor) else type(self.weight).__name__
+            raise TypeError(f"Additive takes a tensor, weight (D,) or (H, D) (got {got})")
+        if not callable(self.activation):
+            raise TypeError(f"activation of Additive must be a function (got {type(self.activation).__name__})")
+
     def __call__(self, q_i: Tensor, k_j: Tensor) -> Tensor:
         """(B, H, E, D), (B, H, E, D) → (B, H, E)."""
         weight = self.weight if self.weight.ndim == 1 else self.weight[:, None]

@@ -21,6 +21,8 @@ from attngraph import (
 )
 from attngraph.models import GPT
 from attngraph.nn import Attention, FeedForward, Rotary, SinusoidalPositions, Transformer, TransformerConfig, rotate
+from attngraph.nn.embedding import TokenEmbedding
+from attngraph.nn.positions import LearnedPositions
 
 SMALL = {"embed_dim": 32, "num_layers": 2, "num_heads": 4}
 POSITIONS = ("none", "learned", "sinusoidal", "rotary", "alibi", "relative")
@@ -346,3 +348,9 @@ def test_gradients_flow_through_checkpointing():
     plain = torch.autograd.grad(attend(q, k, v, graph).square().sum(), [q, k, v])
     again = checkpoint(lambda *sides: attend(*sides, graph), q, k, v, use_reentrant=False)
     torch.testing.assert_close(torch.autograd.grad(again.square().sum(), [q, k, v]), plain)
+
+
+def test_an_embedding_begins_as_pytorchs_unless_a_model_says_otherwise():
+    assert 0.9 < TokenEmbedding(100, 64).weight.std() < 1.1
+    assert 0.018 < LearnedPositions(100, 64).weight.std() < 0.022
+    assert 0.018 < GPT(config(), 100).embedding.weight.std() < 0.022

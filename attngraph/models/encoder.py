@@ -70,10 +70,13 @@ class Encoder(Tied):
         self.types = TokenEmbedding(num_types, config.embed_dim, "types") if num_types else None
         self.transformer = Transformer(config, graph)
         self.head = TokenHead(config, vocab_size)
-        self._tie()
+        self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Its parts have their own; those that are one become one."""
+        """Embeddings; its other parts have their own."""
+        for table in (self.embedding, self.types):
+            if table is not None:
+                nn.init.normal_(table.weight, std=0.02)
         self._tie()
 
     @property

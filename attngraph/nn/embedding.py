@@ -24,10 +24,6 @@ class TokenEmbedding(nn.Embedding):
         super().__init__(num_embeddings, embed_dim)
         self.what = what
 
-    def reset_parameters(self) -> None:
-        """N(0, 0.02²)."""
-        nn.init.normal_(self.weight, std=0.02)
-
     def forward(self, input: Tensor) -> Tensor:
         """Integers (..., N) → (..., N, embed_dim)."""
         dtype = input.dtype if isinstance(input, Tensor) else type(input).__name__

@@ -24,6 +24,10 @@ class LearnedPositions(TokenEmbedding):
     def __init__(self, max_length: int, embed_dim: int):
         super().__init__(max_length, embed_dim, "positions")
 
+    def reset_parameters(self) -> None:
+        """N(0, 0.02²)."""
+        nn.init.normal_(self.weight, std=0.02)
+
 
 class SinusoidalPositions(nn.Module):
     """Fixed sines and cosines of geometric wavelengths (Vaswani et al. 2017, section 3.5).

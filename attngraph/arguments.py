@@ -38,7 +38,7 @@ def checked(function: Function) -> Function:
 
     @wraps(function)
     def with_checked_arguments(*args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():  # what a program is made of was right where it ran before
+        if torch.compiler.is_compiling():  # a program has no place for looks at annotations
             return function(*args, **kwargs)
         if not kinds:
             kinds.update(kinds_of(function))
@@ -70,7 +70,7 @@ def kinds_of(function: Callable[..., Any] | type) -> dict[str, list[Kind]]:
 
 
 def _evaluated(annotation: Any, function: Callable[..., Any]) -> Any:
-    """An annotation as an object; Any where it names what only a type checker imports."""
+    """An annotation of the library's own source as an object; Any where it names what only a type checker imports."""
     try:
         return eval(annotation, function.__globals__) if isinstance(annotation, str) else annotation
     except NameError:

@@ -32,6 +32,8 @@ from attngraph import (
     from_function,
     plan,
 )
+from attngraph.models import GPT
+from attngraph.nn import TransformerConfig
 
 N = 24
 slow = pytest.mark.nightly
@@ -314,3 +316,20 @@ def test_every_graph_runs_in_a_program(case):
         program, _ = compiled(lambda q, k, v, backend=backend: attend(q, k, v, case.graph, backend=backend))
         q, k, v = sides(case.n, case.m, heads)
         same(program(q, k, v), attend(q, k, v, case.graph, backend="reference"), (q, k, v))
+
+
+@pytest.mark.parametrize("position", ["rotary", "alibi", "relative", "learned"])
+@pytest.mark.parametrize("changes", ["documents", "edges", "lengths"])
+def test_one_program_for_a_model_whatever_tells_nodes_their_places(position, changes):
+    torch._dynamo.reset()
+    config = TransformerConfig(embed_dim=16, num_layers=1, num_heads=2, position=position, max_length=50)
+    model, counter = GPT(config, 30), CompileCounterWithBackend("eager")
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    for step in range(10):
+        tokens, graph = torch.randint(30, (1, 40 - step if changes == "lengths" else 40)), Causal()
+        if changes == "documents":
+            graph = Causal() & Documents([10 + step, 30 - step])
+        elif changes == "edges":
+            graph = EdgeList(torch.randint(0, 40, (2, 99 + step)), 40)
+        assert_close(compiled(tokens, graph), model(tokens, graph))
+    assert counter.frame_count <= (2 if changes == "lengths" else 1)

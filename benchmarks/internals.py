@@ -10,6 +10,8 @@ from attngraph.graph.boxes import occupied_tiles
 from attngraph.graph.listing import split
 from attngraph.graph.rewrite import simplify
 from attngraph.planning.backends.tiles import TritonTiles
+from attngraph.planning.layouts.csr import CSR
+from attngraph.planning.layouts.tiles import Tiles, tabulate
 
 TILE = TritonTiles.tiling.tile
 
@@ -31,6 +33,19 @@ def pairs_of_tiles(graph: Graph, n: int, tile: tuple[int, int] = TILE) -> int:
     """How many pairs the occupied tiles of a graph have."""
     bound, n, m = at_size(graph, n, n)
     return len(occupied_tiles(bound, n, m, tile)[0]) * tile[0] * tile[1]
+
+
+def tiles_of(graph: Graph, n: int, tile: tuple[int, int], device: torch.device | str) -> Tiles:
+    """What the kernels of tiles walk over on a GPU."""
+    bound, n, m = at_size(graph, n, n)
+    with torch.device(device):
+        return Tiles(n, m, tabulate(bound, n, m, tile))
+
+
+def csr_of(graph: Graph, n: int, device: torch.device | str) -> CSR:
+    """The edges one by one, as the kernels of rows take them on a GPU."""
+    with torch.device(device):
+        return CSR.from_graph(*at_size(graph, n, n))
 
 
 def pairs_of(made: Plan) -> int:

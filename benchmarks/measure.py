@@ -13,12 +13,14 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -127,6 +129,12 @@ def _resident(field: str) -> int:
     """A field of /proc/self/status in KiB."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(field))
+
+
+def on_all_processors(function: Callable[[Any], None], jobs: Sequence[Any]) -> None:
+    """Call it with each of the jobs, in processes of their own."""
+    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
+        list(pool.map(function, jobs, chunksize=2))
 
 
 def isolated(function: Callable[..., dict], *arguments, seconds: float, gib: float) -> dict:

@@ -183,6 +183,17 @@ class TilesLayout(Protocol):
         ...
 
     @property
+    def spans(self) -> Tensor | None:
+        """The keys of each query of a mask as a span, its first | the one after its last << 16: int32 (P, tile rows);
+        None where some are no span."""
+        ...
+
+    @property
+    def spans_by_key(self) -> Tensor | None:
+        """The same of the masks transposed: int32 (P, tile columns)."""
+        ...
+
+    @property
     def first_edge(self) -> Tensor:
         """The number of the first edge in each row of each tile: int64 (T, tile rows)."""
         ...

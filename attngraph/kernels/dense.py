@@ -364,7 +364,9 @@ class _Efficient(_FlashKernel):
     def backward(problem: _Problem, out: Tensor, lse: Tensor, dout: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v, _, causal, scale = problem
         rng_state = torch.zeros((), dtype=torch.int64)  # for dropout: there is none
-        lse = pad(lse, (0, -lse.shape[2] % 32), value=torch.inf)  # as its own forward pass gives it
+        # As its own forward pass gives them: it reads out as it would lie there, whatever its strides are.
+        out = out.transpose(1, 2).contiguous().transpose(1, 2)
+        lse = pad(lse, (0, -lse.shape[2] % 32), value=torch.inf)
         needs_grad = [True, True, True, False]
         dq, dk, dv, _ = torch.ops.aten._scaled_dot_product_efficient_attention_backward(
             dout, q, k, v, problem.aligned_mask_bias, out, lse, rng_state, rng_state, 0.0, needs_grad, causal,

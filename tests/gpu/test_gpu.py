@@ -210,5 +210,5 @@ def test_packed_documents():
 
 def test_a_plan_says_what_runs():
     made = plan(Window(256, 0), 4096, 4096, heads=8, device="cuda")
-    assert [part.backend for part in made.parts] == ["tiles"]
+    assert [part.backend.name for part in made.parts] == ["tiles"]
     assert "tiles" in made.explain()

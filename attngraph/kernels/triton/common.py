@@ -16,6 +16,7 @@ A tensor goes to a kernel together with its strides, as one named tuple:
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -170,6 +171,7 @@ def in_four_dims(kind: str, values: Tensor) -> Tensor:
 Config = TypeVar("Config", bound=tuple)
 
 
+@lru_cache(typed=True)
 def constexprs(config: Config) -> Config:
     """What a kernel is compiled for, as the compiler takes it: before Triton 3.7 a bare number in a tuple is none."""
     interpreted = not isinstance(load_rows, triton.JITFunction)

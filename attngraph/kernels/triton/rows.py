@@ -438,10 +438,16 @@ def _sum_pieces_kernel(
 # ------------------------------------------------------------------------------------------------------ launch
 
 
-NUM_WARPS = 4
-# By kernel: how many numbers of neighbours, BLOCK_E · BLOCK_H · BLOCK_D, a program holds at a time, so that all stay in
-# registers, counted in what the compiler makes for sm_90 (tests/compile_triton.py). Not yet measured on a GPU.
-NUMBERS_IN_REGISTERS = {"_fwd_kernel": 4096, "_bwd_dq_kernel": 2048, "_bwd_dkdv_kernel": 2048}
+class Blocks(NamedTuple):
+    """How a kernel runs."""
+
+    numbers: int  # of neighbours that a program holds at a time, BLOCK_E · BLOCK_H · BLOCK_D
+    num_warps: int
+
+
+# The fastest of those that `python -m benchmarks.gpu_blocks rows` tries, on an H200. One warp: sums over several pass
+# through shared memory, and took 3 to 6 times as long.
+BLOCKS = {"_fwd_kernel": Blocks(1024, 1), "_bwd_dq_kernel": Blocks(512, 1), "_bwd_dkdv_kernel": Blocks(512, 1)}
 MIN_BLOCK_E = 4  # fewer heads rather than fewer edges
 MAX_GRID_Y = 1 << 16  # programs on the second axis of a grid
 
@@ -532,9 +538,10 @@ class _Launcher:
         return torch.empty(shape, dtype=self.acc_dtype, device=self.qkv[0].ptr.device)
 
     def _config(self, kernel: triton.JITFunction, adjacency: Adjacency, heads: int) -> Config:
-        numbers = NUMBERS_IN_REGISTERS.get(kernel.fn.__name__, 1) // max(self.dims[2:]) // (1 + self.is_double)
-        block_h = min(triton.next_power_of_2(heads), max(1, numbers // MIN_BLOCK_E))
-        block_e = max(1, numbers // block_h)
+        blocks = BLOCKS.get(kernel.fn.__name__)
+        neighbours = 1 if blocks is None else blocks.numbers // max(self.dims[2:]) // (1 + self.is_double)
+        block_h = min(triton.next_power_of_2(heads), max(1, neighbours // MIN_BLOCK_E))
+        block_e = max(1, neighbours // block_h)
         return Config(*self.dims, block_h, block_e, adjacency.heavy, self.bias_kind, self.padded, self.is_double)
 
     def _launch(self, kernel: triton.JITFunction, adjacency: Adjacency, heads: int, *own) -> None:
@@ -548,7 +555,7 @@ class _Launcher:
             inputs = Inputs(*self.qkv, self.bias, self.padding, _adjacency_ptrs(adjacency))
             kernel[num_units, self.B * head_blocks](
                 inputs, adjacency.num_pieces, head_blocks, self.H, self.H // self.kv_heads, self.N, self.scale,
-                constexprs(config), *own, num_warps=NUM_WARPS,
+                constexprs(config), *own, num_warps=BLOCKS[kernel.fn.__name__].num_warps,
             )  # fmt: skip
 
     def _sum_pieces(self, adjacency: Adjacency, grad: Tensor, grad_pieces: Tensor) -> None:

@@ -18,7 +18,7 @@ in a key or a value may reach queries of its tiles that do not hear it.
 |---|---|---|
 | `inputs` | q, k, v, bias, padding, tiles, masks | `Inputs` |
 | `inputs.tiles` | start, first_full, column, mask, table_index, order | `TilePtrs`: the tiles of each row, or column |
-| `inputs.masks` | words, words_by_key, first_edge | `MaskPtrs` |
+| `inputs.masks` | words, spans, first_edge, … | `MaskPtrs` |
 | `upstream` | dout, lse, delta | `Upstream` in common.py |
 | `block` | batch, head, kv_head, offs_m, start_m, … | `QueryBlock`, `KeyBlock`: what the program has |
 | `config` | HEAD_DIM, …, NUM_STAGES | `Config`: what the kernel is compiled for |
@@ -87,6 +87,8 @@ class MaskPtrs(NamedTuple):
 
     words: Tensor  # int32 (masks, TILE_M, TILE_N / 32)
     words_by_key: Tensor  # int32 (masks, TILE_N, TILE_M / 32): of the transposed masks
+    spans: Tensor  # int32 (masks, TILE_M): the first key of each query | the one after its last << 16; read with SPANS
+    spans_by_key: Tensor  # int32 (masks, TILE_N): of the transposed masks
     first_edge: Tensor  # (T, TILE_M, TILE_N / 32): the number of the first edge of each word; read with a bias of edges
 
 
@@ -115,6 +117,7 @@ class Config(NamedTuple):
     BLOCK_N: int
     BIAS_KIND: int
     PADDED: bool
+    SPANS: bool  # the edges of each node in a mask are a span, so that masks are two comparisons
     PRECISION: str
     NUM_STAGES: int
 
@@ -165,14 +168,20 @@ def _tile_range(tiles, row):
 
 @triton.jit
 def _load_mask(
-    words, tiles, tile, start_row, start_col,
+    words, spans, tiles, tile, start_row, start_col,
     TILE_ROWS: tl.constexpr, TILE_COLS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
-    IS_MASKED: tl.constexpr,
+    IS_MASKED: tl.constexpr, SPANS: tl.constexpr,
 ):  # fmt: skip
     """Which pairs are edges, (BLOCK_ROWS, BLOCK_COLS), in the block of a tile that begins at (start_row, start_col)."""
     if IS_MASKED:
-        row, word = start_row + tl.arange(0, BLOCK_ROWS), start_col // 32 + tl.arange(0, BLOCK_COLS // 32)
-        ptrs = words + tl.load(tiles.mask + tile).to(tl.int64) * (TILE_ROWS * TILE_COLS // 32)
+        row = start_row + tl.arange(0, BLOCK_ROWS)
+        mask = tl.load(tiles.mask + tile).to(tl.int64)
+        if SPANS:
+            span = tl.load(spans + mask * TILE_ROWS + row)[:, None]
+            col = (start_col + tl.arange(0, BLOCK_COLS))[None, :]
+            return (col >= (span & 0xFFFF)) & (col < (span >> 16))
+        word = start_col // 32 + tl.arange(0, BLOCK_COLS // 32)
+        ptrs = words + mask * (TILE_ROWS * TILE_COLS // 32)
         packed = tl.load(ptrs + row[:, None] * (TILE_COLS // 32) + word[None, :])
         bits = (packed[:, :, None] >> tl.arange(0, 32)[None, None, :]) & 1
         return tl.reshape(bits, [BLOCK_ROWS, BLOCK_COLS]) != 0
@@ -210,26 +219,28 @@ def _load_bias(bias, batch, head, offs_m, offs_n, edge, num_queries, mask, BIAS_
 
 
 @triton.jit
-def _add_bias_and_mask(qk, inputs, block, tile, start_n, offs_n, config: tl.constexpr, IS_MASKED: tl.constexpr):
-    """The scores of a block of queries with their bias, -inf where there is no edge; which pairs are edges; and the
-    numbers of these edges."""
+def _scores(q, k, inputs, block, tile, start_n, offs_n, scale, config: tl.constexpr, IS_MASKED: tl.constexpr):
+    """The scores of a block of queries, (BLOCK_M, BLOCK_N), -inf where there is no edge, and what they are yet to be
+    multiplied by: the scale, or 1 with a bias; which pairs are edges; and the numbers of these edges."""
+    qk = tl.dot(q, tl.trans(k), input_precision=config.PRECISION)
     row = (block.start_m + tl.arange(0, config.BLOCK_M))[:, None]
     col = (start_n + tl.arange(0, config.BLOCK_N))[None, :]
     mask = _load_mask(
-        inputs.masks.words, inputs.tiles, tile, block.start_m, start_n,
-        config.TILE_M, config.TILE_N, config.BLOCK_M, config.BLOCK_N, IS_MASKED,
+        inputs.masks.words, inputs.masks.spans, inputs.tiles, tile, block.start_m, start_n,
+        config.TILE_M, config.TILE_N, config.BLOCK_M, config.BLOCK_N, IS_MASKED, config.SPANS,
     )  # fmt: skip
     edge = _edge_numbers(inputs.masks, inputs.tiles, tile, row, col, config, IS_MASKED)
     if config.PADDED:
         mask = mask & load_real(inputs.padding, block.batch, offs_n, offs_n < block.num_keys)[None, :]
     if config.BIAS_KIND != NO_BIAS:
-        qk += _load_bias(
+        qk = qk * scale + _load_bias(
             inputs.bias, block.batch, block.head, block.offs_m[:, None], offs_n[None, :], edge, block.num_queries, mask,
             config.BIAS_KIND,
         )  # fmt: skip
+        scale = 1.0
     if IS_MASKED or config.PADDED:
         qk = tl.where(mask, qk, float("-inf"))
-    return qk, mask, edge
+    return qk, scale, mask, edge
 
 
 # ----------------------------------------------------------------------------------------------------- forward
@@ -250,16 +261,15 @@ def _fwd_inner(
         k = load_rows(inputs.k, batch, kv_head, offs_n, num_keys, config.HEAD_DIM, config.BLOCK_D, IS_MASKED)
         v = load_rows(inputs.v, batch, kv_head, offs_n, num_keys, config.VALUE_DIM, config.BLOCK_DV, IS_MASKED)
 
-        qk = tl.dot(q, tl.trans(k), input_precision=config.PRECISION) * scale  # (BLOCK_M, BLOCK_N)
-        qk = _add_bias_and_mask(qk, inputs, block, tile, start_n, offs_n, config, IS_MASKED)[0]
+        qk, factor, _, _ = _scores(q, k, inputs, block, tile, start_n, offs_n, scale, config, IS_MASKED)
 
-        new_max = tl.maximum(row_max, tl.max(qk, 1))
+        new_max = tl.maximum(row_max, tl.max(qk, 1) * factor)
         safe_max = new_max
         if (
             IS_MASKED or config.PADDED or config.BIAS_KIND != NO_BIAS
         ):  # a row without an edge so far: -inf - -inf would be NaN
             safe_max = tl.where(new_max == float("-inf"), 0.0, new_max)
-        p = tl.exp2(qk - safe_max[:, None])
+        p = tl.exp2(qk * factor - safe_max[:, None])
         alpha = tl.exp2(row_max - safe_max)
         row_sum = row_sum * alpha + tl.sum(p, 1)
         acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=config.PRECISION)
@@ -323,10 +333,9 @@ def _bwd_dq_inner(
         k = load_rows(inputs.k, batch, kv_head, offs_n, num_keys, config.HEAD_DIM, config.BLOCK_D, IS_MASKED)
         v = load_rows(inputs.v, batch, kv_head, offs_n, num_keys, config.VALUE_DIM, config.BLOCK_DV, IS_MASKED)
 
-        qk = tl.dot(q, tl.trans(k), input_precision=config.PRECISION) * scale  # (BLOCK_M, BLOCK_N)
-        qk, mask, edge = _add_bias_and_mask(qk, inputs, block, tile, start_n, offs_n, config, IS_MASKED)
+        qk, factor, mask, edge = _scores(q, k, inputs, block, tile, start_n, offs_n, scale, config, IS_MASKED)
 
-        ds = tl.exp2(qk - lse[:, None])
+        ds = tl.exp2(qk * factor - lse[:, None])
         ds *= tl.dot(do, tl.trans(v), input_precision=config.PRECISION) - delta[:, None]
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=config.PRECISION)
         if BIAS_GRAD:
@@ -398,23 +407,24 @@ def _bwd_dkdv_inner(
         do = load_rows(upstream.dout, batch, head, offs_m, num_queries, config.VALUE_DIM, config.BLOCK_DV, IS_MASKED)
         lse, delta = _load_lse_delta(upstream, batch * num_heads + head, offs_m, num_queries)
 
-        qkT = tl.dot(k, tl.trans(q), input_precision=config.PRECISION) * scale  # (BLOCK_N, BLOCK_M)
+        qkT, factor = tl.dot(k, tl.trans(q), input_precision=config.PRECISION), scale  # (BLOCK_N, BLOCK_M)
         row, col = (start_m + tl.arange(0, BLOCK_M))[None, :], (start_n + tl.arange(0, BLOCK_N))[:, None]
         mask = _load_mask(
-            inputs.masks.words_by_key, inputs.tiles, tile, start_n, start_m,
-            config.TILE_N, config.TILE_M, BLOCK_N, BLOCK_M, IS_MASKED,
+            inputs.masks.words_by_key, inputs.masks.spans_by_key, inputs.tiles, tile, start_n, start_m,
+            config.TILE_N, config.TILE_M, BLOCK_N, BLOCK_M, IS_MASKED, config.SPANS,
         )  # fmt: skip
         if config.PADDED:
             mask = mask & real[:, None]
         if config.BIAS_KIND != NO_BIAS:
             edge = _edge_numbers(inputs.masks, inputs.tiles, tile, row, col, config, IS_MASKED)
-            qkT += _load_bias(
+            qkT = qkT * scale + _load_bias(
                 inputs.bias, batch, head, offs_m[None, :], offs_n[:, None], edge, num_queries, mask, config.BIAS_KIND
             )
+            factor = 1.0
         if IS_MASKED or config.PADDED:
             qkT = tl.where(mask, qkT, float("-inf"))
 
-        pT = tl.exp2(qkT - lse[None, :])
+        pT = tl.exp2(qkT * factor - lse[None, :])
         dv = tl.dot(pT.to(do.dtype), do, dv, input_precision=config.PRECISION)
         dsT = pT * (tl.dot(v, tl.trans(do), input_precision=config.PRECISION) - delta[None, :])
         dk = tl.dot(dsT.to(q.dtype), q, dk, input_precision=config.PRECISION)
@@ -469,13 +479,14 @@ class Blocks(NamedTuple):
     num_stages: int  # blocks in flight from memory
 
 
-# By architecture, kernel, bytes of a number, and the widest BLOCK_D: of some tried blocks the largest whose numbers
-# all stay in registers, counted in what the compiler makes (tests/compile_triton.py). Not yet measured on a GPU.
+# By architecture, kernel, bytes of a number, and the widest BLOCK_D. For 90 and 2 bytes, up to 128: the fastest of
+# those that `python -m benchmarks.gpu_blocks tiles` tries, on an H200. Else, of some tried blocks the largest whose
+# numbers all stay in registers, counted in what the compiler makes (tests/compile_triton.py).
 BLOCKS = {
     90: {
-        ("_fwd_kernel", 2): {64: Blocks(128, 64, 4, 3), 128: Blocks(128, 64, 8, 3), 256: Blocks(64, 64, 8, 2)},
-        ("_bwd_dq_kernel", 2): {32: Blocks(128, 64, 4, 3), 128: Blocks(128, 64, 8, 3), 256: Blocks(32, 64, 8, 2)},
-        ("_bwd_dkdv_kernel", 2): {64: Blocks(64, 64, 4, 3), 128: Blocks(32, 64, 8, 2), 256: Blocks(64, 32, 8, 2)},
+        ("_fwd_kernel", 2): {64: Blocks(128, 64, 8, 2), 128: Blocks(128, 64, 4, 4), 256: Blocks(64, 64, 8, 2)},
+        ("_bwd_dq_kernel", 2): {64: Blocks(64, 32, 4, 2), 128: Blocks(64, 32, 4, 3), 256: Blocks(32, 64, 8, 2)},
+        ("_bwd_dkdv_kernel", 2): {64: Blocks(128, 64, 4, 2), 128: Blocks(64, 64, 4, 4), 256: Blocks(64, 32, 8, 2)},
         ("_fwd_kernel", 4): {32: Blocks(64, 64, 4, 2), 64: Blocks(64, 32, 4, 2), 128: Blocks(32, 32, 8, 1)},
         ("_bwd_dq_kernel", 4): {16: Blocks(64, 64, 4, 2), 64: Blocks(64, 32, 4, 2), 128: Blocks(32, 32, 8, 1)},
         ("_bwd_dkdv_kernel", 4): {32: Blocks(32, 64, 8, 2), 64: Blocks(32, 32, 4, 2), 128: Blocks(32, 32, 8, 1)},
@@ -578,7 +589,11 @@ class _Launcher:
         self.bias = self.qkv[0] if bias is None else bias_ptr_and_strides(in_four_dims(*bias))
         words = layout.table.words
         first_edge = layout.first_edge_of_word if self.bias_kind == EDGE.value else words
-        self.masks = MaskPtrs(words, layout.words_by_key, first_edge)
+        spans, spans_by_key = layout.spans, layout.spans_by_key
+        self.spans = spans is not None and spans_by_key is not None
+        if spans is None or spans_by_key is None:
+            spans = spans_by_key = words  # not read
+        self.masks = MaskPtrs(words, layout.words_by_key, spans, spans_by_key, first_edge)
         self.sizes = q.shape[1], q.shape[1] // k.shape[1], q.shape[2], k.shape[2]
         self.dims = q.shape[3], v.shape[3], padded_dim(q.shape[3]), padded_dim(v.shape[3])
 
@@ -604,7 +619,7 @@ class _Launcher:
         inputs = Inputs(*self.qkv, self.bias, self.padding, _tile_ptrs(tiles), self.masks)
         config = Config(
             *self.dims, tile_m, tile_n, blocks.BLOCK_M, blocks.BLOCK_N,
-            self.bias_kind, self.padded, _input_precision(self.q.dtype), blocks.num_stages,
+            self.bias_kind, self.padded, self.spans, _input_precision(self.q.dtype), blocks.num_stages,
         )  # fmt: skip
         if num_programs := num_blocks * heads.numel():
             kernel[(num_programs,)](

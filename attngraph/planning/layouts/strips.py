@@ -43,7 +43,8 @@ def strips(row: Tensor, column: Tensor, mask: Tensor, masks: Tensor) -> list[Str
     shape[part, place] = mask
     kind = row_ids([part_of_row, in_spans[first].long(), *shape.T])
     shared = in_spans[first] & (torch.bincount(kind)[kind] >= MIN_SHARING_ROWS)
-    width = PADDED_WIDTHS[torch.searchsorted(PADDED_WIDTHS, count)]
+    widths = PADDED_WIDTHS.to(row.device)
+    width = widths[torch.searchsorted(widths, count)]
     kind = row_ids([part_of_row, shared.long(), torch.where(shared, kind, width)])
 
     has_edge, found = masks.any(2), []

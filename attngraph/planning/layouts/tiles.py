@@ -142,6 +142,17 @@ class Tiles:
         """The masks transposed, packed: int32 (P, tile columns, tile rows / 32)."""
         return pack(unpack(self.table.words).transpose(1, 2))
 
+    @cached_property
+    def spans(self) -> Tensor | None:
+        """The keys of each query of a mask, its first | the one after its last << 16: int32 (P, tile rows); None where
+        the keys of some query are no span of adjacent ones."""
+        return _spans(self.table.words)
+
+    @cached_property
+    def spans_by_key(self) -> Tensor | None:
+        """The same of the masks transposed: int32 (P, tile columns)."""
+        return _spans(self.words_by_key)
+
     def on(self, device: torch.device) -> Tiles:
         """The same tiles on another device, kept."""
         if self.table.row.device == device:
@@ -165,6 +176,22 @@ class Tiles:
         found = torch.zeros(rows, columns, tile_m, tile_n, dtype=torch.bool)
         found[self.table.row, self.table.column] = self.masks[self._mask_id(self.table.mask)]
         return found.transpose(1, 2).reshape(rows * tile_m, columns * tile_n)[: self.n, : self.m]
+
+
+def _spans(words: Tensor) -> Tensor | None:
+    """Of packed masks (P, rows, columns / 32), each row's first column | the one after its last << 16, 0 where it has
+    none: int32 (P, rows); None if a row has a gap."""
+    width = words.shape[2] * WORD
+    column, found = torch.arange(width, device=words.device), [words[:0, :, 0]]
+    for chunk in words.split(max(1, STEP_PAIRS // (words.shape[1] * width))):
+        masks = unpack(chunk)
+        first = torch.where(masks, column, width).amin(2)
+        stop = torch.where(masks, column + 1, 0).amax(2)
+        length = (stop - first).clamp(min=0)
+        if not torch.equal(length, masks.sum(2)):
+            return None
+        found.append(torch.where(length > 0, first | stop << 16, 0).int())
+    return torch.cat(found)
 
 
 def _tile_rows(row: Tensor, column: Tensor, mask: Tensor, rows: int) -> TileRows:

@@ -9,4 +9,5 @@ import attngraph
 @pytest.fixture(autouse=True)
 def _names(doctest_namespace):
     doctest_namespace["torch"] = torch
-    doctest_namespace.update({name: getattr(attngraph, name) for name in attngraph.__all__})
+    modules = ("analysis", "cache", "draw", "models", "nn")
+    doctest_namespace.update({name: getattr(attngraph, name) for name in (*attngraph.__all__, *modules)})

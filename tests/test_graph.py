@@ -299,3 +299,12 @@ def test_importing_is_cheap():
     shares = [run.stdout.split() for run in runs]
     assert min(float(share) for share, *heavy in shares) < 0.25
     assert [heavy for share, *heavy in shares] == [[], [], []]
+
+
+def test_n_alone_means_as_many_keys():
+    graph = Causal() & Window(3, 0)
+    assert torch.equal(graph.mask(7), graph.mask(7, 7))
+    assert graph.num_edges(7) == graph.num_edges(7, 7)
+    known = graph.sized(num_keys=9)
+    assert known.mask(7).shape == (7, 9)  # a size of its own is not asked for
+    assert EdgeList([[0], [1]], size=(2, 5)).mask().shape == (2, 5)

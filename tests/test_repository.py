@@ -6,6 +6,7 @@ import sys
 import tomllib
 from dataclasses import asdict
 from pathlib import Path
+from types import ModuleType
 
 import networkx
 import oldest
@@ -57,7 +58,12 @@ def test_the_version_is_the_newest_of_the_changelog():
 def test_the_reference_has_every_public_name():
     pages = "\n".join(page.read_text(encoding="utf-8") for page in (ROOT / "docs" / "reference").glob("*.md"))
     shown = set(re.findall(r"^::: attngraph\.(\w+)$", pages, re.MULTILINE))
-    assert shown == set(attngraph.__all__) | {"hf"}
+    assert shown == set(attngraph.__all__) | {"analysis", "cache", "draw", "hf", "models", "nn"}
+
+
+def test_a_star_brings_no_modules():
+    """`from attngraph import *` after `from torch import nn` leaves nn what it was."""
+    assert not [name for name in attngraph.__all__ if isinstance(getattr(attngraph, name), ModuleType)]
 
 
 def test_every_package_is_installed():

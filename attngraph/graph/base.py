@@ -544,8 +544,9 @@ for _name in ("__setattr__", "__delattr__"):
 
 
 def at_size(graph: Graph, n: int | None = None, m: int | None = None) -> tuple[Graph, int, int]:
-    """The graph bound to a definite size, and that size; what is not given is the graph's own."""
-    n, m = (_node_count(name, given) for name, given in (("n", n), ("m", m)))
+    """The graph bound to a definite size, and that size: what is not given is the graph's own; n alone is n × n."""
+    m = n if m is None and graph.size[1] is None else m
+    n, m = _node_count("n", n), _node_count("m", m)
     n, m = common_size(lambda: f"graph {graph} and the size asked for", graph.size, (n, m))
     if n is None or m is None:
         raise ValueError(f"graph {graph} has size {(n, m)}: give the missing number, as in graph.mask(n, m)")

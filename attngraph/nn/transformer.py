@@ -34,11 +34,17 @@ class TransformerConfig:
     | bias | all | all | none | none |
     | position | learned | learned | relative | rotary |
     | scale | 1/√head_dim | 1/√head_dim | 1 | 1/√head_dim |
+
+    >>> TransformerConfig(embed_dim=64, num_layers=2, num_heads=4).position
+    'rotary'
     """
 
     embed_dim: int
+    """Width of the nodes' vectors."""
     num_layers: int
+    """How many blocks: attention, then a feed-forward layer."""
     num_heads: int
+    """Query heads."""
     num_kv_heads: int | None = None
     """Key and value heads; by default as many as num_heads."""
     head_dim: int | None = None
@@ -46,38 +52,54 @@ class TransformerConfig:
     hidden_dim: int | None = None
     """Width of the feed-forward layer; by default 4 · embed_dim."""
     activation: str = "gelu"
+    """Of the feed-forward layer: "gelu", "gelu_tanh", "relu", "squared_relu", "silu" (see `FeedForward`)."""
     gated: bool = False
+    """Whether the feed-forward layer multiplies what is activated by a second projection (Shazeer 2020)."""
     norm: Literal["layer", "rms"] = "layer"
+    """LayerNorm, or RMSNorm."""
     norm_eps: float = 1e-5
+    """What norms add to the variance."""
     norm_order: Literal["pre", "post"] = "pre"
     """Normalise what a block reads (pre), or the sum after it (post)."""
     embed_norm: bool = False
+    """Normalise the embeddings before the first block, as BERT does."""
     final_norm: bool = True
+    """Normalise what the last block gives, as pre-norm models do."""
     bias: tuple[str, ...] = ("q", "k", "v", "o", "ff", "norm")
     """What has a bias: the projections of attention, the feed-forward layer, the layer norms."""
     qk_norm: bool = False
+    """Normalise the queries and keys of each head (see `Attention`)."""
     scale: float | tuple[float, ...] | None = None
     """Factor of the scores, of all layers or of each; by default 1/√head_dim."""
     score: Literal["dot", "additive"] = "dot"
     """How a key answers a query (see `Attention`)."""
-    position: Literal["none", "learned", "sinusoidal", "rotary", "alibi", "relative"] = "learned"
+    position: Literal["none", "learned", "sinusoidal", "rotary", "alibi", "relative"] | None = None
+    """How nodes know where they stand; by default "learned" where max_length is given, else "rotary" (Su et al. 2021),
+    which needs an even head_dim. "none": a graph's nodes have no order but that of their edges."""
     max_length: int | None = None
     """Number of learned positions."""
     rotary_base: float = 10000.0
+    """Of rotary positions: the base of the frequencies."""
     rotary_scaling: Mapping[str, Any] | None = None
+    """Of rotary positions: how frequencies are changed for longer texts, as in a checkpoint's rope_scaling."""
     relative_buckets: int = 32
+    """Of relative positions (T5): how many learned numbers a head has."""
     relative_max_distance: int | None = 128
+    """Of relative positions: the distance up to which buckets grow wider (T5's); None: clipped to one a distance."""
     relative_bidirectional: bool = True
+    """Of relative positions: whether keys before and after the query have numbers of their own."""
     cross: bool = False
     """A phase in which the nodes hear a memory, between hearing each other and computing. Without it, a memory is heard
     beside the nodes themselves, in one phase."""
     dropout: float = 0.0
-    """Of weights, hidden features and what each phase adds."""
+    """Of weights, hidden features and what each phase adds: the probability with which a number is dropped."""
     init: Literal["gpt2", "zero"] = "gpt2"
     """gpt2: N(0, 0.02²), divided by √(2·layers) where the residual stream is written to. zero: there it starts at 0."""
 
     def __post_init__(self):
         check_fields(self)
+        if self.position is None:
+            object.__setattr__(self, "position", "rotary" if self.max_length is None else "learned")
         if not all(isinstance(name, str) for name in self.bias):
             raise TypeError(f"bias must be a list of names, such as ('q', 'k', 'v') (got {self.bias!r})")
         unknown = set(self.bias) - {"q", "k", "v", "o", "ff", "norm"}
@@ -188,7 +210,7 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """Layers of nodes that communicate along a graph and then compute. What the model *is* lies in the graph.
 
-    >>> config = TransformerConfig(embed_dim=64, num_layers=2, num_heads=4, position="rotary")
+    >>> config = TransformerConfig(embed_dim=64, num_layers=2, num_heads=4)
     >>> gpt, bert = Transformer(config, Causal()), Transformer(config, Full())
     >>> local_then_global = Transformer(config, [Causal() & Window(8, 0), Causal()])
     >>> gpt(torch.randn(2, 10, 64)).shape

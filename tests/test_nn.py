@@ -318,7 +318,7 @@ def test_top_p_keeps_the_smallest_set():
             "positions can't be given",
         ),
         (lambda: config(bias=("q", "x")), "bias must name q, k, v, o, ff or norm (got x)"),
-        (lambda: config(max_length=None), "learned positions need max_length"),
+        (lambda: config(max_length=None, position="learned"), "learned positions need max_length"),
         (lambda: Transformer(config(activation="tanh"), Full()), "activation must be one of"),
         (lambda: Transformer(config(num_heads=5, position="none"), Full()), "multiple of num_heads (got 32 and 5)"),
         (lambda: Transformer(config(num_kv_heads=3), Full()), "multiple of num_kv_heads (got 4 and 3)"),

@@ -75,6 +75,13 @@ FAMILIES = {
         "BertForMaskedLM", "BertConfig", BERT,
         [{}, {"tie_word_embeddings": False, "hidden_act": "relu"}, {"type_vocab_size": 1, "num_attention_heads": 2}],
     ),
+    "bert_sequences": (
+        "BertForSequenceClassification", "BertConfig", BERT,
+        [{"num_labels": 3}, {"num_labels": 1, "type_vocab_size": 1, "hidden_act": "relu"}],
+    ),
+    "bert_tokens": (
+        "BertForTokenClassification", "BertConfig", BERT, [{}, {"num_labels": 5, "num_attention_heads": 2}],
+    ),
     "vit": (
         "ViTForImageClassification", "ViTConfig", VIT,
         [{}, {"qkv_bias": False, "num_channels": 1}, {"image_size": [8, 20], "patch_size": 2, "hidden_act": "relu"}],
@@ -178,8 +185,9 @@ def both(family, model, reference, dtype, padded):
     right = peer(input_ids=tokens).logits
     if padded:  # each row as if it were alone
         for row, some in enumerate(real):
-            right[row, some] = peer(input_ids=tokens[row, some][None]).logits[0]
-    return model(tokens, **ours), right, real
+            found = peer(input_ids=tokens[row, some][None]).logits[0]
+            right[row, some if right.ndim == 3 else slice(None)] = found
+    return model(tokens, **ours), right, real if right.ndim == 3 else slice(None)
 
 
 def assert_same_logits(family, model, reference, padded=False):

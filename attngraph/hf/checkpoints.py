@@ -13,12 +13,13 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from attngraph.arguments import checked
+from attngraph.arguments import checked, shown
 from attngraph.graph.text import parse_list
 from attngraph.hf.families import FAMILIES, TRANSPOSED, Family, Form
+from attngraph.hf.made import as_family
 from attngraph.hf.settings import Settings, WrongSetting
 from attngraph.models import EncoderDecoder
-from attngraph.models.saved import WEIGHTS, NoInitialization, require_floating, transformers, write_whole
+from attngraph.models.saved import WEIGHTS, Model, NoInitialization, require_floating, transformers, write_whole
 
 CONFIG = "config.json"
 LAYER = r"\.(\d+)\."  # its number in a name
@@ -29,9 +30,11 @@ OLD_NAMES = (("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerN
 def load(path: str | os.PathLike, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> nn.Module:
     """A pretrained model from a local directory: GPT-2, BERT, ViT, T5, Whisper, Llama, Qwen2, Decision Transformer.
 
-    It is an ordinary module of `attngraph.models`, in eval mode, whose graph may be changed:
+    The directory is what `huggingface-cli download openai-community/gpt2 --local-dir path/of/gpt2`, or
+    `save_pretrained` of `transformers`, makes; a name such as "gpt2" alone is none. What comes is an ordinary module of
+    `attngraph.models`, in eval mode, whose graph may be changed:
 
-        model = load("gpt2")
+        model = load("path/of/gpt2")
         logits = model(tokens)
         model.transformer.graphs = Causal() & (Window(256, 0) | Prefix(4))
 
@@ -67,18 +70,31 @@ def load(path: str | os.PathLike, *, dtype: torch.dtype | None = None, device: t
 
 
 @checked
-def save(model: nn.Module, path: str | os.PathLike) -> None:
-    """Write a model that `load` made to a directory, as config.json and model.safetensors, which `load` reads again.
+def save(model: nn.Module, path: str | os.PathLike, *, family: str | None = None) -> None:
+    """Write a model to a directory as config.json and model.safetensors, which `load` and `transformers` read.
 
-    `transformers` reads them too, but knows nothing of a graph that was changed: that stands under "attngraph".
+    A model that `load` made is written as it was; one that was made here, as one of a family that has all its switches:
 
-    Raises ValueError for a model that `load` did not make, or whose graphs can't be written down.
+        config = TransformerConfig(embed_dim=64, num_layers=2, num_heads=4, position="learned", max_length=128,
+                                   activation="gelu_tanh")
+        hf.save(GPT(config, vocab_size=65), "runs/as-gpt2")          # GPT2LMHeadModel.from_pretrained reads it
+
+    `transformers` knows nothing of another graph than the family's own: that stands under "attngraph". What has no
+    family is kept by the model's own `save`.
+
+    Args:
+        model: of `attngraph.models`.
+        path: the directory; it is made if it isn't there.
+        family: of a model made here: gpt2, llama, qwen2, bert, vit, t5, whisper or decision_transformer; by default the
+            first that can carry it.
+
+    Raises ValueError for a switch that no family has, by name, and for graphs that can't be written down.
     """
     from safetensors.torch import save_file
 
     pretrained = getattr(model, "pretrained", None)
-    if not isinstance(pretrained, Pretrained):
-        raise ValueError("save takes a model that attngraph.hf.load made, whose names and settings are known")
+    if not isinstance(pretrained, Pretrained) or family is not None:
+        pretrained = _made_here(model, family)
     given, places = pretrained
     named = dict(model.named_parameters())
     if unknown := sorted(named.keys() ^ places.keys()):
@@ -98,13 +114,24 @@ def save(model: nn.Module, path: str | os.PathLike) -> None:
     write_whole(folder / CONFIG, lambda new: new.write_text(config, encoding="utf-8"))
 
 
+def _made_here(model: nn.Module, name: str | None) -> Pretrained:
+    """What a model is written with that `load` did not make."""
+    if not isinstance(model, Model):
+        raise TypeError(f"model must be one of attngraph.models (got {shown(model)})")
+    given, family, again = as_family(model, name)
+    places = {name: next(_places(family, name)) for name, _ in again.named_parameters()}
+    return Pretrained(given, {name: place._replace(file=family.full(place.file)) for name, place in places.items()})
+
+
 def _family(path: Path, given: Mapping[str, Any]) -> Family:
     """By what config.json says of its kind."""
     kind = given.get("model_type")
     families = FAMILIES.get(kind, ()) if isinstance(kind, str) else ()
     if not families:
         known = ", ".join(FAMILIES)
-        raise ValueError(f"{path}: model_type must be one of {known} (got {kind!r})")
+        ours = isinstance(given.get("settings"), dict)  # an example's run
+        hint = "; a model that attngraph saved is read by its class, as GPT.load" if ours else ""
+        raise ValueError(f"{path}: model_type must be one of {known} (got {kind!r}){hint}")
     named = given.get("architectures") or []
     for family in families:
         if isinstance(named, list) and all(each in family.architectures for each in named):
@@ -136,10 +163,14 @@ def _built(
 def _config(folder: Path) -> dict:
     if not folder.is_dir():
         what = "the file" if folder.exists() else "what is not there:"
-        raise FileNotFoundError(f"load takes a local directory with {CONFIG} and {WEIGHTS} (got {what} {folder})")
+        raise FileNotFoundError(
+            f"load takes a local directory with {CONFIG} and {WEIGHTS}, as `huggingface-cli download NAME --local-dir "
+            f"DIRECTORY` makes it (got {what} {folder})"
+        )
     path = folder / CONFIG
     if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist: load takes a directory with {CONFIG} and {WEIGHTS}")
+        hint = "; a model that attngraph saved is read by its class, as GPT.load" if (folder / WEIGHTS).exists() else ""
+        raise FileNotFoundError(f"{path} does not exist: load takes a directory with {CONFIG} and {WEIGHTS}{hint}")
     try:
         given = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

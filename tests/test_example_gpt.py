@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save
 
 from attngraph import Causal, Window
 from attngraph.models import GPT
+from attngraph.nn import TransformerConfig
 
 SCRIPT = Path(gpt.__file__)
 TEXT = "the quick brown fox jumps over the lazy dog; 'tis no small thing to leap.\n" * 40
@@ -215,6 +216,38 @@ def test_a_kill_in_the_middle_of_a_save_leaves_the_last_good_checkpoint(tmp_path
         assert step >= max([2, *saved])
         assert (model.weight == step).all()
         assert (optimizer.state[model.weight]["momentum_buffer"] == step).all()  # of the very same step
+
+
+def test_a_save_that_stops_between_its_files_leaves_the_last_good_checkpoint(tmp_path, monkeypatch):
+    """The state of the new step is there already, that of the old one still is."""
+    settings = TransformerConfig(embed_dim=8, num_layers=1, num_heads=1, position="none")
+    model = GPT(settings, 7)
+    optimizer = optimizer_of(model)
+    for step in (1, 2):
+        model(torch.arange(7)[None]).sum().backward()
+        optimizer.step()
+        weights = [parameter.detach().clone() for parameter in model.parameters()]
+        if step == 1:
+            training.save_checkpoint(tmp_path, model, [optimizer], step, {})
+            kept = weights
+
+    def stopped(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(GPT, "save", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        training.save_checkpoint(tmp_path, model, [optimizer], 2, {})
+    monkeypatch.undo()
+    assert len(list(tmp_path.glob("optimizer-*"))) == 2
+    again = GPT(settings, 7)
+    assert training.load_checkpoint(tmp_path, again, [optimizer_of(again)], {}) == 1
+    assert all(torch.equal(one, other) for one, other in zip(again.parameters(), kept, strict=True))
+    training.save_checkpoint(tmp_path, model, [optimizer], 2, {})
+    assert [path.name for path in tmp_path.glob("optimizer-*")] == ["optimizer-2.safetensors"]
+
+
+def optimizer_of(model):
+    return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
 
 
 def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path):

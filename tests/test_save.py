@@ -28,6 +28,7 @@ from attngraph import (
     Random,
     Window,
     from_function,
+    hf,
 )
 from attngraph.models import GPT, DecisionTransformer, Encoder, EncoderDecoder, Model, ViT
 from attngraph.models import saved as of_saved
@@ -309,7 +310,10 @@ def changed(folder, change):
         (lambda h, t: t.update({"edges:0": torch.ones(3)}), "must be tensors (2, E)"),
         (lambda h, t: t.pop("embedding.weight"), "missing: embedding.weight"),
         (lambda h, t: t.update(extra=torch.ones(1)), "left over: extra"),
-        (lambda h, t: t.update({"embedding.weight": torch.ones(17, 24, dtype=torch.int64)}), "no floating-point"),
+        (
+            lambda h, t: t.update({"embedding.weight": torch.ones(17, 24, dtype=torch.int64)}),
+            "whole numbers for fractions",
+        ),
     ],
 )
 def test_what_is_wrong_with_a_file_is_said(gpt, change, message):
@@ -333,6 +337,9 @@ def test_a_directory_of_something_else_says_so(gpt, tmp_path):
     save_file(load_file(gpt / "model.safetensors"), gpt / "model.safetensors")
     with pytest.raises(ValueError, match=r"was not written by save$"):
         GPT.load(gpt)
+    (gpt / "config.json").write_text('{"settings": {}}')
+    with pytest.raises(ValueError, match=r"\(got None\); a model that attngraph saved is read by its class"):
+        hf.load(gpt)
     (gpt / "config.json").write_text('{"model_type": "gpt2"}')
     with pytest.raises(ValueError, match=r"was not written by save; .* which attngraph.hf.load reads"):
         GPT.load(gpt)

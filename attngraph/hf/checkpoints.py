@@ -30,7 +30,7 @@ OLD_NAMES = (("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerN
 def load(path: str | os.PathLike, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> nn.Module:
     """A pretrained model from a local directory: GPT-2, BERT, ViT, T5, Whisper, Llama, Qwen2, Decision Transformer.
 
-    The directory is what `huggingface-cli download openai-community/gpt2 --local-dir path/of/gpt2`, or
+    The directory is what `hf download openai-community/gpt2 --local-dir path/of/gpt2`, or
     `save_pretrained` of `transformers`, makes; a name such as "gpt2" alone is none. What comes is an ordinary module of
     `attngraph.models`, in eval mode, whose graph may be changed:
 
@@ -164,7 +164,7 @@ def _config(folder: Path) -> dict:
     if not folder.is_dir():
         what = "the file" if folder.exists() else "what is not there:"
         raise FileNotFoundError(
-            f"load takes a local directory with {CONFIG} and {WEIGHTS}, as `huggingface-cli download NAME --local-dir "
+            f"load takes a local directory with {CONFIG} and {WEIGHTS}, as `hf download NAME --local-dir "
             f"DIRECTORY` makes it (got {what} {folder})"
         )
     path = folder / CONFIG

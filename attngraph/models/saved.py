@@ -303,7 +303,7 @@ def _differences(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> s
         "missing": sorted(wanted.keys() - found.keys()),
         "left over": sorted(found.keys() - wanted.keys()),
         "other": shapes,
-        "no floating-point numbers or none expected": kinds,
+        "whole numbers for fractions or the other way": kinds,
     }
     return "; ".join(f"{what}: {', '.join(names)}" for what, names in told.items() if names)
 

@@ -195,6 +195,9 @@ class Transformer(nn.Module):
     >>> gpt(torch.randn(2, 10, 64)).shape
     torch.Size([2, 10, 64])
 
+    A program that `torch.export` made of it runs operators of this library: `import attngraph` before
+    `torch.export.load`, which otherwise fails without a reason.
+
     Args:
         config: everything but the connectivity.
         graph: who hears whom: one graph for all layers, or one for each. A `PerHead` graph differs between heads.

@@ -135,7 +135,9 @@ def main(args: argparse.Namespace) -> dict:
     """Both graphs, if there are two."""
     figures = train(args)
     if args.against:
-        other = argparse.Namespace(**{**vars(args), "graph": args.against, "name": f"{args.name}-against"})
+        name = f"{args.name}-against"
+        begun = args.resume and (Path(args.runs) / name / training.MODEL).exists()  # or the first was stopped before
+        other = argparse.Namespace(**{**vars(args), "graph": args.against, "name": name, "resume": begun})
         print(f"\nthe same model and budget under {args.against}:")
         figures["against"] = train(other)["validation_accuracy"]
         better = figures["validation_accuracy"] - figures["against"]

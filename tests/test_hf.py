@@ -361,6 +361,14 @@ def test_what_no_family_has_is_named(model, family, message, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
+def test_a_changed_model_made_here_is_an_error(tmp_path):
+    model = GPT(switches(**GPT2_SWITCHES), 37, tied=False)
+    model.head = torch.nn.Linear(24, 3, bias=False)
+    with pytest.raises(ValueError, match=r"not those that its config makes, .*head.weight of shape \(3, 24\)"):
+        hf.save(model, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
 def test_the_graph_of_the_memory_is_kept(tmp_path):
     theirs("t5", 0, tmp_path)
     model = hf.load(tmp_path)

@@ -19,7 +19,15 @@ from attngraph.hf.families import FAMILIES, TRANSPOSED, Family, Form
 from attngraph.hf.made import as_family
 from attngraph.hf.settings import Settings, WrongSetting
 from attngraph.models import EncoderDecoder
-from attngraph.models.saved import WEIGHTS, Model, NoInitialization, require_floating, transformers, write_whole
+from attngraph.models.saved import (
+    WEIGHTS,
+    Model,
+    NoInitialization,
+    differences,
+    require_floating,
+    transformers,
+    write_whole,
+)
 
 CONFIG = "config.json"
 LAYER = r"\.(\d+)\."  # its number in a name
@@ -119,6 +127,8 @@ def _made_here(model: nn.Module, name: str | None) -> Pretrained:
     if not isinstance(model, Model):
         raise TypeError(f"model must be one of attngraph.models (got {shown(model)})")
     given, family, again = as_family(model, name)
+    if unlike := differences(dict(model.named_parameters()), dict(again.named_parameters())):
+        raise ValueError(f"the model's parameters are not those that its config makes, {unlike}")
     places = {name: next(_places(family, name)) for name, _ in again.named_parameters()}
     return Pretrained(given, {name: place._replace(file=family.full(place.file)) for name, place in places.items()})
 

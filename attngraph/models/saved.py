@@ -142,7 +142,7 @@ def _written(model: Model) -> tuple[dict[str, Tensor], dict[str, Any]]:
     graphs = {part: _texts(each.graphs, listed) for part, each in transformers(model).items()}
     edges = [graph.given for graph in listed]
     ours = _tensors(model)
-    if unlike := _differences(ours, _tensors(_empty(type(model), arguments, edges))):
+    if unlike := differences(ours, _tensors(_empty(type(model), arguments, edges))):
         raise ValueError(f"a {name} that was changed can't be saved: its constructor makes others, {unlike}")
     tensors = ours | {f"{EDGES}{number}": each for number, each in enumerate(edges)}
     header = {"format": FORMAT, "model": name, "arguments": arguments, "graphs": graphs}
@@ -241,7 +241,7 @@ def _made(
     edges = [tensors.pop(key) for key in sorted(tensors, key=lambda key: (len(key), key)) if key.startswith(EDGES)]
     model = _empty(kind, header["arguments"], edges)
     wanted = _tensors(model)
-    if unlike := _differences(tensors, wanted):
+    if unlike := differences(tensors, wanted):
         raise ValueError(f"its tensors are not those of a {name} of its arguments, {unlike}")
     texts, parts = header["graphs"], transformers(model)
     if texts.keys() != parts.keys():
@@ -290,7 +290,7 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
     return {name: state[name] for name in first.values()}
 
 
-def _differences(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str:
+def differences(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str:
     """What tells tensors from those that there should be, in words."""
     both = [name for name in wanted if name in found]
     shapes = [

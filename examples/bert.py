@@ -46,7 +46,6 @@ def settings(arguments: list[str] | None = None) -> argparse.Namespace:
             _ = getattr(given, name) and training.layer_graphs(getattr(given, name), given.layers)
         except ValueError as error:
             parser.error(f"--{name}: {error}")
-    given.model = "gpt"
     return given
 
 
@@ -64,8 +63,8 @@ def train(args: argparse.Namespace) -> dict:
     device = training.best_device(args.device)
     torch.manual_seed(args.seed)
     try:
-        model = gpt.build(args, len(tokens) + 1).to(device)
-        assert isinstance(model, GPT)  # as --model says
+        model = gpt.build(argparse.Namespace(**vars(args), model="gpt"), len(tokens) + 1).to(device)
+        assert isinstance(model, GPT)
     except ValueError as error:
         raise SystemExit(str(error)) from None
     print(f"text      {source}: {len(text):,} characters, {len(tokens)} different tokens and a mask")

@@ -5,6 +5,7 @@ import json
 import random
 import re
 import runpy
+import shutil
 import sys
 import tarfile
 from datetime import date
@@ -20,8 +21,8 @@ import vit
 from safetensors.torch import load_file
 from torch import nn
 
-from attngraph import from_dense
-from attngraph.models import EncoderDecoder, ViT
+from attngraph import Causal, Full, from_dense
+from attngraph.models import GPT, EncoderDecoder, ViT
 
 EXAMPLES = Path(vit.__file__).parent
 
@@ -136,6 +137,21 @@ def test_bert_differs_from_gpt_in_its_graph(tmp_path, capsys):
     ]
     assert {name for name in settings[0] if settings[0][name] != settings[1][name]} == {"graph"}
     assert "points more often than Causal()" in capsys.readouterr().out
+
+
+def test_bert_resumes_both_models_or_begins_the_second(tmp_path):
+    """Found: it wrote a setting that its own command line did not know."""
+    path = tmp_path / "text.txt"
+    path.write_text("the quick brown fox jumps over the lazy dog\n" * 20)
+    small = ["--width", "8", "--layers", "1", "--heads", "1", "--context", "8", "--batch", "2", "--evaluate-every", "2"]
+    runs = ["--runs", str(tmp_path)]
+    bert.main(bert.settings([*runs, "--dtype", "float32", "--text", str(path), *small, "--steps", "2"]))
+    shutil.rmtree(tmp_path / "bert-against")
+    for steps in (4, 6):
+        bert.main(bert.settings([*runs, "--resume", "--steps", str(steps)]))
+    for name in ("bert", "bert-against"):
+        assert len(scores(tmp_path / name, "training_loss")) == 6
+        assert GPT.load(tmp_path / name).transformer.graphs == ((Full() if name == "bert" else Causal()),)
 
 
 def test_dates_are_written_in_ways_that_can_be_read_in_one(tmp_path):

@@ -10,6 +10,7 @@ import warnings
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from modules import MODELS, given, made, variants
 from safetensors import safe_open
@@ -31,7 +32,6 @@ from attngraph import (
     hf,
 )
 from attngraph.models import GPT, DecisionTransformer, Encoder, EncoderDecoder, Model, ViT
-from attngraph.models import saved as of_saved
 from attngraph.nn import AudioEmbedding, PatchEmbedding, TokenEmbedding, TransformerConfig
 
 LISTED = EdgeList([[2, 0, 2, 8, 3], [1, 1, 1, 4, 8]], 9)
@@ -359,7 +359,7 @@ def test_an_interrupted_save_leaves_the_file_that_was_there(gpt, monkeypatch):
                     Path(path).write_bytes(b"half a file")
                     raise KeyboardInterrupt
 
-                patched.setattr(of_saved, "save_file", half)
+                patched.setattr(safetensors.torch, "save_file", half)
             else:
                 patched.setattr(os, "replace", stopped)
             with pytest.raises(KeyboardInterrupt):

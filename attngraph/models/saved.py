@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -64,6 +62,8 @@ class Model(nn.Module):
         Raises ValueError, before anything is written, for what can't be read again: the graph of a function, or of a
         class of your own; a module that the library doesn't know; parameters that the constructor doesn't make.
         """
+        from safetensors.torch import save_file
+
         more = dict(metadata or {})
         if any(not isinstance(word, str) for word in (*more, *more.values())) or HEADER in more:
             raise ValueError(f"metadata must be strings by name, none of them {HEADER!r} (got {more})")
@@ -92,6 +92,8 @@ class Model(nn.Module):
             ValueError: a model of another class; a file that `save` did not write, or a later version did; tensors that
                 are missing, left over or of another shape, by name.
         """
+        from safetensors import SafetensorError, safe_open
+
         require_floating(dtype)
         file = Path(path) / WEIGHTS
         hint = _hint(file.parent)

@@ -261,6 +261,16 @@ class Scaled(GPT):
         return {**super()._arguments(), "factor": self.factor}
 
 
+class Forgetful(Scaled):
+    _arguments = GPT._arguments
+
+
+def test_a_subclass_that_does_not_say_what_it_is_made_of_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match=r"a Forgetful can't be saved: its _arguments\(\) must be its .*'factor'"):
+        Forgetful(CONFIG, 17, factor=2.5).save(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
 def test_a_subclass_says_what_it_is_made_of(tmp_path):
     Scaled(CONFIG, 17, factor=2.5).save(tmp_path)
     assert Scaled.load(tmp_path).factor == Model.load(tmp_path).factor == 2.5

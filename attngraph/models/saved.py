@@ -144,7 +144,11 @@ def _written(model: Model) -> tuple[dict[str, Tensor], dict[str, Any]]:
     graphs = {part: _texts(each.graphs, listed) for part, each in transformers(model).items()}
     edges = [graph.given for graph in listed]
     ours = _tensors(model)
-    if unlike := differences(ours, _tensors(_empty(type(model), arguments, edges))):
+    try:
+        again = _empty(type(model), arguments, edges)
+    except TypeError as error:
+        raise ValueError(f"a {name} can't be saved: its _arguments() must be its constructor's ({error})") from None
+    if unlike := differences(ours, _tensors(again)):
         raise ValueError(f"a {name} that was changed can't be saved: its constructor makes others, {unlike}")
     tensors = ours | {f"{EDGES}{number}": each for number, each in enumerate(edges)}
     header = {"format": FORMAT, "model": name, "arguments": arguments, "graphs": graphs}

@@ -16,7 +16,7 @@ In and out  from_ and to_: edge_index, networkx, scipy_sparse_matrix, dense, fun
 Attention   attend, with the biases Alibi, RelativeBias, EdgeBias and the score Additive
 Plans       plan, Plan, Costs, calibrate: how it runs; cache: what is kept
 Modules     nn (Attention, Transformer), models (GPT, Encoder, EncoderDecoder, ViT, DecisionTransformer), generate
-            attngraph.hf: load and save checkpoints of Hugging Face
+            save and load of each model; attngraph.hf: load and save checkpoints of Hugging Face
 Questions   analysis (causality, leaks, receptive fields, cost), draw (pictures)
 """
 

@@ -1,11 +1,12 @@
 """Train gpt.py's own model to fill in characters that are masked: what makes it BERT is one line, its graph.
 
     python examples/bert.py                                Full(), and beside it the same under Causal()
+    python examples/bert.py --name bert --resume --steps 1200      longer
     python examples/bert.py --graph "Window(8, 8)" --against "Window(16, 0)"       as many edges, on one side or both
 
 The text, its tokens, the model and the pictures are those of examples/gpt.py. Everything is left in runs/NAME:
-config.json, metrics.csv, checkpoint.safetensors, accuracy.png, connectivity.png, attention.png, filled.txt; and in
-runs/NAME-against what the other graph led to.
+config.json, metrics.csv, accuracy.png, connectivity.png, attention.png, filled.txt, and the model, for GPT.load and for
+--resume, model.safetensors and optimizer-STEP.safetensors; and in runs/NAME-against what the other graph led to.
 """
 
 from __future__ import annotations
@@ -31,9 +32,9 @@ def settings(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--tokenizer", default="char", help="char, byte, or the path of a tokenizer.json")
     add("--graph", default="Full()", help="who hears whom; one for each layer, separated by commas")  # the one line
     add("--against", default="Causal()", help="train the same on this graph too, and compare; '' for none")
-    add("--layers", type=int, default=4)
-    add("--heads", type=int, default=4)
-    add("--width", type=int, default=128)
+    add("--layers", type=int, default=4, help="of the Transformer")
+    add("--heads", type=int, default=4, help="of attention, in each layer")
+    add("--width", type=int, default=128, help="of the nodes' vectors")
     add("--context", type=int, default=128, help="tokens that the model sees at once")
     add("--masked", type=float, default=0.15, help="share of the tokens that are masked")
     given = training.parsed(parser, arguments)
@@ -45,7 +46,6 @@ def settings(arguments: list[str] | None = None) -> argparse.Namespace:
             _ = getattr(given, name) and training.layer_graphs(getattr(given, name), given.layers)
         except ValueError as error:
             parser.error(f"--{name}: {error}")
-    given.model = "gpt"
     return given
 
 
@@ -63,8 +63,8 @@ def train(args: argparse.Namespace) -> dict:
     device = training.best_device(args.device)
     torch.manual_seed(args.seed)
     try:
-        model = gpt.build(args, len(tokens) + 1).to(device)
-        assert isinstance(model, GPT)  # as --model says
+        model = gpt.build(argparse.Namespace(**vars(args), model="gpt"), len(tokens) + 1).to(device)
+        assert isinstance(model, GPT)
     except ValueError as error:
         raise SystemExit(str(error)) from None
     print(f"text      {source}: {len(text):,} characters, {len(tokens)} different tokens and a mask")
@@ -134,7 +134,9 @@ def main(args: argparse.Namespace) -> dict:
     """Both graphs, if there are two."""
     figures = train(args)
     if args.against:
-        other = argparse.Namespace(**{**vars(args), "graph": args.against, "name": f"{args.name}-against"})
+        name = f"{args.name}-against"
+        begun = args.resume and (Path(args.runs) / name / training.MODEL).exists()  # or the first was stopped before
+        other = argparse.Namespace(**{**vars(args), "graph": args.against, "name": name, "resume": begun})
         print(f"\nthe same model and budget under {args.against}:")
         figures["against"] = train(other)["validation_accuracy"]
         better = figures["validation_accuracy"] - figures["against"]

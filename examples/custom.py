@@ -2,12 +2,14 @@
 
     python examples/custom.py              the club from networkx, two sides
     python examples/custom.py --pyg        the same from PyTorch Geometric, four communities: any edge_index will do
+    python examples/custom.py --out club   the picture, karate.png, into the folder club, not into runs/custom
 
 A member whose side is known is that side's vector, the others are all alike: what is learned is to listen to friends
 (masked labels, as in UniMP, Shi et al. 2021).
 """
 
-import sys
+import argparse
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -16,7 +18,14 @@ from torch.nn.functional import cross_entropy
 from attngraph import Identity, draw, from_edge_index, from_networkx
 from attngraph.nn import Transformer, TransformerConfig
 
-if "--pyg" in sys.argv:
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("--pyg", action="store_true", help="the club as PyTorch Geometric has it, with four communities")
+parser.add_argument(
+    "--out", type=Path, default=Path("runs/custom"), help="where the picture goes (default: %(default)s)"
+)
+parser.epilog = "graphs of your own: attngraph.from_edge_index, from_networkx, EdgeList; docs/connectivity.md"
+args = parser.parse_args()
+if args.pyg:
     from torch_geometric.datasets import KarateClub
 
     data = KarateClub().get(0)
@@ -45,4 +54,6 @@ for step in range(1, 201):
         guess = head(model(embedding(labels.where(known, unknown))[None]))[0].argmax(-1)
         right = (guess == labels)[~known].float().mean()
         print(f"step {step:3}   loss {loss.item():.3f}   {right:.0%} of the {int((~known).sum())} others right")
-draw.save(draw.connectivity(graph, nodes, title="the karate club"), "karate.png")
+args.out.mkdir(parents=True, exist_ok=True)
+draw.save(draw.connectivity(graph, nodes, title="the karate club"), args.out / "karate.png")
+print(f"in {args.out}: karate.png")

@@ -5,9 +5,10 @@
     python examples/gpt.py --graph "Causal() & (Window(64, 0) | Prefix(4))"      who may hear whom
     python examples/gpt.py --graph "Causal() & Window(16, 0), Causal() & Window(16, 0), Causal(), Causal()"  by layer
     python examples/gpt.py --name mine --resume                       go on where it stopped, bit for bit
+    python examples/gpt.py --name mine --resume --steps 2000          and longer, or on another --device
 
-Everything is left in runs/NAME: config.json, metrics.csv, checkpoint.safetensors, loss.png, connectivity.png,
-attention.png, sample.txt.
+Everything is left in runs/NAME: config.json, metrics.csv, loss.png, connectivity.png, attention.png, sample.txt; and
+model.safetensors, which GPT.load("runs/NAME") reads, with optimizer-STEP.safetensors, which --resume needs too.
 """
 
 from __future__ import annotations
@@ -43,15 +44,19 @@ def settings(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--tokenizer", default="char", help="char, byte, or the path of a tokenizer.json")
     add("--model", default="gpt", choices=["gpt", "bigram"], help="bigram: the baseline that knows one character")
     add("--graph", default="Causal()", help="who hears whom; one for each layer, separated by commas")
-    add("--layers", type=int, default=4)
-    add("--heads", type=int, default=4)
-    add("--width", type=int, default=128)
+    add("--layers", type=int, default=4, help="of the Transformer")
+    add("--heads", type=int, default=4, help="of attention, in each layer")
+    add("--width", type=int, default=128, help="of the nodes' vectors")
     add("--context", type=int, default=128, help="tokens that the model sees at once")
-    add("--prompt", default="\n", help="what the samples go on from")
+    add("--prompt", default="\n", help="what the samples go on from; by default a new line")
     add("--sample", type=int, default=500, help="tokens to sample at the end")
-    add("--temperature", type=float, default=0.8)
-    add("--top-k", type=int)
-    add("--top-p", type=float)
+    add("--temperature", type=float, default=0.8, help="of the samples; 0: always the likeliest token")
+    add("--top-k", type=int, help="sample of the k likeliest tokens; by default of all")
+    add(
+        "--top-p",
+        type=float,
+        help="sample of the likeliest that have this probability together; by default of all",
+    )
     given = training.parsed(parser, arguments)
     training.require_at_least(given, parser, layers=1, heads=1, width=1, context=1, sample=0, temperature=0, top_k=1)
     if given.top_p is not None and not 0 < given.top_p <= 1:

@@ -1,6 +1,6 @@
 """Any MLP is attention: over keys that do not depend on the data, with an elementwise normaliser. Exactly.
 
-    python examples/mlp_is_attention.py
+    python examples/mlp_is_attention.py        how far the two are from each other, for three MLPs; it writes no file
 
 A hidden unit is a key node. Its input weights are its key, its output weights are its value; a data point asks with
 itself as the query, the score is the unit's pre-activation, and where softmax would stand is the activation:
@@ -11,6 +11,8 @@ All data points hear all units: the graph is Full(). A pruned unit is a missing 
 """
 
 from __future__ import annotations
+
+import argparse
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +53,7 @@ def largest_difference(mlp: nn.Sequential, x: Tensor) -> tuple[float, float]:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     torch.manual_seed(0)
     torch.set_default_dtype(torch.float64)
     for name, mlp in {

@@ -1,7 +1,8 @@
 """What every training run needs: settings that resume, optimisers, checkpoints, metrics, the loop. The examples use it.
 
-A run is a folder: config.json, metrics.csv, checkpoint.safetensors. It can be stopped at any time, by Ctrl-C after the
-step that it falls into, and goes on bit for bit.
+A run is a folder: config.json, metrics.csv, and the model, model.safetensors, as `load` of its class reads it, with the
+optimisers' state beside it. It can be stopped at any time, by Ctrl-C after the step that it falls into, and goes on bit
+for bit.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from tqdm import tqdm
 
 import attngraph
 from attngraph import Graph, draw, parse_list
+from attngraph.models import Model, saved
 from attngraph.nn import Attention
 
 try:
@@ -40,7 +42,25 @@ if TYPE_CHECKING:
 # ---------------------------------------------------------------------------------------------------------- settings
 
 FREE = ("name", "runs", "resume")  # of a run that is resumed
+LATER = ("steps", "device")  # may be others when a run goes on: more steps, on another device
 MOST = 2**31 - 1  # of any number
+
+
+GRAPHS = """graphs:
+  who hears whom, as an expression that attngraph.parse reads; in a shell, between quotes
+    Causal() Full() Window(left, right) Prefix(length) Strided(stride) Chunks(chunk) Random(degree): of any size
+    a & b, a | b, a - b, a ^ b, ~a, a.T, a @ b: combined; PerHead([a, b]): one for each head
+    "a, b, c, d": one for each layer
+  documented, with pictures, in docs/graphs.md and docs/algebra.md; in Python, by help(attngraph)
+"""
+
+
+class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Text as it is written, and defaults where there are any."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        plain = action.default is None or action.default is False or "by default" in (action.help or "")
+        return action.help if plain else super()._get_help_string(action)
 
 
 class Parser(argparse.ArgumentParser):
@@ -54,32 +74,30 @@ class Parser(argparse.ArgumentParser):
 
 
 def parser_of(doc: str | None, free: tuple[str, ...] = (), **defaults: Any) -> Parser:
-    """A command line, described by the first line of `doc`, with the settings that all runs have and these defaults."""
-    parser = Parser(
-        description=(doc or "").split("\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
-    )
+    """A command line, described by `doc`, with the settings that all runs have and these defaults."""
+    parser = Parser(description=doc, epilog=GRAPHS, formatter_class=Help, allow_abbrev=False)
+    anew = ", ".join(f"--{name.replace('_', '-')}" for name in ("device", *free))
     add = parser.add_argument
     add("--name", help="the run's folder below --runs")
-    add("--runs", default="runs", help="where runs are kept")
-    add("--resume", action="store_true", help="go on from the run's checkpoint, with the run's own settings")
+    add("--runs", default="runs", help="where runs are kept; else only downloads are, in the user's cache")
+    resume = f"go on from the run's checkpoint, by its own settings; others may be {anew}, and --steps, if more"
+    add("--resume", action="store_true", help=resume)
     add("--batch", type=int, help="examples in each forward pass")
     add("--accumulate", type=int, default=1, help="forward passes for each step")
-    add("--steps", type=int)
+    add("--steps", type=int, help="of the optimiser; the rates fall to 0 at the last")
     add("--optimizer", default="muon", choices=["muon", "adamw"], help="for the matrices; vectors always have AdamW")
     add("--lr", type=float, default=None, help="peak rate of the matrices; by default 0.02 for muon, 0.001 for adamw")
     add("--adamw-lr", type=float, default=0.003, help="peak rate of embeddings, head and vectors")
     add("--warmup", type=int, default=20, help="steps in which the rates rise from 0")
-    add("--weight-decay", type=float, default=0.0)
+    add("--weight-decay", type=float, default=0.0, help="of the matrices")
     add("--clip", type=float, default=1.0, help="largest norm of the gradient; 0: any")
-    add("--dropout", type=float, default=0.0)
-    add("--seed", type=int, default=1337)
+    add("--dropout", type=float, default=0.0, help="probability with which weights and features are dropped")
+    add("--seed", type=int, default=1337, help="of weights, batches and samples")
     add("--device", default="auto", help="auto, cpu, cuda, mps")
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="auto: what trains faster here")
     add("--evaluate-every", type=int, help="steps between evaluations and checkpoints")
     parser.set_defaults(**defaults)
-    parser.free = (*FREE, *free)
+    parser.free = (*FREE, *LATER, *free)
     return parser
 
 
@@ -115,7 +133,12 @@ def resumed(given: argparse.Namespace, explicit: dict[str, Any], parser: Parser)
         parser.error(f"nothing to resume: {path} does not exist")
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))["settings"]
-        missing = sorted({*vars(given)} - {*FREE, *saved})
+        default = parser.get_default
+        missing = sorted(
+            name
+            for name in {*vars(given)} - {*FREE}
+            if name not in saved or (saved[name] is None and default(name) is not None)
+        )
         arguments = as_arguments(saved)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         parser.error(f"{path} is damaged, it holds no settings ({type(error).__name__}: {error})")
@@ -130,6 +153,8 @@ def resumed(given: argparse.Namespace, explicit: dict[str, Any], parser: Parser)
                 f"--resume goes on with the run's settings, and --{name.replace('_', '-')} was {saved[name]} "
                 f"(got {value}); start another run with another --name"
             )
+    if explicit["steps"] is not None and explicit["steps"] < saved["steps"]:
+        parser.error(f"--steps was {saved['steps']}, and a run can only go on for more (got {explicit['steps']})")
     wanted = {name: explicit[name] for name in parser.free if explicit[name] is not None}
     return argparse.Namespace(**{**vars(given), **saved, **wanted})
 
@@ -284,17 +309,19 @@ def cached(name: str) -> Path:
     return folder / "attngraph" / name
 
 
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file aside, sync it, then rename it: whoever reads the path finds the old file or the new one, whole."""
-    aside = path.with_name(f".partial-{path.name}")  # with its ending, by which pictures know their format
+@contextmanager
+def or_told(path: Path) -> Iterator[None]:
+    """What can't be written is told in a sentence."""
     try:
-        write(aside)
-        with open(aside, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(aside, path)
+        yield
     except (OSError, SafetensorError) as error:
-        aside.unlink(missing_ok=True)
         raise SystemExit(f"{path} can't be written ({error}); what was there before is still whole") from None
+
+
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """The whole file or what was there before; what can't be written is told."""
+    with or_told(path):
+        saved.write_whole(path, write)
 
 
 def save_picture(ax: Axes, path: Path) -> None:
@@ -326,47 +353,75 @@ def set_aside(folder: Path) -> Path:
     return folder.rename(folder.with_name(f"{folder.name}.{number}"))
 
 
+MODEL = saved.WEIGHTS
+
+
+def state_of(folder: Path, step: int) -> Path:
+    """Where the optimisers' state is kept, beside the model of the same step."""
+    return folder / f"optimizer-{step}.safetensors"
+
+
 def save_checkpoint(
-    path: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer], step: int, config: dict[str, Any]
+    folder: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer], step: int, config: dict[str, Any]
 ) -> None:
-    """Weights, the optimisers' state and the step in one safetensors file."""
-    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-    for number, optimizer in enumerate(optimizers):
-        for index, state in optimizer.state_dict()["state"].items():
-            for name, tensor in state.items():
-                tensors[f"optimizer.{number}.{index}.{name}"] = tensor
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    """The model, and the optimisers' state beside it, in safetensors.
+
+    The state is there before the model that belongs to it, whose header names the step; and the old one until after: so
+    wherever this is interrupted, a model and its state are there.
+    """
+    state = {
+        f"{number}.{index}.{name}": tensor.detach().cpu().contiguous()
+        for number, optimizer in enumerate(optimizers)
+        for index, entries in optimizer.state_dict()["state"].items()
+        for name, tensor in entries.items()
+    }
+    write_whole(state_of(folder, step), lambda aside: save_file(state, aside))
     metadata = {"step": str(step), "config": json.dumps(config)}
-    write_whole(path, lambda aside: save_file(tensors, aside, metadata))
+    with or_told(folder / MODEL):
+        if isinstance(model, Model):
+            model.save(folder, metadata=metadata)
+        else:
+            saved.write_whole(folder / MODEL, lambda aside: save_file(model.state_dict(), aside, metadata))
+    for old in folder.glob("optimizer-*.safetensors"):
+        if old != state_of(folder, step):
+            old.unlink()
 
 
 def load_checkpoint(
-    path: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer], config: dict[str, Any]
+    folder: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer], config: dict[str, Any]
 ) -> int:
     """Put a checkpoint into the model and the optimisers; the number of steps it had made."""
+    path = folder / MODEL
+    metadata, tensors = read_tensors(path)
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
-    except SafetensorError as error:
-        head = path.read_bytes()[:9]
-        if head[:1] in (b"P", b"\x80") and head[8:] != b"{":  # a safetensors header begins there
-            raise SystemExit(f"{path} holds a pickle, which could run anything, not safetensors") from None
-        raise SystemExit(f"{path} is no whole safetensors file ({error}); delete the run and start anew") from None
-    try:
-        saved, step = json.loads(metadata.get("config", "{}")), int(metadata["step"])
-        if saved != config:
-            names = sorted(name for name in {*saved, *config} if saved.get(name) != config.get(name))
-            other = f"{', '.join(names) or 'no config'} differ"
-            raise SystemExit(f"{path} is of another model: {other}; use its own settings")
-        model.load_state_dict({name[6:]: tensor for name, tensor in tensors.items() if name.startswith("model.")})
+        before, step = json.loads(metadata.get("config", "{}")), int(metadata["step"])
+        names = sorted(name for name in {*before, *config} if before.get(name) != config.get(name))
+        if before != config:
+            other = "; ".join(f"{name} was {before.get(name)!r}, and is {config.get(name)!r}" for name in names)
+            raise SystemExit(f"{path} is of another model: {other or 'no config'}; use its own settings")
+        state = read_tensors(state_of(folder, step))[1]
+        model.load_state_dict(type(model).load(folder).state_dict() if isinstance(model, Model) else tensors)
         for number, optimizer in enumerate(optimizers):
-            load_optimizer(optimizer, f"optimizer.{number}.", tensors)
+            load_optimizer(optimizer, f"{number}.", state)
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise SystemExit(
             f"{path} is damaged ({type(error).__name__}: {error}); delete the run and start anew"
         ) from None
     return step
+
+
+def read_tensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Metadata and tensors of a safetensors file, and of nothing else."""
+    if not path.exists():
+        raise SystemExit(f"{path} is not there, and belongs to the checkpoint; delete the run and start anew")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  no dict
+    except SafetensorError as error:
+        head = path.read_bytes()[:9]
+        if head[:1] in (b"P", b"\x80") and head[8:] != b"{":  # a safetensors header begins there
+            raise SystemExit(f"{path} holds a pickle, which could run anything, not safetensors") from None
+        raise SystemExit(f"{path} is no whole safetensors file ({error}); delete the run and start anew") from None
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, prefix: str, tensors: dict[str, Tensor]) -> None:
@@ -459,14 +514,14 @@ def fit(args: argparse.Namespace, task: Task) -> tuple[float, Metrics]:
     print(f"training  {args.steps} steps of {per_step:,} {task.unit} on {task.device}, {args.dtype}")
     steppers = optimizers(model, args)
     peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in steppers]
-    shape = task.identity | {name: value for name, value in vars(args).items() if name not in task.free}
-    checkpoint, first = folder / "checkpoint.safetensors", 0
+    free = {*task.free, *LATER}
+    shape, first = task.identity | {name: value for name, value in vars(args).items() if name not in free}, 0
     if args.resume:
-        if not checkpoint.exists():
+        if not (folder / MODEL).exists():
             raise SystemExit(
-                f"nothing to resume: {checkpoint} does not exist; the run stopped before its first checkpoint"
+                f"nothing to resume: {folder / MODEL} does not exist; the run stopped before its first checkpoint"
             )
-        first = load_checkpoint(checkpoint, model, steppers, shape)
+        first = load_checkpoint(folder, model, steppers, shape)
     try:
         if folder.exists() and not args.resume:
             print(f"kept      the run that was there before as {set_aside(folder)}")
@@ -515,7 +570,7 @@ def fit(args: argparse.Namespace, task: Task) -> tuple[float, Metrics]:
             )  # fmt: skip
             if evaluates or stopped:
                 metrics.save()
-                save_checkpoint(checkpoint, model, steppers, done, shape)
+                save_checkpoint(folder, model, steppers, done, shape)
             if stopped:
                 raise SystemExit(f"stopped after step {done}; go on with --name {args.name} --resume")
             speed = (done - first) * per_step / (seconds - before)

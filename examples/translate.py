@@ -5,7 +5,8 @@
     python examples/translate.py --translate "den 3. März 1987" --resume       with the model that is there
 
 The decoder hears Causal() among itself and, in a phase of its own, the whole source. Everything is left in runs/NAME:
-config.json, metrics.csv, checkpoint.safetensors, accuracy.png, connectivity.png, alignment.png, samples.txt.
+config.json, metrics.csv, accuracy.png, connectivity.png, alignment.png, samples.txt, and the model, for
+EncoderDecoder.load and for --resume: model.safetensors and optimizer-STEP.safetensors.
 """
 
 from __future__ import annotations
@@ -41,8 +42,8 @@ def settings(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--graph", default="Window(4, 4)", help="who hears whom in the source; one for each layer, separated by commas")
     add("--score", default="dot", choices=["dot", "additive"], help="how a key answers a query")
     add("--layers", type=int, default=2, help="of the encoder; the decoder has as many")
-    add("--heads", type=int, default=4)
-    add("--width", type=int, default=64)
+    add("--heads", type=int, default=4, help="of attention, in each layer")
+    add("--width", type=int, default=64, help="of the nodes' vectors")
     add("--beam", type=int, default=4, help="translations that are followed at a time; 1: greedy")
     add("--translate", action="append", help="a date to translate at the end; may be given several times")
     given = training.parsed(parser, arguments)

@@ -7,8 +7,8 @@
         --layers 2 --pool mean                                                  as in Swin, layer by layer
     python examples/vit.py --data cifar10 --patch 4 --width 192 --layers 6      where it can be had
 
-Everything is left in runs/NAME: config.json, metrics.csv, checkpoint.safetensors, accuracy.png, connectivity.png, and
-with a CLS node attention.png.
+Everything is left in runs/NAME: config.json, metrics.csv, accuracy.png, connectivity.png, attention.png if
+there is a CLS node, and the model, for ViT.load and for --resume: model.safetensors and optimizer-STEP.safetensors.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ def settings(arguments: list[str] | None = None) -> argparse.Namespace:
         __doc__, free=("folder",), name="vit", batch=128, steps=1000, evaluate_every=250, warmup=50
     )
     add = parser.add_argument
-    add("--data", default="digits", choices=["digits", "mnist", "cifar10"])
+    add("--data", default="digits", choices=["digits", "mnist", "cifar10"], help="images to learn from")
     add("--folder", help="where MNIST's or CIFAR-10's own files are, or are put; by default the user's cache")
     add("--graph", default="Full()", help="which patches hear which; one for each layer, separated by commas")
     add("--pool", default="cls", choices=["cls", "mean"], help="classify a node that hears all patches, or their mean")
     add("--patch", type=int, default=2, help="pixels on a patch's side")
-    add("--layers", type=int, default=4)
-    add("--heads", type=int, default=4)
-    add("--width", type=int, default=64)
+    add("--layers", type=int, default=4, help="of the Transformer")
+    add("--heads", type=int, default=4, help="of attention, in each layer")
+    add("--width", type=int, default=64, help="of the nodes' vectors")
     add("--distort", type=float, default=0.7, help="how far training images are turned, scaled and moved; 0: not")
     given = training.parsed(parser, arguments)
     training.require_at_least(given, parser, layers=1, heads=1, width=1, patch=1, distort=0)
@@ -114,6 +114,7 @@ def fetched(address: str, name: str, folder: Path) -> Path:
             raise SystemExit(f"{name} can't be had from {address} ({reason}); put it into {folder}") from None
         folder.mkdir(parents=True, exist_ok=True)
         training.write_whole(path, lambda aside: aside.write_bytes(content))
+        print(f"kept      {address}{name} as {path}")
     return path
 
 

@@ -45,7 +45,7 @@ def module_classes():
 
 
 CLASSES = module_classes()
-MODELS = [each for each in CLASSES if each.__module__.startswith("attngraph.models") and each.__name__ != "TokenHead"]
+MODELS = [each for each in CLASSES if issubclass(each, attngraph.models.Model)]
 
 
 def _sized(*shape, seed=0):
@@ -58,8 +58,9 @@ def _tokens(*shape, seed=0):
 
 ARGUMENTS = {  # of constructors; a new module whose arguments are called otherwise is added here
     "embed_dim": 24, "num_heads": 3, "head_dim": 8, "hidden_dim": 30, "max_length": 20, "num_buckets": 5,
-    "num_embeddings": 17, "vocab_size": 17, "num_classes": 5, "image_size": (8, 8), "patch_size": (2, 2),
-    "channels": 3, "state_dim": 4, "action_dim": 2, "max_time": 30, "graph": Causal() & Window(3, 0),
+    "num_embeddings": 17, "vocab_size": 17, "num_classes": 5, "classify": "sequence", "image_size": (8, 8),
+    "patch_size": (2, 2), "channels": 3, "state_dim": 4, "action_dim": 2, "max_time": 30,
+    "graph": Causal() & Window(3, 0),
 }  # fmt: skip
 
 

@@ -21,6 +21,10 @@ import training
 from safetensors import safe_open
 from safetensors.torch import load_file, save
 
+from attngraph import Causal, Window
+from attngraph.models import GPT
+from attngraph.nn import TransformerConfig
+
 SCRIPT = Path(gpt.__file__)
 TEXT = "the quick brown fox jumps over the lazy dog; 'tis no small thing to leap.\n" * 40
 TINY = "--layers 2 --heads 2 --width 16 --context 16 --batch 4 --steps 8 --evaluate-every 4 --sample 20 --dtype float32"
@@ -43,18 +47,58 @@ def table(folder):
         return list(csv.DictReader(file))
 
 
+def same_checkpoints(*folders):
+    """Weights and the optimisers' state."""
+    for file in ("model.safetensors", "optimizer-8.safetensors"):
+        one, other = (load_file(folder / file) for folder in folders)
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[name], other[name]) for name in one)
+
+
 def test_a_run_leaves_what_it_promises(tmp_path, text, capsys):
     figures, folder = run(tmp_path, text, "--steps", 40, "--graph", "Causal() & (Window(4, 0) | Prefix(2)), Causal()")
     left = {path.name for path in folder.iterdir()}
     pictures = {"loss.png", "connectivity.png", "attention.png"}
-    assert left == pictures | {"config.json", "metrics.csv", "checkpoint.safetensors", "sample.txt"}
+    files = {"config.json", "metrics.csv", "model.safetensors", "optimizer-40.safetensors", "sample.txt"}
+    assert left == pictures | files
     rows = table(folder)
     assert [int(row["step"]) for row in rows] == list(range(1, 41))
     assert float(rows[-1]["validation_loss"]) == figures["validation_loss"]
     assert figures["validation_loss"] < float(rows[0]["training_loss"]) - 0.2
     assert len((folder / "sample.txt").read_text()) == 21
     assert json.loads((folder / "config.json").read_text())["settings"]["width"] == 16
-    assert str(text) in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert str(text) in out
+    assert all(name in out.splitlines()[-1] for name in (str(folder), *left))
+
+
+def test_a_run_is_a_model_to_go_on_with(tmp_path, text):
+    _, folder = run(tmp_path, text, "--graph", "Causal() & Window(4, 0), Causal()")
+    model = GPT.load(folder)
+    assert model.transformer.graphs == (Causal() & Window(4, 0), Causal())
+    tokens = gpt.tokenizer("char", TEXT)
+    corpus = gpt.Corpus(tokens.encode(TEXT), 16)
+    assert gpt.evaluate(model, corpus, torch.device("cpu")) == float(table(folder)[-1]["validation_loss"])
+    assert model(torch.tensor([tokens.encode("the quick")])).shape == (1, 9, len(tokens))
+
+
+@pytest.mark.parametrize("model", ["gpt", "bigram"])
+def test_a_run_may_go_on_for_longer_and_elsewhere(tmp_path, text, model, capsys):
+    """More steps, another device; everything else must be as it was, and the error says what was."""
+    _, folder = run(tmp_path, text, "--model", model)
+    again = ["--runs", str(tmp_path / "runs"), "--name", "run", "--resume"]
+    gpt.train(gpt.settings([*again, "--steps", "12", "--device", "cpu"]))
+    assert [int(row["step"]) for row in table(folder)] == list(range(1, 13))
+    assert json.loads((folder / "config.json").read_text())["settings"]["steps"] == 12
+    assert len(list(folder.glob("optimizer-*.safetensors"))) == 1
+    for given, message in {
+        ("--steps", "11"): "--steps was 12, and a run can only go on for more (got 11)",
+        ("--seed", "3"): "--seed was 1337 (got 3)",
+        ("--width", "32"): "--width was 16 (got 32)",
+    }.items():
+        with pytest.raises(SystemExit):
+            gpt.settings([*again, *given])
+        assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -78,9 +122,7 @@ def test_a_resumed_run_is_the_same_bit_for_bit(tmp_path, text, monkeypatch, more
     resumed = gpt.settings(["--runs", str(tmp_path / "runs"), "--name", "parts", "--resume"])
     assert resumed.steps == 8
     gpt.train(resumed)
-    one, other = (load_file(folder / "checkpoint.safetensors") for folder in (whole, tmp_path / "runs" / "parts"))
-    assert one.keys() == other.keys()
-    assert all(torch.equal(one[name], other[name]) for name in one)
+    same_checkpoints(whole, tmp_path / "runs" / "parts")
     tables = [table(tmp_path / "runs" / name) for name in ("whole", "parts")]
     for a, b in zip(*tables, strict=True):
         assert {**a, "seconds": ""} == {**b, "seconds": ""}
@@ -90,7 +132,7 @@ def test_a_resumed_run_is_the_same_bit_for_bit(tmp_path, text, monkeypatch, more
 def checkpoint(tmp_path, text):
     """A finished run's checkpoint and the settings that resume it."""
     _, folder = run(tmp_path, text)
-    return folder / "checkpoint.safetensors", ["--runs", str(tmp_path / "runs"), "--name", "run", "--resume"]
+    return folder / "model.safetensors", ["--runs", str(tmp_path / "runs"), "--name", "run", "--resume"]
 
 
 def test_a_truncated_checkpoint_is_an_error(tmp_path, text):
@@ -122,14 +164,14 @@ def test_a_pickle_is_never_loaded(tmp_path, text, save):
 def test_a_checkpoint_of_another_model_is_an_error(tmp_path, text):
     path, again = checkpoint(tmp_path, text)
     _, other = run(tmp_path, text, "--width", 32, name="other")
-    path.write_bytes((other / "checkpoint.safetensors").read_bytes())
-    with pytest.raises(SystemExit, match="is of another model: width differ"):
+    path.write_bytes((other / "model.safetensors").read_bytes())
+    with pytest.raises(SystemExit, match="is of another model: width was 32, and is 16"):
         gpt.train(gpt.settings(again))
 
 
 def test_resuming_with_other_settings_is_an_error(tmp_path, text, capsys):
     _, again = checkpoint(tmp_path, text)
-    for flag, value, was in (("--width", "64", "16"), ("--steps", "725", "8"), ("--graph", "Full()", "Causal()")):
+    for flag, value, was in (("--width", "64", "16"), ("--seed", "3", "1337"), ("--graph", "Full()", "Causal()")):
         with pytest.raises(SystemExit):
             gpt.settings([*again, flag, value])
         assert f"{flag} was {was} (got {value})" in capsys.readouterr().err
@@ -143,22 +185,24 @@ SAVE = """
 import sys, torch
 from pathlib import Path
 sys.path.insert(0, sys.argv[1]); import training
-model = torch.nn.Linear(1500, 1500)
+model = torch.nn.Linear(1000, 1000, bias=False)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
 step = 0
 while True:
     step += 1
     torch.nn.init.constant_(model.weight, step)
-    training.save_checkpoint(Path(sys.argv[2]), model, [], step, {"a": 1})
+    optimizer.state[model.weight]["momentum_buffer"] = torch.full((1000, 1000), float(step))
+    training.save_checkpoint(Path(sys.argv[2]), model, [optimizer], step, {"a": 1})
     print(step, flush=True)
 """
 
 
 @pytest.mark.parametrize("kills", [1, pytest.param(4, marks=pytest.mark.slow)])
 def test_a_kill_in_the_middle_of_a_save_leaves_the_last_good_checkpoint(tmp_path, kills):
-    path, chance = tmp_path / "checkpoint.safetensors", random.Random(kills)
+    chance = random.Random(kills)
     for _ in range(kills):
         process = subprocess.Popen(
-            [sys.executable, "-c", SAVE, str(SCRIPT.parent), str(path)], stdout=subprocess.PIPE, text=True
+            [sys.executable, "-c", SAVE, str(SCRIPT.parent), str(tmp_path)], stdout=subprocess.PIPE, text=True
         )
         for _ in range(2):
             assert process.stdout.readline()
@@ -166,17 +210,51 @@ def test_a_kill_in_the_middle_of_a_save_leaves_the_last_good_checkpoint(tmp_path
         process.send_signal(signal.SIGKILL)
         saved = [int(line) for line in process.stdout.read().split()]
         process.wait()
-        model = torch.nn.Linear(1500, 1500)
-        step = training.load_checkpoint(path, model, [], {"a": 1})
+        model = torch.nn.Linear(1000, 1000, bias=False)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        step = training.load_checkpoint(tmp_path, model, [optimizer], {"a": 1})
         assert step >= max([2, *saved])
         assert (model.weight == step).all()
+        assert (optimizer.state[model.weight]["momentum_buffer"] == step).all()  # of the very same step
+
+
+def test_a_save_that_stops_between_its_files_leaves_the_last_good_checkpoint(tmp_path, monkeypatch):
+    """The state of the new step is there already, that of the old one still is."""
+    settings = TransformerConfig(embed_dim=8, num_layers=1, num_heads=1, position="none")
+    model = GPT(settings, 7)
+    optimizer = optimizer_of(model)
+    for step in (1, 2):
+        model(torch.arange(7)[None]).sum().backward()
+        optimizer.step()
+        weights = [parameter.detach().clone() for parameter in model.parameters()]
+        if step == 1:
+            training.save_checkpoint(tmp_path, model, [optimizer], step, {})
+            kept = weights
+
+    def stopped(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(GPT, "save", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        training.save_checkpoint(tmp_path, model, [optimizer], 2, {})
+    monkeypatch.undo()
+    assert len(list(tmp_path.glob("optimizer-*"))) == 2
+    again = GPT(settings, 7)
+    assert training.load_checkpoint(tmp_path, again, [optimizer_of(again)], {}) == 1
+    assert all(torch.equal(one, other) for one, other in zip(again.parameters(), kept, strict=True))
+    training.save_checkpoint(tmp_path, model, [optimizer], 2, {})
+    assert [path.name for path in tmp_path.glob("optimizer-*")] == ["optimizer-2.safetensors"]
+
+
+def optimizer_of(model):
+    return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
 
 
 def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path):
     """The kernel refuses to let files grow past a limit, as a full disk does."""
-    path = tmp_path / "checkpoint.safetensors"
+    path = tmp_path / "model.safetensors"
     small = torch.nn.Linear(10, 10)
-    training.save_checkpoint(path, small, [], 7, {})
+    training.save_checkpoint(tmp_path, small, [], 7, {})
     before = path.read_bytes()
     code = f"""
 import resource, signal, sys, torch
@@ -184,13 +262,14 @@ from pathlib import Path
 sys.path.insert(0, {str(SCRIPT.parent)!r}); import training
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-training.save_checkpoint(Path({str(path)!r}), torch.nn.Linear(1000, 1000), [], 8, {{}})
+training.save_checkpoint(Path({str(tmp_path)!r}), torch.nn.Linear(1000, 1000), [], 8, {{}})
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 1, (done.returncode, done.stderr)
     assert "what was there before is still whole" in done.stderr
     assert path.read_bytes() == before
-    assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
+    assert training.load_checkpoint(tmp_path, small, [], {}) == 7
+    assert not [entry for entry in tmp_path.iterdir() if "partial" in entry.name]
 
 
 @pytest.mark.parametrize(
@@ -253,11 +332,11 @@ def test_a_bad_number_is_an_error_before_anything_begins(capsys, flag, value, me
 def test_a_new_run_loses_no_earlier_one(tmp_path, text):
     """Found: the same name overwrote the settings, and --resume went on from another run's weights."""
     _, folder = run(tmp_path, text)
-    before = (folder / "checkpoint.safetensors").read_bytes()
+    before = (folder / "model.safetensors").read_bytes()
     run(tmp_path, text, "--steps", 4, "--seed", 7)
-    assert (tmp_path / "runs" / "run.1" / "checkpoint.safetensors").read_bytes() == before
-    (folder / "checkpoint.safetensors").write_bytes(before)
-    with pytest.raises(SystemExit, match="of another model: seed, steps differ"):
+    assert (tmp_path / "runs" / "run.1" / "model.safetensors").read_bytes() == before
+    (folder / "model.safetensors").write_bytes(before)
+    with pytest.raises(SystemExit, match="of another model: seed was 1337, and is 7;"):
         gpt.train(gpt.settings(["--runs", str(tmp_path / "runs"), "--name", "run", "--resume"]))
 
 
@@ -275,8 +354,7 @@ def test_ctrl_c_saves_where_it_stopped(tmp_path, text, monkeypatch):
         run(tmp_path, text, name="parts")
     monkeypatch.undo()
     gpt.train(gpt.settings(["--runs", str(tmp_path / "runs"), "--name", "parts", "--resume"]))
-    one, other = (load_file(folder / "checkpoint.safetensors") for folder in (whole, tmp_path / "runs" / "parts"))
-    assert all(torch.equal(one[name], other[name]) for name in one)
+    same_checkpoints(whole, tmp_path / "runs" / "parts")
 
 
 def test_a_model_that_hears_the_future_is_warned_of(tmp_path, text, capsys):
@@ -397,7 +475,7 @@ def metrics_damages(path):
 def checkpoint_damages(path):
     """Its metadata and tensors removed, or others in their place."""
     with safe_open(path, "pt") as file:
-        metadata = file.metadata()
+        metadata = file.metadata() or {}
     tensors = load_file(path)
     for wrong in (
         {},
@@ -423,7 +501,8 @@ def checkpoint_damages(path):
     [
         ("config.json", config_damages),
         ("metrics.csv", metrics_damages),
-        ("checkpoint.safetensors", checkpoint_damages),
+        ("model.safetensors", checkpoint_damages),
+        ("optimizer-2.safetensors", checkpoint_damages),
     ],
 )
 @pytest.mark.parametrize("share", [25, pytest.param(1, marks=pytest.mark.nightly)], ids=["some", "all"])
@@ -485,4 +564,4 @@ def test_a_disk_that_fills_at_the_pictures_leaves_the_weights(tmp_path, text, mo
     with pytest.raises(SystemExit, match=r"loss.png can't be written .*No space left"):
         run(tmp_path, text)
     left = sorted(path.name for path in (tmp_path / "runs" / "run").iterdir())
-    assert left == ["checkpoint.safetensors", "config.json", "metrics.csv", "sample.txt"]
+    assert left == ["config.json", "metrics.csv", "model.safetensors", "optimizer-8.safetensors", "sample.txt"]

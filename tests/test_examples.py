@@ -3,7 +3,9 @@
 import csv
 import json
 import random
+import re
 import runpy
+import shutil
 import sys
 import tarfile
 from datetime import date
@@ -19,7 +21,8 @@ import vit
 from safetensors.torch import load_file
 from torch import nn
 
-from attngraph import from_dense
+from attngraph import Causal, Full, from_dense
+from attngraph.models import GPT, EncoderDecoder, ViT
 
 EXAMPLES = Path(vit.__file__).parent
 
@@ -30,7 +33,9 @@ def run(module, folder, *given):
 
 
 def left(folder):
-    return {path.name for path in folder.iterdir()}
+    """The files of a run, but for the optimisers' state, of which there is one."""
+    (state,) = folder.glob("optimizer-*.safetensors")
+    return {path.name for path in folder.iterdir()} - {state.name}
 
 
 def scores(folder, name):
@@ -38,7 +43,7 @@ def scores(folder, name):
         return [float(row[name]) for row in csv.DictReader(file) if row[name]]
 
 
-COMMON = {"config.json", "metrics.csv", "checkpoint.safetensors", "accuracy.png", "connectivity.png"}
+COMMON = {"config.json", "metrics.csv", "model.safetensors", "accuracy.png", "connectivity.png"}
 
 
 @pytest.mark.parametrize(
@@ -58,6 +63,11 @@ def test_vit_learns_digits_on_any_graph(tmp_path, graph, pool):
     assert found["test_accuracy"] == scores(tmp_path / "vit", "test_accuracy")[-1]
     assert left(tmp_path / "vit") == COMMON | ({"attention.png"} if pool == "cls" else set())
     assert json.loads((tmp_path / "vit" / "config.json").read_text())["edges"] == found["edges"]
+    again = ViT.load(tmp_path / "vit")
+    assert (
+        sum(each.num_edges(*[again.num_patches + (pool == "cls")] * 2) for each in again.transformer.graphs)
+        == found["edges"]
+    )
 
 
 def test_vit_resumes_bit_for_bit(tmp_path, monkeypatch):
@@ -75,9 +85,10 @@ def test_vit_resumes_bit_for_bit(tmp_path, monkeypatch):
         run(vit, tmp_path / "parts", *tiny)
     monkeypatch.undo()
     vit.train(vit.settings(["--runs", str(tmp_path / "parts"), "--resume"]))
-    whole, parts = (load_file(tmp_path / name / "vit" / "checkpoint.safetensors") for name in ("whole", "parts"))
-    assert whole.keys() == parts.keys()
-    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    for file in ("model.safetensors", "optimizer-8.safetensors"):
+        whole, parts = (load_file(tmp_path / name / "vit" / file) for name in ("whole", "parts"))
+        assert whole.keys() == parts.keys()
+        assert all(torch.equal(whole[name], parts[name]) for name in whole)
 
 
 @pytest.mark.parametrize(
@@ -128,6 +139,21 @@ def test_bert_differs_from_gpt_in_its_graph(tmp_path, capsys):
     assert "points more often than Causal()" in capsys.readouterr().out
 
 
+def test_bert_resumes_both_models_or_begins_the_second(tmp_path):
+    """Found: it wrote a setting that its own command line did not know."""
+    path = tmp_path / "text.txt"
+    path.write_text("the quick brown fox jumps over the lazy dog\n" * 20)
+    small = ["--width", "8", "--layers", "1", "--heads", "1", "--context", "8", "--batch", "2", "--evaluate-every", "2"]
+    runs = ["--runs", str(tmp_path)]
+    bert.main(bert.settings([*runs, "--dtype", "float32", "--text", str(path), *small, "--steps", "2"]))
+    shutil.rmtree(tmp_path / "bert-against")
+    for steps in (4, 6):
+        bert.main(bert.settings([*runs, "--resume", "--steps", str(steps)]))
+    for name in ("bert", "bert-against"):
+        assert len(scores(tmp_path / name, "training_loss")) == 6
+        assert GPT.load(tmp_path / name).transformer.graphs == ((Full() if name == "bert" else Causal()),)
+
+
 def test_dates_are_written_in_ways_that_can_be_read_in_one(tmp_path):
     """No two days of some years are ever written alike, and what is tested is never trained on."""
     known, unseen = translate.all_days()
@@ -162,12 +188,7 @@ def translator(tmp_path_factory):
         "250",
     ]
     figures = translate.train(translate.settings(arguments))
-    args = translate.settings(["--runs", str(folder), "--resume"])
-    model = translate.build(args)
-    tensors = training.safe_open(folder / "translate" / "checkpoint.safetensors", framework="pt")
-    names = [name for name in tensors.keys() if name.startswith("model.")]  # noqa: SIM118
-    model.load_state_dict({name.removeprefix("model."): tensors.get_tensor(name) for name in names})
-    return model.eval(), figures, folder / "translate"
+    return EncoderDecoder.load(folder / "translate"), figures, folder / "translate"
 
 
 def test_translate_leaves_pictures_and_translations(tmp_path, monkeypatch):
@@ -234,6 +255,27 @@ def test_custom_learns_on_a_graph_of_ones_own(tmp_path, monkeypatch, capsys, sou
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["custom.py", *source])
     runpy.run_path(str(EXAMPLES / "custom.py"))
-    last = capsys.readouterr().out.strip().splitlines()[-1]
+    *_, last, left_in = capsys.readouterr().out.strip().splitlines()
+    assert left_in == "in runs/custom: karate.png"
     assert int(last.split("%")[0].split()[-1]) >= 65
-    assert (tmp_path / "karate.png").exists()
+    assert (tmp_path / "runs" / "custom" / "karate.png").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"]
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in EXAMPLES.glob("*.py") if path.stem != "training"))
+def test_help_says_what_it_is_for(name, tmp_path, monkeypatch, capsys):
+    """Its purpose and examples, every default, graphs and where they are documented; and nothing is written."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", "--help"])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
+    assert stopped.value.code == 0
+    shown = capsys.readouterr().out
+    assert shown.count(f"python examples/{name}.py") >= 1
+    assert not list(tmp_path.iterdir())
+    if name in ("gpt", "bert", "vit", "translate"):
+        assert "docs/graphs.md" in shown
+        assert "(default: None)" not in shown
+        options = shown.split("\noptions:")[1].split("\ngraphs:")[0]
+        for option in re.split(r"\n  (?=-)", options)[1:]:
+            assert len(re.sub(r"--?[\w-]+|[A-Z_]{2,}|\{.*?\}|\(default.*", "", option, flags=re.S).split()) >= 2, option

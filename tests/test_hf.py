@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from attngraph import Causal, Full, Neighborhood, Prefix, Window, from_function, hf
+from attngraph.models import GPT, DecisionTransformer, Encoder, EncoderDecoder, ViT
+from attngraph.nn import AudioEmbedding, TransformerConfig
 
 transformers = pytest.importorskip("transformers")
 
@@ -74,6 +76,13 @@ FAMILIES = {
     "bert": (
         "BertForMaskedLM", "BertConfig", BERT,
         [{}, {"tie_word_embeddings": False, "hidden_act": "relu"}, {"type_vocab_size": 1, "num_attention_heads": 2}],
+    ),
+    "bert_sequences": (
+        "BertForSequenceClassification", "BertConfig", BERT,
+        [{"num_labels": 3}, {"num_labels": 1, "type_vocab_size": 1, "hidden_act": "relu"}],
+    ),
+    "bert_tokens": (
+        "BertForTokenClassification", "BertConfig", BERT, [{}, {"num_labels": 5, "num_attention_heads": 2}],
     ),
     "vit": (
         "ViTForImageClassification", "ViTConfig", VIT,
@@ -178,8 +187,9 @@ def both(family, model, reference, dtype, padded):
     right = peer(input_ids=tokens).logits
     if padded:  # each row as if it were alone
         for row, some in enumerate(real):
-            right[row, some] = peer(input_ids=tokens[row, some][None]).logits[0]
-    return model(tokens, **ours), right, real
+            found = peer(input_ids=tokens[row, some][None]).logits[0]
+            right[row, some if right.ndim == 3 else slice(None)] = found
+    return model(tokens, **ours), right, real if right.ndim == 3 else slice(None)
 
 
 def assert_same_logits(family, model, reference, padded=False):
@@ -252,6 +262,111 @@ def test_a_changed_graph_is_saved_or_an_error(tmp_path):
     with pytest.raises(ValueError, match="from_function"):
         hf.save(gpt2, tmp_path / "never")
     assert not (tmp_path / "never").exists()
+
+
+SIZES = {"embed_dim": 24, "num_layers": 2, "num_heads": 3}
+LLAMA_SWITCHES = {
+    "activation": "silu", "gated": True, "norm": "rms", "norm_eps": 1e-6, "bias": (), "position": "rotary",
+    "num_kv_heads": 1,
+}  # fmt: skip
+GPT2_SWITCHES = {"activation": "gelu_tanh", "position": "learned", "max_length": 19, "dropout": 0.1}
+BERT_SWITCHES = {"norm_order": "post", "embed_norm": True, "final_norm": False, "position": "learned", "max_length": 19}
+T5_SWITCHES = {
+    "norm": "rms",
+    "bias": (),
+    "scale": 1.0,
+    "position": "relative",
+    "activation": "gelu_tanh",
+    "gated": True,
+}
+WHISPER_SWITCHES = {"bias": ("q", "v", "o", "ff", "norm"), "position": "learned", "max_length": 13}
+
+
+def switches(**others):
+    return TransformerConfig(**{**SIZES, **others})
+
+
+def made_here():
+    """Models of the library, by the family that carries them: what `family=` is, and the case of `both`."""
+    yaml = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8}
+    yield "gpt2", "gpt2", GPT(switches(**GPT2_SWITCHES), 37)
+    yield "gpt2", "gpt2", GPT(switches(**GPT2_SWITCHES, scale=1.0, hidden_dim=31), 37, tied=False)
+    yield "llama", "llama", GPT(switches(**LLAMA_SWITCHES), 37, tied=False)
+    yield "llama", "llama", GPT(switches(**LLAMA_SWITCHES, head_dim=10, rotary_base=500.0, rotary_scaling=yaml), 37)
+    yield "qwen2", "qwen2", GPT(switches(**{**LLAMA_SWITCHES, "bias": ("q", "k", "v")}), 37)
+    yield "bert", "bert", Encoder(switches(**BERT_SWITCHES), 37, num_types=2)
+    yield "bert", "bert_sequences", Encoder(switches(**BERT_SWITCHES), 37, num_types=2, num_classes=3)
+    yield "bert", "bert_tokens", Encoder(switches(**BERT_SWITCHES), 37, num_types=1, num_classes=3, classify="tokens")
+    yield "vit", "vit", ViT(switches(position="learned", max_length=7), 5, image_size=(4, 6), patch_size=2)
+    encoder = switches(**T5_SWITCHES)
+    decoder = switches(**T5_SWITCHES, cross=True, relative_bidirectional=False)
+    yield "t5", "t5", EncoderDecoder(encoder, decoder, 37, logit_scale=24**-0.5)
+    yield "t5", "t5", EncoderDecoder(
+        switches(**{**T5_SWITCHES, "gated": False, "activation": "relu"}),
+        switches(**{**T5_SWITCHES, "gated": False, "activation": "relu"}, cross=True, relative_bidirectional=False),
+        37, tied=False,
+    )  # fmt: skip
+    whisper = switches(**{**WHISPER_SWITCHES, "max_length": 11}), switches(**WHISPER_SWITCHES, cross=True)
+    yield "whisper", "whisper", EncoderDecoder(*whisper, 37, source=AudioEmbedding(8, 24))
+    decision = switches(position="learned", max_length=40, activation="relu")
+    yield (
+        "decision_transformer",
+        "decision_transformer",
+        DecisionTransformer(decision, state_dim=5, action_dim=2, max_time=30),
+    )
+
+
+MADE_HERE = [pytest.param(*each, id=f"{each[1]}-{number}") for number, each in enumerate(made_here())]
+
+
+@pytest.mark.parametrize(("family", "case", "model"), MADE_HERE)
+@torch.no_grad()
+def test_a_model_made_here_is_one_of_a_family(family, case, model, tmp_path):
+    """The same numbers here and in transformers, and the family is found by itself."""
+    for parameter in model.parameters():
+        parameter.add_(0.2 * torch.randn_like(parameter))
+    hf.save(model.eval(), tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == family
+    again = hf.load(tmp_path)
+    assert again.state_dict().keys() == model.state_dict().keys()
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in again.state_dict().items())
+    theirs = getattr(transformers, FAMILIES[case][0])
+    assert_same_logits(case, model, theirs.from_pretrained(tmp_path, attn_implementation="eager").eval())
+    hf.save(model, tmp_path, family=family)
+
+
+@pytest.mark.parametrize(
+    ("model", "family", "message"),
+    [
+        (GPT(switches(**LLAMA_SWITCHES, qk_norm=True), 37), "llama", "llama has qk_norm=False, not True"),
+        (GPT(switches(**GPT2_SWITCHES, norm="rms"), 37), "gpt2", "gpt2 has norm='layer', not 'rms'"),
+        (GPT(switches(**GPT2_SWITCHES, score="additive"), 37), None, "score='dot', not 'additive'"),
+        (GPT(switches(**{**GPT2_SWITCHES, "activation": "squared_relu"}), 37), "gpt2", "(got 'squared_relu')"),
+        (GPT(switches(**LLAMA_SWITCHES, dropout=0.1), 37), "llama", "llama has dropout=0.0, not 0.1"),
+        (GPT(switches(position="alibi"), 37), None, "gpt2 has position='learned', not 'alibi'"),
+        (Encoder(switches(**BERT_SWITCHES), 37), None, "bert has num_types=1, not 0"),
+        (GPT(switches(**GPT2_SWITCHES), 37), "bert", "family must be one of those that a GPT can have, gpt2, llama"),
+        (
+            ViT(switches(position="none"), 5, image_size=4, patch_size=2, pool="mean"),
+            None,
+            "pool='cls', not 'mean'",
+        ),
+    ],
+    ids=lambda each: each if isinstance(each, str) else None,
+)
+def test_what_no_family_has_is_named(model, family, message, tmp_path):
+    with pytest.raises(ValueError) as error:
+        hf.save(model, tmp_path / "new", family=family)
+    assert message in str(error.value)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_changed_model_made_here_is_an_error(tmp_path):
+    model = GPT(switches(**GPT2_SWITCHES), 37, tied=False)
+    model.head = torch.nn.Linear(24, 3, bias=False)
+    with pytest.raises(ValueError, match=r"not those that its config makes, .*head.weight of shape \(3, 24\)"):
+        hf.save(model, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
 
 
 def test_the_graph_of_the_memory_is_kept(tmp_path):
@@ -371,7 +486,10 @@ def test_files_that_are_not_there_are_named(gpt2, tmp_path):
     os.remove(gpt2 / "config.json")
     with pytest.raises(FileNotFoundError, match=r"config.json does not exist"):
         hf.load(gpt2)
-    with pytest.raises(ValueError, match="save takes a model that attngraph"):
+    os.rename(gpt2 / "pytorch_model.bin", gpt2 / "model.safetensors")
+    with pytest.raises(FileNotFoundError, match=r"a model that attngraph saved is read by its class, as GPT.load"):
+        hf.load(gpt2)
+    with pytest.raises(TypeError, match=r"model must be one of attngraph.models \(got a Identity\)"):
         hf.save(torch.nn.Identity(), tmp_path / "new")
 
 

@@ -1,5 +1,8 @@
 """Bad input is told in a sentence that names it, by every public function (see wrong_arguments.py)."""
 
+from functools import partial
+from tempfile import TemporaryDirectory
+
 import networkx
 import pytest
 import scipy.sparse
@@ -24,6 +27,8 @@ vit = ViT(config, 3, image_size=4, patch_size=2, channels=1)
 decision = DecisionTransformer(config, state_dim=3, action_dim=2, max_time=9)
 transformer, attention = Transformer(config, Causal()), Attention(8, 2)
 
+KEPT = TemporaryDirectory()
+gpt.save(KEPT.name)
 GRAPH = Causal() & Window(2, 0)
 ALSO = {"graphs": "takes a list of at least one graph", "size": "size|num_queries"}
 
@@ -87,9 +92,12 @@ DOORS = [
         "vocab_size": "vocab_size|tokens",
     }),
     Door("GPT.forward", gpt, {"tokens": tokens, "graph": None, "positions": None, "attention_mask": None}),
-    Door("Encoder", Encoder, {"config": config, "vocab_size": 11, "graph": Causal(), "num_types": 2, "tied": True}, {
-        "vocab_size": "vocab_size|tokens", "num_types": "num_types|types",
-    }),
+    Door("GPT.save", partial(gpt.save, KEPT.name), {"metadata": {"step": "1"}}),
+    Door("GPT.load", partial(GPT.load, KEPT.name), {"dtype": None, "device": "cpu"}),
+    Door("Encoder", Encoder, {
+        "config": config, "vocab_size": 11, "graph": Causal(), "num_types": 2, "tied": True, "num_classes": 3,
+        "classify": "sequence",
+    }, {"vocab_size": "vocab_size|tokens", "num_types": "num_types|types"}),
     Door("Encoder.forward", encoder, {
         "tokens": tokens, "graph": None, "positions": None, "attention_mask": None, "types": None,
     }),

@@ -35,7 +35,7 @@ DEMO = [
     "--sample",
     "5",
 ]
-LEFT = {"config.json", "metrics.csv", "checkpoint.safetensors", "sample.txt"} | {
+LEFT = {"config.json", "metrics.csv", "model.safetensors", "sample.txt"} | {
     f"{picture}.png" for picture in ("loss", "connectivity", "attention")
 }
 

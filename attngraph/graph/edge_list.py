@@ -93,6 +93,11 @@ class EdgeList(Graph):
         """The key of each edge, ascending for each query: int64 (E,)."""
         return self.code % max(self._keys, 1)
 
+    @property
+    def given(self) -> Tensor:
+        """The edges in the order in which they were given, equal ones too: int64 (2, given)."""
+        return torch.stack([self.key, self.query])[:, self.position]
+
     def contains(self, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         return contains_code(self.code.to(q_idx.device), q_idx * self._keys + kv_idx)
 

@@ -13,6 +13,7 @@ from attngraph import cache
 from attngraph.arguments import checked
 from attngraph.graph import algebra, compose, edge_list, grids, patterns
 from attngraph.graph.base import Graph
+from attngraph.graph.edge_list import EdgeList
 
 LONGEST = 1 << 24  # characters
 DEEPEST = 190  # nested operations; Python's own parser takes 200 brackets
@@ -111,11 +112,11 @@ def _value(node: ast.expr, text: str, tensors: Sequence[Tensor], depth: int) -> 
             return graph
         case ast.Attribute(attr="T"):
             return _graph(inner(node.value), text).T
-        case ast.Name(id=name) if tensors and name[0] == "_":
+        case ast.Name(id=name) if tensors and name[0] == "_" and tensors[int(name[1:])].ndim == 0:
             return cache.COMPILED.find(tensors[int(name[1:])])
         case ast.Call(func=ast.Name(id="EdgeList"), args=[ast.Name(id=name)]) if tensors:
-            size = inner(node.keywords[0].value)
-            return edge_list.of_sorted(tensors[int(name[1:])], tuple(size))
+            size, edges = inner(node.keywords[0].value), tensors[int(name[1:])]
+            return edge_list.of_sorted(edges, tuple(size)) if edges.ndim == 1 else EdgeList(edges, tuple(size))
         case ast.Call(func=ast.Attribute(value=inside, attr=name)) if name in METHODS:
             return _call(getattr(_graph(inner(inside), text), name), node, text, inner)
         case ast.Call(func=ast.Name(id=name)) if name in NAMES:
@@ -167,3 +168,26 @@ def unpack(text: str, tensors: Sequence[Tensor]) -> Any:
         key = text, *(int(tensor) for tensor in tensors)
         return cache.COMPILED.get_or_make(key, lambda: _parsed(text, tensors))
     return _parsed(text, tensors)
+
+
+def write(graph: Graph, listed: list[EdgeList]) -> str:
+    """The graph as an expression for a file, in which _0, _1, … stand for the edges of those that are `listed`."""
+    if not isinstance(graph, EdgeList):
+        return graph._write(lambda part: write(part, listed))
+    number = next((number for number, each in enumerate(listed) if each is graph), len(listed))
+    listed += [graph] * (number == len(listed))
+    return f"EdgeList(_{number}, size={graph.size})"
+
+
+def read(text: str, edges: Sequence[Tensor]) -> Graph:
+    """The inverse of `write`: `edges` are the `given` edge_index of the lists, (2, E) each."""
+    if any(each.ndim != 2 for each in edges):
+        raise ValueError("lists of edges must be tensors (2, E)")
+    with torch.device("cpu"):  # where a file's tensors are, whatever the default
+        try:
+            graph = _parsed(text, edges)
+        except (IndexError, TypeError, RuntimeError) as error:
+            raise ValueError(f"{_short(text)!r} does not fit its {len(edges)} lists of edges ({error})") from None
+    if not isinstance(graph, Graph):
+        raise ValueError(f"not a graph: {_short(text)!r}")
+    return graph

@@ -5,23 +5,31 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
-from attngraph.arguments import checked
+from attngraph.arguments import checked, shown
 from attngraph.graph.text import parse_list
 from attngraph.hf.families import FAMILIES, TRANSPOSED, Family, Form
+from attngraph.hf.made import as_family
 from attngraph.hf.settings import Settings, WrongSetting
 from attngraph.models import EncoderDecoder
-from attngraph.nn.transformer import Transformer
+from attngraph.models.saved import (
+    WEIGHTS,
+    Model,
+    NoInitialization,
+    differences,
+    require_floating,
+    transformers,
+    write_whole,
+)
 
-WEIGHTS, CONFIG = "model.safetensors", "config.json"
+CONFIG = "config.json"
 LAYER = r"\.(\d+)\."  # its number in a name
 OLD_NAMES = (("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias"))
 
@@ -30,9 +38,11 @@ OLD_NAMES = (("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerN
 def load(path: str | os.PathLike, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> nn.Module:
     """A pretrained model from a local directory: GPT-2, BERT, ViT, T5, Whisper, Llama, Qwen2, Decision Transformer.
 
-    It is an ordinary module of `attngraph.models`, in eval mode, whose graph may be changed:
+    The directory is what `hf download openai-community/gpt2 --local-dir path/of/gpt2`, or
+    `save_pretrained` of `transformers`, makes; a name such as "gpt2" alone is none. What comes is an ordinary module of
+    `attngraph.models`, in eval mode, whose graph may be changed:
 
-        model = load("gpt2")
+        model = load("path/of/gpt2")
         logits = model(tokens)
         model.transformer.graphs = Causal() & (Window(256, 0) | Prefix(4))
 
@@ -49,23 +59,16 @@ def load(path: str | os.PathLike, *, dtype: torch.dtype | None = None, device: t
         FileNotFoundError: no such files.
         ValueError: a model, a setting or a tensor that is not known, or missing, by name.
     """
-    if not (dtype is None or (isinstance(dtype, torch.dtype) and dtype.is_floating_point)):
-        raise TypeError(f"dtype must be a floating-point torch.dtype, such as torch.bfloat16, or None (got {dtype!r})")
+    require_floating(dtype)
     folder = Path(path)
     given = _config(folder)
-    kind = given.get("model_type")
-    family = FAMILIES.get(kind) if isinstance(kind, str) else None
-    if family is None:
-        known = ", ".join(FAMILIES)
-        raise ValueError(f"{folder / CONFIG}: model_type must be one of {known} (got {given.get('model_type')!r})")
-    architectures = given.get("architectures") or []
-    if not isinstance(architectures, list) or any(each not in family.architectures for each in architectures):
-        known = " or ".join(family.architectures)
-        raise ValueError(f"{folder / CONFIG}: architectures must be a list of {known} (got {architectures!r})")
+    family = _family(folder / CONFIG, given)
     with ExitStack() as stack:
         try:
             found = _Tensors(folder, family, stack)
             settings = Settings(given, found.layers)
+            if not given.get("architectures"):
+                settings.used["architectures"] = f"architectures={family.architectures[0]} by default"
             model, places = _built(settings, family, found, dtype, torch.device(device))
             _set_graphs(model, given.get("attngraph", {}))
         except ValueError as error:
@@ -75,23 +78,36 @@ def load(path: str | os.PathLike, *, dtype: torch.dtype | None = None, device: t
 
 
 @checked
-def save(model: nn.Module, path: str | os.PathLike) -> None:
-    """Write a model that `load` made to a directory, as config.json and model.safetensors, which `load` reads again.
+def save(model: nn.Module, path: str | os.PathLike, *, family: str | None = None) -> None:
+    """Write a model to a directory as config.json and model.safetensors, which `load` and `transformers` read.
 
-    `transformers` reads them too, but knows nothing of a graph that was changed: that stands under "attngraph".
+    A model that `load` made is written as it was; one that was made here, as one of a family that has all its switches:
 
-    Raises ValueError for a model that `load` did not make, or whose graphs can't be written down.
+        config = TransformerConfig(embed_dim=64, num_layers=2, num_heads=4, position="learned", max_length=128,
+                                   activation="gelu_tanh")
+        hf.save(GPT(config, vocab_size=65), "runs/as-gpt2")          # GPT2LMHeadModel.from_pretrained reads it
+
+    `transformers` knows nothing of another graph than the family's own: that stands under "attngraph". What has no
+    family is kept by the model's own `save`.
+
+    Args:
+        model: of `attngraph.models`.
+        path: the directory; it is made if it isn't there.
+        family: of a model made here: gpt2, llama, qwen2, bert, vit, t5, whisper or decision_transformer; by default the
+            first that can carry it.
+
+    Raises ValueError for a switch that no family has, by name, and for graphs that can't be written down.
     """
     from safetensors.torch import save_file
 
     pretrained = getattr(model, "pretrained", None)
-    if not isinstance(pretrained, Pretrained):
-        raise ValueError("save takes a model that attngraph.hf.load made, whose names and settings are known")
+    if not isinstance(pretrained, Pretrained) or family is not None:
+        pretrained = _made_here(model, family)
     given, places = pretrained
     named = dict(model.named_parameters())
     if unknown := sorted(named.keys() ^ places.keys()):
         raise ValueError(f"the model's parameters are not those that load made: {', '.join(unknown)}")
-    graphs = {name: ", ".join(map(repr, part.graphs)) for name, part in _transformers(model)}
+    graphs = {name: ", ".join(map(repr, part.graphs)) for name, part in transformers(model).items()}
     if isinstance(model, EncoderDecoder) and model.memory_graph is not None:
         graphs["memory"] = repr(model.memory_graph)
     for text in graphs.values():
@@ -102,8 +118,36 @@ def save(model: nn.Module, path: str | os.PathLike) -> None:
     dtype = str(next(iter(named.values())).dtype).removeprefix("torch.")
     changes = {"torch_dtype" if "torch_dtype" in given else "dtype": dtype, "attngraph": graphs}
     config = json.dumps({**given, **changes}, indent=2) + "\n"
-    _replace(folder / WEIGHTS, lambda new: save_file(tensors, new, metadata={"format": "pt"}))
-    _replace(folder / CONFIG, lambda new: new.write_text(config, encoding="utf-8"))
+    write_whole(folder / WEIGHTS, lambda new: save_file(tensors, new, metadata={"format": "pt"}))
+    write_whole(folder / CONFIG, lambda new: new.write_text(config, encoding="utf-8"))
+
+
+def _made_here(model: nn.Module, name: str | None) -> Pretrained:
+    """What a model is written with that `load` did not make."""
+    if not isinstance(model, Model):
+        raise TypeError(f"model must be one of attngraph.models (got {shown(model)})")
+    given, family, again = as_family(model, name)
+    if unlike := differences(dict(model.named_parameters()), dict(again.named_parameters())):
+        raise ValueError(f"the model's parameters are not those that its config makes, {unlike}")
+    places = {name: next(_places(family, name)) for name, _ in again.named_parameters()}
+    return Pretrained(given, {name: place._replace(file=family.full(place.file)) for name, place in places.items()})
+
+
+def _family(path: Path, given: Mapping[str, Any]) -> Family:
+    """By what config.json says of its kind."""
+    kind = given.get("model_type")
+    families = FAMILIES.get(kind, ()) if isinstance(kind, str) else ()
+    if not families:
+        known = ", ".join(FAMILIES)
+        ours = isinstance(given.get("settings"), dict)  # an example's run
+        hint = "; a model that attngraph saved is read by its class, as GPT.load" if ours else ""
+        raise ValueError(f"{path}: model_type must be one of {known} (got {kind!r}){hint}")
+    named = given.get("architectures") or []
+    for family in families:
+        if isinstance(named, list) and all(each in family.architectures for each in named):
+            return family
+    known = " or ".join(each for family in families for each in family.architectures)
+    raise ValueError(f"{path}: architectures must be a list of {known} (got {named!r})")
 
 
 def _built(
@@ -112,7 +156,7 @@ def _built(
     """A model with its tensors, and where they were."""
     try:
         tied = found.tied(family.ties(settings))
-        with torch.device("meta"), _NoInitialization():
+        with torch.device("meta"), NoInitialization():
             model = family.build(settings, tied)
         if unknown := settings.unknown():
             raise WrongSetting(f"unknown settings: {', '.join(unknown)}")
@@ -129,10 +173,14 @@ def _built(
 def _config(folder: Path) -> dict:
     if not folder.is_dir():
         what = "the file" if folder.exists() else "what is not there:"
-        raise FileNotFoundError(f"load takes a local directory with {CONFIG} and {WEIGHTS} (got {what} {folder})")
+        raise FileNotFoundError(
+            f"load takes a local directory with {CONFIG} and {WEIGHTS}, as `hf download NAME --local-dir "
+            f"DIRECTORY` makes it (got {what} {folder})"
+        )
     path = folder / CONFIG
     if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist: load takes a directory with {CONFIG} and {WEIGHTS}")
+        hint = "; a model that attngraph saved is read by its class, as GPT.load" if (folder / WEIGHTS).exists() else ""
+        raise FileNotFoundError(f"{path} does not exist: load takes a directory with {CONFIG} and {WEIGHTS}{hint}")
     try:
         given = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -212,30 +260,7 @@ def _shards(index: Path) -> list[str]:
     return files
 
 
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    """The whole file or nothing."""
-    new = path.with_name(path.name + ".new")
-    write(new)
-    os.replace(new, path)
-
-
 # ---------------------------------------------------------------------------------------------------------- tensors
-
-
-class _NoInitialization(TorchFunctionMode):
-    """Parameters are not initialised: for tensors without memory, PyTorch would first import its compiler."""
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: Sequence[Any] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
-        if getattr(func, "__module__", "") == "torch.nn.init":
-            return kwargs["tensor"] if "tensor" in kwargs else args[0]
-        return args[0] if func in (Tensor.normal_, Tensor.uniform_) else func(*args, **kwargs)
 
 
 class Place(NamedTuple):
@@ -319,13 +344,9 @@ def _fill(
     return {name: place._replace(file=family.full(place.file)) for name, place in places.items()}
 
 
-def _transformers(model: nn.Module) -> list[tuple[str, Transformer]]:
-    return [(name, part) for name, part in model.named_modules() if isinstance(part, Transformer)]
-
-
 def _set_graphs(model: nn.Module, graphs: Mapping[str, str]) -> None:
     """The graphs that `save` wrote beside the settings."""
-    parts = dict(_transformers(model))
+    parts = transformers(model)
     known = [*parts, "memory"] if isinstance(model, EncoderDecoder) else [*parts]
     if not isinstance(graphs, dict) or graphs.keys() - set(known):
         raise ValueError(f"the setting 'attngraph' must give graphs to {' or '.join(known)} (got {graphs!r})")

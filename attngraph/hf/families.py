@@ -6,6 +6,7 @@ A family differs from the others in its switches and in its graph; the rest is n
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from operator import methodcaller
 from typing import Any, NamedTuple
 
@@ -188,7 +189,7 @@ def _bert_sizes(given: Settings) -> dict[str, Any]:
     }
 
 
-def _bert(given: Settings, tied: bool) -> nn.Module:
+def _bert(given: Settings, tied: bool, **head: Any) -> nn.Module:
     given.must("is_decoder", False)
     given.must("add_cross_attention", False)
     given.must("position_embedding_type", "absolute")
@@ -200,25 +201,37 @@ def _bert(given: Settings, tied: bool) -> nn.Module:
         max_length=given.size("max_position_embeddings", 512),
         dropout=given.probability("hidden_dropout_prob", 0.1),
     )
-    return Encoder(config, given.size("vocab_size", 30522), num_types=given("type_vocab_size", 2), tied=tied)
+    types = given("type_vocab_size", 2)
+    return Encoder(config, given.size("vocab_size", 30522), num_types=types, tied=tied, **head)
 
 
+def _bert_classes(given: Settings, tied: bool, classify: str) -> nn.Module:
+    return _bert(given, tied, num_classes=_num_labels(given), classify=classify)
+
+
+def _num_labels(given: Settings) -> int:
+    return given.size("num_labels", len(given("id2label", kind=dict) or "ab"))  # two by default
+
+
+_BERT_NAMES = (
+    Name("embeddings.word_embeddings", "embedding"),
+    Name("embeddings.token_type_embeddings", "types"),
+    Name("embeddings.position_embeddings", "transformer.position"),
+    Name("embeddings.LayerNorm", "transformer.embed_norm"),
+    *of_layers(
+        "encoder.layer.{} = transformer.layers.{}",
+        *projections("attention", "attention", ("self.query", "self.key", "self.value", "output.dense")),
+        Name("attention.output.LayerNorm", "attention_norm"),
+        Name("intermediate.dense", "feedforward.up"),
+        Name("output.dense", "feedforward.down"),
+        Name("output.LayerNorm", "feedforward_norm"),
+    ),
+)
 BERT = Family(
     ("BertForMaskedLM", "BertForPreTraining"),
     _bert,
     (
-        Name("embeddings.word_embeddings", "embedding"),
-        Name("embeddings.token_type_embeddings", "types"),
-        Name("embeddings.position_embeddings", "transformer.position"),
-        Name("embeddings.LayerNorm", "transformer.embed_norm"),
-        *of_layers(
-            "encoder.layer.{} = transformer.layers.{}",
-            *projections("attention", "attention", ("self.query", "self.key", "self.value", "output.dense")),
-            Name("attention.output.LayerNorm", "attention_norm"),
-            Name("intermediate.dense", "feedforward.up"),
-            Name("output.dense", "feedforward.down"),
-            Name("output.LayerNorm", "feedforward_norm"),
-        ),
+        *_BERT_NAMES,
         Name("cls.predictions.transform.dense", "head.dense"),
         Name("cls.predictions.transform.LayerNorm", "head.norm"),
         Name("cls.predictions.decoder", "head.scores"),
@@ -234,6 +247,20 @@ BERT = Family(
         r"cls\.predictions\.bias",
     ),
 )
+BERT_SEQUENCES = Family(
+    ("BertForSequenceClassification",),
+    partial(_bert_classes, classify="sequence"),
+    (*_BERT_NAMES, Name("pooler.dense", "head.pool"), Name("classifier", "head.scores")),
+    prefix="bert.",
+    outside=("classifier.",),
+    unread=(r"embeddings\.position_ids",),
+)
+BERT_TOKENS = BERT_SEQUENCES._replace(
+    architectures=("BertForTokenClassification",),
+    build=partial(_bert_classes, classify="tokens"),
+    names=(*_BERT_NAMES, Name("classifier", "head.scores")),
+    unread=(r"embeddings\.position_ids", r"pooler\.dense\..*"),
+)
 
 # --------------------------------------------------------------------------------------------------------------- ViT
 
@@ -246,8 +273,7 @@ def _vit(given: Settings, tied: bool) -> nn.Module:
         max_length=1 + (image[0] // patch[0]) * (image[1] // patch[1]),
         dropout=given.probability("hidden_dropout_prob", 0.0),
     )
-    classes = given.size("num_labels", len(given("id2label", kind=dict) or "ab"))  # two by default
-    return ViT(config, classes, image_size=image, patch_size=patch, channels=given.size("num_channels", 3))
+    return ViT(config, _num_labels(given), image_size=image, patch_size=patch, channels=given.size("num_channels", 3))
 
 
 VIT = Family(
@@ -540,13 +566,13 @@ LLAMA = Family(
 )
 QWEN2 = LLAMA._replace(architectures=("Qwen2ForCausalLM",), build=_qwen2)
 
-FAMILIES = {
-    "gpt2": GPT2,
-    "bert": BERT,
-    "vit": VIT,
-    "t5": T5,
-    "whisper": WHISPER,
-    "llama": LLAMA,
-    "qwen2": QWEN2,
-    "decision_transformer": DECISION,
+FAMILIES: dict[str, tuple[Family, ...]] = {
+    "gpt2": (GPT2,),
+    "bert": (BERT, BERT_SEQUENCES, BERT_TOKENS),
+    "vit": (VIT,),
+    "t5": (T5,),
+    "whisper": (WHISPER,),
+    "llama": (LLAMA,),
+    "qwen2": (QWEN2,),
+    "decision_transformer": (DECISION,),
 }

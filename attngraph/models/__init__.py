@@ -4,6 +4,7 @@ from attngraph.models.decision import DecisionTransformer
 from attngraph.models.encoder import Encoder
 from attngraph.models.encoder_decoder import EncoderDecoder
 from attngraph.models.gpt import GPT
+from attngraph.models.saved import Model
 from attngraph.models.vit import ViT
 
-__all__ = ["GPT", "DecisionTransformer", "Encoder", "EncoderDecoder", "ViT"]
+__all__ = ["GPT", "DecisionTransformer", "Encoder", "EncoderDecoder", "Model", "ViT"]

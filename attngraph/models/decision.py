@@ -10,13 +10,14 @@ from torch import Tensor, nn
 from attngraph.arguments import checked
 from attngraph.graph.base import Graph, require_ints
 from attngraph.graph.patterns import Causal
+from attngraph.models.saved import Model
 from attngraph.nn.checks import require_vectors
 from attngraph.nn.embedding import TokenEmbedding
 from attngraph.nn.padding import padding_mask
 from attngraph.nn.transformer import Transformer, TransformerConfig
 
 
-class DecisionTransformer(nn.Module):
+class DecisionTransformer(Model):
     """What to do next, given what was done, seen, and is still hoped for (Chen et al. 2021).
 
     Every time step is three nodes: the return to go, the state, the action. Their place in the sequence is told by the
@@ -58,6 +59,15 @@ class DecisionTransformer(nn.Module):
         self.norm = nn.LayerNorm(config.embed_dim)
         self.transformer = Transformer(config, graph)
         self.head = nn.Linear(config.embed_dim, action_dim)
+
+    def _arguments(self):
+        return {
+            "config": self.config,
+            "state_dim": self.embed_state.in_features,
+            "action_dim": self.embed_action.in_features,
+            "max_time": self.time.num_embeddings,
+            "bounded": self.bounded,
+        }
 
     def forward(
         self,

@@ -13,6 +13,7 @@ from attngraph.graph.patterns import Causal
 from attngraph.models.tied import Tied
 from attngraph.nn.embedding import TokenEmbedding
 from attngraph.nn.padding import padding_mask
+from attngraph.nn.told import by_layer, tell_graphs
 from attngraph.nn.transformer import Transformer, TransformerConfig
 
 
@@ -65,12 +66,32 @@ class EncoderDecoder(Tied):
         self.decoder = Transformer(decoder, decoder_graph)
         self.head = nn.Linear(decoder.embed_dim, vocab_size, bias=False)
         self.reset_parameters()
+        tell_graphs(self, "_memory_graphs")
 
     def reset_parameters(self) -> None:
         """Embedding and head; its other parts have their own."""
         for table in (self.embedding, self.head):
             nn.init.normal_(table.weight, std=0.02)
         self._tie()
+
+    def _arguments(self):
+        return {
+            "encoder": self.encoder.config,
+            "decoder": self.decoder.config,
+            "vocab_size": self.vocab_size,
+            "source": self.source,
+            "memory_graph": self.memory_graph,
+            "tied": self.tied,
+            "logit_scale": self.logit_scale,
+        }
+
+    def extra_repr(self) -> str:
+        """What `print(model)` says of it."""
+        return f"memory_{by_layer(self._memory_graphs)}"
+
+    @property
+    def _memory_graphs(self) -> tuple[Graph, ...]:
+        return (Full() if self.memory_graph is None else self.memory_graph,)
 
     @property
     def scores(self) -> nn.Linear:

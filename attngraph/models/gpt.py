@@ -55,6 +55,9 @@ class GPT(Tied):
             nn.init.normal_(self.embedding.weight, std=0.5)
         self._tie()
 
+    def _arguments(self):
+        return {"config": self.config, "vocab_size": self.vocab_size, "tied": self.tied}
+
     @property
     def scores(self) -> nn.Linear:
         """What makes logits."""

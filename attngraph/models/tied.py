@@ -7,8 +7,10 @@ from typing import Any, Self
 
 from torch import nn
 
+from attngraph.models.saved import Model
 
-class Tied(nn.Module):
+
+class Tied(Model):
     """A model whose embedding and scores may be one parameter, and stay one, whatever is done to the model.
 
     PyTorch makes two of one where it puts new parameters in the place of the old ones: in `to_empty`, and in

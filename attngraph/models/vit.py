@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from attngraph.arguments import checked
 from attngraph.graph.algebra import Full
 from attngraph.graph.base import Graph, require_ints
+from attngraph.models.saved import Model
 from attngraph.nn.embedding import PatchEmbedding
 from attngraph.nn.padding import padding_mask
 from attngraph.nn.transformer import Transformer, TransformerConfig
 
 
-class ViT(nn.Module):
+class ViT(Model):
     """An image as a graph of its patches (Dosovitskiy et al. 2021).
 
     Args:
@@ -66,6 +67,16 @@ class ViT(nn.Module):
         """What is its own, the vector of CLS."""
         if self.cls is not None:
             nn.init.normal_(self.cls, std=0.02)
+
+    def _arguments(self):
+        return {
+            "config": self.config,
+            "num_classes": self.head.out_features,
+            "image_size": self.patches.image_size,
+            "patch_size": self.patches.patch_size,
+            "channels": self.patches.channels,
+            "pool": self.pool,
+        }
 
     @property
     def num_patches(self) -> int:

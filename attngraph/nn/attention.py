@@ -153,4 +153,7 @@ class Attention(nn.Module):
 
     def extra_repr(self) -> str:
         """What `print(layer)` says of it."""
-        return f"num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, head_dim={self.head_dim}"
+        heads = f"num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, head_dim={self.head_dim}"
+        scale = "" if self.scale is None else f", scale={self.scale:.4g}"
+        score = "dot" if self.score_weight is None else "additive"
+        return f"{heads}, score={score}{scale}, dropout={self.dropout}"

@@ -65,3 +65,7 @@ class FeedForward(nn.Module):
         """(..., embed_dim) → (..., embed_dim)."""
         hidden = self.activation(self.up(x)) if self.gate is None else self.activation(self.gate(x)) * self.up(x)
         return self.down(dropout(hidden, self.dropout, self.training))
+
+    def extra_repr(self) -> str:
+        """What `print(layer)` says of it."""
+        return f"dropout={self.dropout}"

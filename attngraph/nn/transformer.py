@@ -20,6 +20,7 @@ from attngraph.nn.checks import require_vectors, values_known
 from attngraph.nn.feedforward import ACTIVATIONS, FeedForward
 from attngraph.nn.padding import joint_padding_mask, padding_in_front, padding_mask, positions_of, rolled
 from attngraph.nn.positions import AlibiPositions, LearnedPositions, RelativePositions, Rotary, SinusoidalPositions
+from attngraph.nn.told import by_layer, tell_graphs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,6 +217,9 @@ class Transformer(nn.Module):
     >>> gpt(torch.randn(2, 10, 64)).shape
     torch.Size([2, 10, 64])
 
+    A program that `torch.export` made of it runs operators of this library: `import attngraph` before
+    `torch.export.load`, which otherwise fails without a reason.
+
     Args:
         config: everything but the connectivity.
         graph: who hears whom: one graph for all layers, or one for each. A `PerHead` graph differs between heads.
@@ -226,6 +230,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.graphs = graph
+        tell_graphs(self, "graphs")
         self.position = POSITIONS[config.position](config) if config.position != "none" else None
         self.embed_norm = _norm(config) if config.embed_norm else None
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
@@ -371,6 +376,10 @@ class Transformer(nn.Module):
         if len(graphs) != layers:
             raise ValueError(f"graph must be one graph, or one for each of {layers} layers (got {len(graphs)})")
         return graphs
+
+    def extra_repr(self) -> str:
+        """What `print(model)` says of it."""
+        return by_layer(self.graphs)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

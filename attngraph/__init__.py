@@ -14,15 +14,20 @@ Graphs      Full Empty Identity Causal Window Prefix Global Strided Chunks Rando
             | & - ^ ~ .T @ of them; Disjoint, Beside, PerHead of several; `Graph` has the views, and how to add one
 In and out  from_ and to_: edge_index, networkx, scipy_sparse_matrix, dense, function, block_mask; parse, parse_list
 Attention   attend, with the biases Alibi, RelativeBias, EdgeBias and the score Additive
-Plans       plan, Plan, Costs, calibrate: how it runs; cache: what is kept
+Plans       plan, Plan, Costs, calibrate: how it runs; compare: beside others; cache: what is kept
 Modules     nn (Attention, Transformer), models (GPT, Encoder, EncoderDecoder, ViT, DecisionTransformer), generate
             save and load of each model; attngraph.hf: load and save checkpoints of Hugging Face
 Questions   analysis (causality, leaks, receptive fields, cost), draw (pictures)
 """
 
-from attngraph import analysis, cache, draw, models, nn
+from attngraph import analysis as analysis
+from attngraph import cache as cache
+from attngraph import draw as draw
+from attngraph import models as models
+from attngraph import nn as nn
 from attngraph.attention import attend
 from attngraph.bias import Alibi, EdgeBias, RelativeBias
+from attngraph.comparison import Comparison, compare
 from attngraph.generation.sampling import generate
 from attngraph.graph.algebra import Empty, Full
 from attngraph.graph.base import Graph
@@ -66,6 +71,7 @@ __all__ = [
     "Beside",
     "Causal",
     "Chunks",
+    "Comparison",
     "Costs",
     "Disjoint",
     "Documents",
@@ -88,6 +94,7 @@ __all__ = [
     "Window",
     "attend",
     "calibrate",
+    "compare",
     "from_dense",
     "from_edge_index",
     "from_function",

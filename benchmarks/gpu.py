@@ -33,6 +33,7 @@ from attngraph import (
     Window,
     attend,
     cache,
+    comparison,
     from_edge_index,
     plan,
 )
@@ -248,7 +249,7 @@ def random_edges(n: int, edges: int, power: float = 0.0) -> EdgeList:
 def pyg(graph: EdgeList, scale: float) -> Attention:
     """What PyG's TransformerConv does, with softmax by query, on (1, H, N, D)."""
     key, query = graph.edge_index(*graph.size).cuda()
-    attention = peers.gather_scatter_along(query, key, scale)
+    attention = comparison.gather_scatter(query, key, graph.size[0], scale, sort=False)
     return lambda q, k, v: attention(*(side[0].transpose(0, 1) for side in (q, k, v))).transpose(0, 1)[None]
 
 

@@ -18,9 +18,21 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import and_masks, create_block_mask, flex_attention, or_masks
 from torch.nn.functional import scaled_dot_product_attention
-from torch_geometric.utils import softmax
 
-from attngraph import Causal, Documents, EdgeList, Global, Graph, Neighborhood, Prefix, Random, Window, attend, plan
+from attngraph import (
+    Causal,
+    Documents,
+    EdgeList,
+    Global,
+    Graph,
+    Neighborhood,
+    Prefix,
+    Random,
+    Window,
+    attend,
+    comparison,
+    plan,
+)
 from attngraph.graph.base import at_size
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -284,20 +296,7 @@ def flex(task: Task) -> Attention:
 
 def gather_scatter(task: Task) -> Attention:
     """What PyG's TransformerConv does, its edges sorted by target: gather, softmax over each node's edges, add up."""
-    query, key = task.edges
-    ptr = torch.nn.functional.pad(torch.bincount(query, minlength=task.n).cumsum(0), (1, 0))
-    return gather_scatter_along(query, key, task.scale, ptr)
-
-
-def gather_scatter_along(query: Tensor, key: Tensor, scale: float, ptr: Tensor | None = None) -> Attention:
-    """The same along edges (E,), (E,); without the first edge of each node, `ptr`, softmax goes by query."""
-
-    def attention(q, k, v):  # (N, H, D)
-        scores = (q.index_select(0, query) * k.index_select(0, key)).sum(-1).float() * scale  # (E, H)
-        weights = softmax(scores, None if ptr is not None else query, ptr, num_nodes=len(q)).to(v.dtype)
-        return torch.zeros_like(v).index_add(0, query, v.index_select(0, key) * weights[..., None])
-
-    return attention
+    return comparison.gather_scatter(*task.edges, task.n, task.scale)
 
 
 def gather_scatter_compiled(task: Task) -> Attention:

@@ -55,6 +55,10 @@ DOORS = [
         "backend": "auto", "bias": None, "padding": False, "dropout": False, "score": "dot", "normalize": "softmax",
         "return_weights": False, "reorder": None, "costs": None,
     }),
+    Door("compare", attngraph.compare, {
+        "graph": Causal(), "n": 6, "m": 6, "batch": 1, "heads": 2, "head_dim": 4, "dtype": torch.float32,
+        "device": "cpu", "repeats": 2, "limit": 1e-9,
+    }),
     Door("Alibi", attngraph.Alibi, {"slopes": torch.ones(2)}),
     Door("Alibi.geometric", attngraph.Alibi.geometric, {"num_heads": 2}),
     Door("RelativeBias", attngraph.RelativeBias, {

@@ -231,7 +231,7 @@ class Transformer(nn.Module):
         self.config = config
         self.graphs = graph
         tell_graphs(self, "graphs")
-        self.position = POSITIONS[config.position](config) if config.position != "none" else None
+        self.position = POSITIONS[str(config.position)](config) if config.position != "none" else None
         self.embed_norm = _norm(config) if config.embed_norm else None
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
         self.final_norm = _norm(config) if config.final_norm else None

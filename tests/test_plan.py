@@ -351,7 +351,7 @@ def test_a_plan_for_other_tensors_is_told():
     with pytest.raises(ValueError, match=r"can't run this call .it has no dropout.; attend with the graph itself"):
         attend(q, q, q, plan(Window(4, 0), 30, 30, heads=2, backend="tiles"), dropout_p=0.5)
     with pytest.raises(ValueError, match=r"made for bias=None \(got one of kind 'edge'\): plan\(…, bias='edge'\)"):
-        attend(q, q, q, made, bias=EdgeBias(torch.zeros(made.edges)))
+        attend(q, q, q, made, bias=EdgeBias.sorted(torch.zeros(made.edges)))
 
 
 def test_what_a_plan_cannot_be_is_told():
@@ -374,7 +374,7 @@ def test_an_edge_bias_of_another_length_is_told():
     q, k, v = tensors(20, 20)
     for backend in ("tiles", "rows"):
         with pytest.raises(ValueError, match="EdgeBias needs one value for each of the graph's"):
-            attend(q, k, v, MIXED, bias=EdgeBias(torch.zeros(7, dtype=torch.float64)), backend=backend)
+            attend(q, k, v, MIXED, bias=EdgeBias.sorted(torch.zeros(7, dtype=torch.float64)), backend=backend)
 
 
 def test_memory_that_is_not_there_is_told_before_it_is_taken(monkeypatch):
@@ -520,7 +520,7 @@ def test_a_bias_lies_where_the_queries_lie():
     q, k, v = tensors(9, 9)
     for values in (torch.ones(45, device="meta"), torch.ones(45, dtype=torch.complex64)):
         with pytest.raises(ValueError, match="q's device, cpu"):
-            attend(q, k, v, Causal(), bias=EdgeBias(values), backend="rows")
+            attend(q, k, v, Causal(), bias=EdgeBias.sorted(values), backend="rows")
 
 
 @pytest.mark.parametrize("backend", ["dense", "tiles", "rows"])

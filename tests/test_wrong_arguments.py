@@ -60,7 +60,10 @@ DOORS = [
     Door("RelativeBias", attngraph.RelativeBias, {
         "table": torch.zeros(2, 8), "max_distance": 16, "bidirectional": True,
     }, {"table": "table|buckets|RelativeBias"}),
-    Door("EdgeBias", attngraph.EdgeBias, {"values": torch.zeros(3)}, {"values": "values|EdgeBias"}),
+    Door("EdgeBias", attngraph.EdgeBias.of, {
+        "edges": torch.tensor([[0, 1, 2], [1, 2, 2]]), "values": torch.zeros(3), "self_loops": None, "fill": 0.0,
+    }, {"edges": "edges|edge_index", "values": "values|EdgeBias"}),
+    Door("EdgeBias.sorted", attngraph.EdgeBias.sorted, {"values": torch.zeros(3)}),
     Door("Additive", attngraph.Additive, {"weight": torch.zeros(4), "activation": torch.tanh}),
     Door("generate", generate, {
         "model": gpt, "tokens": tokens, "max_new_tokens": 2, "attention_mask": None, "context": None,

@@ -29,6 +29,7 @@ from attngraph import (
     Prefix,
     Random,
     Window,
+    analysis,
     attend,
     cache,
     from_networkx,
@@ -131,9 +132,14 @@ def test_packed_documents_run_in_the_flash_kernel(graph):
 
 def test_many_heads_are_counted_without_a_list():
     graph = PerHead([Causal(), Window(3, 0), Full()])
-    assert plan(graph, 200_000, 200_000, heads=3).edges == 200_000**2
+    made = plan(graph, 200_000, 200_000, heads=3)
+    each = [graph.of_head(h).num_edges(200_000, 200_000) for h in range(3)]
+    assert made.edges == graph.num_edges(200_000, 200_000) == sum(each)
+    assert made.edge_values == 200_000**2
+    assert f"{sum(each):,} edges of all heads, 1 × {each[0]:,} + 1 × {each[1]:,}" in made.explain()
+    assert analysis.cost(graph, 200_000, dim=96, heads=3).edges == sum(each)
     graph = PerHead([Causal(), Window(3, 4), EdgeList([[0, 9], [8, 0]], 10)])
-    assert graph.num_edges(10, 10) == graph.edge_index(10, 10).shape[1]
+    assert plan(graph, 10, 10, heads=3).edge_values == graph.edge_index(10, 10).shape[1]
 
 
 def test_pytorch_runs_what_it_runs_as_fast():

@@ -135,7 +135,7 @@ DOORS = [
         "rows": {"start": 1, "stop": 3}, "sized": {"num_queries": 6, "num_keys": 6}, "with_global_nodes": {"count": 1},
         "mask": {"n": 6, "m": 6, "device": "cpu"}, "edge_index": {"n": 6, "m": 6}, "num_edges": {"n": 6, "m": 6},
         "in_degrees": {"n": 6, "m": 6}, "out_degrees": {"n": 6, "m": 6},
-        "spans": {"start": 1, "stop": 2, "n": 6, "m": 6},
+        "spans": {"start": 1, "stop": 2, "n": 6, "m": 6}, "of_head": {"index": 0}, "edge_heads": {"n": 6, "m": 6},
     }.items()),
     Door("parse", attngraph.parse, {"text": "Causal()"}, {"text": "text|expression"}),
     Door("parse_list", attngraph.parse_list, {"text": "Causal()"}, {"text": "text|expression"}),

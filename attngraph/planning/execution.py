@@ -110,7 +110,7 @@ def _differentiable_gradients(dout, dlse, q, k, v, values, attention_mask, kind,
 def _forward_call(q, k, v, values, attention_mask, kind, scale, plan: Plan) -> tuple[Tensor, Tensor]:
     """In the precision of the kernels, and back."""
     if kind == "edge":
-        require_edge_count(values, plan.edges)
+        require_edge_count(values, plan.edge_values)
     with torch.autocast(q.device.type, enabled=False):
         q_, k_, v_, values_ = _kernel_precision(q, k, v, values)
         out, lse = _forward(plan, q_, k_, v_, Modifiers(scale, _bias(kind, values_), attention_mask))

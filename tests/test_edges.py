@@ -1,8 +1,11 @@
 """Values that come with an `edge_index` find the edges of whatever graph they meet."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from graphs import GRAPHS
+from torch import nn
 
 import attngraph.planning.backends
 from attngraph import (
@@ -21,6 +24,8 @@ from attngraph import (
     plan,
 )
 from attngraph.graph import columns
+from attngraph.models import GPT, DecisionTransformer, Encoder, EncoderDecoder, ViT
+from attngraph.nn import Transformer, TransformerConfig
 
 BACKENDS = ["auto", *attngraph.planning.backends.names()]
 N, H = 9, 2
@@ -219,3 +224,90 @@ def test_in_a_compiled_program():
         torch.testing.assert_close(*(torch.autograd.grad(out.sum(), values)[0] for out in (found, right)))
     with pytest.raises(ValueError, match=r"fill=0\.0"):
         program(values, given, Causal() | given)
+
+
+# --------------------------------------------------------------------------------------------------- in models
+
+CONFIG = TransformerConfig(embed_dim=16, num_layers=2, num_heads=H, position="none", init="gpt2")
+
+
+def model_of(graph=Full()):  # noqa: B008
+    torch.manual_seed(0)
+    return Transformer(CONFIG, graph).double()
+
+
+def test_a_model_takes_edge_values_of_all_layers_or_of_each():
+    graph, x, values = from_edge_index(MORE, N) | Identity(), rand(2, N, 16), rand(2, H, MORE.shape[1])
+    model, as_tensor = model_of(graph), dense(MORE, values, N, N)
+    each = [EdgeBias.of(MORE, of_layer, self_loops=0.0) for of_layer in values]
+    torch.testing.assert_close(model(x, bias=each[0]), model(x, bias=as_tensor[0]))
+    torch.testing.assert_close(model(x, bias=each), model(x, bias=list(as_tensor)))
+    torch.testing.assert_close(model(x, bias=[None, each[1]]), model(x, bias=[0 * as_tensor[0], as_tensor[1]]))
+    assert not torch.allclose(model(x, bias=each), model(x))
+    with pytest.raises(ValueError, match=r"one for each of 2 .got 1"):
+        model(x, bias=each[:1])
+    with pytest.raises(ValueError, match="position='alibi' is a bias itself"):
+        Transformer(replace(CONFIG, position="alibi"), graph)(x.float(), bias=each)
+
+
+def test_edge_features_are_learned():
+    """A linear map of them is a bias of each head; its gradient is that of a dense bias."""
+    x, features = rand(1, N, 16), rand(MORE.shape[1], 5)
+    model, encode = model_of(from_edge_index(MORE, N)), nn.Linear(5, H).double()
+    found = []
+    for make in (lambda values: EdgeBias.of(MORE, values), lambda values: dense(MORE, values, N, N)):
+        out = model(x, bias=make(encode(features).T))
+        found.append(torch.autograd.grad(out.square().sum(), encode.weight)[0])
+    torch.testing.assert_close(*found)
+    assert found[0].abs().sum() > 0
+
+
+def test_every_model_takes_them():
+    graph = from_edge_index(MORE, N) | Identity()
+    bias, other = (EdgeBias.of(MORE, torch.randn(MORE.shape[1]), self_loops=0.0) for _ in range(2))
+    tokens, images = torch.randint(11, (2, N)), torch.randn(2, 1, 4, 4)
+    config = replace(CONFIG, init="gpt2")
+    cross = replace(config, cross=True)
+    states = torch.randn(2, N // 3, 3)
+    translator = EncoderDecoder(config, cross, 11, encoder_graph=graph, decoder_graph=graph)
+    for of_bias in (
+        lambda **given: GPT(config, 11, graph)(tokens, **given),
+        lambda **given: Encoder(config, 11, graph)(tokens, **given),
+        lambda **given: ViT(config, 3, image_size=4, patch_size=(2, 1), channels=1)(images, graph, **given),
+        lambda **given: translator(tokens, tokens, **given),
+        lambda **given: translator(tokens, tokens, **{f"decoder_{name}": each for name, each in given.items()}),
+        lambda **given: DecisionTransformer(config, state_dim=3, action_dim=2, max_time=9, graph=graph)(
+            states, states[..., :2], states[..., :1], torch.arange(3).expand(2, 3), **given
+        ),
+    ):
+        found = []
+        for given in (bias, bias, other):
+            torch.manual_seed(1)
+            found.append(of_bias(bias=given))
+        assert torch.equal(found[0], found[1])
+        assert not torch.allclose(found[0], found[2], atol=1e-6)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_does_not_move_the_nodes_of_a_bias(side):
+    graph, x, values = Causal() & Window(4, 0), rand(2, N, 16), rand(H, 45)
+    mask = torch.ones(2, N, dtype=torch.bool)
+    mask[1, slice(0, 3) if side == "left" else slice(N - 3, N)] = False
+    edges = Causal().edge_index(N, N)
+    model = model_of(graph)
+    real = torch.arange(N)[mask[1]]
+    part = dense(edges, values, N, N)[:, real][:, :, real]
+    out = model(x, bias=EdgeBias.of(edges, values), attention_mask=mask)
+    torch.testing.assert_close(out[1:, real], model(x[1:, real], bias=part))
+
+
+def test_models_with_edge_values_compile():
+    torch._dynamo.reset()
+    model, x = model_of(from_edge_index(MORE, N) | Identity()), rand(2, N, 16)
+    program = torch.compile(model, backend="aot_eager", fullgraph=True)
+    for _ in range(2):
+        values = rand(H, MORE.shape[1]).requires_grad_()
+        bias = EdgeBias.of(MORE, values, self_loops=0.0)
+        found, right = program(x, bias=bias), model(x, bias=bias)
+        torch.testing.assert_close(found, right)
+        torch.testing.assert_close(*(torch.autograd.grad(out.square().sum(), values)[0] for out in (found, right)))

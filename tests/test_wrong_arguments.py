@@ -78,8 +78,8 @@ DOORS = [
     }),
     Door("Transformer", Transformer, {"config": config, "graph": Causal()}),
     Door("Transformer.forward", transformer, {
-        "x": x, "graph": None, "positions": None, "attention_mask": None, "memory": None, "memory_graph": None,
-        "memory_attention_mask": None,
+        "x": x, "graph": None, "bias": None, "positions": None, "attention_mask": None, "memory": None,
+        "memory_graph": None, "memory_attention_mask": None,
     }),
     Door("Attention", Attention, {
         "embed_dim": 8, "num_heads": 2, "num_kv_heads": None, "head_dim": None, "memory_dim": None, "bias": ("q",),
@@ -94,7 +94,9 @@ DOORS = [
     Door("GPT", GPT, {"config": config, "vocab_size": 11, "graph": Causal(), "tied": True}, {
         "vocab_size": "vocab_size|tokens",
     }),
-    Door("GPT.forward", gpt, {"tokens": tokens, "graph": None, "positions": None, "attention_mask": None}),
+    Door("GPT.forward", gpt, {
+        "tokens": tokens, "graph": None, "bias": None, "positions": None, "attention_mask": None,
+    }),
     Door("GPT.save", partial(gpt.save, KEPT.name), {"metadata": {"step": "1"}}),
     Door("GPT.load", partial(GPT.load, KEPT.name), {"dtype": None, "device": "cpu"}),
     Door("Encoder", Encoder, {
@@ -102,22 +104,23 @@ DOORS = [
         "classify": "sequence",
     }, {"vocab_size": "vocab_size|tokens", "num_types": "num_types|types"}),
     Door("Encoder.forward", encoder, {
-        "tokens": tokens, "graph": None, "positions": None, "attention_mask": None, "types": None,
+        "tokens": tokens, "graph": None, "bias": None, "positions": None, "attention_mask": None, "types": None,
     }),
     Door("EncoderDecoder.forward", translator, {
-        "source": tokens, "target": tokens, "attention_mask": None, "decoder_attention_mask": None,
-    }, {"source": "tokens", "target": "tokens"}),
+        "source": tokens, "target": tokens, "bias": None, "attention_mask": None, "decoder_bias": None,
+        "decoder_attention_mask": None,
+    }, {"source": "tokens", "target": "tokens", "decoder_bias": "bias"}),
     Door("ViT", ViT, {
         "config": config, "num_classes": 3, "image_size": 4, "patch_size": 2, "channels": 1, "graph": Causal(),
         "pool": "mean",
     }, {"image_size": "image_size|height|width", "patch_size": "patch_size|patch_height|patch_width"}),
-    Door("ViT.forward", vit, {"images": torch.randn(2, 1, 4, 4), "graph": None, "attention_mask": None}),
+    Door("ViT.forward", vit, {"images": torch.randn(2, 1, 4, 4), "graph": None, "bias": None, "attention_mask": None}),
     Door("DecisionTransformer", DecisionTransformer, {
         "config": config, "state_dim": 3, "action_dim": 2, "max_time": 9, "graph": Causal(), "bounded": True,
     }, {"max_time": "max_time|timesteps"}),
     Door("DecisionTransformer.forward", decision, {
         "states": torch.randn(2, 5, 3), "actions": torch.randn(2, 5, 2), "returns": torch.randn(2, 5, 1),
-        "timesteps": torch.arange(5).expand(2, 5), "attention_mask": None,
+        "timesteps": torch.arange(5).expand(2, 5), "bias": None, "attention_mask": None,
     }),
     *(Door(kind.__name__, kind, arguments, ALSO) for kind, arguments in {
         attngraph.Causal: {"offset": 0}, attngraph.Window: {"left": 2, "right": 0, "dilation": 1},

@@ -283,7 +283,7 @@ def test_plans_compile_and_checkpoint(backend):
 def test_reordering_finds_the_band_of_a_shuffled_grid():
     grid = networkx.convert_node_labels_to_integers(networkx.grid_2d_graph(70, 70))
     shuffle = torch.randperm(4900, generator=torch.Generator().manual_seed(0)).tolist()
-    graph = from_networkx(networkx.relabel_nodes(grid, dict(enumerate(shuffle))), nodelist=range(4900))
+    graph = from_networkx(networkx.relabel_nodes(grid, dict(enumerate(shuffle))), nodelist=range(4900)).graph
     costs = Costs(
         row_s_per_edge=1e-8,
         row_s_per_edge_dim=0,

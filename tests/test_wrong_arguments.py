@@ -149,8 +149,13 @@ DOORS = [
     Door("from_edge_index", attngraph.from_edge_index, {"edge_index": torch.tensor([[0, 1], [1, 2]]), "num_nodes": 3}, {
         "num_nodes": "num_nodes|size|num_queries",
     }),
-    Door("from_networkx", attngraph.from_networkx, {"G": networkx.path_graph(3), "nodelist": [0, 1, 2]}),
-    Door("to_networkx", attngraph.to_networkx, {"graph": Causal(), "n": 3, "m": 3}),
+    Door("from_networkx", attngraph.from_networkx, {
+        "G": networkx.path_graph(3), "nodelist": [0, 1, 2], "weight": None,
+    }),
+    Door("to_networkx", attngraph.to_networkx, {
+        "graph": Causal(), "n": 3, "m": 3, "nodes": "abc", "values": None, "weight": "weight",
+    }),
+    Door("collate", attngraph.collate, {"samples": [(torch.randn(3, 2), Causal().sized(3, 3))]}),
     Door("from_scipy_sparse_matrix", attngraph.from_scipy_sparse_matrix, {"matrix": scipy.sparse.eye_array(3)}),
     Door("to_scipy_sparse_matrix", attngraph.to_scipy_sparse_matrix, {"graph": Causal(), "n": 3, "m": 3}),
     Door("to_block_mask", attngraph.to_block_mask, {"graph": Causal(), "n": 130, "m": 130}),

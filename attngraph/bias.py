@@ -257,7 +257,7 @@ def placed(bias: Bias, graph: Graph, q: Tensor, k: Tensor) -> Bias:
     cast = {name: value.to(exact) for name, value in tensors.items() if value.dtype not in kept}
     bias = replace(bias, **cast) if cast else bias
     if isinstance(bias, EdgeBias):
-        return aligned(bias, graph, q.shape[2], k.shape[2])
+        return aligned(bias, graph, q, k)
     if isinstance(bias, Alibi | RelativeBias) and (offset := distance_offset(graph, q.shape[2], k.shape[2])):
         return Shifted(bias, offset)
     return bias
@@ -308,14 +308,14 @@ def over_pairs(bias: Bias, q: Tensor, k: Tensor, edges: Callable[[], tuple[Tenso
     return _fits_heads(bias.at(query, key), q, edge_dims=2)
 
 
-def aligned(bias: EdgeBias, graph: Graph, n: int, m: int) -> EdgeBias:
-    """The same values in the order of a graph's edges at n × m nodes."""
+def aligned(bias: EdgeBias, graph: Graph, q: Tensor, k: Tensor) -> EdgeBias:
+    """The same values in the order of the edges of a graph of these queries and keys."""
     if not isinstance(given := bias.edges, EdgeList):
         return bias
     values, fill = bias.values, bias.fill
     self_loops = fill if bias.self_loops is None else bias.self_loops
     order = given.order.to(values.device)
-    place = columns(graph, n, m, given, values.device, fill is not None, self_loops is not None)
+    place = columns(graph, q.shape[2], k.shape[2], given, q, fill is not None, self_loops is not None)
     if self_loops is not None:  # two columns more, for what has no value
         count = values.shape[-1]
         order, values = torch.cat([order, order.new_tensor([count, count + 1])]), pad(values, (0, 2))

@@ -301,13 +301,20 @@ def test_padding_does_not_move_the_nodes_of_a_bias(side):
     torch.testing.assert_close(out[1:, real], model(x[1:, real], bias=part))
 
 
-def test_models_with_edge_values_compile():
+@pytest.mark.parametrize("each_layer", [False, True])
+@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_models_with_edge_values_compile(compiler, each_layer):
+    """Layers whose look-ups are alike: Inductor must not take one for the other."""
     torch._dynamo.reset()
     model, x = model_of(from_edge_index(MORE, N) | Identity()), rand(2, N, 16)
-    program = torch.compile(model, backend="aot_eager", fullgraph=True)
+    program = torch.compile(model, backend=compiler, fullgraph=True)
     for _ in range(2):
         values = rand(H, MORE.shape[1]).requires_grad_()
-        bias = EdgeBias.of(MORE, values, self_loops=0.0)
-        found, right = program(x, bias=bias), model(x, bias=bias)
+        found, right = (
+            run(x, bias=[EdgeBias.of(MORE, values, self_loops=0.0), EdgeBias.of(MORE, 2 * values, self_loops=0.0)])
+            if each_layer
+            else run(x, bias=EdgeBias.of(MORE, values, self_loops=0.0))
+            for run in (program, model)
+        )
         torch.testing.assert_close(found, right)
         torch.testing.assert_close(*(torch.autograd.grad(out.square().sum(), values)[0] for out in (found, right)))

@@ -31,15 +31,17 @@ class Columns(NamedTuple):
         return self.place.nbytes
 
 
-def columns(
-    graph: Graph, n: int, m: int, given: EdgeList, device: torch.device, fill: bool, self_loops: bool
-) -> Tensor:
+def columns(graph: Graph, n: int, m: int, given: EdgeList, like: Tensor, fill: bool, self_loops: bool) -> Tensor:
     """For each edge of a graph which of the E given edges, sorted, it is: E for none, E + 1 for none of a self loop.
+
+    `like` is a tensor on the device where it is wanted, and another one in each call: of two calls that are alike, a
+    compiler keeps one, and then lacks the size of the other's result (torch 2.14).
 
     Raises ValueError for such as are none, where they are not to be filled.
     """
     if torch.compiler.is_compiling():
-        return _operator(*pack(graph), *pack(given), n, m, device, fill, self_loops)
+        return _operator(*pack(graph), *pack(given), n, m, like.detach(), fill, self_loops)
+    device = like.device
     if device.type == "meta" or tensors_are_fake():
         with torch._C._DisableTorchDispatch(), torch.device("cpu"):
             count = count_edges(*at_size(graph, n, m))
@@ -90,12 +92,12 @@ def _columns(graph: Graph, n: int, m: int, given: EdgeList, device: torch.device
 @torch.library.custom_op("attngraph::edge_columns", mutates_args=())
 def _operator(
     graph: str, tensors: list[Tensor], given: str, given_tensors: list[Tensor],
-    n: int, m: int, device: torch.device, fill: bool, self_loops: bool,
+    n: int, m: int, like: Tensor, fill: bool, self_loops: bool,
 ) -> Tensor:  # fmt: skip
     edges = unpack(given, given_tensors)
-    return _checked(unpack(graph, tensors), n, m, edges, device, fill, self_loops).clone()
+    return _checked(unpack(graph, tensors), n, m, edges, like.device, fill, self_loops).clone()
 
 
 @_operator.register_fake
-def _(graph, tensors, given, given_tensors, n, m, device, fill, self_loops):
-    return torch.empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.int64, device=device)
+def _(graph, tensors, given, given_tensors, n, m, like, fill, self_loops):
+    return like.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.int64)

@@ -393,7 +393,7 @@ class Transformer(nn.Module):
         graphs = (graph,) * layers if isinstance(graph, Graph) else tuple(graph) if _is_list(graph) else ()
         if not graphs and not _is_list(graph):
             raise TypeError(f"graph must be one graph, or one for each of {layers} layers (got {shown(graph)})")
-        if isinstance(getattr(graph, "graph", None), Graph):
+        if isinstance(graph, tuple) and isinstance(getattr(graph, "graph", None), Graph):
             raise TypeError(f"graph must be a graph (got {shown(graph)}): did you mean its .graph?")
         for part in graphs:
             if not isinstance(part, Graph):

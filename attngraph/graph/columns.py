@@ -81,7 +81,7 @@ def _columns(graph: Graph, n: int, m: int, given: EdgeList, device: torch.device
     query, key = (side.to(device) for side in list_edges(*at_size(graph, n, m)))
     code, count = given.code.to(device), len(given.code)
     wanted = torch.where(key < across, query * across + key, -1)
-    place = torch.searchsorted(code, wanted)
+    place = torch.searchsorted(code, wanted.contiguous())
     found = torch.cat([code, code.new_full((1,), -2)])[place] == wanted
     is_loop = (query == key) & (n == m)
     place = torch.where(found, place, count + is_loop.long())

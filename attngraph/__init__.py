@@ -13,6 +13,7 @@ Graphs      Full Empty Identity Causal Window Prefix Global Strided Chunks Rando
             Documents Tree Neighborhood Axial ShiftedWindows EdgeList, which know theirs
             | & - ^ ~ .T @ of them; Disjoint, Beside, PerHead of several; `Graph` has the views, and how to add one
 In and out  from_ and to_: edge_index, networkx, scipy_sparse_matrix, dense, function, block_mask; parse, parse_list
+            collate: samples with graphs of their own as a batch of a DataLoader
 Attention   attend, with the biases Alibi, RelativeBias, EdgeBias and the score Additive
 Plans       plan, Plan, Costs, calibrate: how it runs; compare: beside others; cache: what is kept
 Modules     nn (Attention, Transformer), models (GPT, Encoder, EncoderDecoder, ViT, DecisionTransformer), generate
@@ -48,6 +49,8 @@ from attngraph.graph.patterns import (
 )
 from attngraph.graph.text import parse, parse_list
 from attngraph.interop import (
+    NamedGraph,
+    collate,
     from_dense,
     from_edge_index,
     from_function,
@@ -82,6 +85,7 @@ __all__ = [
     "Global",
     "Graph",
     "Identity",
+    "NamedGraph",
     "Neighborhood",
     "PerHead",
     "Plan",
@@ -94,6 +98,7 @@ __all__ = [
     "Window",
     "attend",
     "calibrate",
+    "collate",
     "compare",
     "from_dense",
     "from_edge_index",

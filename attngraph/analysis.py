@@ -36,6 +36,8 @@ def is_causal(graph: Graph, n: int | None = None) -> bool:
     """
     if n is None and _is_causal_by_form(graph):
         return True
+    if graph.heads:
+        return all(is_causal(graph.of_head(h), n) for h in range(graph.heads))
     n, m = _size(graph, n)
     return (graph - Causal()).num_edges(n, m) == 0
 
@@ -71,7 +73,8 @@ def leaks(graphs: Sequence[Graph], n: int | None = None) -> list[Leak]:
     for layer, graph in enumerate(_layers(graphs)):
         n_of, m_of = _size(graph, n)
         future = graph - Causal()
-        hearing = future.in_degrees(n_of, m_of).nonzero()[:1, 0]
+        heard = future.in_degrees(n_of, m_of)
+        hearing = (heard.amax(0) if graph.heads else heard).nonzero()[:1, 0]
         for query in hearing.tolist():
             require_memory(m_of * BYTES_PER_PAIR, f"to look at the {m_of:,} keys of a query of {graph}")
             row = at_size(future, n_of, m_of)[0].contains(torch.tensor([[query]]), torch.arange(m_of)[None])
@@ -140,7 +143,7 @@ class Cost(NamedTuple):
     """What attention on a graph costs: forward and backward together are about 3.5 times the forward FLOPs."""
 
     edges: int
-    """Those that any head has."""
+    """As `graph.num_edges`: those of all heads together, where heads have each their own graph."""
     density: float
     """The share of all pairs that are edges, in the mean over the heads."""
     flops: int
@@ -161,9 +164,9 @@ def cost(graph: Graph, n: int, dim: int, heads: int) -> Cost:
         raise ValueError(f"graph has {graph.heads} heads, but the cost of {heads} was asked for")
     if dim % heads:
         raise ValueError(f"dim must be a multiple of heads (got {dim} and {heads})")
-    per_head = [graph._head(h).num_edges(n, n) for h in range(graph.heads)] if graph.heads else [graph.num_edges(n, n)]
-    mean = sum(per_head) / len(per_head)
-    return Cost(graph.num_edges(n, n), mean / max(n * n, 1), round(4 * mean * dim), 4 * n * n * dim)
+    edges = graph.num_edges(n, n)
+    mean = edges / (graph.heads or 1)
+    return Cost(edges, mean / max(n * n, 1), round(4 * mean * dim), 4 * n * n * dim)
 
 
 def _size(graph: Graph, n: int | None) -> tuple[int, int]:

@@ -226,6 +226,8 @@ def _check(q, k, v, graph, bias, attention_mask, scale, score, normalize, dropou
         hint = "a mask becomes one by from_dense(mask)"
         if isinstance(graph, type) and issubclass(graph, Graph):
             hint = f"did you mean {graph.__name__}()?"
+        elif isinstance(getattr(graph, "graph", None), Graph):
+            hint = "did you mean its .graph?"
         raise TypeError(f"graph must be a Graph (got {type(graph).__name__}); {hint}")
     if isinstance(scale, Tensor):
         raise TypeError("scale must be a number (got a tensor); multiply q by the tensor instead, and scale=1")

@@ -7,15 +7,18 @@ A bias answers `at(q_idx, kv_idx, edge)` with a tensor that broadcasts to (B, H,
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from attngraph.arguments import checked, shown
 from attngraph.graph.base import Graph, require_ints
+from attngraph.graph.columns import columns
+from attngraph.graph.edge_list import EdgeList, of_edge_index
 from attngraph.graph.positions import distance_offset
 from attngraph.kernels.contract import BiasKind, ScoreBias
 
@@ -118,22 +121,84 @@ class RelativeBias:
 
 @dataclass(frozen=True, eq=False)
 class EdgeBias:
-    """One number per edge, in `edge_index` order: values (E,), (H, E) or (B, H, E).
+    """One number per edge, and per head or batch entry: values (E,), (H, E) or (B, H, E).
 
-    For an `EdgeList`, values in the order in which the edges were given fit as ``values[..., graph.order]``.
+    `EdgeBias.of(edge_index, values)` has them in the order of an `edge_index`, as of any graph that they meet;
+    `EdgeBias.sorted(values)` has them in that of the graph's own ``edge_index(n, m)``, which is sorted.
     """
 
     values: Tensor
+    edges: EdgeList | Literal["sorted"] | None = None
+    """Whose the values are: of the columns that an EdgeList was given, or of the graph's edges, "sorted"."""
+    self_loops: float | Tensor | None = None
+    fill: float | Tensor | None = None
 
     def __post_init__(self):
         if not isinstance(self.values, Tensor):
             raise TypeError(f"EdgeBias takes a tensor of values, one for each edge (got {shown(self.values)})")
         if not 1 <= self.values.ndim <= 4:
             raise ValueError(f"EdgeBias takes values (E,), (H, E) or (B, H, E) (got shape {tuple(self.values.shape)})")
+        if self.edges is None:
+            raise TypeError(
+                "EdgeBias must know which edges the values are of: EdgeBias.of(edge_index, values), or "
+                "EdgeBias.sorted(values) for values in the order of graph.edge_index()"
+            )
+
+    @staticmethod
+    @checked
+    def of(
+        edges: Tensor | Sequence[Sequence[int]] | EdgeList,
+        values: Tensor,
+        *,
+        self_loops: float | Tensor | None = None,
+        fill: float | Tensor | None = None,
+    ) -> EdgeBias:
+        """One number for each column of an `edge_index`, whatever order that has, and on whatever graph.
+
+        `attend` looks up each edge of its graph. An edge without a value is an error, unless `fill` says which it has.
+        A value without an edge is not used, as those of a dense bias are not; that none is used is an error.
+
+        Args:
+            edges: (2, E) as in PyG, row 0 the source = key, row 1 the target = query, in the node numbers of the graph;
+                or an `EdgeList`, for values in the order in which its edges were given. Each edge once.
+            values: (E,), (H, E) or (B, H, E).
+            self_loops: what edges i → i have that are not among these: a number, or a tensor () or (H,), which may be
+                learned; by default `fill`.
+            fill: the same for all other edges.
+
+        >>> from attngraph import Identity, attend, from_edge_index
+        >>> edge_index, values = torch.tensor([[2, 0], [1, 1]]), torch.tensor([5.0, 0.0])
+        >>> graph, (q, k, v) = from_edge_index(edge_index, 3) | Identity(), torch.zeros(3, 1, 3, 4)
+        >>> bias = EdgeBias.of(edge_index, values, self_loops=0.0)
+        >>> attend(q, k, v, graph, bias=bias, return_weights=True)[1]  # 0 → 0; 0 → 1, 1 → 1, 2 → 1; 2 → 2
+        tensor([[1.0000, 0.0066, 0.0066, 0.9867, 1.0000]])
+
+        Raises ValueError for an edge that is given twice, and for values that are not one for each edge.
+        """
+        given = edges if isinstance(edges, EdgeList) else of_edge_index(edges, None)
+        count = given.position.shape[0]
+        if count != given.code.shape[0]:
+            raise ValueError(
+                f"values must be of edges that are each given once (got {count} columns for {given.code.shape[0]} "
+                f"edges): torch_geometric.utils.coalesce(edge_index, values, reduce='sum') makes them one"
+            )
+        if values.ndim and values.shape[-1] != count:
+            turned = ": values.T" if values.ndim == 2 and values.shape[0] == count else ""
+            raise ValueError(
+                f"values must be (E,), (H, E) or (B, H, E) for the E = {count} edges that are given (got shape "
+                f"{tuple(values.shape)}){turned}"
+            )
+        return EdgeBias(values, given, self_loops, fill)
+
+    @staticmethod
+    @checked
+    def sorted(values: Tensor) -> EdgeBias:
+        """One number for each edge of the graph at hand, in the order of its ``edge_index(n, m)``, which is sorted."""
+        return EdgeBias(values, "sorted")
 
     def at(self, q_idx: Tensor, kv_idx: Tensor, edge: Tensor | None = None) -> Tensor:
         """(..., *edges)."""
-        if edge is None:
+        if edge is None or self.edges != "sorted":
             raise TypeError("EdgeBias must know the numbers of the edges it is asked for, in edge_index order")
         return self.values[..., edge]
 
@@ -191,6 +256,8 @@ def placed(bias: Bias, graph: Graph, q: Tensor, k: Tensor) -> Bias:
     tensors = {field.name: value for field in fields(bias) if isinstance(value := getattr(bias, field.name), Tensor)}
     cast = {name: value.to(exact) for name, value in tensors.items() if value.dtype not in kept}
     bias = replace(bias, **cast) if cast else bias
+    if isinstance(bias, EdgeBias):
+        return aligned(bias, graph, q, k)
     if isinstance(bias, Alibi | RelativeBias) and (offset := distance_offset(graph, q.shape[2], k.shape[2])):
         return Shifted(bias, offset)
     return bias
@@ -241,6 +308,25 @@ def over_pairs(bias: Bias, q: Tensor, k: Tensor, edges: Callable[[], tuple[Tenso
     return _fits_heads(bias.at(query, key), q, edge_dims=2)
 
 
+def aligned(bias: EdgeBias, graph: Graph, q: Tensor, k: Tensor) -> EdgeBias:
+    """The same values in the order of the edges of a graph of these queries and keys."""
+    if not isinstance(given := bias.edges, EdgeList):
+        return bias
+    values, fill = bias.values, bias.fill
+    self_loops = fill if bias.self_loops is None else bias.self_loops
+    order = given.order.to(values.device)
+    place = columns(graph, q.shape[2], k.shape[2], given, q, fill is not None, self_loops is not None)
+    if self_loops is not None:  # two columns more, for what has no value
+        count = values.shape[-1]
+        order, values = torch.cat([order, order.new_tensor([count, count + 1])]), pad(values, (0, 2))
+    values = values.index_select(-1, order.index_select(0, place))
+    for number, filled in enumerate((fill, self_loops)):
+        if filled is not None:
+            filled = filled[..., None].to(values.dtype) if isinstance(filled, Tensor) else filled
+            values = torch.where(place == given.code.shape[0] + number, filled, values)
+    return EdgeBias.sorted(values)
+
+
 def _all_pairs(bias: DenseBias, q: Tensor, k: Tensor) -> DenseBias:
     """A dense bias with its last two dimensions written out."""
     values, n, m = bias.values, q.shape[2], k.shape[2]
@@ -272,5 +358,5 @@ def require_edge_count(values: Tensor, count: int) -> None:
     if values.shape[-1] != count:
         raise ValueError(
             f"EdgeBias needs one value for each of the graph's {count} edges, in edge_index order (got "
-            f"{values.shape[-1]}); an EdgeList merges edges given twice: values[..., graph.order]"
+            f"{values.shape[-1]}); EdgeBias.of(edge_index, values) takes them in another order"
         )

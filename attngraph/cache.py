@@ -153,18 +153,21 @@ MASKS: Cache[Tensor] = Cache(max_entries=16)
 """(graph, its state, n, m, device) → mask."""
 EDGES: Cache[Any] = Cache(max_entries=16)
 """(graph, its state, n, m, device) → the edges with one bool for each head."""
+COLUMNS: Cache[Any] = Cache(max_entries=64, max_bytes=1 << 30)
+"""(graph, its state, n, m, device, given edges) → which of these each edge of the graph is."""
 COSTS: Cache[Any] = Cache(max_entries=16)
 """(setting, device, threads) → costs, as read from a file or by default."""
 COMPILED = CompiledPrograms(max_entries=1024)
 """Number → graph or plan, for compiled programs; and text with numbers → the graph that a program makes of them."""
 EDGE_INDEX: WeakIdKeyDictionary = WeakIdKeyDictionary()
-"""A tensor `edge_index` that lives → what was asked of it, and its graph."""
+"""A tensor `edge_index` that lives → its numbers, as a fingerprint, and its graphs by what was asked for."""
 
 _NAMED: dict[str, Cache[Any]] = {
     "plans": PLANS,
     "plans on a GPU": PLANS_ON_GPU,
     "masks": MASKS,
     "edges": EDGES,
+    "edge values": COLUMNS,
     "costs": COSTS,
     "compiled programs": COMPILED,
 }
@@ -175,7 +178,7 @@ def cache_info() -> dict[str, CacheInfo]:
 
     >>> from attngraph import cache
     >>> sorted(cache.cache_info())
-    ['compiled programs', 'costs', 'edges', 'masks', 'plans', 'plans on a GPU']
+    ['compiled programs', 'costs', 'edge values', 'edges', 'masks', 'plans', 'plans on a GPU']
     """
     return {name: each.info() for name, each in _NAMED.items()}
 

@@ -34,7 +34,8 @@ else:
     import networkx
 
     club = networkx.karate_club_graph()
-    graph, labels = from_networkx(club), torch.tensor([club.nodes[node]["club"] == "Officer" for node in club]).long()
+    graph, members, _ = from_networkx(club)
+    labels = torch.tensor([club.nodes[member]["club"] == "Officer" for member in members]).long()
 
 graph, nodes, unknown = graph | Identity(), len(labels), int(labels.max()) + 1  # everybody hears friends, and themself
 torch.manual_seed(0)

@@ -61,12 +61,16 @@ def test_graphs_of_any_size_are_asked_far_out():
     assert not analysis.is_causal(Window(4096, 1))
     assert not analysis.is_causal(Full())
     assert analysis.is_causal(Documents([3]) & Causal())
+    assert analysis.is_causal(PerHead([Causal(), Window(3, 0)]) & Window(9, 9))
+    assert not analysis.is_causal(PerHead([Causal(), Window(3, 1)]))
+    assert analysis.leaks([PerHead([Causal(), Window(3, 1)])], 8) == [(0, 1, 0)]
 
 
 def test_cost_counts_edges_of_each_head():
     cost = analysis.cost(Causal(), 100, dim=64, heads=4)
     assert cost == (5050, 0.505, 4 * 5050 * 64, 4 * 100 * 100 * 64)
     both = analysis.cost(PerHead([Full(), Random(10)]), 100, dim=64, heads=2)
+    assert both.edges == 11_000
     assert both.flops == 4 * (10_000 + 1_000) // 2 * 64
     with pytest.raises(ValueError, match="dim must be a multiple of heads"):
         analysis.cost(Full(), 10, dim=7, heads=2)

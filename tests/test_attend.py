@@ -55,9 +55,9 @@ def biases(kind, graph, n, m, heads=4, batch=2):
         case "buckets-past":
             return RelativeBias(values := learned(heads, 8), max_distance=16, bidirectional=False), values
         case "edges":
-            return EdgeBias(values := learned(batch, heads, graph.num_edges(n, m))), values
+            return EdgeBias.sorted(values := learned(batch, heads, graph.edge_index(n, m).shape[1])), values
         case "edges-shared":
-            return EdgeBias(values := learned(graph.num_edges(n, m))), values
+            return EdgeBias.sorted(values := learned(graph.edge_index(n, m).shape[1])), values
         case "dense":
             return (values := learned(heads, n, m)), values
         case "dense-keys":
@@ -395,10 +395,14 @@ BAD = [
     ({"bias": torch.zeros(5, 6)}, ValueError, "must broadcast to (B, H, 6, 6) (got (5, 6))"),
     ({"bias": torch.zeros(3, 6, 6)}, ValueError, "fit 4 heads"),
     ({"bias": Alibi(torch.ones(3))}, ValueError, "fit 4 heads"),
-    ({"bias": EdgeBias(torch.zeros(20))}, ValueError, "each of the graph's 21 edges, in edge_index order (got 20)"),
-    ({"bias": EdgeBias(torch.zeros(20)), "backend": "reference"}, ValueError, "each of the graph's 21 edges"),
-    ({"bias": EdgeBias(torch.zeros(20)), "backend": "edges"}, ValueError, "each of the graph's 21 edges"),
-    ({"bias": EdgeBias(torch.zeros(5, 21)), "backend": "edges"}, ValueError, "fit 4 heads"),
+    (
+        {"bias": EdgeBias.sorted(torch.zeros(20))},
+        ValueError,
+        "each of the graph's 21 edges, in edge_index order (got 20)",
+    ),
+    ({"bias": EdgeBias.sorted(torch.zeros(20)), "backend": "reference"}, ValueError, "each of the graph's 21 edges"),
+    ({"bias": EdgeBias.sorted(torch.zeros(20)), "backend": "edges"}, ValueError, "each of the graph's 21 edges"),
+    ({"bias": EdgeBias.sorted(torch.zeros(5, 21)), "backend": "edges"}, ValueError, "fit 4 heads"),
     ({"bias": "alibi"}, TypeError, "bias must be a tensor or"),
     ({"bias": torch.ones(6, 6, dtype=torch.bool)}, TypeError, "a mask is a graph, from_dense(mask)"),
 ]
@@ -429,7 +433,7 @@ def test_tensors_on_two_devices_are_told():
         (lambda: RelativeBias(torch.zeros(4)), "table of shape (H, buckets)"),
         (lambda: RelativeBias(torch.zeros(4, 6)), "odd number of buckets"),
         (lambda: RelativeBias(torch.zeros(4, 8), max_distance=1), "max_distance must be above"),
-        (lambda: EdgeBias(torch.tensor(1.0)), "EdgeBias takes values"),
+        (lambda: EdgeBias.sorted(torch.tensor(1.0)), "EdgeBias takes values"),
     ],
 )
 def test_impossible_biases_are_told(make, message):

@@ -85,7 +85,7 @@ def test_edge_values_follow_the_edges():
     q = k = torch.zeros(1, 3, 4)
     v = torch.eye(3)[None]
     for backend in ("reference", "edges", "dense"):
-        out = attend(q, k, v, graph, bias=EdgeBias(given[graph.order]), backend=backend)
+        out = attend(q, k, v, graph, bias=EdgeBias.of(graph, given), backend=backend)
         weight = math.exp(5) / (1 + math.exp(5))
         torch.testing.assert_close(out[0, 0], torch.tensor([1 - weight, 0, weight]))
 

@@ -155,12 +155,12 @@ def test_also_with_options_that_one_backend_alone_has(kind, options):
 
 
 def test_also_with_a_value_for_each_edge():
-    program, counter = compiled(lambda q, k, v, graph, values: attend(q, k, v, graph, bias=EdgeBias(values)))
+    program, counter = compiled(lambda q, k, v, graph, values: attend(q, k, v, graph, bias=EdgeBias.sorted(values)))
     q, k, v = sides()
     for seed in range(1, TIMES):
         graph = listed(seed)
         values = torch.rand(4, graph.num_edges(), dtype=torch.float64, requires_grad=True)
-        expected = attend(q, k, v, graph, bias=EdgeBias(values), backend="edges")
+        expected = attend(q, k, v, graph, bias=EdgeBias.sorted(values), backend="edges")
         same(program(q, k, v, graph, values), expected, (q, k, v, values))
     assert counter.frame_count <= 2
 

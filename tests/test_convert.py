@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import random
 
 import networkx
 import pytest
@@ -13,9 +14,11 @@ from torch_geometric.utils import to_dense_adj
 
 from attngraph import (
     Causal,
+    EdgeBias,
     EdgeList,
     PerHead,
     Window,
+    attend,
     from_dense,
     from_edge_index,
     from_function,
@@ -24,7 +27,9 @@ from attngraph import (
     to_networkx,
     to_scipy_sparse_matrix,
 )
+from attngraph.nn import Transformer, TransformerConfig
 
+CONFIG = TransformerConfig(embed_dim=8, num_layers=2, num_heads=2, position="none")
 every = pytest.mark.parametrize("case", GRAPHS, ids=lambda case: f"{str(case.graph)[:60]}-{case.n}x{case.m}")
 
 
@@ -43,7 +48,7 @@ def test_scipy_and_networkx_round_trip(case):
     assert matrix.shape == (case.m, case.n)
     assert torch.equal(from_scipy_sparse_matrix(matrix).edge_index(), edges)
     found = to_networkx(case.graph, case.n, case.m)
-    assert torch.equal(from_networkx(found).edge_index(), edges)
+    assert torch.equal(from_networkx(found).graph.edge_index(), edges)
     assert found.number_of_nodes() == max(case.n, case.m)
 
 
@@ -51,14 +56,14 @@ def test_scipy_and_networkx_round_trip(case):
 def test_graphs_of_the_atlas(number):
     atlas = networkx.graph_atlas(number)
     adjacency = torch.from_numpy(networkx.to_numpy_array(atlas)).bool() if len(atlas) else torch.zeros(0, 0).bool()
-    assert torch.equal(from_networkx(atlas).mask(), adjacency)
+    assert torch.equal(from_networkx(atlas).graph.mask(), adjacency)
 
 
 def test_direction_is_pygs_and_networkxs():
     """An edge from 0 to 1: query 1 hears key 0, so row 1 of the mask is True in column 0."""
     mask = torch.tensor([[False, False], [True, False]])
     assert torch.equal(from_edge_index(torch.tensor([[0], [1]]), 2).mask(), mask)
-    assert torch.equal(from_networkx(networkx.DiGraph([(0, 1)])).mask(), mask)
+    assert torch.equal(from_networkx(networkx.DiGraph([(0, 1)])).graph.mask(), mask)
     assert torch.equal(from_scipy_sparse_matrix(scipy.sparse.coo_matrix([[0, 1], [0, 0]])).mask(), mask)
     assert torch.equal(from_dense(mask).edge_index(), torch.tensor([[0], [1]]))
     data = Data(edge_index=from_dense(mask).edge_index(), num_nodes=2)
@@ -70,16 +75,67 @@ def test_networkx_numbers_keep_their_node():
     graph = networkx.DiGraph()
     graph.add_nodes_from([2, 0, 1])
     graph.add_edge(2, 0)
-    assert from_networkx(graph) == EdgeList([[2], [0]], 3)
+    assert from_networkx(graph).graph == EdgeList([[2], [0]], 3)
     named = networkx.DiGraph([("c", "a")])
-    assert from_networkx(named) == EdgeList([[0], [1]], 2)
-    assert from_networkx(named, nodelist=["a", "c"]) == EdgeList([[1], [0]], 2)
+    assert from_networkx(named).graph == EdgeList([[0], [1]], 2)
+    assert from_networkx(named, nodelist=["a", "c"]).graph == EdgeList([[1], [0]], 2)
 
 
 def test_undirected_edges_are_heard_in_both_directions_and_loops_once():
     graph = networkx.Graph([(0, 1), (1, 1)])
-    assert from_networkx(graph) == EdgeList([[0, 1, 1], [1, 0, 1]], 2)
-    assert from_networkx(networkx.MultiDiGraph([(0, 1), (0, 1)])).num_edges() == 1
+    assert from_networkx(graph).graph == EdgeList([[0, 1, 1], [1, 0, 1]], 2)
+    assert from_networkx(networkx.MultiDiGraph([(0, 1), (0, 1)])).graph.num_edges() == 1
+
+
+@pytest.mark.parametrize("kind", [networkx.Graph, networkx.DiGraph, networkx.MultiGraph, networkx.MultiDiGraph])
+def test_weights_of_networkx_are_those_of_its_matrix(kind):
+    """Undirected ones in both directions, loops once, parallel ones added up, whatever order the edges have."""
+    names, chance = ["d", "a", "c", "b"], random.Random(3)
+    pairs = [("d", "a"), ("b", "d"), ("c", "c"), ("a", "b"), ("a", "d"), ("b", "a"), ("c", "c"), ("b", "c")]
+    theirs = kind()
+    theirs.add_nodes_from(names)
+    theirs.add_weighted_edges_from([(u, v, chance.random()) for u, v in pairs], "strength")
+    graph, nodes, values = from_networkx(theirs, weight="strength")
+    assert nodes == names
+    key, query = graph.edge_index()
+    matrix = torch.from_numpy(networkx.to_numpy_array(theirs, weight="strength")).float()
+    torch.testing.assert_close(values, matrix[key, query])
+    assert graph.num_edges() == int((matrix != 0).sum())
+    q, k, v = torch.randn(3, 1, 2, 4, 8)
+    expected = attend(q, k, v, graph, bias=matrix.T, backend="reference")
+    for bias in (EdgeBias.of(graph, values), EdgeBias.of(graph.edge_index(), values), EdgeBias.sorted(values)):
+        torch.testing.assert_close(attend(q, k, v, graph, bias=bias), expected)
+
+    again = to_networkx(graph, nodes=nodes, values=values, weight="strength")
+    assert list(again) == names
+    assert from_networkx(again, names).graph == graph
+    torch.testing.assert_close(from_networkx(again, weight="strength").values, values)
+
+
+def test_names_and_numbers_of_networkx():
+    graph, nodes, values = from_networkx(networkx.path_graph(3))
+    assert (nodes, values) == ([0, 1, 2], None)
+    turned = from_networkx(networkx.path_graph(["x", "y", "z"]), nodelist=["z", "y", "x"])
+    assert turned == (graph, ["z", "y", "x"], None)
+    assert from_networkx(networkx.Graph(), weight="weight").values.shape == (0,)
+    part = networkx.Graph()
+    part.add_edge("a", "b", weight=1)
+    part.add_edge("b", "c")
+    with pytest.raises(
+        ValueError, match=r"weight must be an attribute of every edge .*\('b', 'c'\) lacks.*set_edge_attr"
+    ):
+        from_networkx(part, weight="weight")
+    part.edges["b", "c"]["weight"] = "much"
+    with pytest.raises(TypeError, match=r"weight must be an attribute that is a number .got 'much'"):
+        from_networkx(part, weight="weight")
+    with pytest.raises(ValueError, match="nodes must name each of 3 nodes once"):
+        to_networkx(graph, nodes="aab")
+    with pytest.raises(ValueError, match=r"values must have shape \(4,\), one for each edge .got \(3,\)"):
+        to_networkx(graph, values=torch.ones(3))
+    q, k, v = torch.randn(3, 1, 1, 3, 4)
+    for use in (lambda: attend(q, k, v, turned), lambda: Transformer(CONFIG, turned)):
+        with pytest.raises(TypeError, match=r"did you mean its .graph"):
+            use()
 
 
 def test_heads_and_sizes():
@@ -145,7 +201,7 @@ class Alike:
 
 def test_any_callable_is_a_predicate_and_any_nodelist_a_list():
     assert from_function(Alike()).num_edges(3, 3) == 6
-    assert from_networkx(networkx.path_graph(3), nodelist=iter([2, 1, 0])).num_edges() == 4
+    assert from_networkx(networkx.path_graph(3), nodelist=iter([2, 1, 0])).graph.num_edges() == 4
 
 
 def test_the_graph_of_a_tensor_is_remembered_until_it_changes():

@@ -56,10 +56,25 @@ def test_edge_index_lists_the_mask_by_query_then_key(case):
 
 @every
 def test_num_edges_and_degrees_count_the_mask(case):
-    mask = union_of_heads(case.mask)
-    assert case.graph.num_edges(case.n, case.m) == mask.sum()
-    assert torch.equal(case.graph.in_degrees(case.n, case.m), mask.sum(1))
-    assert torch.equal(case.graph.out_degrees(case.n, case.m), mask.sum(0))
+    assert case.graph.num_edges(case.n, case.m) == case.mask.sum()
+    assert torch.equal(case.graph.in_degrees(case.n, case.m), case.mask.sum(-1))
+    assert torch.equal(case.graph.out_degrees(case.n, case.m), case.mask.sum(-2))
+
+
+@every
+def test_each_head_is_a_graph(case):
+    n, m = case.n, case.m
+    which = case.graph.edge_heads(n, m)
+    masks = case.mask if case.graph.heads else case.mask[None]
+    assert len(which) == (case.graph.heads or 1) == len(masks)
+    for h, mask in enumerate(masks):
+        head = case.graph.of_head(h)
+        assert torch.equal(head.mask(n, m), mask)
+        assert torch.equal(case.graph.edge_index(n, m)[:, which[h]], head.edge_index(n, m))
+    if case.graph.heads:
+        assert case.graph.num_edges(n, m) == sum(case.graph.of_head(h).num_edges(n, m) for h in range(len(masks)))
+        with pytest.raises(ValueError, match="index must be that of a head"):
+            case.graph.of_head(case.graph.heads)
 
 
 @every
@@ -119,9 +134,8 @@ def test_operators_are_those_of_sets(case, other):
         (case.graph ^ other, a ^ b),
     ):
         assert torch.equal(graph.mask(case.n, case.m), mask)
-        union = union_of_heads(mask)
-        assert graph.num_edges(case.n, case.m) == union.sum()
-        assert torch.equal(graph.in_degrees(case.n, case.m), union.sum(1))
+        assert graph.num_edges(case.n, case.m) == mask.sum()
+        assert torch.equal(graph.in_degrees(case.n, case.m), mask.sum(-1))
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,7 @@ from attngraph import (
     Prefix,
     Random,
     Window,
+    analysis,
     attend,
     cache,
     from_networkx,
@@ -131,9 +132,14 @@ def test_packed_documents_run_in_the_flash_kernel(graph):
 
 def test_many_heads_are_counted_without_a_list():
     graph = PerHead([Causal(), Window(3, 0), Full()])
-    assert plan(graph, 200_000, 200_000, heads=3).edges == 200_000**2
+    made = plan(graph, 200_000, 200_000, heads=3)
+    each = [graph.of_head(h).num_edges(200_000, 200_000) for h in range(3)]
+    assert made.edges == graph.num_edges(200_000, 200_000) == sum(each)
+    assert made.edge_values == 200_000**2
+    assert f"{sum(each):,} edges of all heads, 1 × {each[0]:,} + 1 × {each[1]:,}" in made.explain()
+    assert analysis.cost(graph, 200_000, dim=96, heads=3).edges == sum(each)
     graph = PerHead([Causal(), Window(3, 4), EdgeList([[0, 9], [8, 0]], 10)])
-    assert graph.num_edges(10, 10) == graph.edge_index(10, 10).shape[1]
+    assert plan(graph, 10, 10, heads=3).edge_values == graph.edge_index(10, 10).shape[1]
 
 
 def test_pytorch_runs_what_it_runs_as_fast():
@@ -277,7 +283,7 @@ def test_plans_compile_and_checkpoint(backend):
 def test_reordering_finds_the_band_of_a_shuffled_grid():
     grid = networkx.convert_node_labels_to_integers(networkx.grid_2d_graph(70, 70))
     shuffle = torch.randperm(4900, generator=torch.Generator().manual_seed(0)).tolist()
-    graph = from_networkx(networkx.relabel_nodes(grid, dict(enumerate(shuffle))), nodelist=range(4900))
+    graph = from_networkx(networkx.relabel_nodes(grid, dict(enumerate(shuffle))), nodelist=range(4900)).graph
     costs = Costs(
         row_s_per_edge=1e-8,
         row_s_per_edge_dim=0,
@@ -351,7 +357,7 @@ def test_a_plan_for_other_tensors_is_told():
     with pytest.raises(ValueError, match=r"can't run this call .it has no dropout.; attend with the graph itself"):
         attend(q, q, q, plan(Window(4, 0), 30, 30, heads=2, backend="tiles"), dropout_p=0.5)
     with pytest.raises(ValueError, match=r"made for bias=None \(got one of kind 'edge'\): plan\(…, bias='edge'\)"):
-        attend(q, q, q, made, bias=EdgeBias(torch.zeros(made.edges)))
+        attend(q, q, q, made, bias=EdgeBias.sorted(torch.zeros(made.edges)))
 
 
 def test_what_a_plan_cannot_be_is_told():
@@ -374,7 +380,7 @@ def test_an_edge_bias_of_another_length_is_told():
     q, k, v = tensors(20, 20)
     for backend in ("tiles", "rows"):
         with pytest.raises(ValueError, match="EdgeBias needs one value for each of the graph's"):
-            attend(q, k, v, MIXED, bias=EdgeBias(torch.zeros(7, dtype=torch.float64)), backend=backend)
+            attend(q, k, v, MIXED, bias=EdgeBias.sorted(torch.zeros(7, dtype=torch.float64)), backend=backend)
 
 
 def test_memory_that_is_not_there_is_told_before_it_is_taken(monkeypatch):
@@ -520,7 +526,7 @@ def test_a_bias_lies_where_the_queries_lie():
     q, k, v = tensors(9, 9)
     for values in (torch.ones(45, device="meta"), torch.ones(45, dtype=torch.complex64)):
         with pytest.raises(ValueError, match="q's device, cpu"):
-            attend(q, k, v, Causal(), bias=EdgeBias(values), backend="rows")
+            attend(q, k, v, Causal(), bias=EdgeBias.sorted(values), backend="rows")
 
 
 @pytest.mark.parametrize("backend", ["dense", "tiles", "rows"])

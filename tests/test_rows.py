@@ -90,7 +90,7 @@ def public(kind, values, mask):
     if kind == "none":
         return None
     if kind.startswith("edge"):
-        return EdgeBias(values)
+        return EdgeBias.sorted(values)
     if kind.startswith("offset"):
         n, m = mask.shape
         return values[:, torch.arange(m) - torch.arange(n)[:, None] + n - 1]

@@ -115,7 +115,7 @@ def test_every_bias_and_its_gradient(kind, tile, group):
         ahead = torch.arange(m) - torch.arange(n)[:, None] + n - 1
         bias = DenseBias(values[:, ahead])
     else:
-        bias = EdgeBias(values) if name == "edge" else DenseBias(values.expand(-1, -1, n, m))
+        bias = EdgeBias.sorted(values) if name == "edge" else DenseBias(values.expand(-1, -1, n, m))
     score_bias = ScoreBias("dense" if name == "keys" else name, values.detach().float())
     found = results(sides, layout_of(graph, n, m, tile), score_bias, True)
     assert_close(found, expected(sides, graph, bias, values), 4e-6)
@@ -134,7 +134,9 @@ def test_padding_is_heard_by_nobody(tile, kind):
         shape = {"offset": (2, n + m - 1), "edge": (3, 2, graph.num_edges(n, m)), "dense": (3, 2, n, m)}[kind]
         values = torch.randn(shape, generator=torch.Generator().manual_seed(1)).double().requires_grad_()
         ahead = torch.arange(m) - torch.arange(n)[:, None] + n - 1
-        bias = EdgeBias(values) if kind == "edge" else DenseBias(values[:, ahead] if kind == "offset" else values)
+        bias = (
+            EdgeBias.sorted(values) if kind == "edge" else DenseBias(values[:, ahead] if kind == "offset" else values)
+        )
     score_bias = None if values is None else ScoreBias(kind, values.detach().float())
     found = results(sides, layout_of(graph, n, m, tile), score_bias, kind is not None, mask)
     right = expected(sides, graph, bias, values, attention_mask=mask)

@@ -64,7 +64,10 @@ DOORS = [
     Door("RelativeBias", attngraph.RelativeBias, {
         "table": torch.zeros(2, 8), "max_distance": 16, "bidirectional": True,
     }, {"table": "table|buckets|RelativeBias"}),
-    Door("EdgeBias", attngraph.EdgeBias, {"values": torch.zeros(3)}, {"values": "values|EdgeBias"}),
+    Door("EdgeBias", attngraph.EdgeBias.of, {
+        "edges": torch.tensor([[0, 1, 2], [1, 2, 2]]), "values": torch.zeros(3), "self_loops": None, "fill": 0.0,
+    }, {"edges": "edges|edge_index", "values": "values|EdgeBias"}),
+    Door("EdgeBias.sorted", attngraph.EdgeBias.sorted, {"values": torch.zeros(3)}),
     Door("Additive", attngraph.Additive, {"weight": torch.zeros(4), "activation": torch.tanh}),
     Door("generate", generate, {
         "model": gpt, "tokens": tokens, "max_new_tokens": 2, "attention_mask": None, "context": None,
@@ -79,8 +82,8 @@ DOORS = [
     }),
     Door("Transformer", Transformer, {"config": config, "graph": Causal()}),
     Door("Transformer.forward", transformer, {
-        "x": x, "graph": None, "positions": None, "attention_mask": None, "memory": None, "memory_graph": None,
-        "memory_attention_mask": None,
+        "x": x, "graph": None, "bias": None, "positions": None, "attention_mask": None, "memory": None,
+        "memory_graph": None, "memory_attention_mask": None,
     }),
     Door("Attention", Attention, {
         "embed_dim": 8, "num_heads": 2, "num_kv_heads": None, "head_dim": None, "memory_dim": None, "bias": ("q",),
@@ -95,7 +98,9 @@ DOORS = [
     Door("GPT", GPT, {"config": config, "vocab_size": 11, "graph": Causal(), "tied": True}, {
         "vocab_size": "vocab_size|tokens",
     }),
-    Door("GPT.forward", gpt, {"tokens": tokens, "graph": None, "positions": None, "attention_mask": None}),
+    Door("GPT.forward", gpt, {
+        "tokens": tokens, "graph": None, "bias": None, "positions": None, "attention_mask": None,
+    }),
     Door("GPT.save", partial(gpt.save, KEPT.name), {"metadata": {"step": "1"}}),
     Door("GPT.load", partial(GPT.load, KEPT.name), {"dtype": None, "device": "cpu"}),
     Door("Encoder", Encoder, {
@@ -103,22 +108,23 @@ DOORS = [
         "classify": "sequence",
     }, {"vocab_size": "vocab_size|tokens", "num_types": "num_types|types"}),
     Door("Encoder.forward", encoder, {
-        "tokens": tokens, "graph": None, "positions": None, "attention_mask": None, "types": None,
+        "tokens": tokens, "graph": None, "bias": None, "positions": None, "attention_mask": None, "types": None,
     }),
     Door("EncoderDecoder.forward", translator, {
-        "source": tokens, "target": tokens, "attention_mask": None, "decoder_attention_mask": None,
-    }, {"source": "tokens", "target": "tokens"}),
+        "source": tokens, "target": tokens, "bias": None, "attention_mask": None, "decoder_bias": None,
+        "decoder_attention_mask": None,
+    }, {"source": "tokens", "target": "tokens", "decoder_bias": "bias"}),
     Door("ViT", ViT, {
         "config": config, "num_classes": 3, "image_size": 4, "patch_size": 2, "channels": 1, "graph": Causal(),
         "pool": "mean",
     }, {"image_size": "image_size|height|width", "patch_size": "patch_size|patch_height|patch_width"}),
-    Door("ViT.forward", vit, {"images": torch.randn(2, 1, 4, 4), "graph": None, "attention_mask": None}),
+    Door("ViT.forward", vit, {"images": torch.randn(2, 1, 4, 4), "graph": None, "bias": None, "attention_mask": None}),
     Door("DecisionTransformer", DecisionTransformer, {
         "config": config, "state_dim": 3, "action_dim": 2, "max_time": 9, "graph": Causal(), "bounded": True,
     }, {"max_time": "max_time|timesteps"}),
     Door("DecisionTransformer.forward", decision, {
         "states": torch.randn(2, 5, 3), "actions": torch.randn(2, 5, 2), "returns": torch.randn(2, 5, 1),
-        "timesteps": torch.arange(5).expand(2, 5), "attention_mask": None,
+        "timesteps": torch.arange(5).expand(2, 5), "bias": None, "attention_mask": None,
     }),
     *(Door(kind.__name__, kind, arguments, ALSO) for kind, arguments in {
         attngraph.Causal: {"offset": 0}, attngraph.Window: {"left": 2, "right": 0, "dilation": 1},
@@ -136,7 +142,7 @@ DOORS = [
         "rows": {"start": 1, "stop": 3}, "sized": {"num_queries": 6, "num_keys": 6}, "with_global_nodes": {"count": 1},
         "mask": {"n": 6, "m": 6, "device": "cpu"}, "edge_index": {"n": 6, "m": 6}, "num_edges": {"n": 6, "m": 6},
         "in_degrees": {"n": 6, "m": 6}, "out_degrees": {"n": 6, "m": 6},
-        "spans": {"start": 1, "stop": 2, "n": 6, "m": 6},
+        "spans": {"start": 1, "stop": 2, "n": 6, "m": 6}, "of_head": {"index": 0}, "edge_heads": {"n": 6, "m": 6},
     }.items()),
     Door("parse", attngraph.parse, {"text": "Causal()"}, {"text": "text|expression"}),
     Door("parse_list", attngraph.parse_list, {"text": "Causal()"}, {"text": "text|expression"}),
@@ -147,8 +153,13 @@ DOORS = [
     Door("from_edge_index", attngraph.from_edge_index, {"edge_index": torch.tensor([[0, 1], [1, 2]]), "num_nodes": 3}, {
         "num_nodes": "num_nodes|size|num_queries",
     }),
-    Door("from_networkx", attngraph.from_networkx, {"G": networkx.path_graph(3), "nodelist": [0, 1, 2]}),
-    Door("to_networkx", attngraph.to_networkx, {"graph": Causal(), "n": 3, "m": 3}),
+    Door("from_networkx", attngraph.from_networkx, {
+        "G": networkx.path_graph(3), "nodelist": [0, 1, 2], "weight": None,
+    }),
+    Door("to_networkx", attngraph.to_networkx, {
+        "graph": Causal(), "n": 3, "m": 3, "nodes": "abc", "values": None, "weight": "weight",
+    }),
+    Door("collate", attngraph.collate, {"samples": [(torch.randn(3, 2), Causal().sized(3, 3))]}),
     Door("from_scipy_sparse_matrix", attngraph.from_scipy_sparse_matrix, {"matrix": scipy.sparse.eye_array(3)}),
     Door("to_scipy_sparse_matrix", attngraph.to_scipy_sparse_matrix, {"graph": Causal(), "n": 3, "m": 3}),
     Door("to_block_mask", attngraph.to_block_mask, {"graph": Causal(), "n": 130, "m": 130}),

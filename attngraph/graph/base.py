@@ -20,8 +20,11 @@ from attngraph.graph.boxes import Boxes, require_memory
 from attngraph.graph.counting import Breakpoints
 from attngraph.graph.sharing import once
 from attngraph.graph.values import (
+    LARGEST,
+    Size,
     argument,
     check_found,
+    common_size,
     exact,
     plain_int,
     put_plainly,
@@ -31,15 +34,14 @@ from attngraph.graph.values import (
     require_values,
     shortened,
 )
+from attngraph.graph.values import require_ints as require_ints
 
 if TYPE_CHECKING:
     from attngraph.graph.listing import IsListed, Split
 
-Size = tuple[int | None, int | None]
 Edges = tuple[Tensor, Tensor]
 """Edges as (query, key), each int64 (E,), sorted by query, then key."""
 
-LARGEST = 1 << 61  # of the numbers of a graph: sums and differences of two stay within int64
 MAX_DEPTH = 210  # operations within each other: some Python frames each
 MAX_TERMS_TOLD, MAX_TERMS_WRITTEN = 100, 1 << 20  # of an expression that `str` and `repr` write out
 _CLASS_NUMBERS = itertools.count(1)
@@ -444,6 +446,18 @@ class Graph:
         """
         return algebra.WithGlobalNodes(self, count)
 
+    @checked
+    def of_head(self, index: int) -> Graph:
+        """The graph of one head, of those that ``heads`` counts; the graph itself where all heads have one.
+
+        >>> from attngraph import Causal, PerHead, Window
+        >>> (PerHead([Window(1, 0), Window(2, 0)]) & Causal()).of_head(1)
+        Window(2, 0) & Causal()
+        """
+        if self.heads is not None and not 0 <= index < self.heads:
+            raise ValueError(f"index must be that of a head, from 0 to {self.heads - 1} (got {index})")
+        return self._head(index)
+
     # ================================================================================================== the views
 
     @checked
@@ -465,7 +479,7 @@ class Graph:
         """The edges as an int64 tensor (2, E): row 0 the key (source), row 1 the query (target), as in PyG.
 
         Sorted by query, then key: the order of every per-edge tensor in this library. Where heads have each their own
-        graph, these are the edges that any head has.
+        graph, these are the edges that any head has, and `edge_heads` says which has which.
 
         >>> from attngraph import Causal
         >>> Causal().edge_index(2, 2)
@@ -476,25 +490,35 @@ class Graph:
         query, key = listing.list_edges(graph, n, m)
         return torch.stack([key, query])
 
+    def edge_heads(self, n: int | None = None, m: int | None = None) -> Tensor:
+        """Which head has which edge of `edge_index`: bool (H, E), or (1, E), all True, of one graph for all heads.
+
+        ``weights[:, h, graph.edge_heads(n, m)[h]]`` are those of ``graph.of_head(h)``, in the order of its own edges.
+        """
+        graph, n, m = at_size(self, n, m)
+        query, key = listing.list_edges(graph, n, m)
+        return torch.stack(listing.of_each_head(graph, n, m, lambda head, *_: head.contains(query, key)))
+
     def num_edges(self, n: int | None = None, m: int | None = None) -> int:
-        """The exact number of edges, without enumerating them where the expression allows.
+        """The exact number of edges, of all heads together, without enumerating them where the expression allows.
 
         >>> from attngraph import Causal
         >>> Causal().num_edges(10**9, 10**9)
         500000000500000000
         """
         graph, n, m = at_size(self, n, m)
-        return listing.count_edges(graph, n, m)
+        return sum(listing.of_each_head(graph, n, m, listing.count_edges))
 
     def in_degrees(self, n: int | None = None, m: int | None = None) -> Tensor:
-        """How many keys each query hears: int64 (n,)."""
+        """How many keys each query hears: int64 (n,), or (H, n)."""
         graph, n, m = at_size(self, n, m)
-        return listing.count_keys(graph, n, m)
+        counts = listing.of_each_head(graph, n, m, listing.count_keys)
+        return torch.stack(counts) if graph.heads else counts[0]
 
     def out_degrees(self, n: int | None = None, m: int | None = None) -> Tensor:
-        """How many queries hear each key: int64 (m,)."""
+        """How many queries hear each key: int64 (m,), or (H, m)."""
         graph, n, m = at_size(self, n, m)
-        return listing.count_keys(graph.T, m, n)
+        return graph.T.in_degrees(m, n)
 
     @checked
     def spans(self, start: int, stop: int, n: int | None = None, m: int | None = None) -> list[tuple[int, int]]:
@@ -588,30 +612,6 @@ def _node_count(name: str, given: SupportsIndex | None) -> int | None:
     if count is None or (isinstance(count, int) and not isinstance(count, bool) and 0 <= count <= LARGEST):
         return count
     raise ValueError(f"{name} must be a number of nodes, an int from 0 to 2**61 (got {given!r})")
-
-
-def common_size(what: Callable[[], str], *sizes: Size) -> Size:
-    """The size that all of these agree on; None agrees with everything."""
-    merged = []
-    for side, of in zip(("query", "key"), zip(*sizes, strict=True), strict=False):
-        definite = sorted({count for count in of if count is not None})
-        if len(definite) > 1:
-            raise ValueError(
-                f"{what()} must have the same number of {side} nodes (got {' and '.join(map(str, definite))})"
-            )
-        merged.append(definite[0] if definite else None)
-    return tuple(merged)
-
-
-def require_ints(at_least: int | None, **given: int) -> None:
-    """Raise unless every argument is an int, not below a bound, and not beyond what node numbers can be."""
-    for name, value in given.items():
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{name} must be an int (got {value!r})")
-        if abs(value) > LARGEST:
-            raise ValueError(f"{name} must be at most 2**61 in size (got {value})")
-        if at_least is not None and value < at_least:
-            raise ValueError(f"{name} must be {at_least} or more (got {value})")
 
 
 from attngraph.graph import algebra, listing  # noqa: E402  what the operators of Graph build derives from Graph

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor
 
+from attngraph import cache
 from attngraph.graph.algebra import contains_code
 from attngraph.graph.base import Graph, require_ints
 from attngraph.graph.boxes import Boxes, classify
@@ -25,7 +26,7 @@ class EdgeList(Graph):
     A graph is a set: the edges are sorted by query, then key, and an edge that is given twice is one edge. The given
     order stays available: column e of the given `edge_index` is edge `position[e]` of the graph, so that per-edge
     results come in the given order as ``result[..., graph.position]``; and edge e of the graph is column `order[e]`
-    (of equal ones the first), so that given per-edge values fit the graph as ``values[..., graph.order]``. A size of
+    (of equal ones the first). `EdgeBias.of` takes values in the given order, for this and for other graphs. A size of
     one number stands for as many queries as keys.
 
     >>> graph = EdgeList([[2, 0, 2], [1, 1, 1]], size=3)
@@ -172,6 +173,25 @@ def _restored(size: tuple[int, int], code: Tensor, position: Tensor, order: Tens
     graph._set(size=size, code=code, position=position, order=order)
     graph.__post_init__()
     return graph
+
+
+def of_edge_index(edge_index: Tensor | Sequence[Sequence[int]], num_nodes: int | tuple[int, int] | None) -> EdgeList:
+    """The graph of an `edge_index`, remembered as `from_edge_index` says."""
+    given, num_nodes = integer_tensor(edge_index), plain_int(num_nodes)
+    if isinstance(edge_index, Tensor) and edge_index.is_cuda and not edge_index.is_inference():
+        state = (*given.shape, edge_index.data_ptr(), edge_index._version)
+    else:
+        state = fingerprint(given)
+    known = cache.EDGE_INDEX.get(edge_index) if isinstance(edge_index, Tensor) else None
+    graphs = known[1] if known is not None and known[0] == state else {}
+    wanted = repr(num_nodes)
+    if wanted not in graphs:
+        if num_nodes is None:
+            num_nodes = int(given.max()) + 1 if given.numel() else 0
+        graphs = {**graphs, wanted: EdgeList(given, num_nodes)}
+        if isinstance(edge_index, Tensor):
+            cache.EDGE_INDEX[edge_index] = state, graphs
+    return graphs[wanted]
 
 
 def of_sorted(code: Tensor, size: tuple[int, int]) -> EdgeList:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from typing import NamedTuple, cast
+from typing import NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -25,6 +25,9 @@ BYTES_PER_NODE = 32  # about what counting takes for each node
 BYTES_PER_EDGE = 60  # about what listing takes for each edge, temporary tensors included
 LONG_SECONDS = 30  # of a scan that warns
 MAX_PAIRS = 1 << 40  # that are looked at one by one: hours
+
+
+Answer = TypeVar("Answer")
 
 
 class Listed(NamedTuple):
@@ -123,7 +126,7 @@ def list_edges(graph: Graph, n: int, m: int) -> Edges:
 
 
 def count_edges(graph: Graph, n: int, m: int) -> int:
-    """The number of edges of a graph that is bound to its size; where heads have their own, those of any."""
+    """The number of edges of a graph that is bound to its size; where heads have their own, of those of any."""
     if graph.heads:
         return count_edges(of_any_head(graph, n, m), n, m)
     found = counting.count(graph, n, m)
@@ -137,9 +140,7 @@ def count_edges(graph: Graph, n: int, m: int) -> int:
 
 
 def count_keys(graph: Graph, n: int, m: int) -> Tensor:
-    """How many keys each query of a graph that is bound to its size hears: int64 (n,)."""
-    if graph.heads:
-        return count_keys(of_any_head(graph, n, m), n, m)
+    """How many keys each query of a graph that is bound to its size, one for all heads, hears: int64 (n,)."""
     require_memory(n * BYTES_PER_NODE, f"for the degrees of {graph} at {n} × {m}")
     parts = _by_lines(graph, n, m)
     found = None if parts is None else counting.in_degrees(parts[0], n, m)
@@ -162,6 +163,13 @@ def of_any_head(graph: Graph, n: int, m: int) -> Graph:
     """The union of the graphs of all heads."""
     different = tuple(dict.fromkeys(graph._head(h) for h in range(cast(int, graph.heads))))
     return bind(algebra.Union(different) if len(different) > 1 else graph._head(0), n, m)
+
+
+def of_each_head(graph: Graph, n: int, m: int, ask: Callable[[Graph, int, int], Answer]) -> list[Answer]:
+    """The answer of each head's graph at this size; of the graph itself, where all heads have one."""
+    heads = [bind(graph._head(h), n, m) for h in range(graph.heads or 1)]
+    answers = {head: ask(head, n, m) for head in dict.fromkeys(heads)}
+    return [answers[head] for head in heads]
 
 
 def scanned(graph: Graph, n: int, m: int, device: torch.device | str | None = None) -> Iterator[tuple[int, Tensor]]:

@@ -19,6 +19,8 @@ from attngraph.arguments import shown
 if TYPE_CHECKING:
     from attngraph.graph.base import Graph
 
+Size = tuple[int | None, int | None]
+LARGEST = 1 << 61  # of the numbers of a graph: sums and differences of two stay within int64
 MAX_KEY = 4096  # characters of a key; longer ones are named by their hash
 
 # --------------------------------------------------------------------------------------------------- the class
@@ -160,3 +162,27 @@ def refuse_assignment(self: Any, name: str, value: object = None) -> None:
             f"no __init__ (one of your own sets them by self._set({name}=…) and ends with self.__post_init__())"
         )
     raise FrozenInstanceError(f"a graph is a value: field {name!r} of {type(self).__name__} cannot change")
+
+
+def common_size(what: Callable[[], str], *sizes: Size) -> Size:
+    """The size that all of these agree on; None agrees with everything."""
+    merged = []
+    for side, of in zip(("query", "key"), zip(*sizes, strict=True), strict=False):
+        definite = sorted({count for count in of if count is not None})
+        if len(definite) > 1:
+            raise ValueError(
+                f"{what()} must have the same number of {side} nodes (got {' and '.join(map(str, definite))})"
+            )
+        merged.append(definite[0] if definite else None)
+    return tuple(merged)
+
+
+def require_ints(at_least: int | None, **given: int) -> None:
+    """Raise unless every argument is an int, not below a bound, and not beyond what node numbers can be."""
+    for name, value in given.items():
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name} must be an int (got {value!r})")
+        if abs(value) > LARGEST:
+            raise ValueError(f"{name} must be at most 2**61 in size (got {value})")
+        if at_least is not None and value < at_least:
+            raise ValueError(f"{name} must be {at_least} or more (got {value})")

@@ -1,15 +1,18 @@
-"""Graphs of other libraries in and out: PyG, networkx, SciPy, dense masks, FlexAttention.
+"""Graphs of other libraries in and out: PyG, networkx, SciPy, dense masks, FlexAttention; batches of a DataLoader.
 
 Everything is a conversion; nothing here keeps a reference to the other library's object.
 """
 
+from attngraph.interop.batches import collate
 from attngraph.interop.dense import from_dense, from_function
 from attngraph.interop.edge_index import from_edge_index
 from attngraph.interop.flex import to_block_mask
-from attngraph.interop.networkx import from_networkx, to_networkx
+from attngraph.interop.networkx import NamedGraph, from_networkx, to_networkx
 from attngraph.interop.scipy import from_scipy_sparse_matrix, to_scipy_sparse_matrix
 
 __all__ = [
+    "NamedGraph",
+    "collate",
     "from_dense",
     "from_edge_index",
     "from_function",

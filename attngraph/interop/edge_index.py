@@ -6,10 +6,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from attngraph import cache
 from attngraph.arguments import checked
-from attngraph.graph.edge_list import EdgeList, fingerprint, integer_tensor
-from attngraph.graph.values import plain_int
+from attngraph.graph.edge_list import EdgeList, of_edge_index
 
 
 @checked
@@ -28,18 +26,4 @@ def from_edge_index(
     >>> from_edge_index(torch.tensor([[0, 1], [1, 2]]), num_nodes=3)
     EdgeList([[0, 1], [1, 2]], size=(3, 3))
     """
-    given, num_nodes = integer_tensor(edge_index), plain_int(num_nodes)
-    if isinstance(edge_index, Tensor) and edge_index.is_cuda and not edge_index.is_inference():
-        state = (*given.shape, edge_index.data_ptr(), edge_index._version)
-    else:
-        state = fingerprint(given)
-    wanted = repr(num_nodes), state
-    known = cache.EDGE_INDEX.get(edge_index) if isinstance(edge_index, Tensor) else None
-    if known is not None and known[0] == wanted:
-        return known[1]
-    if num_nodes is None:
-        num_nodes = int(given.max()) + 1 if given.numel() else 0
-    graph = EdgeList(given, num_nodes)
-    if isinstance(edge_index, Tensor):
-        cache.EDGE_INDEX[edge_index] = wanted, graph
-    return graph
+    return of_edge_index(edge_index, num_nodes)

@@ -14,7 +14,7 @@ from attngraph.models.saved import Model
 from attngraph.nn.checks import require_vectors
 from attngraph.nn.embedding import TokenEmbedding
 from attngraph.nn.padding import padding_mask
-from attngraph.nn.transformer import Transformer, TransformerConfig
+from attngraph.nn.transformer import Biases, Transformer, TransformerConfig
 
 
 class DecisionTransformer(Model):
@@ -76,12 +76,14 @@ class DecisionTransformer(Model):
         returns: Tensor,
         timesteps: Tensor,
         *,
+        bias: Biases = None,
         attention_mask: Tensor | None = None,
     ) -> Tensor:
         """states (B, T, state_dim), actions (B, T, action_dim), returns to go (B, T, 1), timesteps int64 (B, T) → the
         action to take at each step, (B, T, action_dim).
 
-        `attention_mask`, bool or integers 0 and 1, (B, T), is True or 1 for real time steps.
+        `attention_mask`, bool or integers 0 and 1, (B, T), is True or 1 for real time steps. `bias`, as in
+        `Transformer`, is of the nodes, three a step.
         """
         require_vectors("states", states, self.embed_state.in_features)
         require_vectors("actions", actions, self.embed_action.in_features)
@@ -102,6 +104,6 @@ class DecisionTransformer(Model):
         positions = None
         if self.config.position == "learned":  # checkpoints have them, all nodes the first
             positions = torch.zeros(x.shape[1], dtype=torch.int64, device=x.device)
-        x = self.transformer(x, positions=positions, attention_mask=mask)
+        x = self.transformer(x, bias=bias, positions=positions, attention_mask=mask)
         actions = self.head(x[:, 1::3])  # what each state leads to
         return actions.tanh() if self.bounded else actions

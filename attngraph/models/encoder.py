@@ -16,7 +16,7 @@ from attngraph.models.tied import Tied
 from attngraph.nn.embedding import TokenEmbedding
 from attngraph.nn.feedforward import ACTIVATIONS
 from attngraph.nn.padding import padding_mask
-from attngraph.nn.transformer import Transformer, TransformerConfig
+from attngraph.nn.transformer import Biases, Transformer, TransformerConfig
 
 
 class TokenHead(nn.Module):
@@ -139,15 +139,16 @@ class Encoder(Tied):
         tokens: Tensor,
         graph: Graph | Sequence[Graph] | None = None,
         *,
+        bias: Biases = None,
         positions: Tensor | None = None,
         attention_mask: Tensor | None = None,
         types: Tensor | None = None,
     ) -> Tensor:
         """tokens int64 (B, N) → logits (B, N, vocab_size); of classes, (B, num_classes) or (B, N, num_classes).
 
-        `attention_mask`, bool or integers 0 and 1, (B, N), is True or 1 for real tokens; `positions`, integers (N,) or
-        (B, N), are by default counted from each row's first real token; `types`, int64 (B, N), are the kinds of the
-        tokens, by default 0.
+        `graph` and `bias` are as in `Transformer`. `attention_mask`, bool or integers 0 and 1, (B, N), is True or 1 for
+        real tokens; `positions`, integers (N,) or (B, N), are by default counted from each row's first real token;
+        `types`, int64 (B, N), are the kinds of the tokens, by default 0.
         """
         x = self.embedding(tokens)
         if types is not None and not isinstance(types, Tensor):
@@ -159,5 +160,5 @@ class Encoder(Tied):
         elif types is not None:
             raise ValueError("types are of use only in a model with num_types")
         mask = padding_mask("attention_mask", attention_mask, x)
-        x = self.transformer(x, graph, positions=positions, attention_mask=mask)
+        x = self.transformer(x, graph, bias=bias, positions=positions, attention_mask=mask)
         return self.head(x, mask) if isinstance(self.head, ClassHead) else self.head(x)

@@ -14,7 +14,7 @@ from attngraph.models.tied import Tied
 from attngraph.nn.embedding import TokenEmbedding
 from attngraph.nn.padding import padding_mask
 from attngraph.nn.told import by_layer, tell_graphs
-from attngraph.nn.transformer import Transformer, TransformerConfig
+from attngraph.nn.transformer import Biases, Transformer, TransformerConfig
 
 
 class EncoderDecoder(Tied):
@@ -103,34 +103,43 @@ class EncoderDecoder(Tied):
         source: Tensor,
         target: Tensor,
         *,
+        bias: Biases = None,
         positions: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        decoder_bias: Biases = None,
         decoder_positions: Tensor | None = None,
         decoder_attention_mask: Tensor | None = None,
         memory_positions: Tensor | None = None,
     ) -> Tensor:
         """source int64 (B, M), or what the source's embedding takes; target int64 (B, N) → logits (B, N, vocab_size).
 
+        `bias` of the source and `decoder_bias` of the target are as in `Transformer`.
         `attention_mask` (B, M) of the source and `decoder_attention_mask` (B, N) of the target, bool or integers 0 and
         1, are True or 1 for real tokens; `positions` of the source and `decoder_positions` of the target, integers,
         are by default counted from each row's first real token; `memory_positions` (M,) or (B, M) are those of the
         source in a decoder that hears it beside itself, where by default it ends at -1.
         """
         return self.decode(
-            self.encode(source, positions=positions, attention_mask=attention_mask),
+            self.encode(source, bias=bias, positions=positions, attention_mask=attention_mask),
             target,
             attention_mask=attention_mask,
+            decoder_bias=decoder_bias,
             decoder_positions=decoder_positions,
             decoder_attention_mask=decoder_attention_mask,
             memory_positions=memory_positions,
         )
 
     def encode(
-        self, source: Tensor, *, positions: Tensor | None = None, attention_mask: Tensor | None = None
+        self,
+        source: Tensor,
+        *,
+        bias: Biases = None,
+        positions: Tensor | None = None,
+        attention_mask: Tensor | None = None,
     ) -> Tensor:
         """The memory: (B, M, embed_dim)."""
         x = (self.source or self.embedding)(source)
-        return self.encoder(x, positions=positions, attention_mask=attention_mask)
+        return self.encoder(x, bias=bias, positions=positions, attention_mask=attention_mask)
 
     def decode(
         self,
@@ -138,6 +147,7 @@ class EncoderDecoder(Tied):
         target: Tensor,
         *,
         attention_mask: Tensor | None = None,
+        decoder_bias: Biases = None,
         decoder_positions: Tensor | None = None,
         decoder_attention_mask: Tensor | None = None,
         memory_positions: Tensor | None = None,
@@ -147,6 +157,7 @@ class EncoderDecoder(Tied):
         mask = padding_mask("decoder_attention_mask", decoder_attention_mask, x)
         x = self.decoder(
             x,
+            bias=decoder_bias,
             positions=decoder_positions,
             attention_mask=mask,
             memory=memory,

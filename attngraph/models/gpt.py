@@ -11,7 +11,7 @@ from attngraph.graph.base import Graph
 from attngraph.graph.patterns import Causal
 from attngraph.models.tied import Tied
 from attngraph.nn.embedding import TokenEmbedding
-from attngraph.nn.transformer import Transformer, TransformerConfig
+from attngraph.nn.transformer import Biases, Transformer, TransformerConfig
 
 
 class GPT(Tied):
@@ -68,13 +68,15 @@ class GPT(Tied):
         tokens: Tensor,
         graph: Graph | Sequence[Graph] | None = None,
         *,
+        bias: Biases = None,
         positions: Tensor | None = None,
         attention_mask: Tensor | None = None,
     ) -> Tensor:
         """tokens int64 (B, N) → logits (B, N, vocab_size).
 
-        `attention_mask`, bool or integers 0 and 1, (B, N), is True or 1 for real tokens. `positions`, integers (N,) or
-        (B, N), are by default counted from each row's first real token; in a pack, each document begins at 0:
+        `graph` and `bias` are as in `Transformer`. `attention_mask`, bool or integers 0 and 1, (B, N), is True or 1 for
+        real tokens. `positions`, integers (N,) or (B, N), are by default counted from each row's first real token; in a
+        pack, each document begins at 0:
 
         >>> from attngraph.nn import TransformerConfig
         >>> config = TransformerConfig(embed_dim=64, num_layers=2, num_heads=4, position="learned", max_length=6)
@@ -84,4 +86,4 @@ class GPT(Tied):
         torch.Size([1, 10, 65])
         """
         x = self.embedding(tokens)
-        return self.head(self.transformer(x, graph, positions=positions, attention_mask=attention_mask))
+        return self.head(self.transformer(x, graph, bias=bias, positions=positions, attention_mask=attention_mask))

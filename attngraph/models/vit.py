@@ -14,7 +14,7 @@ from attngraph.graph.base import Graph, require_ints
 from attngraph.models.saved import Model
 from attngraph.nn.embedding import PatchEmbedding
 from attngraph.nn.padding import padding_mask
-from attngraph.nn.transformer import Transformer, TransformerConfig
+from attngraph.nn.transformer import Biases, Transformer, TransformerConfig
 
 
 class ViT(Model):
@@ -84,12 +84,17 @@ class ViT(Model):
         return self.patches.grid[0] * self.patches.grid[1]
 
     def forward(
-        self, images: Tensor, graph: Graph | Sequence[Graph] | None = None, *, attention_mask: Tensor | None = None
+        self,
+        images: Tensor,
+        graph: Graph | Sequence[Graph] | None = None,
+        *,
+        bias: Biases = None,
+        attention_mask: Tensor | None = None,
     ) -> Tensor:
         """images (B, channels, height, width) → logits (B, num_classes).
 
-        `graph` is of all nodes, CLS first; `attention_mask`, bool or integers 0 and 1, (B, patches), is False or 0 for
-        patches that are not to be heard.
+        `graph` and `bias`, as in `Transformer`, are of all nodes, CLS first; `attention_mask`, bool or integers 0 and
+        1, (B, patches), is False or 0 for patches that are not to be heard.
         """
         x = self.patches(images)
         mask = padding_mask("attention_mask", attention_mask, x)
@@ -98,7 +103,7 @@ class ViT(Model):
             mask = mask if mask is None else torch.cat([torch.ones_like(mask[:, :1]), mask], dim=1)
         places = torch.arange(x.shape[1], device=x.device)  # in the image, whatever is to be heard
         positions = places if self.transformer.takes_positions else None
-        x = self.transformer(x, graph, positions=positions, attention_mask=mask)
+        x = self.transformer(x, graph, bias=bias, positions=positions, attention_mask=mask)
         if self.cls is None:
             weight = torch.ones_like(x[..., :1]) if mask is None else mask[..., None].to(x.dtype)
             return self.head((x * weight).sum(-2) / weight.sum(-2).clamp(min=1))

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout
 
 from attngraph.arguments import check_fields, checked, shown
-from attngraph.bias import Alibi, Bias, RelativeBias
+from attngraph.bias import Alibi, Bias, EdgeBias, RelativeBias
 from attngraph.graph.algebra import Full
 from attngraph.graph.base import Graph, require_ints
 from attngraph.graph.compose import Beside
@@ -21,6 +21,9 @@ from attngraph.nn.feedforward import ACTIVATIONS, FeedForward
 from attngraph.nn.padding import joint_padding_mask, padding_in_front, padding_mask, positions_of, rolled
 from attngraph.nn.positions import AlibiPositions, LearnedPositions, RelativePositions, Rotary, SinusoidalPositions
 from attngraph.nn.told import by_layer, tell_graphs
+
+Biases = Bias | Tensor | Sequence[Bias | Tensor | None] | None
+"""What is added to the scores: of all layers, or a list of one for each."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -242,6 +245,7 @@ class Transformer(nn.Module):
         x: Tensor,
         graph: Graph | Sequence[Graph] | None = None,
         *,
+        bias: Biases = None,
         positions: Tensor | None = None,
         attention_mask: Tensor | None = None,
         memory: Tensor | None = None,
@@ -253,12 +257,15 @@ class Transformer(nn.Module):
 
         Args:
             graph: this time on another graph than the model's own, as for a batch of packed documents.
+            bias: added to the scores, as in `attend`, such as `EdgeBias.of(edge_index, values)`: one for all layers, or
+                a list of one (or None) for each. Not in a model whose positions are a bias, "alibi" or "relative".
             positions: integers (N,) or (B, N), as for documents in a pack, each of which begins at 0; by default they
                 count from each row's first real node. For learned, sinusoidal and rotary positions; the others go by
                 the distance of nodes, which in a pack is the same.
             attention_mask: bool or integers 0 and 1, (B, N): True or 1 for real nodes, False or 0 for padding, which
                 nobody hears. Without `positions`, the places of a graph of any size (`Prefix`, `Chunks`) are counted
-                from each row's first real node too; a graph that knows its size names these very nodes.
+                from each row's first real node too; a graph that knows its size names these very nodes, and so does a
+                `bias` of edges or of pairs, with which all places are those in x.
             memory: (B, M, embed_dim), heard in the cross phase; or, of a config without one, beside the nodes, as
                 `Beside(memory_graph, graph)`: rotary positions then go on from those of the memory.
             memory_graph: who hears which node of the memory, by default all.
@@ -281,6 +288,7 @@ class Transformer(nn.Module):
         if memory_positions is not None and (self.config.cross or self.config.position != "rotary"):
             raise ValueError("memory_positions are of use only for rotary positions, in a model without a cross phase")
         graphs = self.graphs if graph is None else self._per_layer(graph)
+        biases = self._biases(bias)
         num_queries = x.shape[-2]
         mask = padding_mask("attention_mask", attention_mask, x)
         if not (memory_graph is None or isinstance(memory_graph, Graph)):
@@ -291,8 +299,11 @@ class Transformer(nn.Module):
             memory_mask = padding_mask("memory_attention_mask", memory_attention_mask, memory)
         if positions is None and mask is None and self.config.position == "learned":
             self._check_length(num_queries)
+        names_nodes = any(part.size != (None, None) for part in graphs) or any(
+            isinstance(each, Tensor | EdgeBias) for each in biases
+        )
         skipped = None  # nodes in front of each row's first real one, which go behind: so its places in the graph are
-        if positions is None and mask is not None and all(part.size == (None, None) for part in graphs):  # its own
+        if positions is None and mask is not None and not names_nodes:  # its own
             skipped = None if values_known(mask) and bool(mask[:, :1].all()) else padding_in_front(mask)
         if skipped is not None and mask is not None:
             x, mask = rolled(x, skipped), rolled(mask, skipped)
@@ -305,14 +316,14 @@ class Transformer(nn.Module):
             key_positions = _joint_positions(memory_positions, positions)
             graphs = tuple(Beside(memory_graph.sized(None, memory.shape[-2]), each) for each in graphs)
             mask = joint_padding_mask(memory_mask, memory, mask, x)
-        x, rotary, bias = self._with_positions(x, positions, key_positions)
+        x, rotary, of_positions = self._with_positions(x, positions, key_positions)
         if self.embed_norm is not None:
             x = self.embed_norm(x)
-        for layer, layer_graph in zip(self.layers, graphs, strict=True):
+        for layer, layer_graph, layer_bias in zip(self.layers, graphs, biases, strict=True):
             x = layer(
                 x,
                 layer_graph,
-                bias=bias,
+                bias=of_positions if layer_bias is None else layer_bias,
                 attention_mask=mask,
                 rotary=rotary,
                 memory=memory,
@@ -340,6 +351,22 @@ class Transformer(nn.Module):
                 return x, None, self.position(x.device, dtype)
         return x, None, self.position()
 
+    def _biases(self, bias: Biases) -> tuple[Bias | Tensor | None, ...]:
+        """One bias for each layer, or None."""
+        layers, position = self.config.num_layers, self.config.position
+        biases = tuple(bias) if isinstance(bias, list | tuple) else (cast(Bias | Tensor | None, bias),) * layers
+        for each in biases:
+            if not (each is None or isinstance(each, Bias | Tensor)):
+                raise TypeError(
+                    f"bias must be a tensor, an EdgeBias or another bias, or a list of one for each of {layers} layers "
+                    f"(got {shown(each)})"
+                )
+        if len(biases) != layers:
+            raise ValueError(f"bias must be one for all layers, or one for each of {layers} (got {len(biases)})")
+        if position in ("alibi", "relative") and any(each is not None for each in biases):
+            raise ValueError(f"bias can't be given: position={position!r} is a bias itself, and attention takes one")
+        return biases
+
     def _check_length(self, num_nodes: int) -> None:
         """Of nodes at 0, 1, 2, …, also where the numbers of a tensor can't be asked for."""
         longest = self.config.max_length
@@ -366,6 +393,8 @@ class Transformer(nn.Module):
         graphs = (graph,) * layers if isinstance(graph, Graph) else tuple(graph) if _is_list(graph) else ()
         if not graphs and not _is_list(graph):
             raise TypeError(f"graph must be one graph, or one for each of {layers} layers (got {shown(graph)})")
+        if isinstance(graph, tuple) and isinstance(getattr(graph, "graph", None), Graph):
+            raise TypeError(f"graph must be a graph (got {shown(graph)}): did you mean its .graph?")
         for part in graphs:
             if not isinstance(part, Graph):
                 raise TypeError(

@@ -95,7 +95,7 @@ def _differentiable_gradients(dout, dlse, q, k, v, values, attention_mask, kind,
     with torch.autocast(q.device.type, enabled=False):
         q_, k_, v_, values_ = _kernel_precision(q, k, v, values)
         bias = _bias(kind, values_)
-        of_edges = None if bias is None else EdgeBias(bias.over_edges(layout.query, layout.key, q.shape[2]))
+        of_edges = None if bias is None else EdgeBias.sorted(bias.over_edges(layout.query, layout.key, q.shape[2]))
         request = Request(scale, return_lse=True, attention_mask=attention_mask)
         out, lse, _ = BACKENDS["edges"].attend(q_, k_, v_, layout, of_edges, request)
     assert lse is not None
@@ -110,7 +110,7 @@ def _differentiable_gradients(dout, dlse, q, k, v, values, attention_mask, kind,
 def _forward_call(q, k, v, values, attention_mask, kind, scale, plan: Plan) -> tuple[Tensor, Tensor]:
     """In the precision of the kernels, and back."""
     if kind == "edge":
-        require_edge_count(values, plan.edges)
+        require_edge_count(values, plan.edge_values)
     with torch.autocast(q.device.type, enabled=False):
         q_, k_, v_, values_ = _kernel_precision(q, k, v, values)
         out, lse = _forward(plan, q_, k_, v_, Modifiers(scale, _bias(kind, values_), attention_mask))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING
+
+from attngraph.graph.listing import count_edges, of_each_head
 
 if TYPE_CHECKING:
     from attngraph.planning.planner import Plan
@@ -11,10 +14,10 @@ if TYPE_CHECKING:
 def explain(plan: Plan) -> str:
     """See `Plan.explain`."""
     call = plan.call
-    density = plan.edges / max(call.num_queries * call.num_keys, 1)
+    pairs = call.num_queries * call.num_keys * (plan.graph.heads or 1)
     lines = [
-        f"{plan.graph}: {call.num_queries:,} queries, {call.num_keys:,} keys, {plan.edges:,} edges "
-        f"({density:.2%} of all pairs)",
+        f"{plan.graph}: {call.num_queries:,} queries, {call.num_keys:,} keys, {_edges(plan)} "
+        f"({plan.edges / max(pairs, 1):.2%} of all pairs)",
         f"{call.heads} heads of dimension {call.head_dim}, {_options(plan)} on {call.device}; "
         f"layouts of {_bytes(plan.nbytes)}",
         "",
@@ -39,6 +42,14 @@ def explain(plan: Plan) -> str:
     lines += [f"note: {note}" for note in plan.notes]
     lines.append(f"expected times: one forward pass of one batch entry, by {plan.costs.source}")
     return "\n".join(lines)
+
+
+def _edges(plan: Plan) -> str:
+    """How many; where heads have each their own graph, of which heads."""
+    if plan.graph.heads is None:
+        return f"{plan.edges:,} edges"
+    counts = Counter(of_each_head(plan.graph, plan.call.num_queries, plan.call.num_keys, count_edges))
+    return f"{plan.edges:,} edges of all heads, " + " + ".join(f"{of} × {each:,}" for each, of in counts.items())
 
 
 def _options(plan: Plan) -> str:

@@ -19,7 +19,7 @@ from attngraph import cache
 from attngraph.arguments import checked
 from attngraph.graph.base import Graph, at_size, require_ints
 from attngraph.graph.edge_list import EdgeList
-from attngraph.graph.listing import count_edges
+from attngraph.graph.listing import count_edges, of_each_head
 from attngraph.graph.patterns import Causal
 from attngraph.graph.rewrite import simplify
 from attngraph.kernels.available import why_not
@@ -83,6 +83,9 @@ class Plan:
     chosen: tuple[str, ...]
     """Those of the candidates that were taken, for each group of heads with a graph of its own."""
     edges: int
+    """As `graph.num_edges`."""
+    edge_values: int
+    """The edges that any head has: as many as an EdgeBias has values."""
     costs: Costs
     notes: tuple[str, ...] = ()
     _handle: Tensor = field(init=False)
@@ -342,8 +345,9 @@ def _made(graph: Graph, call: Call, name: str, reorder: bool | None = None, cost
                 either = answer if isinstance(answer, str) else known
                 candidates[label] = either if isinstance(either, str) else either + answer
     count = sum(part.edges for part in parts) if bound.heads is None else count_edges(bound, n, m)
+    edges = count if bound.heads is None else sum(of_each_head(bound, n, m, count_edges))
     chosen = tuple(dict.fromkeys(choice.best.name for choice in choices))
-    return Plan(graph, call, tuple(parts), candidates, chosen, count, costs, tuple(notes))
+    return Plan(graph, call, tuple(parts), candidates, chosen, edges, count, costs, tuple(notes))
 
 
 def _merges(call: Call, name: str) -> bool:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from attngraph.bias import Bias, DenseBias, EdgeBias, check_edge_bias, over_pairs
-from attngraph.graph.base import Graph
+from attngraph.graph.base import Graph, at_size
+from attngraph.graph.listing import count_edges
 from attngraph.kernels.contract import Modifiers
 from attngraph.kernels.reference import reference
 from attngraph.planning.backends.base import Backend, Results
@@ -44,7 +45,7 @@ class Reference(Backend):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, layout: Graph, bias: Bias | None, request: Request) -> Results:
         n, m = q.shape[2], k.shape[2]
         if isinstance(bias, EdgeBias):
-            check_edge_bias(bias, layout.num_edges(n, m), q)
+            check_edge_bias(bias, count_edges(*at_size(layout, n, m)), q)
         elif bias is not None:
             bias = DenseBias(over_pairs(bias, q, k, None).double())
         out, lse, weights = reference(q, k, v, layout, bias=bias, **request.generic)

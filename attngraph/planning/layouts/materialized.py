@@ -13,7 +13,7 @@ from torch import Tensor
 
 from attngraph import cache
 from attngraph.graph.base import Graph, at_size
-from attngraph.graph.listing import list_edges
+from attngraph.graph.listing import count_edges, list_edges, of_each_head
 from attngraph.graph.text import pack, tensors_are_fake, unpack
 
 MAX_MASK_BYTES = 1 << 26  # of a mask that is kept; larger ones cost less to build than to keep
@@ -52,7 +52,7 @@ def edges_of_heads(graph: Graph, n: int, m: int, device: torch.device) -> EdgesO
         return EdgesOfHeads(*_edges_operator(*pack(graph), graph.heads or 0, n, m, device))
     if device.type == "meta" or tensors_are_fake():
         with torch._C._DisableTorchDispatch(), torch.device("cpu"):
-            count = graph.num_edges(n, m)
+            count = count_edges(*at_size(graph, n, m))
         query, key = (torch.empty(count, dtype=torch.int64, device=device) for _ in range(2))
         return EdgesOfHeads(query, key, torch.empty(graph.heads or 0, count, dtype=torch.bool, device=device))
     return cache.EDGES.get_or_make((graph, graph._state(), n, m, device), lambda: _listed(graph, n, m, device))
@@ -63,7 +63,7 @@ def _listed(graph: Graph, n: int, m: int, device: torch.device) -> EdgesOfHeads:
     query, key = list_edges(bound, n, m)
     member = torch.empty(0, len(query), dtype=torch.bool)
     if graph.heads:
-        member = torch.stack([bound._head(h).contains(query, key) for h in range(graph.heads)])
+        member = torch.stack(of_each_head(bound, n, m, lambda head, *_: head.contains(query, key)))
     return EdgesOfHeads(query.to(device), key.to(device), member.to(device))
 
 

@@ -16,8 +16,8 @@ In and out  from_ and to_: edge_index, networkx, scipy_sparse_matrix, dense, fun
             collate: samples with graphs of their own as a batch of a DataLoader
 Attention   attend, with the biases Alibi, RelativeBias, EdgeBias and the score Additive
 Plans       plan, Plan, Costs, calibrate: how it runs; compare: beside others; cache: what is kept
-Modules     nn (Attention, Transformer), models (GPT, Encoder, EncoderDecoder, ViT, DecisionTransformer), generate
-            save and load of each model; attngraph.hf: load and save checkpoints of Hugging Face
+Modules     nn (Attention, Transformer), models (GPT, Encoder, EncoderDecoder, ViT, DecisionTransformer), generate;
+            save and load of each model; record: its attention weights; attngraph.hf: checkpoints of Hugging Face
 Questions   analysis (causality, leaks, receptive fields, cost), draw (pictures)
 """
 
@@ -61,6 +61,7 @@ from attngraph.interop import (
     to_scipy_sparse_matrix,
 )
 from attngraph.kernels.scoring import Additive
+from attngraph.nn.recording import record
 from attngraph.planning.calibrate import calibrate
 from attngraph.planning.costs import Costs
 from attngraph.planning.planner import Plan, plan
@@ -109,6 +110,7 @@ __all__ = [
     "parse",
     "parse_list",
     "plan",
+    "record",
     "to_block_mask",
     "to_networkx",
     "to_scipy_sparse_matrix",

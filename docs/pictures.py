@@ -53,7 +53,7 @@ GRAPHS = {
 
 def main() -> None:
     FOLDER.mkdir(exist_ok=True)
-    axes = Figure(figsize=(15, 3.4), layout="constrained").subplots(1, len(CLASSICS))
+    axes = Figure(figsize=(15, 3.6), layout="constrained").subplots(1, len(CLASSICS))
     for ax, (title, expression, n, m) in zip(axes, CLASSICS, strict=True):
         draw.connectivity(parse(expression), n, m, ax=ax, title=f"{title}\n{expression}")
     axes[0].figure.savefig(FOLDER / "classics.png", dpi=110)
@@ -62,6 +62,8 @@ def main() -> None:
         ax = Figure(figsize=(2.1, 2.1), layout="constrained").subplots()
         draw.connectivity(graph, n, graph.size[1] or (22 if name == "beside" else n), ax=ax, title="")
         ax.set(xlabel="", ylabel="", xticks=[], yticks=[])
+        for bar in ax.figure.axes[1:]:
+            bar.remove()
         ax.figure.savefig(FOLDER / f"{name}.png", dpi=70)
     draw_attention_page()
     if sys.argv[1:]:
@@ -71,10 +73,10 @@ def main() -> None:
 def draw_attention_page() -> None:
     """The pictures of docs/attention.md."""
     graph = parse("Causal() & (Window(3, 0) | Prefix(1))")
-    draw.messages(graph, 12, node=8).figure.savefig(FOLDER / "messages.png", dpi=100)
-    draw.connectivity(graph, 12).figure.savefig(FOLDER / "messages-mask.png", dpi=80)
+    draw.messages(graph, 12, node=8).savefig(FOLDER / "messages.png", dpi=100)
+    draw.connectivity(graph, 12).savefig(FOLDER / "messages-mask.png", dpi=80)
     layers = [parse("Causal() & Window(2, 0)")] * 4
-    draw.receptive_field(layers, 20, 24).figure.savefig(FOLDER / "cone.png", dpi=90)
+    draw.receptive_field(layers, 20, 24).savefig(FOLDER / "cone.png", dpi=90)
 
 
 if __name__ == "__main__":

@@ -5,8 +5,9 @@
     python examples/bert.py --graph "Window(8, 8)" --against "Window(16, 0)"       as many edges, on one side or both
 
 The text, its tokens, the model and the pictures are those of examples/gpt.py. Everything is left in runs/NAME:
-config.json, metrics.csv, accuracy.png, connectivity.png, attention.png, filled.txt, and the model, for GPT.load and for
---resume, model.safetensors and optimizer-STEP.safetensors; and in runs/NAME-against what the other graph led to.
+config.json, metrics.csv, accuracy.png, connectivity.png, attention.png, heads.png, filled.txt, and the model, for
+GPT.load and for --resume, model.safetensors and optimizer-STEP.safetensors; and in runs/NAME-against what the other
+graph led to.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import training
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from attngraph import draw
 from attngraph.models import GPT
 
 
@@ -123,10 +125,9 @@ def report(
     training.write_whole(folder / "filled.txt", lambda path: path.write_text(filled, encoding="utf-8"))
     curve = training.loss_curve(metrics, f"masked characters, {args.graph}", "loss [nats a mask]", "masks right [%]")
     training.save_picture(curve, folder / "accuracy.png")
-    training.save_picture(
-        training.connectivity(model.transformer.graphs, min(args.context, 64)), folder / "connectivity.png"
-    )
-    training.save_picture(gpt.attention_map(model, whole[:48].to(device), tokens), folder / "attention.png")
+    graphs = model.transformer.graphs
+    training.save_picture(draw.connectivity(graphs, min(args.context, 64)), folder / "connectivity.png")
+    gpt.draw_attention(folder, model, whole[:48].to(device), tokens, training.chosen_head(args))
     print(f"{'-' * 80}\n{filled}{'-' * 80}\n{training.left_in(folder)}")
 
 

@@ -7,8 +7,9 @@
     python examples/gpt.py --name mine --resume                       go on where it stopped, bit for bit
     python examples/gpt.py --name mine --resume --steps 2000          and longer, or on another --device
 
-Everything is left in runs/NAME: config.json, metrics.csv, loss.png, connectivity.png, attention.png, sample.txt; and
-model.safetensors, which GPT.load("runs/NAME") reads, with optimizer-STEP.safetensors, which --resume needs too.
+Everything is left in runs/NAME: config.json, metrics.csv, loss.png, connectivity.png, attention.png, heads.png,
+sample.txt; and model.safetensors, which GPT.load("runs/NAME") reads, with optimizer-STEP.safetensors, which --resume
+needs too.
 """
 
 from __future__ import annotations
@@ -19,19 +20,15 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 import training
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from attngraph import analysis, draw, generate
+from attngraph import analysis, draw, generate, record
 from attngraph.models import GPT
 from attngraph.nn import TransformerConfig
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 # ---------------------------------------------------------------------------------------------------------- settings
 
@@ -267,7 +264,7 @@ def train(args: argparse.Namespace) -> dict:
     prompt = torch.tensor([tokens.encode(args.prompt)])
     for leak in analysis.leaks(model.transformer.graphs, args.context) if isinstance(model, GPT) else ():
         edge = f"node {leak.query} hears node {leak.key}"
-        print(f"WARNING   layer {leak.layer + 1} hears the future ({edge}): the loss means nothing")
+        print(f"WARNING   layer {leak.layer} hears the future ({edge}): the loss means nothing")
     parameters = sum(p.numel() for p in model.parameters())
     print(f"text      {source}: {len(text):,} characters, {len(tokens)} different tokens")
     print(f"model     {args.model}, {parameters:,} parameters, graph {args.graph}")
@@ -327,20 +324,25 @@ def report(
     training.save_picture(curve, folder / "loss.png")
     if isinstance(model, GPT):
         graphs = model.transformer.graphs
-        training.save_picture(training.connectivity(graphs, min(args.context, 64)), folder / "connectivity.png")
+        training.save_picture(draw.connectivity(graphs, min(args.context, 64)), folder / "connectivity.png")
         sentence = corpus.validation[: min(args.context, 48)].to(prompt.device)
-        training.save_picture(attention_map(model, sentence, tokens), folder / "attention.png")
+        draw_attention(folder, model, sentence, tokens, training.chosen_head(args))
     print(f"{'-' * 80}\n{sample.strip()}\n{'-' * 80}\n{training.left_in(folder)}")
 
 
-def attention_map(model: GPT, sentence: Tensor, tokens: Tokenizer) -> Axes:
-    """The weights of the last layer's most decided head, over a sentence."""
-    layers = model.transformer.layers
-    weights, graph = training.weights_in(layers[-1].attention, lambda: model(sentence[None]))
-    head = int(weights[0].square().sum(-1).argmax())
+@torch.no_grad()
+def draw_attention(
+    folder: Path, model: GPT, sentence: Tensor, tokens: Tokenizer, chosen: tuple[int, int] | None
+) -> None:
+    """The weights of one head over a sentence, by default the last layer's most decided one; and all heads, small."""
+    with record(model) as recorded:
+        model(sentence[None])
+    most_decided = int(recorded[-1].weights[0].square().sum(-1).argmax())
+    layer, head = chosen or (len(recorded) - 1, most_decided)
     labels = [tokens.decode([token]) for token in sentence.tolist()]
-    title = f"layer {len(layers)}, head {head + 1}: attention of each character"
-    return draw.attention(weights[0, head], graph, len(labels), labels=labels, title=title)
+    title = f"layer {layer}, head {head}: attention of each token"
+    training.save_picture(recorded[layer].draw(head, labels=labels, title=title), folder / "attention.png")
+    training.save_picture(recorded.draw(), folder / "heads.png")
 
 
 if __name__ == "__main__":

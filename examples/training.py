@@ -29,7 +29,6 @@ from tqdm import tqdm
 import attngraph
 from attngraph import Graph, draw, parse_list
 from attngraph.models import Model, saved
-from attngraph.nn import Attention
 
 try:
     import fcntl
@@ -37,11 +36,11 @@ except ImportError:  # Windows: runs are not locked there
     fcntl = None
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 # ---------------------------------------------------------------------------------------------------------- settings
 
-FREE = ("name", "runs", "resume")  # of a run that is resumed
+FREE = ("name", "runs", "resume", "draw_attention")  # of a run that is resumed
 LATER = ("steps", "device")  # may be others when a run goes on: more steps, on another device
 MOST = 2**31 - 1  # of any number
 
@@ -96,6 +95,7 @@ def parser_of(doc: str | None, free: tuple[str, ...] = (), **defaults: Any) -> P
     add("--device", default="auto", help="auto, cpu, cuda, mps")
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="auto: what trains faster here")
     add("--evaluate-every", type=int, help="steps between evaluations and checkpoints")
+    add("--draw-attention", metavar="LAYER.HEAD", help="whose attention is drawn, from 0, as in 2.3")
     parser.set_defaults(**defaults)
     parser.free = (*FREE, *LATER, *free)
     return parser
@@ -113,6 +113,7 @@ def parsed(parser: Parser, arguments: list[str] | None) -> argparse.Namespace:
         parser.error(f"--dropout must be a probability below 1 (got {given.dropout})")
     if given.device not in ("auto", "cpu", "mps") and not given.device.startswith("cuda"):
         parser.error(f"--device must be auto, cpu, cuda or mps (got {given.device})")
+    chosen_head(given, parser)
     return given
 
 
@@ -182,6 +183,19 @@ def layer_graphs(text: str, layers: int, size: tuple[int, int] | None = None) ->
     if len(graphs) not in (1, layers):
         raise ValueError(f"--graph must be one graph, or one for each of {layers} layers (got {len(graphs)})")
     return graphs[0] if len(graphs) == 1 else graphs
+
+
+def chosen_head(given: argparse.Namespace, parser: argparse.ArgumentParser | None = None) -> tuple[int, int] | None:
+    """--draw-attention: a layer and one of its heads, both from 0; None for the example's own choice."""
+    if given.draw_attention is None:
+        return None
+    layer, _, head = given.draw_attention.partition(".")
+    if parser is not None and not (layer.isdecimal() and head.isdecimal()):
+        parser.error(f"--draw-attention must be a layer and a head, as in 2.3 (got {given.draw_attention})")
+    if parser is not None and not (int(layer) < given.layers and int(head) < given.heads):
+        last = f"{given.layers - 1}.{given.heads - 1}"
+        parser.error(f"--draw-attention must be from 0.0 to {last} (got {given.draw_attention})")
+    return int(layer), int(head)
 
 
 # ------------------------------------------------------------------------------------------------------ optimisation
@@ -324,9 +338,9 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         saved.write_whole(path, write)
 
 
-def save_picture(ax: Axes, path: Path) -> None:
+def save_picture(figure: Figure, path: Path) -> None:
     """The whole picture or none."""
-    write_whole(path, lambda aside: draw.save(ax, aside))
+    write_whole(path, lambda aside: draw.save(figure, aside))
 
 
 @contextmanager
@@ -607,7 +621,7 @@ def interruptible() -> Iterator[list[int]]:
 # ---------------------------------------------------------------------------------------------------------- pictures
 
 
-def loss_curve(metrics: Metrics, title: str, loss: str, score: str) -> Axes:
+def loss_curve(metrics: Metrics, title: str, loss: str, score: str) -> Figure:
     """Training loss and score against the step; a score that is no loss has an axis of its own."""
     from matplotlib.figure import Figure
 
@@ -625,42 +639,11 @@ def loss_curve(metrics: Metrics, title: str, loss: str, score: str) -> Axes:
     if other is not ax:
         other.set_ylabel(score)
         other.set_ylim(top=min(100.5, other.get_ylim()[1]))  # in percent
-    ax.set(xlabel="step", ylabel=loss, title=title)
+    ax.set(xlabel="step", ylabel=loss)
+    draw.set_title(ax, title)
     ax.grid(alpha=0.3)
     ax.legend(handles=lines)
-    return ax
-
-
-def connectivity(graphs: tuple[Graph, ...], nodes: int) -> Axes:
-    """Who hears whom, for each layer that differs from the one before."""
-    from matplotlib.figure import Figure
-
-    first = [layer for layer, graph in enumerate(graphs) if layer == 0 or graph != graphs[layer - 1]]
-    axes = Figure(figsize=(4 * len(first), 4.2), layout="constrained").subplots(1, len(first), squeeze=False)[0]
-    for ax, layer in zip(axes, first, strict=True):
-        until = next((other for other in first if other > layer), len(graphs))
-        layers = f"layer {layer + 1}" if until == layer + 1 else f"layers {layer + 1}–{until}"
-        draw.connectivity(graphs[layer], nodes, ax=ax, title=f"{layers}: {graphs[layer]}")
-    return axes[0]
-
-
-@torch.no_grad()
-def weights_in(attention: nn.Module | Tensor, run: Callable[[], object]) -> tuple[Tensor, Graph]:
-    """The attention weights (B, H, E) of one `Attention` of a model, while `run` ran; and its graph."""
-    if not isinstance(attention, Attention):
-        raise TypeError(f"weights_in takes an Attention (got a {type(attention).__name__})")
-    captured: dict[str, Any] = {}
-
-    def capture(layer: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any]) -> None:
-        captured["inputs"] = (*inputs, None)[:3], options
-
-    hook = attention.register_forward_pre_hook(capture, with_kwargs=True)
-    run()
-    hook.remove()
-    (x, graph, memory), options = captured["inputs"]
-    q, k, v = attention.project(x, x if memory is None else memory, options.get("rotary"))
-    bias = options.get("bias")
-    return attngraph.attend(q, k, v, graph, bias=bias, return_weights=True, **attention.scoring)[1], graph
+    return ax.figure
 
 
 def left_in(folder: Path) -> str:

@@ -5,7 +5,7 @@
     python examples/translate.py --translate "den 3. März 1987" --resume       with the model that is there
 
 The decoder hears Causal() among itself and, in a phase of its own, the whole source. Everything is left in runs/NAME:
-config.json, metrics.csv, accuracy.png, connectivity.png, alignment.png, samples.txt, and the model, for
+config.json, metrics.csv, accuracy.png, connectivity.png, alignment.png, heads.png, samples.txt, and the model, for
 EncoderDecoder.load and for --resume: model.safetensors and optimizer-STEP.safetensors.
 """
 
@@ -15,7 +15,6 @@ import argparse
 import random
 from datetime import date, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 import training
@@ -23,12 +22,9 @@ from babel.dates import format_date
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from attngraph import draw
+from attngraph import Full, draw, record
 from attngraph.models import EncoderDecoder
-from attngraph.nn import TokenEmbedding, TransformerConfig
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+from attngraph.nn import Recording, TokenEmbedding, TransformerConfig
 
 # ---------------------------------------------------------------------------------------------------------- settings
 
@@ -169,15 +165,23 @@ def beam_search(model: EncoderDecoder, text: str, width: int, device: torch.devi
     return [(TARGET.decode(row), float(each)) for row, each in zip(target[:, 1:].tolist(), score, strict=True)]
 
 
-def alignment(model: EncoderDecoder, text: str, device: torch.device) -> tuple[Tensor, str]:
-    """How much each character of the translation hears each of the source, (10, len(text)): the mean of the heads of
-    the decoder's last layer; and the translation.
-    """
+@torch.no_grad()
+def attention(model: EncoderDecoder, text: str, device: torch.device) -> tuple[Recording, str]:
+    """Who hears whom, and how much, while a date is translated; and the translation."""
     result = greedy(model, [text], device)[0]
     source, target = SOURCE.encode([text])[0], TARGET.encode([f"<{result}"[:-1]])[0]
-    layer = model.decoder.layers[-1].cross
-    weights, _ = training.weights_in(layer, lambda: model(source.to(device), target.to(device)))
-    return weights[0].mean(0).view(LENGTH, len(text)).cpu(), result
+    with record(model) as recorded:
+        model(source.to(device), target.to(device))
+    return recorded, result
+
+
+def alignment(recorded: Recording, chosen: tuple[int, int] | None = None) -> Tensor:
+    """How much each character of a translation hears each of the source, (10, len(text)): one layer and head of the
+    decoder, by default the mean of the heads of the last.
+    """
+    layer = recorded[list(recorded)[-1] if chosen is None else f"decoder.layers.{chosen[0]}.cross"]
+    weights = layer.weights[0].mean(0) if chosen is None else layer.weights[0, chosen[1]]
+    return weights.view(layer.num_queries, layer.num_keys).cpu()
 
 
 # ---------------------------------------------------------------------------------------------------------- training
@@ -248,21 +252,22 @@ def report(
     training.write_whole(folder / "samples.txt", lambda path: path.write_text(samples, encoding="utf-8"))
     curve = training.loss_curve(metrics, "dates to ISO 8601", "loss [nats a character]", "unseen dates right [%]")
     training.save_picture(curve, folder / "accuracy.png")
-    training.save_picture(training.connectivity(model.encoder.graphs, 32), folder / "connectivity.png")
-    text = "Dienstag, den 3. März 1987"
-    weights, result = alignment(model, text, device)
-    training.save_picture(picture(weights, text, result), folder / "alignment.png")
-    print(f"{samples}{training.left_in(folder)}")
-
-
-def picture(weights: Tensor, text: str, result: str) -> Axes:
-    """The alignment: row by row, what a character of the translation hears."""
-    from attngraph import Full
-
-    title = f"attention of each character of {result} to the source"
-    return draw.attention(
-        weights.flatten(), Full(), len(result), len(text), labels=list(result), key_labels=list(text), title=title
+    training.save_picture(draw.connectivity(model.encoder.graphs, 32), folder / "connectivity.png")
+    text, chosen = "Dienstag, den 3. März 1987", training.chosen_head(args)
+    recorded, result = attention(model, text, device)
+    picture = draw.attention(
+        alignment(recorded, chosen).flatten(),
+        Full(),
+        len(result),
+        len(text),
+        labels=list(result),
+        key_labels=list(text),
+        title=f"attention of each character of {result} to the source, "
+        + ("mean of the last layer's heads" if chosen is None else f"layer {chosen[0]}, head {chosen[1]}"),
     )
+    training.save_picture(picture, folder / "alignment.png")
+    training.save_picture(recorded.draw(), folder / "heads.png")
+    print(f"{samples}{training.left_in(folder)}")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@
         --layers 2 --pool mean                                                  as in Swin, layer by layer
     python examples/vit.py --data cifar10 --patch 4 --width 192 --layers 6      where it can be had
 
-Everything is left in runs/NAME: config.json, metrics.csv, accuracy.png, connectivity.png, attention.png if
+Everything is left in runs/NAME: config.json, metrics.csv, accuracy.png, connectivity.png, heads.png, attention.png if
 there is a CLS node, and the model, for ViT.load and for --resume: model.safetensors and optimizer-STEP.safetensors.
 """
 
@@ -26,11 +26,12 @@ import training
 from torch import Tensor
 from torch.nn.functional import affine_grid, cross_entropy, grid_sample
 
+from attngraph import draw, record
 from attngraph.models import ViT
-from attngraph.nn import TransformerConfig
+from attngraph.nn import Recording, TransformerConfig
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 # ---------------------------------------------------------------------------------------------------------- settings
 
@@ -205,11 +206,14 @@ def train(args: argparse.Namespace) -> dict:
             metrics, f"{args.data} on {args.graph}", "loss [nats an image]", "test images right [%]"
         )
         training.save_picture(curve, folder / "accuracy.png")
-        training.save_picture(training.connectivity(model.transformer.graphs, nodes), folder / "connectivity.png")
+        training.save_picture(draw.connectivity(model.transformer.graphs, nodes), folder / "connectivity.png")
+        images = test_images[:8]
+        with torch.no_grad(), record(model) as recorded:
+            guess = model(((images - mean) / deviation).to(device)).argmax(-1).tolist()
+        training.save_picture(recorded.draw(), folder / "heads.png")
         if args.pool == "cls":
-            training.save_picture(
-                attention_map(model, test_images[:8], (mean, deviation), device), folder / "attention.png"
-            )
+            grid, chosen = model.patches.grid, training.chosen_head(args)
+            training.save_picture(attention_map(recorded, grid, images, guess, chosen), folder / "attention.png")
         print(training.left_in(folder))
     return {"test_accuracy": score, "seconds": metrics.seconds, "parameters": parameters, "edges": edges}
 
@@ -217,15 +221,16 @@ def train(args: argparse.Namespace) -> dict:
 # --------------------------------------------------------------------------------------------------- what it learned
 
 
-def attention_map(model: ViT, images: Tensor, scale: tuple[Tensor, Tensor], device: torch.device) -> Axes:
-    """Test images, and over each what the CLS node hears in the last layer, the mean of its heads."""
+def attention_map(
+    recorded: Recording, grid: tuple[int, int], images: Tensor, guess: list[int], chosen: tuple[int, int] | None
+) -> Figure:
+    """Test images, and over each what the CLS node hears in one head, or in the mean of those of the last layer."""
     from matplotlib.figure import Figure
 
-    batch = ((images - scale[0]) / scale[1]).to(device)
-    weights, _ = training.weights_in(model.transformer.layers[-1].attention, lambda: model(batch))
-    of_cls = slice(1, 1 + model.num_patches)  # the first edges are those of node 0, which hears itself and every patch
-    maps = weights.mean(1)[:, of_cls].unflatten(1, model.patches.grid).cpu()
-    guess = model(batch).argmax(-1).tolist()
+    layer = recorded[-1 if chosen is None else chosen[0]]
+    weights = layer.weights.mean(1) if chosen is None else layer.weights[:, chosen[1]]
+    of_cls = slice(1, 1 + grid[0] * grid[1])  # the first edges are those of node 0, which hears itself and every patch
+    maps = weights[:, of_cls].unflatten(1, grid).cpu()
     figure = Figure(figsize=(1.6 * len(images), 4), layout="constrained")
     axes = figure.subplots(2, len(images), squeeze=False)
     extent = (0, images.shape[-1], images.shape[-2], 0)
@@ -241,10 +246,9 @@ def attention_map(model: ViT, images: Tensor, scale: tuple[Tensor, Tensor], devi
     axes[0, 0].set_ylabel("test image")
     axes[1, 0].set_ylabel("attention of CLS")
     figure.colorbar(axes[1, 0].images[-1], ax=axes[1].tolist(), label="weight of a patch", shrink=0.8)
-    figure.suptitle(
-        f"attention of the CLS node in layer {len(model.transformer.layers)}, mean of its heads", fontsize=10
-    )
-    return axes[0, 0]
+    heads = "mean of its heads" if chosen is None else f"head {chosen[1]}"
+    figure.suptitle(f"attention of the CLS node in layer {layer.layer}, {heads}", fontsize=10)
+    return figure
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ from attngraph import (
     Random,
     Window,
     analysis,
-    draw,
     from_function,
 )
 
@@ -76,36 +75,12 @@ def test_cost_counts_edges_of_each_head():
         analysis.cost(Full(), 10, dim=7, heads=2)
 
 
-def test_pictures_can_be_drawn(tmp_path):
-    graph = Causal() & (Window(4, 0) | Prefix(2))
-    draw.save(draw.connectivity(graph, 16), tmp_path / "graph.png")
-    draw.save(draw.connectivity(PerHead([Causal(), Full()]), 40, 30), tmp_path / "heads.png")
-    weights = torch.rand(graph.num_edges(8, 8))
-    axes = draw.attention(weights, graph, 8, labels=list("to be or"))
-    assert [label.get_text() for label in axes.get_xticklabels()] == list("to␣be␣or")
-    draw.save(axes, tmp_path / "weights.png")
-    draw.save(draw.messages(graph, 12, node=3), tmp_path / "messages.png")
-    with pytest.raises(ValueError, match="one of 12 queries"):
-        draw.messages(graph, 12, node=12)
-    draw.save(draw.receptive_field([graph] * 3, 12, 16), tmp_path / "field.png")
-    assert len(list(tmp_path.iterdir())) == 5
-    with pytest.raises(ValueError, match="one for each edge"):
-        draw.attention(weights[1:], graph, 8)
-
-
 def test_what_is_too_large_to_look_at_is_told():
     assert analysis.leaks([Causal(), Full()]) == [(1, 1, 0)]
     with pytest.raises(ValueError, match="give the number of nodes"):
         analysis.is_causal(from_function(lambda q, k: q >= k))
     with pytest.raises(ValueError, match="give the number of nodes"):
         analysis.is_causal(Window(1, 0) @ Window(5, 0))
-    with pytest.raises(ValueError, match="labels must name each of 8 nodes"):
-        draw.attention(torch.ones(36), Causal(), 8, labels=list("to be"))
-
-
-def test_labels_are_no_mathematics(tmp_path):
-    labels = ["$^$", "\\a", "_", "^"]
-    draw.save(draw.attention(torch.ones(10), Causal(), 4, labels=labels), tmp_path / "labels.png")
 
 
 def test_a_node_outside_is_told():

@@ -58,7 +58,7 @@ def same_checkpoints(*folders):
 def test_a_run_leaves_what_it_promises(tmp_path, text, capsys):
     figures, folder = run(tmp_path, text, "--steps", 40, "--graph", "Causal() & (Window(4, 0) | Prefix(2)), Causal()")
     left = {path.name for path in folder.iterdir()}
-    pictures = {"loss.png", "connectivity.png", "attention.png"}
+    pictures = {"loss.png", "connectivity.png", "attention.png", "heads.png"}
     files = {"config.json", "metrics.csv", "model.safetensors", "optimizer-40.safetensors", "sample.txt"}
     assert left == pictures | files
     rows = table(folder)
@@ -320,6 +320,8 @@ def test_a_bad_choice_is_an_error(tmp_path, text, more, message):
         ("--top-p", "0", "a probability above 0"),
         ("--dropout", "1", "a probability below 1"),
         ("--prompt", "", "at least one character"),
+        ("--draw-attention", "2", "a layer and a head, as in 2.3"),
+        ("--draw-attention", "4.0", "from 0.0 to 3.3"),
         ("--device", "abacus", "auto, cpu, cuda or mps (got abacus)"),
     ],
 )
@@ -359,7 +361,7 @@ def test_ctrl_c_saves_where_it_stopped(tmp_path, text, monkeypatch):
 
 def test_a_model_that_hears_the_future_is_warned_of(tmp_path, text, capsys):
     run(tmp_path, text, "--graph", "Causal(), Full()", "--steps", 1)
-    assert "layer 2 hears the future (node 0 hears node 1)" in capsys.readouterr().out
+    assert "layer 1 hears the future (node 0 hears node 1)" in capsys.readouterr().out
 
 
 def test_without_a_text_there_is_shakespeare_or_pythons_manual(tmp_path, monkeypatch):
@@ -553,6 +555,21 @@ def test_where_nothing_can_be_written_nothing_begins(tmp_path, text, monkeypatch
     monkeypatch.setattr(Path, "mkdir", refused)
     with pytest.raises(SystemExit, match=r"run can't be written .*choose another --runs or --name"):
         run(tmp_path, text)
+
+
+def test_any_head_can_be_drawn_also_by_a_run_that_goes_on(tmp_path, text, monkeypatch):
+    titles = {}
+
+    def save(figure, path):
+        titles[path.name] = [ax.get_title() for ax in figure.axes if ax.get_title()]
+
+    monkeypatch.setattr(training, "save_picture", save)
+    run(tmp_path, text, "--draw-attention", "1.0")
+    assert titles["attention.png"] == ["layer 1, head 0: attention of each token"]
+    assert titles["heads.png"] == ["0.0", "0.1", "1.0", "1.1"]
+    again = ["--runs", str(tmp_path / "runs"), "--name", "run", "--resume", "--draw-attention", "0.1"]
+    gpt.train(gpt.settings(again))
+    assert titles["attention.png"] == ["layer 0, head 1: attention of each token"]
 
 
 def test_a_disk_that_fills_at_the_pictures_leaves_the_weights(tmp_path, text, monkeypatch):

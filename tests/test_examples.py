@@ -43,7 +43,7 @@ def scores(folder, name):
         return [float(row[name]) for row in csv.DictReader(file) if row[name]]
 
 
-COMMON = {"config.json", "metrics.csv", "model.safetensors", "accuracy.png", "connectivity.png"}
+COMMON = {"config.json", "metrics.csv", "model.safetensors", "accuracy.png", "connectivity.png", "heads.png"}
 
 
 @pytest.mark.parametrize(
@@ -226,7 +226,8 @@ def test_translate_learns_and_leaves_pictures(translator):
 )
 def test_the_alignment_points_at_day_month_and_year(translator, text, day, month, year):
     """Of the weight on the three while a part of the answer is written, most is on that part."""
-    weights, result = translate.alignment(translator[0], text, torch.device("cpu"))
+    recorded, result = translate.attention(translator[0], text, torch.device("cpu"))
+    weights = translate.alignment(recorded)
     assert torch.allclose(weights.sum(1), torch.ones(10), atol=1e-5)
     spans = {part: range(text.index(part), text.index(part) + len(part)) for part in (year, month, day)}
     by_part = {part: weights[:, list(span)].sum(1) for part, span in spans.items()}

@@ -7,7 +7,7 @@ import networkx
 import pytest
 import scipy.sparse
 import torch
-from matplotlib import pyplot
+from matplotlib.figure import Figure
 from wrong_arguments import WRONG, Door, faults
 
 import attngraph
@@ -33,16 +33,14 @@ GRAPH = Causal() & Window(2, 0)
 ALSO = {"graphs": "takes a list of at least one graph", "size": "size|num_queries"}
 
 
-def drawn(function):
-    """A picture that is closed again."""
+def recorded(**arguments):
+    """What is recorded, and drawn."""
+    with attngraph.record(**arguments) as found:
+        gpt(tokens)
+    return found
 
-    def close_after(**arguments):
-        try:
-            function(**arguments)
-        finally:
-            pyplot.close("all")
 
-    return close_after
+RECORDED = recorded(model=gpt)[0]
 
 
 DOORS = [
@@ -91,6 +89,7 @@ DOORS = [
     }),
     Door("Attention.forward", attention, {
         "x": x, "graph": Causal(), "memory": None, "bias": None, "attention_mask": None, "rotary": None,
+        "return_weights": False,
     }),
     Door("FeedForward", FeedForward, {
         "embed_dim": 8, "hidden_dim": 16, "activation": "gelu", "gated": False, "bias": True, "dropout": 0.0,
@@ -169,9 +168,24 @@ DOORS = [
     Door("analysis.reach", analysis.reach, {"graphs": [Causal()], "n": 4}),
     Door("analysis.last_reader", analysis.last_reader, {"graph": Causal(), "n": 4, "m": 4}),
     Door("analysis.cost", analysis.cost, {"graph": Causal(), "n": 4, "dim": 8, "heads": 2}),
-    Door("draw.connectivity", drawn(attngraph.draw.connectivity), {"graph": Causal(), "n": 6}),
-    Door("draw.messages", drawn(attngraph.draw.messages), {"graph": Causal(), "n": 6}),
-    Door("draw.receptive_field", drawn(attngraph.draw.receptive_field), {"graphs": [Causal()], "node": 2, "n": 6}),
+    Door("draw.connectivity", attngraph.draw.connectivity, {
+        "graph": Causal(), "n": 6, "m": 6, "labels": None, "key_labels": None, "title": None,
+    }),
+    Door("draw.messages", attngraph.draw.messages, {
+        "graph": Causal(), "n": 6, "m": 6, "node": None, "labels": None, "key_labels": None, "title": None,
+    }),
+    Door("draw.attention", attngraph.draw.attention, {
+        "weights": torch.ones(21), "graph": Causal(), "n": 6, "m": 6, "head": None, "labels": None, "key_labels": None,
+        "title": "",
+    }, {"n": "n|weights", "m": "m|weights", "graph": "graph|weights"}),
+    Door("draw.receptive_field", attngraph.draw.receptive_field, {
+        "graphs": [Causal()], "node": 2, "n": 6, "labels": None, "title": None,
+    }),
+    Door("draw.set_title", partial(attngraph.draw.set_title, Figure().subplots()), {"text": "a title"}),
+    Door("record", recorded, {"model": gpt, "layers": None, "heads": None, "gradients": False}),
+    Door("Recorded.draw", RECORDED.draw, {
+        "head": 0, "batch": 0, "labels": None, "key_labels": None, "title": None,
+    }),
 ]  # fmt: skip
 
 

@@ -36,7 +36,7 @@ DEMO = [
     "5",
 ]
 LEFT = {"config.json", "metrics.csv", "model.safetensors", "sample.txt"} | {
-    f"{picture}.png" for picture in ("loss", "connectivity", "attention")
+    f"{picture}.png" for picture in ("loss", "connectivity", "attention", "heads")
 }
 
 

@@ -1,5 +1,6 @@
-"""Pictures of graphs and of attention."""
+"""Pictures of graphs and of attention: figures that a notebook shows and `save` writes, without pyplot."""
 
-from attngraph.draw.pictures import BLUE, attention, connectivity, messages, receptive_field, save
+from attngraph.draw import notebook as _notebook  # noqa: F401  what a notebook shows of a graph
+from attngraph.draw.pictures import BLUE, attention, connectivity, messages, receptive_field, save, set_title
 
-__all__ = ["BLUE", "attention", "connectivity", "messages", "receptive_field", "save"]
+__all__ = ["BLUE", "attention", "connectivity", "messages", "receptive_field", "save", "set_title"]

@@ -25,6 +25,7 @@ from attngraph.graph.values import (
     argument,
     check_found,
     common_size,
+    cut,
     exact,
     plain_int,
     put_plainly,
@@ -44,6 +45,7 @@ Edges = tuple[Tensor, Tensor]
 
 MAX_DEPTH = 210  # operations within each other: some Python frames each
 MAX_TERMS_TOLD, MAX_TERMS_WRITTEN = 100, 1 << 20  # of an expression that `str` and `repr` write out
+MAX_TOLD, MAX_WRITTEN = 1000, 10_000  # characters of `str` and `repr`; `text.written` writes all
 _CLASS_NUMBERS = itertools.count(1)
 
 
@@ -52,8 +54,8 @@ _CLASS_NUMBERS = itertools.count(1)
 class Graph:
     """A set of directed edges k → q, "query q hears key k", over any number of nodes.
 
-    A graph is frozen, hashable and comparable, and its `repr` is an expression that rebuilds it. Graphs combine as
-    Python's `set` does, ``|  &  -  ^  ~``, and further with ``.T`` (every edge reversed) and ``@`` (two hops).
+    A graph is frozen, hashable and comparable, and its `repr`, up to 10,000 characters, is an expression that rebuilds
+    it. Graphs combine as Python's `set` does, ``|  &  -  ^  ~``, and with ``.T`` (edges reversed) and ``@`` (two hops).
 
     A graph of your own is a class with fields and one method, `contains`. Deriving from Graph makes it a frozen
     dataclass; ``@dataclass(frozen=True)`` may stand above it, and changes nothing.
@@ -344,10 +346,10 @@ class Graph:
     def __repr__(self) -> str:
         if self._terms > MAX_TERMS_WRITTEN:
             return self._named()
-        return self._write(repr if self._depth <= MAX_DEPTH // 2 else Graph.__repr__)  # repr itself takes some depth
+        return cut(self._write(repr if self._depth <= MAX_DEPTH // 2 else Graph.__repr__), MAX_WRITTEN)  # repr is deep
 
     def __str__(self) -> str:
-        return self._write(str) if self._terms <= MAX_TERMS_TOLD else self._named()
+        return cut(self._write(str), MAX_TOLD) if self._terms <= MAX_TERMS_TOLD else self._named()
 
     def _named(self) -> str:
         """An expression that is too long to be written out."""

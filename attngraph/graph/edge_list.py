@@ -17,7 +17,7 @@ from attngraph.graph.boxes import Boxes, classify
 from attngraph.graph.values import plain_int
 
 ROWS_PER_STEP = 1 << 22  # rows of boxes whose edges are counted in one step: 32 MiB for each of a few tensors
-MAX_EDGES_WRITTEN = 16  # by `str`; longer lists are named by their digest
+MAX_EDGES_TOLD, MAX_EDGES_WRITTEN = 16, 1000  # by `str` and `repr`; longer lists are named by their digest
 
 
 class EdgeList(Graph):
@@ -140,6 +140,8 @@ class EdgeList(Graph):
         return hashlib.sha256(str((self.size, len(self.code), *sums)).encode()).hexdigest()[:32]
 
     def _write(self, inner: Callable[[Graph], str]) -> str:
+        if len(self.code) > MAX_EDGES_WRITTEN and inner in (repr, Graph.__repr__):
+            return str(self)
         return f"EdgeList({[self.key.tolist(), self.query.tolist()]}, size={self.size})"
 
     def _write_key(self) -> str:
@@ -150,7 +152,7 @@ class EdgeList(Graph):
         return f"EdgeList(_{len(tensors) - 1}, size={self.size})"
 
     def __str__(self) -> str:
-        if len(self.code) <= MAX_EDGES_WRITTEN:
+        if len(self.code) <= MAX_EDGES_TOLD:
             return repr(self)
         return f"EdgeList(<{len(self.code)} edges, {self.digest}>, size={self.size})"
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from attngraph import cache
 from attngraph.arguments import checked
 from attngraph.graph import algebra, compose, edge_list, grids, patterns
-from attngraph.graph.base import Graph
+from attngraph.graph.base import MAX_TERMS_WRITTEN, Graph
 from attngraph.graph.edge_list import EdgeList
 
 LONGEST = 1 << 24  # characters
@@ -51,6 +51,11 @@ def parse(text: str) -> Graph:
     if not isinstance(graph, Graph):
         raise ValueError(f"not a graph but {_short(repr(graph))}: {_short(text)!r}; {_HINT}")
     return graph
+
+
+def written(graph: Graph) -> str:
+    """The whole expression, as `parse` reads it, also where `repr` cuts it."""
+    return graph._write(written) if graph._terms <= MAX_TERMS_WRITTEN else repr(graph)
 
 
 @checked

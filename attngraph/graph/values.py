@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 Size = tuple[int | None, int | None]
 LARGEST = 1 << 61  # of the numbers of a graph: sums and differences of two stay within int64
+MAX_ITEMS_TOLD = 500  # of a tuple, by `str`
 MAX_KEY = 4096  # characters of a key; longer ones are named by their hash
 
 # --------------------------------------------------------------------------------------------------- the class
@@ -148,9 +149,17 @@ def shortened(key: str) -> str:
     return f"{key[:60]} … <{hashlib.sha256(key.encode()).hexdigest()[:40]}>"
 
 
+def cut(text: str, longest: int) -> str:
+    """A text for people: of a long one, the beginning and the end."""
+    half = longest // 2 - 2
+    return text if len(text) <= longest else f"{text[:half]} … {text[-half:]}"
+
+
 def argument(value: object, inner: Callable[[Graph], str]) -> str:
     """A field as an argument of an expression."""
     if isinstance(value, tuple):
+        if inner is str and len(value) > MAX_ITEMS_TOLD:  # `str` cuts what is so long
+            return f"[{', '.join(map(str, value[:200]))}, …, {', '.join(map(str, value[-200:]))}]"
         return f"[{', '.join(argument(item, inner) for item in value)}]"
     return inner(cast(Any, value)) if hasattr(type(value), "_values") else repr(value)
 

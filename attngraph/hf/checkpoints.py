@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from attngraph.arguments import checked, shown
-from attngraph.graph.text import parse_list
+from attngraph.graph.text import parse_list, written
 from attngraph.hf.families import FAMILIES, TRANSPOSED, Family, Form
 from attngraph.hf.made import as_family
 from attngraph.hf.settings import Settings, WrongSetting
@@ -107,9 +107,9 @@ def save(model: nn.Module, path: str | os.PathLike, *, family: str | None = None
     named = dict(model.named_parameters())
     if unknown := sorted(named.keys() ^ places.keys()):
         raise ValueError(f"the model's parameters are not those that load made: {', '.join(unknown)}")
-    graphs = {name: ", ".join(map(repr, part.graphs)) for name, part in transformers(model).items()}
+    graphs = {name: ", ".join(map(written, part.graphs)) for name, part in transformers(model).items()}
     if isinstance(model, EncoderDecoder) and model.memory_graph is not None:
-        graphs["memory"] = repr(model.memory_graph)
+        graphs["memory"] = written(model.memory_graph)
     for text in graphs.values():
         parse_list(text)  # a graph that can't be read again is an error now
     tensors = _as_in_files(named, places)

@@ -11,6 +11,7 @@ from attngraph.nn.positions import (
     SinusoidalPositions,
     rotate,
 )
+from attngraph.nn.recording import Recorded, Recording
 from attngraph.nn.transformer import Block, Transformer, TransformerConfig
 
 __all__ = [
@@ -21,6 +22,8 @@ __all__ = [
     "FeedForward",
     "LearnedPositions",
     "PatchEmbedding",
+    "Recorded",
+    "Recording",
     "RelativePositions",
     "Rotary",
     "SinusoidalPositions",

@@ -103,11 +103,14 @@ class Attention(nn.Module):
         bias: Bias | Tensor | None = None,
         attention_mask: Tensor | None = None,
         rotary: tuple[Tensor, Tensor] | None = None,
-    ) -> Tensor:
+        return_weights: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """x (B, N, embed_dim), memory (B, M, memory_dim) or None → (B, N, embed_dim).
 
         `bias` and `attention_mask` are as in `attend`; `rotary` is a pair (cos, sin), each (M, head_dim), of the keys,
         as `Rotary` gives it: the queries stand where `graph.rows(start, stop)` begins, else they are the last keys.
+        With `return_weights`, a tuple of the output and the weights (B, H, E) before dropout, in the order of
+        `graph.edge_index`; those of a whole model are kept by `attngraph.record`.
         """
         require_vectors("x", x, self.query.in_features)
         if memory is not None:
@@ -115,8 +118,13 @@ class Attention(nn.Module):
         start = None if rotary is None else query_offset(graph)
         q, k, v = self.project(x, x if memory is None else memory, rotary, start)
         dropout_p = self.dropout if self.training else 0.0
-        out = attend(q, k, v, graph, bias=bias, attention_mask=attention_mask, dropout_p=dropout_p, **self.scoring)
-        return self.out(out.transpose(-3, -2).flatten(-2))
+        found = attend(
+            q, k, v, graph, bias=bias, attention_mask=attention_mask, dropout_p=dropout_p,
+            return_weights=return_weights, **self.scoring,
+        )  # fmt: skip
+        out, weights = found if isinstance(found, tuple) else (found, None)
+        out = self.out(out.transpose(-3, -2).flatten(-2))
+        return out if weights is None else (out, weights)
 
     @property
     def scoring(self) -> Scoring:

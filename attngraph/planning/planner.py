@@ -17,6 +17,7 @@ from torch import Tensor
 
 from attngraph import cache
 from attngraph.arguments import checked
+from attngraph.draw import notebook
 from attngraph.graph.base import Graph, at_size, require_ints
 from attngraph.graph.edge_list import EdgeList
 from attngraph.graph.listing import count_edges, of_each_head
@@ -134,6 +135,12 @@ class Plan:
     def explain(self) -> str:
         """What runs, why, at what expected cost, and what else was asked and answered: a table to read."""
         return explain.explain(self)
+
+    def _repr_html_(self) -> str:
+        """In a notebook: the graph's picture, its facts, and how it runs."""
+        n, m = self.call.num_queries, self.call.num_keys
+        facts, picture = notebook.graph_facts(self.graph, n, m), notebook.graph_picture(self.graph, n, m)
+        return notebook.page(repr(self), facts, picture, self.explain())
 
     def __repr__(self) -> str:
         parts = ", ".join(f"{part.backend.name} {part.edges:,}" for part in self.parts)

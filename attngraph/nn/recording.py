@@ -1,0 +1,308 @@
+"""Attention weights of a model while it runs: who heard whom, how much, in which layer and head."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from attngraph.arguments import checked, shown
+from attngraph.draw import notebook
+from attngraph.draw.pictures import of_head, weights_of_edges, weights_sheet
+from attngraph.graph.base import Graph
+from attngraph.nn.attention import Attention
+from attngraph.planning.planner import Plan
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Recorded:
+    """The weights of one `Attention` of a model, as its latest call had them.
+
+    Of a batch that is padded in front, in a model whose graphs fit any size, a row's nodes are counted from its first
+    real one, as the graph does.
+    """
+
+    name: str
+    """Of the module in the model, such as "transformer.layers.0.attention"."""
+    layer: int
+    """The number of the layer, from 0."""
+    graph: Graph
+    """Who may hear whom."""
+    num_queries: int
+    num_keys: int
+    heads: tuple[int, ...]
+    """Which heads were recorded."""
+    weights: Tensor
+    """(B, heads, E), in the order of `edge_index`, before dropout. Of a graph that differs by head, 0 where a head has
+    no such edge; 0 for keys that are padding."""
+    attention_mask: Tensor | None = None
+    """Which keys of each batch entry are no padding: bool (B, num_keys)."""
+    query_mask: Tensor | None = None
+    """The same of the queries, where these are the keys."""
+
+    @cached_property
+    def edge_index(self) -> Tensor:
+        """The edges, int64 (2, E): row 0 the key, row 1 the query; where heads differ, those of any of them."""
+        return self.graph.edge_index(self.num_queries, self.num_keys)
+
+    @checked
+    def of(self, head: int, batch: int = 0) -> tuple[Tensor, Tensor]:
+        """Of one head and one entry of the batch, its own edges (2, E) and their weights (E,), without padding."""
+        if head not in self.heads:
+            raise ValueError(f"head must be one of those that were recorded, {_listed(self.heads)} (got {head})")
+        if not 0 <= batch < len(self.weights):
+            raise ValueError(f"batch must be from 0 to {len(self.weights) - 1} (got {batch})")
+        weights = self.weights[batch, self.heads.index(head)]
+        edges, weights = of_head(self.edge_index, weights, self.graph, head)
+        real = torch.ones_like(edges[0], dtype=torch.bool)
+        for mask, nodes in ((self.attention_mask, edges[0]), (self.query_mask, edges[1])):
+            if mask is not None:
+                real &= mask[batch].to(nodes.device)[nodes]
+        return edges[:, real], weights[real.to(weights.device)]
+
+    @checked
+    def draw(
+        self,
+        head: int | None = None,
+        *,
+        batch: int = 0,
+        labels: Sequence[object] | None = None,
+        key_labels: Sequence[object] | None = None,
+        title: str | None = None,
+    ) -> Figure:
+        """A picture of one head, as `attngraph.draw.attention` makes it; by default a sheet of all recorded heads."""
+        if head is None:
+            return _sheet([self], batch, f"{self.name}, layer.head ({SCALES})" if title is None else title)
+        edges, weights = self.of(head, batch)
+        return weights_of_edges(
+            weights, edges, self.num_queries, self.num_keys, labels=labels, key_labels=key_labels,
+            title=f"{self.name}, head {head}" if title is None else title,
+        )  # fmt: skip
+
+    def __repr__(self) -> str:
+        batch, heads, edges = self.weights.shape
+        size = f"{self.num_queries} × {self.num_keys}"
+        return f"Recorded({self.name!r}, {self.graph}, {size}: {batch} × {heads} heads × {edges:,} edges)"
+
+    def _repr_html_(self) -> str:
+        facts = {
+            "layer": f"{self.layer}, {self.name}",
+            "heads": _listed(self.heads),
+            "nodes": f"{self.num_queries:,} queries × {self.num_keys:,} keys, a batch of {len(self.weights)}",
+            "edges": f"{self.weights.shape[-1]:,}",
+            "weights": f"{tuple(self.weights.shape)}, {self.weights.dtype}",
+        }
+        return notebook.page(str(self.graph), facts, self.draw() if _is_quick([self]) else None)
+
+
+class Recording(Mapping[str, Recorded]):
+    """What `record` has found: a `Recorded` for each `Attention` that ran, by the name of its module or its layer."""
+
+    def __init__(self, layers: dict[str, int]):
+        self._layers, self._found = layers, dict[str, Recorded]()
+
+    def __getitem__(self, layer: int | str) -> Recorded:
+        """Of a layer, by its number (from the end where it is negative) or the name of its `Attention`.
+
+        Raises KeyError for what was not recorded, and for a number of several: an encoder–decoder has three of each.
+        """
+        if isinstance(layer, str):
+            names = [layer] if layer in self._found else []
+        else:
+            number = layer + 1 + max(self._layers.values()) if layer < 0 else layer
+            names = [name for name in self._found if self._layers[name] == number]
+        if len(names) == 1:
+            return self._found[names[0]]
+        if names:
+            raise KeyError(f"layer {layer} has several, ask for one by its name: {', '.join(names)}")
+        if not self._found:
+            raise KeyError("nothing was recorded: run the model inside `with record(model) as recorded:`")
+        raise KeyError(f"{layer!r} was not recorded, but {', '.join(self._found)}")
+
+    def _keeper(self, name: str, heads: tuple[int, ...] | None, gradients: bool) -> Callable[..., None]:
+        """What puts the weights of a module here, as it is told them."""
+
+        def keep(weights: Tensor, graph: Graph | Plan, x: Tensor, memory: Tensor, mask: Tensor | None) -> None:
+            if x.ndim == 2:  # one entry
+                weights, mask = weights[None], mask if mask is None else mask[None]
+            if heads is not None:
+                weights = weights[:, list(heads)]
+            self._found[name] = Recorded(
+                name=name,
+                layer=self._layers[name],
+                graph=graph.graph if isinstance(graph, Plan) else graph,
+                num_queries=x.shape[-2],
+                num_keys=memory.shape[-2],
+                heads=tuple(range(weights.shape[1])) if heads is None else heads,
+                weights=weights if gradients else weights.detach(),
+                attention_mask=mask,
+                query_mask=mask if memory is x else None,
+            )
+
+        return keep
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._found)
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+    @checked
+    def draw(self, *, batch: int = 0, title: str | None = None) -> Figure:
+        """A sheet of all that was recorded, a row for each layer, a column for each head."""
+        if not self._found:
+            raise ValueError("nothing was recorded: run the model inside `with record(model) as recorded:`")
+        return _sheet(list(self._found.values()), batch, f"layer.head ({SCALES})" if title is None else title)
+
+    def __repr__(self) -> str:
+        return f"Recording({', '.join(self._found) or 'nothing yet'})"
+
+    def _repr_html_(self) -> str:
+        facts = {name: f"{tuple(each.weights.shape)} on {str(each.graph)[:200]}" for name, each in self._found.items()}
+        picture = self.draw() if self._found and _is_quick(list(self._found.values())) else None
+        return notebook.page("attention weights, (batch, heads, edges)", facts, picture)
+
+
+MOST_PANELS, MOST_NUMBERS = 48, 1 << 22  # of a sheet that a notebook shows unasked
+SCALES = "white: no edge; dark: weight 0; bright: its largest 2%"
+
+
+@contextmanager
+@checked
+def record(
+    model: nn.Module,
+    *,
+    layers: int | str | Collection[int | str] | None = None,
+    heads: int | Collection[int] | None = None,
+    gradients: bool = False,
+) -> Iterator[Recording]:
+    """Keep the attention weights of a model that runs inside the `with`: one number for each edge, head and entry.
+
+    Each `Attention` in the model is asked for its weights, and its latest call is kept: encoder, decoder and cross
+    attention, graphs by layer and by head, padding, autocast. Afterwards the model is as it was, and what was recorded
+    stays. It takes memory in proportion to the edges: `layers` and `heads` say what is kept. A compiled model runs
+    uncompiled meanwhile.
+
+    Args:
+        model: any module with `Attention` in it, of this library or of `attngraph.hf`.
+        layers: numbers of layers, from 0 (from the end where they are negative), or names of modules; by default all.
+        heads: numbers of heads; by default all.
+        gradients: keep how the weights came about, so that a loss of them can be differentiated; by default they are
+            detached.
+
+    >>> from attngraph import record
+    >>> from attngraph.models import GPT
+    >>> from attngraph.nn import TransformerConfig
+    >>> gpt = GPT(TransformerConfig(embed_dim=64, num_layers=2, num_heads=4, position="rotary"), vocab_size=65)
+    >>> with record(gpt) as recorded:
+    ...     logits = gpt(torch.randint(65, (1, 10)))
+    >>> recorded[1].weights.shape  # layer 1: batch, heads, edges of Causal()
+    torch.Size([1, 4, 55])
+    >>> picture = recorded[1].draw(head=3)
+
+    Raises ValueError for a model without `Attention`, and for layers and heads that it has not.
+    """
+    modules = {name: module for name, module in model.named_modules() if isinstance(module, Attention)}
+    modules = {name.replace("_orig_mod.", ""): module for name, module in modules.items()}  # compiled or not
+    if not modules:
+        raise ValueError(f"model must have attngraph.nn.Attention in it (got a {type(model).__name__})")
+    recording = Recording({name: _layer(name, place) for place, name in enumerate(modules)})
+    chosen = _chosen_layers(layers, recording._layers)
+    kept = _chosen_heads(heads, min(modules[name].num_heads for name in chosen))
+    with ExitStack() as stack:
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        for name in chosen:
+            stack.enter_context(_listening(modules[name], recording._keeper(name, kept, gradients)))
+        yield recording
+
+
+@contextmanager
+def _listening(module: Attention, keep: Callable[..., None]) -> Iterator[None]:
+    """The module, whose every call also tells its weights."""
+    forward, before = module.forward, vars(module).get("forward")  # of the instance: that of an outer recording
+
+    def telling(
+        x: Tensor, graph: Any, memory: Tensor | None = None, *, return_weights: bool = False, **options: Any
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        out, weights = forward(x, graph, memory, return_weights=True, **options)
+        keep(weights, graph, x, x if memory is None else memory, options.get("attention_mask"))
+        return (out, weights) if return_weights else out
+
+    module.forward = telling
+    try:
+        yield
+    finally:
+        if before is None:
+            del module.forward
+        else:
+            module.forward = before
+
+
+def _layer(name: str, place: int) -> int:
+    """The last number in the name of a module; without one, its place among those that can be recorded."""
+    numbers = [part for part in name.split(".") if part.isdecimal()]
+    return int(numbers[-1]) if numbers else place
+
+
+def _chosen_layers(layers: int | str | Collection[int | str] | None, numbers: dict[str, int]) -> list[str]:
+    """The names of the modules to record."""
+    if layers is None:
+        return list(numbers)
+    count = 1 + max(numbers.values())
+    wanted: set[int | str] = set()
+    for each in [layers] if isinstance(layers, int | str) else layers:
+        if isinstance(each, bool) or not isinstance(each, int | str):
+            raise TypeError(f"layers must be numbers of layers or names of modules (got {shown(each)} among them)")
+        number = each + count if isinstance(each, int) and each < 0 else each
+        if number not in numbers and number not in numbers.values():
+            raise ValueError(f"layers must be among 0 … {count - 1} or {', '.join(numbers)} (got {shown(each)})")
+        wanted.add(number)
+    if not wanted:
+        raise ValueError("layers must be at least one (got none)")
+    return [name for name, number in numbers.items() if name in wanted or number in wanted]
+
+
+def _chosen_heads(heads: int | Collection[int] | None, count: int) -> tuple[int, ...] | None:
+    """The numbers of the heads to record; None for all."""
+    if heads is None:
+        return None
+    chosen = (heads,) if isinstance(heads, int) else tuple(heads)
+    for head in chosen:
+        if isinstance(head, bool) or not isinstance(head, int):
+            raise TypeError(f"heads must be numbers of heads (got {shown(head)} among them)")
+        if not 0 <= head < count:
+            raise ValueError(f"heads must be from 0 to {count - 1} (got {head})")
+    if not chosen:
+        raise ValueError("heads must be at least one (got none)")
+    return chosen
+
+
+def _sheet(rows: Sequence[Recorded], batch: int, title: str) -> Figure:
+    """A row of small pictures for each module, one for each of its heads."""
+    names = {each.name: str(each.layer) for each in rows}
+    if len(set(names.values())) < len(names):
+        names = {name: name.removesuffix(".attention") for name in names}
+    panels = [
+        [(f"{names[each.name]}.{head}", *each.of(head, batch), each.num_queries, each.num_keys) for head in each.heads]
+        for each in rows
+    ]
+    return weights_sheet(panels, title)
+
+
+def _is_quick(rows: Sequence[Recorded]) -> bool:
+    """Whether a sheet of them is drawn in about a second."""
+    heads = sum(len(each.heads) for each in rows)
+    numbers = sum(each.weights[:1].numel() for each in rows)
+    return all(len(each.weights) for each in rows) and heads <= MOST_PANELS and numbers <= MOST_NUMBERS
+
+
+def _listed(heads: Sequence[int]) -> str:
+    return ", ".join(map(str, heads))

@@ -1,0 +1,295 @@
+"""Pictures show what there is: every edge and no other, names that can be read, in sensible proportions."""
+
+import io
+import sys
+
+import pytest
+import torch
+from graphs import GRAPHS
+from matplotlib.figure import Figure
+from matplotlib.image import imread
+
+from attngraph import (
+    Causal,
+    Documents,
+    EdgeList,
+    Empty,
+    Full,
+    Global,
+    Identity,
+    PerHead,
+    Prefix,
+    Random,
+    Strided,
+    Window,
+    attend,
+    draw,
+    from_function,
+    record,
+)
+from attngraph.draw.cells import MOST, Cells, shares
+from attngraph.models import GPT
+from attngraph.nn import TransformerConfig
+
+GRAPH = Causal() & (Window(4, 0) | Prefix(2))
+every = pytest.mark.parametrize("case", GRAPHS, ids=lambda case: f"{str(case.graph)[:60]}-{case.n}x{case.m}")
+
+
+def shown(figure, panel=0):
+    """The numbers of a picture; NaN is white."""
+    return torch.from_numpy(figure.axes[panel].images[0].get_array().filled(torch.nan))
+
+
+def pixels(figure):
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=100)
+    file.seek(0)
+    return imread(file)
+
+
+@every
+def test_a_picture_is_the_mask(case):
+    if not case.n * case.m:
+        return
+    mask = case.mask.double()
+    share = mask.mean(0) if mask.ndim == 3 else mask
+    picture = shown(draw.connectivity(case.graph, case.n, case.m))
+    torch.testing.assert_close(picture.nan_to_num().double(), share)
+    assert picture.isnan().equal(share == 0)  # no edge is white
+
+
+@every
+def test_shares_of_cells_are_those_of_the_mask(case):
+    """Cells of 3 × 2 pairs, found by looking at all pairs, and by lists, boxes and lines."""
+    cells = Cells(case.n, case.m, 3, 2)
+    if not case.n * case.m:
+        return
+    mask = case.mask.double()
+    mask = mask.mean(0) if mask.ndim == 3 else mask
+    expected = torch.stack(
+        [mask[top:bottom, left:right].mean() for top, bottom, left, right in zip(*cells.boxes, strict=True)]
+    ).view(cells.shape)
+    for pairs in (case.n * case.m, case.n * case.m - 1):
+        found = shares(case.graph, cells, pairs)
+        if found.is_exact:
+            torch.testing.assert_close(found.values, expected)
+    few = shares(case.graph, cells, 1).values
+    assert ((few > 0) <= (expected > 0)).all()  # a sample finds no edges that are not there
+
+
+@pytest.mark.parametrize("stride", [2, 3, 4, 5, 7, 16])
+@pytest.mark.parametrize("n", [200, 300, 512, 1000])
+def test_a_periodic_graph_is_not_aliased(stride, n):
+    """Each cell is as dark as its share of edges: nowhere emptier or fuller than the period makes it."""
+    figure = draw.connectivity(Strided(stride), n)
+    cells = Cells.of(n, n)
+    assert max(cells.shape) <= MOST
+    mask = Strided(stride).mask(n, n).double()
+    expected = [mask[top:bottom, left:right].mean() for top, bottom, left, right in zip(*cells.boxes, strict=True)]
+    torch.testing.assert_close(shown(figure).nan_to_num().double(), torch.stack(expected).view(cells.shape))
+    assert f"share of edges in cells of {cells.height} × {cells.width}" in figure.axes[1].get_ylabel()
+
+
+@pytest.mark.parametrize(
+    "graph",
+    [
+        Identity(),
+        Global([70_000]),
+        Causal() & (Window(300, 0) | Strided(10)),
+        Documents([50_000] * 2),
+        EdgeList([[7, 99_999], [99_998, 5]], 100_000),
+        EdgeList([[7], [99_998]], 100_000) | Window(1, 1),
+        PerHead([Identity(), Full()]),
+    ],
+    ids=str,
+)
+def test_the_edges_of_a_large_graph_are_all_seen(graph):
+    n = 100_000
+    values, _ = shares(graph, Cells.of(n, n), 1 << 22)
+    key, query = EdgeList([[7, 99_999], [99_998, 5]], n).edge_index(n, n)
+    whole = sum(Cells.of(n, n).areas.double().flatten() * values.flatten())
+    counts = [graph._head(h).num_edges(n, n) for h in range(graph.heads)] if graph.heads else [graph.num_edges(n, n)]
+    assert whole == pytest.approx(sum(counts) / len(counts), rel=0.05)
+    cell = Cells.of(n, n)
+    for q, k in zip(query.tolist(), key.tolist(), strict=True):
+        if bool(graph.contains(torch.tensor(q), torch.tensor(k)).any()):
+            assert values[q // cell.height, k // cell.width] > 0
+
+
+def test_a_predicate_of_any_size_is_sampled_and_said_to_be():
+    figure = draw.connectivity(from_function(lambda q, k: (q + k) % 2 == 0), 20_000)
+    assert figure.axes[1].get_ylabel().endswith(", sampled")
+    picture = shown(figure).double()
+    torch.testing.assert_close(picture, torch.full_like(picture, 0.5), atol=0.25, rtol=0)
+
+
+def test_every_function_gives_a_figure_that_can_be_saved(tmp_path):
+    weights = torch.rand(GRAPH.num_edges(8, 8))
+    for number, figure in enumerate(
+        (
+            draw.connectivity(GRAPH, 16),
+            draw.connectivity([GRAPH, Causal()], 16),
+            draw.connectivity(PerHead([Causal(), Full()]), 40, 30),
+            draw.connectivity(Empty(), 0),
+            draw.messages(GRAPH, 12, node=3),
+            draw.attention(weights, GRAPH, 8),
+            draw.receptive_field([GRAPH] * 3, 12, 16),
+        )
+    ):
+        assert isinstance(figure, Figure)
+        assert figure._repr_png_().startswith(b"\x89PNG")
+        draw.save(figure, tmp_path / f"{number}.png")
+    draw.save(figure.axes[0], tmp_path / "axes.pdf")
+    assert len(list(tmp_path.iterdir())) == 8
+    given = Figure().subplots()
+    assert draw.connectivity(GRAPH, 16, ax=given) is given.figure
+
+
+def test_pictures_leave_pyplot_alone(monkeypatch):
+    """Neither its figures nor its backend are touched: a notebook without one shows them."""
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
+    assert draw.connectivity(GRAPH, 16)._repr_png_()
+    assert draw.messages(GRAPH, 6)._repr_png_()
+
+
+def test_weights_are_a_cell_each_and_no_edge_is_white():
+    weights = torch.arange(GRAPH.num_edges(8, 8)).float()
+    picture = shown(draw.attention(weights, GRAPH, 8)).float()
+    key, query = GRAPH.edge_index(8, 8)
+    assert torch.equal(picture[query, key], weights)  # 0 among them, which is no white
+    assert torch.equal(~picture.isnan(), GRAPH.mask(8, 8))
+    image = pixels(draw.attention(torch.zeros(1), EdgeList([[0], [0]], 2), 2))
+    assert (image[..., :3].sum(-1) < 1.0).mean() > 0.05  # dark, the cell of weight 0
+    n = 300  # cells of 3 × 3: the mean of their edges
+    picture = shown(draw.attention(torch.ones(GRAPH.num_edges(n, n)), GRAPH, n))
+    assert picture.shape == (100, 100)
+    assert set(picture[~picture.isnan()].tolist()) == {1.0}
+
+
+def test_weights_of_a_graph_that_differs_by_head():
+    graph = PerHead([Causal(), Identity()])
+    q, k, v = torch.randn(3, 1, 2, 6, 4)
+    weights = attend(q, k, v, graph, return_weights=True)[1]
+    picture = shown(draw.attention(weights[0, 1], graph, 6, head=1))
+    assert torch.equal(~picture.isnan(), Identity().mask(6, 6))
+    with pytest.raises(ValueError, match=r"head must say which of the graph's 2 heads"):
+        draw.attention(weights[0, 1], graph, 6)
+    with pytest.raises(ValueError, match=r"head must be from 0 to 1 \(got 2\)"):
+        draw.attention(weights[0, 1], graph, 6, head=2)
+
+
+def test_the_size_may_be_the_graphs_own():
+    assert shown(draw.connectivity(Documents([3, 4]))).shape == (7, 7)
+    assert shown(draw.connectivity(Full().sized(None, 3), 5)).shape == (5, 3)
+    with pytest.raises(ValueError, match=r"give the number of nodes to draw, n: Causal\(\) fits any"):
+        draw.connectivity(Causal())
+    with pytest.raises(ValueError, match="same number of query nodes"):
+        draw.connectivity(Documents([3, 4]), 8)
+
+
+@pytest.mark.parametrize("layers", [1, 3, 12, 48])
+def test_layers_are_a_sheet_of_sensible_proportions(layers):
+    graphs = [Causal() & Window(layer, 0) for layer in range(layers)]
+    figure = draw.connectivity(graphs, 64)
+    assert len(figure.axes) == layers
+    width, height = figure.get_size_inches()
+    assert max(width, height) <= 14.5
+    assert max(width, height) <= 4 * min(width, height)
+    titles = [ax.get_title() for ax in figure.axes]
+    assert titles[-1].replace("\n", " ") == f"layer {layers - 1}: {graphs[-1]}"
+
+
+def test_layers_that_are_alike_are_one_picture():
+    figure = draw.connectivity([Causal()] * 3 + [Full()], 16)
+    assert [ax.get_title() for ax in figure.axes] == ["layers 0–2: Causal()", "layer 3: Full()"]
+    with pytest.raises(TypeError, match="graph must be a graph, or one for each layer"):
+        draw.connectivity([Causal(), 3], 16)
+    with pytest.raises(ValueError, match="empty list"):
+        draw.connectivity([], 16)
+
+
+@pytest.mark.parametrize(("n", "m"), [(1000, 3), (3, 1000), (1, 1), (5000, 5000)])
+def test_no_shape_makes_a_strip(n, m):
+    figure = draw.connectivity(Full(), n, m)
+    width, height = figure.get_size_inches()
+    assert 0.3 < width / height < 3.5
+
+
+def overlaps(figure, texts):
+    """Whether any two of these texts, as they are drawn, lie on each other."""
+    figure.canvas.draw()
+    boxes = [text.get_window_extent() for text in texts if text.get_text() and text.get_visible()]
+    return any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+
+
+@pytest.mark.parametrize("n", [8, 34, 400])
+@pytest.mark.parametrize("name", ["x{}", "a name of more than forty characters, number {}"])
+def test_names_do_not_overlap(n, name):
+    names = [name.format(i) for i in range(n)]
+    for figure in (draw.connectivity(Full(), n, labels=names), draw.receptive_field([Full()], 0, n, labels=names)):
+        ax = figure.axes[0]
+        assert not overlaps(figure, ax.get_xticklabels())
+        assert not overlaps(figure, ax.get_yticklabels())
+        assert sum(bool(label.get_text()) for label in ax.get_xticklabels()) >= 8
+    if n <= 34:
+        figure = draw.messages(Identity(), n, labels=names)
+        assert not overlaps(figure, [*figure.axes[0].texts, figure.axes[0].title])
+
+
+def test_nodes_have_the_names_that_are_given():
+    figure = draw.connectivity(Full(), 3, labels=["Ann", ("b", 1), 7])
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["Ann", "('b', 1)", "7"]
+    assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ["Ann", "('b', 1)", "7"]
+    figure = draw.attention(torch.ones(6), Full(), 2, 3, labels=["a", "b"], key_labels=list("cde"))
+    assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == list("cde")
+    tokens = draw.attention(torch.rand(GRAPH.num_edges(8, 8)), GRAPH, 8, labels=list("to be or"))
+    assert [label.get_text() for label in tokens.axes[0].get_xticklabels()] == list("to␣be␣or")
+    field = draw.receptive_field([Causal()], 1, 3, labels=list("abc"))
+    assert field.axes[0].get_title() == "receptive field of node b (1)"
+    texts = [text.get_text() for text in draw.messages(Full(), 2, labels=["source", "sink"]).axes[0].texts]
+    assert texts == ["source", "sink", "keys", "source", "sink", "queries"]
+    with pytest.raises(ValueError, match="labels must name each of 8 nodes"):
+        draw.attention(torch.ones(36), Causal(), 8, labels=list("to be"))
+    with pytest.raises(ValueError, match="key_labels must name each of 4 nodes"):
+        draw.connectivity(Full(), 2, 4, key_labels=list("ab"))
+    with pytest.raises(ValueError, match="one of 12 queries"):
+        draw.messages(GRAPH, 12, node=12)
+    with pytest.raises(ValueError, match="one for each edge"):
+        draw.attention(torch.ones(2), GRAPH, 8)
+
+
+def test_labels_and_titles_are_no_mathematics(tmp_path):
+    labels = ["$^$", "\\a", "_", "^"]
+    draw.save(draw.attention(torch.ones(10), Causal(), 4, labels=labels, title="$x^$"), tmp_path / "labels.png")
+
+
+@pytest.mark.parametrize(
+    "graph", [Causal(), PerHead([GRAPH] * 16), Documents(range(1, 400)), GRAPH | Random(2)], ids=type
+)
+def test_titles_fit(graph):
+    for figure in (
+        draw.connectivity(graph, graph.size[0] or 64),
+        draw.connectivity([graph, Full(), graph], graph.size[0] or 64),
+    ):
+        figure.canvas.draw()
+        titles = [ax.title for ax in figure.axes if ax.get_title()]
+        assert not overlaps(figure, titles)
+        for title in titles:
+            box = title.get_window_extent()
+            assert box.x0 >= -1
+            assert box.x1 <= figure.bbox.x1 + 1
+
+
+def test_what_was_recorded_draws_itself():
+    model = GPT(TransformerConfig(embed_dim=16, num_layers=2, num_heads=2, position="rotary"), 7, [Causal(), GRAPH])
+    with record(model) as recorded:
+        model(torch.randint(7, (2, 8)))
+    figure = recorded[1].draw(head=1, batch=1, labels=list("abcdefgh"))
+    assert figure.axes[0].get_title().replace("\n", "") == "transformer.layers.1.attention, head 1"
+    picture = shown(figure).float()
+    key, query = GRAPH.edge_index(8, 8)
+    torch.testing.assert_close(picture[query, key], recorded[1].weights[1, 1])
+    assert torch.equal(~picture.isnan(), GRAPH.mask(8, 8))
+    sheet = recorded.draw()
+    assert [ax.get_title() for ax in sheet.axes] == ["0.0", "0.1", "1.0", "1.1"]
+    assert [ax.get_title() for ax in recorded[1].draw().axes] == ["1.0", "1.1"]

@@ -61,7 +61,7 @@ def _is_causal_by_form(graph: Graph) -> bool:
 
 
 @checked
-def leaks(graphs: Sequence[Graph], n: int | None = None) -> list[Leak]:
+def leaks(graphs: Graph | Sequence[Graph], n: int | None = None) -> list[Leak]:
     """For each layer that hears the future, the first edge by which it does; empty where the stack is causal.
 
     A stack of causal layers is causal, so one look at each layer suffices.
@@ -83,42 +83,56 @@ def leaks(graphs: Sequence[Graph], n: int | None = None) -> list[Leak]:
 
 
 @checked
-def receptive_field(graphs: Sequence[Graph], node: int, n: int) -> Tensor:
+def receptive_field(graphs: Graph | Sequence[Graph], node: int, n: int | None = None) -> Tensor:
     """The input nodes that reach `node` through a stack of layers, each with its residual stream: sorted int64.
 
     >>> receptive_field([Causal() & Window(2, 0)] * 3, node=9, n=10)
     tensor([3, 4, 5, 6, 7, 8, 9])
     """
+    layers = _layers(graphs)
+    n = _nodes(layers, n)
     if not 0 <= node < n:
         raise ValueError(f"node must be from 0 to {n - 1} (got {node})")
     require_memory(n * BYTES_PER_NODE, f"to look at {n:,} nodes")
     heard, every = torch.tensor([node]), torch.arange(n)
-    for graph in reversed(_layers(graphs)):
+    for graph in reversed(layers):
         require_memory(len(heard) * n * BYTES_PER_PAIR, f"to look at the keys of {len(heard):,} queries of {graph}")
         inside = at_size(graph, n, n)[0].contains(heard[:, None], every[None])
         heard = torch.unique(torch.cat([heard, every[inside.reshape(-1, n).any(0)]]))
     return heard
 
 
-def _layers(graphs: Sequence[Graph]) -> Sequence[Graph]:
-    """The graphs of a stack; TypeError if they are none."""
-    for graph in graphs:
-        if not isinstance(graph, Graph):
-            raise TypeError(f"graphs must be a list of graphs, one for each layer (got {shown(graph)} in it)")
-    return graphs
-
-
 @checked
-def reach(graphs: Sequence[Graph], n: int) -> Tensor:
+def reach(graphs: Graph | Sequence[Graph], n: int | None = None) -> Tensor:
     """Which input (column) reaches which output (row) through a stack of layers with residual streams: bool (n, n)."""
-    require_ints(0, n=n)
+    layers = _layers(graphs)
+    n = _nodes(layers, n)
     require_memory(16 * n * n, f"to multiply matrices of {n} × {n}")
     own = reached = torch.eye(n, dtype=torch.float32)
-    for graph in _layers(graphs):
+    for graph in layers:
         mask = graph.mask(n, n)
         step = (mask.any(0) if graph.heads else mask).float() + own
         reached = (step @ reached > 0).float()
     return reached.bool()
+
+
+def _layers(graphs: Graph | Sequence[Graph]) -> Sequence[Graph]:
+    """The graphs of a stack, of which one graph is the smallest; TypeError if they are none."""
+    layers = [graphs] if isinstance(graphs, Graph) else list(graphs)
+    for graph in layers:
+        if not isinstance(graph, Graph):
+            raise TypeError(f"graphs must be a graph, or one for each layer (got {shown(graph)} in the list)")
+    return layers
+
+
+def _nodes(layers: Sequence[Graph], n: int | None) -> int:
+    """How many nodes a stack has: those asked for, or what a layer knows."""
+    known = [graph.size[0] for graph in layers if graph.size[0] is not None]
+    n = next(iter(known), None) if n is None else n
+    if n is None:
+        raise ValueError("give the number of nodes, n: no layer knows its own")
+    require_ints(0, n=n)
+    return n
 
 
 @checked
@@ -140,12 +154,13 @@ def last_reader(graph: Graph, n: int | None = None, m: int | None = None) -> Ten
 
 
 class Cost(NamedTuple):
-    """What attention on a graph costs: forward and backward together are about 3.5 times the forward FLOPs."""
+    """What attention on a graph costs, or on one for each layer, all together: forward and backward are about 3.5 times
+    the forward FLOPs."""
 
     edges: int
     """As `graph.num_edges`: those of all heads together, where heads have each their own graph."""
     density: float
-    """The share of all pairs that are edges, in the mean over the heads."""
+    """The share of all pairs that are edges, in the mean over the heads and layers."""
     flops: int
     """Multiplications and additions of the forward pass, 4·E·D for each head."""
     dense_flops: int
@@ -153,20 +168,26 @@ class Cost(NamedTuple):
 
 
 @checked
-def cost(graph: Graph, n: int, dim: int, heads: int) -> Cost:
-    """What a layer of this width (dim = heads · head_dim) costs on a sequence of n nodes.
+def cost(graphs: Graph | Sequence[Graph], n: int | None = None, *, dim: int, heads: int) -> Cost:
+    """What layers of this width (dim = heads · head_dim) cost on a sequence of n nodes.
 
     >>> cost(Causal(), 1024, dim=512, heads=8).density
     0.50048828125
+    >>> cost([Causal(), Window(16, 0)], 1024, dim=512, heads=8).edges
+    542072
     """
     require_ints(1, dim=dim, heads=heads)
-    if graph.heads not in (None, heads):
-        raise ValueError(f"graph has {graph.heads} heads, but the cost of {heads} was asked for")
     if dim % heads:
         raise ValueError(f"dim must be a multiple of heads (got {dim} and {heads})")
-    edges = graph.num_edges(n, n)
-    mean = edges / (graph.heads or 1)
-    return Cost(edges, mean / max(n * n, 1), round(4 * mean * dim), 4 * n * n * dim)
+    edges, of_one_head, pairs, layers = 0, 0.0, 0, _layers(graphs)
+    for graph in layers:
+        if graph.heads not in (None, heads):
+            raise ValueError(f"graph has {graph.heads} heads, but the cost of {heads} was asked for")
+        bound, queries, keys = at_size(graph, n)
+        count = bound.num_edges(queries, keys)
+        edges, of_one_head = edges + count, of_one_head + count / (graph.heads or 1)
+        pairs += queries * keys
+    return Cost(edges, of_one_head / max(pairs, 1), round(4 * of_one_head * dim), 4 * pairs * dim)
 
 
 def _size(graph: Graph, n: int | None) -> tuple[int, int]:

@@ -10,6 +10,7 @@ from attngraph import (
     Documents,
     Full,
     Identity,
+    Neighborhood,
     PerHead,
     Prefix,
     Random,
@@ -71,8 +72,23 @@ def test_cost_counts_edges_of_each_head():
     both = analysis.cost(PerHead([Full(), Random(10)]), 100, dim=64, heads=2)
     assert both.edges == 11_000
     assert both.flops == 4 * (10_000 + 1_000) // 2 * 64
+    stack = analysis.cost([Causal(), Window(3, 0), Neighborhood((10, 10), 1)], 100, dim=64, heads=2)
+    alone = [analysis.cost(each, 100, dim=64, heads=2) for each in (Causal(), Window(3, 0), Neighborhood((10, 10), 1))]
+    assert stack.edges == sum(each.edges for each in alone)
+    assert stack.flops == sum(each.flops for each in alone)
+    assert stack.dense_flops == 3 * alone[0].dense_flops
+    assert analysis.cost(Neighborhood((10, 10), 1), dim=64, heads=2) == alone[2]  # it knows its size
     with pytest.raises(ValueError, match="dim must be a multiple of heads"):
         analysis.cost(Full(), 10, dim=7, heads=2)
+
+
+def test_one_graph_is_a_stack_of_one():
+    graph = Neighborhood((3, 3), 1)
+    assert torch.equal(analysis.reach(graph), analysis.reach([graph], 9))
+    assert torch.equal(analysis.receptive_field(graph, 0), analysis.receptive_field([graph], 0, 9))
+    assert analysis.leaks(graph) == analysis.leaks([graph], 9)
+    with pytest.raises(ValueError, match="no layer knows its own"):
+        analysis.reach([Causal()])
 
 
 def test_what_is_too_large_to_look_at_is_told():

@@ -37,7 +37,7 @@ every = pytest.mark.parametrize("case", GRAPHS, ids=lambda case: f"{str(case.gra
 def test_masks_and_edge_index_round_trip(case):
     assert torch.equal(from_dense(case.mask).mask(), case.mask)
     edges = case.graph.edge_index(case.n, case.m)
-    again = from_edge_index(edges, (case.n, case.m))
+    again = from_edge_index(edges, size=(case.m, case.n))
     assert torch.equal(again.edge_index(), edges)
 
 
@@ -144,7 +144,13 @@ def test_heads_and_sizes():
     assert torch.equal(from_dense(mask).mask(), mask)
     assert from_edge_index(torch.tensor([[0, 4], [1, 2]])).size == (5, 5)
     assert from_edge_index(torch.tensor([[0, 4], [1, 2]]), num_nodes=7).size == (7, 7)
-    assert from_edge_index(torch.tensor([[0, 4], [1, 2]]), num_nodes=(3, 6)).size == (3, 6)  # queries, keys
+    edges = torch.tensor([[0, 4], [1, 2]])
+    assert from_edge_index(edges, size=(6, 3)).size == (3, 6)  # sources are keys, targets queries
+    assert from_edge_index(edges, size=(None, 4)).size == (4, 5)
+    with pytest.raises(ValueError, match=r"a source 4, but size says 3 sources.*\(num_sources, num_targets\)"):
+        from_edge_index(edges, size=(3, 6))
+    with pytest.raises(ValueError, match="give num_nodes, or size"):
+        from_edge_index(edges, 5, size=(5, 5))
     assert from_edge_index(torch.zeros(2, 0, dtype=torch.int64)).size == (0, 0)
     assert from_function(lambda q, k: q > k, size=(3, 4)).size == (3, 4)
 
@@ -214,8 +220,8 @@ def test_the_graph_of_a_tensor_is_remembered_until_it_changes():
     assert from_edge_index(torch.tensor([[2, 1], [1, 2]]), 4) == from_edge_index(edge_index, 4)
     edge_index.numpy()[1, 1] = 3  # which the tensor does not count as a change
     assert from_edge_index(edge_index, 4).edge_index().tolist() == [[2, 1], [1, 3]]
-    with pytest.raises(TypeError, match="num_keys"):
-        from_edge_index(edge_index, (4, 4.0))
+    with pytest.raises(TypeError, match="num_targets"):
+        from_edge_index(edge_index, size=(4, 4.0))
     with torch.inference_mode():
         made = torch.tensor([[0, 1], [1, 2]])
         assert from_edge_index(made) == from_edge_index([[0, 1], [1, 2]])

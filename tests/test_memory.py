@@ -71,7 +71,7 @@ QUESTIONS = {
     "last_reader": lambda g, n: analysis.last_reader(g, n, n),
     "reach": lambda g, n: analysis.reach([g], n),
     "receptive_field": lambda g, n: analysis.receptive_field([g, g], 5, n),
-    "cost": lambda g, n: analysis.cost(g, n, 64, g.heads or 1),
+    "cost": lambda g, n: analysis.cost(g, n, dim=64, heads=g.heads or 1),
     "plan": lambda g, n: plan(g, n, n, heads=g.heads or 1),
     "to_block_mask": lambda g, n: to_block_mask(g, n, n),
     "to_networkx": lambda g, n: to_networkx(g, n, n),

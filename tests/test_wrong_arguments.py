@@ -149,9 +149,9 @@ DOORS = [
     Door("from_function", attngraph.from_function, {
         "function": lambda i, j: j <= i, "size": (3, 3),
     }, {"size": "size|num_queries"}, ("function",)),
-    Door("from_edge_index", attngraph.from_edge_index, {"edge_index": torch.tensor([[0, 1], [1, 2]]), "num_nodes": 3}, {
-        "num_nodes": "num_nodes|size|num_queries",
-    }),
+    Door("from_edge_index", attngraph.from_edge_index, {
+        "edge_index": torch.tensor([[0, 1], [1, 2]]), "num_nodes": 3, "size": None,
+    }, {"num_nodes": "num_nodes|size|num_queries", "size": "size|num_nodes|num_sources"}),
     Door("from_networkx", attngraph.from_networkx, {
         "G": networkx.path_graph(3), "nodelist": [0, 1, 2], "weight": None,
     }),
@@ -167,7 +167,7 @@ DOORS = [
     Door("analysis.receptive_field", analysis.receptive_field, {"graphs": [Causal()], "node": 2, "n": 4}),
     Door("analysis.reach", analysis.reach, {"graphs": [Causal()], "n": 4}),
     Door("analysis.last_reader", analysis.last_reader, {"graph": Causal(), "n": 4, "m": 4}),
-    Door("analysis.cost", analysis.cost, {"graph": Causal(), "n": 4, "dim": 8, "heads": 2}),
+    Door("analysis.cost", analysis.cost, {"graphs": Causal(), "n": 4, "dim": 8, "heads": 2}),
     Door("draw.connectivity", attngraph.draw.connectivity, {
         "graph": Causal(), "n": 6, "m": 6, "labels": None, "key_labels": None, "title": None,
     }),

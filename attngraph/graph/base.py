@@ -277,7 +277,7 @@ class Graph:
         if self._depth > MAX_DEPTH:
             raise ValueError(
                 f"a graph nests at most {MAX_DEPTH} operations (got one more): combine many graphs by one operation, "
-                f"as a | b | c is, or list the edges of a part, from_edge_index(part.edge_index(n, m), (n, m))"
+                f"as a | b | c is, or list the edges of a part, EdgeList(part.edge_index(n, m), (n, m))"
             )
         heads = {part.heads for part in children if part.heads}
         if len(heads) > 1:

@@ -1,6 +1,8 @@
 """Dense against sparse on this machine, as one page: python -m benchmarks [--device cuda], or make bench
 
     python -m benchmarks                    the report, in about ten minutes
+    python -m benchmarks --quick            some of it, in a minute and a half
+    python -m benchmarks --graph "Causal() & Window(64, 0)" --nodes 1024 4096      the same of a graph of your own
     python -m benchmarks NAME [options]     one experiment; --help lists its options; the same as -m benchmarks.NAME
 
 Writes runs/bench/report.html and report.md, whole in themselves, and the records that they are made of beside them.
@@ -20,6 +22,7 @@ from pathlib import Path
 from benchmarks import attention, density, planning, quality, report, steps
 from benchmarks.experiment import Experiment, settings
 from benchmarks.measure import now
+from benchmarks.peers import FLEX, PEERS, PYG_COMPILED
 
 # Every experiment, each in a module of its name: they need packages that the report does not.
 EXPERIMENTS = {
@@ -48,12 +51,15 @@ ORDER = (
     "window + sinks", "BigBird", "power law", "neighbourhood", "documents", "uniform", "mixed", "clusters",
     "small world", "window", "causal",
 )  # fmt: skip
+QUICK, QUICK_MINUTES = ("window + sinks", "power law"), 1.2
 OPTIONS: dict[str, dict] = {
     "device": {},
     "minutes": {"default": 10.0, "help": "about how long it may take, or inf"},
     "section": {"choices": list(REPORT)},
     "workload": {**attention.OPTIONS["workload"], "help": "a graph for time against size; all, if there is time"},
+    "graph": attention.OPTIONS["graph"],
     "n": {**attention.OPTIONS["n"], "help": f"numbers of nodes for these; by default {SIZES}"},
+    "quick": {"action": "store_true", "help": "two graphs, or yours, without FlexAttention and PyG compiled: 90 s"},
     **{name: quality.OPTIONS[name] for name in ("steps", "seeds", "text")},
     "limit": {"default": 1.0},
     "repeats": {"default": 7},
@@ -71,8 +77,16 @@ def report_settings(arguments: list[str] | None = None) -> Namespace:
     each = "; ".join(f"{name}: {text}" for name, text in EXPERIMENTS.items())
     title = (__doc__ or "").split("\n")[0]
     options = settings("", f"{title}. Or one experiment, python -m benchmarks NAME: {each}", OPTIONS, arguments)
-    options.workload, options.n = options.workload or list(ORDER), options.n or SIZES[options.device]
-    return Namespace(**vars(options), peer=None, gemm=None)
+    sizes, peer = SIZES[options.device], None
+    if options.graph or options.quick:  # of the other sections, none is about one graph, and none is quick
+        options.section = options.section or ["crossover"]
+    if options.quick:
+        options.minutes = min(options.minutes, QUICK_MINUTES)
+        options.workload, sizes = options.workload or list(QUICK), sizes[:2]
+        peer = [peer.name for peer in PEERS if peer.name not in (FLEX, PYG_COMPILED)]  # which compile for each size
+    options.workload = options.workload or list(ORDER)
+    options.n = options.n or (None if options.graph else sizes)  # a graph of one's own may know its size
+    return Namespace(**vars(options), peer=peer, gemm=None)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -2,6 +2,7 @@
 
     python -m benchmarks.attention                                  every graph and size, hours
     python -m benchmarks.attention --workload window --n 2048 8192
+    python -m benchmarks.attention --graph "Causal() & Window(64, 0)" --nodes 1024 4096
     python -m benchmarks.attention --workload uniform --n 1250 --out /tmp/bench      a smoke test
 
 Batch 1, 8 heads; float32 on a CPU, bfloat16 on a GPU. All contestants of a graph run in one process of their own. At
@@ -18,6 +19,7 @@ reached, `report.py` draws.
 
 from __future__ import annotations
 
+import argparse
 import math
 from argparse import Namespace
 from collections.abc import Callable, Iterator
@@ -28,7 +30,7 @@ from textwrap import shorten
 import torch
 from torch import Tensor
 
-from attngraph import Causal
+from attngraph import Causal, parse
 from benchmarks import peers, pictures
 from benchmarks.experiment import Experiment, Figures, Records
 from benchmarks.measure import Progress, cost, failure, in_turn, isolated, milliseconds, now, ratios
@@ -226,9 +228,18 @@ def measured(workload: str, sizes: list[int], options: Namespace) -> Iterator[tu
 
 def run(options: Namespace) -> Iterator[Figures]:
     """Every workload asked for, from its smallest size to its largest."""
-    for name in options.workload or [workload.name for workload in WORKLOADS]:
+    for name in options.graph or options.workload or [workload.name for workload in WORKLOADS]:
         for nodes, found in measured(name, list(options.n or peers.workload_of(name).sizes), options):
             yield {f"{name}, N = {nodes}, {phase}": figures for phase, figures in found.items()}
+
+
+def own_graph(text: str) -> str:
+    """The name of the workload of a graph of one's own."""
+    try:
+        parse(text)
+    except (ValueError, TypeError) as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return peers.OWN + text
 
 
 HEAD = ["", "ms (quartiles)", "over ours", "prepare, s", "MiB", "turns"]
@@ -256,9 +267,9 @@ def show(key: str, figures: dict) -> str:
 
 def by_workload(records: Records) -> dict[str, dict[str, list[dict]]]:
     """Of each graph, by phase, its sizes from the smallest."""
-    order = [workload.name for workload in WORKLOADS]
-    named = [(key.split(",")[0], figures) for key, figures in records[NAME].items()]
-    named.sort(key=lambda each: (order.index(each[0]), each[1]["phase"], each[1]["n"]))
+    order = {workload.name: place for place, workload in enumerate(WORKLOADS)}
+    named = [(key.rsplit(", N = ", 1)[0], figures) for key, figures in records[NAME].items()]
+    named.sort(key=lambda each: (order.get(each[0], -1), each[0], each[1]["phase"], each[1]["n"]))
     found: dict[str, dict[str, list[dict]]] = {}
     for name, figures in named:
         found.setdefault(name, {}).setdefault(figures["phase"], []).append(figures)
@@ -348,8 +359,14 @@ OPTIONS: dict[str, dict] = {
         "choices": [workload.name for workload in WORKLOADS],
         "help": "one of the graphs; may be repeated",
     },
+    "graph": {
+        "action": "append",
+        "type": own_graph,
+        "metavar": "EXPRESSION",
+        "help": 'a graph of your own instead, such as "Causal() & Window(64, 0)"; may be repeated',
+    },
     "peer": {"action": "append", "choices": [peer.name for peer in PEERS], "help": "one contestant; may be repeated"},
-    "n": {"type": int, "nargs": "+", "help": "numbers of nodes; by default those of each graph"},
+    "n": {"type": int, "nargs": "+", "also": ("--nodes",), "help": "numbers of nodes; by default those of each graph"},
     "repeats": {"default": 15},
     "limit": {"default": 30.0},
     "memory": {},

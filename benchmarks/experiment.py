@@ -39,7 +39,8 @@ def settings(
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     for option, given in options.items():
-        parser.add_argument(f"--{option}", **{**SHARED.get(option, {}), **given})
+        told = {**SHARED.get(option, {}), **given}
+        parser.add_argument(f"--{option}", *told.pop("also", ()), **told)
     parser.set_defaults(device=device)
     found = parser.parse_args(arguments)
     for option, value in vars(found).items():

@@ -337,10 +337,10 @@ def training(options: Namespace) -> Iterator[Goal]:
     config = TransformerConfig(embed_dim=768, num_layers=12, num_heads=12, activation="gelu_tanh", max_length=32_768)
     on_flex = flex_of(peers.and_masks(peers.causal, or_masks(near(512, 0), prefix(4))), 32_768)
 
-    def bare(q, k, v, graph, *, bias, attention_mask, scale, dropout_p):
+    def bare(q, k, v, graph, *, bias, attention_mask, scale, dropout_p, return_weights):
         return scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
 
-    def flex(q, k, v, graph, *, bias, attention_mask, scale, dropout_p):
+    def flex(q, k, v, graph, *, bias, attention_mask, scale, dropout_p, return_weights):
         return on_flex(q, k, v, scale=scale)
 
     for graph, n, batch, theirs, wanted, at_most in (

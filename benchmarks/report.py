@@ -15,7 +15,7 @@ from markdown_it import MarkdownIt
 from benchmarks import attention, density, pictures, planning, quality, steps
 from benchmarks.experiment import Records
 from benchmarks.page import Keep, described, folded, picture, prose, spread, table
-from benchmarks.peers import PEERS, WORKLOADS
+from benchmarks.peers import OWN, PEERS, WORKLOADS
 
 EXPERIMENTS = tuple(module.EXPERIMENT for module in (attention, density, planning, steps, quality))
 
@@ -84,7 +84,10 @@ def compared(records: Records) -> Iterator[str]:
     found = records[attention.NAME]
     ran = {name for figures in found.values() for name in figures["contestants"]}
     absent = [f"{peer.name} ({why})" for peer in PEERS if peer.name not in ran and (why := peer.absent(device))]
-    left = [workload.name for workload in WORKLOADS if workload.name not in attention.by_workload(records)]
+    out = [peer.name for peer in PEERS if peer.name not in ran and not peer.absent(device)]
+    measured = attention.by_workload(records)
+    left = [] if any(name.startswith(OWN) for name in measured) else [each.name for each in WORKLOADS]
+    left = [name for name in left if name not in measured]
     yield from ["## How this was measured", ""]
     yield from prose("""
         All contestants of a graph run in one process, in turn and in another order each round, after two calls each to
@@ -95,6 +98,8 @@ def compared(records: Records) -> Iterator[str]:
     """)
     natten = "NATTEN shifts its windows at borders, which is another graph, and is not compared"
     yield from [f"Absent: {', '.join(absent)}; {natten}." if absent else f"{natten}.", ""]
+    if out and found:
+        yield from [f"Left out here: {', '.join(out)}.", ""]
     if left and found:
         yield from [f"Graphs that were not measured: {', '.join(left)}; `--workload` names them.", ""]
 

@@ -20,7 +20,16 @@ BENCHMARKS = Path(bench.__file__).parent
 
 
 def options(out: Path, **more) -> Namespace:
-    known = {"device": "cpu", "gemm": 64, "peer": None, "limit": 30.0, "memory": 8.0, "repeats": 3, "until": inf}
+    known = {
+        "graph": None,
+        "device": "cpu",
+        "gemm": 64,
+        "peer": None,
+        "limit": 30.0,
+        "memory": 8.0,
+        "repeats": 3,
+        "until": inf,
+    }
     return Namespace(**{**known, "out": out, **more})
 
 
@@ -90,6 +99,33 @@ def test_a_failure_stands_in_the_report(tmp_path):
     measure.record("attention", {"window, N = 100, forward": figures}, tmp_path)
     page = report.text(tmp_path, lambda name, content: name)
     assert "NotImplementedError: no backward \\| on CPU" in page
+
+
+def test_a_graph_of_ones_own_is_a_workload(tmp_path):
+    """By its text alone, as processes pass it on; with commas, a size of its own, and on the page."""
+    text = "Causal() & Neighborhood([4, 4], 1)"
+    name = attention.own_graph(text)
+    workload = workload_of(name)
+    assert str(workload.graph(16)) == text
+    assert workload.sizes == (16,)
+    assert workload.causal
+    asked = bench.report_settings(["--graph", text, "--nodes", "16", "--quick", "--out", str(tmp_path)])
+    assert (asked.graph, asked.n, asked.section) == ([name], [16], ["crossover"])
+    for peer in asked.peer:
+        assert peer not in (FLEX, "PyG compiled")
+    figures = sizes_of(2.0)[0] | {"phase": "forward", "graph": text, "edges": 50, "dim": 64, "heads": 8}
+    for own in figures["contestants"].values():
+        own |= {"extra_mib": 1.0, "prepare_s": 0.1, "turns": 3}
+    measure.record("attention", {f"{name}, N = 16, forward": figures | {"dtype": "float32"}}, tmp_path)
+    page = report.text(tmp_path, lambda name, content: name)
+    assert f"### {name}" in page
+    assert "not measured;" not in page  # of the other graphs, none was asked for
+
+
+def test_a_graph_that_cannot_be_read_is_told(capsys):
+    with pytest.raises(SystemExit):
+        bench.report_settings(["--graph", "Causl()"])
+    assert "not part of a graph expression: 'Causl()'" in capsys.readouterr().err
 
 
 def test_what_would_take_too_long_is_not_tried():

@@ -1,4 +1,4 @@
-"""What every doctest may use without importing it, as a reader expects."""
+"""What the doctests of docstrings may use without importing it. Pages import what they use, as their readers must."""
 
 import pytest
 import torch
@@ -7,7 +7,9 @@ import attngraph
 
 
 @pytest.fixture(autouse=True)
-def _names(doctest_namespace):
-    doctest_namespace["torch"] = torch
+def _names(request, doctest_namespace):
+    if request.path.suffix == ".md":
+        return
     modules = ("analysis", "cache", "draw", "models", "nn")
+    doctest_namespace["torch"] = torch
     doctest_namespace.update({name: getattr(attngraph, name) for name in (*attngraph.__all__, *modules)})

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import attngraph
 from attngraph import (
@@ -20,7 +21,16 @@ from attngraph import (
     generate,
 )
 from attngraph.models import GPT
-from attngraph.nn import Attention, FeedForward, Rotary, SinusoidalPositions, Transformer, TransformerConfig, rotate
+from attngraph.nn import (
+    Attention,
+    Block,
+    FeedForward,
+    Rotary,
+    SinusoidalPositions,
+    Transformer,
+    TransformerConfig,
+    rotate,
+)
 from attngraph.nn.embedding import TokenEmbedding
 from attngraph.nn.positions import LearnedPositions
 
@@ -354,3 +364,15 @@ def test_an_embedding_begins_as_pytorchs_unless_a_model_says_otherwise():
     assert 0.9 < TokenEmbedding(100, 64).weight.std() < 1.1
     assert 0.018 < LearnedPositions(100, 64).weight.std() < 0.022
     assert 0.018 < GPT(config(), 100).embedding.weight.std() < 0.022
+
+
+def test_a_block_is_used_and_checkpointed_by_itself():
+    """Its arguments have names, so that `checkpoint` passes them on; the gradients are the same."""
+    block = Block(config(dropout=0.0)).double()
+    x = torch.randn(2, 9, config().embed_dim, dtype=torch.float64, requires_grad=True)
+    options = {"graph": Causal(), "attention_mask": torch.ones(2, 9, dtype=torch.bool)}
+    out = block(x, **options)
+    again = checkpoint(block, x, use_reentrant=False, **options)
+    assert torch.equal(out, again)
+    wanted, found = (torch.autograd.grad(each.sum(), [x, *block.parameters()]) for each in (out, again))
+    assert all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True))

@@ -42,6 +42,8 @@ def _line(ax: Axes, at: list[int], quartiles: list[list[float]], colour: str, la
 def _against_size(ax: Axes, sizes: list[int], ylabel: str, xlabel: str = "N, nodes", title: str = "") -> None:
     """Both axes logarithmic, a tick a size."""
     ax.set(xscale="log", yscale="log", xlabel=xlabel, ylabel=ylabel, title=title)
+    if len(set(sizes)) == 1:
+        ax.set_xlim(sizes[0] / 2, sizes[0] * 2)
     ax.set_xticks(sizes, [f"{n:,}" for n in sizes], fontsize=8)
     ax.minorticks_off()
 

@@ -19,6 +19,8 @@ from benchmarks.peers import OWN, PEERS, WORKLOADS
 
 EXPERIMENTS = tuple(module.EXPERIMENT for module in (attention, density, planning, steps, quality))
 
+FEWEST_DRAWN = 8  # cases of a picture; fewer are a table
+
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2rem auto; padding: 0 1rem; color: #1f2937 }
 img { max-width: 100% } h1, h2 { line-height: 1.2 } h2 { margin-top: 2.5rem }
@@ -68,12 +70,12 @@ def regret(records: Records, keep: Keep) -> Iterator[str]:
     share = sum(each <= 1.25 for each in middle) / len(middle)
     yield from ["## The planner's choice", ""]
     yield from prose(f"""
-        The time of `auto` over that of the best backend that can be named, in {len(cases)} cases, both pictures above
-        together: {middle[len(middle) // 2]:.2f} in the middle, at most 1.25 in {share:.0%} of them, {middle[-1]:.2f}
-        at worst. Below 1 lie graphs that it cuts into parts for several backends, and noise.
+        The time of `auto` over that of the best backend that can be named, in {len(cases)} cases of those above:
+        {middle[len(middle) // 2]:.2f} in the middle, at most 1.25 in {share:.0%} of them, {middle[-1]:.2f} at worst. Below 1 lie graphs that it cuts into parts for several backends, and noise.
     """)
-    drawn = pictures.regrets([three for _, three in cases])
-    yield from picture(keep, "regret", drawn, "auto's time over that of the best named backend")
+    if len(cases) >= FEWEST_DRAWN:
+        drawn = pictures.regrets([three for _, three in cases])
+        yield from picture(keep, "regret", drawn, "auto's time over that of the best named backend")
     worst = sorted(cases, key=lambda case: -case[1][1])[:8]
     yield from folded("the worst cases", table(["", "times"], [[name, spread(three, 2)] for name, three in worst]))
 

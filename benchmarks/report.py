@@ -71,7 +71,8 @@ def regret(records: Records, keep: Keep) -> Iterator[str]:
     yield from ["## The planner's choice", ""]
     yield from prose(f"""
         The time of `auto` over that of the best backend that can be named, in {len(cases)} cases of those above:
-        {middle[len(middle) // 2]:.2f} in the middle, at most 1.25 in {share:.0%} of them, {middle[-1]:.2f} at worst. Below 1 lie graphs that it cuts into parts for several backends, and noise.
+        {middle[len(middle) // 2]:.2f} in the middle, at most 1.25 in {share:.0%} of them, {middle[-1]:.2f} at worst.
+        Below 1 lie graphs that it cuts into parts for several backends, and noise.
     """)
     if len(cases) >= FEWEST_DRAWN:
         drawn = pictures.regrets([three for _, three in cases])

@@ -1,6 +1,8 @@
 """The Transformer: its switches, its graphs, its compilation; against PyTorch's own modules where they do the same."""
 
 import copy
+import dataclasses
+import re
 
 import pytest
 import torch
@@ -376,3 +378,17 @@ def test_a_block_is_used_and_checkpointed_by_itself():
     assert torch.equal(out, again)
     wanted, found = (torch.autograd.grad(each.sum(), [x, *block.parameters()]) for each in (out, again))
     assert all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True))
+
+
+def test_help_explains_every_switch():
+    explained = set(re.findall(r"^        (\w+): ", TransformerConfig.__doc__, re.MULTILINE))
+    assert explained == {field.name for field in dataclasses.fields(TransformerConfig)}
+
+
+@pytest.mark.parametrize("kind", [GPT, Transformer], ids=lambda kind: kind.__name__)
+def test_three_numbers_make_a_model(kind):
+    settings = TransformerConfig(embed_dim=64, num_layers=2, num_heads=4)
+    assert settings.position == "rotary"
+    assert TransformerConfig(embed_dim=64, num_layers=2, num_heads=4, max_length=9).position == "learned"
+    model = kind(settings, 65) if kind is GPT else kind(settings, Causal())
+    assert model(torch.zeros(1, 7, dtype=torch.long) if kind is GPT else torch.zeros(1, 7, 64)).shape[:2] == (1, 7)

@@ -39,66 +39,72 @@ class TransformerConfig:
     | position | learned | learned | relative | rotary |
     | scale | 1/√head_dim | 1/√head_dim | 1 | 1/√head_dim |
 
+    Args:
+        embed_dim: width of the nodes' vectors.
+        num_layers: how many blocks: attention, then a feed-forward layer.
+        num_heads: query heads.
+        num_kv_heads: key and value heads; by default as many as num_heads.
+        head_dim: width of a head; by default embed_dim / num_heads.
+        hidden_dim: width of the feed-forward layer; by default 4 · embed_dim.
+        activation: of the feed-forward layer: "gelu", "gelu_tanh", "quick_gelu", "relu", "silu" or "squared_relu".
+        gated: whether the feed-forward layer multiplies what is activated by a second projection (Shazeer 2020).
+        norm: LayerNorm, or RMSNorm.
+        norm_eps: what norms add to the variance.
+        norm_order: normalise what a block reads (pre), or the sum after it (post).
+        embed_norm: normalise the embeddings before the first block, as BERT does.
+        final_norm: normalise what the last block gives, as pre-norm models do.
+        bias: what has a bias: the projections of attention, the feed-forward layer, the layer norms.
+        qk_norm: normalise the queries and keys of each head (see `Attention`).
+        scale: factor of the scores, of all layers or of each; by default 1/√head_dim.
+        score: how a key answers a query (see `Attention`).
+        position: how nodes know where they stand; by default "learned" where max_length is given, else "rotary" (Su
+            et al. 2021), which needs an even head_dim. "none": a graph's nodes have no order but that of their edges.
+        max_length: number of learned positions.
+        rotary_base: of rotary positions: the base of the frequencies.
+        rotary_scaling: of rotary positions: how frequencies are changed for longer texts, as in a checkpoint's
+            rope_scaling.
+        relative_buckets: of relative positions (T5): how many learned numbers a head has.
+        relative_max_distance: of relative positions: the distance up to which buckets grow wider (T5's); None:
+            clipped to one a distance.
+        relative_bidirectional: of relative positions: whether keys before and after the query have numbers of their
+            own.
+        cross: a phase in which the nodes hear a memory, between hearing each other and computing. Without it, a
+            memory is heard beside the nodes themselves, in one phase.
+        dropout: of weights, hidden features and what each phase adds: the probability with which a number is dropped.
+        init: "gpt2": N(0, 0.02²), divided by √(2·layers) where the residual stream is written to. "zero": there it
+            starts at 0.
+
     >>> TransformerConfig(embed_dim=64, num_layers=2, num_heads=4).position
     'rotary'
     """
 
     embed_dim: int
-    """Width of the nodes' vectors."""
     num_layers: int
-    """How many blocks: attention, then a feed-forward layer."""
     num_heads: int
-    """Query heads."""
     num_kv_heads: int | None = None
-    """Key and value heads; by default as many as num_heads."""
     head_dim: int | None = None
-    """Width of a head; by default embed_dim / num_heads."""
     hidden_dim: int | None = None
-    """Width of the feed-forward layer; by default 4 · embed_dim."""
     activation: str = "gelu"
-    """Of the feed-forward layer: "gelu", "gelu_tanh", "relu", "squared_relu", "silu" (see `FeedForward`)."""
     gated: bool = False
-    """Whether the feed-forward layer multiplies what is activated by a second projection (Shazeer 2020)."""
     norm: Literal["layer", "rms"] = "layer"
-    """LayerNorm, or RMSNorm."""
     norm_eps: float = 1e-5
-    """What norms add to the variance."""
     norm_order: Literal["pre", "post"] = "pre"
-    """Normalise what a block reads (pre), or the sum after it (post)."""
     embed_norm: bool = False
-    """Normalise the embeddings before the first block, as BERT does."""
     final_norm: bool = True
-    """Normalise what the last block gives, as pre-norm models do."""
     bias: tuple[str, ...] = ("q", "k", "v", "o", "ff", "norm")
-    """What has a bias: the projections of attention, the feed-forward layer, the layer norms."""
     qk_norm: bool = False
-    """Normalise the queries and keys of each head (see `Attention`)."""
     scale: float | tuple[float, ...] | None = None
-    """Factor of the scores, of all layers or of each; by default 1/√head_dim."""
     score: Literal["dot", "additive"] = "dot"
-    """How a key answers a query (see `Attention`)."""
     position: Literal["none", "learned", "sinusoidal", "rotary", "alibi", "relative"] | None = None
-    """How nodes know where they stand; by default "learned" where max_length is given, else "rotary" (Su et al. 2021),
-    which needs an even head_dim. "none": a graph's nodes have no order but that of their edges."""
     max_length: int | None = None
-    """Number of learned positions."""
     rotary_base: float = 10000.0
-    """Of rotary positions: the base of the frequencies."""
     rotary_scaling: Mapping[str, Any] | None = None
-    """Of rotary positions: how frequencies are changed for longer texts, as in a checkpoint's rope_scaling."""
     relative_buckets: int = 32
-    """Of relative positions (T5): how many learned numbers a head has."""
     relative_max_distance: int | None = 128
-    """Of relative positions: the distance up to which buckets grow wider (T5's); None: clipped to one a distance."""
     relative_bidirectional: bool = True
-    """Of relative positions: whether keys before and after the query have numbers of their own."""
     cross: bool = False
-    """A phase in which the nodes hear a memory, between hearing each other and computing. Without it, a memory is heard
-    beside the nodes themselves, in one phase."""
     dropout: float = 0.0
-    """Of weights, hidden features and what each phase adds: the probability with which a number is dropped."""
     init: Literal["gpt2", "zero"] = "gpt2"
-    """gpt2: N(0, 0.02²), divided by √(2·layers) where the residual stream is written to. zero: there it starts at 0."""
 
     def __post_init__(self):
         check_fields(self)

@@ -182,12 +182,17 @@ class EdgeBias:
                 f"values must be of edges that are each given once (got {count} columns for {given.code.shape[0]} "
                 f"edges): torch_geometric.utils.coalesce(edge_index, values, reduce='sum') makes them one"
             )
-        if values.ndim and values.shape[-1] != count:
+        if not values.is_floating_point():
+            raise TypeError(f"values must be floating-point numbers (got {values.dtype})")
+        if not 1 <= values.ndim <= 3 or values.shape[-1] != count:
             turned = ": values.T" if values.ndim == 2 and values.shape[0] == count else ""
             raise ValueError(
                 f"values must be (E,), (H, E) or (B, H, E) for the E = {count} edges that are given (got shape "
                 f"{tuple(values.shape)}){turned}"
             )
+        for name, each in (("self_loops", self_loops), ("fill", fill)):
+            if isinstance(each, Tensor) and each.ndim > 1:
+                raise ValueError(f"{name} must be a number, or a tensor () or (H,) (got shape {tuple(each.shape)})")
         return EdgeBias(values, given, self_loops, fill)
 
     @staticmethod

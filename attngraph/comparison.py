@@ -92,7 +92,8 @@ def compare(
     Contestants, as far as they can run: `attend`; PyTorch's `scaled_dot_product_attention` with a dense mask and, where
     all edges are causal, with `is_causal` (which computes all causal pairs); FlexAttention, compiled; and what PyG's
     TransformerConv does, gather, softmax over each node's edges, add up. Results are compared with one another; then
-    all run in turn. Nothing else should run meanwhile.
+    all run in turn. Nothing else should run meanwhile. It takes some seconds, and where FlexAttention is compiled, half
+    a minute more.
 
     Args:
         graph: who hears whom; n and m may be left out where it knows them.
@@ -109,10 +110,18 @@ def compare(
     require_ints(1, batch=batch, heads=heads, head_dim=head_dim, repeats=repeats)
     if not limit > 0:
         raise ValueError(f"limit must be a number of seconds above 0 (got {limit})")
+    if not dtype.is_floating_point:
+        raise ValueError(f"dtype must be a floating-point torch.dtype, such as torch.bfloat16 (got {dtype})")
     bound, n, m = at_size(graph, n, m)
+    if n == 0 or m == 0:
+        raise ValueError(f"n and m must be at least 1: there is nothing to compare (got {n} and {m})")
     if graph.heads not in (None, heads):
         raise ValueError(f"graph has {graph.heads} heads (got heads={heads})")
     device = torch.device(device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device must be one that torch can use (got {device}, and torch sees no GPU)")
+    vectors = 8 * (n + m) * batch * heads * head_dim * dtype.itemsize  # inputs, results and gradients
+    require_memory(vectors, f"for q, k, v and their gradients at {n:,} × {m:,}", device)
     edges = graph.num_edges(n, m)
     share = edges / max(n * m * (graph.heads or 1), 1)
     match = _Match(graph, bound, n, m, edges, (batch, heads, head_dim), dtype, device, repeats, limit)
@@ -169,11 +178,11 @@ class _Match:
                     results[name] = calls[name]()  # compiled, and warm
                     seconds, memory[name] = cost(calls[name])
                     if seconds > self.limit:
-                        raise _TooSlow(f"a call took {seconds:.1f} s, and may take {self.limit:g}")
+                        raise _TooSlow(f"a call took {seconds:.2g} s, and may take {self.limit:g}")
                 except Exception as error:
                     calls.pop(name, None)
                     built[name] = error
-                    failures[name] = str(error) if isinstance(error, _TooSlow) else failure(error, 100)
+                    failures[name] = str(error) if isinstance(error, _TooSlow) else failure(error, 130)
             for name, error in self.errors(results).items():
                 failures[name] = f"wrong by {error:.1g}"
                 calls.pop(name, None)
@@ -249,7 +258,7 @@ class _Match:
         batch, heads, dim = self.shape
         expected = BOTH_OVER_FORWARD * seconds_per_dim * batch * heads * dim
         if expected > self.limit:
-            raise _TooSlow(f"expected to take {expected:.0f} s a call, and may take {self.limit:g}")
+            raise _TooSlow(f"expected to take {expected:.2g} s a call, and may take {self.limit:g}")
 
 
 def _call(phase: str, attention: Attend, sides: list[Tensor], dout: Tensor) -> list[Tensor]:

@@ -229,16 +229,22 @@ def measured(workload: str, sizes: list[int], options: Namespace) -> Iterator[tu
 def run(options: Namespace) -> Iterator[Figures]:
     """Every workload asked for, from its smallest size to its largest."""
     for name in options.graph or options.workload or [workload.name for workload in WORKLOADS]:
-        for nodes, found in measured(name, list(options.n or peers.workload_of(name).sizes), options):
+        known = peers.workload_of(name)
+        sizes = known.sizes if name.startswith(peers.OWN) and known.graph(0).size[0] else options.n or known.sizes
+        for nodes, found in measured(name, list(sizes), options):
             yield {f"{name}, N = {nodes}, {phase}": figures for phase, figures in found.items()}
 
 
 def own_graph(text: str) -> str:
     """The name of the workload of a graph of one's own."""
     try:
-        parse(text)
+        graph = parse(text)
     except (ValueError, TypeError) as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+    if graph.heads is not None:
+        raise argparse.ArgumentTypeError(f"one graph for all heads is required (got {graph}, one for each head)")
+    if graph.size[0] != graph.size[1]:
+        raise argparse.ArgumentTypeError(f"as many queries as keys are required (got {graph} of size {graph.size})")
     return peers.OWN + text
 
 

@@ -68,6 +68,10 @@ def test_pygs_loader_gives_the_same_batches():
     assert torch.equal(ours, attend(q, k, v, graph, bias=EdgeBias.of(theirs.edge_index, theirs.edge_attr.T)))
 
 
+def test_what_is_no_tensor_comes_as_a_list():
+    assert collate([("a", EdgeList([[0], [1]], 3)), ("b", EdgeList([[0], [1]], 3))])[0] == ["a", "b"]
+
+
 def test_any_graphs_are_put_side_by_side():
     graphs = [Causal().sized(3, 3), Window(1, 1).sized(4, 4)]
     graph, batch = collate([(each,) for each in graphs])
@@ -80,12 +84,26 @@ def test_any_graphs_are_put_side_by_side():
 @pytest.mark.parametrize(
     ("samples", "error", "message"),
     [
-        ([], ValueError, "at least one"),
+        ([], ValueError, r"one or more tuples of one length \(got 0"),
         ([(torch.ones(3), Full())], ValueError, r"know their size \(got Full\(\) in sample 0\): graph.sized"),
         ([(torch.ones(3),)], ValueError, "one graph, all at the same place"),
         ([(torch.ones(3), EdgeList([[0], [1]], 3)), (EdgeList([[0], [1]], 3), 1.0)], ValueError, "at the same place"),
         ([(1, EdgeList([[0], [1]], 3)), (EdgeList([[0], [1]], 3),)], ValueError, "of one length"),
-        ([("a", EdgeList([[0], [1]], 3))], TypeError, "as item 0"),
+        (
+            [(torch.ones(4, 1), EdgeList([[0, 1], [1, 2]], 3)), (torch.ones(2, 1), EdgeList([[0, 1], [1, 2]], 3))],
+            ValueError,
+            "got 4 rows in sample 0, which has 3 nodes and 2 edges",
+        ),
+        (
+            [(torch.ones(3, 1), EdgeList([[0, 1], [1, 2]], 3)), (torch.ones(1, 1), EdgeList([[0, 1], [1, 2]], 3))],
+            ValueError,
+            "the same in all samples",
+        ),
+        (
+            [(torch.ones(3, 1), EdgeList([[0], [1]], 3)), (torch.ones(3, 2), EdgeList([[0], [1]], 3))],
+            ValueError,
+            "item 0 of the samples must fit together",
+        ),
         ([EdgeList([[0], [1]], 3)], TypeError, r"samples must be tuples, such as \(x, graph, y\)"),
     ],
 )

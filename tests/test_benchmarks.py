@@ -122,10 +122,30 @@ def test_a_graph_of_ones_own_is_a_workload(tmp_path):
     assert "not measured;" not in page  # of the other graphs, none was asked for
 
 
-def test_a_graph_that_cannot_be_read_is_told(capsys):
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("Causl()", "not part of a graph expression: 'Causl()'"),
+        ("PerHead([Causal(), Full()])", "one graph for all heads is required"),
+        ("Full().sized(3, 4)", "as many queries as keys are required"),
+    ],
+)
+def test_a_graph_that_cannot_be_measured_is_told(text, message, capsys):
     with pytest.raises(SystemExit):
-        bench.report_settings(["--graph", "Causl()"])
-    assert "not part of a graph expression: 'Causl()'" in capsys.readouterr().err
+        bench.report_settings(["--graph", text])
+    assert message in capsys.readouterr().err
+
+
+def test_a_graph_of_a_size_is_measured_at_that_size(tmp_path):
+    """Whatever --nodes says of others."""
+    (found,) = {
+        figures["n"]
+        for each in attention.run(
+            options(tmp_path, graph=[attention.own_graph("Documents([3, 4])")], n=[64], peer=[AUTO])
+        )
+        for figures in each.values()
+    }
+    assert found == 7
 
 
 def test_what_would_take_too_long_is_not_tried():

@@ -1,5 +1,7 @@
 """The classics differ in connectivity alone; padding is heard by nobody; what does not fit is an error that says so."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -288,3 +290,39 @@ def test_models_compile_whole():
     ):
         compiled = torch.compile(model.eval(), fullgraph=True, backend="aot_eager")
         torch.testing.assert_close(compiled(tokens(2, 9), **given), model(tokens(2, 9), **given))
+
+
+@pytest.mark.parametrize(
+    ("model", "name", "named"),
+    [
+        (lambda: GPT(config(), 11), "graph", "set model.transformer.graphs"),
+        (lambda: GPT(config(), 11), "graphs", "set model.transformer.graphs"),
+        (lambda: EncoderDecoder(config(), config(cross=True), 11), "graphs", "set model.encoder.graphs, model.decoder"),
+        (lambda: Transformer(config(), Causal()), "graph", "set `graphs`"),
+    ],
+)
+def test_a_graph_that_would_not_be_used_is_told(model, name, named):
+    with pytest.raises(AttributeError, match=named):
+        setattr(model(), name, Causal())
+
+
+def test_too_few_learned_positions_for_an_image_are_told_when_it_is_made():
+    with pytest.raises(ValueError, match="max_length must be at least 17: 16 patches and CLS"):
+        ViT(config(max_length=16), 5, image_size=8, patch_size=2)
+
+
+@pytest.mark.parametrize(
+    ("switches", "message"),
+    [
+        ({"max_length": 9, "rotary_base": 5e5}, "rotary_base and rotary_scaling are of rotary positions"),
+        ({"max_length": None, "embed_dim": 36, "num_heads": 4}, r"need an even head_dim \(got 9\): give head_dim, or"),
+        ({"dropout": 1.5}, "dropout must be a probability"),
+        ({"dropout": math.nan}, "dropout must be a probability"),
+        ({"norm_eps": -1.0}, "norm_eps must be a number of at least 0"),
+        ({"norm_eps": math.nan}, "norm_eps must be a number of at least 0"),
+        ({"num_heads": 4, "num_kv_heads": 3, "embed_dim": 32}, "multiple of num_kv_heads"),
+    ],
+)
+def test_impossible_switches_are_told_when_they_are_given(switches, message):
+    with pytest.raises(ValueError, match=message):
+        config(**switches)

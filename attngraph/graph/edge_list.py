@@ -228,7 +228,8 @@ def integer_tensor(edge_index: Tensor | Sequence[Sequence[int]]) -> Tensor:
     if given.is_floating_point() or given.is_complex() or given.dtype == torch.bool:
         raise TypeError(f"edge_index must hold integers (got {given.dtype})")
     if given.ndim != 2 or given.shape[0] != 2:
-        raise ValueError(
-            f"edge_index must have shape (2, E) (got {tuple(given.shape)}); a (N, N) mask: from_dense(mask)"
-        )
+        square = given.ndim == 2 and given.shape[0] == given.shape[1]
+        hint = "; a (N, N) mask: from_dense(mask)" if square else ""
+        hint = "; of one edge a row: edge_index.T" if given.ndim == 2 and given.shape[1] == 2 else hint
+        raise ValueError(f"edge_index must have shape (2, E) (got {tuple(given.shape)}){hint}")
     return given.detach().to(torch.int64)

@@ -63,6 +63,9 @@ class ClassHead(nn.Module):
         nodes, the first of which stands for the sequence.
         """
         if self.pool is not None:
+            if x.ndim != 3 or not x.shape[1]:
+                wanted = "a sequence is classified by its first token: a batch of sequences of at least one is required"
+                raise ValueError(f"{wanted} (got vectors of shape {tuple(x.shape)})")
             first = x[:, 0] if mask is None else x.take_along_dim(mask.int().argmax(1)[:, None, None], 1)[:, 0]
             x = self.pool(first).tanh()
         return self.scores(dropout(x, self.dropout, self.training))

@@ -38,6 +38,12 @@ class Model(nn.Module):
         """
         raise NotImplementedError(f"{type(self).__name__} must define _arguments(), so that it can be saved")
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("graph", "graphs"):  # which would do nothing
+            named = ", ".join(f"model.{part}.graphs" for part in transformers(self))
+            raise AttributeError(f"a {type(self).__name__} has no {name!r}: set {named}")
+        super().__setattr__(name, value)
+
     @checked
     def save(self, path: str | os.PathLike, *, metadata: Mapping[str, str] | None = None) -> None:
         """Write the model to a directory, as one file, model.safetensors, which `load` reads again.

@@ -59,6 +59,10 @@ class ViT(Model):
         graphs = [graph] if isinstance(graph, Graph) else list(graph)
         if pool == "cls":
             graphs = [_with_cls(each, self.num_patches) for each in graphs]
+        nodes = self.num_patches + (pool == "cls")
+        if config.position == "learned" and (config.max_length or 0) < nodes:
+            what = f"{self.num_patches} patches" + (" and CLS" if pool == "cls" else "")
+            raise ValueError(f"max_length must be at least {nodes}: {what} (got {config.max_length})")
         self.transformer = Transformer(config, graphs[0] if isinstance(graph, Graph) else graphs)
         self.head = nn.Linear(config.embed_dim, num_classes)
         self.reset_parameters()

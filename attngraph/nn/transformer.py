@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
@@ -115,6 +116,11 @@ class TransformerConfig:
         unknown = set(self.bias) - {"q", "k", "v", "o", "ff", "norm"}
         if unknown:
             raise ValueError(f"bias must name q, k, v, o, ff or norm (got {', '.join(sorted(unknown))})")
+        if self.position != "rotary" and (self.rotary_scaling is not None or self.rotary_base != 10000.0):
+            given = f"got position={self.position!r}, rotary_base={self.rotary_base:g}"
+            raise ValueError(
+                f"rotary_base and rotary_scaling are of rotary positions: give position='rotary' ({given})"
+            )
         if self.position == "learned" and not self.max_length:
             raise ValueError("learned positions need max_length, the number of positions")
         choices = {
@@ -133,6 +139,13 @@ class TransformerConfig:
         for name in ("num_kv_heads", "head_dim", "hidden_dim", "max_length"):
             if getattr(self, name) is not None:
                 require_ints(1, **{name: getattr(self, name)})
+        if self.num_heads % (self.num_kv_heads or 1):
+            given = f"got {self.num_heads} and {self.num_kv_heads}"
+            raise ValueError(f"num_heads must be a multiple of num_kv_heads ({given})")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be a probability, at least 0 and below 1 (got {self.dropout})")
+        if not 0 <= self.norm_eps < math.inf:
+            raise ValueError(f"norm_eps must be a number of at least 0 (got {self.norm_eps})")
         if isinstance(self.scale, (tuple, list)):
             if len(self.scale) != self.num_layers:
                 raise ValueError(
@@ -144,6 +157,11 @@ class TransformerConfig:
                 given = f"{self.embed_dim} and {self.num_heads}"
                 raise ValueError(f"embed_dim must be a multiple of num_heads (got {given}), or give head_dim")
             object.__setattr__(self, "head_dim", self.embed_dim // self.num_heads)
+        if self.position == "rotary" and (self.head_dim or 0) % 2:
+            raise ValueError(
+                f"rotary positions, the default, need an even head_dim (got {self.head_dim}): give head_dim, or "
+                f"another position, such as 'learned' with max_length"
+            )
 
 
 POSITIONS = {
@@ -383,6 +401,11 @@ class Transformer(nn.Module):
     def takes_positions(self) -> bool:
         """Whether nodes have positions that can be given; otherwise their distances are those of their numbers."""
         return self.config.position in ("learned", "sinusoidal", "rotary")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "graph":  # which would do nothing
+            raise AttributeError("a Transformer has no 'graph': set `graphs`, to one, or to one for each layer")
+        super().__setattr__(name, value)
 
     @property
     def graphs(self) -> tuple[Graph, ...]:

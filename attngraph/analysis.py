@@ -28,12 +28,15 @@ class Leak(NamedTuple):
 
 
 @checked
-def is_causal(graph: Graph, n: int | None = None) -> bool:
-    """Whether no query hears a later key; for closed forms of any size, among the first 2²⁰ nodes.
+def is_causal(graph: Graph | Sequence[Graph], n: int | None = None) -> bool:
+    """Whether no query hears a later key, in any layer of a stack; for closed forms of any size, among the first 2²⁰
+    nodes.
 
     >>> is_causal(Causal() & Strided(4)), is_causal(Window(2, 1))
     (True, False)
     """
+    if not isinstance(graph, Graph):
+        return all(is_causal(each, n) for each in _layers(graph))
     if n is None and _is_causal_by_form(graph):
         return True
     if graph.heads:

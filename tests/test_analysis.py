@@ -87,6 +87,8 @@ def test_one_graph_is_a_stack_of_one():
     assert torch.equal(analysis.reach(graph), analysis.reach([graph], 9))
     assert torch.equal(analysis.receptive_field(graph, 0), analysis.receptive_field([graph], 0, 9))
     assert analysis.leaks(graph) == analysis.leaks([graph], 9)
+    assert analysis.is_causal([Causal(), Window(3, 0)])
+    assert not analysis.is_causal([Causal(), graph])
     with pytest.raises(ValueError, match="no layer knows its own"):
         analysis.reach([Causal()])
 

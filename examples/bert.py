@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import os
 from pathlib import Path
 
 import gpt
@@ -28,9 +29,9 @@ from attngraph.models import GPT
 
 def settings(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line: gpt.py's model, another graph, and how much is masked."""
-    parser = training.parser_of(__doc__, free=("against",), name="bert", batch=32, steps=600, evaluate_every=150)
+    parser = training.parser_of(__doc__, free=("text", "against"), name="bert", batch=32, steps=600, evaluate_every=150)
     add = parser.add_argument
-    add("--text", help="a UTF-8 text file; by default tiny Shakespeare, or else the text that Python ships")
+    add("--text", type=os.path.abspath, help="UTF-8 text; by default tiny Shakespeare, or the text that Python ships")
     add("--tokenizer", default="char", help="char, byte, or the path of a tokenizer.json")
     add("--graph", default="Full()", help="who hears whom; one for each layer, separated by commas")  # the one line
     add("--against", default="Causal()", help="train the same on this graph too, and compare; '' for none")
@@ -41,6 +42,7 @@ def settings(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--masked", type=float, default=0.15, help="share of the tokens that are masked")
     given = training.parsed(parser, arguments)
     training.require_at_least(given, parser, layers=1, heads=1, width=1, context=2)
+    training.require_heads(given, parser, even=True)
     if not 0 < given.masked < 1:
         parser.error(f"--masked must be between 0 and 1 (got {given.masked})")
     for name in ("graph", "against"):
@@ -91,10 +93,11 @@ def train(args: argparse.Namespace) -> dict:
         accuracy,
         device,
         identity={"vocab_size": len(tokens), "text_hash": hashlib.sha256(text.encode()).hexdigest()[:16]},
-        record={"source": source},
+        record={"example": "bert", "source": source},
         per_batch=args.batch * args.context,
         score="validation_accuracy",
-        free=(*training.FREE, "against", "text"),
+        free=(*training.FREE, "text", "against"),
+        changed={"text_hash": f"{source} is not the text that the run was trained on, or changed since"},
     )
     with training.only_run(args):
         score, metrics = training.fit(args, task)

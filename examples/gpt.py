@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import os
 import urllib.request
 from collections.abc import Iterator
 from contextlib import suppress
@@ -37,7 +38,7 @@ def settings(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line. What is not given is the demo's recipe."""
     parser = training.parser_of(__doc__, free=FREE, name="gpt", batch=16, steps=725, evaluate_every=145)
     add = parser.add_argument
-    add("--text", help="a UTF-8 text file; by default tiny Shakespeare, or else the text that Python ships")
+    add("--text", type=os.path.abspath, help="UTF-8 text; by default tiny Shakespeare, or the text that Python ships")
     add("--tokenizer", default="char", help="char, byte, or the path of a tokenizer.json")
     add("--model", default="gpt", choices=["gpt", "bigram"], help="bigram: the baseline that knows one character")
     add("--graph", default="Causal()", help="who hears whom; one for each layer, separated by commas")
@@ -56,6 +57,8 @@ def settings(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     given = training.parsed(parser, arguments)
     training.require_at_least(given, parser, layers=1, heads=1, width=1, context=1, sample=0, temperature=0, top_k=1)
+    if given.model == "gpt":
+        training.require_heads(given, parser, even=True)
     if given.top_p is not None and not 0 < given.top_p <= 1:
         parser.error(f"--top-p must be a probability above 0 (got {given.top_p})")
     if not given.prompt:
@@ -63,7 +66,7 @@ def settings(arguments: list[str] | None = None) -> argparse.Namespace:
     return given
 
 
-FREE = ("prompt", "sample", "temperature", "top_k", "top_p")  # of a run that is resumed
+FREE = ("text", "prompt", "sample", "temperature", "top_k", "top_p")  # of a run that is resumed
 
 
 # -------------------------------------------------------------------------------------------------------------- text
@@ -279,9 +282,10 @@ def train(args: argparse.Namespace) -> dict:
         evaluate=lambda: evaluate(model, corpus, device),
         device=device,
         identity={"vocab_size": len(tokens), "text_hash": hashlib.sha256(text.encode()).hexdigest()[:16]},
-        record={"source": source},
+        record={"example": "gpt", "source": source},
         per_batch=args.batch * args.context,
-        free=(*training.FREE, *FREE, "text"),
+        free=(*training.FREE, *FREE),
+        changed={"text_hash": f"{source} is not the text that the run was trained on, or changed since"},
     )
     with training.only_run(args):
         validation, metrics = training.fit(args, task)

@@ -15,9 +15,10 @@ import os
 import signal
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import torch
@@ -40,7 +41,8 @@ if TYPE_CHECKING:
 
 # ---------------------------------------------------------------------------------------------------------- settings
 
-FREE = ("name", "runs", "resume", "draw_attention")  # of a run that is resumed
+PLACE = ("name", "runs", "resume")  # where a run is; the others are kept in its config.json
+FREE = (*PLACE, "draw_attention")  # of a run that is resumed
 LATER = ("steps", "device")  # may be others when a run goes on: more steps, on another device
 MOST = 2**31 - 1  # of any number
 
@@ -127,14 +129,22 @@ def require_at_least(given: argparse.Namespace, parser: argparse.ArgumentParser,
             parser.error(f"--{name.replace('_', '-')} must be {MOST} or less (got {value})")
 
 
+def require_heads(given: argparse.Namespace, parser: argparse.ArgumentParser, even: bool = False) -> None:
+    """An error unless each head has as many features, an even number where they are turned in pairs."""
+    if given.width % (given.heads * (1 + even)):
+        times = "2 × --heads" if even else "--heads"
+        parser.error(f"--width must be a multiple of {times} (got --width {given.width} --heads {given.heads})")
+
+
 def resumed(given: argparse.Namespace, explicit: dict[str, Any], parser: Parser) -> argparse.Namespace:
     """The settings of the run that is to go on; one that is given beside --resume must be the same."""
     path = Path(given.runs) / given.name / "config.json"
     if not path.exists():
         parser.error(f"nothing to resume: {path} does not exist")
     try:
-        saved = json.loads(path.read_text(encoding="utf-8"))["settings"]
-        default = parser.get_default
+        whole = json.loads(path.read_text(encoding="utf-8"))
+        saved, default = whole["settings"], parser.get_default
+        maker = whole.get("example", default("name"))
         missing = sorted(
             name
             for name in {*vars(given)} - {*FREE}
@@ -143,6 +153,8 @@ def resumed(given: argparse.Namespace, explicit: dict[str, Any], parser: Parser)
         arguments = as_arguments(saved)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         parser.error(f"{path} is damaged, it holds no settings ({type(error).__name__}: {error})")
+    if maker != default("name"):
+        parser.error(f"{path} is of a run of examples/{maker}.py, which resumes it (this is {default('name')}.py)")
     if missing:
         parser.error(f"{path} is damaged, it lacks the settings {', '.join(missing)}")
     parser.reading = path
@@ -402,14 +414,24 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    folder: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer], config: dict[str, Any]
+    folder: Path,
+    model: nn.Module,
+    optimizers: list[torch.optim.Optimizer],
+    config: dict[str, Any],
+    changed: Mapping[str, str] = MappingProxyType({}),
 ) -> int:
-    """Put a checkpoint into the model and the optimisers; the number of steps it had made."""
+    """Put a checkpoint into the model and the optimisers; the number of steps it had made.
+
+    `changed` has, by name, sentences for what in the config is another than it was.
+    """
     path = folder / MODEL
     metadata, tensors = read_tensors(path)
     try:
         before, step = json.loads(metadata.get("config", "{}")), int(metadata["step"])
         names = sorted(name for name in {*before, *config} if before.get(name) != config.get(name))
+        for name in names:
+            if name in before and name in changed:
+                raise SystemExit(f"{path} can't go on: {changed[name]}; start another run with another --name")
         if before != config:
             other = "; ".join(f"{name} was {before.get(name)!r}, and is {config.get(name)!r}" for name in names)
             raise SystemExit(f"{path} is of another model: {other or 'no config'}; use its own settings")
@@ -516,6 +538,7 @@ class Task(NamedTuple):
     per_batch: int = 1  # of these units
     score: str = "validation_loss"  # what evaluate gives, a column of the metrics
     free: tuple[str, ...] = FREE  # settings in which a resumed run may differ
+    changed: Mapping[str, str] = MappingProxyType({})  # sentences for what of the identity is another
 
 
 def fit(args: argparse.Namespace, task: Task) -> tuple[float, Metrics]:
@@ -535,14 +558,14 @@ def fit(args: argparse.Namespace, task: Task) -> tuple[float, Metrics]:
             raise SystemExit(
                 f"nothing to resume: {folder / MODEL} does not exist; the run stopped before its first checkpoint"
             )
-        first = load_checkpoint(folder, model, steppers, shape)
+        first = load_checkpoint(folder, model, steppers, shape, task.changed)
     try:
         if folder.exists() and not args.resume:
             print(f"kept      the run that was there before as {set_aside(folder)}")
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise SystemExit(f"{folder} can't be written ({error}); choose another --runs or --name") from None
-    settings = {name: value for name, value in vars(args).items() if name not in FREE}
+    settings = {name: value for name, value in vars(args).items() if name not in PLACE}
     config = json.dumps(
         {"settings": settings, "parameters": parameters, **task.record, "attngraph": attngraph.__version__}, indent=2
     )

@@ -44,6 +44,7 @@ def settings(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--translate", action="append", help="a date to translate at the end; may be given several times")
     given = training.parsed(parser, arguments)
     training.require_at_least(given, parser, layers=1, heads=1, width=1, beam=1)
+    training.require_heads(given, parser)
     for text in given.translate or ():
         if not text or not SOURCE.knows(text):
             parser.error(f"--translate takes dates in characters that dates are written with (got {text!r})")
@@ -221,7 +222,7 @@ def train(args: argparse.Namespace) -> dict:
         exact,
         device,
         identity={"source": len(SOURCE), "target": len(TARGET)},
-        record={},
+        record={"example": "translate"},
         unit="dates",
         per_batch=args.batch,
         score="exact_match",

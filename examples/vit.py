@@ -53,6 +53,7 @@ def settings(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--distort", type=float, default=0.7, help="how far training images are turned, scaled and moved; 0: not")
     given = training.parsed(parser, arguments)
     training.require_at_least(given, parser, layers=1, heads=1, width=1, patch=1, distort=0)
+    training.require_heads(given, parser)
     return given
 
 
@@ -190,7 +191,7 @@ def train(args: argparse.Namespace) -> dict:
         accuracy,
         device,
         identity={"shape": list(images.shape[1:]), "classes": num_classes},
-        record={"edges": edges, "nodes": nodes},
+        record={"example": "vit", "edges": edges, "nodes": nodes},
         unit="images",
         per_batch=args.batch,
         score="test_accuracy",

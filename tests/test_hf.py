@@ -293,6 +293,12 @@ def made_here():
     yield "gpt2", "gpt2", GPT(switches(**GPT2_SWITCHES, scale=1.0, hidden_dim=31), 37, tied=False)
     yield "llama", "llama", GPT(switches(**LLAMA_SWITCHES), 37, tied=False)
     yield "llama", "llama", GPT(switches(**LLAMA_SWITCHES, head_dim=10, rotary_base=500.0, rotary_scaling=yaml), 37)
+    linear = {"type": "linear", "factor": 2, "original_max_position_embeddings": None}
+    yield "llama", "llama", GPT(switches(**LLAMA_SWITCHES, rotary_scaling=linear), 37)
+    plain = {"rope_type": "default", "factor": 3.0}
+    yield "llama", "llama", GPT(switches(**LLAMA_SWITCHES, rotary_scaling=plain), 37)
+    yarn = {**yaml, "beta_fast": 32.0, "mscale": None, "truncate": False}
+    yield "llama", "llama", GPT(switches(**LLAMA_SWITCHES, rotary_scaling=yarn), 37)
     yield "qwen2", "qwen2", GPT(switches(**{**LLAMA_SWITCHES, "bias": ("q", "k", "v")}), 37)
     yield "bert", "bert", Encoder(switches(**BERT_SWITCHES), 37, num_types=2)
     yield "bert", "bert_sequences", Encoder(switches(**BERT_SWITCHES), 37, num_types=2, num_classes=3)
@@ -487,7 +493,7 @@ def test_files_that_are_not_there_are_named(gpt2, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"config.json does not exist"):
         hf.load(gpt2)
     os.rename(gpt2 / "pytorch_model.bin", gpt2 / "model.safetensors")
-    with pytest.raises(FileNotFoundError, match=r"a model that attngraph saved is read by its class, as GPT.load"):
+    with pytest.raises(FileNotFoundError, match=r"attngraph saved is read by its class, as attngraph.models.GPT.load"):
         hf.load(gpt2)
     with pytest.raises(TypeError, match=r"model must be one of attngraph.models \(got a Identity\)"):
         hf.save(torch.nn.Identity(), tmp_path / "new")

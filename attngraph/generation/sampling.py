@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -48,6 +49,7 @@ def generate(
     if not isinstance(tokens, Tensor) or tokens.is_floating_point() or tokens.dtype == torch.bool:
         got = tokens.dtype if isinstance(tokens, Tensor) else f"a {type(tokens).__name__}"
         raise TypeError(f"tokens must be a tensor of integers (got {got})")
+    _check_takes_tokens(model)
     if tokens.ndim != 2 or tokens.shape[1] == 0:
         raise ValueError(f"tokens must have shape (B, N) with at least one token each (got {tuple(tokens.shape)})")
     require_ints(0, max_new_tokens=max_new_tokens)
@@ -79,6 +81,22 @@ def generate(
             tokens = torch.cat([tokens, next_token], dim=1)
             mask = mask if mask is None else torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
     return tokens
+
+
+def _check_takes_tokens(model: nn.Module) -> None:
+    """Raise TypeError unless tokens are all that a model needs."""
+    try:
+        signature = inspect.signature(model.forward)
+    except (ValueError, TypeError):  # of a script
+        return
+    try:
+        signature.bind(None)
+    except TypeError as error:
+        name = type(getattr(model, "_orig_mod", model)).__name__
+        raise TypeError(
+            f"model must be one from tokens (B, N) to logits (B, N, V) (got a {name}, whose forward is {error}); how a "
+            f"model with a source and a target is decoded, also by beam search, is in examples/translate.py"
+        ) from None
 
 
 def _check_positions(model: nn.Module, shown: int) -> None:

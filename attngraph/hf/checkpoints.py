@@ -14,22 +14,29 @@ import torch
 from torch import Tensor, nn
 
 from attngraph.arguments import checked, shown
-from attngraph.graph.text import parse_list, written
+from attngraph.graph.base import Graph
+from attngraph.graph.text import parse, parse_list, written
 from attngraph.hf.families import FAMILIES, TRANSPOSED, Family, Form
 from attngraph.hf.made import as_family
 from attngraph.hf.settings import Settings, WrongSetting
 from attngraph.models import EncoderDecoder
 from attngraph.models.saved import (
+    INDEX,
     WEIGHTS,
     Model,
     NoInitialization,
     differences,
+    is_ours,
+    readable,
     require_floating,
     transformers,
     write_whole,
 )
 
 CONFIG = "config.json"
+OURS = (
+    "a model that attngraph saved is read by its class, as attngraph.models.GPT.load, or by attngraph.models.Model.load"
+)
 LAYER = r"\.(\d+)\."  # its number in a name
 OLD_NAMES = (("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias"))
 
@@ -72,7 +79,8 @@ def load(path: str | os.PathLike, *, dtype: torch.dtype | None = None, device: t
             model, places = _built(settings, family, found, dtype, torch.device(device))
             _set_graphs(model, given.get("attngraph", {}))
         except ValueError as error:
-            raise ValueError(f"{folder}: {error}") from None
+            hint = f"; {OURS}, and {WEIGHTS} is of one" if is_ours(folder) else ""
+            raise ValueError(f"{folder}: {error}{hint}") from None
     cast(Any, model).pretrained = Pretrained(dict(given), places)  # typed for modules and tensors alone
     return model.eval()
 
@@ -91,15 +99,17 @@ def save(model: nn.Module, path: str | os.PathLike, *, family: str | None = None
     family is kept by the model's own `save`.
 
     Args:
-        model: of `attngraph.models`.
+        model: of `attngraph.models`, compiled or not.
         path: the directory; it is made if it isn't there.
         family: of a model made here: gpt2, llama, qwen2, bert, vit, t5, whisper or decision_transformer; by default the
             first that can carry it.
 
-    Raises ValueError for a switch that no family has, by name, and for graphs that can't be written down.
+    Raises, before anything is written, ValueError for a switch that no family has, by name, and for graphs that can't
+    be written down; FileExistsError for the directory of a model that its own `save` wrote, which would be destroyed.
     """
     from safetensors.torch import save_file
 
+    model = getattr(model, "_orig_mod", model)  # of a compiled one
     pretrained = getattr(model, "pretrained", None)
     if not isinstance(pretrained, Pretrained) or family is not None:
         pretrained = _made_here(model, family)
@@ -107,19 +117,28 @@ def save(model: nn.Module, path: str | os.PathLike, *, family: str | None = None
     named = dict(model.named_parameters())
     if unknown := sorted(named.keys() ^ places.keys()):
         raise ValueError(f"the model's parameters are not those that load made: {', '.join(unknown)}")
-    graphs = {name: ", ".join(map(written, part.graphs)) for name, part in transformers(model).items()}
+    graphs = {name: ", ".join(map(_text, part.graphs)) for name, part in transformers(model).items()}
     if isinstance(model, EncoderDecoder) and model.memory_graph is not None:
-        graphs["memory"] = written(model.memory_graph)
+        graphs["memory"] = _text(model.memory_graph)
     for text in graphs.values():
-        parse_list(text)  # a graph that can't be read again is an error now
+        parse_list(text)  # what is too long together is an error now
     tensors = _as_in_files(named, places)
     folder = Path(path)
+    if is_ours(folder):
+        raise FileExistsError(
+            f"{folder} must not hold another model; {OURS}, and {WEIGHTS} is of one: save to another directory"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     dtype = str(next(iter(named.values())).dtype).removeprefix("torch.")
     changes = {"torch_dtype" if "torch_dtype" in given else "dtype": dtype, "attngraph": graphs}
     config = json.dumps({**given, **changes}, indent=2) + "\n"
     write_whole(folder / WEIGHTS, lambda new: save_file(tensors, new, metadata={"format": "pt"}))
     write_whole(folder / CONFIG, lambda new: new.write_text(config, encoding="utf-8"))
+
+
+def _text(graph: Graph) -> str:
+    """A graph as text that is read again as the same one."""
+    return readable(graph, written(graph), parse)
 
 
 def _made_here(model: nn.Module, name: str | None) -> Pretrained:
@@ -140,7 +159,7 @@ def _family(path: Path, given: Mapping[str, Any]) -> Family:
     if not families:
         known = ", ".join(FAMILIES)
         ours = isinstance(given.get("settings"), dict)  # an example's run
-        hint = "; a model that attngraph saved is read by its class, as GPT.load" if ours else ""
+        hint = f"; {OURS}" if ours else ""
         raise ValueError(f"{path}: model_type must be one of {known} (got {kind!r}){hint}")
     named = given.get("architectures") or []
     for family in families:
@@ -179,7 +198,7 @@ def _config(folder: Path) -> dict:
         )
     path = folder / CONFIG
     if not path.exists():
-        hint = "; a model that attngraph saved is read by its class, as GPT.load" if (folder / WEIGHTS).exists() else ""
+        hint = f"; {OURS}" if (folder / WEIGHTS).exists() else ""
         raise FileNotFoundError(f"{path} does not exist: load takes a directory with {CONFIG} and {WEIGHTS}{hint}")
     try:
         given = json.loads(path.read_text(encoding="utf-8"))
@@ -197,7 +216,7 @@ class _Tensors:
         from safetensors import SafetensorError, safe_open
 
         self.family = family
-        index, whole = folder / f"{WEIGHTS}.index.json", folder / WEIGHTS
+        index, whole = folder / INDEX, folder / WEIGHTS
         if whole.exists():
             files = [WEIGHTS]
         elif index.exists():

@@ -25,6 +25,7 @@ from attngraph.hf.settings import ACTIVATIONS, MAX_SIZE, Settings
 from attngraph.models import GPT, DecisionTransformer, Encoder, EncoderDecoder, Model, ViT
 from attngraph.models.saved import NoInitialization
 from attngraph.nn import AudioEmbedding, TransformerConfig
+from attngraph.nn.rope import Rope
 
 GRAPHS = {"memory_graph"}  # arguments that stand with the graphs
 NAMES = {own: name for name, own in reversed(ACTIVATIONS.items())}
@@ -95,7 +96,16 @@ def _meaning(config: TransformerConfig) -> dict[str, Any]:
     found["hidden_dim"] = config.hidden_dim or 4 * config.embed_dim
     found["num_kv_heads"] = config.num_kv_heads or config.num_heads
     found["bias"] = sorted({*config.bias, "norm"} if config.norm == "rms" else {*config.bias})  # an RMSNorm has none
+    found["rotary_scaling"] = _scaling(config)
     return {name: value for name, value in found.items() if not unused.get(name)}
+
+
+def _scaling(config: TransformerConfig) -> dict[str, Any] | None:
+    """Of rotary positions, what counts."""
+    if config.position != "rotary":
+        return None
+    assert config.head_dim is not None
+    return Rope(config.head_dim, config.rotary_base, config.rotary_scaling).meaning
 
 
 # --------------------------------------------------------------------------------------------------------- settings
@@ -217,8 +227,8 @@ def _whisper(model: Any) -> dict[str, Any]:
 
 def _llama(model: Any) -> dict[str, Any]:
     config = model.config
-    scaling: dict[str, Any] = dict(config.rotary_scaling or {"rope_type": "default"})
-    trained = scaling.get("original_max_position_embeddings", 2048)
+    scaling = _scaling(config) or {"rope_type": "default"}
+    trained = (config.rotary_scaling or {}).get("original_max_position_embeddings") or 2048
     longer = 1 if scaling["rope_type"] in ("default", "dynamic") else scaling.get("factor", 1)
     return {
         "hidden_size": config.embed_dim,

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
+import secrets
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import fields
@@ -24,6 +27,8 @@ from attngraph.nn.transformer import Transformer, TransformerConfig
 
 WEIGHTS = "model.safetensors"
 HEADER = "attngraph"  # its name in the file's metadata
+INDEX = f"{WEIGHTS}.index.json"  # of a checkpoint of Hugging Face that is in shards
+PARTIAL = ".partial-"  # how the names of files begin that are not whole yet
 FORMAT = 1  # of the header: files of a later one are refused
 EDGES = "edges:"  # the tensors edges:0, edges:1, … are edge_index; no parameter's name has a colon
 
@@ -67,6 +72,7 @@ class Model(nn.Module):
 
         Raises ValueError, before anything is written, for what can't be read again: the graph of a function, or of a
         class of your own; a module that the library doesn't know; parameters that the constructor doesn't make.
+        FileExistsError for the directory of a checkpoint of Hugging Face, which would be destroyed.
         """
         from safetensors.torch import save_file
 
@@ -75,6 +81,9 @@ class Model(nn.Module):
             raise ValueError(f"metadata must be strings by name, none of them {HEADER!r} (got {more})")
         tensors, header = _written(self)
         folder = Path(path)
+        weights = (folder / WEIGHTS).exists() or (folder / INDEX).exists()
+        if weights and not is_ours(folder) and (hint := _hint(folder)):
+            raise FileExistsError(f"{folder} must not hold another model{hint}: save to another directory")
         folder.mkdir(parents=True, exist_ok=True)
         more = {"format": "pt", **more, HEADER: json.dumps(header)}
         write_whole(folder / WEIGHTS, lambda new: save_file(tensors, new, more))
@@ -131,6 +140,17 @@ def _hint(folder: Path) -> str:
         return ""
     theirs = isinstance(config, dict) and "model_type" in config
     return "; it is a checkpoint of Hugging Face, which attngraph.hf.load reads" if theirs else ""
+
+
+def is_ours(folder: Path) -> bool:
+    """Whether a directory holds a model that `save` wrote."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(folder / WEIGHTS, framework="pt") as opened:
+            return HEADER in (opened.metadata() or {})
+    except (SafetensorError, OSError):
+        return False
 
 
 def require_floating(dtype: torch.dtype | None) -> None:
@@ -209,20 +229,36 @@ def _texts(graphs: Sequence[Graph], listed: list[EdgeList]) -> list[str]:
 
 
 def _text(graph: Graph, listed: list[EdgeList]) -> str:
-    """A graph as text that is read again as the same one."""
+    """A graph as text, in which the edges of those that are listed are numbers."""
     text = write(graph, listed)
+    return readable(graph, text, lambda text: read(text, [each.given for each in listed]))
+
+
+def readable(graph: Graph, text: str, read: Callable[[str], Graph]) -> str:
+    """The text of a graph, which is read again as the same one; else ValueError."""
     with suppress(ValueError):
-        if read(text, [each.given for each in listed]) == graph:
+        if read(text) == graph:
             return text
+    edges = "EdgeList(graph.edge_index(n, m), size=(n, m))"
+    if graph.heads:
+        heads = f"for head in map(graph.of_head, range({graph.heads}))"
+        edges = f"PerHead([{edges.replace('graph', 'head')} {heads}])"
     raise ValueError(
-        f"{short(graph)} can't be saved, as it can't be made again from text; save it as its edges, "
-        f"EdgeList(graph.edge_index(n, m), size=(n, m))"
+        f"{short(graph)} can't be saved, as it can't be made again from text; save it as its edges, {edges}"
     )
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file aside, sync it, then rename it: whoever reads the path finds the old file or the new one, whole."""
-    aside = path.with_name(f".partial-{path.name}")  # with its ending, by which pictures know their format
+    """Write a file aside, sync it, then rename it: whoever reads the path finds the old file or the new one, whole.
+
+    Several may write at once. What a killed process has left is removed an hour later by the next that writes the file.
+    """
+    for left in path.parent.glob(f"{PARTIAL}*{glob.escape(path.name)}"):
+        with suppress(OSError):  # another removes it too
+            if time.time() - left.stat().st_mtime > 3600:
+                left.unlink()
+    own = f"{PARTIAL}{secrets.token_hex(8)}-{path.name}"  # with its ending, by which pictures know their format
+    aside = path.with_name(own)
     try:
         write(aside)
         with open(aside, "rb+") as file:

@@ -45,6 +45,15 @@ class Rope:
         self.rule = rule
         self.amplitude = _amplitude(self.kind, self.scaling)
 
+    @property
+    def meaning(self) -> dict[str, Any] | None:
+        """The scaling without what its kind does not read, or has by default; None where nothing is scaled."""
+        if self.kind == "default":
+            return None
+        needed, defaults = RULES[self.kind][1], DEFAULTS.get(self.kind, {})
+        changed = [name for name, default in defaults.items() if self.scaling.get(name, default) != default]
+        return {"rope_type": self.kind, **{name: self.scaling[name] for name in (*needed, *changed)}}
+
     def frequencies(self, length: Tensor) -> Tensor:
         """Radians for each position, (D/2,); or (..., D/2) for texts of these lengths, where they make a difference."""
         return self.rule(self, self.scaling, length)
@@ -132,3 +141,10 @@ RULES = {
     "longrope": (_longrope, ("factor", "long_factor", "short_factor", TRAINED)),
     "llama3": (_llama3, ("factor", "low_freq_factor", "high_freq_factor", TRAINED)),
 }
+DEFAULTS = {  # of what a rule reads and does not need
+    "yarn": {
+        "attention_factor": None, "mscale": None, "mscale_all_dim": None,
+        "beta_fast": 32, "beta_slow": 1, "truncate": True,
+    },
+    "longrope": {"attention_factor": None},
+}  # fmt: skip

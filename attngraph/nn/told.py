@@ -58,8 +58,10 @@ def _note(name: str, module: nn.Module, state: Any, prefix: str, metadata: dict[
 def _compare(name: str, module: nn.Module, state: Any, prefix: str, metadata: dict[str, Any], *rest: Any) -> None:
     theirs, ours = metadata.get("graphs"), _texts(getattr(module, name))
     if isinstance(theirs, list) and theirs != ours:
+        one, other = (
+            ", ".join([f"of {len(texts)} layer{'s' * (len(texts) > 1)}"] * (len(theirs) != len(ours)) + _lines(texts))
+            for texts in (theirs, ours)
+        )
         warnings.warn(
-            f"weights of a model with other {prefix}{name.lstrip('_')}: theirs, {', '.join(_lines(theirs))}; here, "
-            f"{', '.join(_lines(ours))}",
-            stacklevel=2,
+            f"weights of a model with other {prefix}{name.lstrip('_')}: theirs, {one}; here, {other}", stacklevel=2
         )

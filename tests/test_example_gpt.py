@@ -302,7 +302,6 @@ def test_a_bad_text_is_an_error(tmp_path, content, message):
         (["--prompt", "ß"], "every character of the prompt (not: ['ß'])"),
         (["--tokenizer", "nowhere.json"], "--tokenizer must be char, byte or the path"),
         (["--text", "nowhere.txt"], "nowhere.txt can't be read"),
-        (["--heads", "3"], "embed_dim must be a multiple of num_heads"),
     ],
 )
 def test_a_bad_choice_is_an_error(tmp_path, text, more, message):

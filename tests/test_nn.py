@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import re
+from functools import partial
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from attngraph import (
     attend,
     generate,
 )
-from attngraph.models import GPT
+from attngraph.models import GPT, EncoderDecoder
 from attngraph.nn import (
     Attention,
     Block,
@@ -350,6 +351,17 @@ def test_bad_input_is_an_error(make, message):
     with pytest.raises((TypeError, ValueError)) as error:
         make()
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("wrap", [copy.copy, partial(torch.compile, backend="eager")], ids=["plain", "compiled"])
+def test_generate_says_which_models_it_takes(wrap):
+    model = wrap(EncoderDecoder(config(), config(cross=True), 17))
+    with pytest.raises(
+        TypeError, match=r"got a EncoderDecoder, .*'target'\); .*beam search, is in examples/translate.py"
+    ):
+        generate(model, torch.zeros(1, 2).long(), 3)
+    for other in (wrap(nn.Embedding(17, 17)), torch.fx.symbolic_trace(nn.Embedding(17, 17))):
+        assert generate(other, torch.zeros(1, 2).long(), 3).shape == (1, 5)
 
 
 def test_gradients_flow_through_checkpointing():

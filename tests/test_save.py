@@ -7,6 +7,8 @@ import os
 import subprocess
 import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -378,6 +380,26 @@ def test_an_interrupted_save_leaves_the_file_that_was_there(gpt, monkeypatch):
         assert (gpt / "model.safetensors").read_bytes() == before
 
 
+def test_several_save_to_one_directory_at_once(tmp_path):
+    """Found: all wrote to the same file aside, which the first renamed."""
+    models = [GPT(CONFIG, 17) for _ in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(10):
+            list(pool.map(lambda model: model.save(tmp_path), models))
+    assert os.listdir(tmp_path) == ["model.safetensors"]
+    kept = GPT.load(tmp_path).state_dict()
+    assert any(all(torch.equal(each.state_dict()[name], kept[name]) for name in kept) for each in models)
+
+
+def test_what_a_killed_process_left_is_removed_when_it_is_old(gpt):
+    old, new = gpt / ".partial-a-model.safetensors", gpt / ".partial-b-model.safetensors"
+    for left in (old, new):
+        left.write_bytes(b"half a file")
+    os.utime(old, (0, 0))
+    GPT(CONFIG, 17).save(gpt)
+    assert sorted(os.listdir(gpt)) == [new.name, "model.safetensors"]
+
+
 # ----------------------------------------------------------------------------- what a model and its weights say of it
 
 
@@ -426,6 +448,12 @@ def test_weights_of_another_graph_are_warned_of(tmp_path):
     wrapped = nn.Sequential(other)
     (told,) = loaded_with_warnings(wrapped, nn.Sequential(model).state_dict())
     assert "other 0.transformer.graphs" in told
+
+
+def test_weights_of_another_number_of_layers_are_warned_of():
+    state = GPT(CONFIG, 17).state_dict()
+    (told,) = loaded_with_warnings(GPT(replace(CONFIG, num_layers=3), 17), state, strict=False)
+    assert "theirs, of 2 layers, graph: Causal(); here, of 3 layers, graph: Causal()" in told
 
 
 def test_weights_of_another_memory_graph_are_warned_of():

@@ -85,17 +85,18 @@ def generate(
 
 def _check_takes_tokens(model: nn.Module) -> None:
     """Raise TypeError unless tokens are all that a model needs."""
+    plain = getattr(model, "_orig_mod", model)  # of a compiled one, which takes anything
     try:
-        signature = inspect.signature(model.forward)
+        signature = inspect.signature(plain.forward)
     except (ValueError, TypeError):  # of a script
         return
     try:
         signature.bind(None)
     except TypeError as error:
-        name = type(getattr(model, "_orig_mod", model)).__name__
         raise TypeError(
-            f"model must be one from tokens (B, N) to logits (B, N, V) (got a {name}, whose forward is {error}); how a "
-            f"model with a source and a target is decoded, also by beam search, is in examples/translate.py"
+            f"model must be one from tokens (B, N) to logits (B, N, V) (got a {type(plain).__name__}, whose forward is "
+            f"{error}); how a model with a source and a target is decoded, also by beam search, is in "
+            f"examples/translate.py"
         ) from None
 
 

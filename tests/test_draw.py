@@ -105,7 +105,7 @@ def test_a_periodic_graph_is_not_aliased(stride, n):
 )
 def test_the_edges_of_a_large_graph_are_all_seen(graph):
     n = 100_000
-    values, _ = shares(graph, Cells.of(n, n), 1 << 22)
+    values = shares(graph, Cells.of(n, n), 1 << 22).values
     key, query = EdgeList([[7, 99_999], [99_998, 5]], n).edge_index(n, n)
     whole = sum(Cells.of(n, n).areas.double().flatten() * values.flatten())
     counts = [graph._head(h).num_edges(n, n) for h in range(graph.heads)] if graph.heads else [graph.num_edges(n, n)]
@@ -114,6 +114,43 @@ def test_the_edges_of_a_large_graph_are_all_seen(graph):
     for q, k in zip(query.tolist(), key.tolist(), strict=True):
         if bool(graph.contains(torch.tensor(q), torch.tensor(k)).any()):
             assert values[q // cell.height, k // cell.width] > 0
+
+
+@pytest.mark.parametrize(
+    ("graph", "n"),
+    [
+        (Window(5, 0) | Prefix(1), 10**9),
+        (Causal() & (Window(64, 0) | Prefix(4)), 10**6),
+        (Strided(1000), 10**6),
+        (Strided(64), 1 << 16),
+        (Causal() & Documents([30_000, 70_000]) & Strided(7) | EdgeList([[99_999], [0]], 100_000), 100_000),
+    ],
+    ids=str,
+)
+def test_edges_of_huge_graphs_are_counted(graph, n):
+    """Exactly, by the lines of the graph: no cell is emptier or fuller than it is, and none is white that has an edge."""
+    cells = Cells.of(n, n)
+    values, is_empty, is_exact = shares(graph, cells)
+    assert is_exact
+    assert int((values * cells.areas).round().long().sum()) == graph.num_edges(n, n)
+    assert torch.equal(is_empty, values == 0)
+    for row, column in ((0, 0), (1, 0), (5, 5), (5, 4), (-1, 0), (3, 9)):
+        row %= cells.shape[0]
+        top, left = row * cells.height, column * cells.width
+        bottom, right = min(top + cells.height, n), min(left + cells.width, n)
+        count = sum(  # of a box, by inclusion and exclusion
+            sign * graph.sized(n, n).rows(0, i).T.rows(0, j).num_edges() if i and j else 0
+            for i, j, sign in ((bottom, right, 1), (top, right, -1), (bottom, left, -1), (top, left, 1))
+        )
+        assert round(float(values[row, column]) * (bottom - top) * (right - left)) == count
+
+
+def test_what_a_sample_has_not_found_is_not_white():
+    rare = from_function(lambda q, k: q * 30_000 + k == 7)
+    picture = shown(draw.connectivity(rare, 30_000))
+    assert not picture.isnan().any()
+    picture = shown(draw.connectivity(rare & Causal(), 30_000))
+    assert picture.isnan().equal(torch.ones(picture.shape).triu(1).bool())  # Causal() proves these to be empty
 
 
 def test_a_predicate_of_any_size_is_sampled_and_said_to_be():

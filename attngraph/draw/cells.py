@@ -8,13 +8,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from attngraph.graph import listing
+from attngraph.graph import counting, listing
 from attngraph.graph.base import Graph, at_size
-from attngraph.graph.boxes import FULL, PARTIAL, Boxes
+from attngraph.graph.boxes import EMPTY, FULL, PARTIAL, Boxes
 
 MOST = 128  # cells along an axis
 FEWEST = 8  # rows of a cell that are looked at
-PAIRS = 1 << 24  # that are all looked at; of more, in cells that are partly full, a sample
+PAIRS = 1 << 24  # that are all looked at; of more, in cells that are partly full and not counted, a sample
+PARTS = 1 << 20  # of cells, counted each by a formula: of more, they are sampled
+LINES, LISTED = 1 << 17, 1 << 22  # breakpoints, and edges that are listed besides: of more, cells are sampled
 
 
 class Cells(NamedTuple):
@@ -67,29 +69,91 @@ class Cells(NamedTuple):
 
 
 class Shares(NamedTuple):
-    """The share of each cell's pairs that are edges, and whether all pairs were looked at."""
+    """The share of each cell's pairs that are edges."""
 
     values: Tensor
+    is_empty: Tensor
+    """Which cells have no edge: of a sample that found none, that is not known."""
     is_exact: bool
+    """Whether all pairs were looked at, or counted."""
 
 
 def shares(graph: Graph, cells: Cells, pairs: int = PAIRS) -> Shares:
     """Of the pairs in each cell, how many are edges; where heads have graphs of their own, in the mean over them.
 
-    Up to so many pairs are all looked at. Of a larger graph, edges that are listed are counted; a cell of what is left
-    is empty, full, or, where neither is known, looked at along some of its rows and columns.
+    Up to so many pairs are all looked at. Of a larger graph, edges are counted by its lines; or else those that are
+    listed are counted, and a cell of what is left is empty, full, or, where neither is known, looked at along some of
+    its rows and columns.
     """
     if graph.heads:
-        found = [shares(graph._head(head), cells, pairs) for head in range(graph.heads)]
-        return Shares(torch.stack([each.values for each in found]).mean(0), all(each.is_exact for each in found))
+        values, is_empty, is_exact = zip(
+            *(shares(graph._head(h), cells, pairs) for h in range(graph.heads)), strict=True
+        )
+        return Shares(torch.stack(values).mean(0), torch.stack(is_empty).all(0), all(is_exact))
     graph, n, m = at_size(graph, cells.n, cells.m)
     if n * m <= pairs:
         rows, columns = cells.shape
         padded = torch.zeros(rows * cells.height, columns * cells.width, dtype=torch.bool)
         padded[:n, :m] = graph.mask(n, m, "cpu")
         counts = padded.view(rows, cells.height, columns, cells.width).sum((1, 3))
-        return Shares(counts.double() / cells.areas, True)
-    rest, (query, key) = listing.split(graph, n, m)
+    else:
+        counts = _counted(graph, cells)
+    if counts is not None:
+        return Shares(counts.double() / cells.areas, counts == 0, True)
+    return _sampled(graph, cells, pairs)
+
+
+def _counted(graph: Graph, cells: Cells) -> Tensor | None:
+    """How many edges each cell has, by the lines of the graph: int64; None where that would take long."""
+    n, m = cells.n, cells.m
+    rest, lists = graph._split(n, m, listing.has_lists_alone)
+    lines = rest._breakpoints(n, m)
+    if lines is None or len(lines.rows) + len(lines.columns) + len(lines.diagonals) > LINES:
+        return None
+    if sum(each.cost for each in lists) > LISTED or (cells.height + cells.width) ** 2 >= 1 << 61:
+        return None
+    split = listing.by_lines(graph, n, m)
+    found = None if split is None else counting.cells(split[0], n, m, PARTS)
+    parts = None if found is None else _cut(found, cells)
+    if split is None or parts is None:
+        return None
+    place, cut = parts
+    counts = torch.zeros(cells.shape, dtype=torch.int64)
+    counts.view(-1).index_add_(0, place, torch.from_numpy(counting.sizes(cut)))
+    return counts + cells.sums(*split[1]).long() - cells.sums(*split[2]).long()
+
+
+def _cut(found: counting.Cells, cells: Cells) -> tuple[Tensor, counting.Cells] | None:
+    """The parts of a graph, cut along the borders of the cells: the cell of each, and what of the part is in it."""
+    top = torch.maximum(found.top, found.left - found.high + 1)  # of the rows that have keys in the part
+    bottom = torch.minimum(found.bottom, found.right - found.low)
+    part, row = _steps(top // cells.height, (bottom - 1) // cells.height)
+    top = torch.maximum(found.top[part], row * cells.height)
+    bottom = torch.minimum(found.bottom[part], (row + 1) * cells.height)
+    left = torch.maximum(found.left[part], top + found.low[part])
+    right = torch.minimum(found.right[part], bottom - 1 + found.high[part])
+    if int(((right - 1) // cells.width - left // cells.width + 1).clamp(min=0).sum()) > PARTS:
+        return None
+    piece, column = _steps(left // cells.width, (right - 1) // cells.width)
+    part, row, top, bottom = part[piece], row[piece], top[piece], bottom[piece]
+    left = torch.maximum(found.left[part], column * cells.width)
+    right = torch.minimum(found.right[part], (column + 1) * cells.width)
+    low = torch.maximum(found.low[part], left - bottom + 1)
+    high = torch.maximum(low, torch.minimum(found.high[part], right - top))
+    cut = counting.Cells(top, bottom, left, right, low, high, found.residue[part], found.period[part])
+    return row * cells.shape[1] + column, cut
+
+
+def _steps(first: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
+    """The numbers first … last of each entry: its place, and the number."""
+    count = (last - first + 1).clamp(min=0)
+    entry = torch.arange(len(count)).repeat_interleave(count)
+    return entry, first[entry] + torch.arange(len(entry)) - (count.cumsum(0) - count)[entry]
+
+
+def _sampled(graph: Graph, cells: Cells, pairs: int) -> Shares:
+    """What is known of cells, and of the others what some of their pairs tell."""
+    rest, (query, key) = listing.split(graph, cells.n, cells.m)
     boxes = cells.boxes
     kinds = rest._classify_boxes(boxes)
     found, unknown = (kinds == FULL).double(), kinds == PARTIAL
@@ -99,7 +163,8 @@ def shares(graph: Graph, cells: Cells, pairs: int = PAIRS) -> Shares:
     )
     differs = graph.contains(query, key).double() - rest.contains(query, key).double()
     found = found.view(cells.shape) + cells.sums(query, key, differs) / cells.areas
-    return Shares(found.clamp(0, 1), is_exact)
+    is_known = is_exact | (kinds == EMPTY).view(cells.shape)
+    return Shares(found.clamp(0, 1), (found <= 0) & is_known, is_exact)
 
 
 def listed(graph: Graph, n: int, m: int) -> int:

@@ -37,8 +37,9 @@ def connectivity(
     """The graph as a picture of its mask: a dark cell where the query of the row hears the key of the column.
 
     With one graph per head, the darker a cell, the more heads have the edge. Beyond 128 nodes a cell is several of
-    them, and its colour the share of its pairs that are edges, as the bar says; white is no edge at all. Of very large
-    graphs the shares are found from a sample.
+    them, and its colour the share of its pairs that are edges, as the bar says; white is no edge at all. The shares are
+    exact wherever closed forms give them; else, of very large graphs, they are found from a sample, and a cell that is
+    not known to be empty is not white.
 
     Args:
         graph: one graph, or one for each layer: layers that follow each other with the same graph are one picture.
@@ -330,9 +331,9 @@ def _names(
 def show_graph(ax: Axes, graph: Graph, n: int, m: int, pairs: int = PAIRS) -> None:
     """The share of edges in each cell, from a sample where there are more pairs than these; and what that means."""
     cells = Cells.of(n, m)
-    values, is_exact = shares(graph, cells, pairs)
+    values, is_empty, is_exact = shares(graph, cells, pairs)
     largest = 1.0 if cells.are_pairs else float(values.max()) or 1.0
-    image = _image(ax, values.masked_fill(values == 0, torch.nan), n, m, _blues(), largest)
+    image = _image(ax, values.masked_fill(is_empty, torch.nan), n, m, _blues(), largest)
     if not cells.are_pairs:
         heads = ", all heads" if graph.heads else ""
         _bar(ax, image, f"share of edges in {_told(cells)}{heads}{'' if is_exact else ', sampled'}")

@@ -86,8 +86,8 @@ class Cells(NamedTuple):
     period: Tensor
 
 
-def cells(graph: Graph, n: int, m: int) -> Cells | None:
-    """The cells of a graph at size n × m, or None where lines are no saving."""
+def cells(graph: Graph, n: int, m: int, most: int = MAX_CELLS) -> Cells | None:
+    """The cells of a graph at size n × m, or None where lines are no saving: after so many looks at `contains`."""
     found = graph._breakpoints(n, m)
     if found is None:
         return None
@@ -98,10 +98,10 @@ def cells(graph: Graph, n: int, m: int) -> Cells | None:
     for tiles, boxes, full, partial in descend(graph, rows, columns):
         parts.append(_whole(boxes.chosen(full)))
         looked += len(full)
-        if looked > MAX_CELLS:
+        if looked > most:
             return None
         if tiles.level == 0:  # what is left: boxes without a border inside
-            members = _between_diagonals(graph, boxes.chosen(partial), diagonals, found.period)
+            members = _between_diagonals(graph, boxes.chosen(partial), diagonals, found.period, most)
             if members is None:
                 return None
             parts += members
@@ -115,12 +115,12 @@ def _whole(boxes: Boxes) -> Cells:
     return Cells(*boxes, boxes.left - boxes.bottom + 1, boxes.right - boxes.top, one - 1, one)
 
 
-def _between_diagonals(graph: Graph, boxes: Boxes, diagonals: Tensor, period: int) -> list[Cells] | None:
+def _between_diagonals(graph: Graph, boxes: Boxes, diagonals: Tensor, period: int, most: int) -> list[Cells] | None:
     """Of boxes cut along the diagonals, and of each residue, what belongs to the graph: decided by one pair of each."""
     low, high = boxes.left - boxes.bottom + 1, boxes.right - boxes.top  # the range of j - i
     first = torch.searchsorted(diagonals, low, right=True)
     pieces = torch.searchsorted(diagonals, high) - first + 1
-    if int(pieces.sum()) > MAX_CELLS:
+    if int(pieces.sum()) > most:
         return None
     box = torch.arange(len(low)).repeat_interleave(pieces)
     place = torch.arange(len(box)) - (pieces.cumsum(0) - pieces)[box]
@@ -129,7 +129,7 @@ def _between_diagonals(graph: Graph, boxes: Boxes, diagonals: Tensor, period: in
     start = torch.where(place == 0, low[box], line[(first[box] + place - 1).clamp(min=0)])
     stop = torch.where(last, high[box], line[first[box] + place])
     residues = (stop - start).clamp(max=period)
-    if int(residues.sum()) > MAX_CELLS:
+    if int(residues.sum()) > most:
         return None
     found = []
     for some in torch.arange(len(box)).split(stretches(residues, CELLS_PER_STEP)):
@@ -153,15 +153,19 @@ def count(graph: Graph, n: int, m: int) -> int | None:
     found = cells(graph, n, m)
     if found is None:
         return None
-    exact = object if (n + m) ** 2 >= 1 << 61 else np.int64  # Python's own integers where int64 would overflow
-    top, bottom, left, right, low, high, residue, period = (np.array(column.tolist(), dtype=exact) for column in found)
+    return int(sizes(found, object if (n + m) ** 2 >= 1 << 61 else np.int64).sum())  # objects where int64 overflows
+
+
+def sizes(found: Cells, dtype: type = np.int64) -> np.ndarray:
+    """How many pairs each cell has."""
+    top, bottom, left, right, low, high, residue, period = (np.array(column.tolist(), dtype=dtype) for column in found)
     short, long = np.minimum(bottom - top, right - left), np.maximum(bottom - top, right - left)
     # A diagonal that lies u beyond the lower left corner has min(u, short, short + long - u) pairs in the box.
     low, high, residue = (number - (left - bottom) for number in (low, high, residue))
-    total = 0
+    total = np.zeros_like(top)
     for shift, sign in ((0, 1), (short, -1), (long, -1), (short + long, 1)):
         inside = [_sum_below(bound - shift, residue - shift, period) for bound in (high, low)]
-        total += sign * int((inside[0] - inside[1]).sum())
+        total = total + sign * (inside[0] - inside[1])
     return total
 
 

@@ -97,7 +97,7 @@ def has_lists_alone(graph: Graph, n: int, m: int) -> bool:
     return defines(graph, "_edges") and graph._breakpoints(n, m) is None
 
 
-def _by_lines(graph: Graph, n: int, m: int) -> tuple[Graph, Edges, Edges] | None:
+def by_lines(graph: Graph, n: int, m: int) -> tuple[Graph, Edges, Edges] | None:
     """A graph that can be counted by its lines, and the edges, sorted, that this one has and lacks besides; or None."""
     rest, listed = graph._split(n, m, has_lists_alone)
     if rest._breakpoints(n, m) is None or any(each.graph is graph for each in listed):
@@ -114,7 +114,7 @@ def list_edges(graph: Graph, n: int, m: int) -> Edges:
     """All edges, sorted, of a graph that is bound to its size; where heads have graphs of their own, those of any."""
     if graph.heads:
         return list_edges(of_any_head(graph, n, m), n, m)
-    parts = _by_lines(graph, n, m)
+    parts = by_lines(graph, n, m)
     found = None if parts is None else counting.edges(parts[0], n, m)
     if parts is None or found is None:
         return graph._edges(n, m)
@@ -132,7 +132,7 @@ def count_edges(graph: Graph, n: int, m: int) -> int:
     found = counting.count(graph, n, m)
     if found is not None:
         return found
-    parts = None if defines(graph, "_count") else _by_lines(graph, n, m)
+    parts = None if defines(graph, "_count") else by_lines(graph, n, m)
     found = None if parts is None else counting.count(parts[0], n, m)
     if parts is None or found is None:
         return graph._count(n, m)
@@ -142,7 +142,7 @@ def count_edges(graph: Graph, n: int, m: int) -> int:
 def count_keys(graph: Graph, n: int, m: int) -> Tensor:
     """How many keys each query of a graph that is bound to its size, one for all heads, hears: int64 (n,)."""
     require_memory(n * BYTES_PER_NODE, f"for the degrees of {graph} at {n} × {m}")
-    parts = _by_lines(graph, n, m)
+    parts = by_lines(graph, n, m)
     found = None if parts is None else counting.in_degrees(parts[0], n, m)
     if parts is not None and found is not None:
         more, less = (torch.bincount(query, minlength=n) for query, _ in parts[1:])

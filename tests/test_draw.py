@@ -128,7 +128,7 @@ def test_the_edges_of_a_large_graph_are_all_seen(graph):
     ids=str,
 )
 def test_edges_of_huge_graphs_are_counted(graph, n):
-    """Exactly, by the lines of the graph: no cell is emptier or fuller than it is, and none is white that has an edge."""
+    """Exactly, by the lines of the graph: no cell is emptier or fuller than it is, and none with an edge is white."""
     cells = Cells.of(n, n)
     values, is_empty, is_exact = shares(graph, cells)
     assert is_exact

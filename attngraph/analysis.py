@@ -92,8 +92,7 @@ def receptive_field(graphs: Graph | Sequence[Graph], node: int, n: int | None = 
     >>> receptive_field([Causal() & Window(2, 0)] * 3, node=9, n=10)
     tensor([3, 4, 5, 6, 7, 8, 9])
     """
-    layers = _layers(graphs)
-    n = _nodes(layers, n)
+    layers, n = stack(graphs, n)
     if not 0 <= node < n:
         raise ValueError(f"node must be from 0 to {n - 1} (got {node})")
     require_memory(n * BYTES_PER_NODE, f"to look at {n:,} nodes")
@@ -108,8 +107,7 @@ def receptive_field(graphs: Graph | Sequence[Graph], node: int, n: int | None = 
 @checked
 def reach(graphs: Graph | Sequence[Graph], n: int | None = None) -> Tensor:
     """Which input (column) reaches which output (row) through a stack of layers with residual streams: bool (n, n)."""
-    layers = _layers(graphs)
-    n = _nodes(layers, n)
+    layers, n = stack(graphs, n)
     require_memory(16 * n * n, f"to multiply matrices of {n} × {n}")
     own = reached = torch.eye(n, dtype=torch.float32)
     for graph in layers:
@@ -128,14 +126,15 @@ def _layers(graphs: Graph | Sequence[Graph]) -> Sequence[Graph]:
     return layers
 
 
-def _nodes(layers: Sequence[Graph], n: int | None) -> int:
-    """How many nodes a stack has: those asked for, or what a layer knows."""
+def stack(graphs: Graph | Sequence[Graph], n: int | None) -> tuple[Sequence[Graph], int]:
+    """The graphs of a stack, and how many nodes it has: those asked for, or what a layer knows."""
+    layers = _layers(graphs)
     known = [graph.size[0] for graph in layers if graph.size[0] is not None]
     n = next(iter(known), None) if n is None else n
     if n is None:
         raise ValueError("give the number of nodes, n: no layer knows its own")
     require_ints(0, n=n)
-    return n
+    return layers, n
 
 
 @checked

@@ -2,7 +2,9 @@
 
 import io
 import sys
+import warnings
 
+import numpy as np
 import pytest
 import torch
 from graphs import GRAPHS
@@ -28,6 +30,7 @@ from attngraph import (
     record,
 )
 from attngraph.draw.cells import MOST, Cells, shares
+from attngraph.draw.pictures import weights_sheet
 from attngraph.models import GPT
 from attngraph.nn import TransformerConfig
 
@@ -213,6 +216,8 @@ def test_weights_of_a_graph_that_differs_by_head():
         draw.attention(weights[0, 1], graph, 6)
     with pytest.raises(ValueError, match=r"head must be from 0 to 1 \(got 2\)"):
         draw.attention(weights[0, 1], graph, 6, head=2)
+    with pytest.raises(ValueError, match=r"head must be None: all heads have the same edges of Causal\(\)"):
+        draw.attention(torch.ones(21), Causal(), 6, head=7)
 
 
 def test_the_size_may_be_the_graphs_own():
@@ -254,7 +259,7 @@ def test_no_shape_makes_a_strip(n, m):
 
 def overlaps(figure, texts):
     """Whether any two of these texts, as they are drawn, lie on each other."""
-    figure.canvas.draw()
+    figure.draw_without_rendering()
     boxes = [text.get_window_extent() for text in texts if text.get_text() and text.get_visible()]
     return any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
 
@@ -295,6 +300,120 @@ def test_nodes_have_the_names_that_are_given():
         draw.attention(torch.ones(2), GRAPH, 8)
 
 
+def test_a_message_is_as_strong_as_its_weight():
+    graph, names = Causal() & Window(2, 0), ["a", "b", "c", ("d", 1)]
+    key, query = graph.edge_index(4, 4)
+    weights = torch.rand(len(key)) + 0.1
+    for figure, heard in (
+        (draw.messages(graph, 4, weights=weights), key >= 0),
+        (draw.messages(graph, 4, weights=weights, node="c", labels=names), query == 2),
+        (draw.messages(graph, 4, weights=weights, node=("d", 1), labels=names), query == 3),
+        (draw.messages(graph, 4, weights=weights, node=torch.tensor(3), labels=names), query == 3),
+    ):
+        rest, lines = figure.axes[0].collections[:2]
+        assert len(rest.get_segments()) == int((~heard).sum())
+        ends = torch.tensor([each[:, 0].tolist() for each in lines.get_segments()])
+        assert torch.equal(ends.T.long(), graph.edge_index(4, 4)[:, heard])
+        torch.testing.assert_close(torch.from_numpy(lines.get_array().data), weights[heard])
+        figure.draw_without_rendering()
+        shades = torch.from_numpy(lines.get_edgecolor()).sum(1)
+        for strength in (torch.tensor(lines.get_linewidth()), -shades):
+            assert strength.argsort().equal(weights[heard].argsort())
+        assert figure.axes[1].get_ylabel() == "weight"
+    for node, error in ((4, ValueError), ("x", ValueError), (1.5, TypeError), (True, TypeError)):
+        with pytest.raises(error, match=r"node must be .*\(got"):
+            draw.messages(graph, 4, node=node, labels=names)
+    with pytest.raises(ValueError, match="node must be one node, and 'a' names 2"):
+        draw.messages(graph, 2, node="a", labels=["a", "a"])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_without_a_colour_are_an_error(value):
+    weights = torch.tensor([1.0, value, 1.0])
+    for picture in (draw.attention, lambda weights, graph, n: draw.messages(graph, n, weights=weights)):
+        with pytest.raises(ValueError, match=r"weights must be finite \(got 1 of 3 that are NaN or infinite\)"):
+            picture(weights, Causal(), 2)
+
+
+def test_negative_weights_have_colours_of_their_own():
+    for weights, limits in (([-3.0, 1.0, 2.0], (-3, 3)), ([-2.0, -1.0, -7e-5], (-2, 2)), ([0.0, 1.0, 2.0], (0, 2))):
+        image = draw.attention(torch.tensor(weights), Causal(), 2).axes[0].images[0]
+        assert image.get_clim() == limits
+        assert (image.get_cmap().name == "coolwarm") == (min(weights) < 0)
+
+
+def test_a_receptive_field_takes_what_analysis_takes():
+    graph = EdgeList([[0, 1], [1, 2]], 3)
+    picture = shown(draw.receptive_field(graph, 2))
+    assert picture.isnan().logical_not().tolist() == [[False, False, True], [False, True, True]]
+    assert draw.receptive_field([graph], "b", labels=list("abc")).axes[0].get_title() == "receptive field of node b (1)"
+    with pytest.raises(ValueError, match="give the number of nodes, n"):
+        draw.receptive_field(Causal(), 2)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("name", ["ab", "a name of more than forty characters, number {}"])
+def test_every_picture_has_room_for_its_names(name):
+    names = [name.format(i) for i in range(8)]
+    panel = ("0.0", torch.tensor([[0], [1]]), torch.ones(1), 8, 8)
+    for figure in (
+        *(draw.receptive_field([Causal()] * layers, 3, 8, labels=names) for layers in (1, 2, 5)),
+        draw.connectivity([Causal() & Window(layer, 0) for layer in range(48)], 8, labels=names),
+        draw.connectivity(Full(), 1, 8, labels=names[:1], key_labels=names),
+        draw.messages(Identity(), 8, labels=names, weights=torch.ones(8)),
+        weights_sheet([[panel] * 4] * 16, "weights", names),
+        weights_sheet([[panel] * 2] * 60, "weights"),
+    ):
+        figure.draw_without_rendering()
+        if len(figure.axes) == 1:
+            assert not overlaps(figure, figure.axes[0].get_yticklabels())
+
+
+def test_a_name_without_glyphs_is_told_once():
+    names = ["\u6f22", "\u5b57", "a", "\U0001f980"]
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        figure = draw.connectivity(Full(), 4, labels=names)
+        assert figure._repr_png_()
+    assert len(told) == 1
+    assert "no installed font that matplotlib can use has" in str(told[0].message)
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["□", "□", "a", "□"]
+
+
+@pytest.mark.filterwarnings("error")
+def test_glyphs_are_of_another_font_where_one_has_them():
+    figure = draw.connectivity(Full(), 1, labels=["\u05d0"])  # of DejaVu Sans, not of its monospaced font
+    assert figure._repr_png_()
+    assert figure.axes[0].get_yticklabels()[0].get_text() == "\u05d0"
+
+
+def test_labels_may_be_any_sequence():
+    for labels in (np.array(["a", "b"]), torch.tensor([7, 8]), ("a", "b"), range(2)):
+        figure = draw.connectivity(Full(), 2, labels=labels)
+        assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == [
+            str(each) for each in (labels.tolist() if hasattr(labels, "tolist") else labels)
+        ]
+    with pytest.raises(ValueError, match="labels must have one dimension"):
+        draw.connectivity(Full(), 2, labels=torch.zeros(2, 2))
+
+
+def test_a_title_tells_how_many_edges_are_listed():
+    graph = EdgeList([range(30), [0] * 30], 30)
+    assert draw.connectivity(graph | Identity()).axes[0].get_title() == "30 edges | Identity()"
+
+
+def test_what_can_not_be_saved_is_told(tmp_path):
+    picture = draw.connectivity(Causal(), 2)
+    with pytest.raises(TypeError, match=r"picture must be a figure or axes.* \(got a Causal\)"):
+        draw.save(Causal(), tmp_path / "a.png")
+    with pytest.raises(FileNotFoundError, match=r"path must be in a folder that exists: there is no .*nodir"):
+        draw.save(picture, tmp_path / "nodir" / "x.png")
+    for path in (tmp_path, tmp_path / ".png"):
+        with pytest.raises(ValueError, match="path must be that of a file"):
+            draw.save(picture, path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_labels_and_titles_are_no_mathematics(tmp_path):
     labels = ["$^$", "\\a", "_", "^"]
     draw.save(draw.attention(torch.ones(10), Causal(), 4, labels=labels, title="$x^$"), tmp_path / "labels.png")
@@ -308,7 +427,7 @@ def test_titles_fit(graph):
         draw.connectivity(graph, graph.size[0] or 64),
         draw.connectivity([graph, Full(), graph], graph.size[0] or 64),
     ):
-        figure.canvas.draw()
+        figure.draw_without_rendering()
         titles = [ax.title for ax in figure.axes if ax.get_title()]
         assert not overlaps(figure, titles)
         for title in titles:

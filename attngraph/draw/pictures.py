@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from itertools import groupby
-from typing import TYPE_CHECKING, cast
+from operator import index
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,9 +20,13 @@ from attngraph.graph.base import Graph, at_size
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Colormap
     from matplotlib.figure import Figure
     from matplotlib.image import AxesImage
+
+Names = Sequence[object] | Tensor | np.ndarray
+"""A name for each node, as a list, an array or a tensor of one dimension."""
 
 BLUE, LIGHT, GREY = "#2a5d9f", "#d7e3f2", "#d5d9e0"
 
@@ -29,8 +37,8 @@ def connectivity(
     n: int | None = None,
     m: int | None = None,
     *,
-    labels: Sequence[object] | None = None,
-    key_labels: Sequence[object] | None = None,
+    labels: Names | None = None,
+    key_labels: Names | None = None,
     ax: Axes | None = None,
     title: str | None = None,
 ) -> Figure:
@@ -59,7 +67,7 @@ def connectivity(
     ax = matrix_axes(n, m, names is not None) if ax is None else ax
     show_graph(ax, graph, n, m)
     frame(ax, n, m, names)
-    _title(ax, str(graph) if title is None else title)
+    _title(ax, _told_graph(graph) if title is None else title)
     return _figure(ax)
 
 
@@ -67,8 +75,8 @@ def _layers(
     graphs: Sequence[Graph],
     n: int | None,
     m: int | None,
-    labels: Sequence[object] | None,
-    key_labels: Sequence[object] | None,
+    labels: Names | None,
+    key_labels: Names | None,
     ax: Axes | None,
     title: str | None,
 ) -> Figure:
@@ -86,7 +94,7 @@ def _layers(
     first, own = 0, [ax] if ax is not None else wrapped_sheet(len(runs), 3.6)
     for (each, count), place in zip(runs, own, strict=True):
         layers = f"layer {first}" if count == 1 else f"layers {first}–{first + count - 1}"
-        told = f"{layers}: {each if title is None else title}"
+        told = f"{layers}: {_told_graph(each) if title is None else title}"
         connectivity(each, n, m, labels=labels, key_labels=key_labels, ax=place, title=told)
         first += count
     return _figure(own[0])
@@ -98,61 +106,86 @@ def messages(
     n: int | None = None,
     m: int | None = None,
     *,
-    node: int | None = None,
-    labels: Sequence[object] | None = None,
-    key_labels: Sequence[object] | None = None,
+    node: object = None,
+    weights: Tensor | None = None,
+    labels: Names | None = None,
+    key_labels: Names | None = None,
     ax: Axes | None = None,
     title: str | None = None,
 ) -> Figure:
     """The graph as messages: a line from each key, on top, to each query below that hears it.
 
-    With `node`, the messages that this query receives stand out. For graphs of a few dozen nodes. `labels` and
-    `key_labels` name the nodes, as in `connectivity`.
+    For graphs of a few dozen nodes. `labels` and `key_labels` name the nodes, as in `connectivity`.
+
+    Args:
+        node: a query, by its number or its name: the messages that it receives stand out.
+        weights: how strong each message is, (E,), as `attend` returns the weights of one head: the stronger, the
+            darker and wider its line. With `node`, of its messages alone.
 
     Raises:
-        ValueError: a node that there is not.
+        ValueError: a node that there is not; weights that are not one for each edge, or not finite.
     """
     from matplotlib.collections import LineCollection
 
-    from attngraph.draw.figure import LARGEST, set_title, visible
+    from attngraph.draw.figure import LARGEST, families, inches, set_title, visible
 
     n, m = _size(graph, n, m)
-    if node is not None and not 0 <= node < n:
-        raise ValueError(f"node must be one of {n} queries, from 0 on (got {node})")
     names = _names(n, m, labels, key_labels)
-    key, query = graph.edge_index(n, m).tolist()
-    if ax is None:
-        ax = _new_axes(min(LARGEST, max(3.0, 0.45 * max(n, m))), 2.4)
-    edges = [(k, q, node is None or q == node) for k, q in zip(key, query, strict=True)]
-    edges.sort(key=lambda edge: edge[2])  # what stands out is drawn last
-    lines = LineCollection(
-        [[(k, 1), (q, 0)] for k, q, _ in edges],
-        colors=[BLUE if stands_out else GREY for *_, stands_out in edges],
-        linewidths=[2 if node is not None and stands_out else 1 for *_, stands_out in edges],
-    )
-    ax.add_collection(lines)
+    node = None if node is None else _node(node, n, names and names[0], labels)
+    key, query = edges = graph.edge_index(n, m)
+    stands_out = torch.ones_like(query, dtype=torch.bool) if node is None else query == node
     queries, keys = names or (None, None)
-    longest = 0
-    for count, height, side, own in ((m, 1, "keys", keys), (n, 0, "queries", queries)):
+    upright = [0.0 if own is None or all(len(name) <= 2 for name in own) else inches(own) for own in (keys, queries)]
+    if ax is None:
+        ax = _new_axes(min(LARGEST, max(3.0, 0.45 * max(n, m))), 2.4 + sum(upright))
+    lines = torch.stack(
+        [torch.stack([key, torch.ones_like(key)], 1), torch.stack([query, torch.zeros_like(key)], 1)], 1
+    )
+    ax.add_collection(LineCollection(lines[~stands_out].tolist(), colors=GREY, linewidths=1))
+    heard = LineCollection(lines[stands_out].tolist(), linewidths=1 if node is None else 2)
+    if weights is None:
+        heard.set_color(BLUE)
+    else:
+        values = _weights(weights, edges)[stands_out]
+        colors, least, most = _limits(values, _blues())
+        heard.set(array=values.numpy(), cmap=colors, clim=(least, most))
+        heard.set_linewidth((0.5 + 3 * values.abs() / most).tolist())
+    ax.add_collection(heard)  # last, above the others
+    for count, height, side, own, room in ((m, 1, "keys", keys, upright[0]), (n, 0, "queries", queries, upright[1])):
         ax.scatter(range(count), [height] * count, s=130, color="white", edgecolor=BLUE, zorder=3)
-        shown_names = [str(node) for node in range(count)] if own is None else own
-        inside = own is None or all(len(name) <= 2 for name in own)
-        if not inside and height:
-            longest = max(len(visible(name)) for name in shown_names)
-        for i, name in enumerate(shown_names):
-            if inside:
-                ax.text(i, height, visible(name), ha="center", va="center", fontsize=7, zorder=4)
-            else:  # upright, beside the node that they are too long for
-                beside, edge = (9, "bottom") if height else (-9, "top")
-                ax.annotate(
-                    visible(name), (i, height), (0, beside), textcoords="offset points", ha="center", va=edge,
-                    rotation=90, fontsize=7,
-                )  # fmt: skip
+        for i, name in enumerate([str(number) for number in range(count)] if own is None else own):
+            beside, edge = (9, "bottom") if height else (-9, "top")  # upright, of a node that they are too long for
+            ax.annotate(
+                visible(name), (i, height), (0, beside if room else 0), textcoords="offset points", ha="center",
+                va=edge if room else "center", rotation=90 if room else 0, fontsize=7, zorder=4,
+                family=families("sans-serif"),
+            )  # fmt: skip
         ax.text(-0.7, height, side, ha="right", va="center", fontsize=8)
     ax.set(xlim=(-2.2, max(n, m) - 0.3), ylim=(-0.25, 1.25))
     ax.set_axis_off()
-    set_title(ax, str(graph) if title is None else title, above=6 + 0.6 * 7 * longest)
+    if weights is not None:
+        _bar(ax, heard, "weight")
+    set_title(ax, _told_graph(graph) if title is None else title, above=6 + 72 * upright[0])
     return _figure(ax)
+
+
+def _node(node: object, n: int, names: Sequence[str] | None, labels: Names | None) -> int:
+    """The number of a query that is given by its number or by its name among the labels."""
+    try:
+        number = None if isinstance(node, bool) else index(cast(Any, node))
+    except TypeError:
+        number = None
+    if number is None and names is not None:
+        found = [place for place, each in enumerate(names) if each == str(node)]
+        if len(found) > 1:
+            raise ValueError(f"node must be one node, and {shown(node)} names {len(found)}: give its number")
+        number = next(iter(found), None)
+    if number is None and (isinstance(node, bool) or not isinstance(node, str | tuple)):
+        raise TypeError(f"node must be the number of a query, or its name among labels (got {shown(node)})")
+    if number is None or not 0 <= number < n:
+        also = "" if labels is None else ", or one of labels"
+        raise ValueError(f"node must be one of {n} queries, from 0 on{also} (got {shown(node)})")
+    return number
 
 
 @checked
@@ -163,8 +196,8 @@ def attention(
     m: int | None = None,
     *,
     head: int | None = None,
-    labels: Sequence[object] | None = None,
-    key_labels: Sequence[object] | None = None,
+    labels: Names | None = None,
+    key_labels: Names | None = None,
     ax: Axes | None = None,
     title: str = "attention weights",
 ) -> Figure:
@@ -175,11 +208,15 @@ def attention(
 
     Args:
         head: of a graph that differs by head, whose weights these are: its edges alone are shown.
+
+    Raises:
+        ValueError: weights that are not one for each edge, or not finite; a head that the graph has not.
     """
     n, m = _size(graph, n, m)
     edges = graph.edge_index(n, m)
-    if weights.shape != edges.shape[1:]:
-        raise ValueError(f"weights must have shape ({edges.shape[1]},), one for each edge (got {tuple(weights.shape)})")
+    weights = _weights(weights, edges)
+    if head is not None and not graph.heads:
+        raise ValueError(f"head must be None: all heads have the same edges of {graph}, these weights' (got {head})")
     if graph.heads and head is None:
         raise ValueError(f"head must say which of the graph's {graph.heads} heads has these weights (got None)")
     if head is not None:
@@ -203,8 +240,8 @@ def weights_of_edges(
     n: int,
     m: int,
     *,
-    labels: Sequence[object] | None = None,
-    key_labels: Sequence[object] | None = None,
+    labels: Names | None = None,
+    key_labels: Names | None = None,
     ax: Axes | None = None,
     title: str = "attention weights",
 ) -> Figure:
@@ -223,57 +260,84 @@ Panel = tuple[str, Tensor, Tensor, int, int]
 """A title, edges (2, E), their weights (E,), and how many queries and keys there are."""
 
 
-def weights_sheet(rows: Sequence[Sequence[Panel]], title: str) -> Figure:
+def weights_sheet(
+    rows: Sequence[Sequence[Panel]], title: str, labels: Names | None = None, key_labels: Names | None = None
+) -> Figure:
     """Small pictures of weights in rows, each on a scale of its own, on which the largest 2% are alike."""
-    from attngraph.draw.figure import fitted, sheet
+    from attngraph.draw.figure import families, fitted, sheet
 
-    axes = sheet(len(rows), max(map(len, rows)), 1.5)
+    is_named = labels is not None or key_labels is not None
+    axes = sheet(len(rows), max(map(len, rows), default=1), 3.0 if is_named else 1.5)
     for row, own in zip(rows, axes, strict=True):
         for ax in own[len(row) :]:
             ax.remove()
         for (name, edges, weights, n, m), ax in zip(row, own, strict=False):
             _show_weights(ax, weights, edges, n, m, 0.98)
             ax.set(xticks=[], yticks=[])
+            if is_named:
+                _set_names(ax, _names(n, m, labels, key_labels))
             ax.set_title(name, fontsize=7, pad=2)
     figure = _figure(axes[0][0])
-    figure.suptitle(fitted(title, figure.get_figwidth()), fontsize=8)
+    figure.suptitle(fitted(title, figure.get_figwidth()), fontsize=8, family=families("sans-serif"))
     return figure
 
 
 def _show_weights(ax: Axes, weights: Tensor, edges: Tensor, n: int, m: int, quantile: float = 1.0) -> AxesImage:
     """From 0 to the largest, or to this quantile; what is no edge stays white."""
     key, query = edges.cpu()
-    values = Cells.of(n, m).means(query, key, weights.detach().float().cpu())
-    known = values[~values.isnan()]
-    vmax = float(known.quantile(quantile)) if len(known) else 1.0
-    return _image(ax, values, n, m, "viridis", vmax or 1.0)
+    values = Cells.of(n, m).means(query, key, _weights(weights, edges))
+    return _image(ax, values, n, m, *_limits(values[~values.isnan()], "viridis", quantile))
+
+
+def _weights(weights: Tensor, edges: Tensor) -> Tensor:
+    """One number for each edge (2, E), to be drawn: float32 (E,) on the CPU; ValueError for what has no colour."""
+    if weights.shape != edges.shape[1:]:
+        raise ValueError(f"weights must have shape ({edges.shape[1]},), one for each edge (got {tuple(weights.shape)})")
+    if wrong := int((~weights.isfinite()).sum()):
+        raise ValueError(f"weights must be finite (got {wrong:,} of {len(weights):,} that are NaN or infinite)")
+    return weights.detach().float().cpu()
+
+
+def _limits(values: Tensor, colors: str | Colormap, quantile: float = 1.0) -> tuple[str | Colormap, float, float]:
+    """Colours from 0 to the largest value, or to this quantile; where any is negative, from its opposite, grey at 0."""
+    is_signed = bool((values < 0).any())
+    largest = float(values.abs().quantile(quantile)) if len(values) else 1.0
+    largest = largest or float(values.abs().max()) or 1.0
+    return ("coolwarm", -largest, largest) if is_signed else (colors, 0.0, largest)
 
 
 @checked
 def receptive_field(
-    graphs: Sequence[Graph],
-    node: int,
-    n: int,
+    graphs: Graph | Sequence[Graph],
+    node: object,
+    n: int | None = None,
     *,
-    labels: Sequence[object] | None = None,
+    labels: Names | None = None,
     ax: Axes | None = None,
     title: str | None = None,
 ) -> Figure:
     """Through which nodes of which layer the inputs reach `node`: a row a layer, the output on top.
 
-    `labels` are names for the nodes.
+    Args:
+        graphs: one graph, or one for each layer.
+        node: its number, or its name among `labels`.
+        n: how many nodes there are; by default what a layer knows.
+        labels: names for the nodes.
     """
     from attngraph import analysis
-    from attngraph.draw.figure import LARGEST, set_names
+    from attngraph.draw.figure import LARGEST, inches, set_names
 
-    rows = [analysis.receptive_field(graphs[depth:], node, n) for depth in range(len(graphs), -1, -1)]
+    graphs, n = analysis.stack(graphs, n)
     names = _names(n, n, labels, None)
+    node = _node(node, n, names and names[1], labels)
+    rows = [analysis.receptive_field(graphs[depth:], node, n) for depth in range(len(graphs), -1, -1)]
     if ax is None:
-        ax = _new_axes(6, min(LARGEST, 0.4 * len(rows) + 1))
+        room = 0.0 if names is None else inches(names[1])
+        ax = _new_axes(6, min(LARGEST, max(0.4 * len(rows) + 1, 0.25 * len(rows) + 1.4 + room)))
     cells = Cells.of(1, n)
     picture = [cells.sums(torch.zeros_like(nodes), nodes) / cells.areas for nodes in rows]
     reached = torch.cat(picture)
-    image = _image(ax, reached.masked_fill(reached == 0, torch.nan), len(rows), n, _blues(), 1.0)
+    image = _image(ax, reached.masked_fill(reached == 0, torch.nan), len(rows), n, _blues(), 0.0, 1.0)
     if not cells.are_pairs:
         _bar(ax, image, f"share of {cells.width} nodes")
     ax.set_aspect("auto")
@@ -295,9 +359,22 @@ def set_title(ax: Axes, text: str) -> None:
 
 @checked
 def save(picture: Figure | Axes, path: str | os.PathLike[str]) -> None:
-    """Write a figure, or the one that holds these axes, to a file; its ending says the format."""
-    from attngraph.draw.figure import DPI
+    """Write a figure, or the one that holds these axes, to a file; its ending says the format.
 
+    Raises:
+        TypeError: something that is no picture, as a graph is none.
+        FileNotFoundError: a folder that does not exist.
+        ValueError: a path that is a folder, or no name of a file.
+    """
+    from attngraph.draw.figure import DPI, is_picture
+
+    if not is_picture(picture):
+        raise TypeError(f"picture must be a figure or axes, as draw.connectivity makes it (got {shown(picture)})")
+    file = Path(path)
+    if file.is_dir() or (file.name.startswith(".") and not file.suffix):
+        raise ValueError(f"path must be that of a file, such as graph.png (got {os.fspath(path)!r})")
+    if not file.parent.is_dir():
+        raise FileNotFoundError(f"path must be in a folder that exists: there is no {str(file.parent)!r}")
     cast("Figure", picture.figure.figure).savefig(path, dpi=DPI, bbox_inches="tight")
 
 
@@ -313,19 +390,29 @@ def _size(graph: Graph, n: int | None, m: int | None) -> tuple[int, int]:
     return at_size(graph, n, n if m is None else m)[1:]
 
 
-def _names(
-    n: int, m: int, labels: Sequence[object] | None, key_labels: Sequence[object] | None
-) -> tuple[list[str], list[str]] | None:
+def _told_graph(graph: Graph) -> str:
+    """The expression, with the number of edges for those that are listed, not a hash of them."""
+    return re.sub(r"EdgeList\(<([\d,]+ edges?), \w+>(, size=\([^()]*\))?\)", r"\1", str(graph))
+
+
+def _names(n: int, m: int, labels: Names | None, key_labels: Names | None) -> tuple[list[str], list[str]] | None:
     """The names of queries and of keys, if there are any; ValueError if they are too few."""
+    from attngraph.draw.figure import drawable
+
     if labels is None and key_labels is None:
         return None
     key_labels = labels if key_labels is None and labels is not None and len(labels) >= m else key_labels
     found = []
     for name, given, nodes in (("labels", labels, n), ("key_labels", key_labels, m)):
+        if isinstance(given, Tensor | np.ndarray):
+            if given.ndim != 1:
+                raise ValueError(f"{name} must have one dimension (got shape {tuple(given.shape)})")
+            given = given.tolist()
         if given is not None and len(given) < nodes:
             raise ValueError(f"{name} must name each of {nodes} nodes (got {len(given)})")
-        found.append([str(each) for each in (range(nodes) if given is None else given)][:nodes])
-    return found[0], found[1]
+        found += [str(each) for each in (range(nodes) if given is None else given)][:nodes]
+    found = drawable(found)
+    return found[:n], found[n:]
 
 
 def show_graph(ax: Axes, graph: Graph, n: int, m: int, pairs: int = PAIRS) -> None:
@@ -333,7 +420,7 @@ def show_graph(ax: Axes, graph: Graph, n: int, m: int, pairs: int = PAIRS) -> No
     cells = Cells.of(n, m)
     values, is_empty, is_exact = shares(graph, cells, pairs)
     largest = 1.0 if cells.are_pairs else float(values.max()) or 1.0
-    image = _image(ax, values.masked_fill(is_empty, torch.nan), n, m, _blues(), largest)
+    image = _image(ax, values.masked_fill(is_empty, torch.nan), n, m, _blues(), 0.0, largest)
     if not cells.are_pairs:
         heads = ", all heads" if graph.heads else ""
         _bar(ax, image, f"share of edges in {_told(cells)}{heads}{'' if is_exact else ', sampled'}")
@@ -342,22 +429,22 @@ def show_graph(ax: Axes, graph: Graph, n: int, m: int, pairs: int = PAIRS) -> No
 
 
 def _told(cells: Cells) -> str:
-    return f"cells of {cells.height} × {cells.width}"
+    return f"cells of {cells.height:,} × {cells.width:,}"
 
 
-def _image(ax: Axes, values: Tensor, n: int, m: int, colors: str | Colormap, vmax: float) -> AxesImage:
+def _image(ax: Axes, values: Tensor, n: int, m: int, colors: str | Colormap, vmin: float, vmax: float) -> AxesImage:
     """Cells of n × m nodes; NaN is white."""
     values = values if values.numel() else torch.full((1, 1), torch.nan)
     extent = (-0.5, max(m, 1) - 0.5, max(n, 1) - 0.5, -0.5)
     image = ax.imshow(
-        values.numpy(force=True), cmap=colors, vmin=0, vmax=vmax, extent=extent, interpolation="nearest",
+        values.numpy(force=True), cmap=colors, vmin=vmin, vmax=vmax, extent=extent, interpolation="nearest",
         aspect="equal" if n <= 4 * m and m <= 4 * n else "auto",
     )  # fmt: skip
     ax.set_facecolor("white")
     return image
 
 
-def _bar(ax: Axes, image: AxesImage, label: str) -> None:
+def _bar(ax: Axes, image: ScalarMappable, label: str) -> None:
     from attngraph.draw.figure import bar
 
     bar(ax, image, label)
@@ -365,8 +452,6 @@ def _bar(ax: Axes, image: AxesImage, label: str) -> None:
 
 def frame(ax: Axes, n: int, m: int, names: tuple[list[str], list[str]] | None = None) -> None:
     """Axes of queries and keys, and lines between cells of a small picture."""
-    from attngraph.draw.figure import set_names
-
     ax.set_xlabel("key node")
     ax.set_ylabel("query node")
     if max(n, m) <= 32:
@@ -375,11 +460,17 @@ def frame(ax: Axes, n: int, m: int, names: tuple[list[str], list[str]] | None = 
         ax.grid(which="minor", color=LIGHT, linewidth=0.5)
         ax.tick_params(which="minor", length=0)
     if names is not None:
-        set_names(ax, ax.yaxis, names[0])
-        set_names(ax, ax.xaxis, names[1])
+        _set_names(ax, names)
         return
     for axis, count in ((ax.xaxis, m), (ax.yaxis, n)):
         axis.set_ticks(sorted({0, count // 2, count - 1}) if count > 1 else range(count))
+
+
+def _set_names(ax: Axes, names: tuple[list[str], list[str]] | None) -> None:
+    from attngraph.draw.figure import set_names
+
+    for axis, own in zip((ax.yaxis, ax.xaxis), names or (), strict=False):
+        set_names(ax, axis, own)
 
 
 def matrix_axes(n: int, m: int, named: bool) -> Axes:
@@ -391,7 +482,7 @@ def matrix_axes(n: int, m: int, named: bool) -> Axes:
     else:
         sides = [4 * min(max(count / max(n, m, 1), 0.3), 1) for count in (n, m)]
     height, width = (min(side, LARGEST) for side in sides)
-    return _new_axes(width + (2.2 if named else 0.6), height + (1.4 if named else 0.6))
+    return _new_axes(width + 2.2, height + 1.4) if named else _new_axes(max(width + 0.6, 2.8), height + 0.6)
 
 
 def _new_axes(width: float, height: float) -> Axes:

@@ -9,7 +9,7 @@ from torch import nn
 
 from attngraph import Causal, Full, Identity, PerHead, Prefix, Strided, Window, attend, hf, plan, record
 from attngraph.models import GPT, DecisionTransformer, Encoder, EncoderDecoder, ViT
-from attngraph.nn import Attention, TransformerConfig
+from attngraph.nn import Attention, Transformer, TransformerConfig
 
 HEADS = PerHead([Causal(), Causal() & Window(2, 0), Causal() & Strided(3), Identity()])
 
@@ -163,8 +163,82 @@ def test_padding_is_heard_by_nobody_and_not_drawn():
         for layer in range(3):
             for head in range(4):
                 (edges, weights), (own, expected) = recorded[layer].of(head, batch=1), one[layer].of(head)
-                assert torch.equal(edges, own)
+                assert torch.equal(edges, own + mask.index(True))  # nodes are numbered by their places in the input
                 torch.testing.assert_close(weights, expected)
+
+
+@pytest.mark.parametrize("graph", [Causal(), Causal().sized(9, 9)], ids=str)
+def test_nodes_are_numbered_as_in_the_input(graph):
+    """Of a batch that is padded in front, whether the graph counts from the first real node or not."""
+    model = GPT(config(num_layers=1), 11, graph).eval()
+    mask = torch.tensor([[True] * 9, [False] * 3 + [True] * 6, [False] * 9])
+    with record(model) as recorded:
+        model(torch.cat([TOKENS, TOKENS[:1]]), attention_mask=mask)
+    for batch, first in enumerate([0, 3]):
+        edges, _ = recorded[0].of(2, batch)
+        assert torch.equal(edges, Causal().edge_index(9 - first) + first)
+    assert recorded[0].of(2, 2)[0].shape == (2, 0)
+    picture = recorded[0].draw(2, batch=1).axes[0].images[0].get_array()
+    assert torch.equal(~torch.from_numpy(picture.mask), Causal().mask(9, 9) & mask[1] & mask[1, :, None])
+
+
+@pytest.mark.parametrize("cross", [True, False])
+def test_nodes_that_hear_a_memory_are_numbered_as_in_the_input(cross):
+    model = Transformer(config(num_layers=1, cross=cross), Causal()).eval()
+    x, memory, mask = torch.randn(2, 5, 32), torch.randn(2, 4, 32), torch.tensor([[True] * 5, [False] * 2 + [True] * 3])
+    memory_mask = torch.tensor([[True] * 4, [False] + [True] * 3])
+    with record(model) as recorded:
+        model(x, attention_mask=mask, memory=memory, memory_attention_mask=memory_mask)
+    heard = recorded["layers.0.cross" if cross else "layers.0.attention"]
+    key, query = heard.of(0, 1)[0]
+    assert set(key.tolist()) == ({1, 2, 3} if cross else {1, 2, 3, 4 + 2, 4 + 3, 4 + 4})
+    if not cross:
+        assert set(query.tolist()) == {2, 3, 4}
+        own = key >= 4
+        assert torch.equal(torch.stack([key[own] - 4, query[own]]), Causal().edge_index(3) + 2)
+    with record(model) as recorded:  # and not moved
+        model(x, memory=memory)
+    assert recorded[heard.name].query_places is None
+
+
+def test_a_sheet_has_names_and_an_empty_batch_no_picture():
+    model = gpt()
+    with record(model) as recorded:
+        model(TOKENS)
+    for sheet in (recorded.draw(labels=list("abcdefghi")), recorded[1].draw(labels=list("abcdefghi"))):
+        for ax in sheet.axes:
+            for axis in (ax.xaxis, ax.yaxis):
+                assert {label.get_text() for label in axis.get_ticklabels()} <= set("abcdefghi")
+                assert len(axis.get_ticklabels()) > 2
+    with pytest.raises(ValueError, match="labels must name each of 9 nodes"):
+        recorded.draw(labels=["a"])
+    with record(model) as recorded:
+        model(TOKENS[:0])
+    with pytest.raises(ValueError, match="got an empty batch"):
+        recorded[0].draw()
+    assert "<img" not in recorded._repr_html_()
+
+
+def test_heads_are_counted_as_layers_are():
+    model = gpt()
+    with record(model, heads=[1, -3, 1, -1]) as recorded:
+        model(TOKENS)
+    assert recorded[0].heads == (1, 3)
+    assert recorded[0].weights.shape[1] == 2
+    for wrong in (None, slice(0, 1), 1.0, True):
+        with pytest.raises(TypeError, match="layer must be the number of a layer or the name of a module"):
+            recorded[wrong]
+
+
+def test_weights_that_are_not_finite_are_told():
+    model = gpt()
+    with torch.no_grad():
+        model.transformer.layers[0].attention.query.weight.fill_(torch.nan)
+    with record(model) as recorded:
+        model(TOKENS)
+    with pytest.raises(ValueError, match="weights must be finite"):
+        recorded[0].draw(0)
+    assert "<img" not in recorded[0]._repr_html_()
 
 
 def test_heads_that_differ_have_their_own_edges():
@@ -226,7 +300,7 @@ def test_what_is_not_there_is_told():
         ({"layers": -4}, r"layers must be among 0 … 2"),
         ({"layers": "transformer"}, r"layers must be among .* \(got 'transformer'\)"),
         ({"layers": []}, "layers must be at least one"),
-        ({"heads": 4}, r"heads must be from 0 to 3 \(got 4\)"),
+        ({"heads": 4}, r"heads must be from -4 to 3 \(got 4\)"),
         ({"heads": []}, "heads must be at least one"),
     ):
         with pytest.raises(ValueError, match=message), record(model, **options):

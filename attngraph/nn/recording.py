@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from operator import index
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,9 +14,11 @@ from torch import Tensor, nn
 
 from attngraph.arguments import checked, shown
 from attngraph.draw import notebook
-from attngraph.draw.pictures import of_head, weights_of_edges, weights_sheet
+from attngraph.draw.pictures import Names, of_head, weights_of_edges, weights_sheet
 from attngraph.graph.base import Graph
 from attngraph.nn.attention import Attention
+from attngraph.nn.padding import rolled
+from attngraph.nn.transformer import Block, Transformer
 from attngraph.planning.planner import Plan
 
 if TYPE_CHECKING:
@@ -26,8 +29,9 @@ if TYPE_CHECKING:
 class Recorded:
     """The weights of one `Attention` of a model, as its latest call had them.
 
-    Of a batch that is padded in front, in a model whose graphs fit any size, a row's nodes are counted from its first
-    real one, as the graph does.
+    `of` and `draw` number nodes by their places in the model's input. So do `edge_index` and the masks, but for a batch
+    that is padded in front, in a model whose graphs fit any size: there each row's numbers count from its first real
+    node, as in the graph, and `key_places` and `query_places` have the places.
     """
 
     name: str
@@ -46,7 +50,11 @@ class Recorded:
     attention_mask: Tensor | None = None
     """Which keys of each batch entry are no padding: bool (B, num_keys)."""
     query_mask: Tensor | None = None
-    """The same of the queries, where these are the keys."""
+    """The same of the queries, where these are the keys, or the last of them: bool (B, num_queries)."""
+    key_places: Tensor | None = None
+    """Of each batch entry, where in the input each key of `edge_index` is: int64 (B, num_keys); None if it is there."""
+    query_places: Tensor | None = None
+    """The same of the queries: int64 (B, num_queries)."""
 
     @cached_property
     def edge_index(self) -> Tensor:
@@ -55,7 +63,12 @@ class Recorded:
 
     @checked
     def of(self, head: int, batch: int = 0) -> tuple[Tensor, Tensor]:
-        """Of one head and one entry of the batch, its own edges (2, E) and their weights (E,), without padding."""
+        """Of one head and one entry of the batch, its own edges (2, E) and their weights (E,), without padding.
+
+        Nodes have the numbers of their places in the input.
+        """
+        if not len(self.weights):
+            raise ValueError("batch must have an entry to look at (got an empty batch)")
         if head not in self.heads:
             raise ValueError(f"head must be one of those that were recorded, {_listed(self.heads)} (got {head})")
         if not 0 <= batch < len(self.weights):
@@ -66,7 +79,11 @@ class Recorded:
         for mask, nodes in ((self.attention_mask, edges[0]), (self.query_mask, edges[1])):
             if mask is not None:
                 real &= mask[batch].to(nodes.device)[nodes]
-        return edges[:, real], weights[real.to(weights.device)]
+        key, query = (
+            nodes[real] if places is None else places[batch].to(nodes.device)[nodes[real]]
+            for nodes, places in zip(edges, (self.key_places, self.query_places), strict=True)
+        )
+        return torch.stack([key, query]), weights[real.to(weights.device)]
 
     @checked
     def draw(
@@ -74,13 +91,14 @@ class Recorded:
         head: int | None = None,
         *,
         batch: int = 0,
-        labels: Sequence[object] | None = None,
-        key_labels: Sequence[object] | None = None,
+        labels: Names | None = None,
+        key_labels: Names | None = None,
         title: str | None = None,
     ) -> Figure:
         """A picture of one head, as `attngraph.draw.attention` makes it; by default a sheet of all recorded heads."""
         if head is None:
-            return _sheet([self], batch, f"{self.name}, layer.head ({SCALES})" if title is None else title)
+            title = f"{self.name}, layer.head ({SCALES})" if title is None else title
+            return _sheet([self], batch, title, labels, key_labels)
         edges, weights = self.of(head, batch)
         return weights_of_edges(
             weights, edges, self.num_queries, self.num_keys, labels=labels, key_labels=key_labels,
@@ -112,11 +130,15 @@ class Recording(Mapping[str, Recorded]):
     def __getitem__(self, layer: int | str) -> Recorded:
         """Of a layer, by its number (from the end where it is negative) or the name of its `Attention`.
 
-        Raises KeyError for what was not recorded, and for a number of several: an encoder–decoder has three of each.
+        Raises KeyError for what was not recorded, and for a number of several: an encoder–decoder has three of each;
+        TypeError for what is neither a number nor a name.
         """
         if isinstance(layer, str):
             names = [layer] if layer in self._found else []
         else:
+            if isinstance(layer, bool) or not hasattr(layer, "__index__"):
+                raise TypeError(f"layer must be the number of a layer or the name of a module (got {shown(layer)})")
+            layer = index(layer)
             number = layer + 1 + max(self._layers.values()) if layer < 0 else layer
             names = [name for name in self._found if self._layers[name] == number]
         if len(names) == 1:
@@ -127,7 +149,9 @@ class Recording(Mapping[str, Recorded]):
             raise KeyError("nothing was recorded: run the model inside `with record(model) as recorded:`")
         raise KeyError(f"{layer!r} was not recorded, but {', '.join(self._found)}")
 
-    def _keeper(self, name: str, heads: tuple[int, ...] | None, gradients: bool) -> Callable[..., None]:
+    def _keeper(
+        self, name: str, heads: tuple[int, ...] | None, gradients: bool, moved: _Moved | None
+    ) -> Callable[..., None]:
         """What puts the weights of a module here, as it is told them."""
 
         def keep(weights: Tensor, graph: Graph | Plan, x: Tensor, memory: Tensor, mask: Tensor | None) -> None:
@@ -135,16 +159,25 @@ class Recording(Mapping[str, Recorded]):
                 weights, mask = weights[None], mask if mask is None else mask[None]
             if heads is not None:
                 weights = weights[:, list(heads)]
+            n, m = x.shape[-2], memory.shape[-2]
+            hears_itself = memory is x or (moved is not None and moved.hears_itself)
+            query_places = None if moved is None else moved.places(n)
+            key_places = None
+            if hears_itself and query_places is not None:  # the last keys are the queries
+                before = torch.arange(m - n, device=query_places.device).expand(len(query_places), -1)
+                key_places = torch.cat([before, query_places + (m - n)], 1)
             self._found[name] = Recorded(
                 name=name,
                 layer=self._layers[name],
                 graph=graph.graph if isinstance(graph, Plan) else graph,
-                num_queries=x.shape[-2],
-                num_keys=memory.shape[-2],
+                num_queries=n,
+                num_keys=m,
                 heads=tuple(range(weights.shape[1])) if heads is None else heads,
                 weights=weights if gradients else weights.detach(),
                 attention_mask=mask,
-                query_mask=mask if memory is x else None,
+                query_mask=mask[:, m - n :] if mask is not None and hears_itself else None,
+                key_places=key_places,
+                query_places=query_places,
             )
 
         return keep
@@ -156,11 +189,22 @@ class Recording(Mapping[str, Recorded]):
         return len(self._found)
 
     @checked
-    def draw(self, *, batch: int = 0, title: str | None = None) -> Figure:
-        """A sheet of all that was recorded, a row for each layer, a column for each head."""
+    def draw(
+        self,
+        *,
+        batch: int = 0,
+        labels: Names | None = None,
+        key_labels: Names | None = None,
+        title: str | None = None,
+    ) -> Figure:
+        """A sheet of all that was recorded, a row for each layer, a column for each head.
+
+        `labels` and `key_labels` name the nodes, as in `attngraph.draw.connectivity`, of all that is on the sheet.
+        """
         if not self._found:
             raise ValueError("nothing was recorded: run the model inside `with record(model) as recorded:`")
-        return _sheet(list(self._found.values()), batch, f"layer.head ({SCALES})" if title is None else title)
+        title = f"layer.head ({SCALES})" if title is None else title
+        return _sheet(list(self._found.values()), batch, title, labels, key_labels)
 
     def __repr__(self) -> str:
         return f"Recording({', '.join(self._found) or 'nothing yet'})"
@@ -189,14 +233,14 @@ def record(
     Each `Attention` in the model is asked for its weights, and its latest call is kept: encoder, decoder and cross
     attention, graphs by layer and by head, padding, autocast. Afterwards the model is as it was, and what was recorded
     stays. It takes memory in proportion to the edges: `layers` and `heads` say what is kept. A compiled model runs
-    uncompiled meanwhile.
+    uncompiled meanwhile, and where it drops out, it drops other weights than it would without being recorded.
 
     Args:
         model: any module with `Attention` in it, of this library or of `attngraph.hf`.
         layers: numbers of layers, from 0 (from the end where they are negative), or names of modules; by default all.
-        heads: numbers of heads; by default all.
+        heads: numbers of heads, from 0 (from the end where they are negative); by default all.
         gradients: keep how the weights came about, so that a loss of them can be differentiated; by default they are
-            detached.
+            detached. With activation checkpointing, call `backward` inside the `with`: it runs the model again.
 
     >>> from attngraph import record
     >>> from attngraph.models import GPT
@@ -216,18 +260,70 @@ def record(
         raise ValueError(f"model must have attngraph.nn.Attention in it (got a {type(model).__name__})")
     recording = Recording({name: _layer(name, place) for place, name in enumerate(modules)})
     chosen = _chosen_layers(layers, recording._layers)
-    kept = _chosen_heads(heads, min(modules[name].num_heads for name in chosen))
+    kept = {name: _chosen_heads(heads, modules[name].num_heads) for name in chosen}
     with ExitStack() as stack:
         stack.enter_context(torch.compiler.set_stance("force_eager"))
+        moved = dict[nn.Module, _Moved]()
+        for transformer in model.modules():
+            if isinstance(transformer, Transformer):
+                moved.update(stack.enter_context(_watching(transformer)))
         for name in chosen:
-            stack.enter_context(_listening(modules[name], recording._keeper(name, kept, gradients)))
+            keep = recording._keeper(name, kept[name], gradients, moved.get(modules[name]))
+            stack.enter_context(_listening(modules[name], keep))
         yield recording
+
+
+class _Moved:
+    """How far a `Transformer` has moved its nodes forward, in its latest call, for one `Attention` in it."""
+
+    def __init__(self, told: list[Tensor | None], hears_itself: bool):
+        self._told, self.hears_itself = told, hears_itself
+
+    def places(self, n: int) -> Tensor | None:
+        """Where each node was: (B, n); None if none was moved."""
+        skipped = self._told[-1] if self._told else None
+        if skipped is None:
+            return None
+        return rolled(torch.arange(n, device=skipped.device).expand(len(skipped), n), skipped)
+
+
+@contextmanager
+def _watching(transformer: Transformer) -> Iterator[dict[nn.Module, _Moved]]:
+    """What each `Attention` of a model is told of how its nodes are moved."""
+    skipped, told = transformer._skipped, list[Tensor | None]()
+
+    def telling(*inputs: Any) -> Tensor | None:
+        told[:] = [skipped(*inputs)]
+        return told[0]
+
+    own = dict[nn.Module, _Moved]()
+    for block in transformer.layers:
+        assert isinstance(block, Block)
+        own[block.attention] = _Moved(told, hears_itself=True)
+        if transformer.config.cross:
+            own[block.cross] = _Moved(told, hears_itself=False)
+    with _replaced(transformer, "_skipped", telling):
+        yield own
+
+
+@contextmanager
+def _replaced(module: nn.Module, name: str, function: Callable[..., Any]) -> Iterator[None]:
+    """The module with another method; afterwards as it was."""
+    before = vars(module).get(name)  # of the instance: that of an outer recording
+    setattr(module, name, function)
+    try:
+        yield
+    finally:
+        if before is None:
+            delattr(module, name)
+        else:
+            setattr(module, name, before)
 
 
 @contextmanager
 def _listening(module: Attention, keep: Callable[..., None]) -> Iterator[None]:
     """The module, whose every call also tells its weights."""
-    forward, before = module.forward, vars(module).get("forward")  # of the instance: that of an outer recording
+    forward = module.forward
 
     def telling(
         x: Tensor, graph: Any, memory: Tensor | None = None, *, return_weights: bool = False, **options: Any
@@ -236,14 +332,8 @@ def _listening(module: Attention, keep: Callable[..., None]) -> Iterator[None]:
         keep(weights, graph, x, x if memory is None else memory, options.get("attention_mask"))
         return (out, weights) if return_weights else out
 
-    module.forward = telling
-    try:
+    with _replaced(module, "forward", telling):
         yield
-    finally:
-        if before is None:
-            del module.forward
-        else:
-            module.forward = before
 
 
 def _layer(name: str, place: int) -> int:
@@ -274,18 +364,21 @@ def _chosen_heads(heads: int | Collection[int] | None, count: int) -> tuple[int,
     """The numbers of the heads to record; None for all."""
     if heads is None:
         return None
-    chosen = (heads,) if isinstance(heads, int) else tuple(heads)
-    for head in chosen:
+    chosen = dict[int, None]()
+    for head in (heads,) if isinstance(heads, int) else tuple(heads):
         if isinstance(head, bool) or not isinstance(head, int):
             raise TypeError(f"heads must be numbers of heads (got {shown(head)} among them)")
-        if not 0 <= head < count:
-            raise ValueError(f"heads must be from 0 to {count - 1} (got {head})")
+        if not -count <= head < count:
+            raise ValueError(f"heads must be from {-count} to {count - 1} (got {head})")
+        chosen[head % count] = None
     if not chosen:
         raise ValueError("heads must be at least one (got none)")
-    return chosen
+    return tuple(chosen)
 
 
-def _sheet(rows: Sequence[Recorded], batch: int, title: str) -> Figure:
+def _sheet(
+    rows: Sequence[Recorded], batch: int, title: str, labels: Names | None = None, key_labels: Names | None = None
+) -> Figure:
     """A row of small pictures for each module, one for each of its heads."""
     names = {each.name: str(each.layer) for each in rows}
     if len(set(names.values())) < len(names):
@@ -294,14 +387,16 @@ def _sheet(rows: Sequence[Recorded], batch: int, title: str) -> Figure:
         [(f"{names[each.name]}.{head}", *each.of(head, batch), each.num_queries, each.num_keys) for head in each.heads]
         for each in rows
     ]
-    return weights_sheet(panels, title)
+    return weights_sheet(panels, title, labels, key_labels)
 
 
 def _is_quick(rows: Sequence[Recorded]) -> bool:
-    """Whether a sheet of them is drawn in about a second."""
+    """Whether a sheet of them can be drawn, in about a second."""
     heads = sum(len(each.heads) for each in rows)
     numbers = sum(each.weights[:1].numel() for each in rows)
-    return all(len(each.weights) for each in rows) and heads <= MOST_PANELS and numbers <= MOST_NUMBERS
+    if not all(len(each.weights) for each in rows) or heads > MOST_PANELS or numbers > MOST_NUMBERS:
+        return False
+    return all(bool(each.weights[0].isfinite().all()) for each in rows)
 
 
 def _listed(heads: Sequence[int]) -> str:

@@ -323,12 +323,7 @@ class Transformer(nn.Module):
             memory_mask = padding_mask("memory_attention_mask", memory_attention_mask, memory)
         if positions is None and mask is None and self.config.position == "learned":
             self._check_length(num_queries)
-        names_nodes = any(part.size != (None, None) for part in graphs) or any(
-            isinstance(each, Tensor | EdgeBias) for each in biases
-        )
-        skipped = None  # nodes in front of each row's first real one, which go behind: so its places in the graph are
-        if positions is None and mask is not None and not names_nodes:  # its own
-            skipped = None if values_known(mask) and bool(mask[:, :1].all()) else padding_in_front(mask)
+        skipped = self._skipped(mask, positions, graphs, biases)
         if skipped is not None and mask is not None:
             x, mask = rolled(x, skipped), rolled(mask, skipped)
         positions = positions_of("positions", positions, mask, x)
@@ -356,6 +351,23 @@ class Transformer(nn.Module):
             )
         x = x if self.final_norm is None else self.final_norm(x)
         return x if skipped is None else rolled(x, -skipped)
+
+    def _skipped(
+        self,
+        mask: Tensor | None,
+        positions: Tensor | None,
+        graphs: Sequence[Graph],
+        biases: Sequence[Bias | Tensor | None],
+    ) -> Tensor | None:
+        """How many nodes in front of each row's first real one go behind, (B, 1), so that its places in the graph are
+        its own; None where all stay, as where graphs or biases name these very nodes.
+        """
+        names_nodes = any(part.size != (None, None) for part in graphs) or any(
+            isinstance(each, Tensor | EdgeBias) for each in biases
+        )
+        if positions is not None or mask is None or names_nodes or (values_known(mask) and bool(mask[:, :1].all())):
+            return None
+        return padding_in_front(mask)
 
     def _with_positions(
         self, x: Tensor, positions: Tensor, key_positions: Tensor

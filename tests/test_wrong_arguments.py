@@ -172,8 +172,10 @@ DOORS = [
         "graph": Causal(), "n": 6, "m": 6, "labels": None, "key_labels": None, "title": None,
     }),
     Door("draw.messages", attngraph.draw.messages, {
-        "graph": Causal(), "n": 6, "m": 6, "node": None, "labels": None, "key_labels": None, "title": None,
-    }),
+        "graph": Causal(), "n": 6, "m": 6, "node": None, "weights": torch.ones(21), "labels": None, "key_labels": None,
+        "title": None,
+    }, {"n": "n|weights", "m": "m|weights", "graph": "graph|weights"}),
+    Door("draw.save", partial(attngraph.draw.save, path=f"{KEPT.name}/picture.png"), {"picture": Figure()}),
     Door("draw.attention", attngraph.draw.attention, {
         "weights": torch.ones(21), "graph": Causal(), "n": 6, "m": 6, "head": None, "labels": None, "key_labels": None,
         "title": "",

@@ -612,7 +612,8 @@ def fit(args: argparse.Namespace, task: Task) -> tuple[float, Metrics]:
                 raise SystemExit(f"stopped after step {done}; go on with --name {args.name} --resume")
             speed = (done - first) * per_step / (seconds - before)
             name = task.score.replace("_", " ").replace("validation loss", "validation")
-            bar.set_postfix_str(f"loss {loss:.3f}, {name} {score:.3f}, {speed:,.0f} {task.unit}/s", refresh=False)
+            known = "" if math.isnan(score) else f"{name} {score:.3f}, "  # nan: not evaluated yet
+            bar.set_postfix_str(f"loss {loss:.3f}, {known}{speed:,.0f} {task.unit}/s", refresh=False)
     return (evaluated(task) if math.isnan(score) else score), metrics  # resumed at the end
 
 

@@ -6,7 +6,6 @@ import io
 import math
 import warnings
 from collections.abc import Iterable, Sequence
-from functools import cache
 from textwrap import wrap
 from typing import Any, cast
 
@@ -79,24 +78,23 @@ def set_title(ax: Axes, text: str, *, fontsize: float = 8, lines: int = 4, above
     ax.set_title(told, fontsize=fontsize, pad=above, family=families("sans-serif"))
 
 
-@cache
 def families(generic: str) -> list[str]:
     """A family of fonts, and those that serve where it has no glyph."""
     installed = {font.name for font in fontManager.ttflist}
     return [generic, *(name for name in FALLBACKS if name in installed)]
 
 
-@cache
-def _characters() -> set[int]:
-    """What can be drawn of names and titles."""
-    fonts = (get_font(findfont(FontProperties(family=[name]))) for name in families("monospace"))
-    return {*map(ord, "\n\t"), *(code for font in fonts for code in font.get_charmap())}
+def _missing(codes: Iterable[int]) -> set[int]:
+    """Which characters no font has that names and titles are drawn with."""
+    fonts = [get_font(findfont(FontProperties(family=[name]))) for name in families("monospace")]
+    return {code for code in codes if not any(font.get_char_index(code) for font in fonts)}
 
 
 def drawable(texts: Iterable[str]) -> list[str]:
     """Texts with an empty square for each character that no font has, and one warning if there are any."""
     given = list(texts)
-    missing = {code for code in set(map(ord, "".join(given))) if code > 127 and code not in _characters()}
+    beyond_ascii = {code for code in map(ord, "".join(given)) if code > 127}
+    missing = _missing(beyond_ascii) if beyond_ascii else set()
     if not missing:
         return given
     some = "".join(map(chr, sorted(missing)[:8]))

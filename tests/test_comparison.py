@@ -67,3 +67,22 @@ def test_a_wrong_result_is_no_contestant(monkeypatch):
 def test_flexattention_too(monkeypatch):
     monkeypatch.undo()
     assert by_name(compare(Causal() & Window(16, 0), 256, **SMALL))["FlexAttention", "forward"].ms
+
+
+def test_each_contestant_has_what_suits_it(monkeypatch):
+    """PyG has vectors that lie nodes first; and FlexAttention is compiled for more graphs than PyTorch's limit."""
+    seen = {}
+
+    def looks(name):
+        def attention(q, k, v):
+            seen[name] = q[0].transpose(0, 1).is_contiguous(), torch._dynamo.config.recompile_limit
+            return 0 * q
+
+        return lambda self: attention
+
+    before = torch._dynamo.config.recompile_limit
+    for name in ("pyg", "flex"):
+        monkeypatch.setattr(comparison._Match, name, looks(name))
+    compare(Causal(), 32, **SMALL)
+    assert seen == {"pyg": (True, comparison.RECOMPILES), "flex": (False, comparison.RECOMPILES)}
+    assert torch._dynamo.config.recompile_limit == before

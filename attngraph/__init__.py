@@ -11,10 +11,12 @@ torch.Size([1, 8, 1024, 64])
 
 Graphs      Full Empty Identity Causal Window Prefix Global Strided Chunks Random, of any size
             Documents Tree Neighborhood Axial ShiftedWindows EdgeList, which know theirs
-            | & - ^ ~ .T @ of them; Disjoint, Beside, PerHead of several; `Graph` has the views, and how to add one
+            | & - ^ ~ .T @ of them; Disjoint, Batched, Beside, PerHead of several; `Graph` has the views, and
+            how to add one
 In and out  from_ and to_: edge_index, networkx, scipy_sparse_matrix, dense, function, block_mask; parse, parse_list
             collate: samples with graphs of their own as a batch of a DataLoader
-Attention   attend, with the biases Alibi, RelativeBias, EdgeBias and the score Additive
+Attention   attend, with the biases Alibi, RelativeBias, EdgeBias,
+            and the scores Additive, SoftCap, LeakyReLU, Temperature
 Plans       plan, Plan, Costs, calibrate: how it runs; compare: beside others; cache: what is kept
 Modules     nn (Attention, Transformer), models (GPT, Encoder, EncoderDecoder, ViT, DecisionTransformer), generate;
             save and load of each model; record: its attention weights; attngraph.hf: checkpoints of Hugging Face
@@ -32,7 +34,7 @@ from attngraph.comparison import Comparison, compare
 from attngraph.generation.sampling import generate
 from attngraph.graph.algebra import Empty, Full
 from attngraph.graph.base import Graph
-from attngraph.graph.compose import Beside, Disjoint, PerHead
+from attngraph.graph.compose import Batched, Beside, Disjoint, PerHead
 from attngraph.graph.edge_list import EdgeList
 from attngraph.graph.grids import Axial, Neighborhood, ShiftedWindows
 from attngraph.graph.patterns import (
@@ -60,18 +62,19 @@ from attngraph.interop import (
     to_networkx,
     to_scipy_sparse_matrix,
 )
-from attngraph.kernels.scoring import Additive
+from attngraph.kernels.scoring import Additive, LeakyReLU, SoftCap, Temperature
 from attngraph.nn.recording import record
 from attngraph.planning.calibrate import calibrate
 from attngraph.planning.costs import Costs
 from attngraph.planning.planner import Plan, plan
 
-__version__ = "0.4.0"
+__version__ = "0.5.0"
 
 __all__ = [
     "Additive",
     "Alibi",
     "Axial",
+    "Batched",
     "Beside",
     "Causal",
     "Chunks",
@@ -86,6 +89,7 @@ __all__ = [
     "Global",
     "Graph",
     "Identity",
+    "LeakyReLU",
     "NamedGraph",
     "Neighborhood",
     "PerHead",
@@ -94,7 +98,9 @@ __all__ = [
     "Random",
     "RelativeBias",
     "ShiftedWindows",
+    "SoftCap",
     "Strided",
+    "Temperature",
     "Tree",
     "Window",
     "attend",

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import fields
 from numbers import Real
-from typing import Literal, TypedDict, Unpack, overload
+from typing import Literal, TypedDict, Unpack, get_args, overload
 
 import torch
 from torch import Tensor, amp
@@ -14,16 +14,28 @@ from torch.autograd import forward_ad
 from attngraph.arguments import checked, shown
 from attngraph.bias import Bias, DenseBias, kind_of, placed
 from attngraph.graph.base import Graph
+from attngraph.graph.compose import Batched
 from attngraph.graph.text import tensors_are_fake
-from attngraph.kernels.scoring import NORMALIZERS, SCORES
+from attngraph.kernels.contract import Dropout
+from attngraph.kernels.scoring import (
+    NORMALIZER_NAMES,
+    PAIR_FUNCTIONS,
+    Additive,
+    Elementwise,
+    Score,
+    Temperature,
+    parts_of,
+    score_name,
+)
+from attngraph.packing import packed, packed_bias, takes_batch, unpacked
 from attngraph.planning.backends.base import Results
-from attngraph.planning.call import Call, Request, Transform, name_of
+from attngraph.planning.call import Call, Request, Transform, normalizer_name
 from attngraph.planning.edge_set import closed_form
 from attngraph.planning.execution import run, run_traced
 from attngraph.planning.planner import Plan, fitted, planned, traced
+from attngraph.planning.steps import Reduction, at_queries, edge_weights, in_steps, reduced_weights
 
-Score = str | Callable[[Tensor, Tensor], Tensor]
-Normalizer = str | Callable[[Tensor], Tensor]
+Normalizer = str | Elementwise
 
 
 class _Options(TypedDict, total=False):
@@ -33,8 +45,11 @@ class _Options(TypedDict, total=False):
     attention_mask: Tensor | None
     scale: float | None
     dropout_p: float
+    generator: torch.Generator | None
     score: Score
     normalize: Normalizer
+    sinks: Tensor | None
+    reduce: Reduction | None
     backend: str
 
 
@@ -67,11 +82,14 @@ def attend(
     attention_mask: Tensor | None = None,
     scale: float | None = None,
     dropout_p: float = 0.0,
+    generator: torch.Generator | None = None,
     score: Score = "dot",
     normalize: Normalizer = "softmax",
+    sinks: Tensor | None = None,
     backend: str = "auto",
     return_lse: bool = False,
     return_weights: bool = False,
+    reduce: Reduction | None = None,
 ) -> Tensor | tuple[Tensor, ...]:
     """Attention along the edges of a graph: each query node collects from the key nodes that it hears.
 
@@ -82,17 +100,29 @@ def attend(
         q: queries (B, H, N, D), or (H, N, D).
         k: keys (B, Hkv, M, D), where H is a multiple of Hkv: consecutive query heads share a key head.
         v: values (B, Hkv, M, Dv).
-        graph: who hears whom; its size, where it has one, is (N, M). Or a `plan` of a graph for such tensors.
+        graph: who hears whom; its size, where it has one, is (N, M). Or a `plan` of a graph for such tensors; or
+            `Batched`, a graph for each entry of the batch: weights are then (1, H, E), of its own `edge_index`.
         bias: added to the scores: `Alibi`, `RelativeBias`, `EdgeBias`, or a tensor that broadcasts to (B, H, N, M).
-        attention_mask: bool (B, M): False for keys that are padding, which no query of their batch entry hears.
+        attention_mask: bool (B, M): False for keys that are padding, which no query of their batch entry hears; or
+            integers (B,), how many keys of each entry come before its padding. Where each entry has a graph of its own,
+            `Batched` says so, and its padding costs nothing at all.
         scale: factor of the scores before the bias; by default 1/√D for the score "dot", 1 for others.
-        dropout_p: the probability with which a weight is dropped, always applied: pass 0 when not training.
+        dropout_p: the probability with which a weight is dropped, always applied: pass 0 when not training. Which are
+            dropped is a function of (seed, batch, head, query, key), the same on every backend.
+        generator: what the seed of the dropout is drawn from; by default torch's own, so that `torch.manual_seed`
+            repeats a run.
         score: "dot", "additive" (Σ tanh(q + k)), `Additive(weight)`, or a function of (q_i, k_j), each (B, H, E, D),
-            to (B, H, E).
-        normalize: "softmax", "sigmoid", "none", or an elementwise function of the scores.
+            to (B, H, E), which runs over a part of the edges at a time; and any of these with an elementwise function
+            after scale and bias: `SoftCap(50.0, of="dot")`, `LeakyReLU`, `Temperature`.
+        normalize: "softmax", "sigmoid", "none", "relu", "squared_relu", or an elementwise function of the scores.
+        sinks: a logit for each head (H,), which takes weight and gives no value: w_i = softmax_j over the scores and
+            it (gpt-oss, Xiao et al. 2024). Differentiable. `return_lse` includes it.
         backend: "auto", "reference", "edges", "dense", "tiles" or "rows". What a named one can't do is an error.
         return_lse: also return log Σ_j exp(score_ij) (B, H, N), -inf where a query hears nobody. Differentiable.
         return_weights: also return w before dropout, (B, H, E) in `edge_index` order.
+        reduce: with `return_weights`, what is to be returned in their place, made a head at a time: "mean"
+            over the heads (B, E), "entropy" -Σ_j w_ij log w_ij of each query (B, H, N), or "received", Σ_i w_ij, what
+            each key receives (B, H, M).
 
     Under `torch.autocast`, q, k and v are taken in its dtype.
 
@@ -114,40 +144,71 @@ def attend(
     if unbatched:
         q, k, v = (side[None] if isinstance(side, Tensor) else side for side in (q, k, v))
         attention_mask = attention_mask[None] if isinstance(attention_mask, Tensor) else attention_mask
-    if isinstance(bias, Tensor):
-        bias = DenseBias(bias)
-    _check(q, k, v, graph, bias, attention_mask, scale, score, normalize, dropout_p)
+    attention_mask = _of_lengths(attention_mask, k)
+    added = DenseBias(bias) if isinstance(bias, Tensor) else bias
+    batch = q.shape[0] if isinstance(graph, Batched) and takes_batch(graph, q) else None
+    if isinstance(graph, Batched) and batch is not None:
+        q, k, v, attention_mask, added = _packed(q, k, v, attention_mask, added, graph)
+    _check(q, k, v, graph, added, attention_mask, scale, score, normalize, dropout_p, generator, sinks)
     if not (type(backend) is str and type(return_lse) is bool and type(return_weights) is bool):
         backend, return_lse, return_weights = _options(backend, return_lse, return_weights)
-    if return_lse and normalize != "softmax":
-        raise ValueError(f"return_lse needs normalize='softmax' (got {normalize!r}): other weights have no common sum")
-    factor = scale if scale is not None else max(q.shape[3], 1) ** -0.5 if score == "dot" else 1.0
-    if score == "dot" and factor < torch.finfo(torch.float32).tiny:
+    _check_returned(normalize, sinks, return_lse, return_weights, reduce)
+    is_dot = parts_of(score).pair == "dot"
+    factor = scale if scale is not None else max(q.shape[3], 1) ** -0.5 if is_dot else 1.0
+    if is_dot and factor < torch.finfo(torch.float32).tiny:
         q, factor = _signed(q, factor)
-    if bias is not None:
-        bias = placed(bias, graph.graph if isinstance(graph, Plan) else graph, q, k)
-    request = Request(factor, score, normalize, dropout_p, return_lse, return_weights, attention_mask)
-    results = _run(q, k, v, graph, bias, _call(q, k, v, bias, request), request, backend)
-    if not (return_lse or return_weights):
-        return results[0][0] if unbatched else results[0]
-    asked = (True, return_lse, return_weights)
-    found = [part for part, wanted in zip(results, asked, strict=True) if wanted and part is not None]
-    found = [part[0] for part in found] if unbatched else found
-    return tuple(found)
+    if added is not None:
+        added = placed(added, graph.graph if isinstance(graph, Plan) else graph, q, k)
+    dropout = None if dropout_p == 0 else Dropout(float(dropout_p), _seed(q, generator))
+    needs_lse = return_lse or sinks is not None or (return_weights and normalize == "softmax")
+    request = Request(factor, score, normalize, dropout, needs_lse, return_weights and reduce is None, attention_mask)
+    out, lse, weights = _run(q, k, v, graph, added, request, backend)
+    weights = weights if request.return_weights else None
+    if sinks is not None and lse is not None:
+        lse, share = _with_sinks(lse, sinks)
+        out = (out * share[..., None]).to(out.dtype)
+        weights = weights if weights is None else (weights * at_queries(share, k, graph)).to(weights.dtype)
+    if request.return_weights and weights is None:
+        weights = edge_weights(q, k, lse, graph, added, request)
+    elif reduce is not None:
+        weights = reduced_weights(reduce, q, k, lse, graph, added, request)
+    if batch is not None:
+        out, lse = unpacked(out, batch), None if lse is None else unpacked(lse, batch)
+        weights = unpacked(weights, batch) if weights is not None and reduce in ("entropy", "received") else weights
+    asked = ((out, True), (lse, return_lse), (weights, return_weights))
+    results = [part[0] if unbatched else part for part, wanted in asked if wanted and part is not None]
+    return tuple(results) if return_lse or return_weights else results[0]
+
+
+def _packed(q, k, v, attention_mask, bias, graph: Batched) -> tuple:
+    """The arguments of a call whose entries have graphs of their own, as those of one graph."""
+    n, m = graph.entry_size
+    for name, side, size in (("q", q, n), ("k", k, m), ("v", v, m)):
+        if isinstance(side, Tensor) and side.ndim == 4 and side.shape[2] != size:
+            raise ValueError(f"{name} must have the {size} nodes of the largest graph in Batched (got {side.shape[2]})")
+    q, k, v = (packed(side) if isinstance(side, Tensor) and side.ndim == 4 else side for side in (q, k, v))
+    if isinstance(attention_mask, Tensor):
+        attention_mask = attention_mask.flatten()[None]
+    return q, k, v, attention_mask, packed_bias(bias, graph, q)
 
 
 def _run(
-    q: Tensor, k: Tensor, v: Tensor, graph: Graph | Plan, bias: Bias | None, call: Call, request: Request, name: str
+    q: Tensor, k: Tensor, v: Tensor, graph: Graph | Plan, bias: Bias | None, request: Request, name: str
 ) -> Results:
     """By the plan of the call; in a program that is being compiled, as far as it can be known there."""
+    call = _call(q, k, v, bias, request)
     if call.compiled:
         backend = traced(graph, call, name)
         if backend is None:
             return run_traced(graph, name, q, k, v, bias, request)
         assert isinstance(graph, Graph)
+        if backend.name == "steps":
+            return in_steps(q, k, v, graph, bias, request, _run)
         layout = backend.traced_layout(graph, call.num_queries, call.num_keys, call.device)
         return backend.attend(q, k, v, layout, bias, request)
     made = fitted(graph, call, name) if isinstance(graph, Plan) else planned(graph, call, name)
+    if made.in_steps:
+        return in_steps(q, k, v, made.graph, bias, request, _run)
     return run(made, q, k, v, bias, call, request)
 
 
@@ -156,10 +217,25 @@ def _call(q: Tensor, k: Tensor, v: Tensor, bias: Bias | None, request: Request) 
     _, heads, n, dim = q.shape
     _, kv_heads, m, value_dim = v.shape
     return Call(
-        n, m, heads, kv_heads, dim, value_dim, q.dtype, q.device, kind_of(bias),
-        name_of(request.score), name_of(request.normalize), request.attention_mask is not None, request.dropout_p > 0,
+        n, m, heads, kv_heads, dim, value_dim, q.dtype, q.device, kind_of(bias), score_name(request.score),
+        normalizer_name(request.normalize), request.attention_mask is not None, request.dropout is not None,
         request.return_weights, _transform(q, k, v), _is_traced(q), return_lse=request.return_lse,
     )  # fmt: skip
+
+
+def _seed(q: Tensor, generator: torch.Generator | None) -> Tensor:
+    """What decides which weights are dropped: int64 (), drawn where q is."""
+    if q.device.type == "meta":
+        return torch.empty((), dtype=torch.int64, device="meta")
+    return torch.randint(2**63 - 1, (), device=q.device, generator=generator)
+
+
+def _with_sinks(lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
+    """lse with a logit more, and the share of the weights that is left: both (B, H, N)."""
+    sinks, deaf = sinks.to(lse.dtype)[:, None], lse == -torch.inf
+    known = lse.masked_fill(deaf, 0)  # -inf less -inf would be NaN
+    both = torch.where(deaf, sinks, torch.logaddexp(known, sinks))
+    return both, torch.sigmoid(known - sinks).masked_fill(deaf, 0)
 
 
 def _signed(q: Tensor, scale: float) -> tuple[Tensor, float]:
@@ -202,7 +278,7 @@ def _transform(*sides: Tensor) -> Transform | None:
 # -------------------------------------------------------------------------------------------------- validation
 
 
-def _check(q, k, v, graph, bias, attention_mask, scale, score, normalize, dropout_p) -> None:
+def _check(q, k, v, graph, bias, attention_mask, scale, score, normalize, dropout_p, generator, sinks) -> None:
     """Raise unless the arguments of `attend` fit each other."""
     dtype = device = None
     for name, side in (("q", q), ("k", k), ("v", v)):
@@ -259,12 +335,33 @@ def _check(q, k, v, graph, bias, attention_mask, scale, score, normalize, dropou
         _check_attention_mask(attention_mask, k)
     if isinstance(graph, Graph):
         _check_size(graph, N, M, H)
-    _check_option("score", score, SCORES)
+    parts = parts_of(score)
+    _check_option("score", parts.pair, PAIR_FUNCTIONS)
+    if isinstance(parts.pair, Additive):
+        weight = parts.pair.weight
+        if weight.shape not in ((D,), (H, D), (1, D)) or not weight.is_floating_point() or weight.device != q.device:
+            raise ValueError(
+                f"the weight of Additive must be floating-point numbers ({D},) or ({H}, {D}) on {q.device} (got "
+                f"{weight.dtype} of shape {tuple(weight.shape)} on {weight.device})"
+            )
+    for transform in parts.transforms:
+        if isinstance(transform, Temperature) and transform.value.numel() not in (1, H):
+            got = tuple(transform.value.shape)
+            raise ValueError(f"Temperature must have one value for each of {H} heads, or one (got {got})")
     _check_option("normalize", normalize, NORMALIZER_NAMES)
     if isinstance(dropout_p, bool) or not isinstance(dropout_p, Real):
         raise TypeError(f"dropout_p must be a number (got {shown(dropout_p)})")
     if not 0 <= float(dropout_p) < 1:
         raise ValueError(f"dropout_p must be a probability below 1 (got {dropout_p})")
+    if not (generator is None or isinstance(generator, torch.Generator)):
+        raise TypeError(f"generator must be a torch.Generator or None (got {shown(generator)})")
+    if generator is not None and generator.device.type != q.device.type:
+        raise ValueError(f"generator must be on q's device, {device} (got one on {generator.device})")
+    if sinks is not None and not (isinstance(sinks, Tensor) and sinks.is_floating_point()):
+        raise TypeError(f"sinks must be a tensor of floating-point numbers, one for each head (got {shown(sinks)})")
+    if sinks is not None and (sinks.shape != (H,) or sinks.device != q.device):
+        got = f"shape {tuple(sinks.shape)} on {sinks.device}"
+        raise ValueError(f"sinks must be one number for each of the {H} heads, ({H},), on {device} (got {got})")
 
 
 def _check_size(graph: Graph, N: int, M: int, H: int) -> None:
@@ -288,7 +385,10 @@ def _options(backend: str, return_lse: bool, return_weights: bool) -> tuple[str,
 def _check_attention_mask(mask: object, k: Tensor) -> None:
     """Raise unless it is a bool for each key of each batch entry, on the device of the keys."""
     shape = k.shape[0], k.shape[2]
-    wanted = f"attention_mask must be a tensor of bool of shape {shape} on {k.device}: True for real keys"
+    wanted = (
+        f"attention_mask must be a tensor of bool of shape {shape} on {k.device}: True for real keys; or of integers "
+        f"of shape {shape[:1]}: lengths"
+    )
     if not isinstance(mask, Tensor):
         raise TypeError(f"{wanted} (got a {type(mask).__name__})")
     if mask.dtype != torch.bool:
@@ -297,7 +397,32 @@ def _check_attention_mask(mask: object, k: Tensor) -> None:
         raise ValueError(f"{wanted} (got shape {tuple(mask.shape)} on {mask.device})")
 
 
-NORMALIZER_NAMES = ("softmax", *NORMALIZERS)
+def _of_lengths(mask: Tensor | None, k: Tensor) -> Tensor | None:
+    """A mask as it is, or of lengths, int64 (B,), that of the first so many keys of each entry: bool (B, M)."""
+    if not (isinstance(mask, Tensor) and isinstance(k, Tensor) and k.ndim == 4 and mask.ndim == 1):
+        return mask
+    if mask.is_floating_point() or mask.dtype == torch.bool or mask.shape != k.shape[:1] or mask.device != k.device:
+        return mask
+    known = mask.device.type == "cpu" and not (_is_traced(mask) or torch._C._are_functorch_transforms_active())
+    if known and len(mask) and not 0 <= int(mask.min()) <= int(mask.max()) <= k.shape[2]:
+        raise ValueError(f"attention_mask of lengths must be from 0 to {k.shape[2]}, the number of keys (got {mask})")
+    return torch.arange(k.shape[2], device=k.device) < mask[:, None]
+
+
+def _check_returned(normalize, sinks, return_lse, return_weights, reduce) -> None:
+    """Raise unless what is to be returned exists."""
+    if return_lse and normalize != "softmax":
+        raise ValueError(f"return_lse needs normalize='softmax' (got {normalize!r}): other weights have no common sum")
+    if sinks is not None and normalize != "softmax":
+        raise ValueError(f"sinks need normalize='softmax' (got {normalize!r}): other weights share no sum with them")
+    if reduce is None:
+        return
+    if reduce not in get_args(Reduction):
+        raise ValueError(f"reduce must be None or one of {', '.join(get_args(Reduction))} (got {shown(reduce)})")
+    if not return_weights:
+        raise ValueError(f"reduce={reduce!r} is about what return_weights returns: return_weights=True")
+    if reduce == "entropy" and normalize != "softmax":
+        raise ValueError(f"reduce='entropy' needs normalize='softmax' (got {normalize!r}): others are no probabilities")
 
 
 def _check_option(name: str, given: object, names: Collection[str]) -> None:

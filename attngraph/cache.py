@@ -157,6 +157,8 @@ COLUMNS: Cache[Any] = Cache(max_entries=64, max_bytes=1 << 30)
 """(graph, its state, n, m, device, given edges) → which of these each edge of the graph is."""
 COSTS: Cache[Any] = Cache(max_entries=16)
 """(setting, device, threads) → costs, as read from a file or by default."""
+WARNED: Cache[bool] = Cache(max_entries=64)
+"""Arguments of `attend` of whose cost a warning has told."""
 COMPILED = CompiledPrograms(max_entries=1024)
 """Number → graph or plan, for compiled programs; and text with numbers → the graph that a program makes of them."""
 EDGE_INDEX: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -169,6 +171,7 @@ _NAMED: dict[str, Cache[Any]] = {
     "edges": EDGES,
     "edge values": COLUMNS,
     "costs": COSTS,
+    "warnings": WARNED,
     "compiled programs": COMPILED,
 }
 
@@ -178,7 +181,7 @@ def cache_info() -> dict[str, CacheInfo]:
 
     >>> from attngraph import cache
     >>> sorted(cache.cache_info())
-    ['compiled programs', 'costs', 'edge values', 'edges', 'masks', 'plans', 'plans on a GPU']
+    ['compiled programs', 'costs', 'edge values', 'edges', 'masks', 'plans', 'plans on a GPU', 'warnings']
     """
     return {name: each.info() for name, each in _NAMED.items()}
 

@@ -1,6 +1,6 @@
 """Compiles the Triton kernels for a GPU without one, and reports registers, spills, matrix products and wide loads.
 
-    python tests/compile_triton.py tiles|rows [--arch 90 --bytes 2 --dim 64 --bias edge]
+    python tests/compile_triton.py tiles|rows|products [--arch 90 --bytes 2 --dim 64 --bias edge --modifier dropout]
 
 Ends with an error if a kernel keeps more numbers outside of registers than `SPILLS` says, multiplies tiles without the
 tensor cores or gathers rows by less than 16 bytes, or is compiled anew for another number of nodes. The launch code is
@@ -29,7 +29,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from attngraph import Prefix, Window
 from attngraph.graph.base import at_size
 from attngraph.graph.listing import list_edges
-from attngraph.kernels.contract import Modifiers, ScoreBias
+from attngraph.kernels.contract import Dropout, Modifiers, ScoreBias, Transform
+from attngraph.kernels.triton import products as products_triton
 from attngraph.kernels.triton import rows as rows_triton
 from attngraph.kernels.triton import tiles as tiles_triton
 from attngraph.planning.layouts.csr import CSR
@@ -38,6 +39,17 @@ from attngraph.planning.layouts.tiles import Tiles, tabulate
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 TENSOR_CORES = {80: "HMMA", 90: "HGMMA|HMMA"}  # instructions that multiply matrices
 BIASES = (None, "offset", "edge", "dense", "keys", "padding")
+DROPOUT = {"dropout": Dropout(0.1, torch.tensor(7))}
+SOFTCAP = {"transform": Transform("softcap", 50.0)}
+MODIFIERS = {
+    "dropout": DROPOUT,
+    "softcap": SOFTCAP,
+    "leaky_relu": {"transform": Transform("leaky_relu", 0.2)},
+    "softcap+dropout": SOFTCAP | DROPOUT,
+    "sigmoid": {"normalize": "sigmoid"},
+    "sigmoid+dropout": {"normalize": "sigmoid"} | DROPOUT,
+    "squared_relu": {"normalize": "squared_relu"},
+}
 
 # What does not quite fit, whatever the blocks: the kernels of tiles in float32, which multiplies three times as TF32.
 # By version of Triton: by architecture, kernel and dimension, and by bias, bytes of a thread outside of registers.
@@ -76,9 +88,19 @@ FASTEST_THOUGH_SPILLING = {
     (90, "_bwd_dkdv_kernel", 128): 256,
 }
 
+# With a modifier, in any version: by architecture, kernel, bytes of a number and dimension.
+MODIFIED_SPILLS = {
+    (80, "_fwd_kernel", 2, 128): {"softcap": 16},
+    (90, "_bwd_dkdv_kernel", 2, 64): {"leaky_relu": 8},
+    (80, "_bwd_dkdv_kernel", 2, 128): {"softcap": 8},
+    (90, "_fwd_kernel", 4, 64): {"sigmoid": 16},
+}
 
-def known_to_spill(kernel: str, bias: str | None, arch: int, itemsize: int, dim: int) -> int:
+
+def known_to_spill(kernel: str, bias: str | None, modifier: str | None, arch: int, itemsize: int, dim: int) -> int:
     """How many bytes a kernel of tiles may spill; a version without a table goes by the newest."""
+    if modifier is not None:
+        return MODIFIED_SPILLS.get((arch, kernel, itemsize, dim), {}).get(modifier, 0)
     if itemsize == 2:
         return FASTEST_THOUGH_SPILLING.get((arch, kernel, dim), 0) if bias is None else 0
     version = ".".join(triton.__version__.split(".")[:2])
@@ -118,10 +140,12 @@ def compiled(arch: int):
         yield kernels
 
 
-def run(family: str, dim: int, dtype: torch.dtype, n: int, bias: str | None = None) -> None:
+def run(
+    family: str, dim: int, dtype: torch.dtype, n: int, bias: str | None = None, modifier: str | None = None
+) -> None:
     """Forward and backward, with a bias and its gradient if there is one; a "bias" of padding is a mask."""
     graph = Window(40, 0) | Prefix(3)
-    bound, module = at_size(graph, n, n)[0], {"tiles": tiles_triton, "rows": rows_triton}[family]
+    bound = at_size(graph, n, n)[0]
     if family == "tiles":
         layout = Tiles(n, n, tabulate(bound, n, n, (128, 64)))
     else:
@@ -129,6 +153,10 @@ def run(family: str, dim: int, dtype: torch.dtype, n: int, bias: str | None = No
             layout = CSR.from_edges(*list_edges(bound, n, n), n, n)
             _ = layout.numbered  # both halves with heavy nodes
     q, k, v = torch.zeros(3, 1, 2, n, dim, dtype=dtype)
+    if family == "products":
+        run_products(q, k, layout, modifier or "")
+        return
+    module = {"tiles": tiles_triton, "rows": rows_triton}[family]
     shapes = {
         "offset": (2, 2 * n - 1),
         "edge": (1, 2, graph.num_edges(n, n)),
@@ -140,8 +168,17 @@ def run(family: str, dim: int, dtype: torch.dtype, n: int, bias: str | None = No
     else:
         kind = "dense" if bias == "keys" else bias
         modifiers = Modifiers(1.0, None if bias is None else ScoreBias(kind, torch.zeros(shapes[bias])))
+    if modifier is not None:
+        modifiers = modifiers._replace(**MODIFIERS[modifier])
     out, lse = module.forward(q, k, v, layout, modifiers)
     module.backward(q, k, v, out, lse, out, lse, layout, modifiers, modifiers.bias is not None)
+
+
+def run_products(q: torch.Tensor, k: torch.Tensor, layout: CSR, activation: str) -> None:
+    """The scores of all edges and their gradients."""
+    weight = torch.zeros(q.shape[1], q.shape[3], dtype=q.dtype) if activation else None
+    dproducts = products_triton.products(q, k, weight, layout, 1.0, activation)
+    products_triton.products_backward(dproducts, q, k, weight, layout, 1.0, activation)
 
 
 def report(kernel, arch: int) -> dict:
@@ -166,18 +203,22 @@ def _cuobjdump(option: str, file: str) -> str:
     return subprocess.run([TOOLS / "cuobjdump", option, file], capture_output=True, text=True, check=True).stdout
 
 
-def check_code(family: str, arch: int, dtype: torch.dtype, dim: int, bias: str | None) -> list[dict]:
+def check_code(
+    family: str, arch: int, dtype: torch.dtype, dim: int, bias: str | None, modifier: str | None
+) -> list[dict]:
     """The kernels whose code is not as it should be, all of them printed."""
     wrong = []
     with compiled(arch) as kernels:
-        run(family, dim, dtype, 320, bias)
+        run(family, dim, dtype, 320, bias, modifier)
     for kernel in kernels:
         figures = report(kernel, arch)
-        allowed = known_to_spill(figures["kernel"], bias, arch, dtype.itemsize, dim) if family == "tiles" else 0
-        is_main = figures["kernel"] in ("_fwd_kernel", "_bwd_dq_kernel", "_bwd_dkdv_kernel")
+        allowed = 0
+        if family == "tiles":
+            allowed = known_to_spill(figures["kernel"], bias, modifier, arch, dtype.itemsize, dim)
+        is_main = figures["kernel"] in ("_fwd_kernel", "_bwd_dq_kernel", "_bwd_dkdv_kernel", "_bwd_dk_kernel")
         wanted = figures["products" if family == "tiles" else "loads"]
         is_sound = figures["spilled"] <= allowed and (wanted > 0 or not is_main)
-        print(arch, dim, dtype, bias, figures, "" if is_sound else "WRONG", flush=True)
+        print(arch, dim, dtype, bias, modifier, figures, "" if is_sound else "WRONG", flush=True)
         if not is_sound:
             wrong.append(figures)
     return wrong
@@ -196,11 +237,12 @@ def compiled_anew(family: str, arch: int, dtype: torch.dtype, dim: int) -> list[
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("family", choices=("tiles", "rows"))
+    parser.add_argument("family", choices=("tiles", "rows", "products"))
     parser.add_argument("--arch", type=int, default=90, choices=TENSOR_CORES)
     parser.add_argument("--bytes", type=int, default=2, choices=(2, 4, 8), help="of a number")
     parser.add_argument("--dim", type=int, nargs="+", default=[16, 32, 64, 128, 256])
     parser.add_argument("--bias", nargs="+", choices=("none", *BIASES[1:]), help="default: all with 64, none elsewhere")
+    parser.add_argument("--modifier", nargs="+", choices=(*MODIFIERS, "tanh"), help="of products, the activation")
     parser.add_argument("--every", action="store_true", help="each bias with each dimension, not with 64 alone")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -209,12 +251,14 @@ def main() -> None:
     if options.family == "tiles":
         dims = [dim for dim in dims if dim <= max(tiles_triton.BLOCKS[options.arch]["_fwd_kernel", options.bytes])]
     for dim in dims:
-        biases = BIASES if dim == 64 or options.every else (None,)
+        has_all = (dim == 64 or options.every) and options.family != "products" and not options.modifier
+        biases = BIASES if has_all else (None,)
         if options.bias:
             biases = [None if bias == "none" else bias for bias in options.bias]
         for bias in biases:
-            wrong += check_code(options.family, options.arch, dtype, dim, bias)
-        if None in biases:
+            for modifier in options.modifier or (None,):
+                wrong += check_code(options.family, options.arch, dtype, dim, bias, modifier)
+        if None in biases and not options.modifier:
             wrong += compiled_anew(options.family, options.arch, dtype, dim)
     if wrong:
         sys.exit(f"wrong: {wrong}")

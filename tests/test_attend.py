@@ -378,17 +378,16 @@ BAD = [
     (
         {"backend": "flash"},
         ValueError,
-        "backend must be one of auto, reference, edges, dense, tiles, rows (got 'flash')",
-    ),
-    (
-        {"backend": "dense", "return_weights": True},
-        ValueError,
-        "'dense' can't run this call: it gives no weights; backend='edges'",
+        "backend must be one of auto, reference, edges, dense, tiles, rows, steps (got 'flash')",
     ),
     ({"backend": "dense", "score": "additive"}, ValueError, "it has no score='additive'"),
     ({"backend": "dense", "normalize": "sigmoid"}, ValueError, "it has no normalize='sigmoid'"),
     ({"score": "cosine"}, ValueError, "score must be a function or one of dot, additive (got 'cosine')"),
-    ({"normalize": 3}, ValueError, "normalize must be a function or one of softmax, sigmoid, none (got 3)"),
+    (
+        {"normalize": 3},
+        ValueError,
+        "normalize must be a function or one of softmax, sigmoid, none, relu, squared_relu (got 3)",
+    ),
     ({"normalize": "none", "return_lse": True}, ValueError, "return_lse needs normalize='softmax'"),
     ({"dropout_p": 1.0}, ValueError, "probability below 1 (got 1.0)"),
     ({"dropout_p": -0.1}, ValueError, "probability below 1"),

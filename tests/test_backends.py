@@ -31,8 +31,7 @@ def call_of(n, m, heads=4, dtype=torch.float64, **options):
 @labels
 def test_it_equals_the_reference_forward_and_backward(case, label):
     backend, graph = BACKENDS[label], case.graph._head(0) if case.graph.heads else case.graph
-    dtype = torch.float32 if label == "tiles (numba)" else torch.float64
-    call = call_of(case.n, case.m, dtype=dtype)
+    call = call_of(case.n, case.m)
     if backend.supports(call) is not None or not case.n or not case.m:
         return
     edges = EdgeSet(simplify(at_size(graph, case.n, case.m)[0]), case.n, case.m)
@@ -42,7 +41,7 @@ def test_it_equals_the_reference_forward_and_backward(case, label):
     layout = backend.build(edges, call)
     assert backend.pairs(edges, layout) >= 0
     assert isinstance(backend.describe(edges, layout, call), str)
-    sides = [side.detach().to(dtype).requires_grad_() for side in tensors(case.n, case.m)]
+    sides = tensors(case.n, case.m)
     dout = torch.linspace(1, 2, 2 * 4 * case.n * 3, dtype=torch.float64).view(2, 4, case.n, 3)
     wanted = [side.detach().double().requires_grad_() for side in sides]
     right = attend(*wanted, graph, scale=0.5, backend="reference")
@@ -52,14 +51,12 @@ def test_it_equals_the_reference_forward_and_backward(case, label):
             out = backend.attend(*sides, layout, None, Request(scale=0.5))[0]
         else:
             out = backend.forward(*sides, layout, Modifiers(0.5))[0]
-        found = out, *torch.autograd.grad(out, sides, dout.to(dtype))
+        found = out, *torch.autograd.grad(out, sides, dout)
     else:
         q, k, v = (side.detach() for side in sides)
         out, lse = backend.forward(q, k, v, layout, Modifiers(0.5))
-        found = out, *backend.backward(q, k, v, out, lse, dout.to(dtype), None, layout, Modifiers(0.5), False)[:3]
-    tolerance = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0, "atol": 1e-10}
-    for one, other in zip(found, expected, strict=True):
-        assert_close(one.double(), other, **tolerance)
+        found = out, *backend.backward(q, k, v, out, lse, dout, None, layout, Modifiers(0.5), False)[:3]
+    assert_close(found, expected, rtol=0, atol=1e-10)
 
 
 OPTIONS = [
@@ -103,9 +100,8 @@ def test_heads_with_graphs_of_their_own_are_explained_together():
 
 def test_float64_is_priced_by_the_kernel_that_runs_it():
     single, double = (plan(Window(60, 0), 2048, 2048, dtype=dtype) for dtype in (torch.float32, torch.float64))
-    assert "float32" in double.candidates["tiles (numba)"]
-    assert isinstance(double.candidates["tiles (torch)"], float)
-    assert isinstance(single.candidates["tiles (numba)"], float)
+    assert double.candidates["tiles (numba)"] > single.candidates["tiles (numba)"]
+    assert "is faster" in double.candidates["tiles (torch)"]
     assert "is faster" in single.candidates["tiles (torch)"]
 
 
@@ -116,7 +112,7 @@ def test_heads_of_one_graph_and_a_bias_are_one_call():
     q, k, v = tensors(9, 9)
     bias = Alibi(torch.rand(4, dtype=torch.float64))
     graph = PerHead([Causal()] * 4)
-    for name in [*backends.names(), "auto"]:
+    for name in [name for name in backends.names() if name != "steps"] + ["auto"]:
         found = attend(q, k, v, graph, bias=bias, backend=name)
         assert_close(found, attend(q, k, v, Causal(), bias=bias, backend="reference"), rtol=0, atol=1e-12)
 
@@ -139,7 +135,7 @@ def test_a_backend_written_as_contributing_says_runs(monkeypatch):
         gradients = [torch.autograd.grad(out.square().sum(), (q, k, v)) for out in (found, right)]
         assert_close(*gradients, rtol=0, atol=1e-10)
         assert isinstance(plan(graph, 20, 20).candidates["padded"], float)
-    with pytest.raises(ValueError, match="backend='padded' can't run this call: it has no dropout"):
+    with pytest.raises(ValueError, match="backend='padded' can't run this call: it has nothing but the scale"):
         attend(q, k, v, Full(), dropout_p=0.1, backend="padded")
     cache.clear()
 
@@ -158,20 +154,23 @@ def test_a_bias_kind_reaches_the_kernels_that_know_it():
     values = torch.rand(4, 23, dtype=torch.float64)
     edges = EdgeSet(at_size(Window(3, 0), 12, 12)[0], 12, 12)
     outs = []
-    for label in ("tiles (torch)", "rows (numba)"):
-        backend, call = BACKENDS[label], call_of(12, 12, bias="offset")
+    for label, dtype in (
+        ("tiles (torch)", torch.float64), ("rows (numba)", torch.float64), ("tiles (numba)", torch.float32),
+    ):  # fmt: skip
+        backend, call = BACKENDS[label], call_of(12, 12, bias="offset", dtype=dtype)
         assert backend.supports(call) is None
-        modifiers = Modifiers(0.5, ScoreBias("offset", values))
-        outs.append(backend.forward(q, k, v, backend.build(edges, call), modifiers)[0])
-    assert_close(*outs, rtol=0, atol=1e-12)
-    assert BACKENDS["tiles (numba)"].supports(call_of(12, 12, dtype=torch.float32, bias="offset")) is not None
+        modifiers = Modifiers(0.5, ScoreBias("offset", values.to(dtype)))
+        sides = (side.to(dtype) for side in (q, k, v))
+        outs.append(backend.forward(*sides, backend.build(edges, call), modifiers)[0].double())
+    assert_close(*outs[:2], rtol=0, atol=1e-12)
+    assert_close(*outs[1:], rtol=0, atol=1e-5)
 
 
 def test_a_row_that_a_bias_silences_has_no_gradient_and_no_nan():
     """Of the reference too, where the lse is asked for."""
     graph, bias = Causal() & Window(3, 0), torch.zeros(6, 6, dtype=torch.float64)
     bias[3] = -torch.inf
-    for name in [*backends.names(), "auto"]:
+    for name in [name for name in backends.names() if name != "steps"] + ["auto"]:
         q, k, v = tensors(6, 6)
         out, lse = attend(q, k, v, graph, bias=bias, backend=name, return_lse=True)
         loss = out.sum() + lse.masked_fill(lse == -torch.inf, 0).sum()
@@ -196,7 +195,7 @@ def test_a_bias_of_pairs_that_is_a_class_is_asked_for_each_pair(monkeypatch):
     q, k, v = tensors(20, 20)
     own = Parity(torch.randn(4, 2, 2, dtype=torch.float64))
     right = attend(q, k, v, Causal() & Window(5, 0), bias=own, backend="reference")
-    for name in [*backends.names(), "auto"]:
+    for name in [name for name in backends.names() if name != "steps"] + ["auto"]:
         found = attend(q, k, v, Causal() & Window(5, 0), bias=own, backend=name)
         assert_close(found, right, rtol=0, atol=1e-10)
 
@@ -211,12 +210,12 @@ def test_torch_func_goes_through_auto(graph):
 
 
 @pytest.mark.parametrize("options", [{"dropout_p": 0.5}, {"score": "additive"}, {"normalize": "sigmoid"},
-                                     {"return_weights": True}, {"backend": "rows"}], ids=str)  # fmt: skip
+                                     {"backend": "rows"}], ids=str)  # fmt: skip
 def test_a_plan_in_a_compiled_program_never_ignores_an_option(options):
     q, k, v = (side.detach() for side in tensors(20, 20))
     made = plan(Window(5, 0), 20, 20, heads=4, dtype=torch.float64)
     compiled = torch.compile(lambda q, k, v: attend(q, k, v, made, **options), backend="aot_eager")
-    with pytest.raises(ValueError, match="can't run this call in a compiled program"):
+    with pytest.raises(ValueError, match=r"can't run this call|a plan has chosen its backends"):
         compiled(q, k, v)
 
 
@@ -233,6 +232,6 @@ def test_a_plan_without_edges_never_ignores_an_option():
     q, k, v = tensors(9, 9)
     made = plan(Empty(), 9, 9, heads=4, dtype=torch.float64)
     assert not attend(q, k, v, made).any()
-    for option in ({"return_weights": True}, {"score": "additive"}, {"normalize": "sigmoid"}):
-        with pytest.raises(ValueError, match="can't run this call"):
-            attend(q, k, v, made, **option)
+    assert attend(q, k, v, made, return_weights=True)[1].shape == (2, 4, 0)
+    with pytest.raises(ValueError, match="can't run this call"):
+        attend(q, k, v, made, score="additive")

@@ -11,7 +11,9 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 from attngraph import (
+    Additive,
     Alibi,
+    Batched,
     Beside,
     Causal,
     Chunks,
@@ -25,6 +27,7 @@ from attngraph import (
     PerHead,
     Prefix,
     Random,
+    SoftCap,
     Tree,
     Window,
     attend,
@@ -102,7 +105,8 @@ def same(found, expected, inputs):
     """Results, and the gradients of what they were made of."""
     tolerance = {"rtol": 1e-4, "atol": 1e-4} if found.dtype == torch.float32 else {}
     assert_close(found, expected, **tolerance)
-    gradients = [torch.autograd.grad(out.square().sum(), inputs) for out in (found, expected)]
+    gradients = [torch.autograd.grad(out.square().sum() + 0 * sum(side.sum() for side in inputs), inputs)
+                 for out in (found, expected)]  # fmt: skip
     assert_close(*gradients, **tolerance)
 
 
@@ -136,11 +140,17 @@ def test_also_for_graphs_that_a_model_holds_for_its_layers(kind, dropout_p):
 
 
 OPTIONS = {
-    "dropout": {"dropout_p": 1e-9},
+    "dropout": {"dropout_p": 0.3},
     "normalize": {"normalize": "sigmoid"},
     "bias": {"bias": Alibi.geometric(4)},
-    "bias and dropout": {"bias": Alibi.geometric(4), "dropout_p": 1e-9},
-}
+    "all that kernels fuse": {
+        "bias": Alibi.geometric(4), "dropout_p": 0.3, "score": SoftCap(2.0), "normalize": "squared_relu",
+        "attention_mask": torch.arange(N) < torch.tensor([[N], [N - 3]]),
+    },
+    "sinks": {"sinks": torch.ones(4, dtype=torch.float64)},
+    "additive": {"score": Additive(torch.rand(4, 4, dtype=torch.float64)), "dropout_p": 0.3},
+    "functions": {"score": lambda q_i, k_j: -(q_i - k_j).square().sum(-1), "normalize": torch.nn.functional.silu},
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(("kind", "options"), sweep(["edges", "causal documents", "heads"], [*OPTIONS]))
@@ -150,8 +160,31 @@ def test_also_with_options_that_one_backend_alone_has(kind, options):
     q, k, v = sides()
     for seed in range(1, TIMES):
         graph = KINDS[kind](seed)
-        same(program(q, k, v, graph), attend(q, k, v, graph, **options), (q, k, v))
+        torch.manual_seed(seed)
+        found = program(q, k, v, graph)
+        torch.manual_seed(seed)
+        same(found, attend(q, k, v, graph, **options), (q, k, v))
     assert counter.frame_count <= 2  # once more for an EdgeList of another length
+
+
+@pytest.mark.parametrize("how", [None, "mean", "entropy", "received"])
+def test_also_for_weights(how):
+    program, counter = compiled(lambda q, k, v, graph: attend(q, k, v, graph, return_weights=True, reduce=how)[1])
+    q, k, v = sides()
+    for seed in range(1, 5):
+        graph = documents(seed)
+        same(program(q, k, v, graph), attend(q, k, v, graph, return_weights=True, reduce=how)[1], (q, k, v))
+    assert counter.frame_count == 1
+
+
+def test_also_for_a_graph_of_each_entry_and_for_lengths():
+    program, counter = compiled(lambda q, k, v, graph, mask: attend(q, k, v, graph, attention_mask=mask))
+    q, k, v = sides()
+    for seed in range(1, TIMES):
+        graph = Batched([listed(seed), listed(seed + 1)])
+        lengths = torch.tensor([N, N - seed])
+        same(program(q, k, v, graph, lengths), attend(q, k, v, graph, attention_mask=lengths), (q, k, v))
+    assert counter.frame_count <= 2
 
 
 def test_also_with_a_value_for_each_edge():

@@ -41,6 +41,7 @@ from attngraph.planning.backends.base import INSTALLED
 from attngraph.planning.call import Call
 from attngraph.planning.execution import attend_forward
 from attngraph.planning.planner import planned
+from attngraph.planning.steps import products
 
 every = pytest.mark.parametrize("case", GRAPHS, ids=lambda case: f"{str(case.graph)[:60]}-{case.n}x{case.m}")
 FREE = dict.fromkeys([name for name in vars(Costs()) if name != "source"], 0.0)
@@ -253,14 +254,20 @@ def test_two_runs_and_any_number_of_threads_give_the_same_bits(backend):
             assert torch.equal(found, first)
 
 
+PLAIN = "", 0.3, "", 0.0, "softmax", 0.0  # bias, scale, transform and its value, normaliser, dropout
+
+
 def test_the_operators_pass_opcheck():
     q, k, v = (side.float().detach().requires_grad_() for side in tensors(40, 40, dim=8, value_dim=8))
     for backend in ("tiles", "rows", "auto"):
-        torch.library.opcheck(attend_forward, (q, k, v, None, None, "", 0.3, *pack(MIXED), backend))
+        torch.library.opcheck(attend_forward, (q, k, v, None, None, None, *PLAIN, *pack(MIXED), backend))
     slopes = torch.randn(4, 79, requires_grad=True)
-    torch.library.opcheck(
-        attend_forward, (q, k, v, slopes, torch.rand(2, 40) < 0.8, "offset", 0.3, *pack(MIXED), "tiles")
-    )
+    seed, padding = torch.tensor(7), torch.rand(2, 40) < 0.8
+    modified = "offset", 0.3, "softcap", 2.0, "sigmoid", 0.1
+    torch.library.opcheck(attend_forward, (q, k, v, slopes, padding, seed, *modified, *pack(MIXED), "tiles"))
+    query = MIXED.edge_index(40, 40)[1]
+    for weight, activation in ((None, ""), (torch.randn(4, 8, requires_grad=True), "tanh")):
+        torch.library.opcheck(products, (q, k, weight, query, activation, 0.2, 0.3, *pack(MIXED)))
 
 
 @pytest.mark.parametrize("backend", ["tiles", "rows"])
@@ -354,8 +361,8 @@ def test_a_plan_for_other_tensors_is_told():
         attend(meta, meta, meta, made)
     with pytest.raises(ValueError, match=r"a plan has chosen its backends: leave out backend='edges'"):
         attend(q, q, q, made, backend="edges")
-    with pytest.raises(ValueError, match=r"can't run this call .it has no dropout.; attend with the graph itself"):
-        attend(q, q, q, plan(Window(4, 0), 30, 30, heads=2, backend="tiles"), dropout_p=0.5)
+    with pytest.raises(ValueError, match=r"can't run this call .it has no score='additive'.; attend with the graph"):
+        attend(q, q, q, plan(Window(4, 0), 30, 30, heads=2, backend="tiles"), score="additive")
     with pytest.raises(ValueError, match=r"made for bias=None \(got one of kind 'edge'\): plan\(…, bias='edge'\)"):
         attend(q, q, q, made, bias=EdgeBias.sorted(torch.zeros(made.edges)))
 
@@ -371,9 +378,9 @@ def test_what_a_plan_cannot_be_is_told():
         plan(Window(3, 0), 8, 8, backend="rows", device="mps")
     with pytest.raises(
         ValueError,
-        match="no normalize='sigmoid'; backend='edges' or 'reference' can",
+        match="no score='additive'; backend='steps', 'edges' or 'reference' can",
     ):
-        attend(*torch.randn(3, 1, 1, 4, 4), Causal(), normalize="sigmoid", backend="tiles")
+        attend(*torch.randn(3, 1, 1, 4, 4), Causal(), score="additive", backend="tiles")
 
 
 def test_an_edge_bias_of_another_length_is_told():
@@ -477,8 +484,8 @@ def test_a_plan_of_a_dense_part_drops_weights():
     q, k, v = tensors(64, 64)
     made = plan(Window(5, 0), 64, 64, heads=4, head_dim=4, backend="dense")
     assert not torch.equal(attend(q, k, v, made, dropout_p=0.9), attend(q, k, v, made))
-    with pytest.raises(ValueError, match="it has no dropout"):
-        attend(q, k, v, plan(Window(5, 0), 64, 64, heads=4, head_dim=4, backend="tiles"), dropout_p=0.9)
+    tiles = plan(Window(5, 0), 64, 64, heads=4, head_dim=4, backend="tiles")
+    assert not torch.equal(attend(q, k, v, tiles, dropout_p=0.9), attend(q, k, v, tiles))
 
 
 @pytest.mark.parametrize(

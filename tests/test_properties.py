@@ -20,13 +20,17 @@ from attngraph import (
     Global,
     Graph,
     Identity,
+    LeakyReLU,
     Neighborhood,
     PerHead,
     Prefix,
     Random,
+    SoftCap,
     Strided,
+    Temperature,
     Tree,
     Window,
+    attend,
     from_dense,
     parse,
 )
@@ -252,3 +256,35 @@ def test_hops_compose(expression):
     for factor in expression.split(" @ "):
         mask = mask @ parse(factor).mask(7, 7).float() if mask.ndim == 2 else parse(factor).mask(7, 7).float()
     assert torch.equal(parse(expression).mask(7, 7), mask > 0)
+
+
+scores = strategies.sampled_from(["dot", SoftCap(0.7), LeakyReLU(0.2), "additive", Temperature(torch.tensor(0.5))])
+normalisers = strategies.sampled_from(["softmax", "sigmoid", "none", "relu", "squared_relu", torch.tanh])
+
+
+@given(
+    sized_graphs() | sized_graphs(heads=4),
+    scores,
+    normalisers,
+    strategies.sampled_from([0.0, 0.3]),
+    strategies.sampled_from([1, 2, 4]),
+    strategies.sampled_from(["none", "edges", "dense-keys"]),
+    strategies.booleans(),
+)
+def test_scores_weights_and_dropout_equal_the_reference(case, score, normalize, dropout_p, kv_heads, kind, padded):
+    graph, n, m = case
+    sides = tensors(n, m, kv_heads=kv_heads)
+    bias, _ = biases(kind, graph, n, m)
+    mask = torch.rand(2, m, generator=torch.Generator().manual_seed(3)) < 0.6 if padded else None
+    found = {}
+    fused = normalize != torch.tanh and (score == "dot" or isinstance(score, SoftCap | LeakyReLU))
+    for backend in ("reference", "edges", *(("tiles", "rows") if fused else ("steps",)), "auto"):
+        torch.manual_seed(5)
+        options = {"score": score, "normalize": normalize, "bias": bias, "attention_mask": mask}
+        out, weights = attend(*sides, graph, backend=backend, dropout_p=dropout_p, return_weights=True, **options)
+        loss = (out * torch.linspace(1, 2, out.numel()).view_as(out)).sum() + weights.square().sum()
+        loss = loss + 0 * sum(side.sum() for side in sides)
+        found[backend] = (out, weights, *torch.autograd.grad(loss, sides))
+    for backend in found:
+        for one, other in zip(found[backend], found["reference"], strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)

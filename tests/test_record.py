@@ -259,6 +259,15 @@ def test_weights_are_recorded_under_autocast_and_in_training():
     torch.testing.assert_close(recorded[0].weights.float().sum(-1), torch.full((2, 4), 9.0), atol=0.1, rtol=0)
 
 
+def test_recording_does_not_change_which_weights_are_dropped():
+    model = gpt(dropout=0.5).train()
+    torch.manual_seed(3)
+    expected = model(TOKENS)
+    torch.manual_seed(3)
+    with record(model):
+        torch.testing.assert_close(model(TOKENS), expected)
+
+
 @pytest.mark.parametrize("compiled", [lambda model: torch.compile(model, backend="eager"), "in place"])
 def test_a_compiled_model_runs_uncompiled_meanwhile(compiled):
     model = gpt()

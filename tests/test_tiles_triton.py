@@ -215,17 +215,26 @@ def test_blocks_may_be_smaller_than_tiles(monkeypatch):
 
 COMPILED = [
     "tiles --dim 64 --bias none edge",
+    "tiles --dim 64 --modifier dropout softcap sigmoid",
     "rows --dim 64 --bias none edge",
+    "rows --dim 64 --modifier softcap+dropout",
+    "products --dim 64 --modifier tanh",
 ]
 COMPILED_SLOWLY = [
     *(f"tiles --arch 90 --dim {dim}" for dim in (16, 32, 128, 256)),
     *(f"tiles --arch 80 --dim {dim}" for dim in (16, 32, 64, 128, 256)),
     *(f"tiles --arch {arch} --bytes 4 --dim {dim}" for arch in (90, 80) for dim in (16, 32, 64, 128)),
     "tiles --dim 64 --bias offset dense keys",
+    *(f"tiles --arch {arch} --dim 64 128 --modifier dropout softcap sigmoid" for arch in (90, 80)),
+    *(f"tiles --arch {arch} --bytes 4 --dim 64 --modifier dropout softcap sigmoid" for arch in (90, 80)),
+    "tiles --dim 64 --bias edge --modifier dropout leaky_relu squared_relu",
     "rows --dim 64 --bias offset dense keys",
     *(f"rows --dim {dim}" for dim in (16, 256)),
     *(f"rows --arch 80 --bytes 4 --dim {dim}" for dim in (32, 128)),
     "rows --bytes 8 --dim 64",
+    "rows --arch 80 --bytes 8 --dim 64 --modifier softcap+dropout sigmoid squared_relu",
+    *(f"products --bytes {size} --dim 16 128" for size in (2, 4, 8)),
+    "products --arch 80 --bytes 4 --dim 64 --modifier tanh leaky_relu",
 ]
 
 

@@ -167,7 +167,7 @@ def test_functional_call_of_a_module():
 def test_what_a_compiled_function_refuses_is_in_our_words(backend):
     torch._dynamo.reset()
     program = torch.compile(
-        lambda q: attend(q, q, q, SOME, backend=backend, dropout_p=0.1), fullgraph=True, backend="eager"
+        lambda q: attend(q, q, q, SOME, backend=backend, score="additive"), fullgraph=True, backend="eager"
     )
     with pytest.raises(Exception, match=f"backend='{backend}' can't run this call"):
         program(side())

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor
 
-from attngraph.graph.algebra import Sized, normal_graphs
+from attngraph.graph.algebra import Empty, Sized, normal_graphs
 from attngraph.graph.base import Graph, Size, bind, common_size
 from attngraph.graph.boxes import PARTIAL, SideBySide
 from attngraph.graph.counting import Breakpoints
@@ -130,6 +130,41 @@ class Disjoint(Graph):
 
     def _bind(self, n, m):
         return Disjoint(tuple(bind(graph, *size) for graph, _, _, size in self._placed(n, m)))
+
+
+class Batched(Disjoint):
+    """A graph of its own for each entry of a batch: molecules, documents, sentences; smaller ones are filled up.
+
+    `attend` and models take it with vectors (B, H, N, D) or (B, N, D), where N are the nodes of the largest; the nodes
+    past those of an entry hear nobody, and nobody hears them. As a graph, it is what runs: all entries side by side,
+    `Disjoint`, in B · N nodes, by which its `edge_index` numbers them.
+
+    >>> from attngraph import Causal, Full
+    >>> batch = Batched([Causal().sized(3, 3), Full().sized(2, 2)])
+    >>> len(batch.graphs), batch.entry_size, batch.num_edges()
+    (2, (3, 3), 10)
+    """
+
+    def _check(self):
+        super()._check()
+        if None in self.graphs[-1].size:
+            raise ValueError(
+                f"Batched must know the size of each graph (got {self.graphs[-1]} as the last): "
+                f"graph.sized(num_queries, num_keys)"
+            )
+        n, m = (max(cast(int, graph.size[side]) for graph in self.graphs) for side in (0, 1))
+        object.__setattr__(self, "graphs", tuple(_filled_up(graph, n, m) for graph in self.graphs))
+
+    @property
+    def entry_size(self) -> tuple[int, int]:
+        """How many queries and keys each entry has, filled up."""
+        return cast(tuple[int, int], self.graphs[0].size)
+
+
+def _filled_up(graph: Graph, n: int, m: int) -> Graph:
+    """A graph with further nodes that have no edges."""
+    own_n, own_m = cast(tuple[int, int], graph.size)
+    return graph if (own_n, own_m) == (n, m) else Disjoint((graph, Empty().sized(n - own_n, m - own_m)))
 
 
 class Beside(Graph):

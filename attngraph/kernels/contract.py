@@ -38,13 +38,51 @@ class ScoreBias(NamedTuple):
                 return self.values
 
 
+class Transform(NamedTuple):
+    """An elementwise function of the scores after scale and bias.
+
+    | kind | of a score s | its derivative |
+    |---|---|---|
+    | "softcap" | value · tanh(s / value) | 1 - tanh²(s / value) |
+    | "leaky_relu" | s where s > 0, else value · s | 1, or value |
+    """
+
+    kind: Literal["softcap", "leaky_relu"]
+    value: float
+
+
+Normalizer = Literal["softmax", "sigmoid", "none", "relu", "squared_relu"]
+"""How scores become weights: over the edges of a query, or each by itself: 1 / (1 + e⁻ˢ), s, max(s, 0), max(s, 0)²."""
+
+
+class Dropout(NamedTuple):
+    """Which weights are dropped; see `kernels.dropout`."""
+
+    p: float
+    seed: Tensor
+    """int64 (), at least 0, on the device of q."""
+    heads: Tensor | None = None
+    """int64 (H,), on the device of q: the numbers that the heads at hand have among those of the call. None: 0, 1, …"""
+
+
 class Modifiers(NamedTuple):
-    """What is done to the products q · k before the softmax: times `scale`, plus `bias`, and padding left out."""
+    """What is done to the products q · k: they become scores s, weights w, and weights of which some are dropped.
+
+    s = transform(scale · q·k + bias), w = normalize(s), 0 for padding; out = Σ w · kept / (1 - p) · v.
+    """
 
     scale: float
     bias: ScoreBias | None = None
     attention_mask: Tensor | None = None
     """bool (B, M): False for keys that are padding, which no query of their batch entry hears. None: there are none."""
+    transform: Transform | None = None
+    normalize: Normalizer = "softmax"
+    dropout: Dropout | None = None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether nothing but the scale is asked for."""
+        return self[1:] == (None, None, None, "softmax", None)
 
 
 # --------------------------------------------------------------------------------------------- of the reference

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-from attngraph.kernels.contract import DenseLayout, Modifiers
+from attngraph.kernels.contract import DenseLayout, Dropout, Modifiers
+from attngraph.kernels.dropout import keep_factor, kept
 from attngraph.kernels.memory import apart
 
 # Nodes up to which half precision runs as float32 on a CPU: forward + backward took half the time there.
@@ -26,16 +27,23 @@ def dense(
     causal: bool,
     bias: Tensor | None,
     scale: float,
-    dropout_p: float,
+    dropout: Dropout | None,
 ) -> Tensor:
     """q (B, H, N, D), k and v (B, Hkv, M, ·), mask (…, N, M), bias (…, N, M) → out (B, H, N, ·).
 
-    `causal` without a mask is Causal(); neither is Full().
+    `causal` without a mask is Causal(); neither is Full(). With dropout, all weights are held: PyTorch's kernels drop
+    what only they know.
     """
+    if dropout is not None:
+        scores = _scores(q, k, mask, causal=causal, bias=bias, scale=scale)
+        nodes = [torch.arange(size, device=q.device) for size in scores.shape]
+        places = [x.view(-1, *[1] * (3 - axis)) for axis, x in enumerate(nodes)]
+        weights = torch.ops.aten._safe_softmax(scores, -1) * kept(dropout, *places) * keep_factor(dropout.p)
+        return (weights @ _repeat_kv(v, q).to(weights.dtype)).to(q.dtype)
     if bias is not None:
         bias = bias.to(torch.promote_types(bias.dtype, q.dtype))
         mask = bias if mask is None else bias.masked_fill(~mask, -torch.inf)
-    options = {"dropout_p": dropout_p, "causal": causal, "scale": scale}
+    options = {"causal": causal, "scale": scale}
     half = q.dtype in (torch.bfloat16, torch.float16)
     if half and q.device.type == "cpu" and max(q.shape[2], k.shape[2]) <= MAX_UPCAST_NODES:
         if mask is not None and mask.dtype != torch.bool:
@@ -47,15 +55,13 @@ def dense(
     return _attention(q, k, v, mask, **options)
 
 
-def _attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, dropout_p: float, causal: bool, scale: float
-) -> Tensor:
+def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, causal: bool, scale: float) -> Tensor:
     """PyTorch's own attention, which can be transformed and differentiated again and again: its flash kernels can't."""
     compiled, grouped = torch.compiler.is_compiling(), {"enable_gqa": True} if q.shape[1] != k.shape[1] else {}
     if not compiled and torch._C._are_functorch_transforms_active():
         with sdpa_kernel(SDPBackend.MATH):
-            return scaled_dot_product_attention(q, k, v, mask, dropout_p, causal, scale=scale, **grouped)
-    out = scaled_dot_product_attention(q, k, v, mask, dropout_p, causal, scale=scale, **grouped)
+            return scaled_dot_product_attention(q, k, v, mask, 0.0, causal, scale=scale, **grouped)
+    out = scaled_dot_product_attention(q, k, v, mask, 0.0, causal, scale=scale, **grouped)
     if out.requires_grad and not compiled:
         node = out.grad_fn
         if node is not None and hasattr(type(node), "_saved_logsumexp"):
@@ -68,8 +74,6 @@ def _gradients_by_products(grad_inputs: tuple, grad_outputs: tuple) -> tuple | N
     if not torch.is_grad_enabled():
         return None
     node: Any = torch._C._current_autograd_node()
-    if node._saved_dropout_p:  # what was dropped is known to the kernel alone, which says that it has no gradients
-        return None
     q, k, v = sides = apart(node._saved_query, node._saved_key, node._saved_value)
     mask = getattr(node, "_saved_attn_mask", None)  # on a CPU
     mask = getattr(node, "_saved_attn_bias", None) if mask is None else mask  # on a GPU
@@ -92,6 +96,13 @@ def _logsumexp_of_scores(
     q: Tensor, k: Tensor, mask: Tensor | None, *, causal: bool, bias: Tensor | None, scale: float
 ) -> Tensor:
     """The same from a matrix of all scores."""
+    scores = _scores(q, k, mask, causal=causal, bias=bias, scale=scale)
+    has_edge = (scores != -torch.inf).any(-1, keepdim=True)  # rows of -inf alone would have NaN gradients
+    return torch.where(has_edge, scores, 0).logsumexp(-1).masked_fill(~has_edge[..., 0], -torch.inf)
+
+
+def _scores(q: Tensor, k: Tensor, mask: Tensor | None, *, causal: bool, bias: Tensor | None, scale: float) -> Tensor:
+    """All of them, (B, H, N, M), of at least float32; -inf where there is no edge."""
     dtype = torch.promote_types(q.dtype, torch.float32)
     with nullcontext() if q.is_meta else torch.autocast(q.device.type, enabled=False):
         scores = q.to(dtype) @ _repeat_kv(k, q).to(dtype).mT * scale
@@ -99,10 +110,7 @@ def _logsumexp_of_scores(
         scores = scores + bias
     if causal:
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -torch.inf)
-    has_edge = (scores != -torch.inf).any(-1, keepdim=True)  # rows of -inf alone would have NaN gradients
-    return torch.where(has_edge, scores, 0).logsumexp(-1).masked_fill(~has_edge[..., 0], -torch.inf)
+    return scores if mask is None else scores.masked_fill(~mask, -torch.inf)
 
 
 class _FlashLogsumexp(torch.autograd.Function):

@@ -2,11 +2,55 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
-from torch.nn.functional import dropout
+from torch.utils.checkpoint import checkpoint
 
-from attngraph.kernels.scoring import Normalizer, Score, normalizer, score_function
+from attngraph.kernels.contract import Dropout
+from attngraph.kernels.dropout import keep_factor, kept
+from attngraph.kernels.scoring import Elementwise, Score, normalizer, parts_of
+
+
+def scores_by(score: Callable[[Tensor, Tensor], Tensor], q_i: Tensor, k_j: Tensor) -> Tensor:
+    """score(q_i, k_j), if it is a number for each edge."""
+    return _like(score(q_i, k_j), q_i.shape[:3], "score must give one number for each batch entry, head and edge")
+
+
+def weights_by(normalize: str | Elementwise, scores: Tensor) -> Tensor:
+    """Of an elementwise normaliser, if it is one."""
+    return _like(normalizer(normalize)(scores), scores.shape, "normalize must give a weight for each score")
+
+
+def _like(found: object, shape: tuple[int, ...], wanted: str) -> Tensor:
+    """What a function gave, if it has the shape that it should have."""
+    if not isinstance(found, Tensor) or found.shape != shape:
+        got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+        raise ValueError(f"{wanted}, {tuple(shape)} (got {got})")
+    return found
+
+
+CHUNK_NUMBERS = 1 << 23  # of the vectors of those edges that are gathered at a time
+
+
+def streamed(score: Callable[[Tensor, Tensor], Tensor], q: Tensor, k: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    """score(q_i, k_j) of each edge, (B, H, E), over a part of the edges at a time; the backward pass runs them again.
+
+    A program that is being compiled takes all edges at once, and its compiler sees to the memory.
+    """
+    group, edges = q.shape[1] // k.shape[1], query.shape[0]
+
+    def of_part(q: Tensor, k: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return scores_by(score, q[:, :, query], k[:, :, key].repeat_interleave(group, dim=1))
+
+    if torch.compiler.is_compiling():
+        return of_part(q, k, query, key)
+    step = max(1, CHUNK_NUMBERS // max(1, q.shape[0] * q.shape[1] * q.shape[3]))
+    if edges <= step:
+        return of_part(q, k, query, key)
+    parts = zip(query.split(step), key.split(step), strict=True)
+    return torch.cat([checkpoint(of_part, q, k, *part, use_reentrant=False) for part in parts], -1)  # type: ignore
 
 
 def edges(
@@ -20,9 +64,9 @@ def edges(
     bias: Tensor | None,
     attention_mask: Tensor | None,
     scale: float,
-    dropout_p: float,
-    score: str | Score,
-    normalize: str | Normalizer,
+    dropout: Dropout | None,
+    score: Score,
+    normalize: str | Elementwise,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """q (B, H, N, D), k and v (B, Hkv, M, ·), edges (E,), member (H | 0, E), bias (…, E) → out, lse, weights (B, H, E).
 
@@ -34,9 +78,12 @@ def edges(
     q_i = q.to(dtype)[:, :, query]  # (B, H, E, D)
     k_j = k.to(dtype)[:, :, key].repeat_interleave(group, dim=1)
     v_j = v.to(dtype)[:, :, key].repeat_interleave(group, dim=1)
-    scores = score_function(score)(q_i, k_j) * scale
+    parts, heads = parts_of(score), torch.arange(q.shape[1], device=q.device)[:, None]
+    scores = scores_by(parts.function, q_i, k_j) * scale
     if bias is not None:
         scores = scores + bias.to(dtype)
+    for transform in parts.transforms:
+        scores = transform(scores, heads)
 
     lse, heard = None, member if member.shape[0] else None
     if attention_mask is not None:
@@ -47,10 +94,14 @@ def edges(
             scores = scores.masked_fill(~heard, -torch.inf)
         weights, lse = _softmax(scores, query, q.shape[2])
     else:
-        weights = normalizer(normalize)(scores)
+        weights = weights_by(normalize, scores)
         if heard is not None:
             weights = weights.masked_fill(~heard, 0)
-    messages = dropout(weights, dropout_p)[..., None] * v_j
+    used = weights
+    if dropout is not None:
+        batch = torch.arange(q.shape[0], device=q.device)[:, None, None]
+        used = weights * kept(dropout, batch, heads, query, key) * keep_factor(dropout.p)
+    messages = used[..., None] * v_j
     out = messages.new_zeros(*q.shape[:3], v.shape[3]).index_add(2, query, messages)
     return out.to(q.dtype), lse, weights.to(q.dtype)
 

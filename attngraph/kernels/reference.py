@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import dropout
 
-from attngraph.kernels.contract import GraphMask, PairBias
-from attngraph.kernels.scoring import Normalizer, Score, normalizer, score_function
+from attngraph.kernels.contract import Dropout, GraphMask, PairBias
+from attngraph.kernels.dropout import keep_factor, kept
+from attngraph.kernels.scoring import Elementwise, Score, normalizer, parts_of
 
 
 def softmax(scores: Tensor) -> Tensor:
@@ -30,16 +30,16 @@ def reference(
     bias: PairBias | None,
     attention_mask: Tensor | None,
     scale: float,
-    dropout_p: float,
-    score: str | Score,
-    normalize: str | Normalizer,
+    dropout: Dropout | None,
+    score: Score,
+    normalize: str | Elementwise,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Every node holds a query, a key and a value; each query node collects from the key nodes that it hears.
 
     q (B, H, N, D), k and v (B, Hkv, M, ·), attention_mask (B, M), False for keys that nobody hears → out (B, H, N, ·),
     lse (B, H, N), weights (B, H, N, M), in float64.
     """
-    score, weights_of = score_function(score), softmax if normalize == "softmax" else normalizer(normalize)
+    parts, weights_of = parts_of(score), softmax if normalize == "softmax" else normalizer(normalize)
     q, k, v = (x.double().repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (q, k, v))
     (B, H, N, D), M = q.shape, k.shape[2]
     out, lse, weights = v.new_zeros(B, H, N, v.shape[3]), q.new_full((B, H, N), -torch.inf), q.new_zeros(B, H, N, M)
@@ -47,15 +47,20 @@ def reference(
     edge = adjacency.any(0).flatten().cumsum(0).view(N, M) - 1  # its number in edge_index order
 
     for i in range(N):
-        scores = score(q[:, :, [i]].expand(B, H, M, D), k) * scale  # every key answers the query of node i
+        scores = parts.function(q[:, :, [i]].expand(B, H, M, D), k) * scale  # every key answers the query of node i
         for h in range(H):
             j = adjacency[h, i].nonzero()[:, 0]  # but it hears only its in-neighbours; with none, all sums are empty
             s = scores[:, h, j]
             if bias is not None:
                 s = s + bias.at(torch.full_like(j, i), j, edge[i, j]).expand(B, H, -1)[:, h]
+            for transform in parts.transforms:
+                s = transform(s, j.new_tensor(h))
             real = torch.ones_like(s, dtype=torch.bool) if attention_mask is None else attention_mask[:, j]
             s = s.masked_fill(~real, -torch.inf)
             lse[:, h, i] = logsumexp(s)
             weights[:, h, i, j] = p = weights_of(s).masked_fill(~real, 0)
-            out[:, h, i] = (dropout(p, dropout_p)[..., None] * v[:, h, j]).sum(1)
+            if dropout is not None:
+                batch = torch.arange(B, device=q.device)[:, None]
+                p = p * kept(dropout, batch, j.new_tensor(h), j.new_tensor(i), j) * keep_factor(dropout.p)
+            out[:, h, i] = (p[..., None] * v[:, h, j]).sum(1)
     return out, lse, weights

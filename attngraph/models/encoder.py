@@ -7,12 +7,12 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import dropout
 
 from attngraph.arguments import checked, shown
 from attngraph.graph.algebra import Full
 from attngraph.graph.base import Graph, require_ints
 from attngraph.models.tied import Tied
+from attngraph.nn.dropout import dropout
 from attngraph.nn.embedding import TokenEmbedding
 from attngraph.nn.feedforward import ACTIVATIONS
 from attngraph.nn.padding import padding_mask

@@ -7,10 +7,11 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import dropout, gelu, relu, silu
+from torch.nn.functional import gelu, relu, silu
 
 from attngraph.arguments import checked
 from attngraph.graph.base import require_ints
+from attngraph.nn.dropout import dropout
 
 
 def quick_gelu(x: Tensor) -> Tensor:

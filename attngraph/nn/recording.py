@@ -233,7 +233,7 @@ def record(
     Each `Attention` in the model is asked for its weights, and its latest call is kept: encoder, decoder and cross
     attention, graphs by layer and by head, padding, autocast. Afterwards the model is as it was, and what was recorded
     stays. It takes memory in proportion to the edges: `layers` and `heads` say what is kept. A compiled model runs
-    uncompiled meanwhile, and where it drops out, it drops other weights than it would without being recorded.
+    uncompiled meanwhile.
 
     Args:
         model: any module with `Attention` in it, of this library or of `attngraph.hf`.

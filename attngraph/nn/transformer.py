@@ -9,7 +9,6 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import dropout
 
 from attngraph.arguments import check_fields, checked, shown
 from attngraph.bias import Alibi, Bias, EdgeBias, RelativeBias
@@ -18,6 +17,7 @@ from attngraph.graph.base import Graph, require_ints
 from attngraph.graph.compose import Beside
 from attngraph.nn.attention import Attention
 from attngraph.nn.checks import require_vectors, values_known
+from attngraph.nn.dropout import dropout
 from attngraph.nn.feedforward import ACTIVATIONS, FeedForward
 from attngraph.nn.padding import joint_padding_mask, padding_in_front, padding_mask, positions_of, rolled
 from attngraph.nn.positions import AlibiPositions, LearnedPositions, RelativePositions, Rotary, SinusoidalPositions

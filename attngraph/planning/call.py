@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from attngraph.kernels.contract import BiasKind
+from attngraph.kernels.contract import BiasKind, Dropout
+from attngraph.kernels.scoring import ANY_FUNCTION, NORMALIZER_NAMES, Elementwise, Score, ScoreParts, parts_of
 
 Transform = Literal["torch.func", "forward-mode"]
 
@@ -29,7 +29,7 @@ class Call(NamedTuple):
     device: torch.device
     bias: BiasKind | None = None
     score: str = "dot"
-    """Its name, or "a function"."""
+    """Its name, or "a function"; see `scoring.score_name`."""
     normalize: str = "softmax"
     """Its name, or "a function"."""
     padding: bool = False
@@ -55,13 +55,18 @@ class Request(NamedTuple):
     """The options of a call that are numbers, functions or masks: what runs, not how."""
 
     scale: float
-    score: str | Callable[[Tensor, Tensor], Tensor] = "dot"
-    normalize: str | Callable[[Tensor], Tensor] = "softmax"
-    dropout_p: float = 0.0
+    score: Score = "dot"
+    normalize: str | Elementwise = "softmax"
+    dropout: Dropout | None = None
     return_lse: bool = False
     return_weights: bool = False
     attention_mask: Tensor | None = None
     """bool (B, M): False for keys that nobody hears."""
+
+    @property
+    def parts(self) -> ScoreParts:
+        """The score taken apart."""
+        return parts_of(self.score)
 
     @property
     def generic(self) -> dict:
@@ -71,13 +76,10 @@ class Request(NamedTuple):
             "scale": self.scale,
             "score": self.score,
             "normalize": self.normalize,
-            "dropout_p": self.dropout_p,
+            "dropout": self.dropout,
         }
 
 
-ANY_FUNCTION = "a function"
-
-
-def name_of(option: object) -> str:
-    """A score or normaliser in a `Call`."""
-    return option if isinstance(option, str) else ANY_FUNCTION
+def normalizer_name(normalize: str | Elementwise) -> str:
+    """A normaliser in a `Call`."""
+    return normalize if isinstance(normalize, str) and normalize in NORMALIZER_NAMES else ANY_FUNCTION

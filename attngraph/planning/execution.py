@@ -6,7 +6,7 @@ until then; a compiled program has the handle of its graph, and its operators lo
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,9 +15,10 @@ from torch.nn.functional import pad
 from attngraph.bias import Bias, EdgeBias, require_edge_count, score_bias
 from attngraph.graph.base import Graph
 from attngraph.graph.text import pack, unpack
-from attngraph.kernels.contract import BiasKind, Modifiers, ScoreBias
+from attngraph.kernels.contract import BiasKind, Dropout, Modifiers, ScoreBias, Transform
 from attngraph.kernels.memory import apart, like, nodes_first
 from attngraph.kernels.merge import merge
+from attngraph.kernels.scoring import LeakyReLU, SoftCap
 from attngraph.planning.backends import BACKENDS
 from attngraph.planning.backends.base import INSTALLED, Results
 from attngraph.planning.call import Call, Request
@@ -39,19 +40,44 @@ def run_traced(
     graph: Graph | Plan, name: str, q: Tensor, k: Tensor, v: Tensor, bias: Bias | None, request: Request
 ) -> Results:
     """The same in a program that is being compiled: as one operator, which looks its plan up when it runs."""
-    return _merged(q, k, v, bias, request, lambda *sides: attend_forward(*sides, *pack(graph), name))
+    return _merged(q, k, v, bias, request, lambda *sides: attend_forward(*sides[:-1], *sides[-1], *pack(graph), name))
+
+
+class _Options(NamedTuple):
+    """The `Modifiers` of a call that are no tensors, as the operators of compiled programs take them."""
+
+    kind: str  # of the bias; "" for none
+    scale: float
+    transform: str  # "" for none
+    value: float  # of the transform
+    normalize: str
+    dropout_p: float
+
+    def modifiers(self, values: Tensor | None, attention_mask: Tensor | None, seed: Tensor | None) -> Modifiers:
+        """With the tensors."""
+        bias: Any = ScoreBias(self.kind, values) if self.kind and values is not None else None  # type: ignore[arg-type]
+        transform: Any = Transform(self.transform, self.value) if self.transform else None  # type: ignore[arg-type]
+        dropout = None if seed is None else Dropout(self.dropout_p, seed)
+        return Modifiers(self.scale, bias, attention_mask, transform, self.normalize, dropout)  # type: ignore[arg-type]
 
 
 def _merged(q: Tensor, k: Tensor, v: Tensor, bias: Bias | None, request: Request, attention: Any) -> Results:
-    """`attention`(q, k, v, values, attention_mask, kind, scale) → out, lse, with what a bias adds to all keys alike."""
+    """`attention`(q, k, v, values, attention_mask, seed, options) → out, lse, with what a bias adds to all keys."""
     if not q.shape[3]:  # all scores are 0: as those of one number that is
         q, k = pad(q, (0, 1)), pad(k, (0, 1))
     if not (value_dim := v.shape[3]):
         v = pad(v, (0, 1))
     exact = torch.promote_types(q.dtype, torch.float32)
     of_keys, of_query = score_bias(bias, q, k)
-    kind, values = (None, None) if of_keys is None else (of_keys.kind, of_keys.values.to(exact))
-    out, lse = attention(q, k, v, values, request.attention_mask, kind or "", float(request.scale))
+    transform, normalize, dropout = request.parts.transform, str(request.normalize), request.dropout
+    if of_query is not None and (transform is not None or normalize != "softmax"):  # as one more number of each vector
+        q = torch.cat([q, (of_query / request.scale).to(q.dtype).expand(*q.shape[:3], 1)], 3)
+        k, of_query = pad(k, (0, 1), value=1.0), None
+    kind, values = ("", None) if of_keys is None else (of_keys.kind, of_keys.values.to(exact))
+    kind_of_transform, value = ("", 0.0) if transform is None else transform
+    seed, dropout_p = (None, 0.0) if dropout is None else (dropout.seed, dropout.p)
+    options = _Options(kind, float(request.scale), kind_of_transform, value, normalize, dropout_p)
+    out, lse = attention(q, k, v, values, request.attention_mask, seed, options)
     out = out if value_dim else out[..., :0]
     if of_query is not None:  # the same for all keys of a query: its weights do not change
         finite = of_query.masked_fill(of_query == -torch.inf, 0)
@@ -67,39 +93,45 @@ class _Attention(torch.autograd.Function):
     """Attention by a plan, which it holds for its backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, q, k, v, values, attention_mask, kind, scale, plan) -> tuple[Tensor, Tensor]:
-        out, lse = _forward_call(q, k, v, values, attention_mask, kind, scale, plan)
+    def forward(ctx: Any, q, k, v, values, attention_mask, seed, options, plan) -> tuple[Tensor, Tensor]:
+        out, lse = _forward_call(q, k, v, values, attention_mask, seed, options, plan)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(q, k, v, values, attention_mask, out, lse)
-        ctx.kind, ctx.scale, ctx.plan = kind, scale, plan
+        ctx.save_for_backward(q, k, v, values, attention_mask, seed, out, lse)
+        ctx.options, ctx.plan = options, plan
         return out, lse
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any):
         dout, dlse = grad_outputs
-        q, k, v, values, attention_mask, out, lse = ctx.saved_tensors
+        q, k, v, values, attention_mask, seed, out, lse = ctx.saved_tensors
         dout = torch.zeros_like(out) if dout is None else dout
-        options = attention_mask, ctx.kind, ctx.scale, ctx.plan
+        given = attention_mask, seed, ctx.options, ctx.plan
         if torch.is_grad_enabled():  # create_graph=True
-            gradients = _differentiable_gradients(dout, dlse, q, k, v, values, *options, ctx.needs_input_grad[:4])
+            gradients = _differentiable_gradients(dout, dlse, q, k, v, values, *given, ctx.needs_input_grad[:4])
         else:
-            gradients = _backward_call(dout, dlse, out, lse, q, k, v, values, *options, ctx.needs_input_grad[3])
+            gradients = _backward_call(dout, dlse, out, lse, q, k, v, values, *given, ctx.needs_input_grad[3])
         return *gradients, None, None, None, None
 
 
-def _differentiable_gradients(dout, dlse, q, k, v, values, attention_mask, kind, scale, plan: Plan, needs_grad):
+def _differentiable_gradients(dout, dlse, q, k, v, values, attention_mask, seed, options, plan: Plan, needs_grad):
     """The gradients of q, k, v and values, gathered along the edges: they can be differentiated again and again."""
     plan.require_unchanged()
     layout = edges_of_heads(plan.graph, q.shape[2], k.shape[2], q.device)
     q, k, v, values = apart(q, k, v, values)
     with torch.autocast(q.device.type, enabled=False):
         q_, k_, v_, values_ = _kernel_precision(q, k, v, values)
-        bias = _bias(kind, values_)
-        of_edges = None if bias is None else EdgeBias.sorted(bias.over_edges(layout.query, layout.key, q.shape[2]))
-        request = Request(scale, return_lse=True, attention_mask=attention_mask)
+        modifiers = options.modifiers(values_, attention_mask, seed)
+        of_edges = None
+        if modifiers.bias is not None:
+            of_edges = EdgeBias.sorted(modifiers.bias.over_edges(layout.query, layout.key, q.shape[2]))
+        score = {"": "dot", "softcap": SoftCap(options.value or 1.0), "leaky_relu": LeakyReLU(options.value)}
+        request = Request(
+            options.scale, score[options.transform], options.normalize, modifiers.dropout,
+            return_lse=True, attention_mask=attention_mask,
+        )  # fmt: skip
         out, lse, _ = BACKENDS["edges"].attend(q_, k_, v_, layout, of_edges, request)
-    assert lse is not None
-    results = [(part, gradient.to(part.dtype)) for part, gradient in ((out, dout), (lse, dlse)) if gradient is not None]
+    found = (out, dout), (lse, dlse)
+    results = [(part, grad.to(part.dtype)) for part, grad in found if part is not None and grad is not None]
     results = [(part, gradient) for part, gradient in results if part.requires_grad]
     sides = [side for side, needed in zip((q, k, v, values), needs_grad, strict=True) if needed]
     outs, gradients = zip(*results, strict=True)
@@ -107,28 +139,25 @@ def _differentiable_gradients(dout, dlse, q, k, v, values, attention_mask, kind,
     return [next(found) if needed else None for needed in needs_grad]
 
 
-def _forward_call(q, k, v, values, attention_mask, kind, scale, plan: Plan) -> tuple[Tensor, Tensor]:
+def _forward_call(q, k, v, values, attention_mask, seed, options: _Options, plan: Plan) -> tuple[Tensor, Tensor]:
     """In the precision of the kernels, and back."""
-    if kind == "edge":
+    if options.kind == "edge":
         require_edge_count(values, plan.edge_values)
     with torch.autocast(q.device.type, enabled=False):
         q_, k_, v_, values_ = _kernel_precision(q, k, v, values)
-        out, lse = _forward(plan, q_, k_, v_, Modifiers(scale, _bias(kind, values_), attention_mask))
+        out, lse = _forward(plan, q_, k_, v_, options.modifiers(values_, attention_mask, seed))
     return _laid_out(out.to(q.dtype), q), lse.contiguous()
 
 
-def _backward_call(dout, dlse, out, lse, q, k, v, values, attention_mask, kind, scale, plan, bias_grad):
+def _backward_call(dout, dlse, out, lse, q, k, v, values, attention_mask, seed, options: _Options, plan, bias_grad):
     """The gradients of q, k, v and, with bias_grad, of the bias's values; else None."""
     with torch.autocast(q.device.type, enabled=False):
         q_, k_, v_, values_, dout_, out_ = _kernel_precision(q, k, v, values, dout, out)
-        modifiers = Modifiers(scale, _bias(kind, values_), attention_mask)
+        modifiers = options.modifiers(values_, attention_mask, seed)
         dq, dk, dv, dbias = _backward(plan, q_, k_, v_, out_, lse, dout_, dlse, modifiers, bias_grad)
     dq, dk, dv = (_laid_out(part.to(q.dtype), side) for part, side in ((dq, q), (dk, k), (dv, v)))
-    return dq, dk, dv, None if dbias is None else dbias.to(values.dtype).contiguous()
-
-
-def _bias(kind: Any, values: Tensor | None) -> ScoreBias | None:
-    return ScoreBias(kind, values) if kind and values is not None else None
+    # In memory as the values lie: what made them goes on from there.
+    return dq, dk, dv, None if dbias is None else torch.empty_like(values).copy_(dbias)
 
 
 def _laid_out(x: Tensor, other: Tensor) -> Tensor:
@@ -147,65 +176,77 @@ def _kernel_precision(*sides: Any) -> list[Any]:
 
 
 def _known_plan(
-    graph: str, tensors: list[Tensor], name: str, q: Tensor, k: Tensor, v: Tensor, kind: str, padding: bool
+    graph: str, tensors: list[Tensor], name: str, q: Tensor, k: Tensor, v: Tensor, options: _Options, padding: bool
 ) -> Plan:
     """The plan that a compiled program runs by, from the text and tensors that name its graph."""
     found = unpack(graph, tensors)
-    bias: BiasKind | None = kind or None  # type: ignore[assignment]
+    bias: BiasKind | None = options.kind or None  # type: ignore[assignment]
     heads, kv_heads = q.shape[1], k.shape[1]
     sizes = q.shape[2], k.shape[2], heads, kv_heads, q.shape[3], v.shape[3]
-    call = Call(*sizes, q.dtype, q.device, bias, padding=padding, part=True)  # by forward and backward, whatever runs
+    call = Call(
+        *sizes, q.dtype, q.device, bias, options.transform or "dot", options.normalize,
+        padding=padding, dropout=options.dropout_p > 0, part=True,  # by forward and backward, whatever runs
+    )  # fmt: skip
     return fitted(found, call) if isinstance(found, Plan) else planned(found, call, name)
 
 
 @torch.library.custom_op("attngraph::attend_forward", mutates_args=())
 def attend_forward(
-    q: Tensor, k: Tensor, v: Tensor, values: Tensor | None, attention_mask: Tensor | None,
-    kind: str, scale: float, graph: str, tensors: list[Tensor], name: str,
+    q: Tensor, k: Tensor, v: Tensor, values: Tensor | None, attention_mask: Tensor | None, seed: Tensor | None,
+    kind: str, scale: float, transform: str, value: float, normalize: str, dropout_p: float,
+    graph: str, tensors: list[Tensor], name: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """q (B, H, N, D), k and v (B, Hkv, M, ·), values and kind of a `ScoreBias`, … → out (B, H, N, Dv), lse."""
-    plan = _known_plan(graph, tensors, name, q, k, v, kind, attention_mask is not None)
-    return _forward_call(q, k, v, values, attention_mask, kind, scale, plan)
+    options = _Options(kind, scale, transform, value, normalize, dropout_p)
+    plan = _known_plan(graph, tensors, name, q, k, v, options, attention_mask is not None)
+    return _forward_call(q, k, v, values, attention_mask, seed, options, plan)
 
 
 @attend_forward.register_fake
-def _(q, k, v, values, attention_mask, kind, scale, graph, tensors, name):
+def _(q, k, v, values, attention_mask, seed, *rest):
     return like(q, v.shape[3]), q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
 
 
 @torch.library.custom_op("attngraph::attend_backward", mutates_args=())
 def attend_backward(
     dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor,
-    q: Tensor, k: Tensor, v: Tensor, values: Tensor | None, attention_mask: Tensor | None,
-    kind: str, scale: float, graph: str, tensors: list[Tensor], name: str, bias_grad: bool,
+    q: Tensor, k: Tensor, v: Tensor, values: Tensor | None, attention_mask: Tensor | None, seed: Tensor | None,
+    kind: str, scale: float, transform: str, value: float, normalize: str, dropout_p: float,
+    graph: str, tensors: list[Tensor], name: str, bias_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The gradients of q, k, v and, with bias_grad, of the bias's values; else an empty tensor."""
-    plan = _known_plan(graph, tensors, name, q, k, v, kind, attention_mask is not None)
-    sides = dout, dlse, out, lse, q, k, v, values, attention_mask
-    dq, dk, dv, dbias = _backward_call(*sides, kind, scale, plan, bias_grad)
-    return dq, dk, dv, q.new_empty(0) if dbias is None else dbias
+    options = _Options(kind, scale, transform, value, normalize, dropout_p)
+    plan = _known_plan(graph, tensors, name, q, k, v, options, attention_mask is not None)
+    sides = dout, dlse, out, lse, q, k, v, values, attention_mask, seed
+    dq, dk, dv, dbias = _backward_call(*sides, options, plan, bias_grad)
+    return dq, dk, dv, q.new_empty(0) if dbias is None else dbias.contiguous()
 
 
 @attend_backward.register_fake
-def _(dout, dlse, out, lse, q, k, v, values, attention_mask, kind, scale, graph, tensors, name, bias_grad):
+def _(dout, dlse, out, lse, q, k, v, values, attention_mask, seed, *rest):
+    bias_grad = rest[-1]
     return *(like(side, side.shape[3]) for side in (q, k, v)), q.new_empty(values.shape if bias_grad else 0)
+
+
+NUM_SIDES = 6  # tensors among the inputs, before the options: q, k, v, values, attention_mask, seed
 
 
 def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.set_materialize_grads(False)
-    *sides, kind, scale, graph, tensors, name = inputs
-    ctx.options = kind, scale, graph, name
+    *given, graph, tensors, name = inputs
+    sides, ctx.options, ctx.graph = given[:NUM_SIDES], given[NUM_SIDES:], (graph, name)
     ctx.save_for_backward(*output, *sides, *tensors)
 
 
 def _gradients(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple:
-    (out, lse, *sides), tensors = ctx.saved_tensors[:7], list(ctx.saved_tensors[7:])
-    kind, scale, graph, name = ctx.options
+    out, lse, *saved = ctx.saved_tensors
+    sides, tensors, (graph, name) = saved[:NUM_SIDES], saved[NUM_SIDES:], ctx.graph
     dout = torch.zeros_like(out) if dout is None else dout
     bias_grad = ctx.needs_input_grad[3]
-    options = kind, scale, graph, tensors, name, bias_grad
+    options = *ctx.options, graph, tensors, name, bias_grad
     dq, dk, dv, dbias = attend_backward(dout, dlse, out, lse, *sides, *options)
-    return dq, dk, dv, dbias if bias_grad else None, None, None, None, None, [None] * len(tensors), None
+    others = [None] * (NUM_SIDES - 4 + len(ctx.options) + 1)
+    return dq, dk, dv, dbias if bias_grad else None, *others, [None] * len(tensors), None
 
 
 def _not_twice(ctx: Any, *gradients: Tensor) -> None:
@@ -240,6 +281,8 @@ def _forward(plan: Plan, q, k, v, modifiers: Modifiers) -> tuple[Tensor, Tensor]
         part_out, part_lse = view.in_own_order(part_out).to(exact), view.in_own_order(part_lse).to(exact)
         if out is None or lse is None:
             out, lse = part_out, part_lse
+        elif modifiers.normalize != "softmax":  # each weight by itself: sums add up
+            out.index_add_(1, view.heads, part_out)
         elif part.heads is None:
             merge(out, lse, part_out, part_lse)
         else:
@@ -315,7 +358,10 @@ class _View:
         mask = modifiers.attention_mask
         if mask is not None and self.order is not None:
             mask = mask.index_select(1, self.order)
-        return Modifiers(modifiers.scale, self._bias(modifiers.bias), mask)
+        dropout = modifiers.dropout
+        if dropout is not None and self.part.heads:
+            dropout = dropout._replace(heads=self.heads)
+        return modifiers._replace(bias=self._bias(modifiers.bias), attention_mask=mask, dropout=dropout)
 
     def _bias(self, bias: ScoreBias | None) -> ScoreBias | None:
         """The values of this part's heads and edges."""

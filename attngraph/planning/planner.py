@@ -25,11 +25,19 @@ from attngraph.graph.patterns import Causal
 from attngraph.graph.rewrite import simplify
 from attngraph.kernels.available import why_not
 from attngraph.kernels.contract import BiasKind
-from attngraph.kernels.scoring import NORMALIZERS, SCORES
+from attngraph.kernels.scoring import (
+    ANY_FUNCTION,
+    NORMALIZER_NAMES,
+    SCORE_NAMES,
+    Elementwise,
+    Score,
+    score_name,
+)
 from attngraph.planning import backends, explain
 from attngraph.planning.backends import BACKENDS, Backend, kernel_for
-from attngraph.planning.backends.base import INSTALLED, only_plain_attention
-from attngraph.planning.call import ANY_FUNCTION, Call
+from attngraph.planning.backends.base import INSTALLED, only_fused_attention
+from attngraph.planning.call import Call, normalizer_name
+from attngraph.planning.costly import plain_call, warn_if_costly
 from attngraph.planning.costs import Costs
 from attngraph.planning.edge_set import EdgeSet, closed_form
 from attngraph.planning.layouts.materialized import edges_of_heads
@@ -127,14 +135,43 @@ class Plan:
             return False
         return self.parts[0].backend.runs_whole(self.parts[0].layout, call)
 
+    @property
+    def in_steps(self) -> bool:
+        """Whether scores come first, and attention by them next: see `planning.steps`."""
+        return any(part.backend.name == "steps" for part in self.parts)
+
     def require_unchanged(self) -> None:
         """Raise if what the graph's functions read has changed since, so that its edges may be others."""
         if self.graph._may_change and self._state != self.graph._state():
             raise ValueError(f"what {self.graph} reads has changed since the plan was made: make a new one")
 
-    def explain(self) -> str:
-        """What runs, why, at what expected cost, and what else was asked and answered: a table to read."""
-        return explain.explain(self)
+    @checked
+    def explain(
+        self,
+        *,
+        dropout_p: float | None = None,
+        score: Score | None = None,
+        normalize: str | Elementwise | None = None,
+        padding: bool | None = None,
+        return_weights: bool | None = None,
+    ) -> str:
+        """What runs, why, at what expected cost, and what else was asked and answered: a table to read.
+
+        With options of `attend`, how a call with these would run, and how many times as long it is expected to take.
+        """
+        given = {
+            "dropout": None if dropout_p is None else dropout_p > 0,
+            "score": None if score is None else score_name(score),
+            "normalize": None if normalize is None else normalizer_name(normalize),
+            "padding": padding,
+            "return_weights": return_weights,
+        }
+        call = self.call._replace(**{name: value for name, value in given.items() if value is not None})
+        if call == self.call:
+            return explain.explain(self)
+        other = _made(self.graph, call, "auto", costs=self.costs)
+        times = other.seconds / max(self.seconds, 1e-9)
+        return f"{explain.explain(other)}\nexpected to take {times:.2f} times as long as this plan's own call"
 
     def _repr_html_(self) -> str:
         """In a notebook: the graph's picture, its facts, and how it runs."""
@@ -164,8 +201,8 @@ def plan(
     bias: BiasKind | None = None,
     padding: bool = False,
     dropout: bool = False,
-    score: str = "dot",
-    normalize: str = "softmax",
+    score: Score = "dot",
+    normalize: str | Elementwise = "softmax",
     return_weights: bool = False,
     reorder: bool | None = None,
     costs: Costs | None = None,
@@ -183,7 +220,7 @@ def plan(
             with the last the edges are not cut into parts, with any nodes are not reordered.
         padding: whether an attention_mask will leave out keys.
         dropout: whether weights will be dropped.
-        score, normalize: as in `attend`; "a function" for one of your own.
+        score, normalize: as in `attend`; "a function" stands for one of your own.
         return_weights: whether weights will be asked for.
         reorder: whether the nodes of an EdgeList may be put into another order, so that its edges lie closer together;
             None is where it pays (SciPy's reverse Cuthill–McKee).
@@ -200,7 +237,8 @@ def plan(
     require_ints(0, head_dim=head_dim)
     if not dtype.is_floating_point:
         raise TypeError(f"dtype of a plan must be a floating-point torch.dtype (got {dtype!r})")
-    for option, given, known in (("score", score, SCORES), ("normalize", normalize, ("softmax", *NORMALIZERS))):
+    score, normalize = score_name(score), normalizer_name(normalize)
+    for option, given, known in (("score", score, SCORE_NAMES), ("normalize", normalize, NORMALIZER_NAMES)):
         if given not in (*known, ANY_FUNCTION):
             raise ValueError(
                 f"{option} of a plan must be one of {', '.join(known)}, or {ANY_FUNCTION!r} (got {given!r})"
@@ -221,13 +259,15 @@ def planned(graph: Graph, call: Call, name: str) -> Plan:
     if found is None:
         with cache.outside_of_transforms():
             found = plans.keep(key, _made(graph, call, name))
+            if name == "auto":
+                warn_if_costly(found, lambda: _seconds(graph, plain_call(call)))
     return found
 
 
 def traced(graph: Graph | Plan, call: Call, name: str) -> Backend | None:
     """The backend of a call that is being compiled, where sizes are symbols; None: an operator that looks up a plan."""
     if isinstance(graph, Plan):
-        reason = only_plain_attention(call) or (None if name == "auto" else "it has chosen its backends")
+        reason = only_fused_attention(call) or (None if name == "auto" else "it has chosen its backends")
         if reason is not None:
             raise ValueError(f"a plan can't run this call in a compiled program ({reason}); the graph itself can")
         if not torch.compiler.is_compiling():  # else when the program runs
@@ -241,14 +281,17 @@ def traced(graph: Graph | Plan, call: Call, name: str) -> Backend | None:
         if type(found).traced_layout is Backend.traced_layout:
             raise ValueError(f"backend={name!r} can't run this call: it has no layout for compiled programs")
         return found
-    dense, edges = BACKENDS["dense"], BACKENDS["edges"]
-    if dense.supports(call) is not None:
-        return edges
+    dense, edges, steps = BACKENDS["dense"], BACKENDS["edges"], BACKENDS["steps"]
+    has_dense = dense.supports(call) is None
     closed = closed_form(graph)
-    if closed is not None and not (call.padding and isinstance(closed, Causal)):
+    if has_dense and closed is not None and not call.dropout and not (call.padding and isinstance(closed, Causal)):
         return dense
     if (kernel_for("tiles", call) is not None and call.device.type == "cpu") or kernel_for("rows", call) is not None:
         return None
+    if steps.supports(call) is None:
+        return steps
+    if not has_dense:
+        return edges
     few = isinstance(graph, EdgeList) and len(graph.code) * TRACED_PAIRS_PER_EDGE < call.num_queries * call.num_keys
     return edges if few else dense
 
@@ -276,9 +319,9 @@ def fitted(plan: Plan, call: Call, name: str = "auto") -> Plan:
     if name != "auto":
         raise ValueError(f"a plan has chosen its backends: leave out backend={name!r}, or plan(…, backend={name!r})")
     plan.require_unchanged()
-    call = call._replace(part=not plan.runs_whole(call))
+    call = call._replace(part=call.part or not plan.runs_whole(call))
     reasons = [reason for part in plan.parts if (reason := part.backend.supports(call)) is not None]
-    if not plan.parts and (reason := only_plain_attention(call)) is not None:
+    if not plan.parts and (reason := only_fused_attention(call)) is not None:
         raise ValueError(f"{plan} can't run this call ({reason}); attend with the graph itself chooses what can")
     if not reasons:
         return plan
@@ -355,6 +398,14 @@ def _made(graph: Graph, call: Call, name: str, reorder: bool | None = None, cost
     edges = count if bound.heads is None else sum(of_each_head(bound, n, m, count_edges))
     chosen = tuple(dict.fromkeys(choice.best.name for choice in choices))
     return Plan(graph, call, tuple(parts), candidates, chosen, edges, count, costs, tuple(notes))
+
+
+def _seconds(graph: Graph, call: Call) -> float:
+    """What a call is expected to take, without layouts."""
+    bound, _, _ = at_size(graph, call.num_queries, call.num_keys)
+    costs, groups = Costs.here(call.device), _groups(bound) if _merges(call, "auto") else {simplify(bound): None}
+    calls = {own: call if heads is None else call._replace(heads=len(heads)) for own, heads in groups.items()}
+    return sum(_Choice(own, each, "auto", None, costs).best.seconds for own, each in calls.items())
 
 
 def _merges(call: Call, name: str) -> bool:
@@ -498,7 +549,7 @@ class _Choice:
         """The edges after the nodes were put into an order in which they lie close together, if that may pay."""
         lie = self.edges.tabulated(tiles.tiling)
         square = self.edges.n == self.edges.m and not len(lie.table.row) and len(lie.query) >= MIN_REORDERED_EDGES
-        if self.reorder is False or self.call.bias or not square:
+        if self.reorder is False or self.call.bias or self.call.dropout or not square:
             return None
         if len(lie.query) > MAX_REORDERED_EDGES and not self.reorder:
             edges = f"{len(lie.query):,} edges"

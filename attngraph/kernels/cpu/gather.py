@@ -122,3 +122,26 @@ def gather_add(typing, acc, weights, neighbors, width):
         return context.get_dummy_value()
 
     return types.void(acc, weights, neighbors, width), generate
+
+
+@intrinsic(prefer_literal=True)
+def gather_sum(typing, sums, at, x, neighbors, width):
+    """sums[at + t · width + d] = x[d] + neighbors[t, d], t < 4, d < width.
+
+    x is a `Vector`, neighbors are `Neighbors`; sums are flat, width is a constant.
+    """
+    dtype = neighbors.types[0].dtype
+
+    def generate(context, builder, signature, args):
+        target, vector = pointer(context, builder, sums, *args[:2]), _vector(context, builder, x, args[2])
+        align = dtype.bitwidth // 8
+        for t, row in enumerate(_neighbors(context, builder, neighbors, args[3])):
+            for first, part in _parts(dtype, width):
+                sides = [
+                    builder.load(vector_pointer(builder, side, first, part), align=align) for side in (vector, row)
+                ]
+                at = vector_pointer(builder, target, t * width.literal_value + first, part)
+                builder.store(builder.fadd(*sides), at, align=align)
+        return context.get_dummy_value()
+
+    return types.void(sums, types.intp, x, neighbors, width), generate

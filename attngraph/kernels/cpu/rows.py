@@ -1,5 +1,6 @@
 """Attention edge by edge on a CPU, in machine code by Numba: each query walks along its own edges. For sparse graphs.
 
+Transforms, normalisers and dropout are steps on the scores of a node, or of a chunk of its edges, in the cache.
 Nothing of size E·H is stored, in either direction, and no two threads add to one number: two runs give the same bits.
 Nodes come first in memory: q is (B, N, H, D). The edges of a node are taken in blocks of four, whose scores lie
 together: (blocks, H, 4).
@@ -13,45 +14,53 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from numba import njit
 from torch import Tensor
 
 from attngraph.kernels.contract import Adjacency, CSRLayout, Modifiers, ScoreBias
-from attngraph.kernels.cpu.compiler import CACHE
-from attngraph.kernels.cpu.exp import exp
+from attngraph.kernels.cpu.csr import (
+    arrays,
+    edges_of,
+    flat_nodes,
+    max_degree,
+    neighbors_of_4,
+    nodes_first,
+    sum_pieces,
+    unit_ranges,
+)
 from attngraph.kernels.cpu.gather import Neighbors, Vector, gather_add, gather_dot
 from attngraph.kernels.cpu.openmp import parallel_for
+from attngraph.kernels.cpu.score_bias import (
+    EDGE,
+    NO_BIAS,
+    BiasTable,
+    add_bias,
+    add_bias_gradient,
+    bias_table,
+    mask,
+    stored,
+)
+from attngraph.kernels.cpu.weights import (
+    SOFTMAX,
+    compiled,
+    drop_block,
+    is_plain,
+    multiply,
+    normalize,
+    scalar,
+    softmax,
+    softmax_backward,
+    softmax_of,
+    transform,
+    weighting,
+    weights_backward,
+)
 from attngraph.kernels.memory import zeros
 
 CHUNK_EDGES = 64  # edges of a node whose neighbours stay in the cache between their scores and their sums
-FASTMATH_FLAGS = {"reassoc", "contract", "nsz", "arcp"}  # all that keep inf and nan
-NO_BIAS, OFFSET, EDGE, DENSE = range(4)
-KINDS = {"offset": OFFSET, "edge": EDGE, "dense": DENSE}
-compiled = njit(nogil=True, cache=CACHE, fastmath=FASTMATH_FLAGS)
-
-
-class Edges(NamedTuple):
-    """The arrays of an `Adjacency`."""
-
-    start: np.ndarray
-    neighbor: np.ndarray
-    edge: np.ndarray
-    units: np.ndarray
-
-
-class BiasTable(NamedTuple):
-    """A bias and padding: its values, flat, and their strides over (B, H, N, last), 0 where one value serves all."""
-
-    kind: int
-    values: np.ndarray
-    strides: tuple[int, int, int, int]
-    heads: int
-    n: int  # queries
-    real: np.ndarray  # bool (B, M): keys that are no padding; (0, 0) where all are
 
 
 class ForwardTensors(NamedTuple):
@@ -92,113 +101,26 @@ class Gradients(NamedTuple):
     dvalues: np.ndarray  # of the values of any other bias, flat; else empty
 
 
-# ----------------------------------------------------------------------------------------- steps of a node
-
-
 @compiled
-def neighbors_of_4(neighbor, e, last, base):
-    """base plus the neighbours of the edges e … e + 3; past the last edge, the last one again."""
-    b, c, d = neighbor[min(e + 1, last)], neighbor[min(e + 2, last)], neighbor[min(e + 3, last)]
-    return base + np.int64(neighbor[e]), base + np.int64(b), base + np.int64(c), base + np.int64(d)
-
-
-@compiled
-def max_degree(start, unit):
-    """The most edges that a unit takes of one of its nodes."""
-    first, stop, begin, end = unit
-    most = 0
-    for node in range(first, stop):
-        most = max(most, min(start[node + 1], end) - max(start[node], begin))
-    return most
-
-
-@compiled
-def bias_index(kind, i, j, e, n):
-    """The last index into the values of a bias."""
-    return e if kind == EDGE else (j - i + n - 1 if kind == OFFSET else j)
-
-
-@compiled
-def add_bias(scores, bias, edges, batch, node, first, count, by_key):
-    """Add the bias of `count` edges, the first of which is `first`, to their scores (blocks, heads, 4)."""
-    heads, strides = bias.heads, bias.strides
-    for x in range(count):
-        neighbor, e = np.int64(edges.neighbor[first + x]), first + x
-        if len(edges.edge):
-            e = np.int64(edges.edge[e])
-        i, j = (neighbor, node) if by_key else (node, neighbor)
-        at = batch * strides[0] + i * strides[2] + bias_index(bias.kind, i, j, e, bias.n) * strides[3]
-        for h in range(heads):
-            scores[(x // 4 * heads + h) * 4 + x % 4] += bias.values[at + h * strides[1]]
-
-
-@compiled
-def leave_out_padding(scores, bias, edges, batch, node, first, count, by_key):
-    """Scores of -inf for those of `count` edges whose key is padding: (blocks, heads, 4)."""
-    for x in range(count):
-        if not bias.real[batch, node if by_key else np.int64(edges.neighbor[first + x])]:
-            for h in range(bias.heads):
-                scores[(x // 4 * bias.heads + h) * 4 + x % 4] = -np.inf
-
-
-@compiled
-def add_bias_gradient(dvalues, ds, bias, edges, batch, i, first, count):
-    """Add the gradients ds (blocks, heads, 4) of `count` edges of query i to those of the values of the bias."""
-    heads, strides = bias.heads, bias.strides
-    for x in range(count):
-        e = first + x
-        j = np.int64(edges.neighbor[e])
-        at = batch * strides[0] + i * strides[2] + bias_index(bias.kind, i, j, e, bias.n) * strides[3]
-        for h in range(heads):
-            dvalues[at + h * strides[1]] += ds[(x // 4 * heads + h) * 4 + x % 4]
-
-
-@compiled
-def mask_padding(scores, count, heads):
-    """Scores of -inf past the last of `count` edges, in its block: (blocks, heads, 4)."""
-    for x in range(count, (count + 3) // 4 * 4):
-        for h in range(heads):
-            scores[(x // 4 * heads + h) * 4 + x % 4] = -np.inf
-
-
-@compiled
-def softmax(scores, blocks, row_max, row_sum, lse):
-    """Scores (blocks, heads · 4) to their softmax in place, and its lse (heads,).
-
-    row_max and row_sum are scratch, (heads · 4,): of each fourth edge, then of all.
-    """
-    lanes, zero, one = len(row_max), row_max.dtype.type(0), row_max.dtype.type(1)
-    for y in range(lanes):
-        row_max[y], row_sum[y] = -np.inf, zero
-    for x in range(blocks):
-        for y in range(lanes):
-            row_max[y] = scores[x * lanes + y] if scores[x * lanes + y] > row_max[y] else row_max[y]
-    for h in range(0, lanes, 4):
-        largest = max(max(row_max[h], row_max[h + 1]), max(row_max[h + 2], row_max[h + 3]))
-        row_max[h : h + 4] = largest if largest > -np.inf else zero  # a query without edges
-    for x in range(blocks):
-        for y in range(lanes):
-            p = exp(scores[x * lanes + y] - row_max[y])
-            scores[x * lanes + y] = p
-            row_sum[y] += p
-    for h in range(len(lse)):
-        denominator = row_sum[4 * h] + row_sum[4 * h + 1] + row_sum[4 * h + 2] + row_sum[4 * h + 3]
-        lse[h] = row_max[4 * h] + math.log(denominator) if denominator != zero else -np.inf
-        row_sum[4 * h : 4 * h + 4] = one / denominator if denominator != zero else zero
-    for x in range(blocks):
-        for y in range(lanes):
-            scores[x * lanes + y] *= row_sum[y]
+def dropout_factors(factors, edges, batch, node, first, count, by_key, rule):
+    """What dropout multiplies the weights of `count` edges by: (blocks, heads, 4)."""
+    at, same = np.int64(0), (np.int64(node), np.int64(node), np.int64(node), np.int64(node))
+    for e in range(first, first + count, 4):
+        four = neighbors_of_4(edges.neighbor, e, first + count - 1, np.int64(0))
+        queries, keys = (four, same) if by_key else (same, four)
+        drop_block(factors, at, queries, keys, batch, rule)
+        at += len(rule.heads) - 4
 
 
 # ------------------------------------------------------------------------------------------------- forward
 
 
 @lru_cache
-def _forward_kernel(head_dim: int, value_dim: int) -> Callable[..., None]:
-    """The kernel for these dimensions; each pair of them is compiled once, and kept on disk."""
+def _forward_kernel(head_dim: int, value_dim: int, plain: bool) -> Callable[..., None]:
+    """The kernel for these dimensions, compiled once and kept on disk; plain: for a softmax alone."""
 
     @compiled
-    def forward_units(first_unit, stop_unit, batch, tensors, edges, bias, scale):
+    def forward_units(first_unit, stop_unit, batch, tensors, edges, bias, rule, scale):
         q, k, v = tensors.q, tensors.k, tensors.v
         (_, n, heads, _), (_, m, key_heads, _) = q.shape, k.shape
         group, pieces = heads // key_heads, len(tensors.piece_lse) // len(q)
@@ -206,6 +128,8 @@ def _forward_kernel(head_dim: int, value_dim: int) -> Callable[..., None]:
             size = (max_degree(edges.start, edges.units[unit]) + 3) // 4 * heads * 4
             scores, zero = np.empty(size, q.dtype), q.dtype.type(0)
             row_max, row_sum = np.empty(heads * 4, q.dtype), np.empty(heads * 4, q.dtype)
+            rest = 0 if plain else size
+            slopes, factors = np.empty(rest, q.dtype), np.empty(rest + 4, q.dtype)
             first, stop, begin, end = edges.units[unit]
             for i in range(first, stop):
                 lo, hi = max(edges.start[i], begin), min(edges.start[i + 1], end)
@@ -216,12 +140,9 @@ def _forward_kernel(head_dim: int, value_dim: int) -> Callable[..., None]:
                     acc, lse, row = tensors.out, tensors.lse, batch * n + i
                 for y in range(blocks * heads * 4):
                     scores[y] = zero
-                mask_padding(scores, hi - lo, heads)
                 if bias.kind != NO_BIAS:
                     add_bias(scores, bias, edges, batch, i, lo, hi - lo, False)
-                if len(bias.real):
-                    leave_out_padding(scores, bias, edges, batch, i, lo, hi - lo, False)
-                for e in range(lo, hi, 4):
+                for e in range(lo, hi if head_dim else lo, 4):
                     nodes, at = neighbors_of_4(edges.neighbor, e, hi - 1, batch * m), (e - lo) * heads
                     for g in range(group):
                         for hk in range(key_heads):
@@ -229,7 +150,17 @@ def _forward_kernel(head_dim: int, value_dim: int) -> Callable[..., None]:
                             q_i = Vector(q, ((batch * n + i) * heads + h) * head_dim)
                             k_j = Neighbors(k, nodes, key_heads * head_dim, hk * head_dim)
                             gather_dot(scores, at + h * 4, scale, q_i, k_j, head_dim)
-                softmax(scores, blocks, row_max, row_sum, lse[row])
+                if not plain:
+                    transform(scores, slopes, blocks * heads * 4, rule.transform, rule.value)
+                if plain or rule.normalize == SOFTMAX:
+                    mask(scores, bias, edges, batch, i, lo, hi - lo, False, -np.inf)
+                    softmax(scores, blocks, row_max, row_sum, lse[row])
+                else:
+                    normalize(scores, slopes, blocks * heads * 4, rule.normalize)
+                    mask(scores, bias, edges, batch, i, lo, hi - lo, False, zero)
+                if not plain and rule.drops:
+                    dropout_factors(factors, edges, batch, i, lo, hi - lo, False, rule)
+                    multiply(scores, factors, blocks * heads * 4)
                 for e in range(lo, hi, 4):
                     nodes, at = neighbors_of_4(edges.neighbor, e, hi - 1, batch * m), (e - lo) * heads
                     for g in range(group):
@@ -265,38 +196,32 @@ def merge_pieces(pieces, count, n, out, lse, piece_out, piece_lse):
                         out[row, h, d] /= row_sum
 
 
-JOBS_PER_THREAD = 16  # ranges of units: few, as each call of a compiled function takes some microseconds, but divisible
-
-
-def _unit_ranges(units: int) -> list[tuple[int, int]]:
-    """The units in consecutive ranges (first, stop), one for each job."""
-    size = max(1, units // (JOBS_PER_THREAD * torch.get_num_threads()))
-    return [(first, min(first + size, units)) for first in range(0, units, size)]
-
-
 def forward(q: Tensor, k: Tensor, v: Tensor, layout: CSRLayout, modifiers: Modifiers) -> tuple[Tensor, Tensor]:
     """q (B, H, N, D), k and v (B, Hkv, M, ·), float32 or float64 → out (B, H, N, Dv), lse (B, H, N).
 
-    A query without edges has out 0 and lse -inf.
+    A query without edges has out 0 and lse -inf; normalisers other than softmax have no lse: 0.
     """
     (B, H, N, head_dim), value_dim, adjacency = q.shape, v.shape[3], layout.by_query
-    q, k, v = _nodes_first(q), _nodes_first(k), _nodes_first(v)
-    out, lse = zeros(B, N, H, value_dim, like=q), q.new_full((B, N, H), -torch.inf)
+    q, k, v = nodes_first(q), nodes_first(k), nodes_first(v)
+    is_softmax = modifiers.normalize == "softmax"
+    out, lse = zeros(B, N, H, value_dim, like=q), q.new_full((B, N, H), -torch.inf if is_softmax else 0)
     piece_out = out.new_zeros(B, adjacency.num_pieces, H, value_dim)
     piece_lse = lse.new_full((B, adjacency.num_pieces, H), -torch.inf)
-    results = _flat_nodes(out, lse, piece_out, piece_lse)
-    tensors, edges = ForwardTensors(q.numpy(), k.numpy(), v.numpy(), *results), _edges(adjacency)
-    table, factor = _bias_table(modifiers, q), _scalar(modifiers.scale, q)
-    kernel = _forward_kernel(head_dim, value_dim)
+    results = flat_nodes(out, lse, piece_out, piece_lse)
+    tensors, edges = ForwardTensors(q.numpy(), k.numpy(), v.numpy(), *results), edges_of(adjacency)
+    table, rule, factor = bias_table(modifiers, q), weighting(modifiers, q), scalar(modifiers.scale, q)
+    kernel = _forward_kernel(head_dim, value_dim, is_plain(modifiers))
 
-    ranges = _unit_ranges(len(adjacency.units))
+    ranges = unit_ranges(len(adjacency.units))
 
     def run(job: int) -> None:
         place, batch = divmod(job, B)
-        kernel(*ranges[place], batch, tensors, edges, table, factor)
+        kernel(*ranges[place], batch, tensors, edges, table, rule, factor)
 
     parallel_for(len(ranges) * B, run)
-    if adjacency.num_pieces:
+    if adjacency.num_pieces and not is_softmax:
+        sum_pieces(adjacency.pieces.numpy(), out.numpy(), piece_out.numpy())
+    elif adjacency.num_pieces:
         merge_pieces(adjacency.pieces.numpy(), adjacency.num_pieces, N, *results)
     return out.transpose(1, 2), lse.transpose(1, 2)
 
@@ -306,7 +231,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, layout: CSRLayout, modifiers: Modif
 
 @compiled
 def start_backward(scores, ds, tensors, edges, row, base, first, count, by_key):
-    """Scores of -lse and ds of -delta, (blocks, heads, 4); past the last edge, -inf and what the last one has.
+    """-lse in `scores` and -delta in `ds`, (blocks, heads, 4); past the last edge, those of the last one.
 
     Both are of the query: node `row`, or with by_key the neighbour.
     """
@@ -321,38 +246,28 @@ def start_backward(scores, ds, tensors, edges, row, base, first, count, by_key):
             scores[y + 1], ds[y + 1] = -lse[b, h], -delta[b, h]
             scores[y + 2], ds[y + 2] = -lse[c, h], -delta[c, h]
             scores[y + 3], ds[y + 3] = -lse[d, h], -delta[d, h]
-    mask_padding(scores, count, heads)
-
-
-@compiled
-def softmax_backward(scores, ds, blocks, ds_sum):
-    """Scores less their lse to p, and dp - delta in ds to ds = p (dp - delta), in place; ds_sum (heads · 4,) += ds."""
-    lanes = len(ds_sum)
-    for x in range(blocks):
-        for y in range(lanes):
-            p = exp(scores[x * lanes + y])
-            scores[x * lanes + y] = p
-            ds[x * lanes + y] *= p
-            ds_sum[y] += ds[x * lanes + y]
 
 
 @lru_cache
-def _backward_kernel(head_dim: int, value_dim: int, by_key: bool) -> Callable[..., None]:
-    """The kernel of dq or, by_key, of dk and dv, for these dimensions.
+def _backward_kernel(head_dim: int, value_dim: int, plain: bool, by_key: bool) -> Callable[..., None]:
+    """The kernel of dq or, by_key, of dk and dv, for these dimensions; plain: for a softmax alone.
 
     In both, score = x · y, dp = x_v · y_v, dx = scale · Σ ds y; and dv = Σ p y_v.
     """
 
     @compiled
-    def backward_units(first_unit, stop_unit, batch, tensors, gradients, edges, bias, scale):
+    def backward_units(first_unit, stop_unit, batch, tensors, gradients, edges, bias, rule, scale):
         x, x_v, y, y_v = tensors.x, tensors.x_v, tensors.y, tensors.y_v
         (_, nodes, x_heads, _), (_, y_nodes, y_heads, _) = x.shape, y.shape
         heads, key_heads, n = max(x_heads, y_heads), min(x_heads, y_heads), y_nodes if by_key else nodes
         group, pieces = heads // key_heads, len(gradients.piece_dx) // len(x)
-        one = x.dtype.type(1)
+        zero, one, is_softmax = x.dtype.type(0), x.dtype.type(1), plain or rule.normalize == SOFTMAX
         for unit in range(first_unit, stop_unit):
             size = (min(max_degree(edges.start, edges.units[unit]), CHUNK_EDGES) + 3) // 4 * heads * 4
             scores, ds, ds_sum = np.empty(size, x.dtype), np.empty(size, x.dtype), np.empty(heads * 4, x.dtype)
+            rest = 0 if plain else size
+            minus_lse, minus_delta = np.empty(rest, x.dtype), np.empty(rest, x.dtype)
+            slopes, factors = np.empty(rest, x.dtype), np.ones(rest + 4, x.dtype)
             first, stop, begin, end = edges.units[unit]
             for node in range(first, stop):
                 lo, hi = max(edges.start[node], begin), min(edges.start[node + 1], end)
@@ -361,15 +276,18 @@ def _backward_kernel(head_dim: int, value_dim: int, by_key: bool) -> Callable[..
                 if unit < pieces:
                     row = batch * pieces + unit
                     dx, dx_v, key_ds_sum = gradients.piece_dx, gradients.piece_dx_v, gradients.piece_ds_sum
-                ds_sum[:] = x.dtype.type(0)
+                ds_sum[:] = zero
                 for chunk in range(lo, hi, CHUNK_EDGES):
                     count = min(hi - chunk, CHUNK_EDGES)
                     blocks = (count + 3) // 4
-                    start_backward(scores, ds, tensors, edges, x_row, batch * n, chunk, count, by_key)
+                    if plain:
+                        start_backward(scores, ds, tensors, edges, x_row, batch * n, chunk, count, by_key)
+                    else:
+                        scores[:], ds[:] = zero, zero
+                    if not plain and is_softmax:
+                        start_backward(minus_lse, minus_delta, tensors, edges, x_row, batch * n, chunk, count, by_key)
                     if bias.kind != NO_BIAS:
                         add_bias(scores, bias, edges, batch, node, chunk, count, by_key)
-                    if len(bias.real):
-                        leave_out_padding(scores, bias, edges, batch, node, chunk, count, by_key)
                     for block in range(blocks):
                         four = neighbors_of_4(edges.neighbor, chunk + block * 4, hi - 1, batch * y_nodes)
                         for g in range(group):
@@ -379,11 +297,27 @@ def _backward_kernel(head_dim: int, value_dim: int, by_key: bool) -> Callable[..
                                 at = (block * heads + h) * 4
                                 x_i = Vector(x, (x_row * x_heads + x_h) * head_dim)
                                 y_j = Neighbors(y, four, y_heads * head_dim, y_h * head_dim)
-                                gather_dot(scores, at, scale, x_i, y_j, head_dim)
+                                if head_dim:
+                                    gather_dot(scores, at, scale, x_i, y_j, head_dim)
                                 x_i = Vector(x_v, (x_row * x_heads + x_h) * value_dim)
                                 y_j = Neighbors(y_v, four, y_heads * value_dim, y_h * value_dim)
                                 gather_dot(ds, at, one, x_i, y_j, value_dim)
-                    softmax_backward(scores, ds, blocks, ds_sum)
+                    if not plain:
+                        transform(scores, slopes, blocks * heads * 4, rule.transform, rule.value)
+                    if is_softmax:
+                        mask(scores, bias, edges, batch, node, chunk, count, by_key, -np.inf)
+                    if plain:
+                        softmax_backward(scores, ds, blocks, ds_sum)
+                    else:
+                        if is_softmax:
+                            softmax_of(scores, minus_lse, blocks * heads * 4)
+                        else:
+                            normalize(scores, slopes, blocks * heads * 4, rule.normalize)
+                            mask(scores, bias, edges, batch, node, chunk, count, by_key, zero)
+                            mask(slopes, bias, edges, batch, node, chunk, count, by_key, zero)
+                        if rule.drops:
+                            dropout_factors(factors, edges, batch, node, chunk, count, by_key, rule)
+                        weights_backward(scores, ds, minus_delta, slopes, factors, blocks, ds_sum, is_softmax)
                     if len(gradients.dvalues):
                         add_bias_gradient(gradients.dvalues, ds, bias, edges, batch, node, chunk, count)
                     for block in range(blocks):
@@ -412,15 +346,6 @@ def _backward_kernel(head_dim: int, value_dim: int, by_key: bool) -> Callable[..
     return backward_units
 
 
-@compiled
-def sum_pieces(pieces, result, of_pieces):
-    """Each heavy node's sum over its pieces, in fixed order: result (B, nodes, ·, ·), of_pieces (B, pieces, ·, ·)."""
-    for batch in range(len(result)):
-        for node, first, stop in pieces:
-            for x in range(first, stop):
-                result[batch, node] += of_pieces[batch, x]
-
-
 def backward(
     q: Tensor,
     k: Tensor,
@@ -435,23 +360,25 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """What these edges add to dq, dk, dv and, where asked for, to the gradient of the bias's values.
 
-    out (B, H, N, Dv) and lse (B, H, N) are those of all the edges of each query: with p = exp(score - lse) and
-    Δ = Σ_d dout · out - dlse, ds = p · (dout · v - Δ). dlse may be None.
+    out (B, H, N, Dv) and lse (B, H, N) are those of all the edges of each query: with w = exp(s - lse),
+    dw = kept / (1 - p) · dout · v and Δ = Σ_d dout · out - dlse, ds = transform' · w · (dw - Δ); of other normalisers,
+    which have no lse, ds = transform' · normalize' · dw. dlse may be None.
     """
     delta, bias = (dout * out).sum(3), modifiers.bias
     if dlse is not None:
         delta = delta - dlse
     lse = lse.masked_fill(lse == -torch.inf, torch.inf)  # p = 0 where there are no edges
     lse, delta = lse.detach().transpose(1, 2).contiguous(), delta.detach().transpose(1, 2).contiguous()
-    call = _Backward(_nodes_first(q), _nodes_first(k), _nodes_first(v), _nodes_first(dout), lse, delta, modifiers)
+    call = _Backward(nodes_first(q), nodes_first(k), nodes_first(v), nodes_first(dout), lse, delta, modifiers)
     if bias is None or not bias_grad:
         dq, dvalues, per_key = call.of_queries(layout), None, False
     elif bias.kind == "offset":
         (dq, dvalues), per_key = _offset_gradient(call, bias, layout), False
     else:
         per_key = bias.kind == "dense" and bias.values.shape[2] == 1  # one value serves all queries
-        dvalues = None if per_key else torch.zeros(bias.values.shape, dtype=q.dtype)
+        dvalues = None if per_key else torch.zeros_like(stored(bias), dtype=q.dtype)
         dq = call.of_queries(layout, dvalues)
+        dvalues = dvalues.transpose(1, 2) if dvalues is not None and bias.kind == "edge" else dvalues
     dk, dv, ds_sum = call.of_keys(layout, per_key)
     if bias is not None and per_key:
         dvalues = ds_sum.permute(0, 2, 3, 1).sum_to_size(bias.values.shape)
@@ -472,24 +399,26 @@ class _Backward(NamedTuple):
     def of_queries(self, layout: CSRLayout, dvalues: Tensor | None = None, *, serial: bool = False) -> Tensor:
         """dq; the gradient of the bias is added to dvalues, where given; serial: by this thread alone."""
         q, k, v, dout = self.q, self.k, self.v, self.dout
-        no_tensor, table = q.new_empty(0, 0, 0, 0), _bias_table(self.modifiers, q)
+        if not q.shape[3] and dvalues is None:
+            return q
+        no_tensor, table = q.new_empty(0, 0, 0, 0), bias_table(self.modifiers, q)
         flat = q.new_empty(0) if dvalues is None else dvalues.view(-1)
-        tensors = BackwardTensors(*_arrays(q, dout, k, v), *_flat_nodes(self.lse, self.delta))
+        tensors = BackwardTensors(*arrays(q, dout, k, v), *flat_nodes(self.lse, self.delta))
         results = [zeros(*q.shape, like=q), no_tensor, no_tensor]
         # All batches that share a value are one job: no two threads add to it.
         batches = len(q) if dvalues is not None and table.strides[0] == 0 else 1
-        kernel = _backward_kernel(q.shape[3], v.shape[3], False)
+        kernel = _backward_kernel(q.shape[3], v.shape[3], is_plain(self.modifiers), False)
         self._run(kernel, tensors, results, flat, layout.by_query, table, batches, serial)
         return results[0]
 
     def of_keys(self, layout: CSRLayout, per_key: bool) -> tuple[Tensor, Tensor, Tensor]:
         """dk, dv and, where a bias has one value for each key, ds summed over the queries: (B, M, H, 1)."""
         q, k, v, dout = self.q, self.k, self.v, self.dout
-        table = _bias_table(self.modifiers, q)
+        table = bias_table(self.modifiers, q)
         ds_sum = q.new_zeros(*k.shape[:2], q.shape[2], 1) if per_key else q.new_empty(0, 0, 0, 0)
-        tensors = BackwardTensors(*_arrays(k, v, q, dout), *_flat_nodes(self.lse, self.delta))
+        tensors = BackwardTensors(*arrays(k, v, q, dout), *flat_nodes(self.lse, self.delta))
         results = [zeros(*k.shape, like=k), zeros(*v.shape, like=v), ds_sum]
-        kernel = _backward_kernel(q.shape[3], v.shape[3], True)
+        kernel = _backward_kernel(q.shape[3], v.shape[3], is_plain(self.modifiers), True)
         adjacency = layout.numbered if table.kind == EDGE else layout.by_key
         self._run(kernel, tensors, results, q.new_empty(0), adjacency, table, 1, False)
         return results[0], results[1], results[2]
@@ -508,15 +437,16 @@ class _Backward(NamedTuple):
         """A kernel, for each unit and so many batches at once; dx, dx_v and ds_sum into results."""
         pieces = [x.new_zeros(x.shape[0], adjacency.num_pieces, *x.shape[2:]) for x in results]
         pairs = [x for pair in zip(results, pieces, strict=True) for x in pair]
-        gradients, edges = Gradients(*_flat_nodes(*pairs), dvalues.numpy()), _edges(adjacency)
-        factor, rounds = _scalar(self.modifiers.scale, self.q), len(self.q) // batches if batches else 0
+        gradients, edges = Gradients(*flat_nodes(*pairs), dvalues.numpy()), edges_of(adjacency)
+        factor, rounds = scalar(self.modifiers.scale, self.q), len(self.q) // batches if batches else 0
+        rule = weighting(self.modifiers, self.q)
 
-        ranges = _unit_ranges(len(adjacency.units))
+        ranges = unit_ranges(len(adjacency.units))
 
         def run(job: int) -> None:
             units, place = divmod(job, rounds)
             for batch in range(place * batches, (place + 1) * batches):
-                kernel(*ranges[units], batch, tensors, gradients, edges, table, factor)
+                kernel(*ranges[units], batch, tensors, gradients, edges, table, rule, factor)
 
         jobs = len(ranges) * rounds
         if serial:
@@ -540,54 +470,13 @@ def _offset_gradient(call: _Backward, bias: ScoreBias, layout: CSRLayout) -> tup
         q_h, dout_h, lse_h, delta_h = (x.narrow(2, h, 1).contiguous() for x in (q, call.dout, call.lse, call.delta))
         k_h, v_h = (x.narrow(2, h // group, 1).contiguous() for x in (k, call.v))
         head_bias = ScoreBias("offset", values[[min(h, len(values) - 1)]])
-        one_head = _Backward(q_h, k_h, v_h, dout_h, lse_h, delta_h, call.modifiers._replace(bias=head_bias))
+        modifiers = call.modifiers._replace(bias=head_bias)
+        if modifiers.dropout is not None:
+            heads = modifiers.dropout.heads
+            number = torch.tensor([h]) if heads is None else heads[h : h + 1]
+            modifiers = modifiers._replace(dropout=modifiers.dropout._replace(heads=number))
+        one_head = _Backward(q_h, k_h, v_h, dout_h, lse_h, delta_h, modifiers)
         dq[:, :, h] = one_head.of_queries(layout, dvalues[h], serial=True)[:, :, 0]
 
     parallel_for(q.shape[2], run)
     return dq, dvalues.sum_to_size(values.shape).to(values.dtype)
-
-
-# ------------------------------------------------------------------------------------------- tensors to arrays
-
-
-def _nodes_first(x: Tensor) -> Tensor:
-    """(B, heads, nodes, ·) → (B, nodes, heads, ·), contiguous."""
-    return x.detach().transpose(1, 2).contiguous()
-
-
-def _arrays(*tensors: Tensor) -> list[np.ndarray]:
-    return [tensor.numpy() for tensor in tensors]
-
-
-def _flat_nodes(*tensors: Tensor) -> list[np.ndarray]:
-    """(B, nodes, …) → (B · nodes, …)."""
-    return [tensor.flatten(0, 1).numpy() for tensor in tensors]
-
-
-def _edges(adjacency: Adjacency) -> Edges:
-    return Edges(*_arrays(adjacency.start, adjacency.neighbor, adjacency.edge, adjacency.units))
-
-
-def _scalar(x: float, like: Tensor) -> Any:
-    """A number of the tensor's dtype."""
-    return np.float32(x) if like.dtype == torch.float32 else np.float64(x)
-
-
-def _bias_table(modifiers: Modifiers, q: Tensor) -> BiasTable:
-    """For q (B, N, H, D)."""
-    (_, n, heads, _), bias = q.shape, modifiers.bias
-    mask = modifiers.attention_mask
-    real = np.empty((0, 0), np.bool_) if mask is None else mask.contiguous().numpy()
-    if bias is None:
-        return BiasTable(NO_BIAS, q.new_empty(0).numpy(), (0, 0, 0, 0), heads, n, real)
-    values = bias.values.detach().to(q.dtype).contiguous()
-    if bias.kind == "offset":
-        whole = values[None, :, None]
-    elif bias.kind == "edge":
-        whole = values[:, :, None]
-    else:
-        whole = values
-    batch, head, query, last = (
-        0 if size == 1 else stride for size, stride in zip(whole.shape, whole.stride(), strict=True)
-    )
-    return BiasTable(KINDS[bias.kind], values.flatten().numpy(), (batch, head, query, last), heads, n, real)

@@ -1,10 +1,12 @@
-"""Flash attention over tiles on a CPU, float32, in machine code by Numba: products, softmax and gradients in one pass.
+"""Flash attention over tiles on a CPU, in machine code by Numba: products, softmax and gradients in one pass.
 
 A tile's scores never leave the cache. No two threads add to one number, and every sum has a fixed order: any number of
 threads gives the same bits. All pairs of a tile are multiplied: a NaN or an infinity in a key or a value may reach
 queries of its tiles without an edge to it.
 
 The names are those of flash attention (Dao 2024, algorithms 1 and 2). Scores are exponents of 2, as exp2 is cheaper.
+
+Here are tensors made arrays, and work cut into jobs; the kernels are in `tiles_forward` and `tiles_backward`.
 """
 
 # pyright: reportCallIssue=false, reportArgumentType=false
@@ -12,385 +14,65 @@ The names are those of flash attention (Dao 2024, algorithms 1 and 2). Scores ar
 
 from __future__ import annotations
 
-import math
 from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from numba import njit
 from torch import Tensor
 from torch.nn.functional import pad
 
-from attngraph.kernels.contract import Modifiers, TileRows, TilesLayout
-from attngraph.kernels.cpu.compiler import CACHE
+from attngraph.kernels.contract import Modifiers, ScoreBias, TileRows, TilesLayout
 from attngraph.kernels.cpu.openmp import parallel_for
-from attngraph.kernels.cpu.simd import (
-    BLOCK_ROWS,
-    LANES,
-    LOG2_E,
-    TILE,
-    Matrix,
-    bit_range,
-    broadcast,
-    exp2,
-    gemm_8_rows,
-    load,
-    maximum,
-    reduce_sum,
-    store,
-    transpose_16x16,
-    where,
+from attngraph.kernels.cpu.simd import LANES, LOG2_E, TILE
+from attngraph.kernels.cpu.tiles_backward import BackwardTensors, backward_dkdv, backward_dq, compute_delta
+from attngraph.kernels.cpu.tiles_forward import ForwardTensors, forward_rows
+from attngraph.kernels.cpu.tiles_scores import (
+    BIAS_KINDS,
+    NO_BIAS,
+    NO_TRANSFORM,
+    NORMALIZERS,
+    TRANSFORMS,
+    Bias,
+    BiasGradient,
+    Dropout,
+    Scoring,
 )
-from attngraph.kernels.memory import empty, zeros
+from attngraph.kernels.cpu.tiles_steps import ALL_BITS, Tiles
+from attngraph.kernels.dropout import LOW, ROUNDS, WEYL_A, WEYL_B, keep_factor, threshold
+from attngraph.kernels.memory import DTYPES, empty, zeros
 
 MAX_JOB_TILES = 128  # tiles of one head that a job has at most: about a millisecond of work
-MASKED_SCORE = np.finfo(np.float32).min  # below every score, and finite: a query without edges has no NaN
-ALL_BITS = np.uint64(0xFFFFFFFFFFFFFFFF)
-LN_2 = math.log(2)
-FASTMATH_FLAGS = {"contract"}  # multiply and add in one rounding; exp2 stands no reassociation
-compiled = njit(nogil=True, cache=CACHE, fastmath=FASTMATH_FLAGS)
-# For functions that only compiled ones call, which keep their code.
-inner = njit(fastmath=FASTMATH_FLAGS, no_cpython_wrapper=True, no_cfunc_wrapper=True)
-
-
-class Tiles(NamedTuple):
-    """The tiles of rows, or of columns: the arrays of a `TileRows`, and the masks."""
-
-    start: np.ndarray
-    full: np.ndarray
-    column: np.ndarray
-    mask: np.ndarray
-    words: np.ndarray  # uint64 (P, 64): bit j of row i
-
-
-class Sizes(NamedTuple):
-    """Dimensions of a head, filled up to multiples of 16, and its scale."""
-
-    head_dim: int
-    value_dim: int
-    scale: np.float32
-    scale_log2: np.float32  # scale · log2 e
-
-
-class ForwardTensors(NamedTuple):
-    """Of one query head and its key head, flat: (nodes · dim,) or (nodes,)."""
-
-    q: np.ndarray
-    k: np.ndarray
-    v: np.ndarray
-    out: np.ndarray
-    lse: np.ndarray
-    real: np.ndarray
-
-
-class BackwardTensors(NamedTuple):
-    """Of one query head and its key head, or of one key head and all its query heads, one behind the other; flat."""
-
-    q: np.ndarray
-    k: np.ndarray
-    v: np.ndarray
-    dout: np.ndarray
-    lse: np.ndarray  # as an exponent of 2
-    delta: np.ndarray
-    dq: np.ndarray
-    dk: np.ndarray
-    dv: np.ndarray
-    real: np.ndarray  # uint64 (tiles of keys,): a bit for each key that is no padding
-
-
-# Of a tile, the nodes of the row (or column) of tiles that a loop is at are resident, the nodes across stream. Scores
-# lie as (streamed, resident): every product then reads its first factor number by number, in whatever strides, and its
-# second in whole vectors, as it lies in memory; only the resident tile is transposed, once for all that stream by.
-
-
-# ------------------------------------------------------------------------------------------ steps of one tile
-
-
-@inner
-def aligned(size):
-    """A flat array that begins at a cache line."""
-    whole = np.empty(size + LANES, np.float32)
-    first = -(whole.ctypes.data // 4) % LANES
-    return whole[first : first + size]
-
-
-@inner
-def fill_zero(x, at, size):
-    """Zero in x[at : at + size]; size is a multiple of 16, here and below."""
-    for y in range(at, at + size, LANES):
-        store(x, y, broadcast(np.float32(0)))
-
-
-@inner
-def scale_by(x, at, size, factor):
-    """x[at : at + size] *= factor."""
-    for y in range(at, at + size, LANES):
-        store(x, y, load(x, y) * broadcast(factor))
-
-
-@inner
-def scale_rows(x, at, width, factors):
-    """x (64, width) times a factor for each row."""
-    for r in range(TILE):
-        scale_by(x, at + r * width, width, factors[r])
-
-
-@inner
-def transpose(x, at, width, x_t):
-    """The tile x (64, width) that begins at `at` → x_t (width, 64)."""
-    for first in range(0, TILE, LANES):
-        for d in range(0, width, LANES):
-            transpose_16x16(x, at + first * width + d, width, x_t, d * TILE + first)
-
-
-@inner
-def transpose_bits(bits, bits_t):
-    """Bit c of bits[r] → bit r of bits_t[c]: by swapping ever smaller off-diagonal blocks (Warren 2012, 7-3)."""
-    for r in range(TILE):
-        bits_t[r] = bits[r]
-    size, low = 32, np.uint64(0xFFFFFFFF)
-    while size:
-        r, shift = 0, np.uint64(size)
-        while r < TILE:
-            swap = ((bits_t[r] >> shift) ^ bits_t[r + size]) & low
-            bits_t[r + size] ^= swap
-            bits_t[r] ^= swap << shift
-            r = (r + size + 1) & ~size
-        size //= 2
-        low ^= low << np.uint64(size)
-
-
-@inner
-def load_mask(words, mask_id, real, by_query, by_key):
-    """The edges of a tile to real keys: bit j of by_query[i] and bit i of by_key[j]; all where mask_id is negative."""
-    for r in range(TILE):
-        by_query[r] = (words[mask_id, r] if mask_id >= 0 else ALL_BITS) & real
-        by_key[r] = ALL_BITS
-    if mask_id >= 0 or real != ALL_BITS:
-        transpose_bits(by_query, by_key)
-
-
-@inner
-def union_of_8(bits, r):
-    """bits[r] | … | bits[r + 7]."""
-    low = bits[r] | bits[r + 1] | bits[r + 2] | bits[r + 3]
-    return low | bits[r + 4] | bits[r + 5] | bits[r + 6] | bits[r + 7]
-
-
-@inner
-def product(s, x, x_at, y_t, width, bits):
-    """s (64, 64) = x (64, width) · y_t (width, 64), but for blocks (8, 32) of s without an edge."""
-    for r in range(0, TILE, BLOCK_ROWS):
-        edges = union_of_8(bits, r)
-        for first in range(0, TILE, 2 * LANES):
-            if (edges >> np.uint64(first)) & np.uint64(0xFFFFFFFF):
-                a, b = Matrix(x, x_at + r * width, width, 1), Matrix(y_t, first, TILE, 1)
-                gemm_8_rows(Matrix(s, r * TILE + first, TILE, 1), a, b, width, True, 2)
-
-
-@inner
-def add_product(acc, acc_at, weights, row_stride, column_stride, x, x_at, width, bits):
-    """acc (64, width) += weights (64, 64) · x (64, width), where the weights are 0 but for the pairs in bits."""
-    for r in range(0, TILE, BLOCK_ROWS):
-        edges = union_of_8(bits, r)
-        if edges:
-            first, stop = bit_range(edges)
-            a = Matrix(weights, r * row_stride + first * column_stride, row_stride, column_stride)
-            for d in range(0, width, 2 * LANES):
-                b = Matrix(x, x_at + first * width + d, width, 1)
-                c = Matrix(acc, acc_at + r * width + d, width, 1)
-                if d + 2 * LANES <= width:
-                    gemm_8_rows(c, a, b, stop - first, False, 2)
-                else:
-                    gemm_8_rows(c, a, b, stop - first, False, 1)
 
 
 # ------------------------------------------------------------------------------------------------- forward
 
 
-@inner
-def online_softmax(s, bits, scale_log2, row_max, row_sum, alpha):
-    """Scores s (keys, queries) to p = 2^(scale · s - row_max), in place; alpha is what earlier sums are worth now.
-
-    row_max, row_sum and alpha (queries,): row_sum is updated, out is left to the caller.
-    """
-    zero, masked, factor = broadcast(np.float32(0)), broadcast(MASKED_SCORE), broadcast(scale_log2)
-    for c in range(0, TILE, LANES):
-        old_max = load(row_max, c)
-        max_a, max_b = old_max, old_max  # two chains: each comparison waits for the one before
-        for r in range(0, TILE, 2):
-            scaled_a, scaled_b = load(s, r * TILE + c) * factor, load(s, (r + 1) * TILE + c) * factor
-            store(s, r * TILE + c, scaled_a)  # rounded, so that none is above the largest
-            store(s, (r + 1) * TILE + c, scaled_b)
-            max_a = maximum(where(bits[r], c, scaled_a, masked), max_a)
-            max_b = maximum(where(bits[r + 1], c, scaled_b, masked), max_b)
-        new_max = maximum(max_a, max_b)
-        rescale = exp2(old_max - new_max)
-        sums = load(row_sum, c) * rescale
-        for r in range(TILE):
-            p = where(bits[r], c, exp2(load(s, r * TILE + c) - new_max), zero)
-            sums = sums + p
-            store(s, r * TILE + c, p)
-        store(row_max, c, new_max)
-        store(row_sum, c, sums)
-        store(alpha, c, rescale)
-
-
-@compiled
-def forward_rows(first, stop, tensors, tiles, sizes):
-    """out and lse of the rows of tiles first … stop - 1 of one head."""
-    q, k, v, acc, lse = tensors.q, tensors.k, tensors.v, tensors.out, tensors.lse
-    head_dim, value_dim = sizes.head_dim, sizes.value_dim
-    p, q_t = aligned(TILE * TILE), aligned(TILE * head_dim)
-    row_max, row_sum, alpha = aligned(TILE), aligned(TILE), aligned(TILE)
-    by_query, by_key = np.empty(TILE, np.uint64), np.empty(TILE, np.uint64)
-    for row in range(first, stop):
-        acc_at = row * TILE * value_dim
-        transpose(q, row * TILE * head_dim, head_dim, q_t)
-        fill_zero(acc, acc_at, TILE * value_dim)
-        for r in range(TILE):
-            row_max[r], row_sum[r] = MASKED_SCORE, np.float32(0)
-        for tile in range(tiles.start[row], tiles.start[row + 1]):
-            key, real = np.int64(tiles.column[tile]) * TILE, tensors.real[tiles.column[tile]]
-            if not real:
-                continue
-            load_mask(tiles.words, tiles.mask[tile], real, by_query, by_key)
-            product(p, k, key * head_dim, q_t, head_dim, by_key)
-            online_softmax(p, by_key, sizes.scale_log2, row_max, row_sum, alpha)
-            if tile > tiles.start[row]:
-                scale_rows(acc, acc_at, value_dim, alpha)
-            add_product(acc, acc_at, p, 1, TILE, v, key * value_dim, value_dim, by_query)
-        for r in range(TILE):
-            has_edge = row_sum[r] != np.float32(0)
-            lse[row * TILE + r] = (row_max[r] + math.log2(row_sum[r])) * LN_2 if has_edge else -np.inf
-            alpha[r] = np.float32(1) / row_sum[r] if has_edge else np.float32(0)
-        scale_rows(acc, acc_at, value_dim, alpha)
-
-
 def forward(q: Tensor, k: Tensor, v: Tensor, layout: TilesLayout, modifiers: Modifiers) -> tuple[Tensor, Tensor]:
-    """q (B, H, N, D), k and v (B, Hkv, M, ·), float32 → out (B, H, N, Dv), lse (B, H, N).
+    """q (B, H, N, D), k and v (B, Hkv, M, ·), float32 or float64 → out (B, H, N, Dv), lse (B, H, N).
 
-    layout: tiles of 64 × 64. A query without edges has out 0 and lse -inf.
+    layout: tiles of 64 × 64. A query without edges has out 0 and lse -inf; lse is 0 unless softmax makes the weights.
     """
-    (B, H, N, _), value_dim, group = q.shape, v.shape[3], q.shape[1] // k.shape[1]
+    (B, H, N, _), M, value_dim, group = q.shape, k.shape[2], v.shape[3], q.shape[1] // k.shape[1]
+    scoring = _scoring(modifiers, q, M)
     q, k, v = _tiled(q, layout, 0), _tiled(k, layout, 1), _tiled(v, layout, 1)
     out, lse = empty(*q.shape[:4], v.shape[4], like=q), empty(*q.shape[:4], like=q)
     q_heads, out_heads, lse_heads = _heads(q, B * H), _heads(out, B * H), _heads(lse, B * H)
     k_heads, v_heads = _heads(k, B * H // group), _heads(v, B * H // group)
-    jobs, tiles = _jobs(layout.by_query, B * H), _tiles(layout, layout.by_query)
-    sizes, real = _sizes(q, v, modifiers.scale), _real_keys(modifiers, layout, B)
+    jobs, tiles = _jobs(layout.by_query, B * H), _tiles(layout, layout.by_query, modifiers)
+    real, dims = _real_keys(modifiers, layout, B), (q.shape[4], v.shape[4])
 
     def run(job: int) -> None:
         h, piece = divmod(job, len(jobs))
         sides = q_heads[h], k_heads[h // group], v_heads[h // group]
-        tensors = ForwardTensors(*sides, out_heads[h], lse_heads[h], real[h // H])
-        forward_rows(*jobs[piece], tensors, tiles, sizes)
+        tensors = ForwardTensors(*sides, out_heads[h], lse_heads[h], real[h // H], *dims)
+        forward_rows(*jobs[piece], *divmod(h, H), tensors, tiles, scoring)
 
     parallel_for(B * H * len(jobs), run)
     return out.flatten(2, 3)[:, :, :N, :value_dim], lse.flatten(2)[:, :, :N]
 
 
 # ------------------------------------------------------------------------------------------------- backward
-
-
-@compiled
-def compute_delta(out, dout, width, delta):
-    """delta, (nodes,), which holds dlse, to Σ_d out · dout - dlse; out and dout flat, (nodes, width)."""
-    for i in range(len(delta)):
-        sums = broadcast(np.float32(0))
-        for d in range(i * width, (i + 1) * width, LANES):
-            sums = sums + load(out, d) * load(dout, d)
-        delta[i] = reduce_sum(sums) - delta[i]
-
-
-@inner
-def softmax_backward(p, ds, bits, scale_log2, lse, delta, at, queries_stream):
-    """Scores in p to p = 2^(scale · s - lse), and dp in ds to ds = p · (dp - delta), both (streamed, resident).
-
-    lse and delta are those of the queries, from `at` on: of the streamed nodes, or else of the resident ones.
-    """
-    zero, factor = broadcast(np.float32(0)), broadcast(scale_log2)
-    for r in range(TILE):
-        for c in range(0, TILE, LANES):
-            if queries_stream:
-                lse_i, delta_i = broadcast(lse[at + r]), broadcast(delta[at + r])
-            else:
-                lse_i, delta_i = load(lse, at + c), load(delta, at + c)
-            weight = where(bits[r], c, exp2(load(p, r * TILE + c) * factor - lse_i), zero)
-            store(p, r * TILE + c, weight)
-            store(ds, r * TILE + c, where(bits[r], c, weight * (load(ds, r * TILE + c) - delta_i), zero))
-
-
-@compiled
-def backward_dq(first, stop, tensors, tiles, sizes):
-    """dq, which is 0, of the rows of tiles first … stop - 1 of one head: adds in the order of the keys."""
-    head_dim, value_dim = sizes.head_dim, sizes.value_dim
-    p, ds = aligned(TILE * TILE), aligned(TILE * TILE)
-    q_t, dout_t = aligned(TILE * head_dim), aligned(TILE * value_dim)
-    by_query, by_key = np.empty(TILE, np.uint64), np.empty(TILE, np.uint64)
-    for row in range(first, stop):
-        query = row * TILE
-        transpose(tensors.q, query * head_dim, head_dim, q_t)
-        transpose(tensors.dout, query * value_dim, value_dim, dout_t)
-        masked, full = tiles.start[row], tiles.full[row]
-        while masked < tiles.full[row] or full < tiles.start[row + 1]:  # merges two ascending lists
-            take_masked = full == tiles.start[row + 1]
-            if not take_masked and masked < tiles.full[row]:
-                take_masked = tiles.column[masked] < tiles.column[full]
-            if take_masked:
-                tile = masked
-                masked += 1
-            else:
-                tile = full
-                full += 1
-            key, real = np.int64(tiles.column[tile]) * TILE, tensors.real[tiles.column[tile]]
-            if not real:
-                continue
-            load_mask(tiles.words, tiles.mask[tile], real, by_query, by_key)
-            product(p, tensors.k, key * head_dim, q_t, head_dim, by_key)
-            product(ds, tensors.v, key * value_dim, dout_t, value_dim, by_key)
-            softmax_backward(p, ds, by_key, sizes.scale_log2, tensors.lse, tensors.delta, query, False)
-            add_product(tensors.dq, query * head_dim, ds, 1, TILE, tensors.k, key * head_dim, head_dim, by_query)
-        scale_by(tensors.dq, query * head_dim, TILE * head_dim, sizes.scale)
-
-
-@compiled
-def backward_dkdv(first, stop, group, tensors, tiles, sizes):
-    """dk and dv of the columns of tiles first … stop - 1 of one key head, for which there are `group` query heads.
-
-    Where dq, which is 0, is not empty, the columns are all, and it is computed too: adds in the order of the keys.
-    """
-    q, k, v, dout, dq, dk, dv = (
-        tensors.q, tensors.k, tensors.v, tensors.dout, tensors.dq, tensors.dk, tensors.dv,
-    )  # fmt: skip
-    head_dim, value_dim, n = sizes.head_dim, sizes.value_dim, len(tensors.lse) // group
-    p, ds = aligned(TILE * TILE), aligned(TILE * TILE)
-    k_t, v_t = aligned(TILE * head_dim), aligned(TILE * value_dim)
-    by_query, by_key = np.empty(TILE, np.uint64), np.empty(TILE, np.uint64)
-    for column in range(first, stop):
-        k_at, v_at = column * TILE * head_dim, column * TILE * value_dim
-        transpose(k, k_at, head_dim, k_t)
-        transpose(v, v_at, value_dim, v_t)
-        fill_zero(dk, k_at, TILE * head_dim)
-        fill_zero(dv, v_at, TILE * value_dim)
-        real = tensors.real[column]
-        if not real:
-            continue
-        for tile in range(tiles.start[column], tiles.start[column + 1]):
-            load_mask(tiles.words, tiles.mask[tile], real, by_query, by_key)
-            for g in range(group):
-                query = g * n + np.int64(tiles.column[tile]) * TILE
-                q_at, dout_at = query * head_dim, query * value_dim
-                product(p, q, q_at, k_t, head_dim, by_query)
-                product(ds, dout, dout_at, v_t, value_dim, by_query)
-                softmax_backward(p, ds, by_query, sizes.scale_log2, tensors.lse, tensors.delta, query, True)
-                add_product(dv, v_at, p, 1, TILE, dout, dout_at, value_dim, by_key)
-                add_product(dk, k_at, ds, 1, TILE, q, q_at, head_dim, by_key)
-                if len(dq):
-                    add_product(dq, q_at, ds, TILE, 1, k, k_at, head_dim, by_query)
-        scale_by(dk, k_at, TILE * head_dim, sizes.scale)
-    scale_by(dq, 0, len(dq), sizes.scale)
 
 
 def backward(
@@ -404,14 +86,16 @@ def backward(
     layout: TilesLayout,
     modifiers: Modifiers,
     bias_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, None]:
-    """What these tiles add to (dq, dk, dv), from the final out and lse of each query; dlse may be None.
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """What these tiles add to (dq, dk, dv, dbias), from the final out and lse of each query; dlse may be None.
 
-    With Δ = Σ dout · out - dlse and p = exp(s - lse): dv = pᵀ dout, ds = p ∘ (dout vᵀ - Δ), dq = scale · ds k,
-    dk = scale · dsᵀ q.
+    With Δ = Σ dout · out - dlse, p = exp(s - lse), and kept the factors of dropout: dv = (p ∘ kept)ᵀ dout,
+    ds = p ∘ ((dout vᵀ) ∘ kept - Δ) times the slopes of the transform, dq = scale · ds k, dk = scale · dsᵀ q,
+    dbias = ds. Other normalisers have ds = normalize'(s) ∘ (dout vᵀ) ∘ kept.
     """
     (B, _, N, dim), (_, key_heads, M, value_dim) = q.shape, v.shape
-    lse = lse.masked_fill(lse == -torch.inf, torch.inf) * float(LOG2_E)  # without edges, p = exp(-inf)
+    scoring, dbias = _scoring(modifiers, q, M), _DBias(modifiers.bias if bias_grad else None, q, M)
+    lse = lse.masked_fill(lse == -torch.inf, torch.inf) * _log2_e(q.dtype)  # without edges, p = exp(-inf)
     delta = torch.zeros_like(lse) if dlse is None else dlse.clone()
     lse, delta = _tiled(lse[..., None], layout, 0, 1), _tiled(delta[..., None], layout, 0, 1)
     q, out, dout = _tiled(q, layout, 0), _tiled(out, layout, 0), _tiled(dout, layout, 0)
@@ -419,15 +103,15 @@ def backward(
     _delta(out, dout, delta)
     dq, dk, dv = zeros(*q.shape, like=q), empty(*k.shape, like=k), empty(*v.shape, like=v)
     tensors = _Gradients(q, k, v, dout, lse, delta, dq, dk, dv)
-    if _in_one_pass(B * key_heads):
-        _dkdv(tensors, layout, modifiers, [(0, layout.grid[1])])
+    if dbias.by_head or (_in_one_pass(B * key_heads) and not dbias.by_column):
+        _dkdv(tensors, layout, modifiers, scoring, [(0, layout.grid[1])], dbias)
     else:
-        columns = _jobs(layout.by_key, B * key_heads)
+        columns = _jobs(layout.by_key, 1 if dbias.by_column else B * key_heads)
         if len(columns) > 1:
-            _dq(tensors, layout, modifiers)
-        _dkdv(tensors, layout, modifiers, columns)
+            _dq(tensors, layout, modifiers, scoring)
+        _dkdv(tensors, layout, modifiers, scoring, columns, dbias)
     dq, dk, dv = dq.flatten(2, 3), dk.flatten(2, 3), dv.flatten(2, 3)
-    return dq[:, :, :N, :dim], dk[:, :, :M, :dim], dv[:, :, :M, :value_dim], None
+    return dq[:, :, :N, :dim], dk[:, :, :M, :dim], dv[:, :, :M, :value_dim], dbias.total()
 
 
 class _Gradients(NamedTuple):
@@ -442,6 +126,36 @@ class _Gradients(NamedTuple):
     dq: Tensor
     dk: Tensor
     dv: Tensor
+
+
+class _DBias:
+    """Where the gradient of a bias is summed up, and what jobs may so share: no two threads add to one number.
+
+    An offset's values are those of all tiles of a head: each has a sum of its own, and one job (`by_head`). Those of an
+    edge or a pair belong to one tile, and those of a key to one column of tiles; where heads share them, a job takes
+    its columns of all heads (`by_column`).
+    """
+
+    def __init__(self, bias: ScoreBias | None, q: Tensor, M: int):
+        self.bias, shape, (B, H, N, _) = bias, (0, 0, 0), q.shape
+        if bias is not None:
+            shape = (B, H, N + M - 1 + 2 * TILE) if bias.kind == "offset" else bias.values.shape
+        self.by_head = bias is not None and bias.kind == "offset"
+        self.by_column = bias is not None and shape[:2] != (B, H)
+        is_shared = self.by_head or (bias is not None and bias.kind == "dense" and shape[2] == 1)  # by many pairs
+        self.sum = zeros(*shape, like=q.new_empty(0, dtype=torch.float64 if is_shared else q.dtype))
+        flat, strides = self.sum.flatten().numpy(), _shared_strides(self.sum)[:2]
+        ends = (np.empty(0, DTYPES[q.dtype]), flat) if is_shared else (flat, np.empty(0))
+        self.arrays = BiasGradient(*ends, strides)
+
+    def total(self) -> Tensor | None:
+        """The gradient of the values."""
+        if self.bias is None:
+            return None
+        total, shape, dtype = self.sum, self.bias.values.shape, self.bias.values.dtype
+        if self.by_head:
+            total = total[..., TILE:-TILE].sum((0, 1) if len(self.bias.values) == 1 else 0).view(shape)
+        return total.to(dtype)
 
 
 def _in_one_pass(key_heads: int) -> bool:
@@ -461,42 +175,56 @@ def _delta(out: Tensor, dout: Tensor, delta: Tensor) -> None:
     parallel_for(heads, lambda h: compute_delta(out_heads[h], dout_heads[h], out.shape[4], delta_heads[h]))
 
 
-def _dq(tensors: _Gradients, layout: TilesLayout, modifiers: Modifiers) -> None:
+def _dq(tensors: _Gradients, layout: TilesLayout, modifiers: Modifiers, scoring: Scoring) -> None:
     """Fill dq."""
-    q, k = tensors.q, tensors.k
-    heads, key_heads = q.shape[0] * q.shape[1], k.shape[0] * k.shape[1]
+    (B, H), key_heads = tensors.q.shape[:2], tensors.k.shape[0] * tensors.k.shape[1]
     by_key_head = {"k", "v", "dk", "dv"}
     arrays = {
-        name: _heads(x, key_heads if name in by_key_head else heads) for name, x in tensors._asdict().items()
+        name: _heads(x, key_heads if name in by_key_head else B * H) for name, x in tensors._asdict().items()
     }  # each (heads, flat)
-    jobs, tiles = _jobs(layout.by_query, heads), _tiles(layout, layout.by_query)
-    sizes, real = _sizes(q, tensors.v, modifiers.scale), _real_keys(modifiers, layout, len(q))
+    jobs, tiles = _jobs(layout.by_query, B * H), _tiles(layout, layout.by_query, modifiers)
+    real, dims = _real_keys(modifiers, layout, B), (tensors.q.shape[4], tensors.v.shape[4])
 
     def run(job: int) -> None:
         h, piece = divmod(job, len(jobs))
-        key_head = h * key_heads // heads
+        key_head = h * key_heads // (B * H)
         of_head = {name: x[key_head if name in by_key_head else h] for name, x in arrays.items()}
-        backward_dq(*jobs[piece], BackwardTensors(**of_head, real=real[h // q.shape[1]]), tiles, sizes)
+        of_head = BackwardTensors(**of_head, real=real[h // H], head_dim=dims[0], value_dim=dims[1])
+        backward_dq(*jobs[piece], *divmod(h, H), of_head, tiles, scoring)
 
-    parallel_for(heads * len(jobs), run)
+    parallel_for(B * H * len(jobs), run)
 
 
-def _dkdv(tensors: _Gradients, layout: TilesLayout, modifiers: Modifiers, jobs: list[tuple[int, int]]) -> None:
-    """Fill dk and dv; and dq, if there is but one job for each key head."""
-    q, k = tensors.q, tensors.k
-    key_heads, group = k.shape[0] * k.shape[1], q.shape[1] // k.shape[1]
-    if len(jobs) != 1:
-        tensors = tensors._replace(dq=q.new_empty(key_heads, 0))
-    arrays = [_heads(x, key_heads) for x in tensors]
-    tiles, sizes = _tiles(layout, layout.by_key), _sizes(q, tensors.v, modifiers.scale)
-    real = _real_keys(modifiers, layout, len(k))
+def _dkdv(
+    tensors: _Gradients,
+    layout: TilesLayout,
+    modifiers: Modifiers,
+    scoring: Scoring,
+    columns: list[tuple[int, int]],
+    dbias: _DBias,
+) -> None:
+    """Fill dk and dv, and add to dbias; fill dq, if there is but one job for each key head."""
+    q, (B, key_heads) = tensors.q, tensors.k.shape[:2]
+    group = q.shape[1] // key_heads
+    if len(columns) != 1:
+        tensors = tensors._replace(dq=q.new_empty(B * key_heads, 0))
+    arrays = [_heads(x, B * key_heads) for x in tensors]
+    tiles, real = _tiles(layout, layout.by_key, modifiers), _real_keys(modifiers, layout, B)
+    head_dim, value_dim = q.shape[4], tensors.v.shape[4]
 
-    def run(job: int) -> None:
-        h, piece = divmod(job, len(jobs))
-        of_head = BackwardTensors(*(x[h] for x in arrays), real=real[h // k.shape[1]])
-        backward_dkdv(*jobs[piece], group, of_head, tiles, sizes)
+    def run_head(h: int, piece: int) -> None:
+        batch, key_head = divmod(h, key_heads)
+        of_head = BackwardTensors(*(x[h] for x in arrays), real[batch], head_dim, value_dim)
+        backward_dkdv(*columns[piece], batch, key_head * group, group, of_head, tiles, scoring, dbias.arrays)
 
-    parallel_for(key_heads * len(jobs), run)
+    def run_columns(piece: int) -> None:
+        for h in range(B * key_heads):
+            run_head(h, piece)
+
+    if dbias.by_column:
+        parallel_for(len(columns), run_columns)
+    else:
+        parallel_for(B * key_heads * len(columns), lambda job: run_head(*divmod(job, len(columns))))
 
 
 # ------------------------------------------------------------------------------------------- tensors to arrays
@@ -518,9 +246,65 @@ def _heads(x: Tensor, heads: int) -> np.ndarray:
     return x.view(heads, x.numel() // max(heads, 1)).numpy()
 
 
-def _sizes(q: Tensor, v: Tensor, scale: float) -> Sizes:
-    """Of tiled q and v."""
-    return Sizes(q.shape[4], v.shape[4], np.float32(scale), np.float32(scale * float(LOG2_E)))
+def _log2_e(dtype: torch.dtype) -> float:
+    """log2 e, rounded alike wherever scores of a dtype become exponents of 2, so that the rounding cancels."""
+    return float(DTYPES[dtype](LOG2_E))
+
+
+def _scoring(modifiers: Modifiers, q: Tensor, m: int) -> Scoring:
+    """What the kernels are told of the modifiers, but for the padding; `m` keys."""
+    transform, scale, number = modifiers.transform, modifiers.scale, DTYPES[q.dtype]
+    makes_scores = modifiers.bias is not None or transform is not None
+    unit = _log2_e(q.dtype) if modifiers.normalize == "softmax" else 1.0
+    bias_unit = unit if transform is None else 1.0  # scores are made as exponents at once: rounded once less
+    factor = unit / bias_unit if makes_scores else scale * unit
+    return Scoring(
+        not makes_scores and modifiers.normalize == "softmax" and modifiers.dropout is None,
+        number(scale),
+        number(scale * bias_unit),
+        number(factor),
+        NO_TRANSFORM if transform is None else TRANSFORMS[transform.kind],
+        number(1 if transform is None else transform.value),
+        NORMALIZERS[modifiers.normalize],
+        _bias(modifiers.bias, q, m, bias_unit),
+        _dropout(modifiers, q),
+    )
+
+
+def _bias(bias: ScoreBias | None, q: Tensor, m: int, unit: float) -> Bias:
+    """The values of a bias, times a unit."""
+    none, n = np.empty(0, DTYPES[q.dtype]), q.shape[2]
+    if bias is None:
+        return Bias(NO_BIAS, none, none, (0, 0, 0), n, m)
+    values = bias.values.detach().to(q.dtype)
+    if bias.kind == "offset":
+        values = pad(values * unit, (TILE, TILE))
+        ends = values.flatten().numpy(), values.flip(1).flatten().numpy()
+        return Bias(BIAS_KINDS[bias.kind], *ends, (0, *_shared_strides(values)[:1], 0), n, m)
+    values = (_collapsed(values) * unit).contiguous()
+    strides = (*_shared_strides(values)[:2], _shared_strides(values)[2] if bias.kind == "dense" else 0)
+    return Bias(BIAS_KINDS[bias.kind], values.flatten().numpy(), none, strides, n, m)
+
+
+def _collapsed(x: Tensor) -> Tensor:
+    """The same numbers with size 1 in the dimensions that were expanded, but for the last."""
+    return x[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in x.stride()[:-1])]
+
+
+def _shared_strides(x: Tensor) -> tuple[int, ...]:
+    """The strides of a tensor, 0 over a dimension of one number."""
+    return tuple(stride if size > 1 else 0 for size, stride in zip(x.shape, x.stride(), strict=True))
+
+
+def _dropout(modifiers: Modifiers, q: Tensor) -> Dropout:
+    dropout, number = modifiers.dropout, DTYPES[q.dtype]
+    if dropout is None:
+        return Dropout(False, np.uint64(0), number(1), np.zeros(2 * ROUNDS, np.uint64), np.empty(0, np.int64))
+    seed = int(dropout.seed)
+    keys = [((seed >> shift) + r * weyl) & LOW for r in range(ROUNDS) for shift, weyl in ((0, WEYL_A), (32, WEYL_B))]
+    numbers = torch.arange(q.shape[1]) if dropout.heads is None else dropout.heads
+    limit, factor = np.uint64(threshold(dropout.p)), number(keep_factor(dropout.p))
+    return Dropout(True, limit, factor, np.array(keys, np.uint64), numbers.numpy())
 
 
 def _real_keys(modifiers: Modifiers, layout: TilesLayout, batch: int) -> np.ndarray:
@@ -532,9 +316,13 @@ def _real_keys(modifiers: Modifiers, layout: TilesLayout, batch: int) -> np.ndar
     return bits.view(np.dtype(np.uint64).newbyteorder("<")).astype(np.uint64)
 
 
-def _tiles(layout: TilesLayout, rows: TileRows) -> Tiles:
+def _tiles(layout: TilesLayout, rows: TileRows, modifiers: Modifiers) -> Tiles:
     words = layout.table.words.contiguous().numpy().view(np.uint64).reshape(-1, TILE)
-    return Tiles(rows.start.numpy(), rows.full.numpy(), rows.column.numpy(), rows.mask.numpy(), words)
+    of_edges = modifiers.bias is not None and modifiers.bias.kind == "edge"
+    first_edge = layout.first_edge.numpy() if of_edges else np.empty((0, TILE), np.int64)
+    return Tiles(
+        *(x.numpy() for x in (rows.start, rows.full, rows.column, rows.mask)), words, rows.tile.numpy(), first_edge
+    )
 
 
 def _jobs(rows: TileRows, heads: int) -> list[tuple[int, int]]:

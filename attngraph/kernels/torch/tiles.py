@@ -1,7 +1,8 @@
 """Attention over tiles by PyTorch's own kernels, on a CPU, and right on every device: layout and tensors in and out.
 
-All heads and rows of a strip of tiles (see `Strip`) are one call forward, their keys views of one tensor; backward is
-batched matrix products. Nothing of size N² is ever held. All pairs of a tile are multiplied: a NaN or an infinity in a
+All heads and rows of a strip of tiles (see `Strip`) are one call forward, their keys views of one tensor; backward, and
+what PyTorch's kernels have not (transforms, dropout, other normalisers) is batched matrix products over a piece of a
+strip at a time. Nothing of size N² is ever held. All pairs of a tile are multiplied: a NaN or an infinity in a
 key or a value reaches the queries of its tiles without an edge to it.
 """
 
@@ -10,13 +11,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from itertools import product
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from attngraph.kernels.contract import Modifiers, ScoreBias, Span, Strip, TilesLayout
+from attngraph.kernels.contract import Dropout, Modifiers, ScoreBias, Span, Strip, TilesLayout
+from attngraph.kernels.dropout import keep_factor, philox, threshold
 from attngraph.kernels.merge import merge
+from attngraph.kernels.scoring import transform_slope, transformed, weights_and_slopes
 
 # Numbers of the keys of those rows of a strip that one call takes: 4 MB in float32, which stay in the cache.
 CALL_NUMBERS = 1 << 20
@@ -24,29 +28,39 @@ MASKED_SCORE = -1e30  # added to the score of a pair without an edge: finite, so
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, layout: TilesLayout, modifiers: Modifiers) -> tuple[Tensor, Tensor]:
-    """q (B, H, N, D), k and v (B, Hkv, M, ·) → out (B, H, N, ·), lse (B, H, N)."""
+    """q (B, H, N, D), k and v (B, Hkv, M, ·) → out (B, H, N, ·), lse (B, H, N), 0 unless softmax makes the weights."""
     (batch, heads, n, dim), value_dim, group = q.shape, v.shape[3], q.shape[1] // k.shape[1]
     width, layout = max(dim, value_dim), layout.on(torch.device("cpu"))
     q, k, v = _tiled(q, layout, 0, width), _tiled(k, layout, 1, width), _tiled(v, layout, 1, width)
     out, lse = _like(q, torch.empty_like), q.new_empty(*q.shape[:4], 1)
     empty_rows = layout.empty_rows.to(q.device)
     out.index_fill_(2, empty_rows, 0)
-    lse.index_fill_(2, empty_rows, -torch.inf)
-    cache = _MaskCache()
-    for strip in _pieces(layout, heads * width, CALL_NUMBERS):
+    lse.index_fill_(2, empty_rows, -torch.inf if modifiers.normalize == "softmax" else 0)
+    cache, explicit = _MaskCache(), not _has_flash(modifiers)
+    for strip in _pieces(layout, heads * (max(width, layout.tile[0]) if explicit else width), CALL_NUMBERS):
         score_bias = _StripBias(layout, strip, modifiers, q, n, cache)
         for b, g in product(range(batch), range(group)):
             q_heads = slice(g, None, group)  # the g-th query head of each key head
             q_tiles = _gather(q[b, q_heads], strip.rows)
             k_tiles, v_tiles = _gather(k[b], strip.keys), _gather(v[b], strip.keys)
-            added = score_bias.of(b, range(g, heads, group))
-            part_out, part_lse = _attention(q_tiles, k_tiles, v_tiles, added, modifiers.scale)
-            if strip.has_empty_rows or modifiers[1:] != (None, None):
+            if explicit:
+                pairs = score_bias.pairs(b, range(g, heads, group))
+                part_out, part_lse = _explicit_attention(q_tiles, k_tiles, v_tiles, pairs, modifiers)
+            else:
+                added = score_bias.of(b, range(g, heads, group))
+                part_out, part_lse = _attention(q_tiles, k_tiles, v_tiles, added, modifiers.scale)
+            if strip.has_empty_rows or modifiers.bias is not None or modifiers.attention_mask is not None:
                 no_edge = part_lse <= MASKED_SCORE / 2
                 part_out.masked_fill_(no_edge, 0)
                 part_lse.masked_fill_(no_edge, -torch.inf)
-            _store(out[b, q_heads], lse[b, q_heads], strip, part_out, part_lse)
+            by_lse = modifiers.normalize == "softmax"
+            _store(out[b, q_heads], lse[b, q_heads], strip, part_out, part_lse, by_lse=by_lse)
     return out.flatten(2, 3)[:, :, :n, :value_dim], lse.flatten(2)[:, :, :n]
+
+
+def _has_flash(modifiers: Modifiers) -> bool:
+    """Whether PyTorch's own kernels do all that is asked for."""
+    return modifiers.transform is None and modifiers.normalize == "softmax" and modifiers.dropout is None
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, score_bias: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -58,6 +72,38 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, score_bias: Tensor, scale: float
     scores = q @ k.mT * scale + score_bias
     lse = scores.logsumexp(3, keepdim=True)
     return (scores - lse).exp() @ v, lse
+
+
+class _Pairs(NamedTuple):
+    """Of all pairs of a piece: which are edges to real keys, their bias, and what dropout makes of a weight of 1."""
+
+    heard: Tensor  # bool (rows | 1, 1, tile rows, columns)
+    bias: Tensor | None  # (rows | 1, heads | 1, tile rows, columns), any value without an edge
+    keep: Tensor | None  # (rows, heads, tile rows, columns): 0 or 1 / (1 - p)
+
+
+def _raw_scores(q: Tensor, k: Tensor, pairs: _Pairs, scale: float) -> Tensor:
+    """Scores before the transform: (rows, H, queries, keys)."""
+    scores = q @ k.mT * scale
+    return scores if pairs.bias is None else scores + pairs.bias
+
+
+def _masked(scores: Tensor, pairs: _Pairs) -> Tensor:
+    """Scores for softmax; the least is MASKED_SCORE, as a bias of -inf masks too."""
+    return scores.masked_fill(~pairs.heard, MASKED_SCORE).clamp_(min=MASKED_SCORE)
+
+
+def _explicit_attention(q: Tensor, k: Tensor, v: Tensor, pairs: _Pairs, modifiers: Modifiers) -> tuple[Tensor, Tensor]:
+    """All pairs under any modifiers, as `_attention`."""
+    scores = transformed(_raw_scores(q, k, pairs, modifiers.scale), modifiers.transform)
+    if modifiers.normalize == "softmax":
+        scores = _masked(scores, pairs)
+        lse = scores.logsumexp(3, keepdim=True)
+        weights = (scores - lse).exp()
+    else:
+        weights, lse = weights_and_slopes(scores, modifiers.normalize)[0], scores.new_zeros(*scores.shape[:3], 1)
+        weights = weights.masked_fill(~pairs.heard, 0)
+    return (weights if pairs.keep is None else weights * pairs.keep) @ v, lse
 
 
 def backward(
@@ -75,7 +121,7 @@ def backward(
     """What these tiles add to (dq, dk, dv, dbias), from the final out and lse of each query; dlse may be None.
 
     With Δ = Σ dout · out - dlse and p = exp(s - lse): dv = pᵀ dout, ds = p ∘ (dout vᵀ - Δ), dq = scale · ds k,
-    dk = scale · dsᵀ q, dbias = ds.
+    dk = scale · dsᵀ q, dbias = ds. See `_explicit_backward` for other modifiers.
     """
     (batch, heads, n, dim), m, value_dim, group = q.shape, k.shape[2], v.shape[3], q.shape[1] // k.shape[1]
     bias = modifiers.bias
@@ -93,17 +139,20 @@ def backward(
         score_bias = _StripBias(layout, strip, modifiers, q, n, cache)
         for b, g in product(range(batch), range(group)):
             q_heads = slice(g, None, group)  # the g-th query head of each key head
-            dq_part, dk_part, dv_part, ds = _attention_backward(
+            sides = (
                 _gather(q[b, q_heads], strip.rows),
                 _gather(k[b], strip.keys),
                 _gather(v[b], strip.keys),
                 _gather(out[b, q_heads], strip.rows),
                 _gather(lse[b, q_heads], strip.rows),
                 _gather(dout[b, q_heads], strip.rows),
-                score_bias.of(b, range(g, heads, group)),
-                modifiers.scale,
-                needs_ds=dvalues is not None,
             )
+            if _has_flash(modifiers):
+                added = score_bias.of(b, range(g, heads, group))
+                parts = _attention_backward(*sides, added, modifiers.scale, needs_ds=dvalues is not None)
+            else:
+                parts = _explicit_backward(*sides, score_bias.pairs(b, range(g, heads, group)), modifiers)
+            dq_part, dk_part, dv_part, ds = parts
             _add(dq[b, q_heads], strip.rows, dq_part)
             _add(dk[b], strip.keys, dk_part)
             _add(dv[b], strip.keys, dv_part)
@@ -136,6 +185,38 @@ def _attention_backward(
     p = (q @ k.mT * scale + score_bias - lse).exp()
     ds = p * (dout @ v.mT - delta)
     return ds @ k * scale, ds.mT @ q * scale, p.mT @ dout, ds
+
+
+def _explicit_backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    dout: Tensor,
+    pairs: _Pairs,
+    modifiers: Modifiers,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """All pairs under any modifiers, as `_attention_backward`.
+
+    With w the weights and dw = (dout vᵀ) ∘ keep: dv = (w ∘ keep)ᵀ dout, and the gradients of the scores are
+    w ∘ (dw - Δ) for softmax, else normalize'(s) ∘ dw; ds is what the slopes of the transform make of them.
+    """
+    raw = _raw_scores(q, k, pairs, modifiers.scale)
+    scores, dweights = transformed(raw, modifiers.transform), dout @ v.mT
+    if pairs.keep is not None:
+        dweights = dweights * pairs.keep
+    if modifiers.normalize == "softmax":
+        weights = (_masked(scores, pairs) - lse).exp()
+        ds = weights * (dweights - (dout * out).sum(3, keepdim=True))
+    else:
+        weights, slopes = weights_and_slopes(scores, modifiers.normalize)
+        weights, ds = weights.masked_fill(~pairs.heard, 0), slopes * dweights
+    if modifiers.transform is not None:
+        ds = ds * transform_slope(raw, modifiers.transform)
+    ds = ds.masked_fill(~pairs.heard, 0)
+    used = weights if pairs.keep is None else weights * pairs.keep
+    return ds @ k * modifiers.scale, ds.mT @ q * modifiers.scale, used.mT @ dout, ds
 
 
 # -------------------------------------------------------------------------------------------- strips and tiles
@@ -188,9 +269,14 @@ def _gather(x: Tensor, span: Span) -> Tensor:
     return found.reshape(x.shape[0], span.num_rows, -1, x.shape[3]).transpose(0, 1)
 
 
-def _store(out: Tensor, lse: Tensor, strip: Strip, part_out: Tensor, part_lse: Tensor) -> None:
-    """A strip's result to its rows, merged with earlier parts of them: out (H, tiles, size, D), lse (…, 1)."""
-    if strip.part:
+def _store(out: Tensor, lse: Tensor, strip: Strip, part_out: Tensor, part_lse: Tensor, *, by_lse: bool) -> None:
+    """A strip's result to its rows, merged with earlier parts of them by their lse, or added to them.
+
+    out (H, tiles, size, D), lse (…, 1).
+    """
+    if strip.part and not by_lse:
+        part_out = _gather(out, strip.rows) + part_out
+    elif strip.part:
         earlier_out, earlier_lse = _gather(out, strip.rows).clone(), _gather(lse, strip.rows).clone()
         merge(earlier_out, earlier_lse[..., 0], part_out, part_lse[..., 0])
         part_out, part_lse = earlier_out, earlier_lse
@@ -229,17 +315,47 @@ class _StripBias:
 
     def __init__(self, layout: TilesLayout, strip: Strip, modifiers: Modifiers, q: Tensor, n: int, cache: _MaskCache):
         self.layout, self.strip, self.q, self.n, self.cache = layout, strip, q, n, cache
-        self.bias, self.attention_mask = modifiers.bias, modifiers.attention_mask
+        self.bias, self.attention_mask, self.dropout = modifiers.bias, modifiers.attention_mask, modifiers.dropout
         self.latest_places: tuple[tuple[int, int], ...] = ()
         self.latest: Tensor | None = None
 
     def of(self, b: int, heads: range) -> Tensor:
         """(rows | 1, heads | 1, tile rows, columns)."""
         added = self.mask_bias if self.bias is None else self._with_bias(_with_batch(self.bias), b, heads)
-        if self.attention_mask is None:
-            return added
-        real = _padded(self.attention_mask[b], self.layout)[self.strip.keys.tiles.to(added.device)]
-        return added.masked_fill(~real.flatten(1)[:, None, None], MASKED_SCORE)
+        return added if self.attention_mask is None else added.masked_fill(~self._real(b), MASKED_SCORE)
+
+    def pairs(self, b: int, heads: range) -> _Pairs:
+        """The same apart, and what dropout keeps."""
+        heard, bias, keep = self.mask[:, None], None, None
+        if self.attention_mask is not None:
+            heard = heard & self._real(b)
+        if self.bias is not None:
+            values = _with_batch(self.bias)
+            places = dict.fromkeys(self._place(values, b, h) for h in heads)
+            bias = torch.stack([values[x][self.index] for x in places], 1)
+        if self.dropout is not None:
+            keep = self._kept(self.dropout, b, heads).to(self.q.dtype) * keep_factor(self.dropout.p)
+        return _Pairs(heard, bias, keep)
+
+    def _real(self, b: int) -> Tensor:
+        """Which keys are no padding: bool (rows, 1, 1, columns)."""
+        assert self.attention_mask is not None
+        real = _padded(self.attention_mask[b], self.layout)[self.strip.keys.tiles.to(self.attention_mask.device)]
+        return real.flatten(1)[:, None, None]
+
+    def _kept(self, dropout: Dropout, b: int, heads: range) -> Tensor:
+        """Which weights dropout keeps, as `kernels.dropout.kept`: bool (rows, heads, tile rows, columns).
+
+        A tile has some 64 keys, one after the other: sixteen counters make their four words each.
+        """
+        (tile_m, tile_n), device = self.layout.tile, self.q.device
+        query = self.strip.rows.tiles[:, :, None] * tile_m + torch.arange(tile_m)[:, None]
+        counter = (self.strip.keys.tiles[..., None] * (tile_n // 4) + torch.arange(tile_n // 4)).flatten(1)
+        head = torch.tensor(heads, device=device)[:, None, None]
+        head = head if dropout.heads is None else dropout.heads[head]
+        counters = counter[:, None, None].to(device), query[:, None].to(device), head.new_full((), b), head
+        words = torch.stack([word.unflatten(3, (-1, 16)) for word in philox(dropout.seed, counters)], 4)
+        return words.flatten(3) >= threshold(dropout.p)
 
     def _with_bias(self, values: Tensor, b: int, heads: range) -> Tensor:
         """The values of the bias where there are edges; the least is MASKED_SCORE, as a bias of -inf masks too."""

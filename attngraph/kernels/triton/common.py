@@ -111,6 +111,12 @@ def load_real(padding, batch, keys, mask):
     return tl.load(padding.ptr + batch * padding.stride_batch + keys, mask=mask, other=0) != 0
 
 
+@triton.jit
+def exact(x, ACC_DTYPE: tl.constexpr):
+    """A number, (1, 1), from the two float32 whose sum it is: a kernel is given no float64."""
+    return tl.zeros([1, 1], ACC_DTYPE) + x[0] + x[1]
+
+
 @triton.jit(do_not_specialize=["num_blocks", "num_heads", "num_queries"])
 def _bwd_preprocess(
     out,
@@ -152,6 +158,12 @@ def bias_ptr_and_strides(values: Tensor) -> StridedBias:
 def padding_ptr(attention_mask: Tensor | None, q: Tensor) -> Padding:
     """The mask of keys (B, M) as kernels take it."""
     return Padding(q, 0) if attention_mask is None else Padding(attention_mask.contiguous(), attention_mask.shape[1])
+
+
+def in_two(x: float) -> tuple[float, float]:
+    """As the sum of two numbers of float32; see `exact`."""
+    high = torch.tensor(x, dtype=torch.float32).item()
+    return high, x - high
 
 
 def in_four_dims(kind: str, values: Tensor) -> Tensor:

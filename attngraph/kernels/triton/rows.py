@@ -9,15 +9,16 @@ neighbours at a time, and computes in float32 (float64, where tensors have it).
 | `_bwd_dq_kernel` | a query, or a piece of one | its keys | (pieces + N, B · blocks of heads) |
 | `_bwd_dkdv_kernel` | a key, or a piece of one | its queries, for each query head | (pieces + M, B · blocks of heads) |
 | `_merge_pieces_kernel` | a heavy query of one head | its pieces, in order | (heavy queries, B · H) |
-| `_sum_pieces_kernel` | a heavy node of one head | its pieces, in order | (heavy nodes, B · heads) |
+| `_sum_pieces_kernel` in gather.py | a heavy node of one head | its pieces, in order | (heavy nodes, B · heads) |
 
-Pieces come first; what they find goes to buffers of its own, which the last two kernels put together. Nothing is added
-atomically: the same bits every run. Scores are exponents of 2.
+Pieces come first; what they find goes to buffers of its own, which the last two put together. Nothing is added
+atomically: the same bits every run. Scores are exponents of 2; what is done to them after scale and bias stands in
+modifiers.py.
 
 | argument | fields | see |
 |---|---|---|
-| `inputs` | q, k, v, bias, padding, adjacency | `Inputs` |
-| `inputs.adjacency` | start, neighbor, units, edge | `AdjacencyPtrs` |
+| `inputs` | q, k, v, bias, padding, dropout, adjacency | `Inputs` |
+| `inputs.adjacency` | start, neighbor, units, edge | `AdjacencyPtrs` in gather.py |
 | `upstream` | dout, lse, delta | `Upstream` in common.py |
 | `scale`, `dq_scale`, `dk_scale` | high, low | two float32 whose sum is the number, exact to float64 |
 | `work` | batch, heads, node, first_edge, num_edges | `Work`: what the program has |
@@ -54,27 +55,47 @@ from attngraph.kernels.triton.common import (
     bias_ptrs,
     compute_delta,
     constexprs,
+    exact,
     in_four_dims,
+    in_two,
     load_real,
     padded_dim,
     padding_ptr,
     ptr_and_strides,
     sum_to_shape_of,
 )
+from attngraph.kernels.triton.gather import (
+    AdjacencyPtrs,
+    Target,
+    adjacency_ptrs,
+    find_work,
+    gather_nodes,
+    grid_of_units,
+    heads_and_edges,
+    load_edges,
+    load_node,
+    load_pieces,
+    store_scalars,
+    store_vectors,
+    sum_pieces,
+    vector_ptrs,
+)
+from attngraph.kernels.triton.modifiers import (
+    NO_TRANSFORM,
+    SOFTMAX,
+    DropoutPtrs,
+    compiled_kinds,
+    dropout_ptrs,
+    head_numbers,
+    kept_pairs,
+    transformed,
+    weights_and_slopes,
+)
 
 if TYPE_CHECKING:
     from attngraph.kernels.contract import Adjacency, CSRLayout, Modifiers
 
 # --------------------------------------------------------------------------------------------------- arguments
-
-
-class AdjacencyPtrs(NamedTuple):
-    """The edges of each query, or of each key, in CSR; node x has the edges start[x] … start[x + 1] - 1."""
-
-    start: Tensor  # int64 (nodes + 1,)
-    neighbor: Tensor  # (E,): the node at the other end of each edge
-    units: Tensor  # int64 (units, 4): node, node after the last, first edge, edge after the last; pieces come first
-    edge: Tensor  # (E,): the number of each edge in edge_index order; read by key, with a bias of edges
 
 
 class Inputs(NamedTuple):
@@ -85,6 +106,7 @@ class Inputs(NamedTuple):
     v: Strided
     bias: StridedBias | Strided  # without a bias, q: it is not read
     padding: Padding
+    dropout: DropoutPtrs | None
     adjacency: AdjacencyPtrs
 
 
@@ -100,107 +122,11 @@ class Config(NamedTuple):
     HEAVY: int  # edges above which a node is cut into pieces
     BIAS_KIND: int
     PADDED: bool
+    TRANSFORM: int
+    TRANSFORM_VALUE: float
+    NORMALIZE: int
+    DROPOUT: bool
     IS_DOUBLE: bool
-
-
-class Work(NamedTuple):
-    """In a kernel: what a program has."""
-
-    batch: tl.tensor
-    heads: tl.tensor  # (BLOCK_H,)
-    node: tl.tensor
-    first_edge: tl.tensor
-    num_edges: tl.tensor
-
-
-class Target(NamedTuple):
-    """In a kernel: where the results of a program go. One of the numbers of heads is 0; both are for a heavy node."""
-
-    piece: tl.tensor
-    piece_heads: tl.tensor  # how many heads are stored as those of a piece
-    node_heads: tl.tensor  # how many heads are stored as those of a node
-
-
-# ------------------------------------------------------------------------------------------ what a program reads
-
-
-@triton.jit
-def _find_work(adjacency, num_pieces, num_head_blocks, num_heads, BLOCK_H: tl.constexpr, HEAVY: tl.constexpr):
-    """The `Work` and the `Target` of this program."""
-    unit, batch_and_heads = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    if unit < num_pieces:
-        node = tl.load(adjacency.units + unit.to(tl.int64) * 4)
-        begin = tl.load(adjacency.units + unit.to(tl.int64) * 4 + 2)
-        end = tl.load(adjacency.units + unit.to(tl.int64) * 4 + 3)
-    else:
-        node = (unit - num_pieces).to(tl.int64)
-        begin, end = tl.load(adjacency.start + node), tl.load(adjacency.start + node + 1)
-    num_edges = (end - begin).to(tl.int32)
-    piece_heads = tl.where(unit < num_pieces, num_heads, 0)
-    node_heads = tl.where(num_edges <= HEAVY, num_heads - piece_heads, 0)
-    num_edges = tl.where(piece_heads + node_heads > 0, num_edges, 0)  # the edges of a heavy node are its pieces'
-    heads = (batch_and_heads % num_head_blocks) * BLOCK_H + tl.arange(0, BLOCK_H)
-    work = Work(batch_and_heads // num_head_blocks, heads, node, begin, num_edges)
-    return work, Target(unit.to(tl.int64), piece_heads, node_heads)
-
-
-@triton.jit
-def _exact(x, ACC_DTYPE: tl.constexpr):
-    """A number, (1, 1), from the two float32 whose sum it is: a kernel is given no float64."""
-    return tl.zeros([1, 1], ACC_DTYPE) + x[0] + x[1]
-
-
-@triton.jit
-def _load_node(x, batch, heads, num_heads, node, DIM: tl.constexpr, BLOCK_D: tl.constexpr, ACC_DTYPE: tl.constexpr):
-    """The vectors of a node, (BLOCK_H, BLOCK_D)."""
-    offs_d = tl.arange(0, BLOCK_D)
-    ptrs = x.ptr + batch * x.stride_batch + heads[:, None] * x.stride_head + node * x.stride_row + offs_d[None, :]
-    return tl.load(ptrs, mask=(heads < num_heads)[:, None] & (offs_d < DIM)[None, :], other=0.0).to(ACC_DTYPE)
-
-
-@triton.jit
-def _gather_nodes(
-    x, batch, heads, num_heads, nodes, mask_e, DIM: tl.constexpr, BLOCK_D: tl.constexpr, ACC_DTYPE: tl.constexpr
-):
-    """The vectors of some neighbours, (BLOCK_E, BLOCK_H, BLOCK_D)."""
-    offs_d = tl.arange(0, BLOCK_D)
-    ptrs = x.ptr + batch * x.stride_batch + nodes[:, None, None] * x.stride_row
-    ptrs = ptrs + heads[None, :, None] * x.stride_head + offs_d[None, None, :]
-    mask = mask_e[:, None, None] & (heads < num_heads)[None, :, None]
-    if DIM != BLOCK_D:
-        mask = mask & (offs_d < DIM)[None, None, :]
-    return tl.load(ptrs, mask=mask, other=0.0).to(ACC_DTYPE)
-
-
-@triton.jit
-def _load_edges(adjacency, work, step, BLOCK_E: tl.constexpr):
-    """Some edges of a program: which of them exist, the neighbours, and their places in the adjacency."""
-    mask_e = step + tl.arange(0, BLOCK_E) < work.num_edges
-    offs_e = work.first_edge + step + tl.arange(0, BLOCK_E)
-    return mask_e, tl.load(adjacency.neighbor + offs_e, mask=mask_e, other=0).to(tl.int64), offs_e
-
-
-@triton.jit
-def _store_vectors(x, x_pieces, target, work, values, DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """The vectors (BLOCK_H, BLOCK_D) of a node, or of a piece of one."""
-    offs_d = tl.arange(0, BLOCK_D)
-    ptrs = x.ptr + work.batch * x.stride_batch + work.heads[:, None] * x.stride_head
-    ptrs = ptrs + work.node * x.stride_row + offs_d[None, :]
-    mask = (work.heads < target.node_heads)[:, None] & (offs_d < DIM)[None, :]
-    tl.store(ptrs, values.to(x.ptr.dtype.element_ty), mask=mask)
-    ptrs = x_pieces.ptr + work.batch * x_pieces.stride_batch + work.heads[:, None] * x_pieces.stride_head
-    ptrs = ptrs + target.piece * x_pieces.stride_row + offs_d[None, :]
-    mask = (work.heads < target.piece_heads)[:, None] & (offs_d < DIM)[None, :]
-    tl.store(ptrs, values, mask=mask)
-
-
-@triton.jit
-def _store_scalars(x, x_pieces, target, batch, heads, num_heads, node, num_nodes, num_pieces, values):
-    """The numbers (BLOCK_H,) of a node, in x (B, H, nodes), or of a piece of one, in x_pieces (B, H, pieces)."""
-    tl.store(x + (batch * num_heads + heads) * num_nodes + node, values, mask=heads < target.node_heads)
-    tl.store(
-        x_pieces + (batch * num_heads + heads) * num_pieces + target.piece, values, mask=heads < target.piece_heads
-    )
 
 
 # ----------------------------------------------------------------------------------------------------- forward
@@ -211,24 +137,25 @@ def _fwd_kernel(
     inputs, num_pieces, num_head_blocks, num_heads, group, num_queries, scale, config: tl.constexpr,
     out, out_pieces, lse, lse_pieces,
 ):  # fmt: skip
-    """out = softmax(scale · q kᵀ + bias) v and lse over the edges of a query, or over a piece of them."""
+    """out = weights(transform(scale · q kᵀ + bias)) v and, of softmax, lse over the edges of a query, or over a piece
+    of them."""
     ACC_DTYPE: tl.constexpr = tl.float64 if config.IS_DOUBLE else tl.float32
-    work, target = _find_work(inputs.adjacency, num_pieces, num_head_blocks, num_heads, config.BLOCK_H, config.HEAVY)
-    batch, heads, query, _, num_edges = work
+    work, target = find_work(inputs.adjacency, num_pieces, num_head_blocks, num_heads, config.BLOCK_H, config.HEAVY)
+    batch, heads, query, num_edges = work.batch, work.heads, work.node, work.num_edges
     kv_heads, num_kv_heads = heads // group, num_heads // group
-    q = _load_node(inputs.q, batch, heads, num_heads, query, config.HEAD_DIM, config.BLOCK_D, ACC_DTYPE)
-    q = q * _exact(scale, ACC_DTYPE)
+    q = load_node(inputs.q, batch, heads, num_heads, query, config.HEAD_DIM, config.BLOCK_D, ACC_DTYPE)
+    q = q * exact(scale, ACC_DTYPE)
     row_max = tl.full([config.BLOCK_H], float("-inf"), ACC_DTYPE)
     row_sum = tl.zeros([config.BLOCK_H], ACC_DTYPE)
     acc = tl.zeros([config.BLOCK_H, config.BLOCK_DV], ACC_DTYPE)
     for step in range(0, num_edges, config.BLOCK_E):
-        mask_e, keys, offs_e = _load_edges(inputs.adjacency, work, step, config.BLOCK_E)
+        mask_e, keys, offs_e = load_edges(inputs.adjacency, work, step, config.BLOCK_E)
         if config.PADDED:
             mask_e = mask_e & load_real(inputs.padding, batch, keys, mask_e)
-        k = _gather_nodes(
+        k = gather_nodes(
             inputs.k, batch, kv_heads, num_kv_heads, keys, mask_e, config.HEAD_DIM, config.BLOCK_D, ACC_DTYPE
         )
-        v = _gather_nodes(
+        v = gather_nodes(
             inputs.v, batch, kv_heads, num_kv_heads, keys, mask_e, config.VALUE_DIM, config.BLOCK_DV, ACC_DTYPE
         )
 
@@ -239,20 +166,30 @@ def _fwd_kernel(
                 inputs.bias, batch, heads[None, :], query, keys[:, None], offs_e[:, None], num_queries, config.BIAS_KIND
             )
             qk += tl.load(ptrs, mask=mask, other=0.0).to(ACC_DTYPE) * LOG2_E
-        qk = tl.where(mask, qk, float("-inf"))
-
-        new_max = tl.maximum(row_max, tl.max(qk, 0))
-        safe_max = tl.where(new_max == float("-inf"), 0.0, new_max)  # -inf - -inf would be NaN
-        p = tl.exp2(qk - safe_max[None, :])
-        alpha = tl.exp2(row_max - safe_max)
-        row_sum = row_sum * alpha + tl.sum(p, 0)
+        qk, _ = transformed(qk, config)
+        if config.NORMALIZE == SOFTMAX:
+            qk = tl.where(mask, qk, float("-inf"))
+            new_max = tl.maximum(row_max, tl.max(qk, 0))
+            safe_max = tl.where(new_max == float("-inf"), 0.0, new_max)  # -inf - -inf would be NaN
+            p = tl.exp2(qk - safe_max[None, :])
+            alpha = tl.exp2(row_max - safe_max)
+            row_sum = row_sum * alpha + tl.sum(p, 0)
+            row_max = new_max
+        else:
+            p, _ = weights_and_slopes(qk, mask, config, True)
+            alpha = tl.full([config.BLOCK_H], 1.0, ACC_DTYPE)
+        if config.DROPOUT:
+            numbers = head_numbers(inputs.dropout, heads, heads < num_heads)
+            p = tl.where(kept_pairs(inputs.dropout, batch, numbers[None, :], query, keys[:, None]), p, 0.0)
         acc = acc * alpha[:, None] + tl.sum(p[:, :, None] * v, 0)
-        row_max = new_max
 
+    if config.DROPOUT:
+        acc = acc * exact(inputs.dropout.keep_factor, ACC_DTYPE)
     safe_sum = tl.where(row_sum == 0.0, 1.0, row_sum)  # 0 of a query without edges: out = 0, lse = -inf
-    _store_vectors(out, out_pieces, target, work, acc / safe_sum[:, None], config.VALUE_DIM, config.BLOCK_DV)
-    row_lse = tl.where(row_sum == 0.0, float("-inf"), (row_max + tl.log2(safe_sum)) * LN_2)
-    _store_scalars(lse, lse_pieces, target, batch, heads, num_heads, query, num_queries, num_pieces, row_lse)
+    store_vectors(out, out_pieces, target, work, acc / safe_sum[:, None], config.VALUE_DIM, config.BLOCK_DV)
+    if config.NORMALIZE == SOFTMAX:
+        row_lse = tl.where(row_sum == 0.0, float("-inf"), (row_max + tl.log2(safe_sum)) * LN_2)
+        store_scalars(lse, lse_pieces, target, batch, heads, num_heads, query, num_queries, num_pieces, row_lse)
 
 
 @triton.jit(do_not_specialize=["num_pieces", "num_heads", "num_queries"])
@@ -261,7 +198,7 @@ def _merge_pieces_kernel(
 ):
     """out and lse of a heavy query, from those of its pieces."""
     ACC_DTYPE: tl.constexpr = tl.float64 if config.IS_DOUBLE else tl.float32
-    query, first_piece, count = _load_pieces(heavy_nodes)
+    query, first_piece, count = load_pieces(heavy_nodes)
     bh = tl.program_id(1).to(tl.int64)
     offs_1, offs_d = tl.arange(0, 1), tl.arange(0, config.BLOCK_DV)
     row_max, row_sum = tl.full([1], float("-inf"), ACC_DTYPE), tl.zeros([1], ACC_DTYPE)
@@ -270,7 +207,7 @@ def _merge_pieces_kernel(
         piece = first_piece + step
         piece_lse = tl.load(lse_pieces + bh * num_pieces + piece + offs_1)
         piece_out = tl.load(
-            _vector_ptrs(out_pieces, bh, num_heads, piece, offs_d), mask=offs_d < config.VALUE_DIM, other=0.0
+            vector_ptrs(out_pieces, bh, num_heads, piece, offs_d), mask=offs_d < config.VALUE_DIM, other=0.0
         )
         new_max = tl.maximum(row_max, piece_lse)
         safe_max = tl.where(new_max == float("-inf"), 0.0, new_max)
@@ -279,33 +216,33 @@ def _merge_pieces_kernel(
         row_sum = row_sum * alpha + weight
         row_max = new_max
     safe_sum = tl.where(row_sum == 0.0, 1.0, row_sum)
-    ptrs = _vector_ptrs(out, bh, num_heads, query, offs_d)
+    ptrs = vector_ptrs(out, bh, num_heads, query, offs_d)
     tl.store(ptrs, (acc / safe_sum).to(out.ptr.dtype.element_ty), mask=offs_d < config.VALUE_DIM)
     row_lse = tl.where(row_sum == 0.0, float("-inf"), row_max + tl.log(safe_sum))
     tl.store(lse + bh * num_queries + query + offs_1, row_lse)
-
-
-@triton.jit
-def _load_pieces(heavy_nodes):
-    """The heavy node of this program, its first piece, and how many it has."""
-    ptr = heavy_nodes + tl.program_id(0).to(tl.int64) * 3
-    return tl.load(ptr), tl.load(ptr + 1), (tl.load(ptr + 2) - tl.load(ptr + 1)).to(tl.int32)
-
-
-@triton.jit
-def _vector_ptrs(x, bh, num_heads, node, offs_d):
-    """Where the vector of a node stands; `bh` is batch · num_heads + head."""
-    return x.ptr + bh // num_heads * x.stride_batch + bh % num_heads * x.stride_head + node * x.stride_row + offs_d
 
 
 # ---------------------------------------------------------------------------------------------------- backward
 
 
 @triton.jit
-def _load_lse(lse, offsets, mask):
-    """lse as a power of 2; inf of a query without edges, so that exp2(qk - lse) is 0."""
-    row_lse = tl.load(lse + offsets, mask=mask, other=float("-inf"))
-    return tl.where(row_lse == float("-inf"), float("inf"), row_lse * LOG2_E)
+def _load_lse_delta(upstream, offsets, mask, config: tl.constexpr):
+    """lse as a power of 2 (inf of a query without edges, so that exp2(qk - lse) is 0), and delta; 0 but for softmax."""
+    if config.NORMALIZE != SOFTMAX:
+        zeros = tl.zeros(offsets.shape, upstream.lse.dtype.element_ty)
+        return zeros, zeros
+    lse = tl.load(upstream.lse + offsets, mask=mask, other=float("-inf"))
+    lse = tl.where(lse == float("-inf"), float("inf"), lse * LOG2_E)
+    return lse, tl.load(upstream.delta + offsets, mask=mask, other=0.0)
+
+
+@triton.jit
+def _weights(qk, lse, mask, config: tl.constexpr):
+    """The weights, and their slopes: of softmax, the weights again, which multiply dw - delta."""
+    if config.NORMALIZE == SOFTMAX:
+        p = tl.where(mask, tl.exp2(qk - lse), 0.0)
+        return p, p
+    return weights_and_slopes(qk, mask, config, True)
 
 
 @triton.jit(do_not_specialize=["num_pieces", "num_head_blocks", "num_heads", "num_queries"])
@@ -315,25 +252,24 @@ def _bwd_dq_kernel(
 ):  # fmt: skip
     """dq over the edges of a query, or over a piece of them; and the gradient of the bias of each edge."""
     ACC_DTYPE: tl.constexpr = tl.float64 if config.IS_DOUBLE else tl.float32
-    work, target = _find_work(inputs.adjacency, num_pieces, num_head_blocks, num_heads, config.BLOCK_H, config.HEAVY)
-    batch, heads, query, _, num_edges = work
+    work, target = find_work(inputs.adjacency, num_pieces, num_head_blocks, num_heads, config.BLOCK_H, config.HEAVY)
+    batch, heads, query, num_edges = work.batch, work.heads, work.node, work.num_edges
     kv_heads, num_kv_heads = heads // group, num_heads // group
-    q = _load_node(inputs.q, batch, heads, num_heads, query, config.HEAD_DIM, config.BLOCK_D, ACC_DTYPE)
-    q = q * _exact(scale, ACC_DTYPE)
-    do = _load_node(upstream.dout, batch, heads, num_heads, query, config.VALUE_DIM, config.BLOCK_DV, ACC_DTYPE)
+    q = load_node(inputs.q, batch, heads, num_heads, query, config.HEAD_DIM, config.BLOCK_D, ACC_DTYPE)
+    q = q * exact(scale, ACC_DTYPE)
+    do = load_node(upstream.dout, batch, heads, num_heads, query, config.VALUE_DIM, config.BLOCK_DV, ACC_DTYPE)
     offs_lse = (batch * num_heads + heads) * num_queries + query
-    lse = _load_lse(upstream.lse, offs_lse, heads < num_heads)
-    delta = tl.load(upstream.delta + offs_lse, mask=heads < num_heads, other=0.0)
+    lse, delta = _load_lse_delta(upstream, offs_lse, heads < num_heads, config)
     dq = tl.zeros([config.BLOCK_H, config.BLOCK_D], ACC_DTYPE)
     for step in range(0, num_edges, config.BLOCK_E):
-        mask_e, keys, offs_e = _load_edges(inputs.adjacency, work, step, config.BLOCK_E)
+        mask_e, keys, offs_e = load_edges(inputs.adjacency, work, step, config.BLOCK_E)
         exists = mask_e
         if config.PADDED:
             mask_e = mask_e & load_real(inputs.padding, batch, keys, mask_e)
-        k = _gather_nodes(
+        k = gather_nodes(
             inputs.k, batch, kv_heads, num_kv_heads, keys, mask_e, config.HEAD_DIM, config.BLOCK_D, ACC_DTYPE
         )
-        v = _gather_nodes(
+        v = gather_nodes(
             inputs.v, batch, kv_heads, num_kv_heads, keys, mask_e, config.VALUE_DIM, config.BLOCK_DV, ACC_DTYPE
         )
 
@@ -345,8 +281,16 @@ def _bwd_dq_kernel(
             )
             qk += tl.load(ptrs, mask=mask, other=0.0).to(ACC_DTYPE) * LOG2_E
 
-        p = tl.where(mask, tl.exp2(qk - lse[None, :]), 0.0)
-        ds = p * (tl.sum(v * do[None, :, :], 2) - delta[None, :])
+        qk, slope = transformed(qk, config)
+        _, ds = _weights(qk, lse[None, :], mask, config)
+        dw = tl.sum(v * do[None, :, :], 2)
+        if config.DROPOUT:
+            numbers = head_numbers(inputs.dropout, heads, heads < num_heads)
+            kept = kept_pairs(inputs.dropout, batch, numbers[None, :], query, keys[:, None])
+            dw = tl.where(kept, dw * exact(inputs.dropout.keep_factor, ACC_DTYPE), 0.0)
+        ds *= dw - delta[None, :]
+        if config.TRANSFORM != NO_TRANSFORM:
+            ds *= slope
         dq += tl.sum(ds[:, :, None] * k, 0)
         if BIAS_GRAD:  # of a pair, or of an edge: that of an offset is summed from those of its edges
             GRAD_KIND: tl.constexpr = DENSE if config.BIAS_KIND == DENSE else EDGE
@@ -354,8 +298,8 @@ def _bwd_dq_kernel(
                 dbias, batch, heads[None, :], query, keys[:, None], offs_e[:, None], num_queries, GRAD_KIND
             )
             tl.store(ptrs, ds, mask=exists[:, None] & (heads < num_heads)[None, :])
-    dq = dq * _exact(dq_scale, ACC_DTYPE)
-    _store_vectors(dq_out, dq_pieces, target, work, dq, config.HEAD_DIM, config.BLOCK_D)
+    dq = dq * exact(dq_scale, ACC_DTYPE)
+    store_vectors(dq_out, dq_pieces, target, work, dq, config.HEAD_DIM, config.BLOCK_D)
 
 
 @triton.jit(do_not_specialize=["num_pieces", "num_head_blocks", "num_heads", "num_queries", "num_keys"])
@@ -370,23 +314,23 @@ def _bwd_dkdv_kernel(
     """
     ACC_DTYPE: tl.constexpr = tl.float64 if config.IS_DOUBLE else tl.float32
     num_kv_heads = num_heads // group
-    work, target = _find_work(inputs.adjacency, num_pieces, num_head_blocks, num_kv_heads, config.BLOCK_H, config.HEAVY)
-    batch, kv_heads, key, _, num_edges = work
-    k = _load_node(inputs.k, batch, kv_heads, num_kv_heads, key, config.HEAD_DIM, config.BLOCK_D, ACC_DTYPE)
-    k = k * _exact(scale, ACC_DTYPE)
-    v = _load_node(inputs.v, batch, kv_heads, num_kv_heads, key, config.VALUE_DIM, config.BLOCK_DV, ACC_DTYPE)
+    work, target = find_work(inputs.adjacency, num_pieces, num_head_blocks, num_kv_heads, config.BLOCK_H, config.HEAVY)
+    batch, kv_heads, key, num_edges = work.batch, work.heads, work.node, work.num_edges
+    k = load_node(inputs.k, batch, kv_heads, num_kv_heads, key, config.HEAD_DIM, config.BLOCK_D, ACC_DTYPE)
+    k = k * exact(scale, ACC_DTYPE)
+    v = load_node(inputs.v, batch, kv_heads, num_kv_heads, key, config.VALUE_DIM, config.BLOCK_DV, ACC_DTYPE)
     dk = tl.zeros([config.BLOCK_H, config.BLOCK_D], ACC_DTYPE)
     dv = tl.zeros([config.BLOCK_H, config.BLOCK_DV], ACC_DTYPE)
     for of_group in range(group):
         heads = kv_heads * group + of_group
         dbias = tl.zeros([config.BLOCK_H], ACC_DTYPE)
         for step in range(0, num_edges, config.BLOCK_E):
-            mask_e, queries, offs_e = _load_edges(inputs.adjacency, work, step, config.BLOCK_E)
+            mask_e, queries, offs_e = load_edges(inputs.adjacency, work, step, config.BLOCK_E)
             mask = mask_e[:, None] & (kv_heads < num_kv_heads)[None, :]
-            q = _gather_nodes(
+            q = gather_nodes(
                 inputs.q, batch, heads, num_heads, queries, mask_e, config.HEAD_DIM, config.BLOCK_D, ACC_DTYPE
             )
-            do = _gather_nodes(
+            do = gather_nodes(
                 upstream.dout, batch, heads, num_heads, queries, mask_e, config.VALUE_DIM, config.BLOCK_DV, ACC_DTYPE
             )
             offs_lse = (batch * num_heads + heads)[None, :] * num_queries + queries[:, None]
@@ -403,36 +347,30 @@ def _bwd_dkdv_kernel(
 
             if config.PADDED:
                 mask = mask & load_real(inputs.padding, batch, key, True)
-            p = tl.where(mask, tl.exp2(qk - _load_lse(upstream.lse, offs_lse, mask)), 0.0)
-            delta = tl.load(upstream.delta + offs_lse, mask=mask, other=0.0)
-            ds = p * (tl.sum(do * v[None, :, :], 2) - delta)
+            qk, slope = transformed(qk, config)
+            lse, delta = _load_lse_delta(upstream, offs_lse, mask, config)
+            p, ds = _weights(qk, lse, mask, config)
+            dw = tl.sum(do * v[None, :, :], 2)
+            if config.DROPOUT:
+                numbers = head_numbers(inputs.dropout, heads, kv_heads < num_kv_heads)
+                kept = kept_pairs(inputs.dropout, batch, numbers[None, :], queries[:, None], key)
+                p = tl.where(kept, p, 0.0)
+                dw = tl.where(kept, dw * exact(inputs.dropout.keep_factor, ACC_DTYPE), 0.0)
+            ds *= dw - delta
+            if config.TRANSFORM != NO_TRANSFORM:
+                ds *= slope
             dk += tl.sum(ds[:, :, None] * q, 0)
             dv += tl.sum(p[:, :, None] * do, 0)
             if BIAS_GRAD:
                 dbias += tl.sum(ds, 0)
         if BIAS_GRAD:
             of_heads = Target(target.piece, target.piece_heads * group, target.node_heads * group)
-            _store_scalars(dbias_out, dbias_pieces, of_heads, batch, heads, num_heads, key, num_keys, num_pieces, dbias)
-    dk = dk * _exact(dk_scale, ACC_DTYPE)
-    _store_vectors(dk_out, dk_pieces, target, work, dk, config.HEAD_DIM, config.BLOCK_D)
-    _store_vectors(dv_out, dv_pieces, target, work, dv, config.VALUE_DIM, config.BLOCK_DV)
-
-
-@triton.jit(do_not_specialize=["num_heads"])
-def _sum_pieces_kernel(
-    heavy_nodes, num_heads, config: tl.constexpr, out, out_pieces, DIM: tl.constexpr, BLOCK_D: tl.constexpr
-):
-    """The gradient of a heavy node, the sum of those of its pieces."""
-    ACC_DTYPE: tl.constexpr = tl.float64 if config.IS_DOUBLE else tl.float32
-    node, first_piece, count = _load_pieces(heavy_nodes)
-    bh, offs_d = tl.program_id(1).to(tl.int64), tl.arange(0, BLOCK_D)
-    acc = tl.zeros([BLOCK_D], ACC_DTYPE)
-    for step in range(count):
-        acc += tl.load(
-            _vector_ptrs(out_pieces, bh, num_heads, first_piece + step, offs_d), mask=offs_d < DIM, other=0.0
-        )
-    ptrs = _vector_ptrs(out, bh, num_heads, node, offs_d)
-    tl.store(ptrs, acc.to(out.ptr.dtype.element_ty), mask=offs_d < DIM)
+            store_scalars(dbias_out, dbias_pieces, of_heads, batch, heads, num_heads, key, num_keys, num_pieces, dbias)
+    dk = dk * exact(dk_scale, ACC_DTYPE)
+    if config.DROPOUT:
+        dv = dv * exact(inputs.dropout.keep_factor, ACC_DTYPE)
+    store_vectors(dk_out, dk_pieces, target, work, dk, config.HEAD_DIM, config.BLOCK_D)
+    store_vectors(dv_out, dv_pieces, target, work, dv, config.VALUE_DIM, config.BLOCK_DV)
 
 
 # ------------------------------------------------------------------------------------------------------ launch
@@ -448,12 +386,13 @@ class Blocks(NamedTuple):
 # The fastest of those that `python -m benchmarks.gpu_blocks rows` tries, on an H200. One warp: sums over several pass
 # through shared memory, and took 3 to 6 times as long.
 BLOCKS = {"_fwd_kernel": Blocks(1024, 1), "_bwd_dq_kernel": Blocks(512, 1), "_bwd_dkdv_kernel": Blocks(512, 1)}
-MIN_BLOCK_E = 4  # fewer heads rather than fewer edges
-MAX_GRID_Y = 1 << 16  # programs on the second axis of a grid
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, layout: CSRLayout, modifiers: Modifiers) -> tuple[Tensor, Tensor]:
-    """out (B, H, N, Dv) and lse (B, H, N) over the edges of a layout; in float16, bfloat16, float32 or float64."""
+    """out (B, H, N, Dv) and lse (B, H, N) over the edges of a layout; in float16, bfloat16, float32 or float64.
+
+    lse is 0 of a normaliser that has none.
+    """
     return _Launcher(q, k, v, layout, modifiers).forward(like(q, v.shape[3]))
 
 
@@ -466,7 +405,8 @@ def backward(
     kind, values = modifiers.bias if modifiers.bias is not None and bias_grad else (None, None)
     of_keys = kind == "dense" and values is not None and values.shape[2] == 1
     lse = lse.contiguous()
-    upstream = Upstream(ptr_and_strides(dout), lse, compute_delta(out, dout, lse, dlse))
+    delta = compute_delta(out, dout, lse, dlse) if modifiers.normalize == "softmax" else lse  # which is not read then
+    upstream = Upstream(ptr_and_strides(dout), lse, delta)
     edge_grads = None if values is None else launcher.empty_edge_grads(of_keys)
     dq = launcher.backward_dq(upstream, like(q, q.shape[3]), None if of_keys else edge_grads)
     dk, dv = launcher.backward_dkdv(upstream, like(k, k.shape[3]), like(v, v.shape[3]), edge_grads if of_keys else None)
@@ -477,12 +417,14 @@ class _Launcher:
     """What all kernels of a call are given: tensors, layout, sizes."""
 
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, layout: CSRLayout, modifiers: Modifiers) -> None:
-        scale, bias, attention_mask = modifiers
+        scale, bias, attention_mask = modifiers[:3]
+        self.kinds, self.dropout = compiled_kinds(modifiers), dropout_ptrs(modifiers.dropout)
+        self.has_lse = modifiers.normalize == "softmax"
         self.padding, self.padded = padding_ptr(attention_mask, q), attention_mask is not None
         self.B, self.H, self.N, D = q.shape
         _, self.kv_heads, self.M, Dv = v.shape
         self.layout = layout
-        self.out_scale, self.scale = _in_two(scale), _in_two(scale * LOG2_E.value)
+        self.out_scale, self.scale = in_two(scale), in_two(scale * LOG2_E.value)
         self.bias_kind = BIAS_KINDS[None if bias is None else bias[0]]
         self.dims = D, Dv, padded_dim(D), padded_dim(Dv)
         self.qkv = ptr_and_strides(q), ptr_and_strides(k), ptr_and_strides(v)
@@ -495,7 +437,10 @@ class _Launcher:
         out_pieces, lse_pieces = self._empty(adjacency.num_pieces, self.dims[1]), self._empty(adjacency.num_pieces)
         results = ptr_and_strides(out), ptr_and_strides(out_pieces), lse, lse_pieces
         self._launch(_fwd_kernel, adjacency, self.H, *results)
-        if num_heavy := len(adjacency.pieces):
+        if not self.has_lse:
+            sum_pieces(adjacency, out, out_pieces)
+            lse.zero_()
+        elif num_heavy := len(adjacency.pieces):
             config = constexprs(self._config(_merge_pieces_kernel, adjacency, 1))
             _merge_pieces_kernel[num_heavy, self.B * self.H](
                 adjacency.pieces, adjacency.num_pieces, self.H, self.N, config, *results
@@ -510,7 +455,7 @@ class _Launcher:
             _bwd_dq_kernel, adjacency, self.H,
             upstream, ptr_and_strides(dq), ptr_and_strides(dq_pieces), dbias, self.out_scale, edge_grads is not None,
         )  # fmt: skip
-        self._sum_pieces(adjacency, dq, dq_pieces)
+        sum_pieces(adjacency, dq, dq_pieces)
         return dq
 
     def backward_dkdv(
@@ -526,10 +471,10 @@ class _Launcher:
             dbias_pieces if key_grads is None else key_grads, dbias_pieces, self.M, self.out_scale,
             key_grads is not None,
         )  # fmt: skip
-        self._sum_pieces(adjacency, dk, dk_pieces)
-        self._sum_pieces(adjacency, dv, dv_pieces)
+        sum_pieces(adjacency, dk, dk_pieces)
+        sum_pieces(adjacency, dv, dv_pieces)
         if key_grads is not None:
-            self._sum_pieces(adjacency, key_grads[:, :, 0, :, None], dbias_pieces)
+            sum_pieces(adjacency, key_grads[:, :, 0, :, None], dbias_pieces)
         return dk, dv
 
     def _empty(self, nodes: int, dim: int = 0, heads: int | None = None) -> Tensor:
@@ -539,33 +484,21 @@ class _Launcher:
 
     def _config(self, kernel: triton.JITFunction, adjacency: Adjacency, heads: int) -> Config:
         blocks = BLOCKS.get(kernel.fn.__name__)
-        neighbours = 1 if blocks is None else blocks.numbers // max(self.dims[2:]) // (1 + self.is_double)
-        block_h = min(triton.next_power_of_2(heads), max(1, neighbours // MIN_BLOCK_E))
-        block_e = max(1, neighbours // block_h)
-        return Config(*self.dims, block_h, block_e, adjacency.heavy, self.bias_kind, self.padded, self.is_double)
+        vectors = 1 if blocks is None else blocks.numbers // max(self.dims[2:]) // (1 + self.is_double)
+        block_h, block_e = heads_and_edges(vectors, heads)
+        kinds = self.bias_kind, self.padded, *self.kinds
+        return Config(*self.dims, block_h, block_e, adjacency.heavy, *kinds, self.is_double)
 
     def _launch(self, kernel: triton.JITFunction, adjacency: Adjacency, heads: int, *own) -> None:
         """A kernel, for each node or piece of one, and each block of heads."""
         config = self._config(kernel, adjacency, heads)
-        num_units = adjacency.num_pieces + len(adjacency.start) - 1
-        head_blocks = triton.cdiv(heads, config.BLOCK_H)
-        if self.B * heads >= MAX_GRID_Y:
-            raise ValueError(f"rows on a GPU take batch · heads below {MAX_GRID_Y:,} (got {self.B * heads:,})")
-        if num_units * self.B:
-            inputs = Inputs(*self.qkv, self.bias, self.padding, _adjacency_ptrs(adjacency))
-            kernel[num_units, self.B * head_blocks](
+        grid = grid_of_units(adjacency, self.B, heads, config.BLOCK_H)
+        if grid[0] * grid[1]:
+            inputs = Inputs(*self.qkv, self.bias, self.padding, self.dropout, adjacency_ptrs(adjacency))
+            head_blocks = triton.cdiv(heads, config.BLOCK_H)
+            kernel[grid](
                 inputs, adjacency.num_pieces, head_blocks, self.H, self.H // self.kv_heads, self.N, self.scale,
                 constexprs(config), *own, num_warps=BLOCKS[kernel.fn.__name__].num_warps,
-            )  # fmt: skip
-
-    def _sum_pieces(self, adjacency: Adjacency, grad: Tensor, grad_pieces: Tensor) -> None:
-        """The gradients of heavy nodes."""
-        if num_heavy := len(adjacency.pieces):
-            heads, dim = grad.shape[1], grad.shape[3]
-            config = constexprs(self._config(_sum_pieces_kernel, adjacency, 1))
-            _sum_pieces_kernel[num_heavy, self.B * heads](
-                adjacency.pieces, heads, config, ptr_and_strides(grad), ptr_and_strides(grad_pieces),
-                dim, padded_dim(dim),
             )  # fmt: skip
 
     # The gradient of a bias: kernels store one number for each head and edge, pair, or key; then those that share a
@@ -592,14 +525,3 @@ class _Launcher:
         sums = edge_grads[:, :, 0].sum(0, dtype=torch.float64)[:, order].T.contiguous()
         dbias = torch.segment_reduce(sums, "sum", lengths=lengths).T.to(edge_grads.dtype)
         return dbias.sum(0, keepdim=True) if values.shape[0] == 1 else dbias
-
-
-def _adjacency_ptrs(adjacency: Adjacency) -> AdjacencyPtrs:
-    """The edges of each query, or of each key, as kernels take them."""
-    return AdjacencyPtrs(adjacency.start, adjacency.neighbor, adjacency.units, adjacency.edge)
-
-
-def _in_two(x: float) -> tuple[float, float]:
-    """As the sum of two numbers of float32."""
-    high = torch.tensor(x, dtype=torch.float32).item()
-    return high, x - high

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+
 from attngraph.planning.backends.base import Backend
 from attngraph.planning.backends.dense import Dense
 from attngraph.planning.backends.edges import Edges
 from attngraph.planning.backends.reference import Reference
 from attngraph.planning.backends.rows import NumbaRows, TritonRows
+from attngraph.planning.backends.steps import Steps
 from attngraph.planning.backends.tiles import NumbaTiles, TorchTiles, TritonTiles
 from attngraph.planning.call import Call
 
@@ -19,6 +26,7 @@ BACKENDS: dict[str, Backend] = {
     "tiles (torch)": TorchTiles(),
     "rows (triton)": TritonRows(),
     "rows (numba)": NumbaRows(),
+    "steps": Steps(),
 }
 """By label; of several with one name, those that are faster where they can run come first."""
 
@@ -34,6 +42,19 @@ def kernel_for(name: str, call: Call) -> Backend | None:
         if backend.name == name and backend.supports(call) is None:
             return backend
     return None
+
+
+def makes_products(q: Tensor) -> bool:
+    """Whether there are kernels that make the scores of all edges by themselves, for tensors like q."""
+    call = Call(1, 1, 1, 1, 1, 1, q.dtype, q.device, compiled=torch.compiler.is_compiling())
+    return kernel_for("rows", call) is not None
+
+
+def products_of(q: Tensor) -> Any:
+    """Their module."""
+    return import_module(
+        "attngraph.kernels.cpu.products" if q.device.type == "cpu" else "attngraph.kernels.triton.products"
+    )
 
 
 def reasons(name: str, call: Call) -> dict[str, str]:

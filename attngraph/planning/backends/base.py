@@ -15,6 +15,7 @@ from attngraph.bias import Bias
 from attngraph.graph.base import Graph
 from attngraph.kernels.available import why_not
 from attngraph.kernels.contract import Modifiers
+from attngraph.kernels.scoring import FUSED_SCORES, NORMALIZER_NAMES
 from attngraph.planning.call import Call, Request
 from attngraph.planning.costs import Costs
 from attngraph.planning.edge_set import EdgeSet, Tiling
@@ -131,7 +132,7 @@ class Backend(ABC):
 class KernelBackend(Backend):
     """A backend whose kernels are a module with `forward` and `backward`, imported when it is first used.
 
-    It computes softmax attention on dot products alone.
+    It computes attention by dot products, their transforms and the normalisers that have names.
     """
 
     module: ClassVar[str]
@@ -141,7 +142,7 @@ class KernelBackend(Backend):
     """A package that it needs."""
 
     def supports(self, call: Call) -> str | None:
-        if (reason := only_plain_attention(call)) is not None:
+        if (reason := only_fused_attention(call)) is not None:
             return reason
         if self.device not in (None, call.device.type):
             return f"it runs on a {'GPU' if self.device == 'cuda' else 'CPU'}, not on {call.device}"
@@ -172,16 +173,12 @@ def current(device: torch.device) -> AbstractContextManager[object]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-def only_plain_attention(call: Call) -> str | None:
-    """Why a kernel of softmax attention on dot products, with a backward pass of its own, can't run a call."""
-    if call.score != "dot":
+def only_fused_attention(call: Call) -> str | None:
+    """Why a kernel of scores and weights at once, with a backward pass of its own, can't run a call."""
+    if call.score not in FUSED_SCORES:
         return f"it has no score={call.score!r}"
-    if call.normalize != "softmax":
+    if call.normalize not in NORMALIZER_NAMES:
         return f"it has no normalize={call.normalize!r}"
-    if call.return_weights:
-        return "it gives no weights"
-    if call.dropout:
-        return "it has no dropout"
     if call.transform == "forward-mode":
         return "it has no forward-mode derivatives"
     if call.transform is not None:
@@ -189,9 +186,24 @@ def only_plain_attention(call: Call) -> str | None:
     return None
 
 
+def only_plain_attention(call: Call) -> str | None:
+    """Why a kernel of softmax attention on dot products that knows the scale alone can't run a call."""
+    if (call.score, call.normalize, call.dropout, call.bias, call.padding) != ("dot", "softmax", False, None, False):
+        return "it has nothing but the scale"
+    return only_fused_attention(call)
+
+
 def width_factor(call: Call) -> float:
-    """How much wider a number is than float32, in which costs are measured: float64 takes twice the time."""
-    return 2.0 if call.number_bytes > 4 else 1.0
+    """How many times as long a call takes as one in float32 with nothing but a scale, of which costs are measured.
+
+    float64 takes twice the time; what kernels do to each score besides, a share of it (`benchmarks.goals`, calls).
+    """
+    factor = 2.0 if call.number_bytes > 4 else 1.0
+    factor *= DROPOUT_FACTOR if call.dropout else 1.0
+    return factor * (ELEMENTWISE_FACTOR if call.score != "dot" or call.normalize != "softmax" else 1.0)
+
+
+DROPOUT_FACTOR, ELEMENTWISE_FACTOR = 1.25, 1.15
 
 
 INSTALLED = {name: find_spec(name) is not None for name in ("numba", "scipy", "triton")}

@@ -21,11 +21,12 @@ from attngraph.planning.layouts.materialized import edges_of_heads
 from attngraph.planning.layouts.materialized import mask as all_pairs_mask
 
 FLASH_KEYS = 512  # keys that the flash kernel of a CPU takes at once, also where only one of them is an edge
+DROPOUT_FACTOR = 20  # all weights are held, and which of them are dropped
 HALF_PRECISION_FACTOR = 0.5  # PyTorch's kernel reads half precision as it is; ours widen it first
 
 
 class Dense(Backend):
-    """See `kernels.dense`. Dropout and every bias; no other score or normaliser, no weights."""
+    """See `kernels.dense`. Dropout and every bias; no other score or normaliser."""
 
     name = "dense"
 
@@ -34,8 +35,6 @@ class Dense(Backend):
             return f"it has no score={call.score!r}"
         if call.normalize != "softmax":
             return f"it has no normalize={call.normalize!r}"
-        if call.return_weights:
-            return "it gives no weights"
         if call.transform == "forward-mode":
             return "PyTorch's kernels have no forward-mode derivatives"
         if call.part and call.bias is not None:
@@ -57,6 +56,7 @@ class Dense(Backend):
             moved = 4 * costs.merge_s_per_result_dim * call.head_dim * edges.n * call.heads  # q, k, v and out
             return flash + len(counts) * costs.tile_s_per_call + moved
         pairs = costs.masked_s_per_pair_dim * call.head_dim * edges.n * edges.m * width_factor(call)
+        pairs *= DROPOUT_FACTOR if call.dropout else 1
         return pairs * call.heads + costs.masked_s_per_call
 
     def _flash_seconds(self, closed: Graph, n: int, m: int, call: Call, costs: Costs) -> float:
@@ -79,7 +79,7 @@ class Dense(Backend):
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, layout: DenseLayout, modifiers: Modifiers
     ) -> tuple[Tensor, Tensor]:
-        assert modifiers[1:] == (None, None)  # as one of several parts: see supports
+        assert modifiers.is_plain  # as one of several parts: see supports
         return kernels.forward(q, k, v, layout, modifiers)
 
     def backward(self, q, k, v, out, lse, dout, dlse, layout, modifiers, bias_grad) -> Gradients:
@@ -104,7 +104,7 @@ class Dense(Backend):
         if bias is not None:
             values = over_pairs(bias, q, k, lambda: edges_of_heads(layout.graph, n, m, q.device))
         options = {"causal": causal, "bias": values, "scale": request.scale}
-        out = kernels.dense(q, k, v, mask, dropout_p=request.dropout_p, **options)
+        out = kernels.dense(q, k, v, mask, dropout=request.dropout, **options)
         return out, kernels.logsumexp(q, k, mask, **options) if request.return_lse else None, None
 
     def runs_whole(self, layout: DenseLayout, call: Call) -> bool:

@@ -60,15 +60,10 @@ class _TilesOfAnyKernel(KernelBackend):
 
 
 class NumbaTiles(_TilesOfAnyKernel):
-    """See `kernels.cpu.tiles`: products, softmax and gradients of a tile in one pass, in float32."""
+    """See `kernels.cpu.tiles`: products, softmax and gradients of a tile in one pass, in float32 and float64."""
 
     kernel, module, device, package = "numba", "attngraph.kernels.cpu.tiles", "cpu", "numba"
     tiling = Tiling((64, 64), block=(8, 32))
-
-    def limits(self, call: Call) -> str | None:
-        if call.number_bytes > 4:
-            return "it computes in float32"
-        return "it has no bias" if call.bias is not None else None
 
 
 class TorchTiles(_TilesOfAnyKernel):

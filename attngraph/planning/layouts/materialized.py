@@ -15,6 +15,7 @@ from attngraph import cache
 from attngraph.graph.base import Graph, at_size
 from attngraph.graph.listing import count_edges, list_edges, of_each_head
 from attngraph.graph.text import pack, tensors_are_fake, unpack
+from attngraph.planning.layouts.csr import CSR
 
 MAX_MASK_BYTES = 1 << 26  # of a mask that is kept; larger ones cost less to build than to keep
 
@@ -56,6 +57,16 @@ def edges_of_heads(graph: Graph, n: int, m: int, device: torch.device) -> EdgesO
         query, key = (torch.empty(count, dtype=torch.int64, device=device) for _ in range(2))
         return EdgesOfHeads(query, key, torch.empty(graph.heads or 0, count, dtype=torch.bool, device=device))
     return cache.EDGES.get_or_make((graph, graph._state(), n, m, device), lambda: _listed(graph, n, m, device))
+
+
+def csr_of_heads(graph: Graph, n: int, m: int, device: torch.device) -> CSR:
+    """The same edges by query and by key, as kernels of rows read them; kept."""
+
+    def make() -> CSR:
+        edges = edges_of_heads(graph, n, m, device)
+        return CSR.from_edges(edges.query, edges.key, n, m)
+
+    return cache.EDGES.get_or_make((graph, graph._state(), n, m, device, CSR), make)
 
 
 def _listed(graph: Graph, n: int, m: int, device: torch.device) -> EdgesOfHeads:

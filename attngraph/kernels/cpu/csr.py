@@ -1,0 +1,78 @@
+"""Walking along the edges of an `Adjacency` in compiled code, four at a time, unit by unit; tensors as arrays."""
+
+# pyright: reportCallIssue=false, reportArgumentType=false
+# (Numba's decorators and intrinsics have no types that a checker understands)
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from attngraph.kernels.contract import Adjacency
+from attngraph.kernels.cpu.weights import compiled
+
+JOBS_PER_THREAD = 16  # ranges of units: few, as each call of a compiled function takes some microseconds, but divisible
+
+
+class Edges(NamedTuple):
+    """The arrays of an `Adjacency`."""
+
+    start: np.ndarray
+    neighbor: np.ndarray
+    edge: np.ndarray
+    units: np.ndarray
+
+
+@compiled
+def neighbors_of_4(neighbor, e, last, base):
+    """base plus the neighbours of the edges e … e + 3; past the last edge, the last one again."""
+    b, c, d = neighbor[min(e + 1, last)], neighbor[min(e + 2, last)], neighbor[min(e + 3, last)]
+    return base + np.int64(neighbor[e]), base + np.int64(b), base + np.int64(c), base + np.int64(d)
+
+
+@compiled
+def max_degree(start, unit):
+    """The most edges that a unit takes of one of its nodes."""
+    first, stop, begin, end = unit
+    most = 0
+    for node in range(first, stop):
+        most = max(most, min(start[node + 1], end) - max(start[node], begin))
+    return most
+
+
+@compiled
+def sum_pieces(pieces, result, of_pieces):
+    """Each heavy node's sum over its pieces, in fixed order: result (B, nodes, ·, ·), of_pieces (B, pieces, ·, ·)."""
+    for batch in range(len(result)):
+        for node, first, stop in pieces:
+            for x in range(first, stop):
+                result[batch, node] += of_pieces[batch, x]
+
+
+def unit_ranges(units: int) -> list[tuple[int, int]]:
+    """The units in consecutive ranges (first, stop), one for each job."""
+    size = max(1, units // (JOBS_PER_THREAD * torch.get_num_threads()))
+    return [(first, min(first + size, units)) for first in range(0, units, size)]
+
+
+def nodes_first(x: Tensor) -> Tensor:
+    """(B, heads, nodes, ·) → (B, nodes, heads, ·), contiguous."""
+    return x.detach().transpose(1, 2).contiguous()
+
+
+def arrays(*tensors: Tensor) -> list[np.ndarray]:
+    """Tensors as arrays."""
+    return [tensor.numpy() for tensor in tensors]
+
+
+def flat_nodes(*tensors: Tensor) -> list[np.ndarray]:
+    """(B, nodes, …) → (B · nodes, …)."""
+    return [tensor.flatten(0, 1).numpy() for tensor in tensors]
+
+
+def edges_of(adjacency: Adjacency) -> Edges:
+    """An adjacency as compiled functions take it."""
+    return Edges(*arrays(adjacency.start, adjacency.neighbor, adjacency.edge, adjacency.units))

@@ -1,0 +1,195 @@
+"""The backward pass over tiles on a CPU (Dao 2024, algorithm 2): scores and weights are computed again."""
+
+# pyright: reportCallIssue=false, reportArgumentType=false
+# (Numba's decorators and intrinsics have no types that a checker understands)
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from attngraph.kernels.cpu.simd import LANES, TILE, broadcast, exp2, load, reduce_sum, store, where
+from attngraph.kernels.cpu.tiles_scores import (
+    NO_TRANSFORM,
+    SOFTMAX,
+    Place,
+    add_bias_gradient,
+    draw_kept,
+    elementwise_backward,
+    make_scores,
+    new_scratch,
+    scale_by_slopes,
+)
+from attngraph.kernels.cpu.tiles_steps import (
+    add_product,
+    aligned,
+    compiled,
+    fill_zero,
+    inner,
+    load_mask,
+    product,
+    scale_by,
+    transpose,
+)
+
+
+class BackwardTensors(NamedTuple):
+    """Of one query head and its key head, or of one key head and all its query heads, one behind the other; flat."""
+
+    q: np.ndarray
+    k: np.ndarray
+    v: np.ndarray
+    dout: np.ndarray
+    lse: np.ndarray  # as an exponent of 2
+    delta: np.ndarray
+    dq: np.ndarray
+    dk: np.ndarray
+    dv: np.ndarray
+    real: np.ndarray  # uint64 (tiles of keys,): a bit for each key that is no padding
+    head_dim: int  # filled up to a multiple of 16, as value_dim
+    value_dim: int
+
+
+@compiled
+def compute_delta(out, dout, width, delta):
+    """delta, (nodes,), which holds dlse, to Σ_d out · dout - dlse; out and dout flat, (nodes, width)."""
+    for i in range(len(delta)):
+        sums = broadcast(out, 0)
+        for d in range(i * width, (i + 1) * width, LANES):
+            sums = sums + load(out, d) * load(dout, d)
+        delta[i] = reduce_sum(sums) - delta[i]
+
+
+@inner
+def softmax_backward(p, ds, bits, kept, keep_factor, scale_log2, lse, delta, at, queries_stream):
+    """Scores in p to p = 2^(scale · s - lse), and dp in ds to ds = p · (dp - delta), both (streamed, resident).
+
+    lse and delta are those of the queries, from `at` on: of the streamed nodes, or else of the resident ones. With
+    dropout, dp is keep_factor · dp where kept, else 0, and so is p, but for the factor; kept is None without.
+    """
+    zero, factor, keep = broadcast(p, 0), broadcast(p, scale_log2), broadcast(p, keep_factor)
+    for r in range(TILE):
+        for c in range(0, TILE, LANES):
+            if queries_stream:
+                lse_i, delta_i = broadcast(p, lse[at + r]), broadcast(p, delta[at + r])
+            else:
+                lse_i, delta_i = load(lse, at + c), load(delta, at + c)
+            weight = where(bits[r], c, exp2(load(p, r * TILE + c) * factor - lse_i), zero)
+            dp = load(ds, r * TILE + c)
+            if kept is None:
+                store(p, r * TILE + c, weight)
+            else:
+                store(p, r * TILE + c, where(kept[r], c, weight, zero))
+                dp = where(kept[r], c, dp * keep, zero)
+            store(ds, r * TILE + c, where(bits[r], c, weight * (dp - delta_i), zero))
+
+
+@inner
+def scores_backward(p, ds, bits, scoring, place, tiles, scratch, tensors, at, queries_stream):
+    """Products in p to weights, 0 where dropped, and dp in ds to the gradients of the products over the scale."""
+    dropout = scoring.dropout
+    make_scores(p, scoring, place, tiles, scratch, queries_stream)
+    if dropout.is_on:
+        draw_kept(scratch.kept, bits, dropout, place, queries_stream)
+    lse, delta, factor, kept = tensors.lse, tensors.delta, scoring.factor, scratch.kept
+    if scoring.normalize != SOFTMAX:
+        elementwise_backward(p, ds, bits, kept, dropout.factor, factor, scoring.normalize)
+    elif dropout.is_on:
+        softmax_backward(p, ds, bits, kept, dropout.factor, factor, lse, delta, at, queries_stream)
+    else:
+        softmax_backward(p, ds, bits, None, dropout.factor, factor, lse, delta, at, queries_stream)
+    if scoring.transform != NO_TRANSFORM:
+        scale_by_slopes(ds, bits, scratch.slopes)
+
+
+@compiled
+def backward_dq(first, stop, batch, head, tensors, tiles, scoring):
+    """dq, which is 0, of the rows of tiles first … stop - 1 of one head: adds in the order of the keys."""
+    head_dim, value_dim = tensors.head_dim, tensors.value_dim
+    q = tensors.q
+    p, ds = aligned(TILE * TILE, q), aligned(TILE * TILE, q)
+    q_t, dout_t = aligned(TILE * head_dim, q), aligned(TILE * value_dim, q)
+    by_query, by_key = np.empty(TILE, np.uint64), np.empty(TILE, np.uint64)
+    scratch = new_scratch(scoring, q)
+    for row in range(first, stop):
+        query = row * TILE
+        transpose(q, query * head_dim, head_dim, q_t)
+        transpose(tensors.dout, query * value_dim, value_dim, dout_t)
+        masked, full = tiles.start[row], tiles.full[row]
+        while masked < tiles.full[row] or full < tiles.start[row + 1]:  # merges two ascending lists
+            take_masked = full == tiles.start[row + 1]
+            if not take_masked and masked < tiles.full[row]:
+                take_masked = tiles.column[masked] < tiles.column[full]
+            if take_masked:
+                tile = masked
+                masked += 1
+            else:
+                tile = full
+                full += 1
+            key, real = np.int64(tiles.column[tile]) * TILE, tensors.real[tiles.column[tile]]
+            if not real:
+                continue
+            load_mask(tiles.words, tiles.mask[tile], real, by_query, by_key)
+            product(p, tensors.k, key * head_dim, q_t, head_dim, by_key)
+            product(ds, tensors.v, key * value_dim, dout_t, value_dim, by_key)
+            if scoring.is_plain:
+                factor, keep_factor = scoring.factor, scoring.dropout.factor
+                softmax_backward(p, ds, by_key, None, keep_factor, factor, tensors.lse, tensors.delta, query, False)
+            else:
+                place = Place(batch, head, query, key, np.int64(tiles.tile[tile]), np.int64(tiles.mask[tile]))
+                scores_backward(p, ds, by_key, scoring, place, tiles, scratch, tensors, query, False)
+            add_product(tensors.dq, query * head_dim, ds, 1, TILE, tensors.k, key * head_dim, head_dim, by_query)
+        scale_by(tensors.dq, query * head_dim, TILE * head_dim, scoring.scale)
+
+
+@compiled
+def backward_dkdv(first, stop, batch, head, group, tensors, tiles, scoring, bias_gradient):
+    """dk and dv of the columns of tiles first … stop - 1 of a key head, with `group` query heads from `head` on.
+
+    Where dq, which is 0, is not empty, the columns are all, and it is computed too: adds in the order of the keys.
+    """
+    q, k, v, dout, dq, dk, dv = (
+        tensors.q, tensors.k, tensors.v, tensors.dout, tensors.dq, tensors.dk, tensors.dv,
+    )  # fmt: skip
+    head_dim, value_dim, n = tensors.head_dim, tensors.value_dim, len(tensors.lse) // group
+    keep_factor = scoring.dropout.factor
+    p, ds = aligned(TILE * TILE, q), aligned(TILE * TILE, q)
+    k_t, v_t = aligned(TILE * head_dim, q), aligned(TILE * value_dim, q)
+    by_query, by_key = np.empty(TILE, np.uint64), np.empty(TILE, np.uint64)
+    scratch = new_scratch(scoring, q)
+    for column in range(first, stop):
+        k_at, v_at = column * TILE * head_dim, column * TILE * value_dim
+        transpose(k, k_at, head_dim, k_t)
+        transpose(v, v_at, value_dim, v_t)
+        fill_zero(dk, k_at, TILE * head_dim)
+        fill_zero(dv, v_at, TILE * value_dim)
+        real = tensors.real[column]
+        if not real:
+            continue
+        for tile in range(tiles.start[column], tiles.start[column + 1]):
+            load_mask(tiles.words, tiles.mask[tile], real, by_query, by_key)
+            for g in range(group):
+                query = np.int64(tiles.column[tile]) * TILE
+                at = g * n + query
+                q_at, dout_at = at * head_dim, at * value_dim
+                product(p, q, q_at, k_t, head_dim, by_query)
+                product(ds, dout, dout_at, v_t, value_dim, by_query)
+                place = Place(
+                    batch, head + g, query, column * TILE, np.int64(tiles.tile[tile]), np.int64(tiles.mask[tile])
+                )
+                if scoring.is_plain:
+                    factor = scoring.factor
+                    softmax_backward(p, ds, by_query, None, keep_factor, factor, tensors.lse, tensors.delta, at, True)
+                else:
+                    scores_backward(p, ds, by_query, scoring, place, tiles, scratch, tensors, at, True)
+                add_product(dv, v_at, p, 1, TILE, dout, dout_at, value_dim, by_key)
+                add_product(dk, k_at, ds, 1, TILE, q, q_at, head_dim, by_key)
+                if len(dq):
+                    add_product(dq, q_at, ds, TILE, 1, k, k_at, head_dim, by_query)
+                if len(bias_gradient.values) or len(bias_gradient.sums):
+                    add_bias_gradient(bias_gradient, scoring.bias, place, tiles, ds, scratch)
+        scale_by(dk, k_at, TILE * head_dim, scoring.scale)
+        if keep_factor != 1:
+            scale_by(dv, v_at, TILE * value_dim, keep_factor)
+    scale_by(dq, 0, len(dq), scoring.scale)

@@ -1,0 +1,132 @@
+"""The forward pass over tiles on a CPU: flash attention (Dao 2024, algorithm 1), and weights by other normalisers."""
+
+# pyright: reportCallIssue=false, reportArgumentType=false
+# (Numba's decorators and intrinsics have no types that a checker understands)
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+from attngraph.kernels.cpu.simd import LANES, TILE, broadcast, exp2, load, maximum, store, where
+from attngraph.kernels.cpu.tiles_scores import (
+    SOFTMAX,
+    Place,
+    draw_kept,
+    elementwise_weights,
+    make_scores,
+    new_scratch,
+)
+from attngraph.kernels.cpu.tiles_steps import (
+    add_product,
+    aligned,
+    compiled,
+    fill_zero,
+    inner,
+    load_mask,
+    product,
+    scale_by,
+    scale_rows,
+    transpose,
+)
+
+LN_2 = math.log(2)
+
+
+class ForwardTensors(NamedTuple):
+    """Of one query head and its key head, flat: (nodes · dim,) or (nodes,)."""
+
+    q: np.ndarray
+    k: np.ndarray
+    v: np.ndarray
+    out: np.ndarray
+    lse: np.ndarray
+    real: np.ndarray  # uint64 (tiles of keys,): a bit for each key that is no padding
+    head_dim: int  # filled up to a multiple of 16, as value_dim
+    value_dim: int
+
+
+@inner
+def masked_score(s):
+    """Below every score, and finite: a query without edges has no NaN."""
+    return np.finfo(s.dtype).min
+
+
+@inner
+def online_softmax(s, bits, kept, scale_log2, row_max, row_sum, alpha):
+    """Scores s (keys, queries) to p = 2^(scale · s - row_max), in place; alpha is what earlier sums are worth now.
+
+    row_max, row_sum and alpha (queries,): row_sum is updated, out is left to the caller. Of the pairs that are not
+    kept, p counts in row_sum, and is 0 after; kept is None where all are.
+    """
+    zero, masked, factor = broadcast(s, 0), broadcast(s, masked_score(s)), broadcast(s, scale_log2)
+    for c in range(0, TILE, LANES):
+        old_max = load(row_max, c)
+        max_a, max_b = old_max, old_max  # two chains: each comparison waits for the one before
+        for r in range(0, TILE, 2):
+            scaled_a, scaled_b = load(s, r * TILE + c) * factor, load(s, (r + 1) * TILE + c) * factor
+            store(s, r * TILE + c, scaled_a)  # rounded, so that none is above the largest
+            store(s, (r + 1) * TILE + c, scaled_b)
+            max_a = maximum(where(bits[r], c, scaled_a, masked), max_a)
+            max_b = maximum(where(bits[r + 1], c, scaled_b, masked), max_b)
+        new_max = maximum(max_a, max_b)
+        rescale = exp2(old_max - new_max)
+        sums = load(row_sum, c) * rescale
+        for r in range(TILE):
+            p = where(bits[r], c, exp2(load(s, r * TILE + c) - new_max), zero)
+            sums = sums + p
+            if kept is not None:
+                p = where(kept[r], c, p, zero)
+            store(s, r * TILE + c, p)
+        store(row_max, c, new_max)
+        store(row_sum, c, sums)
+        store(alpha, c, rescale)
+
+
+@compiled
+def forward_rows(first, stop, batch, head, tensors, tiles, scoring):
+    """out and lse of the rows of tiles first … stop - 1 of one head."""
+    q, k, v, acc, lse = tensors.q, tensors.k, tensors.v, tensors.out, tensors.lse
+    head_dim, value_dim = tensors.head_dim, tensors.value_dim
+    p, q_t = aligned(TILE * TILE, q), aligned(TILE * head_dim, q)
+    row_max, row_sum, alpha = aligned(TILE, q), aligned(TILE, q), aligned(TILE, q)
+    by_query, by_key = np.empty(TILE, np.uint64), np.empty(TILE, np.uint64)
+    scratch, dropout = new_scratch(scoring, q), scoring.dropout
+    for row in range(first, stop):
+        acc_at = row * TILE * value_dim
+        transpose(q, row * TILE * head_dim, head_dim, q_t)
+        fill_zero(acc, acc_at, TILE * value_dim)
+        for r in range(TILE):
+            row_max[r], row_sum[r] = masked_score(q), 0
+        for tile in range(tiles.start[row], tiles.start[row + 1]):
+            key, real = np.int64(tiles.column[tile]) * TILE, tensors.real[tiles.column[tile]]
+            if not real:
+                continue
+            load_mask(tiles.words, tiles.mask[tile], real, by_query, by_key)
+            product(p, k, key * head_dim, q_t, head_dim, by_key)
+            if not scoring.is_plain:
+                place = Place(batch, head, row * TILE, key, np.int64(tiles.tile[tile]), np.int64(tiles.mask[tile]))
+                make_scores(p, scoring, place, tiles, scratch, False)
+                if dropout.is_on:
+                    draw_kept(scratch.kept, by_key, dropout, place, False)
+            if scoring.normalize == SOFTMAX:
+                if dropout.is_on:
+                    online_softmax(p, by_key, scratch.kept, scoring.factor, row_max, row_sum, alpha)
+                else:
+                    online_softmax(p, by_key, None, scoring.factor, row_max, row_sum, alpha)
+                if tile > tiles.start[row]:
+                    scale_rows(acc, acc_at, value_dim, alpha)
+            else:
+                elementwise_weights(p, by_key, scratch.kept, scoring.factor, scoring.normalize)
+            add_product(acc, acc_at, p, 1, TILE, v, key * value_dim, value_dim, by_query)
+        if scoring.normalize == SOFTMAX:
+            for r in range(TILE):
+                has_edge = row_sum[r] != 0
+                lse[row * TILE + r] = (row_max[r] + math.log2(row_sum[r])) * LN_2 if has_edge else -np.inf
+                alpha[r] = dropout.factor / row_sum[r] if has_edge else 0.0
+            scale_rows(acc, acc_at, value_dim, alpha)
+        else:
+            fill_zero(lse, row * TILE, TILE)
+            scale_by(acc, acc_at, TILE * value_dim, dropout.factor)

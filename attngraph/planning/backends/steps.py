@@ -1,0 +1,53 @@
+"""Scores of the edges first, then attention by them: for scores and weights that no kernel fuses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from attngraph.kernels.contract import Modifiers
+from attngraph.kernels.scoring import ANY_FUNCTION, FUSED_SCORES, NORMALIZER_NAMES
+from attngraph.planning.backends.base import Backend, width_factor
+from attngraph.planning.call import Call
+from attngraph.planning.costs import Costs
+from attngraph.planning.edge_set import EdgeSet
+
+
+class Steps(Backend):
+    """See `planning.steps`. Every score and normaliser; memory for E · H numbers."""
+
+    name = "steps"
+
+    def supports(self, call: Call) -> str | None:
+        if call.part:
+            return "it runs all edges at once"
+        if call.transform is not None:
+            return f"{call.transform} can't transform its backward pass"
+        if call.score in FUSED_SCORES and call.normalize in NORMALIZER_NAMES:
+            return "one kernel makes these scores and weights at once"
+        return None
+
+    def overhead(self, edges: EdgeSet, call: Call, costs: Costs) -> float:
+        return 2 * costs.row_s_per_call
+
+    def estimate(self, edges: EdgeSet, call: Call, costs: Costs) -> float:
+        vectors = costs.row_s_per_edge + (costs.row_s_per_edge_dim + costs.row_s_per_fetch_dim) * call.value_dim
+        if call.score == ANY_FUNCTION:
+            scores = costs.gather_s_per_edge + costs.gather_s_per_edge_dim * 2 * call.head_dim
+        else:
+            scores = costs.row_s_per_edge + (costs.row_s_per_edge_dim + costs.row_s_per_fetch_dim) * call.head_dim
+        return edges.count * call.heads * (scores + vectors) * width_factor(call) + 2 * costs.row_s_per_call
+
+    def build(self, edges: EdgeSet, call: Call) -> None:
+        return None
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, layout: None, modifiers: Modifiers) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError("steps run by planning.steps.in_steps")
+
+    def runs_whole(self, layout: Any, call: Call) -> bool:
+        return True
+
+    def describe(self, edges: EdgeSet, layout: Any, call: Call) -> str:
+        scores = "a part of the edges at a time" if call.score == ANY_FUNCTION else "by a kernel"
+        return f"scores of the edges first, {scores}; then attention by them"

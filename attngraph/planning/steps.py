@@ -1,0 +1,369 @@
+"""Attention in two steps, through one number for each edge and head: its score, or its weight.
+
+Any score is a bias of the edges, on vectors that are all zero: so what no kernel fuses (an additive score, a function)
+is scores first, then attention by them, with all that attention has. And the weights of any attention follow from its
+scores and its lse. What a pair makes of its vectors comes from a kernel, or streams over a part of the edges at a time:
+nothing of size E · D or N · M is ever held.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils.checkpoint import checkpoint
+
+from attngraph.bias import Alibi, Bias, DenseBias, EdgeBias, RelativeBias, Shifted, over_edges
+from attngraph.graph.base import Graph
+from attngraph.graph.text import pack, unpack
+from attngraph.kernels.edge import streamed, weights_by
+from attngraph.kernels.memory import apart
+from attngraph.kernels.scoring import Additive, dot
+from attngraph.planning.backends import makes_products, products_of
+from attngraph.planning.backends.base import Results
+from attngraph.planning.call import Request
+from attngraph.planning.layouts.csr import CSR
+from attngraph.planning.layouts.materialized import EdgesOfHeads, csr_of_heads, edges_of_heads
+from attngraph.planning.planner import Plan
+
+LEAST_WEIGHT = torch.finfo(torch.float32).tiny  # below, a weight has no share in an entropy
+Reduction = Literal["mean", "entropy", "received"]
+Run = Callable[[Tensor, Tensor, Tensor, Graph, Bias | None, Request, str], Results]
+
+
+def in_steps(
+    q: Tensor, k: Tensor, v: Tensor, graph: Graph, bias: Bias | None, request: Request, attention: Run
+) -> Results:
+    """A call whose scores, or weights, are made first: then `attention` by them."""
+    edges = edges_of_heads(graph, q.shape[2], k.shape[2], q.device)
+    given, weights = edge_scores(q, k, edges, graph, bias, request), None
+    own = request._replace(scale=1.0, score="dot", return_weights=False)
+    if not isinstance(request.normalize, str):
+        given = weights = _where_heard(weights_by(request.normalize, given), edges, request)
+        own = own._replace(normalize="none")
+    elif request.return_weights and request.normalize != "softmax":
+        weights = _where_heard(weights_by(request.normalize, given), edges, request)
+    zero_q, zero_k = q.new_zeros(*q.shape[:3], 1), k.new_zeros(*k.shape[:3], 1)
+    out, lse, _ = attention(zero_q, zero_k, v, graph, EdgeBias.sorted(given), own, "auto")
+    if request.return_weights and weights is None:
+        weights = _softmax(given, lse, edges, request)
+    return out, lse, weights if weights is None else weights.to(q.dtype)
+
+
+# --------------------------------------------------------------------------------------------- weights by themselves
+
+
+def edge_weights(
+    q: Tensor, k: Tensor, lse: Tensor | None, graph: Graph | Plan, bias: Bias | None, request: Request
+) -> Tensor:
+    """The weights of an attention whose lse (B, H, N) is known, before dropout: (B, H, E) in `edge_index` order."""
+    own = graph.graph if isinstance(graph, Plan) else graph
+    edges = edges_of_heads(own, q.shape[2], k.shape[2], q.device)
+    return _weights(q, k, lse, edges, own, bias, request).to(q.dtype)
+
+
+def _weights(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor | None,
+    edges: EdgesOfHeads,
+    graph: Graph,
+    bias: Bias | None,
+    request: Request,
+    heads: Tensor | None = None,
+) -> Tensor:
+    """As `edge_weights`, in at least float32; `heads` as in `edge_scores`."""
+    plain = bias is None and request.score == "dot" and request.normalize == "softmax"
+    if plain and lse is not None and _has_kernel(q, k):  # in one pass
+        known, layout = lse.masked_fill(lse == -torch.inf, 0), csr_of_heads(graph, q.shape[2], k.shape[2], q.device)
+        weights = _Products.apply(q, k, None, known, "", 0.0, float(request.scale), layout, edges)
+        return _where_heard(weights, edges, request)
+    scores = edge_scores(q, k, edges, graph, bias, request, heads)
+    if request.normalize == "softmax":
+        return _softmax(scores, lse, edges, request)
+    return _where_heard(weights_by(request.normalize, scores), edges, request)
+
+
+def reduced_weights(
+    how: str, q: Tensor, k: Tensor, lse: Tensor | None, graph: Graph | Plan, bias: Bias | None, request: Request
+) -> Tensor:
+    """Their mean over the heads (B, E), their entropy (B, H, N), or what each key receives (B, H, M); a head at a time.
+
+    The backward pass computes them again. A score that is no dot product is computed for all heads at once.
+    """
+    own = graph.graph if isinstance(graph, Plan) else graph
+    n, m, heads = q.shape[2], k.shape[2], q.shape[1]
+    edges = edges_of_heads(own, n, m, q.device)
+    apart_by_head = request.parts.pair == "dot" and own.heads is None
+
+    def of_heads(q: Tensor, k: Tensor, lse: Tensor | None, bias: Bias | None, first: Tensor) -> Tensor:
+        weights = _weights(q, k, lse, edges, own, bias, request, first)
+        match how:
+            case "mean":
+                return weights.sum(1) / heads
+            case "received":
+                return _sum_at(weights, edges.key, m)
+        if _is_transformed():
+            return _sum_at(-weights * weights.clamp(min=LEAST_WEIGHT).log(), edges.query, n)
+        return _Entropy.apply(weights, edges.query, n)
+
+    if not apart_by_head:
+        return of_heads(q, k, lse, bias, torch.arange(heads, device=q.device)[:, None]).to(q.dtype)
+    group, found = heads // k.shape[1], []
+    q_heads, k_heads = q.split(1, 1), k.split(1, 1)
+    lse_heads = (None,) * heads if lse is None else lse.split(1, 1)
+    for h in range(heads):
+        sides = q_heads[h], k_heads[h // group], lse_heads[h]
+        first = torch.tensor([[h]], device=q.device)
+        if torch.compiler.is_compiling() or _is_transformed():  # a compiler sees to the memory; transforms need all
+            found.append(of_heads(*sides, _of_head(bias, h), first))
+        else:
+            found.append(checkpoint(of_heads, *sides, _of_head(bias, h), first, use_reentrant=False))
+        if how == "mean" and h:
+            found = [found[0] + found[1]]
+    return (found[0] if how == "mean" else torch.cat(found, 1)).to(q.dtype)
+
+
+def at_queries(x: Tensor, k: Tensor, graph: Graph | Plan) -> Tensor:
+    """Of numbers of the queries (B, H, N), those of the query of each edge, (B, H, E)."""
+    own = graph.graph if isinstance(graph, Plan) else graph
+    return _at(x, edges_of_heads(own, x.shape[2], k.shape[2], x.device).query)
+
+
+def _at(x: Tensor, nodes: Tensor) -> Tensor:
+    """Of numbers (B, H, nodes), those of the nodes of the edges, (B, H, E)."""
+    return x.index_select(2, nodes)
+
+
+def _softmax(scores: Tensor, lse: Tensor | None, edges: EdgesOfHeads, request: Request) -> Tensor:
+    """exp(scores - lse) of edges that are heard."""
+    assert lse is not None
+    return _where_heard((scores - _at(lse.masked_fill(lse == -torch.inf, 0), edges.query)).exp(), edges, request)
+
+
+class _Entropy(torch.autograd.Function):
+    """-Σ_j w_ij log w_ij, with 0 log 0 = 0: weights (B, H, E), query (E,) → (B, H, n)."""
+
+    @staticmethod
+    def forward(ctx: Any, weights: Tensor, query: Tensor, n: int) -> Tensor:
+        ctx.save_for_backward(weights, query)
+        return _sum_at(weights.clamp(min=LEAST_WEIGHT).log_().mul_(weights).neg_(), query, n)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any):
+        weights, query = ctx.saved_tensors
+        return (weights.clamp(min=LEAST_WEIGHT).log() + 1).neg() * _at(grad_outputs[0], query), None, None
+
+
+def _where_heard(weights: Tensor, edges: EdgesOfHeads, request: Request) -> Tensor:
+    """Weights of 0 for the edges of other heads, and of padding."""
+    if edges.member.shape[0]:
+        weights = weights.masked_fill(~edges.member, 0)
+    if request.attention_mask is not None:
+        weights = weights.masked_fill(~request.attention_mask[:, None, edges.key], 0)
+    return weights
+
+
+def _sum_at(x: Tensor, nodes: Tensor, count: int) -> Tensor:
+    """(B, H, E) summed at the nodes of the edges: (B, H, count)."""
+    return x.new_zeros(*x.shape[:2], count).index_add(2, nodes, x)
+
+
+def _of_head(bias: Bias | None, h: int) -> Bias | None:
+    """A bias of one head."""
+    match bias:
+        case Alibi():
+            return replace(bias, slopes=bias.slopes[h : h + 1] if len(bias.slopes) > 1 else bias.slopes)
+        case RelativeBias():
+            return replace(bias, table=bias.table[h : h + 1] if len(bias.table) > 1 else bias.table)
+        case Shifted():
+            return replace(bias, bias=_of_head(bias.bias, h))
+        case EdgeBias() | DenseBias():
+            axis = bias.values.ndim - (2 if isinstance(bias, EdgeBias) else 3)
+            if axis >= 0 and bias.values.shape[axis] > 1:
+                return replace(bias, values=bias.values.narrow(axis, h, 1))
+    return bias
+
+
+# ---------------------------------------------------------------------------------------------- scores by themselves
+
+
+def edge_scores(
+    q: Tensor,
+    k: Tensor,
+    edges: EdgesOfHeads,
+    graph: Graph,
+    bias: Bias | None,
+    request: Request,
+    heads: Tensor | None = None,
+) -> Tensor:
+    """The scores after scale, bias and transforms: (B, H, E) in `edge_index` order, of at least float32.
+
+    `heads` (H, 1) are the numbers of the heads, where they are not all.
+    """
+    pair, transforms = request.parts
+    exact = torch.promote_types(q.dtype, torch.float32)
+    with torch.autocast(q.device.type, enabled=False):
+        scores = _pair_scores(pair, q, k, edges, graph, request.scale).to(exact)
+        if bias is not None:
+            scores = scores + over_edges(bias, q, k, edges.query, edges.key).to(exact)
+        heads = torch.arange(q.shape[1], device=q.device)[:, None] if heads is None else heads
+        for transform in transforms:
+            scores = transform(scores, heads)
+    return scores
+
+
+def _pair_scores(pair: Any, q: Tensor, k: Tensor, edges: EdgesOfHeads, graph: Graph, scale: float) -> Tensor:
+    """scale · what each pair makes of its vectors, (B, H, E): by a kernel where there is one."""
+    weight, activation, slope, function = None, "", 0.0, dot if pair == "dot" else pair
+    if pair == "additive":
+        pair = function = Additive(q.new_ones(q.shape[3]))
+    if isinstance(pair, Additive):
+        weight = pair.weight.expand(q.shape[1], q.shape[3])
+        activation, slope = pair.fused or "a function", pair.negative_slope
+    known = pair == "dot" or (isinstance(pair, Additive) and pair.fused is not None)
+    options = activation, slope, float(scale)
+    if known and torch.compiler.is_compiling() and makes_products(q):
+        return products(q, k, weight, edges.query, *options, *pack(graph))
+    if known and _has_kernel(q, k):
+        layout = csr_of_heads(graph, q.shape[2], k.shape[2], q.device)
+        return _Products.apply(q, k, weight, None, *options, layout, edges)
+    if q.dtype in (torch.float16, torch.bfloat16) and pair == "dot":
+        q, k = q.float(), k.float()
+    return streamed(function, q, k, edges.query, edges.key) * scale
+
+
+def _is_transformed() -> bool:
+    """Whether a transform of torch.func, or forward-mode differentiation, is at work."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def _has_kernel(q: Tensor, k: Tensor) -> bool:
+    """Whether a kernel makes the scores of an eager call."""
+    if torch.compiler.is_compiling() or _is_transformed():
+        return False
+    return bool(q.numel() and k.numel()) and makes_products(q)
+
+
+class _Products(torch.autograd.Function):
+    """`products` of a kernel: q (B, H, N, D), k (B, Hkv, M, D), weight (H, D) or None → (B, H, E).
+
+    With lse (B, H, N), w = exp(product - lse); then dproduct = w · dw, and dlse = -Σ_j w_ij dw_ij.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q, k, weight, lse, activation, slope, scale, layout: CSR, edges: EdgesOfHeads):
+        found = _products(q, k, weight, layout, activation, slope, scale, lse)
+        ctx.save_for_backward(q, k, weight, lse, None if lse is None else found)
+        ctx.options, ctx.layout, ctx.edges = (activation, slope, scale), layout, edges
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any):
+        (q, k, weight, lse, weights), (grad,) = ctx.saved_tensors, grad_outputs
+        if torch.is_grad_enabled():  # create_graph=True
+            sides, needed = (q, k, weight, lse), ctx.needs_input_grad[:4]
+            gradients = _differentiable_gradients(grad, sides, needed, ctx.options, ctx.edges)
+        else:
+            dproducts = grad if weights is None else grad * weights
+            dlse = None if lse is None else -_sum_at(dproducts, ctx.edges.query, lse.shape[2])
+            gradients = *_products_backward(dproducts, q, k, weight, ctx.layout, *ctx.options), dlse
+        return *gradients, None, None, None, None, None
+
+
+def _differentiable_gradients(grad, sides, needs_grad, options: tuple, edges: EdgesOfHeads) -> list[Any]:
+    """The gradients of q, k, weight and lse, along all edges at once: they can be differentiated again."""
+    activation, slope, scale = options
+    q, k, weight, lse = sides = apart(*sides)
+    function = dot if weight is None else Additive(weight, activation, slope)
+    k_of_heads = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+    found = function(q[:, :, edges.query], k_of_heads[:, :, edges.key]) * scale
+    found = found if lse is None else (found - _at(lse, edges.query)).exp()
+    asked = [side for side, needed in zip(sides, needs_grad, strict=True) if needed]
+    gradients = iter(torch.autograd.grad(found, asked, grad.to(found.dtype), create_graph=True))
+    return [next(gradients) if needed else None for needed in needs_grad]
+
+
+def _products(
+    q: Tensor, k: Tensor, weight: Tensor | None, layout: CSR, activation: str, slope: float, scale: float,
+    lse: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    module = products_of(q)
+    q, k = (side.detach() if q.device.type == "cuda" else side.detach().to(_exact(side)) for side in (q, k))
+    weight = None if weight is None else weight.detach().to(q.dtype)
+    return module.products(q, k, weight, layout, scale, activation, slope, lse)
+
+
+def _products_backward(grad, q, k, weight, layout: CSR, activation: str, slope: float, scale: float):
+    module = products_of(q)
+    q_, k_ = (side.detach() if q.device.type == "cuda" else side.detach().to(_exact(side)) for side in (q, k))
+    weight_ = None if weight is None else weight.detach().to(q_.dtype)
+    dq, dk, dweight = module.products_backward(grad, q_, k_, weight_, layout, scale, activation, slope)
+    return dq.to(q.dtype), dk.to(k.dtype), None if weight is None else dweight.to(weight.dtype)
+
+
+def _exact(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+# ------------------------------------------------------------------------------------------ in compiled programs
+
+
+@torch.library.custom_op("attngraph::products", mutates_args=())
+def products(
+    q: Tensor, k: Tensor, weight: Tensor | None, query: Tensor, activation: str, slope: float, scale: float,
+    graph: str, tensors: list[Tensor],
+) -> Tensor:  # fmt: skip
+    """As `_Products`, in a program that is being compiled: `query` (E,) says how many edges there are."""
+    layout = csr_of_heads(unpack(graph, tensors), q.shape[2], k.shape[2], q.device)
+    return _products(q, k, weight, layout, activation, slope, scale).contiguous()
+
+
+@products.register_fake
+def _(q, k, weight, query, *rest):
+    return q.new_empty(*q.shape[:2], query.shape[0], dtype=_exact(q))
+
+
+@torch.library.custom_op("attngraph::products_backward", mutates_args=())
+def products_backward(
+    grad: Tensor, q: Tensor, k: Tensor, weight: Tensor | None, activation: str, slope: float, scale: float,
+    graph: str, tensors: list[Tensor],
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The gradients of q, k and weight, which is empty where there is none."""
+    layout = csr_of_heads(unpack(graph, tensors), q.shape[2], k.shape[2], q.device)
+    dq, dk, dweight = _products_backward(grad.contiguous(), q, k, weight, layout, activation, slope, scale)
+    return dq.contiguous(), dk.contiguous(), q.new_empty(0) if dweight is None else dweight.contiguous()
+
+
+@products_backward.register_fake
+def _(grad, q, k, weight, *rest):
+    return (
+        q.new_empty(q.shape),
+        k.new_empty(k.shape),
+        q.new_empty(0) if weight is None else weight.new_empty(weight.shape),
+    )
+
+
+def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    q, k, weight, _, *ctx.options, ctx.graph, tensors = inputs
+    ctx.save_for_backward(q, k, weight, *tensors)
+
+
+def _gradients(ctx: Any, grad: Tensor) -> tuple:
+    q, k, weight, *tensors = ctx.saved_tensors
+    dq, dk, dweight = products_backward(grad, q, k, weight, *ctx.options, ctx.graph, tensors)
+    return dq, dk, None if weight is None else dweight, None, None, None, None, None, [None] * len(tensors)
+
+
+def _not_twice(ctx: Any, *gradients: Tensor) -> None:
+    raise RuntimeError("compiled programs can be differentiated once; attend outside of torch.compile again and again")
+
+
+products.register_autograd(_gradients, setup_context=_save)
+products_backward.register_autograd(_not_twice)

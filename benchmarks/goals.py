@@ -15,7 +15,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from attngraph import Causal, attend
-from benchmarks import planning, steps
+from benchmarks import calls, planning, steps
 from benchmarks.attention import GEMM, NAMED, measured, over_best_named
 from benchmarks.experiment import Goal, goals_experiment
 from benchmarks.measure import Progress, isolated, paired
@@ -154,6 +154,7 @@ SECTIONS = {
     "window": window_goals,
     "irregular": irregular_goals,
     "mixed": mixed_goals,
+    **calls.SECTIONS,
     "grid": grid_goals,
 }
 OPTIONS: dict[str, dict] = {"repeats": {"default": 15}, "limit": {"default": 300.0}, "memory": {}}

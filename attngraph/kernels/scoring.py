@@ -190,11 +190,6 @@ class ScoreParts(NamedTuple):
         return PAIR_FUNCTIONS[self.pair] if isinstance(self.pair, str) else self.pair
 
     @property
-    def fused(self) -> bool:
-        """Whether one kernel runs scores and weights: dot products, and at most one elementwise function."""
-        return self.pair == "dot" and len(self.transforms) <= 1 and all(each.transform for each in self.transforms)
-
-    @property
     def transform(self) -> Transform | None:
         """As kernels take it, of a score that is fused."""
         return self.transforms[0].transform if self.transforms else None

@@ -117,7 +117,7 @@ def attend(
         normalize: "softmax", "sigmoid", "none", "relu", "squared_relu", or an elementwise function of the scores.
         sinks: a logit for each head (H,), which takes weight and gives no value: w_i = softmax_j over the scores and
             it (gpt-oss, Xiao et al. 2024). Differentiable. `return_lse` includes it.
-        backend: "auto", "reference", "edges", "dense", "tiles", "rows" or "steps". What a named one can't do is an error.
+        backend: "auto", "reference", "edges", "dense", "tiles", "rows" or "steps". What it can't do is an error.
         return_lse: also return log Σ_j exp(score_ij) (B, H, N), -inf where a query hears nobody. Differentiable.
         return_weights: also return w before dropout, (B, H, E) in `edge_index` order.
         reduce: with `return_weights`, what is to be returned in their place, made a head at a time: "mean"

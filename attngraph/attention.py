@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import fields
+from functools import partial
 from numbers import Real
 from typing import Literal, TypedDict, Unpack, get_args, overload
 
@@ -162,7 +163,7 @@ def attend(
     dropout = None if dropout_p == 0 else Dropout(float(dropout_p), _seed(q, generator))
     needs_lse = return_lse or sinks is not None or (return_weights and normalize == "softmax")
     request = Request(factor, score, normalize, dropout, needs_lse, return_weights and reduce is None, attention_mask)
-    out, lse, weights = _run(q, k, v, graph, added, request, backend)
+    out, lse, weights = _run(q, k, v, added, request, graph, backend)
     weights = weights if request.return_weights else None
     if sinks is not None and lse is not None:
         lse, share = _with_sinks(lse, sinks)
@@ -193,7 +194,7 @@ def _packed(q, k, v, attention_mask, bias, graph: Batched) -> tuple:
 
 
 def _run(
-    q: Tensor, k: Tensor, v: Tensor, graph: Graph | Plan, bias: Bias | None, request: Request, name: str
+    q: Tensor, k: Tensor, v: Tensor, bias: Bias | None, request: Request, graph: Graph | Plan, name: str
 ) -> Results:
     """By the plan of the call; in a program that is being compiled, as far as it can be known there."""
     call = _call(q, k, v, bias, request)
@@ -203,13 +204,15 @@ def _run(
             return run_traced(graph, name, q, k, v, bias, request)
         assert isinstance(graph, Graph)
         if backend.name == "steps":
-            return in_steps(q, k, v, graph, bias, request, _run)
+            return in_steps(q, k, v, graph, bias, request, partial(_run, graph=graph, name="auto"))
         layout = backend.traced_layout(graph, call.num_queries, call.num_keys, call.device)
         return backend.attend(q, k, v, layout, bias, request)
     made = fitted(graph, call, name) if isinstance(graph, Plan) else planned(graph, call, name)
     if made.in_steps:
-        return in_steps(q, k, v, made.graph, bias, request, _run)
-    return run(made, q, k, v, bias, call, request)
+        rest = planned(made.graph, call.after_scores, "auto")
+        attention = partial(run, plan=rest, call=call.after_scores)
+        return in_steps(q, k, v, made.graph, bias, request, attention, rest.reads_by_head)
+    return run(q, k, v, bias, request, made, call)
 
 
 def _call(q: Tensor, k: Tensor, v: Tensor, bias: Bias | None, request: Request) -> Call:

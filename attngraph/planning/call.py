@@ -50,6 +50,17 @@ class Call(NamedTuple):
         """Bytes of a number of q."""
         return self.dtype.itemsize
 
+    @property
+    def mean_dim(self) -> float:
+        """The dimension for which costs are known, as those of vectors whose keys and values have one dimension."""
+        return (self.head_dim + self.value_dim) / 2
+
+    @property
+    def after_scores(self) -> Call:
+        """What is left once the scores of the edges are made, or their weights by a function: see `planning.steps`."""
+        normalize = "none" if self.normalize == ANY_FUNCTION else self.normalize
+        return self._replace(head_dim=0, bias="edge", score="dot", normalize=normalize, return_weights=False)
+
 
 class Request(NamedTuple):
     """The options of a call that are numbers, functions or masks: what runs, not how."""

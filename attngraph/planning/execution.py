@@ -26,11 +26,12 @@ from attngraph.planning.layouts.materialized import edges_of_heads
 from attngraph.planning.planner import Part, Plan, fitted, planned
 
 
-def run(plan: Plan, q: Tensor, k: Tensor, v: Tensor, bias: Bias | None, call: Call, request: Request) -> Results:
+def run(q: Tensor, k: Tensor, v: Tensor, bias: Bias | None, request: Request, plan: Plan, call: Call) -> Results:
     """A call by its plan → out, lse, weights, the last two where they are asked for."""
     if plan.runs_whole(call):
         (part,) = plan.parts
         return part.backend.attend(q, k, v, part.layout, bias, request)
+    q, k = (q, k) if plan.takes_no_dims else _with_dims(q, k)
     if plan.parts and not plan.parts[0].backend.merges:  # torch differentiates its forward pass
         return _merged(q, k, v, bias, request, lambda *sides: _forward_call(*sides, plan=plan))
     return _merged(q, k, v, bias, request, lambda *sides: _Attention.apply(*sides, plan))
@@ -40,7 +41,13 @@ def run_traced(
     graph: Graph | Plan, name: str, q: Tensor, k: Tensor, v: Tensor, bias: Bias | None, request: Request
 ) -> Results:
     """The same in a program that is being compiled: as one operator, which looks its plan up when it runs."""
+    q, k = _with_dims(q, k)
     return _merged(q, k, v, bias, request, lambda *sides: attend_forward(*sides[:-1], *sides[-1], *pack(graph), name))
+
+
+def _with_dims(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    """Of no numbers, whose scores are all 0, as vectors of one number that is."""
+    return (q, k) if q.shape[3] else (pad(q, (0, 1)), pad(k, (0, 1)))
 
 
 class _Options(NamedTuple):
@@ -63,7 +70,7 @@ class _Options(NamedTuple):
 
 def _merged(q: Tensor, k: Tensor, v: Tensor, bias: Bias | None, request: Request, attention: Any) -> Results:
     """`attention`(q, k, v, values, attention_mask, seed, options) → out, lse, with what a bias adds to all keys."""
-    if not q.shape[3]:  # all scores are 0: as those of one number that is
+    if False:
         q, k = pad(q, (0, 1)), pad(k, (0, 1))
     if not (value_dim := v.shape[3]):
         v = pad(v, (0, 1))
@@ -156,8 +163,7 @@ def _backward_call(dout, dlse, out, lse, q, k, v, values, attention_mask, seed, 
         modifiers = options.modifiers(values_, attention_mask, seed)
         dq, dk, dv, dbias = _backward(plan, q_, k_, v_, out_, lse, dout_, dlse, modifiers, bias_grad)
     dq, dk, dv = (_laid_out(part.to(q.dtype), side) for part, side in ((dq, q), (dk, k), (dv, v)))
-    # In memory as the values lie: what made them goes on from there.
-    return dq, dk, dv, None if dbias is None else torch.empty_like(values).copy_(dbias)
+    return dq, dk, dv, None if dbias is None else dbias.to(values.dtype)
 
 
 def _laid_out(x: Tensor, other: Tensor) -> Tensor:

@@ -25,9 +25,9 @@ def explain(plan: Plan) -> str:
     ]
     for part in plan.parts:
         heads = len(part.heads or range(call.heads))
-        flops = 4 * part.pairs * call.head_dim * heads
+        flops = 4 * part.pairs * call.mean_dim * heads
         nodes = 2 * (call.num_queries + call.num_keys)
-        moved = getattr(part.layout, "nbytes", 0) + call.number_bytes * call.head_dim * heads * nodes
+        moved = getattr(part.layout, "nbytes", 0) + int(call.number_bytes * call.mean_dim) * heads * nodes
         lines.append(
             f"{part.backend.label:16}{heads:6}{part.edges:16,}{part.pairs:18,}{flops / 1e9:10.2f}{_bytes(moved):>10}"
             f"{time(part.seconds):>12}   {part.why}"

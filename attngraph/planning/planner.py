@@ -140,6 +140,16 @@ class Plan:
         """Whether scores come first, and attention by them next: see `planning.steps`."""
         return any(part.backend.name == "steps" for part in self.parts)
 
+    @property
+    def reads_by_head(self) -> bool:
+        """Whether the values of an `EdgeBias` are read head after head, rather than all heads of an edge at once."""
+        return all(part.backend.reads_by_head for part in self.parts)
+
+    @property
+    def takes_no_dims(self) -> bool:
+        """Whether keys may be of dimension 0."""
+        return all(part.backend.takes_no_dims for part in self.parts)
+
     def require_unchanged(self) -> None:
         """Raise if what the graph's functions read has changed since, so that its edges may be others."""
         if self.graph._may_change and self._state != self.graph._state():
@@ -260,7 +270,7 @@ def planned(graph: Graph, call: Call, name: str) -> Plan:
         with cache.outside_of_transforms():
             found = plans.keep(key, _made(graph, call, name))
             if name == "auto":
-                warn_if_costly(found, lambda: _seconds(graph, plain_call(call)))
+                warn_if_costly(found, lambda: _seconds(graph, plain_call(call), found.costs))
     return found
 
 
@@ -400,10 +410,10 @@ def _made(graph: Graph, call: Call, name: str, reorder: bool | None = None, cost
     return Plan(graph, call, tuple(parts), candidates, chosen, edges, count, costs, tuple(notes))
 
 
-def _seconds(graph: Graph, call: Call) -> float:
+def _seconds(graph: Graph, call: Call, costs: Costs) -> float:
     """What a call is expected to take, without layouts."""
     bound, _, _ = at_size(graph, call.num_queries, call.num_keys)
-    costs, groups = Costs.here(call.device), _groups(bound) if _merges(call, "auto") else {simplify(bound): None}
+    groups = _groups(bound) if _merges(call, "auto") else {simplify(bound): None}
     calls = {own: call if heads is None else call._replace(heads=len(heads)) for own, heads in groups.items()}
     return sum(_Choice(own, each, "auto", None, costs).best.seconds for own, each in calls.items())
 
@@ -472,6 +482,8 @@ class _Choice:
                 self.candidates[backend.label] = f"at least {explain.time(least)}, as its calls alone take"
                 continue
             seconds = backend.estimate(self.edges, self.call, self.costs)
+            if (rest := backend.rest(self.call)) is not None:
+                seconds += _seconds(self.edges.graph, rest, self.costs)
             self._add(backend.label, seconds, lambda each=backend, s=seconds: [self._part(each, self.edges, s)])
         if self.name == "auto":
             self._ask_together(able)

@@ -32,23 +32,30 @@ from attngraph.planning.planner import Plan
 
 LEAST_WEIGHT = torch.finfo(torch.float32).tiny  # below, a weight has no share in an entropy
 Reduction = Literal["mean", "entropy", "received"]
-Run = Callable[[Tensor, Tensor, Tensor, Graph, Bias | None, Request, str], Results]
+Attention = Callable[[Tensor, Tensor, Tensor, Bias, Request], Results]
 
 
 def in_steps(
-    q: Tensor, k: Tensor, v: Tensor, graph: Graph, bias: Bias | None, request: Request, attention: Run
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    graph: Graph,
+    bias: Bias | None,
+    request: Request,
+    attention: Attention,
+    by_head: bool = True,
 ) -> Results:
-    """A call whose scores, or weights, are made first: then `attention` by them."""
+    """A call whose scores, or weights, are made first: then `attention` by them, which reads them by head or not."""
     edges = edges_of_heads(graph, q.shape[2], k.shape[2], q.device)
-    given, weights = edge_scores(q, k, edges, graph, bias, request), None
+    given, weights = edge_scores(q, k, edges, graph, bias, request, by_head=by_head), None
     own = request._replace(scale=1.0, score="dot", return_weights=False)
     if not isinstance(request.normalize, str):
         given = weights = _where_heard(weights_by(request.normalize, given), edges, request)
         own = own._replace(normalize="none")
     elif request.return_weights and request.normalize != "softmax":
         weights = _where_heard(weights_by(request.normalize, given), edges, request)
-    zero_q, zero_k = q.new_zeros(*q.shape[:3], 1), k.new_zeros(*k.shape[:3], 1)
-    out, lse, _ = attention(zero_q, zero_k, v, graph, EdgeBias.sorted(given), own, "auto")
+    zero_q, zero_k = q.new_zeros(*q.shape[:3], 0), k.new_zeros(*k.shape[:3], 0)
+    out, lse, _ = attention(zero_q, zero_k, v, EdgeBias.sorted(given), own)
     if request.return_weights and weights is None:
         weights = _softmax(given, lse, edges, request)
     return out, lse, weights if weights is None else weights.to(q.dtype)
@@ -80,7 +87,7 @@ def _weights(
     plain = bias is None and request.score == "dot" and request.normalize == "softmax"
     if plain and lse is not None and _has_kernel(q, k):  # in one pass
         known, layout = lse.masked_fill(lse == -torch.inf, 0), csr_of_heads(graph, q.shape[2], k.shape[2], q.device)
-        weights = _Products.apply(q, k, None, known, "", 0.0, float(request.scale), layout, edges)
+        weights = _Products.apply(q, k, None, known, "", 0.0, float(request.scale), layout, edges, True)
         return _where_heard(weights, edges, request)
     scores = edge_scores(q, k, edges, graph, bias, request, heads)
     if request.normalize == "softmax":
@@ -200,15 +207,17 @@ def edge_scores(
     bias: Bias | None,
     request: Request,
     heads: Tensor | None = None,
+    by_head: bool = True,
 ) -> Tensor:
     """The scores after scale, bias and transforms: (B, H, E) in `edge_index` order, of at least float32.
 
-    `heads` (H, 1) are the numbers of the heads, where they are not all.
+    `heads` (H, 1) are the numbers of the heads, where they are not all. They lie in memory head after head, or edge
+    after edge, where a kernel makes them.
     """
     pair, transforms = request.parts
     exact = torch.promote_types(q.dtype, torch.float32)
     with torch.autocast(q.device.type, enabled=False):
-        scores = _pair_scores(pair, q, k, edges, graph, request.scale).to(exact)
+        scores = _pair_scores(pair, q, k, edges, graph, request.scale, by_head).to(exact)
         if bias is not None:
             scores = scores + over_edges(bias, q, k, edges.query, edges.key).to(exact)
         heads = torch.arange(q.shape[1], device=q.device)[:, None] if heads is None else heads
@@ -217,7 +226,9 @@ def edge_scores(
     return scores
 
 
-def _pair_scores(pair: Any, q: Tensor, k: Tensor, edges: EdgesOfHeads, graph: Graph, scale: float) -> Tensor:
+def _pair_scores(
+    pair: Any, q: Tensor, k: Tensor, edges: EdgesOfHeads, graph: Graph, scale: float, by_head: bool
+) -> Tensor:
     """scale · what each pair makes of its vectors, (B, H, E): by a kernel where there is one."""
     weight, activation, slope, function = None, "", 0.0, dot if pair == "dot" else pair
     if pair == "additive":
@@ -231,7 +242,7 @@ def _pair_scores(pair: Any, q: Tensor, k: Tensor, edges: EdgesOfHeads, graph: Gr
         return products(q, k, weight, edges.query, *options, *pack(graph))
     if known and _has_kernel(q, k):
         layout = csr_of_heads(graph, q.shape[2], k.shape[2], q.device)
-        return _Products.apply(q, k, weight, None, *options, layout, edges)
+        return _Products.apply(q, k, weight, None, *options, layout, edges, by_head)
     if q.dtype in (torch.float16, torch.bfloat16) and pair == "dot":
         q, k = q.float(), k.float()
     return streamed(function, q, k, edges.query, edges.key) * scale
@@ -258,8 +269,8 @@ class _Products(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, q, k, weight, lse, activation, slope, scale, layout: CSR, edges: EdgesOfHeads):
-        found = _products(q, k, weight, layout, activation, slope, scale, lse)
+    def forward(ctx: Any, q, k, weight, lse, activation, slope, scale, layout: CSR, edges: EdgesOfHeads, by_head: bool):
+        found = _products(q, k, weight, layout, activation, slope, scale, lse, by_head)
         ctx.save_for_backward(q, k, weight, lse, None if lse is None else found)
         ctx.options, ctx.layout, ctx.edges = (activation, slope, scale), layout, edges
         return found
@@ -274,7 +285,7 @@ class _Products(torch.autograd.Function):
             dproducts = grad if weights is None else grad * weights
             dlse = None if lse is None else -_sum_at(dproducts, ctx.edges.query, lse.shape[2])
             gradients = *_products_backward(dproducts, q, k, weight, ctx.layout, *ctx.options), dlse
-        return *gradients, None, None, None, None, None
+        return *gradients, None, None, None, None, None, None
 
 
 def _differentiable_gradients(grad, sides, needs_grad, options: tuple, edges: EdgesOfHeads) -> list[Any]:
@@ -292,12 +303,12 @@ def _differentiable_gradients(grad, sides, needs_grad, options: tuple, edges: Ed
 
 def _products(
     q: Tensor, k: Tensor, weight: Tensor | None, layout: CSR, activation: str, slope: float, scale: float,
-    lse: Tensor | None = None,
+    lse: Tensor | None = None, by_head: bool = True,
 ) -> Tensor:  # fmt: skip
     module = products_of(q)
     q, k = (side.detach() if q.device.type == "cuda" else side.detach().to(_exact(side)) for side in (q, k))
     weight = None if weight is None else weight.detach().to(q.dtype)
-    return module.products(q, k, weight, layout, scale, activation, slope, lse)
+    return module.products(q, k, weight, layout, scale, activation, slope, lse, by_head)
 
 
 def _products_backward(grad, q, k, weight, layout: CSR, activation: str, slope: float, scale: float):

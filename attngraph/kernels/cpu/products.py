@@ -60,11 +60,11 @@ class Sums(NamedTuple):
 
 
 @compiled
-def edges_of_4(edge, e, last, base):
-    """base plus the numbers of the edges e … e + 3, in edge_index order; past the last edge, the last one again."""
+def edges_of_4(edge, e, last):
+    """The numbers of the edges e … e + 3, in edge_index order; past the last edge, the last one again."""
     if len(edge):
-        return neighbors_of_4(edge, e, last, base)
-    return base + e, base + min(e + 1, last), base + min(e + 2, last), base + min(e + 3, last)
+        return neighbors_of_4(edge, e, last, 0)
+    return e, min(e + 1, last), min(e + 2, last), min(e + 3, last)
 
 
 @lru_cache
@@ -114,7 +114,7 @@ def _backward_kernel(head_dim: int) -> Callable[..., None]:
     """The kernel for this dimension: of queries, whose neighbours are keys, or of keys."""
 
     @compiled
-    def backward_units(first_unit, stop_unit, batch, pairs, edges, activation, dscores, sums):
+    def backward_units(first_unit, stop_unit, batch, pairs, edges, activation, scale, dscores, sums):
         x, y, heads, is_dot = pairs.x, pairs.y, pairs.heads, activation.kind == DOT
         width, four, units = heads * head_dim, np.empty((heads, 4), x.dtype), len(edges.units)
         z, slopes, pieces = np.empty(4 * width, x.dtype), np.empty(4 * width, x.dtype), sums.pieces
@@ -127,10 +127,10 @@ def _backward_kernel(head_dim: int) -> Callable[..., None]:
                     dx, to = sums.piece_dx, batch * pieces + unit
                 for e in range(lo, hi, 4):
                     nodes = neighbors_of_4(edges.neighbor, e, hi - 1, batch * pairs.m)
-                    a, b, c, d = edges_of_4(edges.edge, e, hi - 1, batch * len(edges.neighbor))
+                    a, b, c, d = edges_of_4(edges.edge, e, hi - 1)
                     for h in range(heads):
-                        four[h, 0], four[h, 1] = dscores[a, h], dscores[b, h]
-                        four[h, 2], four[h, 3] = dscores[c, h], dscores[d, h]
+                        four[h, 0], four[h, 1] = scale * dscores[batch, a, h], scale * dscores[batch, b, h]
+                        four[h, 2], four[h, 3] = scale * dscores[batch, c, h], scale * dscores[batch, d, h]
                     for t in range(hi - e, 4):
                         four[:, t] = x.dtype.type(0)
                     if is_dot:
@@ -163,18 +163,19 @@ def products(
     activation: str,
     negative_slope: float,
     lse: Tensor | None = None,
+    by_head: bool = True,
 ) -> Tensor:
     """q (B, H, N, D), k (B, Hkv, M, D), weight (H, D) → the score of each edge: (B, H, E), in edge_index order.
 
     activation "": scale · q_i · k_j, and weight is None; "tanh", "leaky_relu" or "relu": scale · Σ_d weight_d ·
     activation(q_id + k_jd). float32 or float64. With lse (B, H, N), finite: exp(score - lse) of its query.
 
-    Scores lie in memory as (B, E, H), so that what reads them for all heads reads one place; weights as they are told.
+    By head, they lie in memory as they are told; else as (B, E, H), for what reads those of all heads at once.
     """
     (B, H, _, head_dim), adjacency = q.shape, layout.by_query
     x, y = nodes_first(q), _of_query_heads(k, H)
     E = len(adjacency.neighbor)
-    scores = q.new_empty(B, E, H) if lse is None else q.new_empty(B, H, E).transpose(1, 2)
+    scores = q.new_empty(B, H, E).transpose(1, 2) if by_head else q.new_empty(B, E, H)
     of_queries = q.new_empty(0, 0) if lse is None else nodes_first(lse[..., None]).to(q.dtype).flatten(2).flatten(0, 1)
     pairs, edges = _pairs(x, y, weight), edges_of(adjacency)
     rule, factor, stored = _activation(activation, negative_slope, q), scalar(scale, q), scores.numpy()
@@ -201,34 +202,36 @@ def products_backward(
     """dproducts (B, H, E) → dq, dk and, of an activation, dweight."""
     H, Hkv = q.shape[1], k.shape[1]
     x, y = nodes_first(q), _of_query_heads(k, H)
-    call = _Backward(nodes_first(dproducts), weight, _activation(activation, negative_slope, q))
+    call = _Backward(dproducts.detach().transpose(1, 2), weight, _activation(activation, negative_slope, q), scale)
     dq, dweight = call.of_nodes(x, y, layout.by_query, weight is not None)
     dk, _ = call.of_nodes(y, x, layout.numbered, False)
-    factor = scale if weight is None else scale * weight.detach()
-    dq, dk = dq.mul_(factor), dk.mul_(factor)
+    if weight is not None:
+        dq, dk = dq.mul_(weight.detach()), dk.mul_(weight.detach())
     dk = dk if Hkv == H else dk.unflatten(2, (Hkv, H // Hkv)).sum(3)
-    return dq.transpose(1, 2), dk.transpose(1, 2), None if dweight is None else scale * dweight
+    return dq.transpose(1, 2), dk.transpose(1, 2), dweight
 
 
 class _Backward(NamedTuple):
-    """dproducts (B, E, H), weight (H, D) and the activation."""
+    """dproducts (B, E, H), weight (H, D), the activation and the scale."""
 
     dproducts: Tensor
     weight: Tensor | None
     activation: Activation
+    scale: float
 
     def of_nodes(self, x: Tensor, y: Tensor, adjacency: Adjacency, weights: bool) -> tuple[Tensor, Tensor | None]:
-        """Σ_j dproduct · (y_j, or activation'), (B, nodes, H, D); where asked for, Σ dproduct · activation, (H, D)."""
+        """scale · Σ_j dproduct · (y_j, or activation'), (B, nodes, H, D); scale · Σ dproduct · activation, (H, D)."""
         (B, n, H, D), units = x.shape, len(adjacency.units)
         dx, piece_dx = zeros(B, n, H, D, like=x), x.new_zeros(B, adjacency.num_pieces, H, D)
         dweight = x.new_zeros(B, units, H, D) if weights else x.new_zeros(0, 0, H, D)
         sums = Sums(*flat_nodes(dx, piece_dx, dweight), adjacency.num_pieces)
-        edges, pairs, dscores = edges_of(adjacency), _pairs(x, y, self.weight), self.dproducts.flatten(0, 1).numpy()
+        edges, pairs, dscores = edges_of(adjacency), _pairs(x, y, self.weight), self.dproducts.to(x.dtype).numpy()
+        factor = scalar(self.scale, x)
         kernel, ranges = _backward_kernel(D), unit_ranges(units)
 
         def run(job: int) -> None:
             place, batch = divmod(job, B)
-            kernel(*ranges[place], batch, pairs, edges, self.activation, dscores, sums)
+            kernel(*ranges[place], batch, pairs, edges, self.activation, factor, dscores, sums)
 
         parallel_for(len(ranges) * B, run)
         if adjacency.num_pieces:
@@ -241,7 +244,7 @@ class _Backward(NamedTuple):
 
 def _of_query_heads(k: Tensor, heads: int) -> Tensor:
     """k (B, Hkv, M, D), repeated for the query heads of each of its heads: (B, M, H, D)."""
-    return nodes_first(k).repeat_interleave(heads // k.shape[1], 2)
+    return nodes_first(k if k.shape[1] == heads else k.repeat_interleave(heads // k.shape[1], 1))
 
 
 def _pairs(x: Tensor, y: Tensor, weight: Tensor | None) -> Pairs:

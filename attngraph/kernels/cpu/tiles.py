@@ -281,7 +281,8 @@ def _bias(bias: ScoreBias | None, q: Tensor, m: int, unit: float) -> Bias:
         values = pad(values * unit, (TILE, TILE))
         ends = values.flatten().numpy(), values.flip(1).flatten().numpy()
         return Bias(BIAS_KINDS[bias.kind], *ends, (0, *_shared_strides(values)[:1], 0), n, m)
-    values = (_collapsed(values) * unit).contiguous()
+    values = _collapsed(values).contiguous()
+    values = values if unit == 1 else values * unit
     strides = (*_shared_strides(values)[:2], _shared_strides(values)[2] if bias.kind == "dense" else 0)
     return Bias(BIAS_KINDS[bias.kind], values.flatten().numpy(), none, strides, n, m)
 

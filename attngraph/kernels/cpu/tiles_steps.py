@@ -122,7 +122,13 @@ def union_of_8(bits, r):
 
 @inner
 def product(s, x, x_at, y_t, width, bits):
-    """s (64, 64) = x (64, width) · y_t (width, 64), but for blocks of s without an edge: (8, 32), or (8, 16)."""
+    """s (64, 64) = x (64, width) · y_t (width, 64), but for blocks of s without an edge: (8, 32), or (8, 16).
+
+    0 of vectors of no numbers.
+    """
+    if not width:
+        fill_zero(s, 0, TILE * TILE)
+        return
     vectors = vectors_at_once(s)
     columns = vectors * LANES
     mask = (np.uint64(1) << np.uint64(columns)) - np.uint64(1)

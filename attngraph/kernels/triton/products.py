@@ -202,11 +202,11 @@ NUMBERS = {"_fwd_kernel": 1024, "_bwd_dq_kernel": 512, "_bwd_dk_kernel": 512}
 
 def products(
     q: Tensor, k: Tensor, weight: Tensor | None, layout: CSRLayout,
-    scale: float, activation: str = "", negative_slope: float = 0.2, lse: Tensor | None = None,
+    scale: float, activation: str = "", negative_slope: float = 0.2, lse: Tensor | None = None, by_head: bool = True,
 ) -> Tensor:  # fmt: skip
     """The scores of the edges, (B, H, E) in edge_index order, in float32, or float64; weight (H, D) or None.
 
-    With lse (B, H, N), finite: exp(score - lse) of its query.
+    With lse (B, H, N), finite: exp(score - lse) of its query. They always lie in memory by head.
     """
     launcher = _Launcher(q, k, weight, scale, activation, negative_slope)
     adjacency = layout.by_query

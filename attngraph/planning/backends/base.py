@@ -37,6 +37,10 @@ class Backend(ABC):
     """What it is made of, where several share a name."""
     tiling: Tiling = Tiling((64, 64), block=(64, 64))
     """The tiles in which it computes, or in which its edges are counted, if `tile_seconds` is there."""
+    takes_no_dims: ClassVar[bool] = False
+    """Whether keys may be of dimension 0, so that scores are their bias alone."""
+    reads_by_head: ClassVar[bool] = True
+    """Whether it reads the values of edges head after head, rather than those of all heads of an edge at once."""
 
     # ================================================================== what a backend MUST define
 
@@ -46,7 +50,7 @@ class Backend(ABC):
 
     @abstractmethod
     def estimate(self, edges: EdgeSet, call: Call, costs: Costs) -> float:
-        """The seconds that a forward pass over these edges takes, for all heads of one batch entry."""
+        """Seconds of a forward pass over these edges, for all heads of one batch entry; without the `rest`."""
 
     @abstractmethod
     def build(self, edges: EdgeSet, call: Call) -> Any:
@@ -103,6 +107,10 @@ class Backend(ABC):
     def overhead(self, edges: EdgeSet, call: Call, costs: Costs) -> float:
         """Seconds that it takes at least, without a look at where the edges lie."""
         return 0.0
+
+    def rest(self, call: Call) -> Call | None:
+        """What other backends run, once this one has done its own part."""
+        return None
 
     def tile_seconds(self, edges: Tensor, blocks: Tensor, call: Call, costs: Costs) -> Tensor:
         """For tiles with so many edges in so many blocks, what one head of each would add to the estimate."""

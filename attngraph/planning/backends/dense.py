@@ -53,16 +53,16 @@ class Dense(Backend):
             closed, lengths = edges.documents
             counts = Counter(lengths)
             flash = sum(many * self._flash_seconds(closed, n, n, call, costs) for n, many in counts.items())
-            moved = 4 * costs.merge_s_per_result_dim * call.head_dim * edges.n * call.heads  # q, k, v and out
+            moved = 4 * costs.merge_s_per_result_dim * call.mean_dim * edges.n * call.heads  # q, k, v and out
             return flash + len(counts) * costs.tile_s_per_call + moved
-        pairs = costs.masked_s_per_pair_dim * call.head_dim * edges.n * edges.m * width_factor(call)
+        pairs = costs.masked_s_per_pair_dim * call.mean_dim * edges.n * edges.m * width_factor(call)
         pairs *= DROPOUT_FACTOR if call.dropout else 1
         return pairs * call.heads + costs.masked_s_per_call
 
     def _flash_seconds(self, closed: Graph, n: int, m: int, call: Call, costs: Costs) -> float:
         pairs = min(n * m, n * (m + FLASH_KEYS) // 2) if type(closed) is Causal else n * m
         half = HALF_PRECISION_FACTOR if call.device.type == "cpu" and call.number_bytes < 4 else 1.0
-        return costs.flash_s_per_pair_dim * call.head_dim * pairs * call.heads * width_factor(call) * half
+        return costs.flash_s_per_pair_dim * call.mean_dim * pairs * call.heads * width_factor(call) * half
 
     def build(self, edges: EdgeSet, call: Call) -> DenseLayout:
         if edges.closed_form is not None:

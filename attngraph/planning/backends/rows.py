@@ -12,6 +12,7 @@ from attngraph.planning.edge_set import EdgeSet, Tiling
 from attngraph.planning.layouts.csr import BYTES_PER_EDGE, CSR
 
 CACHE_BYTES = 400_000  # of keys and values that stay in a CPU core's cache from one query to the next
+BLOCKS = Tiling((64, 64), block=(8, 32))  # in which edges are counted
 MISS_SHARE = 0.7  # of the edges fetch their key again where the keys do not stay in the cache
 
 
@@ -19,25 +20,15 @@ class _RowsOfAnyKernel(KernelBackend):
     """What the kernels of rows have in common."""
 
     name = "rows"
-    tiling = Tiling((64, 64), block=(8, 32))
+    tiling = BLOCKS
 
     def estimate(self, edges: EdgeSet, call: Call, costs: Costs) -> float:
-        if not edges.count:
-            return 0.0
-        tiles, times = edges.sampled(self.tiling)
-        keys = tiles.edges_per_tile.clamp(max=self.tiling.tile[1])  # each once a tile, if those of a row of tiles stay
-        fetched = int(keys.sum() * times)
-        bytes_per_row = 8 * call.head_dim * fetched * self.tiling.tile[0] / max(edges.n, 1)
-        if call.device.type == "cpu" and bytes_per_row > CACHE_BYTES:
-            fetched = max(fetched, int(MISS_SHARE * edges.count))
-        of_edges = edges.count * (costs.row_s_per_edge + costs.row_s_per_edge_dim * call.head_dim)
-        moved = (fetched * costs.row_s_per_fetch_dim + edges.n * costs.row_s_per_result_dim) * call.head_dim
-        return (of_edges + moved) * call.heads * width_factor(call) + costs.row_s_per_call
+        return rows_seconds(edges, call, costs)
 
     def tile_seconds(self, edges: Tensor, blocks: Tensor, call: Call, costs: Costs) -> Tensor:
         keys = edges.clamp(max=self.tiling.tile[1]).double()
-        per_edge = costs.row_s_per_edge + costs.row_s_per_edge_dim * call.head_dim
-        return (edges.double() * per_edge + keys * costs.row_s_per_fetch_dim * call.head_dim) * width_factor(call)
+        per_edge = costs.row_s_per_edge + costs.row_s_per_edge_dim * call.mean_dim
+        return (edges.double() * per_edge + keys * costs.row_s_per_fetch_dim * call.mean_dim) * width_factor(call)
 
     def overhead(self, edges: EdgeSet, call: Call, costs: Costs) -> float:
         return costs.row_s_per_call
@@ -52,11 +43,28 @@ class _RowsOfAnyKernel(KernelBackend):
         return "edges one by one" + ("" if edges.is_whole else ": gathering each costs less than the tile around it")
 
 
+def rows_seconds(edges: EdgeSet, call: Call, costs: Costs) -> float:
+    """What products and sums along each edge by itself take."""
+    if not edges.count:
+        return 0.0
+    tiles, times = edges.sampled(BLOCKS)
+    keys = tiles.edges_per_tile.clamp(max=BLOCKS.tile[1])  # each once a tile, if those of a row of tiles stay
+    fetched = int(keys.sum() * times)
+    bytes_per_row = 8 * call.mean_dim * fetched * BLOCKS.tile[0] / max(edges.n, 1)
+    if call.device.type == "cpu" and bytes_per_row > CACHE_BYTES:
+        fetched = max(fetched, int(MISS_SHARE * edges.count))
+    of_edges = edges.count * (costs.row_s_per_edge + costs.row_s_per_edge_dim * call.mean_dim)
+    moved = (fetched * costs.row_s_per_fetch_dim + edges.n * costs.row_s_per_result_dim) * call.mean_dim
+    return (of_edges + moved) * call.heads * width_factor(call) + costs.row_s_per_call
+
+
 class NumbaRows(_RowsOfAnyKernel):
     """See `kernels.cpu.rows`: float32 and float64."""
 
     kernel, module, device, package = "numba", "attngraph.kernels.cpu.rows", "cpu", "numba"
-    tiling = Tiling((64, 64), block=(8, 32))
+    tiling = BLOCKS
+    takes_no_dims = True
+    reads_by_head = False
 
 
 class TritonRows(_RowsOfAnyKernel):

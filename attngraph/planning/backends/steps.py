@@ -9,6 +9,7 @@ from torch import Tensor
 from attngraph.kernels.contract import Modifiers
 from attngraph.kernels.scoring import ANY_FUNCTION, FUSED_SCORES, NORMALIZER_NAMES
 from attngraph.planning.backends.base import Backend, width_factor
+from attngraph.planning.backends.rows import rows_seconds
 from attngraph.planning.call import Call
 from attngraph.planning.costs import Costs
 from attngraph.planning.edge_set import EdgeSet
@@ -29,15 +30,16 @@ class Steps(Backend):
         return None
 
     def overhead(self, edges: EdgeSet, call: Call, costs: Costs) -> float:
-        return 2 * costs.row_s_per_call
+        return costs.row_s_per_call
 
     def estimate(self, edges: EdgeSet, call: Call, costs: Costs) -> float:
-        vectors = costs.row_s_per_edge + (costs.row_s_per_edge_dim + costs.row_s_per_fetch_dim) * call.value_dim
-        if call.score == ANY_FUNCTION:
-            scores = costs.gather_s_per_edge + costs.gather_s_per_edge_dim * 2 * call.head_dim
-        else:
-            scores = costs.row_s_per_edge + (costs.row_s_per_edge_dim + costs.row_s_per_fetch_dim) * call.head_dim
-        return edges.count * call.heads * (scores + vectors) * width_factor(call) + 2 * costs.row_s_per_call
+        if call.score != ANY_FUNCTION:  # half of what rows do
+            return rows_seconds(edges, call._replace(value_dim=0), costs)
+        per_edge = costs.gather_s_per_edge + costs.gather_s_per_edge_dim * 2 * call.head_dim
+        return edges.count * call.heads * per_edge * width_factor(call)
+
+    def rest(self, call: Call) -> Call:
+        return call.after_scores
 
     def build(self, edges: EdgeSet, call: Call) -> None:
         return None

@@ -31,13 +31,13 @@ class _TilesOfAnyKernel(KernelBackend):
             return 0.0
         of_tiles = float(self.tile_seconds(tiles.edges_per_tile, tiles.blocks_per_tile, call, costs).sum())
         calls = 1 if self.fused else min(tiles.tile_rows, MAX_ROW_GROUPS)
-        results = costs.tile_s_per_result_dim * edges.n * call.head_dim
+        results = costs.tile_s_per_result_dim * edges.n * call.mean_dim * width_factor(call)
         return (of_tiles + results) * call.heads + calls * costs.tile_s_per_call
 
     def tile_seconds(self, edges: Tensor, blocks: Tensor, call: Call, costs: Costs) -> Tensor:
         (rows, columns), (block_rows, block_columns) = self.tiling.tile, self.tiling.block
         share = blocks.double() * (block_rows * block_columns / (rows * columns))
-        full = costs.tile_s_per_pair_dim * call.head_dim * rows * columns * width_factor(call)
+        full = costs.tile_s_per_pair_dim * call.mean_dim * rows * columns * width_factor(call)
         return full * (FIXED_SHARE + (1 - FIXED_SHARE) * share)
 
     def overhead(self, edges: EdgeSet, call: Call, costs: Costs) -> float:
@@ -64,6 +64,7 @@ class NumbaTiles(_TilesOfAnyKernel):
 
     kernel, module, device, package = "numba", "attngraph.kernels.cpu.tiles", "cpu", "numba"
     tiling = Tiling((64, 64), block=(8, 32))
+    takes_no_dims = True
 
 
 class TorchTiles(_TilesOfAnyKernel):

@@ -177,7 +177,7 @@ def attend(
         out, lse = unpacked(out, batch), None if lse is None else unpacked(lse, batch)
         weights = unpacked(weights, batch) if weights is not None and reduce in ("entropy", "received") else weights
     asked = ((out, True), (lse, return_lse), (weights, return_weights))
-    results = [part[0] if unbatched else part for part, wanted in asked if wanted and part is not None]
+    results = [part.squeeze(0) if unbatched else part for part, wanted in asked if wanted and part is not None]
     return tuple(results) if return_lse or return_weights else results[0]
 
 

@@ -152,10 +152,10 @@ def layers() -> list[Layer]:
     width = HEADS * PYG_DIM
 
     def heads(x: Tensor) -> Tensor:
-        return x.view(1, len(x), HEADS, -1).transpose(1, 2)
+        return x.view(len(x), HEADS, -1).transpose(0, 1)
 
     def nodes(out: Tensor) -> Tensor:
-        return out[0].transpose(0, 1).flatten(1)
+        return out.transpose(0, 1).flatten(1)
 
     def gatv2(conv, x, graph):
         k = heads(conv.lin_l(x))

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from attngraph.kernels.contract import Adjacency, CSRLayout, Modifiers, ScoreBias
 from attngraph.kernels.cpu.csr import (
+    JOBS_PER_THREAD,
     arrays,
     edges_of,
     flat_nodes,
@@ -230,6 +231,16 @@ def forward(q: Tensor, k: Tensor, v: Tensor, layout: CSRLayout, modifiers: Modif
 
 
 @compiled
+def compute_delta(out, dout, delta, first, stop):
+    """delta, which holds dlse, to Σ_d out · dout - dlse, of the vectors first … stop - 1."""
+    for x in range(first, stop):
+        total = delta.dtype.type(0)
+        for d in range(out.shape[1]):
+            total += out[x, d] * dout[x, d]
+        delta[x] = total - delta[x]
+
+
+@compiled
 def start_backward(scores, ds, tensors, edges, row, base, first, count, by_key):
     """-lse in `scores` and -delta in `ds`, (blocks, heads, 4); past the last edge, those of the last one.
 
@@ -364,12 +375,9 @@ def backward(
     dw = kept / (1 - p) · dout · v and Δ = Σ_d dout · out - dlse, ds = transform' · w · (dw - Δ); of other normalisers,
     which have no lse, ds = transform' · normalize' · dw. dlse may be None.
     """
-    delta, bias = (dout * out).sum(3), modifiers.bias
-    if dlse is not None:
-        delta = delta - dlse
-    lse = lse.masked_fill(lse == -torch.inf, torch.inf)  # p = 0 where there are no edges
-    lse, delta = lse.detach().transpose(1, 2).contiguous(), delta.detach().transpose(1, 2).contiguous()
-    call = _Backward(nodes_first(q), nodes_first(k), nodes_first(v), nodes_first(dout), lse, delta, modifiers)
+    bias, lse = modifiers.bias, lse.masked_fill(lse == -torch.inf, torch.inf)  # p = 0 where there are no edges
+    lse, dout = lse.detach().transpose(1, 2).contiguous(), nodes_first(dout)
+    call = _Backward(nodes_first(q), nodes_first(k), nodes_first(v), dout, lse, _delta(out, dout, dlse), modifiers)
     if bias is None or not bias_grad:
         dq, dvalues, per_key = call.of_queries(layout), None, False
     elif bias.kind == "offset":
@@ -383,6 +391,20 @@ def backward(
     if bias is not None and per_key:
         dvalues = ds_sum.permute(0, 2, 3, 1).sum_to_size(bias.values.shape)
     return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2), dvalues
+
+
+def _delta(out: Tensor, dout: Tensor, dlse: Tensor | None) -> Tensor:
+    """Δ of each query and head, (B, N, H); dout (B, N, H, Dv)."""
+    out = nodes_first(out)
+    delta = out.new_zeros(out.shape[:3]) if dlse is None else dlse.detach().transpose(1, 2).contiguous().clone()
+    of_rows = [x.view(-1, out.shape[3]).numpy() for x in (out, dout)]
+    step = max(1, delta.numel() // (JOBS_PER_THREAD * torch.get_num_threads()))
+
+    def run(job: int) -> None:
+        compute_delta(*of_rows, delta.view(-1).numpy(), job * step, min((job + 1) * step, delta.numel()))
+
+    parallel_for(-(-delta.numel() // step), run)
+    return delta
 
 
 class _Backward(NamedTuple):

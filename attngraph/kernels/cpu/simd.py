@@ -463,42 +463,63 @@ def vectors_at_once(typing, x):
 def gemm_8_rows(typing, c, a, b, depth, overwrite, vectors):
     """c (8, 16 · vectors) (+)= a (8, depth) · b (depth, 16 · vectors): three `Matrix`, the columns of c and b adjacent.
 
-    depth > 0; vectors is a constant; with overwrite, what c held does not count. All sums are in registers.
+    depth > 0; vectors is a constant; with overwrite, what c held does not count. Of so many rows at a time as have
+    their sums in half of the registers.
     """
 
     def generate(context, builder, sig, args):
-        cells = [(r, p) for r in range(BLOCK_ROWS) for p in range(vectors.literal_value)]
         (c_data, c_stride, _), (a_data, a_stride, a_step), (b_data, b_stride, _) = (
             _unpacked(context, builder, kind, matrix) for kind, matrix in zip((c, a, b), args[:3], strict=True)
         )
-        depth, overwrite = args[3:5]
+        depth, overwrite, columns = *args[3:5], vectors.literal_value
         zeros = splat(builder, ir.Constant(c_data.type.pointee, 0.0), LANES)
-        a_rows = [builder.gep(a_data, [builder.mul(a_stride, SIZE(r))]) for r in range(BLOCK_ROWS)]
-        before, loop, after = builder.block, builder.append_basic_block("gemm"), builder.append_basic_block("after")
+        sum_bits = columns * LANES * c.types[0].dtype.bitwidth  # of a row
+        rows = max(1, min(BLOCK_ROWS, register_bits(context) // 2 // sum_bits))
+        cells = [(r, p) for r in range(rows) for p in range(columns)]
+        before, over_rows = builder.block, builder.append_basic_block("rows")
+        loop, done, after = (builder.append_basic_block(name) for name in ("gemm", "done", "after"))
+        builder.branch(over_rows)
+
+        builder.position_at_end(over_rows)
+        row = builder.phi(SIZE)
+        row.add_incoming(SIZE(0), before)
+        a_rows = [builder.gep(a_data, [builder.mul(a_stride, builder.add(row, SIZE(r)))]) for r in range(rows)]
         builder.branch(loop)
 
         builder.position_at_end(loop)
         t, a_at, b_at = builder.phi(SIZE), builder.phi(SIZE), builder.phi(SIZE)
         acc = [builder.phi(zeros.type) for _ in cells]
-        b_row = [_load(builder, b_data, builder.add(b_at, SIZE(p * LANES))) for p in range(vectors.literal_value)]
-        a_column = [splat(builder, builder.load(builder.gep(row, [a_at])), LANES) for row in a_rows]
+        b_row = [_load(builder, b_data, builder.add(b_at, SIZE(p * LANES))) for p in range(columns)]
+        a_column = [splat(builder, builder.load(builder.gep(a_row, [a_at])), LANES) for a_row in a_rows]
         sums = [fma(builder, a_column[r], b_row[p], part) for (r, p), part in zip(cells, acc, strict=True)]
         for phi, step in ((t, SIZE(1)), (a_at, a_step), (b_at, b_stride)):
-            phi.add_incoming(SIZE(0), before)
+            phi.add_incoming(SIZE(0), over_rows)
             phi.add_incoming(builder.add(phi, step), loop)
         for phi, part in zip(acc, sums, strict=True):
-            phi.add_incoming(zeros, before)
+            phi.add_incoming(zeros, over_rows)
             phi.add_incoming(part, loop)
-        builder.cbranch(builder.icmp_signed("<", t.incomings[1][0], depth), loop, after)
+        builder.cbranch(builder.icmp_signed("<", t.incomings[1][0], depth), loop, done)
 
-        builder.position_at_end(after)
+        builder.position_at_end(done)
         for (r, p), part in zip(cells, sums, strict=True):
-            at = builder.add(builder.mul(c_stride, SIZE(r)), SIZE(p * LANES))
+            at = builder.add(builder.mul(c_stride, builder.add(row, SIZE(r))), SIZE(p * LANES))
             held = builder.select(overwrite, zeros, _load(builder, c_data, at))
             _store(builder, c_data, at, builder.fadd(held, part))
+        row.add_incoming(builder.add(row, SIZE(rows)), done)
+        builder.cbranch(builder.icmp_signed("<", row.incomings[1][0], SIZE(BLOCK_ROWS)), over_rows, after)
+
+        builder.position_at_end(after)
         return context.get_dummy_value()
 
     return types.void(c, a, b, types.intp, types.boolean, vectors), generate
+
+
+def register_bits(context) -> int:
+    """Of all vector registers of the CPU that is compiled for: 32 of AVX-512 or NEON, 16 of AVX2."""
+    triple, _, features = context.codegen().magic_tuple()
+    if triple.startswith(("aarch64", "arm64")):
+        return 32 * 128
+    return 32 * 512 if "+avx512f" in features.split(",") else 16 * 256
 
 
 def _unpacked(context, builder, kind, matrix):

@@ -1,5 +1,6 @@
 """Dropout of vectors: which numbers are dropped is a function of the seed and the place alone, in every direction."""
 
+import numpy as np
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -59,7 +60,7 @@ def test_counters_have_64_bits():
     counter = torch.arange(64) + far * 64
     words = torch.stack(philox(torch.tensor(seed), (counter & 0xFFFFFFFF, counter >> 32, 0 * counter, 0 * counter)))
     x = torch.ones(512).numpy()
-    vector_dropout.drop(x, x, vector_dropout.np.uint64(seed), far, vector_dropout.np.uint16(2**15), x.dtype.type(1))
+    vector_dropout.drop(x, x, np.uint64(seed), far, np.uint16(2**15), x.dtype.type(1))
     assert torch.equal(torch.from_numpy(x) == 1, (torch.stack([words & 0xFFFF, words >> 16], -1) >= 2**15).flatten())
 
 

@@ -4,8 +4,8 @@ They come from Philox4x32-10 (`kernels.dropout`), 16 bits for each number of x, 
 threshold. A block of 512 numbers has 64 counters; its bits are those of word 0 of all of them, then of 1, 2 and 3.
 
 Gains, over torch's `random_` and five operations on what it draws: 0.4 ns a number instead of 1.8 or more, where a
-product takes 0.3; the random numbers alone take 0.2 (one core of a Xeon with AVX-512, 10⁶ numbers in float32); with AVX2, 0.5.
-They are plain loops, as LLVM's vectoriser has products of 32 bits by itself.
+product takes 0.3; the random numbers alone take 0.2 (one core of a Xeon with AVX-512, 10⁶ numbers in float32).
+With AVX2 it takes 0.5. The loops are plain, as LLVM's vectoriser has products of 32 bits by itself.
 """
 
 # pyright: reportCallIssue=false, reportArgumentType=false

@@ -53,6 +53,8 @@ try:
     same("rows")
 except ValueError as error:
     print(error)
+from attngraph.nn import FeedForward
+FeedForward(8, 8, dropout=0.5)(torch.ones(3, 8)).sum().backward()
 """
 
 

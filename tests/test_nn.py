@@ -34,7 +34,6 @@ from attngraph.nn import (
     TransformerConfig,
     rotate,
 )
-from attngraph.nn.dropout import dropout
 from attngraph.nn.embedding import TokenEmbedding
 from attngraph.nn.positions import LearnedPositions
 
@@ -405,23 +404,3 @@ def test_three_numbers_make_a_model(kind):
     assert TransformerConfig(embed_dim=64, num_layers=2, num_heads=4, max_length=9).position == "learned"
     model = kind(settings, 65) if kind is GPT else kind(settings, Causal())
     assert model(torch.zeros(1, 7, dtype=torch.long) if kind is GPT else torch.zeros(1, 7, 64)).shape[:2] == (1, 7)
-
-
-def test_dropout_of_vectors_drops_its_share_and_keeps_the_mean():
-    x = torch.ones(1000, 999, requires_grad=True)
-    for p in (0.1, 0.5, 1e-9, 1.0 - 1e-9):
-        torch.manual_seed(0)
-        found = dropout(x, p, True)
-        dropped = found == 0
-        assert abs(dropped.float().mean() - p) < 0.003
-        assert p > 0.9 or abs(found.mean() - 1) < 0.003
-        (gradient,) = torch.autograd.grad(found.sum(), x)
-        assert torch.equal(gradient, found.detach())
-        torch.manual_seed(0)
-        assert torch.equal(dropout(x, p, True), found)
-    for whole in (dropout(x, 0.3, False), dropout(x, 0.0, True)):
-        assert torch.equal(whole, x)
-    half = dropout(torch.ones(4, 1000, dtype=torch.bfloat16), 0.25, True)
-    assert half.dtype == torch.bfloat16
-    assert set(half.unique().tolist()) == {0.0, torch.tensor(4 / 3).bfloat16().item()}
-    assert dropout(torch.ones(0, 3), 0.5, True).shape == (0, 3)

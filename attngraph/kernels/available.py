@@ -14,6 +14,11 @@ def why_not(module: str, package: str) -> str | None:
         import_module(module)
     except Exception as error:
         reason = f"{package} is installed, but can't be used ({type(error).__name__}: {error})"
-        warnings.warn(f"{reason}: attngraph goes on without, which may be slower", RuntimeWarning, stacklevel=2)
+        _warn(reason)
         return reason
     return None
+
+
+@lru_cache  # as several modules need one package
+def _warn(reason: str) -> None:
+    warnings.warn(f"{reason}: attngraph goes on without, which may be slower", RuntimeWarning, stacklevel=3)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch._C._functorch import is_functorch_wrapped_tensor
+from torch._C._functorch import is_functorch_wrapped_tensor, is_legacy_batchedtensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from attngraph.arguments import shown
@@ -13,11 +13,13 @@ from attngraph.arguments import shown
 def values_known(tensor: Tensor) -> bool:
     """Whether the tensor's numbers can be had at once: it is on a CPU, and is no stand-in for others.
 
-    Stand-ins are what compilers and exporters see, the batches of `torch.vmap`, fake tensors and tensors on "meta".
+    Stand-ins are what compilers and exporters see, the batches of `torch.vmap` and of `is_grads_batched`, fake tensors
+    and tensors on "meta".
     """
-    if torch.compiler.is_compiling() or tensor.device.type != "cpu":
+    if torch.compiler.is_compiling() or tensor.device.type != "cpu" or type(tensor) is not Tensor:
         return False
-    return type(tensor) is Tensor and not is_functorch_wrapped_tensor(tensor) and not is_in_torch_dispatch_mode()
+    is_batch = is_functorch_wrapped_tensor(tensor) or is_legacy_batchedtensor(tensor)
+    return not is_batch and not is_in_torch_dispatch_mode()
 
 
 def require_vectors(name: str, nodes: Tensor, dim: int) -> None:

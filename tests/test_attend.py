@@ -385,7 +385,7 @@ BAD = [
     ({"score": "cosine"}, ValueError, "score must be a function or one of dot, additive (got 'cosine')"),
     (
         {"normalize": 3},
-        ValueError,
+        TypeError,
         "normalize must be a function or one of softmax, sigmoid, none, relu, squared_relu (got 3)",
     ),
     ({"normalize": "none", "return_lse": True}, ValueError, "return_lse needs normalize='softmax'"),

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field, fields, replace
 from itertools import count
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,6 +31,7 @@ from attngraph.kernels.scoring import (
     SCORE_NAMES,
     Elementwise,
     Score,
+    require_function,
     score_name,
 )
 from attngraph.planning import backends, explain
@@ -161,8 +162,8 @@ class Plan:
         """
         given = {
             "dropout": None if dropout_p is None else dropout_p > 0,
-            "score": None if score is None else score_name(score),
-            "normalize": None if normalize is None else normalizer_name(normalize),
+            "score": None if score is None else _name("score", score),
+            "normalize": None if normalize is None else _name("normalize", normalize),
             "padding": padding,
             "return_weights": return_weights,
         }
@@ -237,18 +238,21 @@ def plan(
     require_ints(0, head_dim=head_dim)
     if not dtype.is_floating_point:
         raise TypeError(f"dtype of a plan must be a floating-point torch.dtype (got {dtype!r})")
-    score, normalize = score_name(score), normalizer_name(normalize)
-    for option, given, known in (("score", score, SCORE_NAMES), ("normalize", normalize, NORMALIZER_NAMES)):
-        if given not in (*known, ANY_FUNCTION):
-            raise ValueError(
-                f"{option} of a plan must be one of {', '.join(known)}, or {ANY_FUNCTION!r} (got {given!r})"
-            )
     _, n, m = at_size(graph, n, m)
     call = Call(
         n, m, heads, heads, head_dim, head_dim, dtype, _definite(torch.device(device)), bias,
-        score=score, normalize=normalize, padding=padding, dropout=dropout, return_weights=return_weights,
+        score=_name("score", score), normalize=_name("normalize", normalize), padding=padding, dropout=dropout,
+        return_weights=return_weights,
     )  # fmt: skip
     return _made(graph, call, backend, reorder, costs)
+
+
+def _name(option: Literal["score", "normalize"], given: Any) -> str:
+    """A score or normaliser in a `Call`; "a function" stands for itself."""
+    if isinstance(given, str) and given == ANY_FUNCTION:
+        return given
+    require_function(option, given, SCORE_NAMES if option == "score" else NORMALIZER_NAMES)
+    return score_name(given) if option == "score" else normalizer_name(given)
 
 
 def planned(graph: Graph, call: Call, name: str) -> Plan:

@@ -417,7 +417,7 @@ def _check_returned(normalize, sinks, return_lse, return_weights, reduce) -> Non
         raise ValueError(f"sinks need normalize='softmax' (got {normalize!r}): other weights share no sum with them")
     if reduce is None:
         return
-    if reduce not in get_args(Reduction):
+    if not (isinstance(reduce, str) and reduce in get_args(Reduction)):
         raise ValueError(f"reduce must be None or one of {', '.join(get_args(Reduction))} (got {shown(reduce)})")
     if not return_weights:
         raise ValueError(f"reduce={reduce!r} is about what return_weights returns: return_weights=True")

@@ -31,7 +31,7 @@ class _TilesOfAnyKernel(KernelBackend):
             return 0.0
         of_tiles = float(self.tile_seconds(tiles.edges_per_tile, tiles.blocks_per_tile, call, costs).sum())
         calls = 1 if self.fused else min(tiles.tile_rows, MAX_ROW_GROUPS)
-        results = costs.tile_s_per_result_dim * edges.n * call.head_dim
+        results = costs.tile_s_per_result_dim * edges.n * call.head_dim * width_factor(call)
         return (of_tiles + results) * call.heads + calls * costs.tile_s_per_call
 
     def tile_seconds(self, edges: Tensor, blocks: Tensor, call: Call, costs: Costs) -> Tensor:

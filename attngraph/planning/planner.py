@@ -326,14 +326,22 @@ def fitted(plan: Plan, call: Call, name: str = "auto") -> Plan:
     call = call._replace(part=call.part or not plan.runs_whole(call))
     reasons = [reason for part in plan.parts if (reason := part.backend.supports(call)) is not None]
     if not plan.parts and (reason := only_fused_attention(call)) is not None:
-        raise ValueError(f"{plan} can't run this call ({reason}); attend with the graph itself chooses what can")
+        raise _not_made_for(plan, call, reason)
     if not reasons:
         return plan
     others = [_another_kernel(part.backend, call) for part in plan.parts]
     if any(other is None for other in others):
-        raise ValueError(f"{plan} can't run this call ({reasons[0]}); attend with the graph itself chooses what can")
+        raise _not_made_for(plan, call, reasons[0])
     parts = zip(plan.parts, others, strict=True)
     return replace(plan, parts=tuple(replace(part, backend=other) for part, other in parts))
+
+
+def _not_made_for(plan: Plan, call: Call, reason: str) -> ValueError:
+    """The error of a plan that can't run a call: with what options another one is made, if that is what it lacks."""
+    options = {name: getattr(call, name) for name in ("score", "normalize", "padding", "dropout", "return_weights")}
+    more = [f"{name}={value!r}" for name, value in options.items() if value not in (False, getattr(plan.call, name))]
+    remedy = f"plan(…, {', '.join(more)}), or " if more else ""
+    return ValueError(f"{plan} can't run this call ({reason}); {remedy}attend with the graph itself chooses what can")
 
 
 def _require_same_sizes(plan: Plan, call: Call) -> None:

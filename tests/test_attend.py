@@ -90,6 +90,7 @@ def assert_equal(found, expected):
         torch.testing.assert_close(gradient, gradient_0, rtol=0, atol=BACKWARD)
 
 
+@pytest.mark.share(3)
 @every
 @pytest.mark.parametrize(
     "kind", [pytest.param(kind, marks=pytest.mark.slow) if kind in REPEATED else kind for kind in BIASES]

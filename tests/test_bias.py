@@ -110,6 +110,7 @@ def test_slopes_are_a_tensor():
 SQUARE = [case for case in GRAPHS if 1 < case.n == case.m and case.graph.size[0] in (None, case.n)]
 
 
+@pytest.mark.share(4)
 @pytest.mark.parametrize("kind", ["alibi", "clipped", "buckets"])
 @pytest.mark.parametrize("case", SQUARE, ids=lambda case: str(case.graph)[:60])
 def test_rows_of_a_graph_keep_their_distances(case, kind):

@@ -82,6 +82,7 @@ def test_every_backend_drops_the_same_weights(case):
     )  # fmt: skip
 
 
+@pytest.mark.share(5)
 @some
 @pytest.mark.parametrize("kind", ["alibi", "edges", "dense", "dense-keys"])
 @pytest.mark.parametrize("score", [None, "softcap", pytest.param("leaky_relu", marks=pytest.mark.slow)])
@@ -173,6 +174,7 @@ def test_normalisers_equal_the_reference(case, normalize):
     assert_all_equal(sides, case.graph, ("edges", "tiles", "rows", "auto"), normalize=normalize)
 
 
+@pytest.mark.share(2)
 @some
 @pytest.mark.parametrize("normalize", NORMALIZED)
 @pytest.mark.parametrize("kind", ["alibi", "edges", "dense", "dense-keys"])
@@ -195,6 +197,7 @@ def learned(*shape):
     return torch.rand(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(5)).add_(0.5).requires_grad_()
 
 
+@pytest.mark.share(4)
 @some
 @pytest.mark.parametrize(
     "normalize", ["softmax", "squared_relu", torch.nn.functional.silu], ids=["softmax", "squared_relu", "silu"]

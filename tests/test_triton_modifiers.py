@@ -121,6 +121,7 @@ CASES = [
 ]
 
 
+@pytest.mark.share(2)
 @pytest.mark.parametrize("padded", [True, pytest.param(False, marks=slow)], ids=["padded", "whole"])
 @pytest.mark.parametrize(("options", "kind"), CASES, ids=lambda it: it if isinstance(it, str) else "+".join(it or "-"))
 def test_tiles_equal_the_edges_in_every_gradient(options, kind, padded):
@@ -175,6 +176,7 @@ def some_edges(n, m):
     return mask.nonzero().unbind(1)
 
 
+@pytest.mark.share(2)
 @pytest.mark.usefixtures("small_pieces")
 @pytest.mark.parametrize("dtype", [torch.float64, pytest.param(torch.float32, marks=slow)], ids=str)
 @pytest.mark.parametrize(("options", "kind"), CASES, ids=lambda it: it if isinstance(it, str) else "+".join(it or "-"))

@@ -156,6 +156,7 @@ def test_rotary_of_rows_turns_the_queries_where_they_stand():
         torch.testing.assert_close(part, whole[:, 3:5])
 
 
+@pytest.mark.share(4)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("of_bias", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["alibi", "clipped", "edges", "dense", "dense-keys"])

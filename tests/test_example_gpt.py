@@ -102,7 +102,12 @@ def test_a_run_may_go_on_for_longer_and_elsewhere(tmp_path, text, model, capsys)
 
 
 @pytest.mark.parametrize(
-    "more", ["--optimizer muon --dropout 0.2 --accumulate 2", "--optimizer adamw", "--model bigram"]
+    "more",
+    [
+        "--optimizer muon --dropout 0.2 --accumulate 2",
+        pytest.param("--optimizer adamw", marks=pytest.mark.slow),
+        "--model bigram",
+    ],
 )
 def test_a_resumed_run_is_the_same_bit_for_bit(tmp_path, text, monkeypatch, more):
     _, whole = run(tmp_path, text, *more.split(), name="whole")

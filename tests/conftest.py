@@ -27,7 +27,7 @@ else:
 def pytest_collection_modifyitems(items):
     """Of a sweep with `share(k)`, each k-th cell runs always, and the others are slow.
 
-    k has no factor in common with the lengths of the axes: so each value of each axis is among those that run.
+    k has no factor in common with the lengths of the axes: so those that run have, if they are enough, each value.
     """
     cells = Counter()
     for item in items:

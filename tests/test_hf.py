@@ -214,7 +214,6 @@ def test_the_logits_are_theirs(family, number, padded, tmp_path):
     assert_same_logits(family, hf.load(tmp_path), reference, padded)
 
 
-@pytest.mark.share(3)
 @pytest.mark.parametrize(("family", "number"), [(family, number) for family, number in CASES if number < 2])
 @torch.no_grad()
 def test_what_is_saved_is_loaded_by_both(family, number, tmp_path):
@@ -579,7 +578,6 @@ def names_it(name, message):
     return name in message or (name == "id2label" and "num_labels" in message)
 
 
-@pytest.mark.share(3)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("share", [19, pytest.param(1, marks=pytest.mark.nightly)], ids=["some", "all"])
 @torch.no_grad()

@@ -33,7 +33,7 @@ def edge_list(n, edges, seed):
 
 
 @pytest.mark.share(3)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", NAMES[::-1])
 def test_a_hundred_graphs_made_on_the_fly_and_one_backward(name):
     """As in learning on graphs: another graph for each example, the losses added, then one backward pass."""
     x = torch.randn(1, 1, 60, 8, requires_grad=True, dtype=torch.float64)
@@ -55,7 +55,7 @@ def local_class(shift):
     return Local()
 
 
-@pytest.mark.share(5)
+@pytest.mark.share(3)
 @pytest.mark.parametrize("name", NAMES)
 def test_a_class_of_the_same_name_at_the_same_address_is_another_graph(name):
     for _ in range(6):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import fields
 from functools import partial
 from numbers import Real
@@ -26,6 +25,7 @@ from attngraph.kernels.scoring import (
     Score,
     Temperature,
     parts_of,
+    require_function,
     score_name,
 )
 from attngraph.packing import packed, packed_bias, takes_batch, unpacked
@@ -339,7 +339,7 @@ def _check(q, k, v, graph, bias, attention_mask, scale, score, normalize, dropou
     if isinstance(graph, Graph):
         _check_size(graph, N, M, H)
     parts = parts_of(score)
-    _check_option("score", parts.pair, PAIR_FUNCTIONS)
+    require_function("score", parts.pair, PAIR_FUNCTIONS)
     if isinstance(parts.pair, Additive):
         weight = parts.pair.weight
         if weight.shape not in ((D,), (H, D), (1, D)) or not weight.is_floating_point() or weight.device != q.device:
@@ -351,7 +351,7 @@ def _check(q, k, v, graph, bias, attention_mask, scale, score, normalize, dropou
         if isinstance(transform, Temperature) and transform.value.numel() not in (1, H):
             got = tuple(transform.value.shape)
             raise ValueError(f"Temperature must have one value for each of {H} heads, or one (got {got})")
-    _check_option("normalize", normalize, NORMALIZER_NAMES)
+    require_function("normalize", normalize, NORMALIZER_NAMES)
     if isinstance(dropout_p, bool) or not isinstance(dropout_p, Real):
         raise TypeError(f"dropout_p must be a number (got {shown(dropout_p)})")
     if not 0 <= float(dropout_p) < 1:
@@ -420,15 +420,9 @@ def _check_returned(normalize, sinks, return_lse, return_weights, reduce) -> Non
         raise ValueError(f"sinks need normalize='softmax' (got {normalize!r}): other weights share no sum with them")
     if reduce is None:
         return
-    if reduce not in get_args(Reduction):
+    if not (isinstance(reduce, str) and reduce in get_args(Reduction)):
         raise ValueError(f"reduce must be None or one of {', '.join(get_args(Reduction))} (got {shown(reduce)})")
     if not return_weights:
         raise ValueError(f"reduce={reduce!r} is about what return_weights returns: return_weights=True")
     if reduce == "entropy" and normalize != "softmax":
         raise ValueError(f"reduce='entropy' needs normalize='softmax' (got {normalize!r}): others are no probabilities")
-
-
-def _check_option(name: str, given: object, names: Collection[str]) -> None:
-    """Raise unless a score or normaliser is known by name, or a function."""
-    if given not in names if isinstance(given, str) else not callable(given):
-        raise ValueError(f"{name} must be a function or one of {', '.join(names)} (got {shown(given)})")

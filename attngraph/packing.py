@@ -11,8 +11,11 @@ from attngraph.planning.layouts.materialized import edges_of_heads
 
 
 def takes_batch(graph: Batched, q: Tensor) -> bool:
-    """Whether its entries are those of a batch of q (B, H, N, D), rather than packed already."""
-    if not isinstance(q, Tensor) or q.ndim != 4 or (len(q) == 1 and q.shape[2] == graph.size[0]):
+    """Whether its entries are those of a batch of q (B, H, N, D), rather than packed in each entry of it."""
+    if not isinstance(q, Tensor) or q.ndim != 4:
+        return False
+    n, packed_n = graph.entry_size[0], graph.size[0]
+    if q.shape[2] == packed_n and (len(q) == 1 or n != packed_n):
         return False
     if len(q) != len(graph.graphs):
         raise ValueError(

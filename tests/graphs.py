@@ -11,6 +11,7 @@ import torch
 
 from attngraph import (
     Axial,
+    Batched,
     Beside,
     Causal,
     Chunks,
@@ -76,7 +77,7 @@ def swin_region(p, window, shift):
 KARATE = networkx.karate_club_graph()
 EDGES = [(0, 3), (4, 3), (4, 0), (2, 2), (1, 5)]  # (key, query)
 PARENTS = [-1, 0, 0, 1, 1, 2, -1, 6]
-RANDOM = Random(3, seed=7).mask(9, 11)
+RANDOM, SMALL = Random(3, seed=7).mask(9, 11), Random(2, seed=1).mask(5, 4)
 
 
 def ancestor(i, j):
@@ -164,6 +165,12 @@ GRAPHS = [
         5,
         6,
         lambda i, j: (i < 2 and j <= i) or (i >= 3 and j >= 3),
+    ),
+    Case(
+        Batched([Full().sized(1, 2), (Causal() & Random(2, seed=1)).sized(5, 4), Empty().sized(3, 3)]),
+        15,
+        12,
+        lambda i, j: (i < 1 and j < 2) or (5 <= i < 10 and 4 <= j < 8 and j - 4 <= i - 5 and SMALL[i - 5, j - 4]),
     ),
     Case(Beside(Prefix(1).sized(None, 2), Causal()), 4, 6, lambda i, j: j < 1 or (j >= 2 and j - 2 <= i)),
     Case(Beside(Random(3, 7).sized(9, 11), Identity()), 9, 15, lambda i, j: RANDOM[i, j] if j < 11 else i == j - 11),

@@ -90,6 +90,7 @@ def assert_equal(found, expected):
         torch.testing.assert_close(gradient, gradient_0, rtol=0, atol=BACKWARD)
 
 
+@pytest.mark.share(3)
 @every
 @pytest.mark.parametrize(
     "kind", [pytest.param(kind, marks=pytest.mark.slow) if kind in REPEATED else kind for kind in BIASES]
@@ -385,7 +386,7 @@ BAD = [
     ({"score": "cosine"}, ValueError, "score must be a function or one of dot, additive (got 'cosine')"),
     (
         {"normalize": 3},
-        ValueError,
+        TypeError,
         "normalize must be a function or one of softmax, sigmoid, none, relu, squared_relu (got 3)",
     ),
     ({"normalize": "none", "return_lse": True}, ValueError, "return_lse needs normalize='softmax'"),

@@ -1,6 +1,7 @@
 """Every backend of the dict fulfils the contract: it equals the reference, or says why it can't run a call."""
 
 import re
+from dataclasses import fields
 from itertools import pairwise
 from pathlib import Path
 
@@ -103,6 +104,16 @@ def test_float64_is_priced_by_the_kernel_that_runs_it():
     assert double.candidates["tiles (numba)"] > single.candidates["tiles (numba)"]
     assert "is faster" in double.candidates["tiles (torch)"]
     assert "is faster" in single.candidates["tiles (torch)"]
+
+
+@pytest.mark.parametrize("label", [label for label in BACKENDS if label != "reference"])
+def test_float64_takes_twice_the_time_of_all_but_calls(label):
+    backend, edges = BACKENDS[label], EdgeSet(at_size(Window(40, 0), 512, 512)[0], 512, 512)
+    no_calls = {field.name: 0.0 for field in fields(Costs) if field.name.endswith("_per_call")}
+    calls = [call_of(512, 512, dtype=dtype) for dtype in (torch.float32, torch.float64)]
+    if all(backend.supports(call) is None for call in calls):
+        single, double = (backend.estimate(edges, call, Costs(**no_calls)) for call in calls)
+        assert double == pytest.approx(2 * single)
 
 
 def test_heads_of_one_graph_and_a_bias_are_one_call():

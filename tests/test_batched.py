@@ -4,7 +4,7 @@ import pytest
 import torch
 from test_attend import BACKWARD, FORWARD
 
-from attngraph import Alibi, Batched, Causal, EdgeBias, Full, Random, Window, attend, parse
+from attngraph import Alibi, Batched, Causal, Disjoint, EdgeBias, Full, Random, Window, attend, parse
 from attngraph.models import Encoder
 from attngraph.nn import TransformerConfig
 
@@ -87,8 +87,14 @@ def test_it_is_a_graph_and_text():
     assert Batched(batch.graphs) == batch
     assert batch.size == (4 * N, 4 * N)
     assert batch.entry_size == (N, N)
-    packed = torch.randn(1, 2, 4 * N, 4)
-    assert attend(packed, packed, packed, batch).shape == packed.shape
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 4])
+def test_what_is_packed_already_is_a_batch_like_any_other(batch_size):
+    batch, side_by_side = Batched(GRAPHS), Disjoint(Batched(GRAPHS).graphs)
+    x = torch.randn(batch_size, 2, 4 * N, 4, dtype=torch.float64)
+    wanted = attend(x, x, x, side_by_side, backend="reference")
+    torch.testing.assert_close(attend(x, x, x, batch), wanted, rtol=0, atol=FORWARD)
 
 
 @pytest.mark.parametrize(

@@ -42,6 +42,7 @@ def records(tmp_path_factory) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_a_run_records_every_contestant_of_each_phase(records):
     phases = attention.by_workload(Records(records))["window + sinks"]
     assert list(phases) == list(attention.PHASES)
@@ -55,6 +56,7 @@ def test_a_run_records_every_contestant_of_each_phase(records):
                 assert own["turns"] == 3
 
 
+@pytest.mark.slow
 def test_the_report_is_one_page_with_its_pictures_inside(records):
     page = report.write(records).read_text()
     assert page.count('src="data:image/png;base64,') == page.count("<img") == 1  # crossover; few cases are a table

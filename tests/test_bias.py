@@ -110,6 +110,7 @@ def test_slopes_are_a_tensor():
 SQUARE = [case for case in GRAPHS if 1 < case.n == case.m and case.graph.size[0] in (None, case.n)]
 
 
+@pytest.mark.share(4)
 @pytest.mark.parametrize("kind", ["alibi", "clipped", "buckets"])
 @pytest.mark.parametrize("case", SQUARE, ids=lambda case: str(case.graph)[:60])
 def test_rows_of_a_graph_keep_their_distances(case, kind):
@@ -155,6 +156,7 @@ def test_rotary_of_rows_turns_the_queries_where_they_stand():
         torch.testing.assert_close(part, whole[:, 3:5])
 
 
+@pytest.mark.share(4)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("of_bias", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["alibi", "clipped", "edges", "dense", "dense-keys"])

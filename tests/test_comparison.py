@@ -18,6 +18,7 @@ def by_name(found):
     return {(timing.name, timing.phase): timing for timing in found.timings}
 
 
+@pytest.mark.share(4)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("graph", [Causal() & Window(16, 0), Window(3, 3) | Random(2), Full()], ids=str)
 def test_all_agree_and_have_figures(graph, dtype):

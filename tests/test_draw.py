@@ -80,6 +80,7 @@ def test_shares_of_cells_are_those_of_the_mask(case):
     assert ((few > 0) <= (expected > 0)).all()  # a sample finds no edges that are not there
 
 
+@pytest.mark.share(5)
 @pytest.mark.parametrize("stride", [2, 3, 4, 5, 7, 16])
 @pytest.mark.parametrize("n", [200, 300, 512, 1000])
 def test_a_periodic_graph_is_not_aliased(stride, n):
@@ -264,6 +265,7 @@ def overlaps(figure, texts):
     return any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
 
 
+@pytest.mark.share(2)
 @pytest.mark.parametrize("n", [8, 34, 400])
 @pytest.mark.parametrize("name", ["x{}", "a name of more than forty characters, number {}"])
 def test_names_do_not_overlap(n, name):
@@ -352,7 +354,9 @@ def test_a_receptive_field_takes_what_analysis_takes():
 
 
 @pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("name", ["ab", "a name of more than forty characters, number {}"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("ab", marks=pytest.mark.slow), "a name of more than forty characters, number {}"]
+)
 def test_every_picture_has_room_for_its_names(name):
     names = [name.format(i) for i in range(8)]
     panel = ("0.0", torch.tensor([[0], [1]]), torch.ones(1), 8, 8)

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from irregular import learned, small_pieces, some_mask  # noqa: F401 (a fixture)
 
 from attngraph.kernels.scoring import Additive, dot
-from attngraph.planning.layouts import csr
 from attngraph.planning.layouts.csr import CSR
 
 pytest.importorskip("numba")
@@ -15,29 +15,7 @@ SHAPES = [(1, 4, 4), (3, 4, 2), (2, 3, 1), (1, 1, 1)]  # B, H, Hkv
 N, M = 23, 31
 
 
-@pytest.fixture(autouse=True)
-def small_pieces(monkeypatch):
-    monkeypatch.setitem(csr.HEAVY_DEGREE, "cpu", 10)
-    monkeypatch.setattr(csr, "UNIT_EDGES", 24)
-    yield
-    torch.set_num_threads(1)
-
-
-def some_mask(n, m):
-    """Random edges, one query that hears all, one key that all hear, and some without any."""
-    chance = torch.Generator().manual_seed(0)
-    mask = torch.rand(n, m, generator=chance) < torch.rand(n, 1, generator=chance) * 0.4
-    mask[n // 3], mask[:, m // 2] = True, True
-    mask[n // 2 : n // 2 + 3], mask[:, m // 5 : m // 5 + 2] = False, False
-    return mask
-
-
 MASK = some_mask(N, M)
-
-
-def learned(*shape, seed=1):
-    chance = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, dtype=torch.float64, generator=chance).requires_grad_()
 
 
 def tensors(activation, B, H, Hkv, n=N, m=M, width=5):

@@ -124,6 +124,7 @@ pwd.getpwuid = nobody
 """
 
 
+@pytest.mark.slow
 def test_a_user_without_a_home():
     code = NO_HOME + "from attngraph import Costs; print(Costs.here().source)" + EVERY
     out, warned = run(code, unset=["HOME", "XDG_CACHE_HOME", "ATTNGRAPH_COSTS"])

@@ -82,7 +82,7 @@ def test_a_run_is_a_model_to_go_on_with(tmp_path, text):
     assert model(torch.tensor([tokens.encode("the quick")])).shape == (1, 9, len(tokens))
 
 
-@pytest.mark.parametrize("model", ["gpt", "bigram"])
+@pytest.mark.parametrize("model", [pytest.param("gpt", marks=pytest.mark.slow), "bigram"])
 def test_a_run_may_go_on_for_longer_and_elsewhere(tmp_path, text, model, capsys):
     """More steps, another device; everything else must be as it was, and the error says what was."""
     _, folder = run(tmp_path, text, "--model", model)
@@ -102,7 +102,12 @@ def test_a_run_may_go_on_for_longer_and_elsewhere(tmp_path, text, model, capsys)
 
 
 @pytest.mark.parametrize(
-    "more", ["--optimizer muon --dropout 0.2 --accumulate 2", "--optimizer adamw", "--model bigram"]
+    "more",
+    [
+        "--optimizer muon --dropout 0.2 --accumulate 2",
+        pytest.param("--optimizer adamw", marks=pytest.mark.slow),
+        "--model bigram",
+    ],
 )
 def test_a_resumed_run_is_the_same_bit_for_bit(tmp_path, text, monkeypatch, more):
     _, whole = run(tmp_path, text, *more.split(), name="whole")
@@ -135,6 +140,7 @@ def checkpoint(tmp_path, text):
     return folder / "model.safetensors", ["--runs", str(tmp_path / "runs"), "--name", "run", "--resume"]
 
 
+@pytest.mark.slow
 def test_a_truncated_checkpoint_is_an_error(tmp_path, text):
     path, again = checkpoint(tmp_path, text)
     path.write_bytes(path.read_bytes()[:-100])
@@ -145,7 +151,7 @@ def test_a_truncated_checkpoint_is_an_error(tmp_path, text):
         gpt.train(gpt.settings(again))
 
 
-@pytest.mark.parametrize("save", ["torch", "pickle"])
+@pytest.mark.parametrize("save", [pytest.param("torch", marks=pytest.mark.slow), "pickle"])
 def test_a_pickle_is_never_loaded(tmp_path, text, save):
     class Bomb:
         def __reduce__(self):
@@ -161,6 +167,7 @@ def test_a_pickle_is_never_loaded(tmp_path, text, save):
     assert not (tmp_path / "exploded").exists()
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_another_model_is_an_error(tmp_path, text):
     path, again = checkpoint(tmp_path, text)
     _, other = run(tmp_path, text, "--width", 32, name="other")
@@ -197,7 +204,8 @@ while True:
 """
 
 
-@pytest.mark.parametrize("kills", [1, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kills", [1, 4])
 def test_a_kill_in_the_middle_of_a_save_leaves_the_last_good_checkpoint(tmp_path, kills):
     chance = random.Random(kills)
     for _ in range(kills):
@@ -250,6 +258,7 @@ def optimizer_of(model):
     return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path):
     """The kernel refuses to let files grow past a limit, as a full disk does."""
     path = tmp_path / "model.safetensors"

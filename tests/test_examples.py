@@ -46,12 +46,13 @@ def scores(folder, name):
 COMMON = {"config.json", "metrics.csv", "model.safetensors", "accuracy.png", "connectivity.png", "heads.png"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("graph", "pool"),
     [
         ("Neighborhood((4, 4), 1)", "cls"),
-        pytest.param("ShiftedWindows((4, 4), (2, 2), (0, 0)), Full()", "mean", marks=pytest.mark.slow),
-        pytest.param("Axial((4, 4))", "cls", marks=pytest.mark.slow),
+        ("ShiftedWindows((4, 4), (2, 2), (0, 0)), Full()", "mean"),
+        ("Axial((4, 4))", "cls"),
     ],
 )
 def test_vit_learns_digits_on_any_graph(tmp_path, graph, pool):

@@ -124,6 +124,7 @@ def quickly(question):
     return answer
 
 
+@pytest.mark.share(2)
 @pytest.mark.parametrize("leaf", LEAVES)
 @pytest.mark.parametrize("kind", KINDS)
 @few

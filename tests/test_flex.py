@@ -37,6 +37,7 @@ def test_flex_attention_computes_the_same(graph, n):
     torch.testing.assert_close(out, attend(q, k, v, graph), rtol=0, atol=2e-6)
 
 
+@pytest.mark.slow
 def test_flex_attention_compiles_with_it():
     graph = Causal() & (Window(100, 0) | Prefix(4)) | Random(3)
     q, k, v = torch.randn(3, 1, 2, 512, 16)

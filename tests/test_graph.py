@@ -122,6 +122,7 @@ def test_rows_of_rows(case):
     assert torch.equal(graph.rows(start, stop).edge_index(None, case.m), graph.rows(start, stop).edge_index(m=case.m))
 
 
+@pytest.mark.share(3)
 @every
 @pytest.mark.parametrize("other", [Causal(), Random(2, 5), Window(1, 2), Identity()], ids=repr)
 def test_operators_are_those_of_sets(case, other):
@@ -146,7 +147,7 @@ def test_operators_are_those_of_sets(case, other):
         ("Full() - Identity()", 10**18 - 10**9),
         ("~Causal()", 10**9 * (10**9 - 1) // 2),
         ("Causal() & Strided(4)", sum((10**9 + r) // 4 * ((10**9 + r) // 4 + 1) // 2 for r in range(4))),
-        ("Chunks(1000)", 10**12),
+        pytest.param("Chunks(1000)", 10**12, marks=pytest.mark.slow),
         ("Random(16)", 16 * 10**9),
         ("(Causal() & (Window(2, 0) | Prefix(1))).T", 10**9 * 4 - 3 - 3),
         ("Window(3, 3, 1000)", 7 * 10**9 - 2 * 1000 * 6),

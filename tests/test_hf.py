@@ -205,6 +205,7 @@ def assert_same_logits(family, model, reference, padded=False):
     assert (ours32 - right32)[count].abs().max() <= 4 * rounding + 1e-6 * scale
 
 
+@pytest.mark.share(3)
 @pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
 @pytest.mark.parametrize(("family", "number"), CASES)
 @torch.no_grad()

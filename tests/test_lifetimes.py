@@ -32,7 +32,8 @@ def edge_list(n, edges, seed):
     return EdgeList(torch.randint(0, n, (2, edges), generator=torch.Generator().manual_seed(seed)), n)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.share(3)
+@pytest.mark.parametrize("name", NAMES[::-1])
 def test_a_hundred_graphs_made_on_the_fly_and_one_backward(name):
     """As in learning on graphs: another graph for each example, the losses added, then one backward pass."""
     x = torch.randn(1, 1, 60, 8, requires_grad=True, dtype=torch.float64)
@@ -54,6 +55,7 @@ def local_class(shift):
     return Local()
 
 
+@pytest.mark.share(3)
 @pytest.mark.parametrize("name", NAMES)
 def test_a_class_of_the_same_name_at_the_same_address_is_another_graph(name):
     for _ in range(6):
@@ -142,6 +144,7 @@ KINDS = ["class", "class method", "slots", "attribute of the function", "closure
 KINDS += ["bound method", "callable object", "nested"]
 
 
+@pytest.mark.share(3)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("again", [False, True], ids=["the same graph", "a graph of the same function"])
 @pytest.mark.parametrize(
@@ -349,6 +352,7 @@ def own_cache(monkeypatch, tmp_path):
     cache.COSTS.clear()
 
 
+@pytest.mark.slow
 def test_calibrate_measures_keeps_and_says_where(own_cache, monkeypatch, capsys):
     assert Costs.here().source.startswith("the defaults for")
     found = attngraph.calibrate()

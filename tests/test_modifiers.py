@@ -1,5 +1,7 @@
 """What is done to scores and weights (dropout, transforms, normalisers, sinks), on every backend, in all gradients."""
 
+from functools import partial
+
 import pytest
 import torch
 from graphs import GRAPHS
@@ -80,6 +82,7 @@ def test_every_backend_drops_the_same_weights(case):
     )  # fmt: skip
 
 
+@pytest.mark.share(5)
 @some
 @pytest.mark.parametrize("kind", ["alibi", "edges", "dense", "dense-keys"])
 @pytest.mark.parametrize("score", [None, "softcap", pytest.param("leaky_relu", marks=pytest.mark.slow)])
@@ -171,6 +174,7 @@ def test_normalisers_equal_the_reference(case, normalize):
     assert_all_equal(sides, case.graph, ("edges", "tiles", "rows", "auto"), normalize=normalize)
 
 
+@pytest.mark.share(2)
 @some
 @pytest.mark.parametrize("normalize", NORMALIZED)
 @pytest.mark.parametrize("kind", ["alibi", "edges", "dense", "dense-keys"])
@@ -193,6 +197,7 @@ def learned(*shape):
     return torch.rand(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(5)).add_(0.5).requires_grad_()
 
 
+@pytest.mark.share(4)
 @some
 @pytest.mark.parametrize(
     "normalize", ["softmax", "squared_relu", torch.nn.functional.silu], ids=["softmax", "squared_relu", "silu"]
@@ -331,7 +336,6 @@ def test_a_call_that_costs_far_more_says_so_once():
         ({"reduce": "mean"}, ValueError, "return_weights=True"),
         ({"reduce": "sum", "return_weights": True}, ValueError, "mean, entropy, received"),
         ({"reduce": "entropy", "return_weights": True, "normalize": "relu"}, ValueError, "no probabilities"),
-        ({"score": SoftCap(1.0, of="cosine")}, ValueError, "score must be a function or one of dot, additive"),
         ({"score": Temperature(torch.ones(3))}, ValueError, "one value for each of 4 heads"),
         ({"normalize": "cubed"}, ValueError, "softmax, sigmoid, none, relu, squared_relu"),
     ],
@@ -340,6 +344,26 @@ def test_bad_options_say_what_was_required(options, error, message):
     q, k, v = tensors(9, 9)
     with pytest.raises(error, match=message):
         attend(q, k, v, Full(), **options)
+
+
+@pytest.mark.parametrize("made", [partial(SoftCap, 1.0), LeakyReLU, partial(Temperature, torch.ones(()))])
+@pytest.mark.parametrize(
+    ("of", "error"), [(3, TypeError), (None, TypeError), (SoftCap, TypeError), ("cosine", ValueError)]
+)
+def test_what_is_no_score_is_told_where_it_is_given(made, of, error):
+    with pytest.raises(error, match=r"of, the score of .*, must be a function or one of dot, additive \(got "):
+        made(of=of)
+
+
+@pytest.mark.parametrize(
+    ("option", "error"),
+    [({"score": 3}, TypeError), ({"score": "cosine"}, ValueError), ({"normalize": "cubed"}, ValueError)],
+)
+def test_plans_know_the_same_scores_and_normalisers(option, error):
+    made = plan(Causal(), 9, 9)
+    for run in (partial(plan, Causal(), 9, 9), made.explain):
+        with pytest.raises(error, match="must be a function or one of"):
+            run(**option)
 
 
 @pytest.mark.parametrize(

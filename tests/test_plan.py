@@ -361,8 +361,15 @@ def test_a_plan_for_other_tensors_is_told():
         attend(meta, meta, meta, made)
     with pytest.raises(ValueError, match=r"a plan has chosen its backends: leave out backend='edges'"):
         attend(q, q, q, made, backend="edges")
-    with pytest.raises(ValueError, match=r"can't run this call .it has no score='additive'.; attend with the graph"):
+    with pytest.raises(
+        ValueError, match=r"no score='additive'\); plan\(…, score='additive'\), or attend with the graph"
+    ):
         attend(q, q, q, plan(Window(4, 0), 30, 30, heads=2, backend="tiles"), score="additive")
+    asked = {"score": lambda q_i, k_j: (q_i - k_j).sum(-1), "normalize": torch.tanh, "dropout_p": 0.1}
+    with pytest.raises(ValueError, match=r"; plan\(…, score='a function', normalize='a function', dropout=True\), or"):
+        attend(q, q, q, made, **asked)
+    remade = plan(Window(4, 0), 30, 30, heads=2, score="a function", normalize="a function", dropout=True)
+    assert attend(q, q, q, remade, **asked).shape == (2, 30, 8)
     with pytest.raises(ValueError, match=r"made for bias=None \(got one of kind 'edge'\): plan\(…, bias='edge'\)"):
         attend(q, q, q, made, bias=EdgeBias.sorted(torch.zeros(made.edges)))
 

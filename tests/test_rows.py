@@ -6,6 +6,7 @@ import threading
 import pytest
 import torch
 from interpreter import round_as_hardware
+from irregular import learned, small_pieces, some_mask  # noqa: F401 (a fixture)
 
 from attngraph import Causal, EdgeBias, Random, Window, attend, from_dense
 from attngraph.graph.base import at_size
@@ -44,30 +45,8 @@ if rows_triton is not None:  # each takes seconds in the interpreter
     KERNELS += [pytest.param(rows_triton, shape, (23, 31), marks=pytest.mark.slow) for shape in SHAPES[1:3]]
 
 
-@pytest.fixture(autouse=True)
-def small_pieces(monkeypatch):
-    monkeypatch.setitem(csr.HEAVY_DEGREE, "cpu", 10)
-    monkeypatch.setattr(csr, "UNIT_EDGES", 24)
-    yield
-    torch.set_num_threads(1)
-
-
-def some_mask(n, m, seed=0):
-    """Random edges, one query that hears all, one key that all hear, queries that hear nobody, keys nobody hears."""
-    chance = torch.Generator().manual_seed(seed)
-    mask = torch.rand(n, m, generator=chance) < torch.rand(n, 1, generator=chance) * 0.4
-    mask[n // 3], mask[:, m // 2] = True, True
-    mask[n // 2 : n // 2 + 3], mask[:, m // 5 : m // 5 + 2] = False, False
-    return mask
-
-
 def layout_of(mask):
     return CSR.from_edges(*mask.nonzero().unbind(1), *mask.shape)
-
-
-def learned(*shape, seed=1, dtype=torch.float64):
-    chance = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, dtype=torch.float64, generator=chance).to(dtype).requires_grad_()
 
 
 def tensors(B, H, Hkv, n, m, dims=(5, 3), dtype=torch.float64):

@@ -186,6 +186,7 @@ def name(case):
     )
 
 
+@pytest.mark.share(5)
 @every_kernel
 @pytest.mark.parametrize("heads", HEADS, ids=str)
 @pytest.mark.parametrize("case", [*SINGLE, *COMBINED], ids=name)
@@ -212,6 +213,7 @@ def test_heads_drop_by_the_numbers_they_are_given(kernel):
     assert_close(found, [one[:, heads].double() for one in whole], 1e-6 if dtype == torch.float32 else 1e-12)
 
 
+@pytest.mark.share(3)
 @needs_numba
 @pytest.mark.parametrize("case", [SINGLE[1], *COMBINED, *SINGLE[2:13]], ids=name)
 def test_any_number_of_threads_gives_the_same_bits(case, monkeypatch):

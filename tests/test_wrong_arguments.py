@@ -46,13 +46,17 @@ RECORDED = recorded(model=gpt)[0]
 DOORS = [
     Door("attend", attend, {
         "q": q, "k": k, "v": v, "graph": Causal(), "bias": None, "attention_mask": None, "scale": 0.5, "dropout_p": 0.0,
-        "score": "dot", "normalize": "softmax", "backend": "auto", "return_lse": False, "return_weights": False,
+        "generator": None, "score": "dot", "normalize": "softmax", "sinks": None, "reduce": None, "backend": "auto",
+        "return_lse": False, "return_weights": False,
     }, {"normalize": "normalize|return_lse"}, ("score", "normalize")),
     Door("plan", plan, {
         "graph": Causal(), "n": 6, "m": 6, "heads": 2, "head_dim": 4, "dtype": torch.float32, "device": "cpu",
         "backend": "auto", "bias": None, "padding": False, "dropout": False, "score": "dot", "normalize": "softmax",
         "return_weights": False, "reorder": None, "costs": None,
     }),
+    Door("Plan.explain", plan(Causal(), 6).explain, {
+        "dropout_p": 0.1, "score": "dot", "normalize": "softmax", "padding": False, "return_weights": False,
+    }, {}, ("score", "normalize")),
     Door("compare", attngraph.compare, {
         "graph": Causal(), "n": 6, "m": 6, "batch": 1, "heads": 2, "head_dim": 4, "dtype": torch.float32,
         "device": "cpu", "repeats": 2, "limit": 1e-9,
@@ -67,6 +71,9 @@ DOORS = [
     }, {"edges": "edges|edge_index", "values": "values|EdgeBias"}),
     Door("EdgeBias.sorted", attngraph.EdgeBias.sorted, {"values": torch.zeros(3)}),
     Door("Additive", attngraph.Additive, {"weight": torch.zeros(4), "activation": torch.tanh}),
+    Door("SoftCap", attngraph.SoftCap, {"cap": 30.0, "of": "dot"}, {}, ("of",)),
+    Door("LeakyReLU", attngraph.LeakyReLU, {"negative_slope": 0.2, "of": "dot"}, {}, ("of",)),
+    Door("Temperature", attngraph.Temperature, {"value": torch.ones(2), "of": "dot"}, {}, ("of",)),
     Door("generate", generate, {
         "model": gpt, "tokens": tokens, "max_new_tokens": 2, "attention_mask": None, "context": None,
         "temperature": 1.0, "top_k": None, "top_p": None, "generator": None,
@@ -134,6 +141,7 @@ DOORS = [
         attngraph.ShiftedWindows: {"shape": (4, 4), "window": 2, "shift": 1},
         attngraph.EdgeList: {"edge_index": torch.tensor([[0, 1], [1, 2]]), "size": 3},
         attngraph.Disjoint: {"graphs": [Causal().sized(2, 2), Causal()]},
+        attngraph.Batched: {"graphs": [Causal().sized(2, 2), Causal().sized(3, 3)]},
         attngraph.Beside: {"a": Causal().sized(2, 2), "b": Causal()},
         attngraph.PerHead: {"graphs": [Causal(), Causal()]},
     }.items()),

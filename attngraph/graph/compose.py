@@ -137,7 +137,7 @@ class Batched(Disjoint):
 
     `attend` and models take it with vectors (B, H, N, D) or (B, N, D), where N are the nodes of the largest; the nodes
     past those of an entry hear nobody, and nobody hears them. As a graph, it is what runs: all entries side by side,
-    `Disjoint`, in B · N nodes, by which its `edge_index` numbers them.
+    `Disjoint`, in B · N nodes, by which its `edge_index` numbers them; vectors of so many nodes are packed already.
 
     >>> from attngraph import Causal, Full
     >>> batch = Batched([Causal().sized(3, 3), Full().sized(2, 2)])

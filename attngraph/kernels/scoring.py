@@ -7,7 +7,7 @@ bias (`SoftCap`, `LeakyReLU`, `Temperature`).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import NamedTuple, Union, get_args
 
@@ -53,14 +53,7 @@ class Additive:
         if not isinstance(self.weight, Tensor) or self.weight.ndim not in (1, 2):
             got = tuple(self.weight.shape) if isinstance(self.weight, Tensor) else type(self.weight).__name__
             raise TypeError(f"Additive takes a tensor, weight (D,) or (H, D) (got {got})")
-        if isinstance(self.activation, str):
-            if self.activation not in FUSED_ACTIVATIONS:
-                names = ", ".join(FUSED_ACTIVATIONS)
-                raise ValueError(
-                    f"activation of Additive must be a function or one of {names} (got {self.activation!r})"
-                )
-        elif not callable(self.activation):
-            raise TypeError(f"activation of Additive must be a function (got {type(self.activation).__name__})")
+        require_function("activation of Additive", self.activation, FUSED_ACTIVATIONS)
         _require_number("negative_slope", self.negative_slope)
 
     @property
@@ -105,6 +98,7 @@ class SoftCap:
         _require_number("cap", self.cap)
         if not self.cap > 0:
             raise ValueError(f"cap of SoftCap must be above 0 (got {self.cap!r})")
+        require_function("of, the score of SoftCap,", self.of, PAIR_FUNCTIONS)
 
     @property
     def transform(self) -> Transform:
@@ -128,6 +122,7 @@ class LeakyReLU:
 
     def __post_init__(self):
         _require_number("negative_slope", self.negative_slope)
+        require_function("of, the score of LeakyReLU,", self.of, PAIR_FUNCTIONS)
 
     @property
     def transform(self) -> Transform:
@@ -150,6 +145,7 @@ class Temperature:
         if not (isinstance(self.value, Tensor) and self.value.is_floating_point() and self.value.ndim <= 1):
             got = tuple(self.value.shape) if isinstance(self.value, Tensor) else type(self.value).__name__
             raise TypeError(f"Temperature takes a tensor of floating-point numbers, value () or (H,) (got {got})")
+        require_function("of, the score of Temperature,", self.of, PAIR_FUNCTIONS)
 
     transform = None
 
@@ -252,6 +248,14 @@ def weights_and_slopes(scores: Tensor, normalize: str) -> tuple[Tensor, Tensor]:
             weights = torch.relu(scores)
             return weights * weights, 2 * weights
     raise AssertionError(normalize)
+
+
+def require_function(name: str, given: object, names: Collection[str]) -> None:
+    """Raise unless it is a function, such as a score is, or one that is known by name."""
+    if given in names if isinstance(given, str) else callable(given) and not isinstance(given, type):
+        return
+    kind = ValueError if isinstance(given, str) else TypeError
+    raise kind(f"{name} must be a function or one of {', '.join(names)} (got {shown(given)})")
 
 
 def _require_number(name: str, value: object) -> None:

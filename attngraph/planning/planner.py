@@ -10,7 +10,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field, fields, replace
 from itertools import count
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,6 +31,7 @@ from attngraph.kernels.scoring import (
     SCORE_NAMES,
     Elementwise,
     Score,
+    require_function,
     score_name,
 )
 from attngraph.planning import backends, explain
@@ -171,8 +172,8 @@ class Plan:
         """
         given = {
             "dropout": None if dropout_p is None else dropout_p > 0,
-            "score": None if score is None else score_name(score),
-            "normalize": None if normalize is None else normalizer_name(normalize),
+            "score": None if score is None else _name("score", score),
+            "normalize": None if normalize is None else _name("normalize", normalize),
             "padding": padding,
             "return_weights": return_weights,
         }
@@ -247,18 +248,21 @@ def plan(
     require_ints(0, head_dim=head_dim)
     if not dtype.is_floating_point:
         raise TypeError(f"dtype of a plan must be a floating-point torch.dtype (got {dtype!r})")
-    score, normalize = score_name(score), normalizer_name(normalize)
-    for option, given, known in (("score", score, SCORE_NAMES), ("normalize", normalize, NORMALIZER_NAMES)):
-        if given not in (*known, ANY_FUNCTION):
-            raise ValueError(
-                f"{option} of a plan must be one of {', '.join(known)}, or {ANY_FUNCTION!r} (got {given!r})"
-            )
     _, n, m = at_size(graph, n, m)
     call = Call(
         n, m, heads, heads, head_dim, head_dim, dtype, _definite(torch.device(device)), bias,
-        score=score, normalize=normalize, padding=padding, dropout=dropout, return_weights=return_weights,
+        score=_name("score", score), normalize=_name("normalize", normalize), padding=padding, dropout=dropout,
+        return_weights=return_weights,
     )  # fmt: skip
     return _made(graph, call, backend, reorder, costs)
+
+
+def _name(option: Literal["score", "normalize"], given: Any) -> str:
+    """A score or normaliser in a `Call`; "a function" stands for itself."""
+    if isinstance(given, str) and given == ANY_FUNCTION:
+        return given
+    require_function(option, given, SCORE_NAMES if option == "score" else NORMALIZER_NAMES)
+    return score_name(given) if option == "score" else normalizer_name(given)
 
 
 def planned(graph: Graph, call: Call, name: str) -> Plan:
@@ -332,14 +336,22 @@ def fitted(plan: Plan, call: Call, name: str = "auto") -> Plan:
     call = call._replace(part=call.part or not plan.runs_whole(call))
     reasons = [reason for part in plan.parts if (reason := part.backend.supports(call)) is not None]
     if not plan.parts and (reason := only_fused_attention(call)) is not None:
-        raise ValueError(f"{plan} can't run this call ({reason}); attend with the graph itself chooses what can")
+        raise _not_made_for(plan, call, reason)
     if not reasons:
         return plan
     others = [_another_kernel(part.backend, call) for part in plan.parts]
     if any(other is None for other in others):
-        raise ValueError(f"{plan} can't run this call ({reasons[0]}); attend with the graph itself chooses what can")
+        raise _not_made_for(plan, call, reasons[0])
     parts = zip(plan.parts, others, strict=True)
     return replace(plan, parts=tuple(replace(part, backend=other) for part, other in parts))
+
+
+def _not_made_for(plan: Plan, call: Call, reason: str) -> ValueError:
+    """The error of a plan that can't run a call: with what options another one is made, if that is what it lacks."""
+    options = {name: getattr(call, name) for name in ("score", "normalize", "padding", "dropout", "return_weights")}
+    more = [f"{name}={value!r}" for name, value in options.items() if value not in (False, getattr(plan.call, name))]
+    remedy = f"plan(…, {', '.join(more)}), or " if more else ""
+    return ValueError(f"{plan} can't run this call ({reason}); {remedy}attend with the graph itself chooses what can")
 
 
 def _require_same_sizes(plan: Plan, call: Call) -> None:

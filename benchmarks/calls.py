@@ -227,7 +227,7 @@ def memory_alone(progress: Progress) -> dict:
         "return_weights=True, reduce='entropy'": {"return_weights": True, "reduce": "entropy"},
         "attention_mask": {"attention_mask": padding},
     }
-    q, k, v, grad = (torch.randn(1, HEADS, LARGE, 16) for _ in range(4))
+    q, k, v, grad = (torch.randn(1, HEADS, LARGE, PYG_DIM) for _ in range(4))
     sides = [side.requires_grad_() for side in (q, k, v)]
     found: dict[str, Any] = {}
     for name, given in options.items():
@@ -300,9 +300,9 @@ def memory_goals(options: Namespace) -> Iterator[Goal]:
     """Peak extra memory: neither N² nor E · D nor E · H · D."""
     found = isolated(memory_alone, seconds=900.0, gib=options.memory)
     for case in ("dropout_p=0.1", "return_weights=True, reduce='entropy'", "attention_mask"):
-        text = f"{GRAPH}, N = {LARGE:,}, H = {HEADS}, D = 16, {case}: MiB of a step over those of an E × H array"
+        text = f"{GRAPH}, N = {LARGE:,}, H = {HEADS}, D = {PYG_DIM}, {case}: MiB of a step over those of an E × D array"
         own = found.get(case)
-        whole = found.get("edges", 1) * HEADS * 4 / 2**20
+        whole = found.get("edges", 1) * PYG_DIM * 4 / 2**20
         yield Goal(text, 1, own["mib"] / whole if own else found.get("failure", "not reached"), at_most=True)
 
 

@@ -112,18 +112,21 @@ BIASED_BLOCKS = {
         4: {128: Blocks(32, 32, 8, 1)},
     },
 }
+# The same where scores are transformed, which takes registers for their slopes: where the others would not fit.
+TRANSFORMED_BLOCKS = {(90, 2, 64): Blocks(64, 32, 8, 2), (80, 2, 128): Blocks(64, 32, 8, 2)}
 DIAGONAL_BLOCKS = {2: Blocks(32, 32, 4, 2), 4: Blocks(32, 32, 8, 1)}  # for `_diagonal_sums`
 
 
 def block_sizes(
-    kernel: str, widest: int, itemsize: int, is_plain: bool, sums_diagonals: bool, device: torch.device
+    kernel: str, widest: int, itemsize: int, modifiers: Modifiers, sums_diagonals: bool, device: torch.device
 ) -> Blocks:
     """How a kernel runs, by the widest BLOCK_D, the bytes of a number, the modifiers and the architecture."""
     if kernel == "_bwd_dq_kernel" and sums_diagonals:
         return DIAGONAL_BLOCKS[itemsize]
     arch = architecture(device)
-    table = BLOCKS[arch][kernel, itemsize] if is_plain else BIASED_BLOCKS[arch][itemsize]
-    return next(blocks for limit, blocks in table.items() if widest <= limit)
+    table = BLOCKS[arch][kernel, itemsize] if modifiers.is_plain else BIASED_BLOCKS[arch][itemsize]
+    limit, blocks = next((limit, blocks) for limit, blocks in table.items() if widest <= limit)
+    return blocks if modifiers.transform is None else TRANSFORMED_BLOCKS.get((arch, itemsize, limit), blocks)
 
 
 @lru_cache
@@ -177,7 +180,7 @@ class _Launcher:
 
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, layout: TilesLayout, modifiers: Modifiers) -> None:
         scale, bias, attention_mask = modifiers[:3]
-        self.is_plain, self.kinds = modifiers.is_plain, compiled_kinds(modifiers)
+        self.modifiers, self.kinds = modifiers, compiled_kinds(modifiers)
         self.dropout = dropout_ptrs(modifiers.dropout)
         self.layout = layout = layout.on(q.device)
         self.q, self.v, self.scale = q, v, scale * LOG2_E.value
@@ -199,7 +202,7 @@ class _Launcher:
         """How a kernel runs, with blocks no larger than a tile."""
         widest, itemsize = max(self.dims[2:]), self.q.dtype.itemsize
         sums_diagonals = bias_grad and self.bias_kind == OFFSET.value
-        blocks = block_sizes(kernel.fn.__name__, widest, itemsize, self.is_plain, sums_diagonals, self.q.device)
+        blocks = block_sizes(kernel.fn.__name__, widest, itemsize, self.modifiers, sums_diagonals, self.q.device)
         tile_m, tile_n = self.layout.tile
         return blocks._replace(BLOCK_M=min(blocks.BLOCK_M, tile_m), BLOCK_N=min(blocks.BLOCK_N, tile_n))
 

@@ -231,7 +231,7 @@ def test_a_plan_in_a_compiled_program_never_ignores_an_option(options):
 
 
 @pytest.mark.parametrize(("options", "message"), [
-    ({"score": "nope"}, "score of a plan"), ({"normalize": 3}, "normalize must be"),
+    ({"score": "nope"}, "one of dot, additive, softcap, leaky_relu"), ({"normalize": 3}, "normalize must be"),
     ({"dtype": torch.int64}, "dtype"), ({"dtype": "float32"}, "dtype"), ({"dropout": 0.3}, "dropout"),
 ])  # fmt: skip
 def test_options_of_a_plan_are_checked(options, message):

@@ -12,7 +12,7 @@ from wrong_arguments import WRONG, Door, faults
 
 import attngraph
 import attngraph.hf
-from attngraph import Causal, Window, analysis, attend, generate, plan
+from attngraph import Causal, Window, analysis, attend, comparison, generate, plan
 from attngraph.models import GPT, DecisionTransformer, Encoder, EncoderDecoder, ViT
 from attngraph.nn import Attention, FeedForward, Transformer, TransformerConfig
 
@@ -200,7 +200,8 @@ DOORS = [
 
 
 @pytest.mark.parametrize("door", DOORS, ids=lambda door: door.name)
-def test_a_wrong_argument_is_named(door):
+def test_a_wrong_argument_is_named(door, monkeypatch):
+    monkeypatch.setattr(comparison._Match, "flex", lambda self: 1 / 0)  # it takes half a minute to compile
     door.function(**door.arguments)
     found = [str(tuple(fault)) for fault in faults(door)]
     assert not found, "\n".join([f"{len(found)} of {len(door.arguments) * len(WRONG)}", *found])

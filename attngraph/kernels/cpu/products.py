@@ -26,7 +26,7 @@ from attngraph.kernels.cpu.exp import exp
 from attngraph.kernels.cpu.gather import Neighbors, Vector, gather_add, gather_dot, gather_sum
 from attngraph.kernels.cpu.openmp import parallel_for
 from attngraph.kernels.cpu.weights import LEAKY_RELU, SOFTCAP, compiled, scalar, transform
-from attngraph.kernels.memory import zeros
+from attngraph.kernels.memory import empty, zeros
 
 DOT = -1
 OWN = (0, 1, 2, 3)  # the places of the vectors of four edges in scratch memory
@@ -175,7 +175,7 @@ def products(
     (B, H, _, head_dim), adjacency = q.shape, layout.by_query
     x, y = nodes_first(q), _of_query_heads(k, H)
     E = len(adjacency.neighbor)
-    scores = q.new_empty(B, H, E).transpose(1, 2) if by_head else q.new_empty(B, E, H)
+    scores = empty(B, H, E, like=q).transpose(1, 2) if by_head else empty(B, E, H, like=q)
     of_queries = q.new_empty(0, 0) if lse is None else nodes_first(lse[..., None]).to(q.dtype).flatten(2).flatten(0, 1)
     pairs, edges = _pairs(x, y, weight), edges_of(adjacency)
     rule, factor, stored = _activation(activation, negative_slope, q), scalar(scale, q), scores.numpy()

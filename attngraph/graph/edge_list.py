@@ -42,7 +42,8 @@ class EdgeList(Graph):
     graph, on the default device.
 
     Raises ValueError for a shape other than (2, E), negative numbers and numbers beyond the size, and TypeError for
-    numbers that are not integers.
+    numbers that are not integers. Columns that are sorted already are noticed; `is_sorted` makes it an error that they
+    are not, by query, then key, each once.
     """
 
     if TYPE_CHECKING:
@@ -53,7 +54,9 @@ class EdgeList(Graph):
         order: Tensor
         """The column from which each edge came: int64 (E,)."""
 
-    def __init__(self, edge_index: Tensor | Sequence[Sequence[int]], size: int | tuple[int, int]):
+    def __init__(
+        self, edge_index: Tensor | Sequence[Sequence[int]], size: int | tuple[int, int], *, is_sorted: bool = False
+    ):
         given = integer_tensor(edge_index)
         sides = tuple(size) if isinstance(size, list | tuple) else (size, size)
         if len(sides) != 2:
@@ -66,14 +69,13 @@ class EdgeList(Graph):
                 f"num_queries * num_keys must be below 2**63, so that a pair is one int64 (got size={size})"
             )
         for name, row, limit in (("key", given[0], m), ("query", given[1], n)):
-            if row.numel() and not (int(row.min()) >= 0 and int(row.max()) < limit):
+            least, most = (0, 0) if not row.numel() else map(int, torch.aminmax(row))
+            if row.numel() and not (least >= 0 and most < limit):
                 raise ValueError(
                     f"edge_index must name {name} nodes from 0 to {limit - 1}, as size={size} says (got "
-                    f"{int(row.min())} … {int(row.max())}); row 0 holds keys (sources), row 1 queries (targets)"
+                    f"{least} … {most}); row 0 holds keys (sources), row 1 queries (targets)"
                 )
-        code, position = torch.unique(given[1] * m + given[0], return_inverse=True)
-        columns = torch.arange(given.shape[1], device=given.device)
-        order = torch.zeros_like(code).scatter_reduce_(0, position, columns, "amin", include_self=False)
+        code, position, order = _sorted(given[1] * m + given[0], is_sorted)
         self._set(size=size, code=code, position=position, order=order)
         self.__post_init__()
 
@@ -168,6 +170,27 @@ class EdgeList(Graph):
 
     def __reduce__(self) -> tuple:
         return _restored, (self.size, self.code, self.position, self.order)
+
+
+def _sorted(given: Tensor, is_sorted: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Numbers in any order → (ascending, each once; the place of each given one; the first given one of each)."""
+    columns = torch.arange(len(given), device=given.device)
+    if bool((given[1:] > given[:-1]).all()):
+        return given, columns, columns
+    if is_sorted:
+        raise ValueError(
+            "is_sorted=True says that the columns of edge_index are sorted by row 1, then row 0, each once "
+            "(got others); leave it out, and they are sorted here"
+        )
+    narrow = given.to(torch.int32) if len(given) and int(given.max()) < 1 << 31 else given  # sorted in half the time
+    code, order = narrow.sort(stable=True)
+    code = code.to(torch.int64)
+    is_new = torch.ones_like(code, dtype=torch.bool)
+    torch.ne(code[1:], code[:-1], out=is_new[1:])
+    if bool(is_new.all()):
+        return code, torch.empty_like(order).scatter_(0, order, columns), order
+    position = torch.empty_like(order).scatter_(0, order, is_new.cumsum(0) - 1)
+    return code[is_new], position, order[is_new]
 
 
 def _restored(size: tuple[int, int], code: Tensor, position: Tensor, order: Tensor) -> EdgeList:

@@ -6,6 +6,7 @@ nodes), asks the backends what each would take, and keeps the cheapest. All plan
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field, fields, replace
@@ -42,10 +43,11 @@ from attngraph.planning.costly import plain_call, warn_if_costly
 from attngraph.planning.costs import Costs
 from attngraph.planning.edge_set import EdgeSet, closed_form
 from attngraph.planning.layouts.materialized import edges_of_heads
-from attngraph.planning.reordering import bandwidth_order
+from attngraph.planning.reordering import bandwidth_order, typical_band
 
 MERGE_SAFETY_FACTOR = 1.25  # a plan of two parts must promise to be so much faster: estimates are no more exact
 FLASH_SAFETY_FACTOR = 1.1  # so must another way than PyTorch's own kernel, where that fits the graph exactly
+PAYS = 0.9  # of the time of rows: what tiles have to save before they are looked at in every row
 MIN_REORDERED_EDGES, MAX_REORDERED_EDGES = 1 << 12, 1 << 24  # unless reorder=True: it takes seconds
 MAX_CLOSED_PAIRS = 1 << 31  # of Causal() or Full(): beyond, looking at all their tiles takes longer than it is worth
 MAX_MASKED_PAIRS = 1 << 31  # beyond, a mask takes 2 GiB
@@ -487,6 +489,8 @@ class _Choice:
                 able[backend.name] = backend
             else:
                 self.candidates[label] = reason
+        if self.name == "auto" and {"tiles", "rows"} <= able.keys() and self._is_scattered(able["tiles"], able["rows"]):
+            self.candidates[able.pop("tiles").label] = "too few edges in each of some rows of its tiles"
         # Tiles before those that only count: they list what can't be counted anyway.
         for backend in sorted(able.values(), key=lambda each: (each.name != "dense", not each.merges)):
             least = backend.overhead(self.edges, self.call, self.costs)
@@ -517,6 +521,32 @@ class _Choice:
             return f"its mask would have {pairs:,} entries" if pairs > MAX_MASKED_PAIRS else None
         return reason
 
+    def _is_scattered(self, tiles: Backend, rows: Backend) -> bool:
+        """Whether few edges of a list lie in tiles that pay, as some rows of tiles tell, nor would in another order."""
+        if self.reorder or self.edges.some_rows(tiles.tiling) is None:
+            return False
+        some, _ = self.edges.sampled(tiles.tiling)
+        sides = some.edges_per_tile, some.blocks_per_tile, self.call, self.costs
+        one_by_one = rows.tile_seconds(*sides)
+        if float(torch.minimum(tiles.tile_seconds(*sides), one_by_one).sum()) < PAYS * float(one_by_one.sum()):
+            return False
+        if not self._may_reorder or self.edges.count < MIN_REORDERED_EDGES:
+            return True
+        query, key = self.edges.to_edges()
+        band = typical_band(torch.searchsorted(query, torch.arange(self.edges.n + 1)), key)
+        height, width = tiles.tiling.tile
+        per_row = self.edges.count * height // max(self.edges.n, 1)
+        in_row = max(1, min(-(-self.edges.m // width), per_row, (2 * band + height) // width + 1))  # tiles
+        edges, blocks = (torch.full((in_row,), per_row / in_row) for _ in range(2))
+        sides = edges, blocks.clamp(max=height * width // math.prod(tiles.tiling.block)), self.call, self.costs
+        return float(tiles.tile_seconds(*sides).sum()) >= PAYS * float(rows.tile_seconds(*sides).sum())
+
+    @property
+    def _may_reorder(self) -> bool:
+        """Whether the nodes may be put into another order."""
+        square = self.edges.n == self.edges.m
+        return square and self.reorder is not False and not self.call.bias and not self.call.dropout
+
     def _ask_together(self, able: dict[str, Backend]) -> None:
         """Candidates of two parts, and of reordered nodes."""
         tiles, rows, dense = able.get("tiles"), able.get("rows"), able.get("dense")
@@ -530,7 +560,7 @@ class _Choice:
             self._ask_tiles_and_rows(tiles, rows, self.edges, "tiles + rows")
             if (reordered := self._reordered(tiles)) is not None:
                 self._ask_tiles_and_rows(tiles, rows, reordered, "reordered")
-        if dense is not None and rows.label in looked and not self.call.bias:
+        if dense is not None and rows.label in looked and not self.call.bias and type(self.edges.graph) is not EdgeList:
             self._ask_flash_and_rows(dense, rows)
 
     def _ask_tiles_and_rows(self, tiles: Backend, rows: Backend, edges: EdgeSet, name: str) -> None:
@@ -572,8 +602,7 @@ class _Choice:
     def _reordered(self, tiles: Backend) -> EdgeSet | None:
         """The edges after the nodes were put into an order in which they lie close together, if that may pay."""
         lie = self.edges.tabulated(tiles.tiling)
-        square = self.edges.n == self.edges.m and not len(lie.table.row) and len(lie.query) >= MIN_REORDERED_EDGES
-        if self.reorder is False or self.call.bias or self.call.dropout or not square:
+        if not self._may_reorder or len(lie.table.row) or len(lie.query) < MIN_REORDERED_EDGES:
             return None
         if len(lie.query) > MAX_REORDERED_EDGES and not self.reorder:
             edges = f"{len(lie.query):,} edges"

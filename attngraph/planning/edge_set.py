@@ -119,6 +119,11 @@ class EdgeSet:
         """Whether these are all the edges of the graph, its nodes in their own order."""
         return self._some is None
 
+    @property
+    def is_computed(self) -> bool:
+        """Whether the graph is made for some calls alone, so that counting its edges is all that may pay."""
+        return isinstance(self.graph, EdgeList) and self.graph.plans is not None
+
     @cached_property
     def closed_form(self) -> Graph | None:
         """Causal() or Full(), where these are its edges."""

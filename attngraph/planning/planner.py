@@ -269,6 +269,11 @@ def _name(option: Literal["score", "normalize"], given: Any) -> str:
 
 def planned(graph: Graph, call: Call, name: str) -> Plan:
     """The plan of a call, made once; of those made here, the latest are kept."""
+    if isinstance(graph, EdgeList) and graph.plans is not None:
+        if (call[:-1], name) not in graph.plans:
+            with cache.outside_of_transforms():
+                graph.plans[call[:-1], name] = _made(graph, call, name)
+        return graph.plans[call[:-1], name]
     plans = cache.PLANS if call.device.type == "cpu" else cache.PLANS_ON_GPU
     key = graph, graph._state() if graph._may_change else (), call[:-1], name
     found = plans.get(key)
@@ -489,8 +494,13 @@ class _Choice:
                 able[backend.name] = backend
             else:
                 self.candidates[label] = reason
-        if self.name == "auto" and {"tiles", "rows"} <= able.keys() and self._is_scattered(able["tiles"], able["rows"]):
-            self.candidates[able.pop("tiles").label] = "too few edges in each of some rows of its tiles"
+        if self.name == "auto" and {"tiles", "rows"} <= able.keys():
+            if self.edges.is_computed:
+                self.candidates[able.pop("tiles").label] = (
+                    "the graph is made for some calls alone: its edges are counted"
+                )
+            elif self._is_scattered(able["tiles"], able["rows"]):
+                self.candidates[able.pop("tiles").label] = "too few edges in each of some rows of its tiles"
         # Tiles before those that only count: they list what can't be counted anyway.
         for backend in sorted(able.values(), key=lambda each: (each.name != "dense", not each.merges)):
             least = backend.overhead(self.edges, self.call, self.costs)

@@ -38,5 +38,8 @@ def from_neighbors(index: Tensor, num_keys: int | None = None) -> EdgeList:
     require_ints(0, num_keys=num_keys)
     least, most = map(int, torch.aminmax(index)) if index.numel() else (-1, -1)
     if least < -1 or most >= num_keys:
-        raise ValueError(f"index must name keys from 0 to {num_keys - 1}, or -1 for none (got {least} … {most})")
+        raise ValueError(
+            f"index must name keys from 0 to {num_keys - 1}, as num_keys={num_keys} says, or -1 for none "
+            f"(got {least} … {most})"
+        )
     return of_neighbors(index.detach(), num_keys)

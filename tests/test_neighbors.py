@@ -1,12 +1,15 @@
 """Graphs from the keys of each query: one graph, or one for each entry of a batch."""
 
 import copy
+import gc
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
 
 from attngraph import Batched, EdgeList, attend, from_dense, from_neighbors, parse
+from attngraph.measuring import _resident
 from attngraph.models import Encoder
 from attngraph.nn import TransformerConfig
 
@@ -78,6 +81,27 @@ def test_models_take_a_graph_for_each_entry():
     together = model(tokens, from_neighbors(index))
     alone = [model(entry[None], from_neighbors(own)) for entry, own in zip(tokens, index, strict=True)]
     torch.testing.assert_close(together, torch.cat(alone), atol=1e-5, rtol=1e-5)
+
+
+def listed(index: torch.Tensor) -> EdgeList:
+    """The same edges as a list, whose plans are cached."""
+    return EdgeList(
+        torch.stack([index.flatten(), torch.arange(len(index)).repeat_interleave(index.shape[1])]), len(index)
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs to know the memory of this process")
+@pytest.mark.parametrize("make", [from_neighbors, listed])
+def test_ten_thousand_graphs_leave_nothing_behind(make):
+    q, k, v = torch.randn(3, 1, 1, 30, 4)
+    held = []
+    for step in range(10_000):
+        attend(q, k, v, make(torch.randint(30, (30, 3))))
+        if step in (2_000, 9_999):
+            gc.collect()
+            held.append(_resident("VmRSS"))  # KiB
+    assert held[1] - held[0] < 8 << 10
 
 
 @pytest.mark.parametrize(

@@ -114,7 +114,8 @@ def attend(
         score: "dot", "additive" (Σ tanh(q + k)), `Additive(weight)`, or a function of (q_i, k_j), each (B, H, E, D),
             to (B, H, E), which runs over a part of the edges at a time; and any of these with an elementwise function
             after scale and bias: `SoftCap(50.0, of="dot")`, `LeakyReLU`, `Temperature`.
-        normalize: "softmax", "sigmoid", "none", "relu", "squared_relu", or an elementwise function of the scores.
+        normalize: "softmax", "sigmoid", "none", "relu", "squared_relu", or an elementwise function of the scores
+            (B, H, E), which may have numbers for each head, (H, 1).
         sinks: a logit for each head (H,), which takes weight and gives no value: w_i = softmax_j over the scores and
             it (gpt-oss, Xiao et al. 2024). Differentiable. `return_lse` includes it.
         backend: "auto", "reference", "edges", "dense", "tiles", "rows" or "steps". What it can't do is an error.

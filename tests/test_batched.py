@@ -4,7 +4,7 @@ import pytest
 import torch
 from test_attend import BACKWARD, FORWARD
 
-from attngraph import Alibi, Batched, Causal, Disjoint, EdgeBias, Full, Random, Window, attend, parse
+from attngraph import Alibi, Batched, Causal, Disjoint, EdgeBias, EdgeList, Empty, Full, Random, Window, attend, parse
 from attngraph.models import Encoder
 from attngraph.nn import TransformerConfig
 
@@ -111,3 +111,14 @@ def test_what_is_packed_already_is_a_batch_like_any_other(batch_size):
 def test_bad_batches_are_told(run, message):
     with pytest.raises(ValueError, match=message):
         run()
+
+
+def test_lists_side_by_side_are_planned_as_one():
+    lists = [EdgeList(torch.randint(n, (2, 3 * n)), n) for n in (5, 9, 1, 7)]
+    for graph in (Batched(lists), Disjoint(lists), Disjoint([*lists, Empty().sized(2, 3)])):
+        whole = graph.as_list()
+        assert whole is not None
+        assert whole.size == graph.size
+        assert torch.equal(whole.edge_index(), graph.edge_index())
+        assert torch.equal(whole.mask(), graph.mask())
+    assert Disjoint([*lists, Causal().sized(2, 2)]).as_list() is None

@@ -452,3 +452,26 @@ def test_lengths_are_a_mask_of_the_first_keys():
 def test_what_functions_give_is_checked(options, message, backend):
     with pytest.raises(ValueError, match=message):
         attend(*tensors(9, 9), Window(3, 0), backend=backend, **options)
+
+
+@pytest.mark.parametrize("backend", ["reference", "edges", "steps"])
+@pytest.mark.parametrize("batch", [2, 3])
+def test_a_normaliser_may_have_numbers_of_its_own_for_each_head(backend, batch):
+    q, k, v = torch.randn(3, batch, 2, 6, 8, dtype=torch.float64)
+    slope = torch.randn(2, 1, dtype=torch.float64)
+    found = attend(q, k, v, Causal(), normalize=lambda scores: torch.tanh(scores * slope), backend=backend)
+    weights = torch.tanh(q @ k.mT * 8**-0.5 * slope[..., None]).tril()
+    torch.testing.assert_close(found, weights @ v, atol=1e-12, rtol=1e-12)
+
+
+def test_what_a_score_costs_is_told_by_what_makes_it():
+    graph = Causal() & Window(128, 0)
+    made = plan(graph, 4096, heads=8)
+
+    def times(score):
+        return float(made.explain(score=score).split("expected to take ")[1].split()[0])
+
+    assert times(Temperature(torch.ones(8))) < 4
+    assert times(SoftCap(5.0, of=LeakyReLU())) < 4
+    assert 4 < times(Additive(torch.ones(64))) == times(SoftCap(5.0, of="additive")) < 30
+    assert times(lambda q, k: (q * k).sum(-1)) > 50

@@ -13,6 +13,7 @@ from attngraph.graph.algebra import Empty, Sized, normal_graphs
 from attngraph.graph.base import Graph, Size, bind, common_size
 from attngraph.graph.boxes import PARTIAL, SideBySide
 from attngraph.graph.counting import Breakpoints
+from attngraph.graph.edge_list import EdgeList, of_sorted
 from attngraph.graph.listing import count_edges, list_edges, sort_edges
 
 if TYPE_CHECKING:
@@ -131,13 +132,25 @@ class Disjoint(Graph):
     def _bind(self, n, m):
         return Disjoint(tuple(bind(graph, *size) for graph, _, _, size in self._placed(n, m)))
 
+    def as_list(self) -> EdgeList | None:
+        """Of lists of edges, the same as one; None where there are others among them."""
+        parts, columns = [], cast(int, self.size[1])
+        for graph, row, column, _ in self._placed(None, None):
+            own = graph.as_list() if isinstance(graph, Disjoint) else graph
+            if isinstance(own, EdgeList):
+                parts.append((own.query + row) * columns + own.key + column)
+            elif type(own) is not Empty and not (type(own) is Sized and type(own.graph) is Empty):
+                return None
+        return of_sorted(torch.cat(parts), cast(tuple[int, int], self.size)) if parts else None
+
 
 class Batched(Disjoint):
     """A graph of its own for each entry of a batch: molecules, documents, sentences; smaller ones are filled up.
 
     `attend` and models take it with vectors (B, H, N, D) or (B, N, D), where N are the nodes of the largest; the nodes
     past those of an entry hear nobody, and nobody hears them. As a graph, it is what runs: all entries side by side,
-    `Disjoint`, in B · N nodes, by which its `edge_index` numbers them; vectors of so many nodes are packed already.
+    `Disjoint`, in B · N nodes, by which its `edge_index` and dropout number them; vectors of so many nodes are packed
+    already. A score of your own sees them packed, as one entry. Operators give a graph of B · N nodes, not `Batched`.
 
     >>> from attngraph import Causal, Full
     >>> batch = Batched([Causal().sized(3, 3), Full().sized(2, 2)])

@@ -58,7 +58,9 @@ def reference(
             real = torch.ones_like(s, dtype=torch.bool) if attention_mask is None else attention_mask[:, j]
             s = s.masked_fill(~real, -torch.inf)
             lse[:, h, i] = logsumexp(s)
-            weights[:, h, i, j] = p = weights_of(s).masked_fill(~real, 0)
+            of_heads = s[:, None].expand(B, H, -1)  # a function may have numbers of its own for each head
+            p = weights_of(s) if normalize == "softmax" else weights_of(of_heads)[:, h]
+            weights[:, h, i, j] = p = p.masked_fill(~real, 0)
             if dropout is not None:
                 batch = torch.arange(B, device=q.device)[:, None]
                 p = p * kept(dropout, batch, j.new_tensor(h), j.new_tensor(i), j) * keep_factor(dropout.p)

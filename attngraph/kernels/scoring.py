@@ -201,16 +201,19 @@ def parts_of(score: Score) -> ScoreParts:
 
 
 def score_name(score: Score) -> str:
-    """A score in a `Call`, by which plans are kept: "dot", "additive" and "softcap", or "a function" for others."""
+    """A score in a `Call`, by which plans are kept: one of `SCORE_NAMES`, or what it costs like those of."""
     pair, transforms = parts_of(score)
-    if not transforms:
-        own = "additive" if isinstance(pair, Additive) and pair.fused else pair
-        return own if isinstance(own, str) else ANY_FUNCTION
-    transform = transforms[0].transform
-    return transform.kind if pair == "dot" and len(transforms) == 1 and transform is not None else ANY_FUNCTION
+    if pair == "additive" or (isinstance(pair, Additive) and pair.fused):
+        return "additive"
+    if pair != "dot":
+        return ANY_FUNCTION
+    if len(transforms) == 1 and (transform := transforms[0].transform) is not None:
+        return transform.kind
+    return TRANSFORMED if transforms else "dot"
 
 
 ANY_FUNCTION = "a function"
+TRANSFORMED = "a function of a dot product"
 SCORE_NAMES = ("dot", "additive", "softcap", "leaky_relu")
 FUSED_SCORES = ("dot", "softcap", "leaky_relu")
 """Those of which one kernel makes scores and weights."""

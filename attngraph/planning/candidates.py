@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from attngraph.graph.base import Graph, at_size
+from attngraph.graph.compose import Disjoint
 from attngraph.graph.edge_list import EdgeList
 from attngraph.graph.rewrite import simplify
 from attngraph.kernels.available import why_not
@@ -80,7 +81,8 @@ def heads_may_part(call: Call, name: str) -> bool:
 def groups_of_heads(bound: Graph) -> dict[Graph, tuple[int, ...] | None]:
     """The different graphs of the heads, simplified, with the heads that have each; None: all of them."""
     if bound.heads is None:
-        return {simplify(bound): None}
+        listed = bound.as_list() if isinstance(bound, Disjoint) else None
+        return {simplify(bound) if listed is None else listed: None}
     groups: dict[Graph, list[int]] = {}
     for h in range(bound.heads):
         groups.setdefault(simplify(bound._head(h)), []).append(h)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from attngraph import cache
-from attngraph.kernels.scoring import ANY_FUNCTION
+from attngraph.kernels.scoring import ANY_FUNCTION, TRANSFORMED
 from attngraph.planning.call import Call
 
 if TYPE_CHECKING:
@@ -52,6 +52,8 @@ def _reason(call: Call) -> tuple[str, str] | None:
         )
     if call.score == ANY_FUNCTION:
         return "score=a function", "Additive, SoftCap, LeakyReLU and Temperature are made by kernels"
+    if call.score == TRANSFORMED:
+        return "score=a function of a dot product", "SoftCap and LeakyReLU alone run in the kernels of attention"
     if call.normalize == ANY_FUNCTION:
         return "normalize=a function", "those with names run in the kernels: sigmoid, none, relu, squared_relu"
     if call.dropout:

@@ -14,6 +14,8 @@ from attngraph.planning.call import Call
 from attngraph.planning.costs import Costs
 from attngraph.planning.edge_set import EdgeSet
 
+ACTIVATION_FACTOR = 12  # of an additive score: how much longer an activation takes than a product with a number
+
 
 class Steps(Backend):
     """See `planning.steps`. Every score and normaliser; memory for E · H numbers."""
@@ -33,8 +35,10 @@ class Steps(Backend):
         return costs.row_s_per_call
 
     def estimate(self, edges: EdgeSet, call: Call, costs: Costs) -> float:
+        numbers = edges.count * call.heads * call.head_dim
         if call.score != ANY_FUNCTION:  # half of what rows do
-            return rows_seconds(edges, call._replace(value_dim=0), costs)
+            activations = ACTIVATION_FACTOR * costs.row_s_per_edge_dim * numbers if call.score == "additive" else 0.0
+            return rows_seconds(edges, call._replace(value_dim=0), costs) + activations * width_factor(call)
         per_edge = costs.gather_s_per_edge + costs.gather_s_per_edge_dim * 2 * call.head_dim
         return edges.count * call.heads * per_edge * width_factor(call)
 

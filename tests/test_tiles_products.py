@@ -1,10 +1,21 @@
-"""Scores of edges by tiles on a CPU equal those made edge by edge, forward and in every gradient, and so does `attend`."""
+"""Scores of edges by tiles on a CPU equal those made edge by edge, in every gradient too; and so does `attend`."""
 
 import pytest
 import torch
 from irregular import learned, some_mask
 
-from attngraph import Causal, EdgeList, Empty, Full, Prefix, Random, Window, attend, plan
+from attngraph import (
+    Alibi,
+    Causal,
+    EdgeList,
+    Empty,
+    Full,
+    Prefix,
+    Random,
+    SoftCap,
+    Window,
+    attend,
+)
 from attngraph.graph.base import at_size
 from attngraph.planning.layouts.csr import CSR
 from attngraph.planning.layouts.tiles import Tiles, tabulate
@@ -102,3 +113,52 @@ def test_any_number_of_threads_gives_the_same_bits(dtype):
         runs.append(results(Causal() & (Window(100, 0) | Prefix(4)), q, k))
     for run in runs[1:]:
         assert all(torch.equal(one, other) for one, other in zip(runs[0], run, strict=True))
+
+
+GRAPH, NODES = Causal() & (Window(150, 0) | Prefix(4)), 1000
+SILU = {"normalize": torch.nn.functional.silu}
+WEIGHTS = {"return_weights": True, "backend": "tiles"}
+CALLS = {
+    "weights by a function": SILU,
+    "the same, returned": SILU | {"return_weights": True},
+    "the same of a soft cap": SILU | {"score": SoftCap(2.0)},
+    "weights": WEIGHTS,
+    "weights and lse": WEIGHTS | {"return_lse": True},
+    "weights and padding": WEIGHTS | {"attention_mask": torch.tensor([NODES, NODES // 3])},
+    "weights and sinks": WEIGHTS | {"sinks": torch.zeros(4, dtype=torch.float64)},
+    "weights and a bias": WEIGHTS | {"bias": Alibi.geometric(4)},
+    "weights after a soft cap": WEIGHTS | {"score": SoftCap(2.0)},
+    "their entropy": WEIGHTS | {"reduce": "entropy"},
+}
+
+
+@pytest.mark.parametrize("options", CALLS.values(), ids=CALLS)
+def test_attend_by_scores_of_tiles_equals_the_edges_in_every_gradient(options, monkeypatch):
+    sides = [*tensors(NODES, NODES, dim=8), learned(2, 2, NODES, 8, seed=3).detach()]
+    sides, made, kernel = [side.requires_grad_() for side in sides], [], by_tiles.products
+
+    def noted(*given):
+        made.append(given)
+        return kernel(*given)
+
+    monkeypatch.setattr(by_tiles, "products", noted)
+    runs = []
+    for name in (options.get("backend", "auto"), "edges"):
+        found = attend(*sides, GRAPH, **(options | {"backend": name}))
+        assert made
+        found = (found,) if isinstance(found, torch.Tensor) else found
+        total = sum((part * learned(*part.shape, seed=7).detach()).sum() for part in found)
+        runs.append([*found, *torch.autograd.grad(total, sides)])
+    for one, other in zip(*runs, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-10)
+
+
+def test_gradients_of_gradients_of_weights_equal_the_edges():
+    sides = [side.requires_grad_() for side in (*tensors(100, 100, dim=4), learned(2, 2, 100, 4, seed=3).detach())]
+    runs = []
+    for name in ("tiles", "edges"):
+        out, weights = attend(*sides, Window(9, 0), return_weights=True, backend=name)
+        gradients = torch.autograd.grad(out.sum() + weights.square().sum(), sides, create_graph=True)
+        runs.append(torch.autograd.grad(sum(part.square().sum() for part in gradients), sides))
+    for one, other in zip(*runs, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-10)

@@ -42,6 +42,7 @@ from attngraph.planning.costly import plain_call, warn_if_costly
 from attngraph.planning.costs import Costs
 from attngraph.planning.edge_set import EdgeSet, closed_form
 from attngraph.planning.layouts.materialized import edges_of_heads
+from attngraph.planning.layouts.tiles import Tiles
 from attngraph.planning.reordering import bandwidth_order
 
 MERGE_SAFETY_FACTOR = 1.25  # a plan of two parts must promise to be so much faster: estimates are no more exact
@@ -145,6 +146,13 @@ class Plan:
     def reads_by_head(self) -> bool:
         """Whether the values of an `EdgeBias` are read head after head, rather than all heads of an edge at once."""
         return all(part.backend.reads_by_head for part in self.parts)
+
+    @property
+    def tiles(self) -> Tiles | None:
+        """All edges in tiles by which a kernel can make their scores too, if they are what runs."""
+        if len(self.parts) != 1 or not self.parts[0].is_all or not self.parts[0].backend.makes_products:
+            return None
+        return self.parts[0].layout
 
     @property
     def takes_no_dims(self) -> bool:

@@ -1,4 +1,4 @@
-"""The scores of edges that lie in tiles, scale · q_i · k_j, and the way back: on a CPU, by the products of `tiles_steps`.
+"""Scores of edges that lie in tiles, scale · q_i · k_j, and the way back on a CPU, by the products of `tiles_steps`.
 
 Every edge is in one tile, and every sum has a fixed order: any number of threads gives the same bits.
 """
@@ -58,14 +58,13 @@ class SumTensors(NamedTuple):
 
 
 @inner
-def to_weights(s, bits, factor, lse, at):
-    """Products s (queries, keys) to exp2(factor · s - lse), at most 1, where 16 adjacent pairs have an edge."""
-    scale = broadcast(s, factor)
+def to_weights(s, bits, lse, at):
+    """Scores s (queries, keys) to exp2(s - lse), at most 1, where any of 16 adjacent pairs is an edge."""
     for r in range(TILE):
         of_query = broadcast(s, lse[at + r])
         for c in range(0, TILE, LANES):
             if (bits[r] >> np.uint64(c)) & np.uint64(0xFFFF):
-                store(s, r * TILE + c, exp2(load(s, r * TILE + c) * scale - of_query))
+                store(s, r * TILE + c, exp2(load(s, r * TILE + c) - of_query))
 
 
 @compiled
@@ -76,6 +75,7 @@ def products_of_columns(first, stop, group, tensors, tiles, factor):
     by_query, by_key = np.empty(TILE, np.uint64), np.empty(TILE, np.uint64)
     for column in range(first, stop):
         transpose(k, column * TILE * head_dim, head_dim, k_t)
+        scale_by(k_t, 0, TILE * head_dim, factor)
         for tile in range(tiles.start[column], tiles.start[column + 1]):
             load_mask(tiles.words, tiles.mask[tile], ALL_BITS, by_query, by_key)
             query = np.int64(tiles.column[tile]) * TILE
@@ -83,9 +83,7 @@ def products_of_columns(first, stop, group, tensors, tiles, factor):
                 at = g * tensors.nodes + query
                 product(s, q, at * head_dim, k_t, head_dim, by_query)
                 if len(tensors.lse):
-                    to_weights(s, by_query, factor, tensors.lse, at)
-                else:
-                    scale_by(s, 0, TILE * TILE, factor)
+                    to_weights(s, by_query, tensors.lse, at)
                 place = Place(0, g, query, column * TILE, np.int64(tiles.tile[tile]), np.int64(tiles.mask[tile]))
                 store_edges(tensors.products, g * tensors.edges, place, tiles, s, False)
 
@@ -152,7 +150,11 @@ def _sums(dproducts: Tensor, y: Tensor, heads: int, layout: TilesLayout, scale: 
     y = tiled(y, layout, 1 - axis)
     dx = empty(B, heads, layout.grid[axis], *y.shape[3:], like=y)
     group, share = max(1, y_heads // heads), max(1, heads // y_heads)  # heads of y for one of dx, or of dx for one of y
-    of_edges, of_y, of_x = flat_heads(dproducts, B * heads), flat_heads(y, B * heads // share), flat_heads(dx, B * heads)
+    of_edges, of_y, of_x = (
+        flat_heads(dproducts, B * heads),
+        flat_heads(y, B * heads // share),
+        flat_heads(dx, B * heads),
+    )
     jobs, tiles, factor = jobs_of(rows, B * heads), tiles_of(layout, rows, True), scalar(scale, y)
 
     def run(job: int) -> None:

@@ -183,6 +183,14 @@ def _sum_at(x: Tensor, nodes: Tensor, count: int) -> Tensor:
     return x.new_zeros(*x.shape[:2], count).index_add(2, nodes, x)
 
 
+def _sum_by_query(x: Tensor, query: Tensor, n: int) -> Tensor:
+    """The same for edges that are sorted by query, five times as fast on a CPU; torch can't transform it."""
+    if x.device.type != "cpu":
+        return _sum_at(x, query, n)
+    first = torch.searchsorted(query, torch.arange(n + 1, device=query.device))
+    return torch.segment_reduce(x, "sum", offsets=first.expand(*x.shape[:2], -1).contiguous(), axis=2)
+
+
 def _of_head(bias: Bias | None, h: int) -> Bias | None:
     """A bias of one head."""
     match bias:
@@ -293,7 +301,7 @@ class _Products(torch.autograd.Function):
             gradients = _differentiable_gradients(grad, sides, needed, ctx.options, ctx.edges)
         else:
             dproducts = grad if weights is None else grad * weights
-            dlse = None if lse is None else -_sum_at(dproducts, ctx.edges.query, lse.shape[2])
+            dlse = None if lse is None else -_sum_by_query(dproducts, ctx.edges.query, lse.shape[2])
             gradients = *_products_backward(dproducts, q, k, weight, ctx.layout, *ctx.options), dlse
         return *gradients, None, None, None, None, None, None
 

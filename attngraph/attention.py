@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import fields
 from functools import partial
 from numbers import Real
-from typing import Literal, TypedDict, Unpack, get_args, overload
+from typing import Any, Literal, TypedDict, Unpack, get_args, overload
 
 import torch
 from torch import Tensor, amp
@@ -14,7 +14,6 @@ from torch.autograd import forward_ad
 from attngraph.arguments import checked, shown
 from attngraph.bias import Bias, DenseBias, kind_of, placed
 from attngraph.graph.base import Graph
-from attngraph.graph.compose import Batched
 from attngraph.graph.text import tensors_are_fake
 from attngraph.kernels.contract import Dropout
 from attngraph.kernels.scoring import (
@@ -28,7 +27,7 @@ from attngraph.kernels.scoring import (
     require_function,
     score_name,
 )
-from attngraph.packing import packed, packed_bias, takes_batch, unpacked
+from attngraph.packing import entry_size, packed, packed_bias, takes_batch, unpacked
 from attngraph.planning.backends.base import Results
 from attngraph.planning.call import Call, Request, Transform, normalizer_name
 from attngraph.planning.edge_set import closed_form
@@ -147,8 +146,8 @@ def attend(
         attention_mask = attention_mask[None] if isinstance(attention_mask, Tensor) else attention_mask
     attention_mask = _of_lengths(attention_mask, k)
     added = DenseBias(bias) if isinstance(bias, Tensor) else bias
-    batch = q.shape[0] if isinstance(graph, Batched) and takes_batch(graph, q) else None
-    if isinstance(graph, Batched) and batch is not None:
+    batch = q.shape[0] if takes_batch(graph, q) else None
+    if batch is not None:
         q, k, v, attention_mask, added = _packed(q, k, v, attention_mask, added, graph)
     _check(q, k, v, graph, added, attention_mask, scale, score, normalize, dropout_p, generator, sinks)
     if not (type(backend) is str and type(return_lse) is bool and type(return_weights) is bool):
@@ -184,12 +183,14 @@ def attend(
     return tuple(results) if return_lse or return_weights else results[0]
 
 
-def _packed(q, k, v, attention_mask, bias, graph: Batched) -> tuple:
+def _packed(q, k, v, attention_mask, bias, graph: Any) -> tuple:
     """The arguments of a call whose entries have graphs of their own, as those of one graph."""
-    n, m = graph.entry_size
+    n, m = entry_size(graph)
     for name, side, size in (("q", q, n), ("k", k, m), ("v", v, m)):
         if isinstance(side, Tensor) and side.ndim == 4 and side.shape[2] != size:
-            raise ValueError(f"{name} must have the {size} nodes of the largest graph in Batched (got {side.shape[2]})")
+            raise ValueError(
+                f"{name} must have the {size} nodes of the largest graph in the batch (got {side.shape[2]})"
+            )
     q, k, v = (packed(side) if isinstance(side, Tensor) and side.ndim == 4 else side for side in (q, k, v))
     if isinstance(attention_mask, Tensor):
         attention_mask = attention_mask.flatten()[None]

@@ -6,20 +6,40 @@ import torch
 from torch import Tensor
 
 from attngraph.bias import Bias, DenseBias, EdgeBias
+from attngraph.graph.base import Graph
 from attngraph.graph.compose import Batched
+from attngraph.graph.edge_list import EdgeList
 from attngraph.planning.layouts.materialized import edges_of_heads
 
 
-def takes_batch(graph: Batched, q: Tensor) -> bool:
-    """Whether its entries are those of a batch of q (B, H, N, D), rather than packed in each entry of it."""
-    if not isinstance(q, Tensor) or q.ndim != 4:
+def entries_of(graph: object) -> int | None:
+    """How many entries of a batch have graphs of their own; None: one graph is for all."""
+    if isinstance(graph, Batched):
+        return len(graph.graphs)
+    return graph.entries if isinstance(graph, EdgeList) else None
+
+
+def entry_size(graph: Graph) -> tuple[int, int]:
+    """How many queries and keys each entry has."""
+    (n, m), entries = graph.size, entries_of(graph)
+    assert n is not None
+    assert m is not None
+    assert entries is not None
+    return n // entries, m // entries
+
+
+def takes_batch(graph: object, q: Tensor) -> bool:
+    """Whether it has entries that are those of a batch of q (B, H, N, D), rather than packed in each entry of it."""
+    entries = entries_of(graph)
+    if entries is None or not isinstance(graph, Graph) or not isinstance(q, Tensor) or q.ndim != 4:
         return False
-    n, packed_n = graph.entry_size[0], graph.size[0]
+    n, packed_n = entry_size(graph)[0], graph.size[0]
     if q.shape[2] == packed_n and (len(q) == 1 or n != packed_n):
         return False
-    if len(q) != len(graph.graphs):
+    if len(q) != entries:
+        name = type(graph).__name__
         raise ValueError(
-            f"Batched must have one graph for each entry of the batch (got {len(graph.graphs)} for a batch of {len(q)})"
+            f"{name} must have one graph for each entry of the batch (got {entries} for a batch of {len(q)})"
         )
     return True
 
@@ -34,16 +54,15 @@ def unpacked(x: Tensor, batch: int) -> Tensor:
     return x.transpose(1, 2)[0].unflatten(0, (batch, -1)).transpose(1, 2)
 
 
-def packed_bias(bias: Bias | None, graph: Batched, q: Tensor) -> Bias | None:
+def packed_bias(bias: Bias | None, graph: Graph, q: Tensor) -> Bias | None:
     """A bias for the packed nodes: a dense one of the entries at their edges, others as they are.
 
     Values of edges are in the order of the graph's own `edge_index`, that of all entries.
     """
     if not isinstance(bias, DenseBias):
         return bias
-    (n, m), values = graph.entry_size, bias.values
-    lead = torch.broadcast_shapes(values.shape[:-2], (len(graph.graphs), 1))
-    values = values.expand(*lead, n, m)
-    edges = edges_of_heads(graph, len(graph.graphs) * n, len(graph.graphs) * m, q.device)
+    (n, m), entries, values = entry_size(graph), entries_of(graph) or 1, bias.values
+    values = values.expand(*torch.broadcast_shapes(values.shape[:-2], (entries, 1)), n, m)
+    edges = edges_of_heads(graph, entries * n, entries * m, q.device)
     entry, query, key = edges.query // n, edges.query % n, edges.key % m
     return EdgeBias.sorted(values[entry, :, query, key].T)

@@ -323,3 +323,25 @@ def test_n_alone_means_as_many_keys():
     known = graph.sized(num_keys=9)
     assert known.mask(7).shape == (7, 9)  # a size of its own is not asked for
     assert EdgeList([[0], [1]], size=(2, 5)).mask().shape == (2, 5)
+
+
+@pytest.mark.parametrize("case", ["sorted", "shuffled", "twice", "beyond int32", "empty", "one"])
+def test_a_list_of_edges_is_a_sorted_set_that_knows_the_given_order(case):
+    n = 1 << 20 if case == "beyond int32" else 50
+    given = torch.randint(n, (2, {"empty": 0, "one": 1}.get(case, 300)))
+    code = (given[1] * n + given[0]).unique() if case in ("sorted", "shuffled") else given[1] * n + given[0]
+    code = code[torch.randperm(len(code))] if case == "shuffled" else code
+    graph = EdgeList(torch.stack([code % n, code // n]), n)
+    edges, position = torch.unique(code, return_inverse=True)
+    assert torch.equal(graph.code, edges)
+    assert torch.equal(graph.position, position)
+    assert torch.equal(code[graph.order], edges)
+    assert graph.order.tolist() == [code.tolist().index(edge) for edge in edges.tolist()]  # of equal ones the first
+
+
+def test_that_edges_are_sorted_is_checked():
+    sorted_edges = EdgeList(torch.randint(9, (2, 30)), 9).edge_index()
+    assert EdgeList(sorted_edges, 9, is_sorted=True) == EdgeList(sorted_edges, 9)
+    for wrong in (sorted_edges.flip(1), sorted_edges[:, [0, 0, 1]]):
+        with pytest.raises(ValueError, match="is_sorted=True says"):
+            EdgeList(wrong, 9, is_sorted=True)

@@ -39,8 +39,10 @@ from attngraph.graph.base import at_size
 from attngraph.graph.text import pack
 from attngraph.planning.backends.base import INSTALLED
 from attngraph.planning.call import Call
+from attngraph.planning.edge_set import EdgeSet
 from attngraph.planning.execution import attend_forward
 from attngraph.planning.planner import planned
+from attngraph.planning.reordering import typical_band
 from attngraph.planning.steps import products
 
 every = pytest.mark.parametrize("case", GRAPHS, ids=lambda case: f"{str(case.graph)[:60]}-{case.n}x{case.m}")
@@ -306,6 +308,30 @@ def test_reordering_finds_the_band_of_a_shuffled_grid():
     assert plan(graph, costs=costs, reorder=False).parts[0].order is None
     scattered = plan(graph, backend="tiles").parts[0]
     assert len(made.parts[0].layout.table.row) < len(scattered.layout.table.row) / 4
+
+
+def test_scattered_edges_are_not_looked_at_in_all_tiles(monkeypatch):
+    n = 6400
+    key, query = torch.randint(n, (2, 16 * n), generator=torch.Generator().manual_seed(0))
+    with monkeypatch.context() as patch:
+        patch.setattr(EdgeSet, "tabulated", None)
+        made = plan(EdgeList(torch.stack([key, query]), n), heads=8, head_dim=16)
+    assert made.parts[0].backend.name == "rows"
+    assert made.candidates["tiles (numba)"] == "too few edges in each of some rows of its tiles"
+    near = EdgeList(torch.stack([query // 4 + key // 4 % 32, query // 4 + query % 64]).clamp(max=n - 1), n)
+    assert isinstance(plan(near, heads=8, head_dim=16).candidates["tiles (numba)"], float)
+
+
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_the_band_of_a_graph_is_no_narrower_than_what_its_nodes_reach(shuffled):
+    n, half = 600, 5
+    place = torch.randperm(n) if shuffled else torch.arange(n)
+    ring = Window(half, half).edge_index(n)
+    start_of = lambda query: torch.searchsorted(query, torch.arange(n + 1))  # noqa: E731
+    graph = EdgeList(place[ring], n)
+    assert half - 1 <= typical_band(start_of(graph.query), graph.key) <= half  # floor(2r·5 / 2r), whatever the order
+    random = EdgeList(torch.randint(n, (2, 16 * n)), n)
+    assert typical_band(start_of(random.query), random.key) > n / 8
 
 
 def test_explain_names_parts_costs_and_alternatives():

@@ -153,6 +153,7 @@ DOORS = [
     }.items()),
     Door("parse", attngraph.parse, {"text": "Causal()"}, {"text": "text|expression"}),
     Door("parse_list", attngraph.parse_list, {"text": "Causal()"}, {"text": "text|expression"}),
+    Door("from_neighbors", attngraph.from_neighbors, {"index": torch.zeros(3, 2, dtype=torch.int64), "num_keys": 3}),
     Door("from_dense", attngraph.from_dense, {"mask": torch.eye(3, dtype=torch.bool)}),
     Door("from_function", attngraph.from_function, {
         "function": lambda i, j: j <= i, "size": (3, 3),

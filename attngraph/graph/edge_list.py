@@ -42,7 +42,11 @@ class EdgeList(Graph):
     graph, on the default device.
 
     Raises ValueError for a shape other than (2, E), negative numbers and numbers beyond the size, and TypeError for
-    numbers that are not integers.
+    numbers that are not integers. Columns that are sorted already are noticed; `is_sorted` makes it an error that they
+    are not, by query, then key, each once.
+
+    With `entries`, it is a graph for each entry of a batch, as `Batched` is: `size` and the edges are those of all
+    entries, one after the other, of equal sizes, and no edge leads from one to another. See `from_neighbors`.
     """
 
     if TYPE_CHECKING:
@@ -52,8 +56,19 @@ class EdgeList(Graph):
         """The edge that each given column became: int64 (given,)."""
         order: Tensor
         """The column from which each edge came: int64 (E,)."""
+        entries: int | None
+        """Of a batch, each with a graph of its own; None: one graph, for all of them."""
+        plans: dict | None
+        """Those of a graph that is made for some calls alone, which end with it; None: cached, as most are."""
 
-    def __init__(self, edge_index: Tensor | Sequence[Sequence[int]], size: int | tuple[int, int]):
+    def __init__(
+        self,
+        edge_index: Tensor | Sequence[Sequence[int]],
+        size: int | tuple[int, int],
+        *,
+        entries: int | None = None,
+        is_sorted: bool = False,
+    ):
         given = integer_tensor(edge_index)
         sides = tuple(size) if isinstance(size, list | tuple) else (size, size)
         if len(sides) != 2:
@@ -66,15 +81,16 @@ class EdgeList(Graph):
                 f"num_queries * num_keys must be below 2**63, so that a pair is one int64 (got size={size})"
             )
         for name, row, limit in (("key", given[0], m), ("query", given[1], n)):
-            if row.numel() and not (int(row.min()) >= 0 and int(row.max()) < limit):
+            least, most = (0, 0) if not row.numel() else map(int, torch.aminmax(row))
+            if row.numel() and not (least >= 0 and most < limit):
                 raise ValueError(
                     f"edge_index must name {name} nodes from 0 to {limit - 1}, as size={size} says (got "
-                    f"{int(row.min())} … {int(row.max())}); row 0 holds keys (sources), row 1 queries (targets)"
+                    f"{least} … {most}); row 0 holds keys (sources), row 1 queries (targets)"
                 )
-        code, position = torch.unique(given[1] * m + given[0], return_inverse=True)
-        columns = torch.arange(given.shape[1], device=given.device)
-        order = torch.zeros_like(code).scatter_reduce_(0, position, columns, "amin", include_self=False)
-        self._set(size=size, code=code, position=position, order=order)
+        if entries is not None:
+            _check_entries(given, size, entries)
+        code, position, order = _sorted(given[1] * m + given[0], is_sorted)
+        self._set(size=size, code=code, position=position, order=order, entries=entries, plans=None)
         self.__post_init__()
 
     def _own_size(self):
@@ -142,37 +158,83 @@ class EdgeList(Graph):
     def _write(self, inner: Callable[[Graph], str]) -> str:
         if len(self.code) > MAX_EDGES_WRITTEN and inner in (repr, Graph.__repr__):
             return str(self)
-        return f"EdgeList({[self.key.tolist(), self.query.tolist()]}, size={self.size})"
+        return f"EdgeList({[self.key.tolist(), self.query.tolist()]}, {self.told_size})"
+
+    @property
+    def told_size(self) -> str:
+        """Its size, and its entries where it has some, as arguments of a call."""
+        return f"size={self.size}" + ("" if self.entries is None else f", entries={self.entries}")
 
     def _write_key(self) -> str:
         return str(self)
 
     def _write_exported(self, tensors: list[Tensor]) -> str:
         tensors.append(self.code)
-        return f"EdgeList(_{len(tensors) - 1}, size={self.size})"
+        return f"EdgeList(_{len(tensors) - 1}, {self.told_size})"
 
     def __str__(self) -> str:
         if len(self.code) <= MAX_EDGES_TOLD:
             return repr(self)
-        return f"EdgeList(<{len(self.code)} edges, {self.digest}>, size={self.size})"
+        return f"EdgeList(<{len(self.code)} edges, {self.digest}>, {self.told_size})"
 
     def __eq__(self, other: object) -> bool:
         if type(self) is not type(other) or not isinstance(other, EdgeList):
             return NotImplemented
         if self is other:
             return True
-        return self.digest == other.digest and torch.equal(self.code, other.code.to(self.code.device))
+        same = self.digest == other.digest and self.entries == other.entries
+        return same and torch.equal(self.code, other.code.to(self.code.device))
 
     def __hash__(self) -> int:
         return hash(self.digest)
 
     def __reduce__(self) -> tuple:
-        return _restored, (self.size, self.code, self.position, self.order)
+        return _restored, (self.size, self.code, self.position, self.order, self.entries)
 
 
-def _restored(size: tuple[int, int], code: Tensor, position: Tensor, order: Tensor) -> EdgeList:
+def _check_entries(given: Tensor, size: tuple[int, int], entries: int) -> None:
+    """Raise unless the nodes are those of entries of equal sizes, and each edge within one."""
+    require_ints(1, entries=entries)
+    if size[0] % entries or size[1] % entries:
+        raise ValueError(f"the size of EdgeList must be that of {entries} entries of equal sizes (got size={size})")
+    key, query = (row // max(side // entries, 1) for row, side in zip(given, size[::-1], strict=True))
+    if bool((key != query).any()):
+        raise ValueError(
+            "no edge may lead from one entry to another: the nodes of all entries are numbered one after the other"
+        )
+
+
+def _sorted(given: Tensor, is_sorted: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Numbers in any order → (ascending, each once; the place of each given one; the first given one of each)."""
+    columns = torch.arange(len(given), device=given.device)
+    if bool((given[1:] > given[:-1]).all()):
+        return given, columns, columns
+    if is_sorted:
+        raise ValueError(
+            "is_sorted=True says that the columns of edge_index are sorted by row 1, then row 0, each once "
+            "(got others); leave it out, and they are sorted here"
+        )
+    narrow = given.to(torch.int32) if len(given) and int(given.max()) < 1 << 31 else given  # sorted in half the time
+    code, order = narrow.sort(stable=True)
+    code = code.to(torch.int64)
+    is_new = torch.ones_like(code, dtype=torch.bool)
+    torch.ne(code[1:], code[:-1], out=is_new[1:])
+    if bool(is_new.all()):
+        return code, torch.empty_like(order).scatter_(0, order, columns), order
+    position = torch.empty_like(order).scatter_(0, order, is_new.cumsum(0) - 1)
+    return code[is_new], position, order[is_new]
+
+
+def _restored(
+    size: tuple[int, int],
+    code: Tensor,
+    position: Tensor,
+    order: Tensor,
+    entries: int | None = None,
+    plans: dict | None = None,
+) -> EdgeList:
     graph = object.__new__(EdgeList)
-    graph._set(size=size, code=code, position=position, order=order)
+    graph._set(size=size, code=code, position=position, order=order, entries=entries, plans=plans)
     graph.__post_init__()
     return graph
 
@@ -196,10 +258,26 @@ def of_edge_index(edge_index: Tensor | Sequence[Sequence[int]], num_nodes: int |
     return graphs[wanted]
 
 
-def of_sorted(code: Tensor, size: tuple[int, int]) -> EdgeList:
+def of_sorted(code: Tensor, size: tuple[int, int], entries: int | None = None) -> EdgeList:
     """The graph of these edges, query · num_keys + key, ascending."""
     position = torch.arange(len(code), device=code.device)
-    return _restored(size, code, position, position)
+    return _restored(size, code, position, position, entries)
+
+
+def of_neighbors(index: Tensor, num_keys: int) -> EdgeList:
+    """The graph of the keys of each query, (N, k) or (B, N, k), -1 for none."""
+    entries, n = (None if index.ndim == 2 else len(index)), index.shape[-2]
+    rows = index.flatten(0, -2).to(torch.int64)
+    if rows.shape[1] > 1 and not bool((rows[:, 1:] > rows[:, :-1]).all()):
+        rows = rows.sort(1).values
+    query = torch.arange(len(rows), device=rows.device)[:, None]
+    num_entries = entries or 1
+    code = query * (num_entries * num_keys) + query // max(n, 1) * num_keys + rows
+    is_edge = rows >= 0
+    is_edge[:, 1:] &= rows[:, 1:] != rows[:, :-1]
+    code = code.flatten() if bool(is_edge.all()) else code[is_edge]
+    position = torch.arange(len(code), device=code.device)
+    return _restored((len(rows), num_entries * num_keys), code, position, position, entries, plans={})
 
 
 def fingerprint(given: Tensor) -> tuple[int, ...]:

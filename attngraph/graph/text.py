@@ -120,8 +120,11 @@ def _value(node: ast.expr, text: str, tensors: Sequence[Tensor], depth: int) -> 
         case ast.Name(id=name) if tensors and name[0] == "_" and tensors[int(name[1:])].ndim == 0:
             return cache.COMPILED.find(tensors[int(name[1:])])
         case ast.Call(func=ast.Name(id="EdgeList"), args=[ast.Name(id=name)]) if tensors:
-            size, edges = inner(node.keywords[0].value), tensors[int(name[1:])]
-            return edge_list.of_sorted(edges, tuple(size)) if edges.ndim == 1 else EdgeList(edges, tuple(size))
+            edges, named = tensors[int(name[1:])], {str(each.arg): inner(each.value) for each in node.keywords}
+            size, entries = tuple(named["size"]), named.get("entries")
+            if edges.ndim == 1:
+                return edge_list.of_sorted(edges, size, entries)
+            return EdgeList(edges, size, entries=entries)
         case ast.Call(func=ast.Attribute(value=inside, attr=name)) if name in METHODS:
             return _call(getattr(_graph(inner(inside), text), name), node, text, inner)
         case ast.Call(func=ast.Name(id=name)) if name in NAMES:
@@ -181,7 +184,7 @@ def write(graph: Graph, listed: list[EdgeList]) -> str:
         return graph._write(lambda part: write(part, listed))
     number = next((number for number, each in enumerate(listed) if each is graph), len(listed))
     listed += [graph] * (number == len(listed))
-    return f"EdgeList(_{number}, size={graph.size})"
+    return f"EdgeList(_{number}, {graph.told_size})"
 
 
 def read(text: str, edges: Sequence[Tensor]) -> Graph:

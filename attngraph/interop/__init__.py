@@ -7,6 +7,7 @@ from attngraph.interop.batches import collate
 from attngraph.interop.dense import from_dense, from_function
 from attngraph.interop.edge_index import from_edge_index
 from attngraph.interop.flex import to_block_mask
+from attngraph.interop.neighbors import from_neighbors
 from attngraph.interop.networkx import NamedGraph, from_networkx, to_networkx
 from attngraph.interop.scipy import from_scipy_sparse_matrix, to_scipy_sparse_matrix
 
@@ -16,6 +17,7 @@ __all__ = [
     "from_dense",
     "from_edge_index",
     "from_function",
+    "from_neighbors",
     "from_networkx",
     "from_scipy_sparse_matrix",
     "to_block_mask",

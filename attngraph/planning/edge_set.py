@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from attngraph.graph.algebra import Full, Intersection, Sized
 from attngraph.graph.base import Edges, Graph
+from attngraph.graph.edge_list import EdgeList
 from attngraph.graph.listing import count_edges, list_edges, no_edges, split
 from attngraph.graph.patterns import Causal, Chunks, Documents
 from attngraph.graph.rewrite import simplify
 from attngraph.planning.layouts.tiles import Table, tabulate, tabulate_edges, union, without
 
 SAMPLE_EDGES = 1 << 20  # edges from which it is estimated how close together they all lie
+SAMPLE_ROWS = 16  # rows of tiles, of a list of edges, from which it is
 
 
 class Tiling(NamedTuple):
@@ -117,6 +119,11 @@ class EdgeSet:
         """Whether these are all the edges of the graph, its nodes in their own order."""
         return self._some is None
 
+    @property
+    def is_computed(self) -> bool:
+        """Whether the graph is made for some calls alone, so that counting its edges is all that may pay."""
+        return isinstance(self.graph, EdgeList) and self.graph.plans is not None
+
     @cached_property
     def closed_form(self) -> Graph | None:
         """Causal() or Full(), where these are its edges."""
@@ -195,16 +202,30 @@ class EdgeSet:
         return list_edges(self.graph, self.n, self.m)
 
     def sampled(self, tiling: Tiling) -> tuple[Tabulated, float]:
-        """How about SAMPLE_EDGES of the edges lie in tiles, and how many times as many there are."""
+        """How some of the edges lie in tiles, or all, where that is known; and how many times as many there are."""
         for known in self._tabulated.values():
             return known, 1.0
-        if self.count <= SAMPLE_EDGES:
+        if self.some_rows(tiling) is not None:
+            query, key = cast(Edges, self.some_rows(tiling))
+        elif self.count <= SAMPLE_EDGES:
             query, key = self.to_edges()
         else:
             rows = max(1, self.n * SAMPLE_EDGES // self.count)
             query, key = list_edges(self.graph.rows(0, rows), rows, self.m)
         nothing = tabulate_edges(query[:0], key[:0], tiling.tile)
         return Tabulated.of(nothing, query, key, self.m, tiling), self.count / max(len(query), 1)
+
+    def some_rows(self, tiling: Tiling) -> Edges | None:
+        """The edges of `SAMPLE_ROWS` rows of tiles, spread over all, of a graph that is a list; None of others."""
+        if not (self.is_whole and isinstance(self.graph, EdgeList)):
+            return None
+        height, (query, key) = tiling.tile[0], self.to_edges()
+        rows = -(-self.n // height)
+        first = torch.linspace(0, rows - 1, min(rows, SAMPLE_ROWS)).long().unique() * height
+        low, high = torch.searchsorted(query, first), torch.searchsorted(query, first + height)
+        parts = [torch.arange(start, stop) for start, stop in zip(low.tolist(), high.tolist(), strict=True)]
+        edges = torch.cat(parts) if parts else torch.arange(0)
+        return query[edges], key[edges]
 
 
 # ------------------------------------------------------------------------------------------ what flash kernels know

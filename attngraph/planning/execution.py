@@ -22,8 +22,9 @@ from attngraph.kernels.scoring import LeakyReLU, SoftCap
 from attngraph.planning.backends import BACKENDS
 from attngraph.planning.backends.base import INSTALLED, Results
 from attngraph.planning.call import Call, Request
+from attngraph.planning.candidates import Part
 from attngraph.planning.layouts.materialized import edges_of_heads
-from attngraph.planning.planner import Part, Plan, fitted, planned
+from attngraph.planning.planner import Plan, fitted, planned
 
 
 def run(q: Tensor, k: Tensor, v: Tensor, bias: Bias | None, request: Request, plan: Plan, call: Call) -> Results:

@@ -6,11 +6,10 @@ nodes), asks the backends what each would take, and keeps the cheapest. All plan
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field, fields, replace
 from itertools import count
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -23,7 +22,6 @@ from attngraph.graph.edge_list import EdgeList
 from attngraph.graph.listing import count_edges, of_each_head
 from attngraph.graph.patterns import Causal
 from attngraph.graph.rewrite import simplify
-from attngraph.kernels.available import why_not
 from attngraph.kernels.contract import BiasKind
 from attngraph.kernels.scoring import (
     ANY_FUNCTION,
@@ -36,46 +34,16 @@ from attngraph.kernels.scoring import (
 )
 from attngraph.planning import backends, explain
 from attngraph.planning.backends import BACKENDS, Backend, kernel_for
-from attngraph.planning.backends.base import INSTALLED, only_fused_attention
+from attngraph.planning.backends.base import only_fused_attention
 from attngraph.planning.call import Call, normalizer_name
+from attngraph.planning.candidates import Choice, Part, groups_of_heads, heads_may_part, seconds_of
 from attngraph.planning.costly import plain_call, warn_if_costly
 from attngraph.planning.costs import Costs
-from attngraph.planning.edge_set import EdgeSet, closed_form
+from attngraph.planning.edge_set import closed_form
 from attngraph.planning.layouts.materialized import edges_of_heads
 from attngraph.planning.layouts.tiles import Tiles
-from attngraph.planning.reordering import bandwidth_order
 
-MERGE_SAFETY_FACTOR = 1.25  # a plan of two parts must promise to be so much faster: estimates are no more exact
-FLASH_SAFETY_FACTOR = 1.1  # so must another way than PyTorch's own kernel, where that fits the graph exactly
-MIN_REORDERED_EDGES, MAX_REORDERED_EDGES = 1 << 12, 1 << 24  # unless reorder=True: it takes seconds
-MAX_CLOSED_PAIRS = 1 << 31  # of Causal() or Full(): beyond, looking at all their tiles takes longer than it is worth
-MAX_MASKED_PAIRS = 1 << 31  # beyond, a mask takes 2 GiB
 TRACED_PAIRS_PER_EDGE = 64  # in compiled programs, where sizes are symbols: an edge gathered costs as many masked pairs
-
-
-@dataclass(frozen=True, eq=False)
-class Part:
-    """Some of a graph's edges, and what runs them."""
-
-    backend: Backend
-    layout: Any
-    edges: int
-    pairs: int
-    """Scores that are computed for each head."""
-    seconds: float
-    """Expected, forward, for all its heads of one batch entry."""
-    why: str
-    heads: tuple[int, ...] | None = None
-    """None: all of them."""
-    order: Tensor | None = None
-    """The nodes in the order of the layout, where they were reordered."""
-    edge_numbers: Tensor | None = None
-    """Of each edge of these heads, its number among the edges that any head has."""
-
-    @property
-    def is_all(self) -> bool:
-        """Whether it runs all heads, the nodes in their own order."""
-        return self.heads is None and self.order is None
 
 
 @dataclass(frozen=True, eq=False)
@@ -275,6 +243,11 @@ def _name(option: Literal["score", "normalize"], given: Any) -> str:
 
 def planned(graph: Graph, call: Call, name: str) -> Plan:
     """The plan of a call, made once; of those made here, the latest are kept."""
+    if isinstance(graph, EdgeList) and graph.plans is not None:
+        if (call[:-1], name) not in graph.plans:
+            with cache.outside_of_transforms():
+                graph.plans[call[:-1], name] = _made(graph, call, name)
+        return graph.plans[call[:-1], name]
     plans = cache.PLANS if call.device.type == "cpu" else cache.PLANS_ON_GPU
     key = graph, graph._state() if graph._may_change else (), call[:-1], name
     found = plans.get(key)
@@ -282,7 +255,7 @@ def planned(graph: Graph, call: Call, name: str) -> Plan:
         with cache.outside_of_transforms():
             found = plans.keep(key, _made(graph, call, name))
             if name == "auto":
-                warn_if_costly(found, lambda: _seconds(graph, plain_call(call), found.costs))
+                warn_if_costly(found, lambda: seconds_of(graph, plain_call(call), found.costs))
     return found
 
 
@@ -388,17 +361,6 @@ def _definite(device: torch.device) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
 
 
-# ---------------------------------------------------------------------------------------------------- candidates
-
-
-class Candidate(NamedTuple):
-    """A way to run the edges of one graph: what it is expected to take, and how its parts are made."""
-
-    name: str
-    seconds: float
-    build: Callable[[], list[Part]]
-
-
 def _made(graph: Graph, call: Call, name: str, reorder: bool | None = None, costs: Costs | None = None) -> Plan:
     """The plan of a graph for a call, by the backend of this name, or the best for "auto"."""
     if name != "auto":
@@ -408,11 +370,11 @@ def _made(graph: Graph, call: Call, name: str, reorder: bool | None = None, cost
     if bound.heads is not None and bound.heads != call.heads:
         raise ValueError(f"graph has {bound.heads} heads (got heads={call.heads})")
     with call.device if call.device.type == "cuda" else nullcontext():  # layouts are made where they are used
-        groups = _groups(bound) if _merges(call, name) else {simplify(bound): None}
+        groups = groups_of_heads(bound) if heads_may_part(call, name) else {simplify(bound): None}
         choices = []
         for own_graph, heads in groups.items():
             own = call if heads is None else call._replace(heads=len(heads), part=len(groups) > 1)
-            choices.append(_Choice(own_graph, own, name, reorder, costs))
+            choices.append(Choice(own_graph, own, name, reorder, costs))
         parts, candidates, notes = [], {}, []
         for choice, heads in zip(choices, groups.values(), strict=True):
             numbers = None
@@ -428,174 +390,3 @@ def _made(graph: Graph, call: Call, name: str, reorder: bool | None = None, cost
     edges = count if bound.heads is None else sum(of_each_head(bound, n, m, count_edges))
     chosen = tuple(dict.fromkeys(choice.best.name for choice in choices))
     return Plan(graph, call, tuple(parts), candidates, chosen, edges, count, costs, tuple(notes))
-
-
-def _seconds(graph: Graph, call: Call, costs: Costs) -> float:
-    """What a call is expected to take, without layouts."""
-    bound, _, _ = at_size(graph, call.num_queries, call.num_keys)
-    groups = _groups(bound) if _merges(call, "auto") else {simplify(bound): None}
-    calls = {own: call if heads is None else call._replace(heads=len(heads)) for own, heads in groups.items()}
-    return sum(_Choice(own, each, "auto", None, costs).best.seconds for own, each in calls.items())
-
-
-def _merges(call: Call, name: str) -> bool:
-    """Whether heads with graphs of their own may run one after the other."""
-    allowed = [each for each in BACKENDS.values() if name in ("auto", each.name)]
-    return any(each.merges and each.supports(call._replace(part=True)) is None for each in allowed)
-
-
-def _groups(bound: Graph) -> dict[Graph, tuple[int, ...] | None]:
-    """The different graphs of the heads, simplified, with the heads that have each; None: all of them."""
-    if bound.heads is None:
-        return {simplify(bound): None}
-    groups: dict[Graph, list[int]] = {}
-    for h in range(bound.heads):
-        groups.setdefault(simplify(bound._head(h)), []).append(h)
-    if len(groups) == 1:
-        return {simplify(bound._head(0)): None}
-    return {graph: tuple(heads) for graph, heads in groups.items()}
-
-
-class _Choice:
-    """The candidates for one graph that is bound to its size, and the best of them."""
-
-    def __init__(self, graph: Graph, call: Call, name: str, reorder: bool | None, costs: Costs):
-        self.call, self.name, self.reorder, self.costs = call, name, reorder, costs
-        self.edges = EdgeSet(graph, call.num_queries, call.num_keys)
-        self.notes: list[str] = []
-        self.candidates: dict[str, float | str] = {}
-        self.ways: list[Candidate] = []
-        self._ask()
-        self.best = self._best()
-
-    def parts(self) -> list[Part]:
-        """The parts of the best candidate."""
-        found = self.best.build()
-        return [part for part in found if part.edges or part.backend.runs_whole(part.layout, self.call)]
-
-    def _best(self) -> Candidate:
-        best = min(self.ways, key=lambda way: way.seconds)
-        flash = next((way for way in self.ways if way.name == "dense"), None)
-        if self.edges.closed_form is not None and flash is not None:
-            return flash if best.seconds * FLASH_SAFETY_FACTOR > flash.seconds else best
-        return best
-
-    def _add(self, name: str, seconds: float, build: Callable[[], list[Part]]) -> None:
-        self.candidates[name] = seconds
-        self.ways.append(Candidate(name, seconds, build))
-
-    def _ask(self) -> None:
-        """Every backend, those that know their cost without a look at the edges first; then what they do together."""
-        able: dict[str, Backend] = {}
-        for label, backend in BACKENDS.items():
-            if self.name not in ("auto", backend.name):
-                continue
-            reason = self._reason(backend, able)
-            if reason is None:
-                able[backend.name] = backend
-            else:
-                self.candidates[label] = reason
-        # Tiles before those that only count: they list what can't be counted anyway.
-        for backend in sorted(able.values(), key=lambda each: (each.name != "dense", not each.merges)):
-            least = backend.overhead(self.edges, self.call, self.costs)
-            if self.ways and least >= min(way.seconds for way in self.ways):
-                self.candidates[backend.label] = f"at least {explain.time(least)}, as its calls alone take"
-                continue
-            seconds = backend.estimate(self.edges, self.call, self.costs)
-            if (rest := backend.rest(self.call)) is not None:
-                seconds += _seconds(self.edges.graph, rest, self.costs)
-            self._add(backend.label, seconds, lambda each=backend, s=seconds: [self._part(each, self.edges, s)])
-        if self.name == "auto":
-            self._ask_together(able)
-
-    def _reason(self, backend: Backend, able: dict[str, Backend]) -> str | None:
-        """Why a backend is not asked what it would take."""
-        reason = backend.supports(self.call)
-        if reason is None and self.name == "auto":
-            reason = backend.only_by_name(self.call)
-        if reason is None and backend.name in able:
-            return f"{able[backend.name].label} can, and is faster"
-        if reason is None and self.name == "auto" and backend.name != "dense":
-            pairs = self.call.num_queries * self.call.num_keys
-            if closed_form(self.edges.graph) is not None and pairs > MAX_CLOSED_PAIRS:
-                return "a flash kernel does just this, and there are too many tiles to look at"
-        masked = backend.name == "dense" and self.edges.closed_form is None and self.edges.documents is None
-        if reason is None and self.name == "auto" and masked:
-            pairs = self.call.num_queries * self.call.num_keys
-            return f"its mask would have {pairs:,} entries" if pairs > MAX_MASKED_PAIRS else None
-        return reason
-
-    def _ask_together(self, able: dict[str, Backend]) -> None:
-        """Candidates of two parts, and of reordered nodes."""
-        tiles, rows, dense = able.get("tiles"), able.get("rows"), able.get("dense")
-        looked = {way.name for way in self.ways}
-        if rows is None and tiles is not None:
-            why = "; ".join(backends.reasons("rows", self.call).values())
-            self.notes.append(f"no rows ({why}): single edges run in tiles of their own")
-        if rows is None:
-            return
-        if tiles is not None and tiles.label in looked and self.call.bias != "edge":
-            self._ask_tiles_and_rows(tiles, rows, self.edges, "tiles + rows")
-            if (reordered := self._reordered(tiles)) is not None:
-                self._ask_tiles_and_rows(tiles, rows, reordered, "reordered")
-        if dense is not None and rows.label in looked and not self.call.bias:
-            self._ask_flash_and_rows(dense, rows)
-
-    def _ask_tiles_and_rows(self, tiles: Backend, rows: Backend, edges: EdgeSet, name: str) -> None:
-        """Each tile by the backend that is cheaper for its edges."""
-        tiling = tiles.tiling
-        lie = edges.tabulated(tiling)
-        sides = lie.edges_per_tile, lie.blocks_per_tile, self.call, self.costs
-        in_tiles = tiles.tile_seconds(*sides) <= rows.tile_seconds(*sides)
-        cut = [(tiles, edges.select(tiling, in_tiles)), (rows, edges.select(tiling, ~in_tiles))]
-        cut = [(backend, some) for backend, some in cut if some.count]
-        if len(cut) < 2 and edges.order is None:
-            return  # it is one of the candidates above
-        times = [backend.estimate(some, self.call, self.costs) for backend, some in cut]
-        seconds = sum(times) if len(cut) < 2 else self._merged(sum(times))
-        if edges.order is not None:
-            moved = 4 * self.costs.merge_s_per_result_dim * self.call.head_dim * edges.n  # q, k, v and out
-            seconds = 0.0 if self.reorder else seconds + moved * self.call.heads
-        self._add(name, seconds, lambda: [self._part(*each, s) for each, s in zip(cut, times, strict=True)])
-
-    def _ask_flash_and_rows(self, dense: Backend, rows: Backend) -> None:
-        """Causal() or Full() by a flash kernel, and the listed edges beside it by rows."""
-        banded = self.edges.banded
-        if self.edges.closed_form is not None or closed_form(banded) is None or len(self.edges.beside_bands[1][0]):
-            return
-        tiling = rows.tiling
-        lie = self.edges.tabulated(tiling)
-        listed = torch.arange(len(lie.edges_per_tile)) >= len(lie.table.row)
-        around, beside = EdgeSet(banded, self.edges.n, self.edges.m), self.edges.select(tiling, listed)
-        cut = [(dense, around), (rows, beside)]
-        times = [backend.estimate(some, self.call, self.costs) for backend, some in cut]
-        build = lambda: [self._part(*each, s) for each, s in zip(cut, times, strict=True)]  # noqa: E731
-        self._add("dense + rows", self._merged(sum(times)), build)
-
-    def _merged(self, seconds: float) -> float:
-        """Of two parts, which take so many seconds by themselves."""
-        results = self.call.num_queries * self.call.head_dim * self.call.heads
-        return MERGE_SAFETY_FACTOR * (seconds + self.costs.merge_s_per_result_dim * results)
-
-    def _reordered(self, tiles: Backend) -> EdgeSet | None:
-        """The edges after the nodes were put into an order in which they lie close together, if that may pay."""
-        lie = self.edges.tabulated(tiles.tiling)
-        square = self.edges.n == self.edges.m and not len(lie.table.row) and len(lie.query) >= MIN_REORDERED_EDGES
-        if self.reorder is False or self.call.bias or self.call.dropout or not square:
-            return None
-        if len(lie.query) > MAX_REORDERED_EDGES and not self.reorder:
-            edges = f"{len(lie.query):,} edges"
-            self.notes.append(f"the nodes were not reordered: for {edges} it takes long; reorder=True does")
-            return None
-        missing = "that needs SciPy, pip install scipy"
-        if not INSTALLED["scipy"] or (missing := why_not("scipy.sparse.csgraph", "scipy")):
-            self.notes.append(f"the nodes were not reordered: {missing}")
-            return None
-        return self.edges.reordered(bandwidth_order(lie.query, lie.key, self.edges.n), tiles.tiling)
-
-    def _part(self, backend: Backend, edges: EdgeSet, seconds: float) -> Part:
-        """A part of the plan: its layout is built now."""
-        layout = backend.build(edges, self.call)
-        why, pairs = backend.describe(edges, layout, self.call), backend.pairs(edges, layout)
-        order = edges.order if backend.name == "tiles" else None  # the list of edges names nodes by their own numbers
-        return Part(backend, layout, edges.count, pairs, seconds, why, order=order)

@@ -47,9 +47,11 @@ def rows_seconds(edges: EdgeSet, call: Call, costs: Costs) -> float:
     """What products and sums along each edge by itself take."""
     if not edges.count:
         return 0.0
-    tiles, times = edges.sampled(BLOCKS)
-    keys = tiles.edges_per_tile.clamp(max=BLOCKS.tile[1])  # each once a tile, if those of a row of tiles stay
-    fetched = int(keys.sum() * times)
+    fetched = edges.count
+    if not edges.is_computed:
+        tiles, times = edges.sampled(BLOCKS)
+        keys = tiles.edges_per_tile.clamp(max=BLOCKS.tile[1])  # each once a tile, if those of a row of tiles stay
+        fetched = int(keys.sum() * times)
     bytes_per_row = 8 * call.mean_dim * fetched * BLOCKS.tile[0] / max(edges.n, 1)
     if call.device.type == "cpu" and bytes_per_row > CACHE_BYTES:
         fetched = max(fetched, int(MISS_SHARE * edges.count))

@@ -169,10 +169,13 @@ def attend(
         lse, share = _with_sinks(lse, sinks)
         out = (out * share[..., None]).to(out.dtype)
         weights = weights if weights is None else (weights * at_queries(share, k, graph)).to(weights.dtype)
-    if request.return_weights and weights is None:
-        weights = edge_weights(q, k, lse, graph, added, request)
-    elif reduce is not None:
-        weights = reduced_weights(reduce, q, k, lse, graph, added, request)
+    if return_weights and weights is None:
+        call = _call(q, k, v, added, request)
+        ran = graph if call.compiled else _planned(graph, call, backend)
+        if reduce is None:
+            weights = edge_weights(q, k, lse, ran, added, request)
+        else:
+            weights = reduced_weights(reduce, q, k, lse, ran, added, request)
     if batch is not None:
         out, lse = unpacked(out, batch), None if lse is None else unpacked(lse, batch)
         weights = unpacked(weights, batch) if weights is not None and reduce in ("entropy", "received") else weights
@@ -209,12 +212,17 @@ def _run(
             return in_steps(q, k, v, graph, bias, request, partial(_run, graph=graph, name="auto"))
         layout = backend.traced_layout(graph, call.num_queries, call.num_keys, call.device)
         return backend.attend(q, k, v, layout, bias, request)
-    made = fitted(graph, call, name) if isinstance(graph, Plan) else planned(graph, call, name)
+    made = _planned(graph, call, name)
     if made.in_steps:
         rest = planned(made.graph, call.after_scores, "auto")
         attention = partial(run, plan=rest, call=call.after_scores)
-        return in_steps(q, k, v, made.graph, bias, request, attention, rest.reads_by_head)
+        return in_steps(q, k, v, rest, bias, request, attention)
     return run(q, k, v, bias, request, made, call)
+
+
+def _planned(graph: Graph | Plan, call: Call, name: str) -> Plan:
+    """The plan of a call that is not being compiled."""
+    return fitted(graph, call, name) if isinstance(graph, Plan) else planned(graph, call, name)
 
 
 def _call(q: Tensor, k: Tensor, v: Tensor, bias: Bias | None, request: Request) -> Call:

@@ -201,6 +201,11 @@ class TilesLayout(Protocol):
         ...
 
     @property
+    def num_edges(self) -> int:
+        """How many edges they have."""
+        ...
+
+    @property
     def by_query(self) -> TileRows:
         """The tiles of each row of tiles."""
         ...

@@ -41,6 +41,7 @@ from attngraph.planning.costly import plain_call, warn_if_costly
 from attngraph.planning.costs import Costs
 from attngraph.planning.edge_set import closed_form
 from attngraph.planning.layouts.materialized import edges_of_heads
+from attngraph.planning.layouts.tiles import Tiles
 
 TRACED_PAIRS_PER_EDGE = 64  # in compiled programs, where sizes are symbols: an edge gathered costs as many masked pairs
 
@@ -113,6 +114,13 @@ class Plan:
     def reads_by_head(self) -> bool:
         """Whether the values of an `EdgeBias` are read head after head, rather than all heads of an edge at once."""
         return all(part.backend.reads_by_head for part in self.parts)
+
+    @property
+    def tiles(self) -> Tiles | None:
+        """All edges in tiles by which a kernel can make their scores too, if they are what runs."""
+        if len(self.parts) != 1 or not self.parts[0].is_all or not self.parts[0].backend.makes_products:
+            return None
+        return self.parts[0].layout
 
     @property
     def takes_no_dims(self) -> bool:

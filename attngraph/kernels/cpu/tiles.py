@@ -55,11 +55,11 @@ def forward(q: Tensor, k: Tensor, v: Tensor, layout: TilesLayout, modifiers: Mod
     """
     (B, H, N, _), M, value_dim, group = q.shape, k.shape[2], v.shape[3], q.shape[1] // k.shape[1]
     scoring = _scoring(modifiers, q, M)
-    q, k, v = _tiled(q, layout, 0), _tiled(k, layout, 1), _tiled(v, layout, 1)
+    q, k, v = tiled(q, layout, 0), tiled(k, layout, 1), tiled(v, layout, 1)
     out, lse = empty(*q.shape[:4], v.shape[4], like=q), empty(*q.shape[:4], like=q)
-    q_heads, out_heads, lse_heads = _heads(q, B * H), _heads(out, B * H), _heads(lse, B * H)
-    k_heads, v_heads = _heads(k, B * H // group), _heads(v, B * H // group)
-    jobs, tiles = _jobs(layout.by_query, B * H), _tiles(layout, layout.by_query, modifiers)
+    q_heads, out_heads, lse_heads = flat_heads(q, B * H), flat_heads(out, B * H), flat_heads(lse, B * H)
+    k_heads, v_heads = flat_heads(k, B * H // group), flat_heads(v, B * H // group)
+    jobs, tiles = jobs_of(layout.by_query, B * H), tiles_of(layout, layout.by_query, _reads_edges(modifiers))
     real, dims = _real_keys(modifiers, layout, B), (q.shape[4], v.shape[4])
 
     def run(job: int) -> None:
@@ -95,18 +95,18 @@ def backward(
     """
     (B, _, N, dim), (_, key_heads, M, value_dim) = q.shape, v.shape
     scoring, dbias = _scoring(modifiers, q, M), _DBias(modifiers.bias if bias_grad else None, q, M)
-    lse = lse.masked_fill(lse == -torch.inf, torch.inf) * _log2_e(q.dtype)  # without edges, p = exp(-inf)
+    lse = lse.masked_fill(lse == -torch.inf, torch.inf) * log2_e(q.dtype)  # without edges, p = exp(-inf)
     delta = torch.zeros_like(lse) if dlse is None else dlse.clone()
-    lse, delta = _tiled(lse[..., None], layout, 0, 1), _tiled(delta[..., None], layout, 0, 1)
-    q, out, dout = _tiled(q, layout, 0), _tiled(out, layout, 0), _tiled(dout, layout, 0)
-    k, v = _tiled(k, layout, 1), _tiled(v, layout, 1)
+    lse, delta = tiled(lse[..., None], layout, 0, 1), tiled(delta[..., None], layout, 0, 1)
+    q, out, dout = tiled(q, layout, 0), tiled(out, layout, 0), tiled(dout, layout, 0)
+    k, v = tiled(k, layout, 1), tiled(v, layout, 1)
     _delta(out, dout, delta)
     dq, dk, dv = zeros(*q.shape, like=q), empty(*k.shape, like=k), empty(*v.shape, like=v)
     tensors = _Gradients(q, k, v, dout, lse, delta, dq, dk, dv)
     if dbias.by_head or (_in_one_pass(B * key_heads) and not dbias.by_column):
         _dkdv(tensors, layout, modifiers, scoring, [(0, layout.grid[1])], dbias)
     else:
-        columns = _jobs(layout.by_key, 1 if dbias.by_column else B * key_heads)
+        columns = jobs_of(layout.by_key, 1 if dbias.by_column else B * key_heads)
         if len(columns) > 1:
             _dq(tensors, layout, modifiers, scoring)
         _dkdv(tensors, layout, modifiers, scoring, columns, dbias)
@@ -171,7 +171,7 @@ def _in_one_pass(key_heads: int) -> bool:
 def _delta(out: Tensor, dout: Tensor, delta: Tensor) -> None:
     """Δ of all queries, into `delta`, which holds dlse."""
     heads = out.shape[0] * out.shape[1]
-    out_heads, dout_heads, delta_heads = _heads(out, heads), _heads(dout, heads), _heads(delta, heads)
+    out_heads, dout_heads, delta_heads = flat_heads(out, heads), flat_heads(dout, heads), flat_heads(delta, heads)
     parallel_for(heads, lambda h: compute_delta(out_heads[h], dout_heads[h], out.shape[4], delta_heads[h]))
 
 
@@ -180,9 +180,9 @@ def _dq(tensors: _Gradients, layout: TilesLayout, modifiers: Modifiers, scoring:
     (B, H), key_heads = tensors.q.shape[:2], tensors.k.shape[0] * tensors.k.shape[1]
     by_key_head = {"k", "v", "dk", "dv"}
     arrays = {
-        name: _heads(x, key_heads if name in by_key_head else B * H) for name, x in tensors._asdict().items()
+        name: flat_heads(x, key_heads if name in by_key_head else B * H) for name, x in tensors._asdict().items()
     }  # each (heads, flat)
-    jobs, tiles = _jobs(layout.by_query, B * H), _tiles(layout, layout.by_query, modifiers)
+    jobs, tiles = jobs_of(layout.by_query, B * H), tiles_of(layout, layout.by_query, _reads_edges(modifiers))
     real, dims = _real_keys(modifiers, layout, B), (tensors.q.shape[4], tensors.v.shape[4])
 
     def run(job: int) -> None:
@@ -208,8 +208,8 @@ def _dkdv(
     group = q.shape[1] // key_heads
     if len(columns) != 1:
         tensors = tensors._replace(dq=q.new_empty(B * key_heads, 0))
-    arrays = [_heads(x, B * key_heads) for x in tensors]
-    tiles, real = _tiles(layout, layout.by_key, modifiers), _real_keys(modifiers, layout, B)
+    arrays = [flat_heads(x, B * key_heads) for x in tensors]
+    tiles, real = tiles_of(layout, layout.by_key, _reads_edges(modifiers)), _real_keys(modifiers, layout, B)
     head_dim, value_dim = q.shape[4], tensors.v.shape[4]
 
     def run_head(h: int, piece: int) -> None:
@@ -230,7 +230,7 @@ def _dkdv(
 # ------------------------------------------------------------------------------------------- tensors to arrays
 
 
-def _tiled(x: Tensor, layout: TilesLayout, axis: int, multiple: int = LANES) -> Tensor:
+def tiled(x: Tensor, layout: TilesLayout, axis: int, multiple: int = LANES) -> Tensor:
     """x (B, H, nodes, D) as tiles (B, H, tiles, 64, D), contiguous; filled up with zeros, D to a multiple of 16.
 
     The nodes are queries (axis 0 of the adjacency matrix) or keys (axis 1).
@@ -241,12 +241,12 @@ def _tiled(x: Tensor, layout: TilesLayout, axis: int, multiple: int = LANES) -> 
     return x.contiguous().view(*x.shape[:2], layout.grid[axis], TILE, x.shape[3])
 
 
-def _heads(x: Tensor, heads: int) -> np.ndarray:
+def flat_heads(x: Tensor, heads: int) -> np.ndarray:
     """(heads, flat)."""
     return x.view(heads, x.numel() // max(heads, 1)).numpy()
 
 
-def _log2_e(dtype: torch.dtype) -> float:
+def log2_e(dtype: torch.dtype) -> float:
     """log2 e, rounded alike wherever scores of a dtype become exponents of 2, so that the rounding cancels."""
     return float(DTYPES[dtype](LOG2_E))
 
@@ -255,7 +255,7 @@ def _scoring(modifiers: Modifiers, q: Tensor, m: int) -> Scoring:
     """What the kernels are told of the modifiers, but for the padding; `m` keys."""
     transform, scale, number = modifiers.transform, modifiers.scale, DTYPES[q.dtype]
     makes_scores = modifiers.bias is not None or transform is not None
-    unit = _log2_e(q.dtype) if modifiers.normalize == "softmax" else 1.0
+    unit = log2_e(q.dtype) if modifiers.normalize == "softmax" else 1.0
     bias_unit = unit if transform is None else 1.0  # scores are made as exponents at once: rounded once less
     factor = unit / bias_unit if makes_scores else scale * unit
     return Scoring(
@@ -308,6 +308,10 @@ def _dropout(modifiers: Modifiers, q: Tensor) -> Dropout:
     return Dropout(True, limit, factor, np.array(keys, np.uint64), numbers.numpy())
 
 
+def _reads_edges(modifiers: Modifiers) -> bool:
+    return modifiers.bias is not None and modifiers.bias.kind == "edge"
+
+
 def _real_keys(modifiers: Modifiers, layout: TilesLayout, batch: int) -> np.ndarray:
     """A bit for each key that is no padding: uint64 (B, tiles of keys)."""
     tiles, mask = layout.grid[1], modifiers.attention_mask
@@ -317,16 +321,16 @@ def _real_keys(modifiers: Modifiers, layout: TilesLayout, batch: int) -> np.ndar
     return bits.view(np.dtype(np.uint64).newbyteorder("<")).astype(np.uint64)
 
 
-def _tiles(layout: TilesLayout, rows: TileRows, modifiers: Modifiers) -> Tiles:
+def tiles_of(layout: TilesLayout, rows: TileRows, of_edges: bool) -> Tiles:
+    """The tiles of rows, or of columns, as the kernels read them; with the numbers of their edges or without."""
     words = layout.table.words.contiguous().numpy().view(np.uint64).reshape(-1, TILE)
-    of_edges = modifiers.bias is not None and modifiers.bias.kind == "edge"
     first_edge = layout.first_edge.numpy() if of_edges else np.empty((0, TILE), np.int64)
     return Tiles(
         *(x.numpy() for x in (rows.start, rows.full, rows.column, rows.mask)), words, rows.tile.numpy(), first_edge
     )
 
 
-def _jobs(rows: TileRows, heads: int) -> list[tuple[int, int]]:
+def jobs_of(rows: TileRows, heads: int) -> list[tuple[int, int]]:
     """All rows of tiles as (first, stop), cut where jobs have about as many tiles; at least 8 jobs a thread, if so."""
     tiles = int(rows.start[-1])
     job_tiles = min(MAX_JOB_TILES, max(4, tiles * heads // (8 * torch.get_num_threads())))

@@ -148,15 +148,33 @@ def values_of_edges(values, e, lanes):
 
 
 @inner
-def load_edges(bias, place, tiles, tile):
-    """The values of a bias for each edge of a tile → tile (queries, keys); without an edge, 0."""
-    at = place.batch * bias.strides[0] + place.head * bias.strides[1]
+def load_edges(values, at, place, tiles, tile):
+    """The values of the edges of a tile, that of edge 0 at `at` → tile (queries, keys); without an edge, 0."""
     for r in range(TILE):
         bits = mask_row(tiles.words, place.mask, r)
         e = at + tiles.first_edge[place.tile, r]
         for c in range(0, TILE, LANES):
             lanes = (bits >> np.uint64(c)) & np.uint64(0xFFFF)
-            store(tile, r * TILE + c, values_of_edges(bias.values, e, lanes))
+            store(tile, r * TILE + c, values_of_edges(values, e, lanes))
+            e += count_bits(lanes)
+
+
+@inner
+def store_edges(values, at, place, tiles, tile, adds):
+    """A tile (queries, keys) → the values of its edges, that of edge 0 at `at`; or added to them."""
+    for r in range(TILE):
+        bits = mask_row(tiles.words, place.mask, r)
+        e = at + tiles.first_edge[place.tile, r]
+        for c in range(0, TILE, LANES):
+            lanes = (bits >> np.uint64(c)) & np.uint64(0xFFFF)
+            if lanes:
+                x = load(tile, r * TILE + c)
+                if adds:
+                    x = x + values_of_edges(values, e, lanes)
+                if lanes == np.uint64(0xFFFF):
+                    store(values, e, x)
+                else:
+                    compress(values, e, lanes, x)
             e += count_bits(lanes)
 
 
@@ -185,7 +203,8 @@ def add_tile_bias(s, scoring, place, tiles, scratch, queries_stream):
     if bias.kind == DENSE:
         load_dense(bias, place, scratch.bias)
     else:
-        load_edges(bias, place, tiles, scratch.bias)
+        at = place.batch * bias.strides[0] + place.head * bias.strides[1]
+        load_edges(bias.values, at, place, tiles, scratch.bias)
     if queries_stream:
         add_bias(s, scratch.bias, 0, TILE, scoring.score_scale)
     else:
@@ -233,22 +252,6 @@ def add_dense_gradient(gradient, bias, place, ds):
 
 
 @inner
-def add_edge_gradient(gradient, place, tiles, ds):
-    """Add ds (queries, keys) to the gradients of the values of edges."""
-    at = place.batch * gradient.strides[0] + place.head * gradient.strides[1]
-    for r in range(TILE):
-        bits = mask_row(tiles.words, place.mask, r)
-        e = at + tiles.first_edge[place.tile, r]
-        for c in range(0, TILE, LANES):
-            lanes = (bits >> np.uint64(c)) & np.uint64(0xFFFF)
-            if lanes == np.uint64(0xFFFF):
-                store(gradient.values, e, load(gradient.values, e) + load(ds, r * TILE + c))
-            elif lanes:
-                compress(gradient.values, e, lanes, expand(gradient.values, e, lanes) + load(ds, r * TILE + c))
-            e += count_bits(lanes)
-
-
-@inner
 def add_bias_gradient(gradient, bias, place, tiles, ds, scratch):
     """Add ds (queries, keys), which may be overwritten, to the gradient of a bias."""
     if bias.kind == OFFSET:
@@ -257,7 +260,8 @@ def add_bias_gradient(gradient, bias, place, tiles, ds, scratch):
     elif bias.kind == DENSE:
         add_dense_gradient(gradient, bias, place, ds)
     else:
-        add_edge_gradient(gradient, place, tiles, ds)
+        at = place.batch * gradient.strides[0] + place.head * gradient.strides[1]
+        store_edges(gradient.values, at, place, tiles, ds, True)
 
 
 # ------------------------------------------------------------------------------------------------ transforms

@@ -57,6 +57,11 @@ def products_of(q: Tensor) -> Any:
     )
 
 
+def products_of_tiles() -> Any:
+    """The module that makes dot products of edges in tiles."""
+    return import_module("attngraph.kernels.cpu.tiles_products")
+
+
 def reasons(name: str, call: Call) -> dict[str, str]:
     """Why no backend of this name can run the call: by label."""
     found = {label: backend.supports(call) for label, backend in BACKENDS.items() if backend.name == name}

@@ -39,6 +39,8 @@ class Backend(ABC):
     """The tiles in which it computes, or in which its edges are counted, if `tile_seconds` is there."""
     takes_no_dims: ClassVar[bool] = False
     """Whether keys may be of dimension 0, so that scores are their bias alone."""
+    makes_products: ClassVar[bool] = False
+    """Whether its layouts are tiles that `kernels.cpu.tiles_products` reads."""
     reads_by_head: ClassVar[bool] = True
     """Whether it reads the values of edges head after head, rather than those of all heads of an edge at once."""
 

@@ -64,7 +64,7 @@ class NumbaTiles(_TilesOfAnyKernel):
 
     kernel, module, device, package = "numba", "attngraph.kernels.cpu.tiles", "cpu", "numba"
     tiling = Tiling((64, 64), block=(8, 32))
-    takes_no_dims = True
+    takes_no_dims = makes_products = True
 
 
 class TorchTiles(_TilesOfAnyKernel):

@@ -87,6 +87,11 @@ class Tiles:
         return -(-self.n // self.tile[0]), -(-self.m // self.tile[1])
 
     @cached_property
+    def num_edges(self) -> int:
+        """How many edges they have."""
+        return int(self.table.edges.sum())
+
+    @cached_property
     def by_query(self) -> TileRows:
         """The tiles of each row of tiles."""
         return _tile_rows(self.table.row, self.table.column, self.table.mask, self.grid[0])

@@ -121,7 +121,7 @@ def attend(
         backend: "auto", "reference", "edges", "dense", "tiles", "rows" or "steps". What it can't do is an error.
         return_lse: also return log Σ_j exp(score_ij) (B, H, N), -inf where a query hears nobody. Differentiable.
         return_weights: also return w before dropout, (B, H, E) in `edge_index` order.
-        reduce: with `return_weights`, what is to be returned in their place, made a head at a time: "mean"
+        reduce: with `return_weights`, what is to be returned in their place, made of few heads at a time: "mean"
             over the heads (B, E), "entropy" -Σ_j w_ij log w_ij of each query (B, H, N), or "received", Σ_i w_ij, what
             each key receives (B, H, M).
 

@@ -23,6 +23,7 @@ from attngraph import (
 )
 from attngraph.kernels.contract import Dropout
 from attngraph.kernels.dropout import kept, philox
+from attngraph.planning import steps
 
 NORMALIZED = ("sigmoid", *(pytest.param(name, marks=pytest.mark.slow) for name in ("none", "relu", "squared_relu")))
 TRANSFORMED = {"softcap": SoftCap(0.7), "leaky_relu": LeakyReLU(0.3)}
@@ -253,7 +254,9 @@ def test_sinks_take_weight_and_give_no_value(case):
 
 @some
 @pytest.mark.parametrize("backend", ["auto", "tiles", "rows", "dense", "edges"])
-def test_reduced_weights_are_those_of_all_weights(graph, backend):
+@pytest.mark.parametrize("at_once", [steps.MOST_NUMBERS, 0])
+def test_reduced_weights_are_those_of_all_weights(graph, backend, at_once, monkeypatch):
+    monkeypatch.setattr(steps, "MOST_NUMBERS", at_once)
     sides, sinks = tensors(60, 60), learned(4)
     key, query = graph.edge_index(60, 60)
     options = {"sinks": sinks, "attention_mask": PADDING[:, :60], "return_weights": True, "backend": backend}

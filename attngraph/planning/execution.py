@@ -71,8 +71,6 @@ class _Options(NamedTuple):
 
 def _merged(q: Tensor, k: Tensor, v: Tensor, bias: Bias | None, request: Request, attention: Any) -> Results:
     """`attention`(q, k, v, values, attention_mask, seed, options) → out, lse, with what a bias adds to all keys."""
-    if False:
-        q, k = pad(q, (0, 1)), pad(k, (0, 1))
     if not (value_dim := v.shape[3]):
         v = pad(v, (0, 1))
     exact = torch.promote_types(q.dtype, torch.float32)

@@ -31,6 +31,7 @@ from attngraph.planning.layouts.materialized import EdgesOfHeads, csr_of_heads, 
 from attngraph.planning.layouts.tiles import Tiles
 from attngraph.planning.planner import Plan
 
+MOST_NUMBERS = 1 << 24  # weights that are made at once where they are reduced, if one head has no more
 LEAST_WEIGHT = torch.finfo(torch.float32).tiny  # below, a weight has no share in an entropy
 Reduction = Literal["mean", "entropy", "received"]
 Attention = Callable[[Tensor, Tensor, Tensor, Bias, Request], Results]
@@ -103,11 +104,12 @@ def _weights(
 def reduced_weights(
     how: str, q: Tensor, k: Tensor, lse: Tensor | None, graph: Graph | Plan, bias: Bias | None, request: Request
 ) -> Tensor:
-    """Their mean over the heads (B, E), their entropy (B, H, N), or what each key receives (B, H, M); a head at a time.
+    """Their mean over the heads (B, E), their entropy (B, H, N), or what each key receives (B, H, M).
 
-    The backward pass computes them again. A score that is no dot product is computed for all heads at once.
+    Of so many heads at a time as have at most `MOST_NUMBERS` weights, or of one; the backward pass computes them again.
+    A score that is no dot product is computed for all heads at once.
     """
-    n, m, heads = q.shape[2], k.shape[2], q.shape[1]
+    n, m, heads, group = q.shape[2], k.shape[2], q.shape[1], q.shape[1] // k.shape[1]
     edges = edges_of_heads(_own(graph), n, m, q.device)
     apart_by_head = request.parts.pair == "dot" and _own(graph).heads is None
 
@@ -122,19 +124,19 @@ def reduced_weights(
             return _sum_at(-weights * weights.clamp(min=LEAST_WEIGHT).log(), edges.query, n)
         return _Entropy.apply(weights, edges.query, n)
 
-    if not apart_by_head:
+    of_group = len(edges.query) * len(q) * group
+    if not apart_by_head or of_group * k.shape[1] <= MOST_NUMBERS:
         return of_heads(q, k, lse, bias, torch.arange(heads, device=q.device)[:, None]).to(q.dtype)
-    group, found = heads // k.shape[1], []
-    q_heads, k_heads = q.split(1, 1), k.split(1, 1)
-    lse_heads = (None,) * heads if lse is None else lse.split(1, 1)
-    for h in range(heads):
-        sides = q_heads[h], k_heads[h // group], lse_heads[h]
-        first = torch.tensor([[h]], device=q.device)
+    found, groups = [], max(1, MOST_NUMBERS // of_group)  # at a time
+    for first in range(0, k.shape[1], groups):
+        own = slice(first * group, (first + groups) * group)
+        sides = q[:, own], k[:, first : first + groups], None if lse is None else lse[:, own], _of_heads(bias, own)
+        numbers = torch.arange(heads, device=q.device)[own, None]
         if torch.compiler.is_compiling() or _is_transformed():  # a compiler sees to the memory; transforms need all
-            found.append(of_heads(*sides, _of_head(bias, h), first))
+            found.append(of_heads(*sides, numbers))
         else:
-            found.append(checkpoint(of_heads, *sides, _of_head(bias, h), first, use_reentrant=False))
-        if how == "mean" and h:
+            found.append(checkpoint(of_heads, *sides, numbers, use_reentrant=False))
+        if how == "mean" and first:
             found = [found[0] + found[1]]
     return (found[0] if how == "mean" else torch.cat(found, 1)).to(q.dtype)
 
@@ -161,7 +163,7 @@ class _Entropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weights: Tensor, query: Tensor, n: int) -> Tensor:
         ctx.save_for_backward(weights, query)
-        return _sum_at(weights.clamp(min=LEAST_WEIGHT).log_().mul_(weights).neg_(), query, n)
+        return _sum_by_query(weights.clamp(min=LEAST_WEIGHT).log_().mul_(weights).neg_(), query, n)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any):
@@ -185,25 +187,25 @@ def _sum_at(x: Tensor, nodes: Tensor, count: int) -> Tensor:
 
 def _sum_by_query(x: Tensor, query: Tensor, n: int) -> Tensor:
     """The same for edges that are sorted by query, five times as fast on a CPU; torch can't transform it."""
-    if x.device.type != "cpu":
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
         return _sum_at(x, query, n)
     first = torch.searchsorted(query, torch.arange(n + 1, device=query.device))
     return torch.segment_reduce(x, "sum", offsets=first.expand(*x.shape[:2], -1).contiguous(), axis=2)
 
 
-def _of_head(bias: Bias | None, h: int) -> Bias | None:
-    """A bias of one head."""
+def _of_heads(bias: Bias | None, heads: slice) -> Bias | None:
+    """A bias of some heads."""
     match bias:
         case Alibi():
-            return replace(bias, slopes=bias.slopes[h : h + 1] if len(bias.slopes) > 1 else bias.slopes)
+            return replace(bias, slopes=bias.slopes[heads] if len(bias.slopes) > 1 else bias.slopes)
         case RelativeBias():
-            return replace(bias, table=bias.table[h : h + 1] if len(bias.table) > 1 else bias.table)
+            return replace(bias, table=bias.table[heads] if len(bias.table) > 1 else bias.table)
         case Shifted():
-            return replace(bias, bias=_of_head(bias.bias, h))
+            return replace(bias, bias=_of_heads(bias.bias, heads))
         case EdgeBias() | DenseBias():
             axis = bias.values.ndim - (2 if isinstance(bias, EdgeBias) else 3)
             if axis >= 0 and bias.values.shape[axis] > 1:
-                return replace(bias, values=bias.values.narrow(axis, h, 1))
+                return replace(bias, values=bias.values.movedim(axis, 0)[heads].movedim(0, axis))
     return bias
 
 

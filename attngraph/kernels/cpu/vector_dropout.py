@@ -20,6 +20,7 @@ from torch import Tensor
 from attngraph.kernels import dropout as constants
 from attngraph.kernels.cpu.openmp import parallel_for
 from attngraph.kernels.cpu.weights import compiled, scalar
+from attngraph.kernels.memory import DTYPES, empty
 
 BITS = 16
 COUNTERS = 64
@@ -66,10 +67,12 @@ def dropout(x: Tensor, p: float, seed: int) -> Tensor:
     """
     x = x.detach().resolve_neg().contiguous()
     threshold = min(round(p * 2**BITS), 2**BITS - 1)
-    out, factor = torch.empty_like(x), 2**BITS / (2**BITS - threshold)
-    if x.element_size() > 2:
+    factor = 2**BITS / (2**BITS - threshold)
+    if x.dtype in DTYPES:
+        out = empty(*x.shape, like=x)
         _drop(x.view(-1).numpy(), out.view(-1).numpy(), threshold, scalar(factor, x), seed)
         return out
+    out = torch.empty_like(x)
     source, target = (half.view(-1).view(torch.int16).numpy() for half in (x, out))  # Numba has no bfloat16
     _drop(source, target, threshold, np.int16(1), seed)
     return out.mul_(factor)

@@ -305,7 +305,7 @@ def test_nodes_have_the_names_that_are_given():
 def test_a_message_is_as_strong_as_its_weight():
     graph, names = Causal() & Window(2, 0), ["a", "b", "c", ("d", 1)]
     key, query = graph.edge_index(4, 4)
-    weights = torch.rand(len(key)) + 0.1
+    weights = (torch.randperm(len(key)) + 1.0) / len(key)
     for figure, heard in (
         (draw.messages(graph, 4, weights=weights), key >= 0),
         (draw.messages(graph, 4, weights=weights, node="c", labels=names), query == 2),

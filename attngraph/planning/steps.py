@@ -124,18 +124,16 @@ def reduced_weights(
             return _sum_at(-weights * weights.clamp(min=LEAST_WEIGHT).log(), edges.query, n)
         return _Entropy.apply(weights, edges.query, n)
 
-    of_group = len(edges.query) * len(q) * group
-    if not apart_by_head or of_group * k.shape[1] <= MOST_NUMBERS:
+    whole = not apart_by_head or torch.compiler.is_compiling() or _is_transformed()  # a compiler sees to the memory
+    of_group = 0 if whole else len(edges.query) * len(q) * group
+    if of_group * k.shape[1] <= MOST_NUMBERS:
         return of_heads(q, k, lse, bias, torch.arange(heads, device=q.device)[:, None]).to(q.dtype)
     found, groups = [], max(1, MOST_NUMBERS // of_group)  # at a time
     for first in range(0, k.shape[1], groups):
         own = slice(first * group, (first + groups) * group)
         sides = q[:, own], k[:, first : first + groups], None if lse is None else lse[:, own], _of_heads(bias, own)
         numbers = torch.arange(heads, device=q.device)[own, None]
-        if torch.compiler.is_compiling() or _is_transformed():  # a compiler sees to the memory; transforms need all
-            found.append(of_heads(*sides, numbers))
-        else:
-            found.append(checkpoint(of_heads, *sides, numbers, use_reentrant=False))
+        found.append(checkpoint(of_heads, *sides, numbers, use_reentrant=False))
         if how == "mean" and first:
             found = [found[0] + found[1]]
     return (found[0] if how == "mean" else torch.cat(found, 1)).to(q.dtype)

@@ -3,6 +3,7 @@
 import copy
 import gc
 import pickle
+import weakref
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,21 @@ def test_models_take_a_graph_for_each_entry():
     together = model(tokens, from_neighbors(index))
     alone = [model(entry[None], from_neighbors(own)) for entry, own in zip(tokens, index, strict=True)]
     torch.testing.assert_close(together, torch.cat(alone), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{}, {"score": "additive"}, {"return_weights": True}])
+def test_plans_end_with_their_graph(options):
+    q, k, v = torch.randn(3, 1, 2, 500, 4)
+    graph = from_neighbors(neighbors(500, 9, keys=500))
+    attend(q, k, v, graph, **options)
+    assert graph.plans
+    ends = weakref.ref(graph)
+    gc.disable()
+    try:
+        del graph
+        assert ends() is None
+    finally:
+        gc.enable()
 
 
 def listed(index: torch.Tensor) -> EdgeList:

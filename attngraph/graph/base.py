@@ -287,7 +287,8 @@ class Graph:
         self._set(_may_change=may_change, _unbound=self._waits(), _places=self._own_places())
         if not torch.compiler.is_compiling():
             key, equal, handle = cache.COMPILED.register(shortened(self._write_key()), self)
-            self._set(_key=key, _handle=handle, _equal=equal)  # which lives as long as this one: its key names both
+            # What is equal lives as long as this one: its key names both.
+            self._set(_key=key, _handle=handle, _equal=None if equal is self else equal)
 
     def _set(self, **values: object) -> None:
         """Attributes of a graph that is being made."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from itertools import count
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -17,6 +18,7 @@ from attngraph.graph.boxes import Boxes, classify
 from attngraph.graph.values import plain_int
 
 ROWS_PER_STEP = 1 << 22  # rows of boxes whose edges are counted in one step: 32 MiB for each of a few tensors
+_NUMBERS = count(1)  # of lists that are made for some calls alone, which nothing else is to be equal to
 MAX_EDGES_TOLD, MAX_EDGES_WRITTEN = 16, 1000  # by `str` and `repr`; longer lists are named by their digest
 
 
@@ -166,7 +168,7 @@ class EdgeList(Graph):
         return f"size={self.size}" + ("" if self.entries is None else f", entries={self.entries}")
 
     def _write_key(self) -> str:
-        return str(self)
+        return str(self) if self.plans is None else f"<list {next(_NUMBERS)}>"
 
     def _write_exported(self, tensors: list[Tensor]) -> str:
         tensors.append(self.code)
@@ -187,6 +189,11 @@ class EdgeList(Graph):
 
     def __hash__(self) -> int:
         return hash(self.digest)
+
+    def without_plans(self) -> EdgeList:
+        """An equal graph that is made for some calls alone: what its plans hold, so that they end with it."""
+        size = cast(tuple[int, int], self.size)
+        return _restored(size, self.code, self.position, self.order, self.entries, plans={})
 
     def __reduce__(self) -> tuple:
         return _restored, (self.size, self.code, self.position, self.order, self.entries)

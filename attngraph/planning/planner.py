@@ -246,7 +246,7 @@ def planned(graph: Graph, call: Call, name: str) -> Plan:
     if isinstance(graph, EdgeList) and graph.plans is not None:
         if (call[:-1], name) not in graph.plans:
             with cache.outside_of_transforms():
-                graph.plans[call[:-1], name] = _made(graph, call, name)
+                graph.plans[call[:-1], name] = _made(graph.without_plans(), call, name)
         return graph.plans[call[:-1], name]
     plans = cache.PLANS if call.device.type == "cpu" else cache.PLANS_ON_GPU
     key = graph, graph._state() if graph._may_change else (), call[:-1], name

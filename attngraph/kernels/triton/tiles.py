@@ -114,6 +114,8 @@ BIASED_BLOCKS = {
 }
 # The same where scores are transformed, which takes registers for their slopes: where the others would not fit.
 TRANSFORMED_BLOCKS = {(90, 2, 64): Blocks(64, 32, 8, 2), (80, 2, 128): Blocks(64, 32, 8, 2)}
+# The same for dk and dv of heads up to 32 wide, of scores or weights that are changed one by one, or dropped.
+NARROW_DKDV_BLOCKS = {(90, 2): Blocks(32, 32, 8, 2), (80, 2): Blocks(32, 32, 8, 2), (90, 4): Blocks(32, 64, 8, 1)}
 DIAGONAL_BLOCKS = {2: Blocks(32, 32, 4, 2), 4: Blocks(32, 32, 8, 1)}  # for `_diagonal_sums`
 
 
@@ -126,6 +128,9 @@ def block_sizes(
     arch = architecture(device)
     table = BLOCKS[arch][kernel, itemsize] if modifiers.is_plain else BIASED_BLOCKS[arch][itemsize]
     limit, blocks = next((limit, blocks) for limit, blocks in table.items() if widest <= limit)
+    changed = modifiers.transform is not None or modifiers.normalize != "softmax" or modifiers.dropout is not None
+    if changed and kernel == "_bwd_dkdv_kernel" and widest <= 32:
+        return NARROW_DKDV_BLOCKS.get((arch, itemsize), blocks)
     return blocks if modifiers.transform is None else TRANSFORMED_BLOCKS.get((arch, itemsize, limit), blocks)
 
 

@@ -88,8 +88,8 @@ FASTEST_THOUGH_SPILLING = {
     (90, "_bwd_dkdv_kernel", 128): 256,
 }
 
-# With a modifier, in any version: by architecture, kernel, bytes of a number and dimension; nearly all in float32, whose
-# products are three of TF32. No blocks that were tried hold these in registers.
+# With a modifier, in any version: by architecture, kernel, bytes of a number and dimension; nearly all in float32,
+# whose products are three of TF32. No blocks that were tried hold these in registers.
 MODIFIED_SPILLS = {
     (80, "_bwd_dkdv_kernel", 4, 32): {
         "dropout": 168, "softcap": 16, "leaky_relu": 24, "softcap+dropout": 152, "sigmoid": 16,

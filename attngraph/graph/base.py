@@ -287,8 +287,7 @@ class Graph:
         self._set(_may_change=may_change, _unbound=self._waits(), _places=self._own_places())
         if not torch.compiler.is_compiling():
             key, equal, handle = cache.COMPILED.register(shortened(self._write_key()), self)
-            # What is equal lives as long as this one: its key names both.
-            self._set(_key=key, _handle=handle, _equal=None if equal is self else equal)
+            self._set(_key=key, _handle=handle, _equal=None if equal is self else equal)  # its key names both: kept
 
     def _set(self, **values: object) -> None:
         """Attributes of a graph that is being made."""

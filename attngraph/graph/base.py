@@ -328,11 +328,10 @@ class Graph:
         return tuple(exact(getattr(self, field.name)) for field in fields(cast(Any, self)))
 
     def __eq__(self, other: object) -> bool:
-        if self is other:
-            return True
         if not isinstance(other, Graph) or type(self) is not type(other):
             return NotImplemented
-        if (equal := self.__dict__.get("_equal")) is not None and equal is other.__dict__.get("_equal"):
+        one, two = (each.__dict__.get("_equal") for each in (self, other))
+        if (self if one is None else one) is (other if two is None else two):
             return True
         return hash(self) == hash(other) and self._values() == other._values()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -205,8 +205,8 @@ class EdgeSet:
         """How some of the edges lie in tiles, or all, where that is known; and how many times as many there are."""
         for known in self._tabulated.values():
             return known, 1.0
-        if self.some_rows(tiling) is not None:
-            query, key = cast(Edges, self.some_rows(tiling))
+        if (some := self.some_rows(tiling)) is not None:
+            query, key = some
         elif self.count <= SAMPLE_EDGES:
             query, key = self.to_edges()
         else:

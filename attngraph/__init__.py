@@ -11,7 +11,8 @@ torch.Size([1, 8, 1024, 64])
 
 Graphs      Full Empty Identity Causal Window Prefix Global Strided Chunks Random, of any size
             Documents Tree Neighborhood Axial ShiftedWindows EdgeList, which know theirs
-            | & - ^ ~ .T @ of them; Disjoint, Batched, Beside, PerHead of several; `Graph` has the views, and
+            TopK BlockTopK, whose edges queries and keys choose
+            | & - ^ ~ .T @ of them; Disjoint, Batched, Beside, Blocks, PerHead of them; `Graph` has the views, and
             how to add one
 In and out  from_ and to_: edge_index, networkx, scipy_sparse_matrix, dense, function, block_mask; parse, parse_list
             collate: samples with graphs of their own as a batch of a DataLoader
@@ -34,7 +35,8 @@ from attngraph.comparison import Comparison, compare
 from attngraph.generation.sampling import generate
 from attngraph.graph.algebra import Empty, Full
 from attngraph.graph.base import Graph
-from attngraph.graph.compose import Batched, Beside, Disjoint, PerHead
+from attngraph.graph.compose import Batched, Beside, Blocks, Disjoint, PerHead
+from attngraph.graph.dynamic import BlockTopK, TopK
 from attngraph.graph.edge_list import EdgeList
 from attngraph.graph.grids import Axial, Neighborhood, ShiftedWindows
 from attngraph.graph.patterns import (
@@ -77,6 +79,8 @@ __all__ = [
     "Axial",
     "Batched",
     "Beside",
+    "BlockTopK",
+    "Blocks",
     "Causal",
     "Chunks",
     "Comparison",
@@ -102,6 +106,7 @@ __all__ = [
     "SoftCap",
     "Strided",
     "Temperature",
+    "TopK",
     "Tree",
     "Window",
     "attend",

@@ -14,6 +14,7 @@ from torch.autograd import forward_ad
 from attngraph.arguments import checked, shown
 from attngraph.bias import Bias, DenseBias, kind_of, placed
 from attngraph.graph.base import Graph
+from attngraph.graph.dynamic import may_be_one
 from attngraph.graph.text import tensors_are_fake
 from attngraph.kernels.contract import Dropout
 from attngraph.kernels.scoring import (
@@ -21,18 +22,20 @@ from attngraph.kernels.scoring import (
     PAIR_FUNCTIONS,
     Additive,
     Elementwise,
+    LeakyReLU,
     Score,
+    SoftCap,
     Temperature,
     parts_of,
     require_function,
     score_name,
 )
-from attngraph.packing import entry_size, packed, packed_bias, takes_batch, unpacked
+from attngraph.packing import Folded, entry_size, packed, packed_bias, takes_batch, unpacked
 from attngraph.planning.backends.base import Results
 from attngraph.planning.call import Call, Request, Transform, normalizer_name
 from attngraph.planning.edge_set import closed_form
 from attngraph.planning.execution import run, run_traced
-from attngraph.planning.planner import Plan, fitted, planned, traced
+from attngraph.planning.planner import Plan, fitted, planned, planned_once, traced
 from attngraph.planning.steps import Reduction, at_queries, edge_weights, in_steps, reduced_weights
 
 Normalizer = str | Elementwise
@@ -147,6 +150,11 @@ def attend(
         attention_mask = attention_mask[None] if isinstance(attention_mask, Tensor) else attention_mask
     attention_mask = _of_lengths(attention_mask, k)
     added = DenseBias(bias) if isinstance(bias, Tensor) else bias
+    if isinstance(graph, Graph) and graph._unresolved:
+        of_all_heads = bias is None and not return_weights and _is_same_for_heads(score, normalize)
+        sizes = [side.shape[2] for side in (q, k) if isinstance(side, Tensor) and side.ndim == 4]
+        if not (of_all_heads and len(sizes) == 2 and may_be_one(graph, *sizes)):
+            graph = graph.resolve(q, k, attention_mask)
     batch = q.shape[0] if takes_batch(graph, q) else None
     if batch is not None:
         q, k, v, attention_mask, added = _packed(q, k, v, attention_mask, added, graph)
@@ -203,6 +211,8 @@ def _run(
 ) -> Results:
     """By the plan of the call; in a program that is being compiled, as far as it can be known there."""
     call = _call(q, k, v, bias, request)
+    if isinstance(graph, Graph) and graph._unresolved and not call.compiled:
+        return _run_chosen(q, k, v, request, graph, name)
     if call.compiled:
         backend = traced(graph, call, name)
         if backend is None:
@@ -218,6 +228,24 @@ def _run(
         attention = partial(run, plan=rest, call=call.after_scores)
         return in_steps(q, k, v, rest, bias, request, attention)
     return run(q, k, v, bias, request, made, call)
+
+
+def _run_chosen(q: Tensor, k: Tensor, v: Tensor, request: Request, graph: Graph, name: str) -> Results:
+    """By the graph that queries and keys choose, of all heads and entries at once."""
+    folded = Folded.of(graph, q, k, request.attention_mask)
+    sides = folded.queries(q), folded.keys(k), folded.keys(v)
+    request = request._replace(attention_mask=folded.mask(request.attention_mask, k))
+    call = _call(*sides, None, request)
+    out, lse, _ = _run(*sides, None, request, planned_once(folded.graph, call, name), "auto")
+    return folded.of_heads(out, q.shape[2]), None if lse is None else folded.of_heads(lse, q.shape[2]), None
+
+
+def _is_same_for_heads(score: Score, normalize: Normalizer) -> bool:
+    """Whether scores become weights alike in all heads: numbers for each head need to know which is which."""
+    if not isinstance(score, str | SoftCap | LeakyReLU) or not isinstance(normalize, str):
+        return False
+    parts = parts_of(score)
+    return isinstance(parts.pair, str) and all(isinstance(each, SoftCap | LeakyReLU) for each in parts.transforms)
 
 
 def _planned(graph: Graph | Plan, call: Call, name: str) -> Plan:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, ClassVar, SupportsIndex, cast, dataclass_transform
+from typing import TYPE_CHECKING, Any, ClassVar, cast, dataclass_transform
 
 import torch
 from torch import Tensor
@@ -27,7 +27,8 @@ from attngraph.graph.values import (
     common_size,
     cut,
     exact,
-    plain_int,
+    is_operand,
+    node_count,
     put_plainly,
     refuse_assignment,
     refuse_old_hooks,
@@ -103,6 +104,11 @@ class Graph:
         @property
         def _places(self) -> tuple[int | None, ...]:
             """Where its queries stand among its keys: see `positions`."""
+            ...
+
+        @property
+        def _unresolved(self) -> bool:
+            """Whether queries and keys choose some of its edges: see `resolve`."""
             ...
 
         @property
@@ -241,6 +247,8 @@ class Graph:
     _defaults: ClassVar[dict[str, Any]] = {}
     """Of the fields that have one; torch.compile can't read `dataclasses.MISSING`."""
     _precedence = 6
+    _is_choice = False
+    """Whether queries and keys choose its edges."""
     _handle: ClassVar[Tensor | None] = None
     """What names it in compiled programs, unless it is made in one; see `cache.CompiledPrograms`."""
 
@@ -285,6 +293,7 @@ class Graph:
         self._set(size=self._own_size(), heads=heads.pop() if heads else None)
         may_change = any(part._may_change for part in children) or type(self)._state is not Graph._state
         self._set(_may_change=may_change, _unbound=self._waits(), _places=self._own_places())
+        self._set(_unresolved=self._is_choice or any(part._unresolved for part in children))
         if not torch.compiler.is_compiling():
             key, equal, handle = cache.COMPILED.register(shortened(self._write_key()), self)
             self._set(_key=key, _handle=handle, _equal=None if equal is self else equal)  # its key names both: kept
@@ -384,24 +393,24 @@ class Graph:
     # ================================================================================================ the algebra
 
     def __or__(self, other: Graph) -> Graph:
-        return algebra.chain(algebra.Union, self, other) if _is_operand(other) else NotImplemented
+        return algebra.chain(algebra.Union, self, other) if is_operand(other) else NotImplemented
 
     def __and__(self, other: Graph) -> Graph:
-        return algebra.chain(algebra.Intersection, self, other) if _is_operand(other) else NotImplemented
+        return algebra.chain(algebra.Intersection, self, other) if is_operand(other) else NotImplemented
 
     def __sub__(self, other: Graph) -> Graph:
-        return algebra.Difference((self, other)) if _is_operand(other) else NotImplemented
+        return algebra.Difference((self, other)) if is_operand(other) else NotImplemented
 
     def __xor__(self, other: Graph) -> Graph:
-        return algebra.SymmetricDifference((self, other)) if _is_operand(other) else NotImplemented
+        return algebra.SymmetricDifference((self, other)) if is_operand(other) else NotImplemented
 
     def __matmul__(self, other: Graph) -> Graph:
         """Two hops: query i hears key j if i hears, in this graph, some node that hears j in the other."""
-        return algebra.TwoHops(self, other) if _is_operand(other) else NotImplemented
+        return algebra.TwoHops(self, other) if is_operand(other) else NotImplemented
 
     def _refuse_operand(self, other: object) -> Graph:
         """Of an operator whose left side is no graph."""
-        _is_operand(other)
+        is_operand(other)
         return NotImplemented
 
     __ror__ = __rand__ = __rsub__ = __rxor__ = __rmatmul__ = _refuse_operand
@@ -458,6 +467,22 @@ class Graph:
         if self.heads is not None and not 0 <= index < self.heads:
             raise ValueError(f"index must be that of a head, from 0 to {self.heads - 1} (got {index})")
         return self._head(index)
+
+    def resolve(self, q: Tensor, k: Tensor, attention_mask: Tensor | None = None) -> Graph:
+        """The graph of this batch, where queries and keys choose the edges (`TopK`, `BlockTopK`); itself where not.
+
+        q is (B, H, N, D) and k (B, Hkv, M, D), as in `attend`, or both without the first or the first two dimensions;
+        attention_mask, bool (B, M), is False for keys that nobody may choose. What is chosen has no gradient. Of several
+        entries, `Batched`; of several heads, `PerHead`.
+
+        >>> from attngraph import Causal, TopK
+        >>> q = k = torch.tensor([[3.0], [1.0], [2.0]])
+        >>> (TopK(1) & Causal()).resolve(q, k)
+        EdgeList([[0, 0, 0], [0, 1, 2]], size=(3, 3))
+        """
+        from attngraph.graph import dynamic  # which is made of graphs of every kind
+
+        return dynamic.resolve(self, q, k, attention_mask)
 
     # ================================================================================================== the views
 
@@ -571,7 +596,7 @@ for _name in ("__setattr__", "__delattr__"):
 def at_size(graph: Graph, n: int | None = None, m: int | None = None) -> tuple[Graph, int, int]:
     """The graph bound to a definite size, and that size: what is not given is the graph's own; n alone is n × n."""
     m = n if m is None and graph.size[1] is None else m
-    n, m = _node_count("n", n), _node_count("m", m)
+    n, m = node_count("n", n), node_count("m", m)
     n, m = common_size(lambda: f"graph {graph} and the size asked for", graph.size, (n, m))
     if n is None or m is None:
         raise ValueError(f"graph {graph} has size {(n, m)}: give the missing number, as in graph.mask(n, m)")
@@ -591,28 +616,10 @@ def _rebuild(cls: type[Graph], values: dict[str, Any]) -> Graph:
     return cls(**values)
 
 
-_ATTRIBUTES = {"size", "heads", "_key", "_may_change", "_equal", "_hash", "_terms", "_depth", "_unbound", "_places"}
+_ATTRIBUTES = {
+    "size", "heads", "_key", "_may_change", "_equal", "_hash", "_terms", "_depth", "_unbound", "_places", "_unresolved",
+}  # fmt: skip
 """Of every graph, set when it is made."""
-
-
-def _is_operand(other: object) -> bool:
-    """Whether an operator can combine a graph with this; raise where something else was meant."""
-    if isinstance(other, type) and issubclass(other, Graph):
-        raise TypeError(f"unsupported operand: the class {other.__name__}; did you mean {other.__name__}()?")
-    if hasattr(other, "shape") and not isinstance(other, Graph):
-        raise TypeError(
-            f"unsupported operand: a graph combines with graphs (got a {type(other).__name__}); a mask becomes one by "
-            f"from_dense(mask)"
-        )
-    return isinstance(other, Graph)
-
-
-def _node_count(name: str, given: SupportsIndex | None) -> int | None:
-    """A size that was asked for, as an int."""
-    count = plain_int(given)
-    if count is None or (isinstance(count, int) and not isinstance(count, bool) and 0 <= count <= LARGEST):
-        return count
-    raise ValueError(f"{name} must be a number of nodes, an int from 0 to 2**61 (got {given!r})")
 
 
 from attngraph.graph import algebra, listing  # noqa: E402  what the operators of Graph build derives from Graph

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from attngraph.graph.algebra import Empty, Sized, normal_graphs
-from attngraph.graph.base import Graph, Size, bind, common_size
-from attngraph.graph.boxes import PARTIAL, SideBySide
+from attngraph.graph.base import Graph, Size, bind, common_size, require_ints
+from attngraph.graph.boxes import PARTIAL, Boxes, SideBySide, require_memory
 from attngraph.graph.counting import Breakpoints
 from attngraph.graph.edge_list import EdgeList, of_sorted
-from attngraph.graph.listing import count_edges, list_edges, sort_edges
+from attngraph.graph.listing import BYTES_PER_EDGE, count_edges, list_edges, sort_edges
+from attngraph.graph.values import plain_int
 
 if TYPE_CHECKING:
     from attngraph.graph.boxes import Placed
@@ -251,6 +252,89 @@ class Beside(Graph):
     def _bind(self, n, m):
         keys = self._first
         return Beside(bind(self.a, n, keys), bind(self.b, n, None if m is None else max(m - keys, 0)))
+
+
+class Blocks(Graph):
+    """Nodes in blocks: a query hears all keys of the blocks that its own block hears in `graph`.
+
+    `block` is how many nodes a block has, one number or (queries, keys); the last may have fewer. This is the Kronecker
+    product of the graph's adjacency with a block of ones: what block-sparse attention is configured by.
+
+    >>> Blocks(EdgeList([[0, 0], [0, 1]], size=2), 2).mask(3, 3).int()
+    tensor([[1, 1, 0],
+            [1, 1, 0],
+            [1, 1, 0]], dtype=torch.int32)
+    """
+
+    graph: Graph
+    block: int | tuple[int, int]
+
+    def _check(self):
+        sides = self.block if isinstance(self.block, tuple | list) else (self.block, self.block)
+        if len(sides) != 2:
+            raise ValueError(f"block must be a number of nodes, or (queries, keys) (got {self.block!r})")
+        queries, keys = map(plain_int, sides)
+        require_ints(1, queries=queries, keys=keys)
+        self._set(block=(queries, keys))
+
+    @property
+    def _sides(self) -> tuple[int, int]:
+        return cast(tuple[int, int], self.block)
+
+    def contains(self, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        queries, keys = self._sides
+        return self.graph.contains(q_idx // queries, kv_idx // keys)
+
+    def _own_places(self):
+        queries, keys = self._sides
+        if queries != keys:
+            return () if not self.graph._places else (None,)
+        return tuple(None if place is None else place * keys for place in self.graph._places)
+
+    def _waits(self):
+        return None not in self.graph.size or self.graph._unbound
+
+    def _bind(self, n, m):
+        sizes = (None if side is None else -(-side // block) for side, block in zip((n, m), self._sides, strict=True))
+        sizes = common_size(lambda: f"the blocks of {self}", self.graph.size, tuple(sizes))
+        return self._map(bind, *sizes)
+
+    def _in_blocks(self, boxes: Boxes) -> Boxes:
+        """The blocks that boxes touch."""
+        queries, keys = self._sides
+        return Boxes(
+            boxes.top // queries, -(-boxes.bottom // queries), boxes.left // keys, -(-boxes.right // keys)
+        )
+
+    def _classify_boxes(self, boxes):
+        return self.graph._classify_boxes(self._in_blocks(boxes))
+
+    def _box_pattern(self, boxes):
+        queries, keys = self._sides
+        return [boxes.top % queries, boxes.left % keys, *self.graph._box_pattern(self._in_blocks(boxes))]
+
+    def _listed(self, n: int, m: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The edges of the blocks, and how many queries and keys the two blocks of each have: each int64 (blocks,)."""
+        queries, keys = self._sides
+        query, key = list_edges(self.graph, -(-n // queries), -(-m // keys))
+        return query, key, (n - query * queries).clamp(max=queries), (m - key * keys).clamp(max=keys)
+
+    def _edges(self, n, m):
+        queries, keys = self._sides
+        query, key, high, wide = self._listed(n, m)
+        require_memory(int((high * wide).sum()) * BYTES_PER_EDGE, f"to list the edges of {self} at {n} × {m}")
+        row, column = torch.arange(queries)[:, None], torch.arange(keys)
+        inside = (row < high[:, None, None]) & (column < wide[:, None, None])
+        every = torch.broadcast_tensors((query * queries)[:, None, None] + row, (key * keys)[:, None, None] + column)
+        return sort_edges(every[0][inside], every[1][inside], m)
+
+    def _count(self, n, m):
+        _, _, high, wide = self._listed(n, m)
+        return int((high * wide).sum())
+
+    def _write(self, inner):
+        queries, keys = self._sides
+        return f"Blocks({inner(self.graph)}, {queries if queries == keys else [queries, keys]})"
 
 
 class PerHead(Graph):

@@ -117,7 +117,7 @@ def put_plainly(graph: Graph) -> None:
     """Integers of any kind in the fields of a graph as ints, so that equal graphs are equal; raise for no operands."""
     for field in fields(cast(Any, graph)):
         value = getattr(graph, field.name)
-        if getattr(field.type, "__name__", field.type) == "Graph" and not hasattr(type(value), "_values"):
+        if getattr(field.type, "__name__", field.type) == "Graph" and not hasattr(type(value), "_classify_boxes"):
             raise TypeError(f"{field.name} of {type(graph).__name__} must be a Graph (got {shown(value)})")
         plain = plain_int(value)
         if isinstance(value, tuple) and not _PLAIN.issuperset(map(type, value)):
@@ -136,7 +136,7 @@ def exact(value: object) -> object:
         return type(value), frozenset(map(exact, value))
     if isinstance(value, tuple):
         return value if _PLAIN.issuperset(map(type, value)) else (type(value), *map(exact, value))
-    return value if type(value) in _PLAIN or hasattr(type(value), "_values") else (type(value), value)
+    return value if type(value) in _PLAIN or hasattr(type(value), "_classify_boxes") else (type(value), value)
 
 
 _PLAIN = {int, str, type(None)}
@@ -161,7 +161,7 @@ def argument(value: object, inner: Callable[[Graph], str]) -> str:
         if inner is str and len(value) > MAX_ITEMS_TOLD:  # `str` cuts what is so long
             return f"[{', '.join(map(str, value[:200]))}, …, {', '.join(map(str, value[-200:]))}]"
         return f"[{', '.join(argument(item, inner) for item in value)}]"
-    return inner(cast(Any, value)) if hasattr(type(value), "_values") else repr(value)
+    return inner(cast(Any, value)) if hasattr(type(value), "_classify_boxes") else repr(value)
 
 
 def refuse_assignment(self: Any, name: str, value: object = None) -> None:
@@ -195,3 +195,23 @@ def require_ints(at_least: int | None, **given: int) -> None:
             raise ValueError(f"{name} must be at most 2**61 in size (got {value})")
         if at_least is not None and value < at_least:
             raise ValueError(f"{name} must be {at_least} or more (got {value})")
+
+
+def is_operand(other: Any) -> bool:
+    """Whether an operator can combine a graph with this; raise where something else was meant."""
+    if isinstance(other, type) and hasattr(other, "_classify_boxes"):
+        raise TypeError(f"unsupported operand: the class {other.__name__}; did you mean {other.__name__}()?")
+    if hasattr(other, "shape") and not hasattr(type(other), "_classify_boxes"):
+        raise TypeError(
+            f"unsupported operand: a graph combines with graphs (got a {type(other).__name__}); a mask becomes one by "
+            f"from_dense(mask)"
+        )
+    return hasattr(type(other), "_classify_boxes")
+
+
+def node_count(name: str, given: SupportsIndex | None) -> int | None:
+    """A size that was asked for, as an int."""
+    count = plain_int(given)
+    if count is None or (isinstance(count, int) and not isinstance(count, bool) and 0 <= count <= LARGEST):
+        return count
+    raise ValueError(f"{name} must be a number of nodes, an int from 0 to 2**61 (got {given!r})")

@@ -259,6 +259,12 @@ def planned(graph: Graph, call: Call, name: str) -> Plan:
     return found
 
 
+def planned_once(graph: Graph, call: Call, name: str) -> Plan:
+    """The plan of a graph that is made for one call: it is not kept."""
+    with cache.outside_of_transforms():
+        return _made(graph, call, name)
+
+
 def traced(graph: Graph | Plan, call: Call, name: str) -> Backend | None:
     """The backend of a call that is being compiled, where sizes are symbols; None: an operator that looks up a plan."""
     if isinstance(graph, Plan):
@@ -267,6 +273,8 @@ def traced(graph: Graph | Plan, call: Call, name: str) -> Backend | None:
             raise ValueError(f"a plan can't run this call in a compiled program ({reason}); the graph itself can")
         if not torch.compiler.is_compiling():  # else when the program runs
             _require_same_sizes(graph, call)
+        return None
+    if graph._unresolved:
         return None
     if name != "auto":
         require(name, call)

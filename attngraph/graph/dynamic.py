@@ -1,0 +1,385 @@
+"""Graphs whose edges queries and keys choose: who answers best is heard.
+
+They combine with other graphs as all graphs do, ``| & - ^ ~``, and one rule holds in every combination: a choice is made
+among what the graphs around it allow, so that ``TopK(8) & Causal()`` are the 8 best of the past. `resolve` puts the
+edges that queries and keys chose in the place of each choice: what is left is an ordinary graph.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Callable, Iterator
+from typing import NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from attngraph.graph.algebra import (
+    Complement,
+    Difference,
+    Empty,
+    Full,
+    Intersection,
+    Sized,
+    SymmetricDifference,
+    Union,
+)
+from attngraph.graph.base import Graph, at_size, require_ints
+from attngraph.graph.boxes import EMPTY, Boxes
+from attngraph.graph.compose import Batched, Blocks, Disjoint, PerHead
+from attngraph.graph.edge_list import of_neighbors
+from attngraph.graph.patterns import Causal, Random
+
+SCORES_PER_STEP = 1 << 22  # that are looked at at once: 16 MiB
+ROWS_PER_STEP = 256  # queries, of a graph that allows few pairs: their keys lie close together
+
+
+class _Choice(Graph):
+    """Of each query, or block of queries, the keys or blocks of keys with the highest scores."""
+
+    _is_choice = True
+
+    def contains(self, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        raise ValueError(
+            f"the edges of {self} are not known before the data: graph.resolve(q, k) gives the graph of these queries "
+            f"and keys"
+        )
+
+    def _found_by_listing(self):
+        return False
+
+    @property
+    def _blocks(self) -> tuple[int, int]:
+        """How many queries choose together, and how many keys are chosen together."""
+        return 1, 1
+
+    @abstractmethod
+    def _best(self, q: Tensor, k: Tensor, allowed: Graph, attention_mask: Tensor | None) -> Tensor:
+        """q (B, H, N, D), k (B, Hkv, M, D) → what was chosen of what is allowed, -1 for none: int64 (B, H, I, C)."""
+
+    @abstractmethod
+    def _chosen(self, best: Tensor, num_keys: int) -> Graph:
+        """Of (I, C), the graph; of (E, I, C), those of E entries side by side, of whole blocks."""
+
+    @abstractmethod
+    def _keeps_within(self, graph: Graph) -> bool:
+        """Whether all pairs that it chooses among those of a graph are edges of it."""
+
+    @abstractmethod
+    def _alike(self, n: int, m: int) -> Graph:
+        """A graph of as many edges that is known before the data."""
+
+
+class TopK(_Choice):
+    """Each query hears the k keys that answer best, by q·k, of those that the graphs around it allow.
+
+    Chosen for each head and batch entry, block of queries after block of queries, so that no matrix of all scores is
+    ever in memory. The choice has no gradient; what flows along its edges has. Of equal scores, either is chosen.
+
+    >>> graph = TopK(32) & Causal()
+    >>> q, k, v = torch.randn(3, 2, 4, 100, 16)
+    >>> attend(q, k, v, graph).shape, graph.resolve(q, k).of_head(0).in_degrees().max()
+    (torch.Size([2, 4, 100, 16]), tensor(32))
+    """
+
+    k: int
+
+    def _check(self):
+        require_ints(1, k=self.k)
+
+    def _best(self, q, k, allowed, attention_mask):
+        found = q.new_full((*q.shape[:3], self.k), -1, dtype=torch.int64)
+        for start, stop, columns in _allowed_keys(allowed, q.shape[2], k.shape[2], len(q) * q.shape[1]):
+            scores = _scores(q[:, :, start:stop], k if columns is None else k[:, :, columns])
+            keys = torch.arange(k.shape[2], device=q.device) if columns is None else columns
+            if allowed != Full():
+                rows = torch.arange(start, stop, device=q.device)
+                scores.masked_fill_(~allowed.contains(rows[:, None], keys), -torch.inf)
+            if attention_mask is not None:
+                scores.masked_fill_(~attention_mask[:, None, None, keys], -torch.inf)
+            best = scores.topk(min(self.k, len(keys)), dim=-1, sorted=False)
+            found[:, :, start:stop, : best.indices.shape[3]] = keys[best.indices].masked_fill_(best.values == -torch.inf, -1)
+        return found
+
+    def _chosen(self, best, num_keys):
+        return of_neighbors(best, num_keys)
+
+    def _keeps_within(self, graph):
+        return True
+
+    def _alike(self, n, m):
+        return Random(self.k, num_keys=m)
+
+
+class BlockTopK(_Choice):
+    """Each query hears the k blocks of keys whose mean key answers it best, by q·k, its own block always among them.
+
+    Mixture of block attention (MoBA, Lu et al. 2025). Where it is `causal`, no key after a query is heard or counts in
+    its choice. With `queries`, a divisor of `block`, so many consecutive queries choose together and run in whole tiles,
+    as the queries of a head group do in native sparse attention (NSA, Yuan et al. 2025): causal ones by the first of
+    them, as the others come later, and others by their mean. The choice has no gradient.
+
+    >>> q = k = torch.tensor([[9.0], [9.0], [1.0], [1.0], [5.0], [5.0]])
+    >>> BlockTopK(2, 2).resolve(q, k).mask().int()
+    tensor([[1, 0, 0, 0, 0, 0],
+            [1, 1, 0, 0, 0, 0],
+            [1, 1, 1, 0, 0, 0],
+            [1, 1, 1, 1, 0, 0],
+            [1, 1, 0, 0, 1, 0],
+            [1, 1, 0, 0, 1, 1]], dtype=torch.int32)
+    """
+
+    block: int
+    k: int
+    queries: int = 1
+    causal: bool = True
+
+    def _check(self):
+        require_ints(1, block=self.block, k=self.k, queries=self.queries)
+        if not isinstance(self.causal, bool):
+            raise TypeError(f"causal must be a bool (got {self.causal!r})")
+        if self.block % self.queries:
+            raise ValueError(
+                f"queries must be a divisor of block, so that those that choose together have one own block (got "
+                f"{self.queries} and {self.block})"
+            )
+
+    @property
+    def _blocks(self):
+        return self.queries, self.block
+
+    def _best(self, q, k, allowed, attention_mask):
+        n, m = q.shape[2], k.shape[2]
+        means, has_keys = _means(k, self.block, attention_mask)
+        asked = q[:, :, :: self.queries] if self.causal else _means(q, self.queries)[0]
+        blocks = torch.arange(means.shape[2], device=q.device)
+        found = q.new_full((*asked.shape[:3], min(self.k, len(blocks))), -1, dtype=torch.int64)
+        step = max(1, SCORES_PER_STEP // max(1, len(q) * q.shape[1] * len(blocks)))
+        for start in range(0, asked.shape[2], step):
+            scores = _scores(asked[:, :, start : start + step], means).masked_fill_(~has_keys[:, None, None], -torch.inf)
+            first = torch.arange(start, start + scores.shape[2], device=q.device)[:, None] * self.queries
+            own = first // self.block
+            if self.causal:
+                scores.masked_fill_(blocks > own, -torch.inf)
+            scores.masked_fill_(blocks == own, torch.inf)
+            if allowed != Full():
+                scores.masked_fill_(self._none_allowed(allowed, first, blocks, n, m), -torch.inf)
+            best = scores.topk(found.shape[3], dim=-1, sorted=False)
+            found[:, :, start : start + step] = best.indices.masked_fill_(best.values == -torch.inf, -1)
+        return found
+
+    def _none_allowed(self, allowed: Graph, first: Tensor, blocks: Tensor, n: int, m: int) -> Tensor:
+        """Of queries from each of `first` on, and blocks of keys, whether a graph is known to allow no pair."""
+        top, left = (side.flatten() for side in torch.broadcast_tensors(first, blocks * self.block))
+        boxes = Boxes(top, (top + self.queries).clamp(max=n), left, (left + self.block).clamp(max=m))
+        return (allowed._classify_boxes(boxes) == EMPTY).view(len(first), len(blocks))
+
+    def _chosen(self, best, num_keys):
+        blocks = Blocks(of_neighbors(best, -(-num_keys // self.block)), self._blocks)
+        return blocks & Causal() if self.causal else blocks
+
+    def _keeps_within(self, graph):
+        return self.causal and graph == Causal()
+
+    def _alike(self, n, m):
+        count = -(-m // self.block)
+        blocks = Blocks(Random(min(self.k, count), num_keys=count), self._blocks)
+        return blocks & Causal() if self.causal else blocks
+
+
+# ------------------------------------------------------------------------------------------------ resolving
+
+
+def resolve(graph: Graph, q: Tensor, k: Tensor, attention_mask: Tensor | None = None) -> Graph:
+    """See `Graph.resolve`."""
+    q, k, attention_mask = _checked(q, k, attention_mask)
+    n, m = q.shape[2], k.shape[2]
+    bound = at_size(graph, n, m)[0]
+    if not graph._unresolved:
+        return graph
+    found: list[list[Graph]] = [[] for _ in range(len(q))]
+    choices = _Choices(q, k, attention_mask)
+    for h in range(q.shape[1]):
+        own, of_head = (choices, h) if graph.heads is None else (choices.of_head(h), 0)
+        for b, heads in enumerate(found):
+            choose = lambda part, allowed, c=own, b=b, h=of_head: part._chosen(c.best(part, allowed)[b, h], m)  # noqa: E731
+            heads.append(_replaced(bound.of_head(h), Full(), choose, lambda part: part).sized(n, m))
+    entries = [heads[0] if len(heads) == 1 else PerHead(heads) for heads in found]
+    return entries[0] if len(entries) == 1 else Batched([entry.sized(n, m) for entry in entries])
+
+
+class SideBySide(NamedTuple):
+    """The graphs of all batch entries and heads as one, in which their nodes come one after the other."""
+
+    graph: Graph
+    num_queries: int
+    """Of each, filled up to whole blocks."""
+    num_keys: int
+
+
+def may_be_one(graph: Graph, n: int, m: int) -> bool:
+    """Whether `side_by_side` can make one graph of all entries and heads, of n queries and m keys each."""
+    causal = any(isinstance(part, BlockTopK) and part.causal for part in _choices_in(graph))
+    return graph.heads is None and (n == m or not causal)
+
+
+def side_by_side(graph: Graph, q: Tensor, k: Tensor, attention_mask: Tensor | None) -> SideBySide:
+    """What queries (B, H, N, D) and keys (B, Hkv, M, D) choose."""
+    n, m, entries = q.shape[2], k.shape[2], len(q) * q.shape[1]
+    parts = list(_choices_in(graph))
+    block_n, block_m = (math.lcm(*(part._blocks[side] for part in parts)) for side in (0, 1))
+    rows, columns = -(-n // block_n) * block_n, -(-m // block_m) * block_m
+    if n == m:
+        rows = columns = max(rows, columns)  # in which causal is what it was
+    choices = _Choices(q, k, attention_mask)
+
+    def choose(part: _Choice, allowed: Graph) -> Graph:
+        best = choices.best(part, allowed).flatten(0, 1)
+        more = rows // part._blocks[0] - best.shape[1]
+        best = torch.nn.functional.pad(best, (0, 0, 0, more), value=-1)
+        return part._chosen(best, columns)
+
+    def repeat(part: Graph) -> Graph:
+        own = part.sized(n, m)
+        filled = own if (rows, columns) == (n, m) else Disjoint((own, Empty().sized(rows - n, columns - m)))
+        return Disjoint((filled,) * entries)
+
+    bound = at_size(graph, n, m)[0]
+    found = _replaced(bound, Full(), choose, repeat)
+    return SideBySide(found, rows, columns)
+
+
+class _Choices:
+    """What queries and keys choose, found once for each choice."""
+
+    def __init__(self, q: Tensor, k: Tensor, attention_mask: Tensor | None):
+        self.q, self.k, self.attention_mask = q.detach(), k.detach(), attention_mask
+        self._known: dict[tuple[Graph, Graph], Tensor] = {}
+        self._heads: dict[int, _Choices] = {}
+
+    def best(self, part: _Choice, allowed: Graph) -> Tensor:
+        """See `_Choice._best`."""
+        if (part, allowed) not in self._known:
+            self._known[part, allowed] = part._best(self.q, self.k, allowed, self.attention_mask)
+        return self._known[part, allowed]
+
+    def of_head(self, head: int) -> _Choices:
+        """Those of one query head, for graphs of its own."""
+        if head not in self._heads:
+            key_head = head // (self.q.shape[1] // self.k.shape[1])
+            sides = self.q[:, head : head + 1], self.k[:, key_head : key_head + 1]
+            self._heads[head] = _Choices(*sides, self.attention_mask)
+        return self._heads[head]
+
+
+def alike(graph: Graph, n: int, m: int) -> Graph:
+    """A graph of about as many edges, which is known before the data: what plans go by."""
+    return _replaced(at_size(graph, n, m)[0], Full(), lambda part, _: part._alike(n, m), lambda part: part)
+
+
+def _replaced(
+    graph: Graph, allowed: Graph, choose: Callable[[_Choice, Graph], Graph], known: Callable[[Graph], Graph]
+) -> Graph:
+    """A graph with `choose`(choice, what is allowed around it) in the place of each choice, `known`(part) in others'."""
+    if not graph._unresolved:
+        return known(graph)
+    if isinstance(graph, _Choice):
+        return choose(graph, allowed)
+    within = allowed
+    if isinstance(graph, Intersection | Difference):
+        first, *others = graph.graphs
+        for part in (first, *(others if isinstance(graph, Intersection) else map(Complement, others))):
+            if not part._unresolved:
+                within = part if within == Full() else within & part
+    if isinstance(graph, Intersection):
+        choices = [part for part in graph.graphs if part._unresolved]
+        others = [part for part in graph.graphs if not part._unresolved]
+        kept = [part for part in others if not all(isinstance(each, _Choice) and each._keeps_within(part) for each in choices)]
+        parts = [_replaced(part, within, choose, known) for part in choices] + [known(part) for part in kept]
+        return parts[0] if len(parts) == 1 else Intersection(tuple(parts))
+    if isinstance(graph, Complement):  # of the pairs of these nodes, whatever lies beside them
+        return known(Full()) - _replaced(graph.graph, within, choose, known)
+    if not isinstance(graph, Union | Difference | SymmetricDifference | Sized):
+        raise ValueError(
+            f"{type(graph).__name__} can't be made of a graph whose edges are not known before the data: put the "
+            f"operation around what `resolve` returns (got {graph})"
+        )
+    return graph._map(lambda part: _replaced(part, within, choose, known))
+
+
+def _choices_in(graph: Graph) -> Iterator[_Choice]:
+    """The choices in an expression."""
+    if isinstance(graph, _Choice):
+        yield graph
+    for part in graph._children:
+        yield from _choices_in(part)
+
+
+def _checked(q: object, k: object, attention_mask: object) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Queries and keys with all their dimensions; raise unless they fit."""
+    sides = []
+    for name, side in (("q", q), ("k", k)):
+        if not isinstance(side, Tensor) or not side.is_floating_point():
+            raise TypeError(f"{name} must be a tensor of floating-point numbers (got {_kind(side)})")
+        if side.ndim not in (2, 3, 4):
+            raise ValueError(f"{name} must have shape (B, H, N, D), (H, N, D) or (N, D) (got {tuple(side.shape)})")
+        sides.append(side.reshape((1,) * (4 - side.ndim) + side.shape))
+    q, k = sides
+    if len(q) != len(k) or q.shape[3] != k.shape[3] or not k.shape[1] or q.shape[1] % k.shape[1]:
+        raise ValueError(
+            f"q and k must have one batch size and dimension, and q's heads be a multiple of k's (got {tuple(q.shape)} "
+            f"and {tuple(k.shape)})"
+        )
+    if attention_mask is None:
+        return q, k, None
+    shape = len(k), k.shape[2]
+    if not isinstance(attention_mask, Tensor) or attention_mask.dtype != torch.bool or attention_mask.shape != shape:
+        raise ValueError(f"attention_mask must be a tensor of bool of shape {shape} (got {_kind(attention_mask)})")
+    return q, k, attention_mask
+
+
+def _kind(value: object) -> str:
+    return f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+
+
+# -------------------------------------------------------------------------------------------------- scores
+
+
+def _scores(q: Tensor, k: Tensor) -> Tensor:
+    """q (B, H, N, D), k (B, Hkv, M, D) → q·k (B, H, N, M), in float32 or more."""
+    exact = torch.promote_types(q.dtype, torch.float32)
+    group = q.shape[1] // k.shape[1]
+    by_key_head = q.to(exact).unflatten(1, (k.shape[1], group)).flatten(2, 3)  # consecutive heads share a key head
+    return (by_key_head @ k.to(exact).transpose(2, 3)).unflatten(2, (group, -1)).flatten(1, 2)
+
+
+def _means(x: Tensor, block: int, attention_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The mean vector of each block of nodes, (B, H, ⌈N / block⌉, D), and which have nodes that count: bool (B, …)."""
+    count = -(-x.shape[2] // block)
+    counts = x.new_ones(len(x), x.shape[2]) if attention_mask is None else attention_mask.to(x.dtype)
+    exact = torch.promote_types(x.dtype, torch.float32)
+    more = count * block - x.shape[2]
+    counts = torch.nn.functional.pad(counts.to(exact), (0, more)).view(len(x), count, block)
+    nodes = torch.nn.functional.pad(x.to(exact), (0, 0, 0, more)).unflatten(2, (count, block))
+    total = counts.sum(2)
+    weights = counts / total.clamp(min=1)[..., None]
+    return torch.einsum("bhcnd,bcn->bhcd", nodes.nan_to_num() if attention_mask is not None else nodes, weights), total > 0
+
+
+def _allowed_keys(graph: Graph, n: int, m: int, heads: int) -> Iterator[tuple[int, int, Tensor | None]]:
+    """Steps over the queries: start, stop, and the keys that these may hear, int64 (keys,), or None: all."""
+    step = max(1, SCORES_PER_STEP // max(1, heads * m))
+    if graph == Full():
+        yield from ((start, min(start + step, n), None) for start in range(0, n, step))
+        return
+    start = 0
+    while start < n:
+        stop = min(start + max(step, ROWS_PER_STEP), n)
+        ranges = graph.spans(start, stop, n, m)
+        width = sum(last - first for first, last in ranges)
+        stop = min(stop, start + max(1, SCORES_PER_STEP // max(1, heads * width)))
+        columns = [torch.arange(*each) for each in ranges]
+        if columns:
+            yield start, stop, torch.cat(columns)
+        start = stop

@@ -13,8 +13,9 @@ from torch.autograd import forward_ad
 
 from attngraph.arguments import checked, shown
 from attngraph.bias import Bias, DenseBias, kind_of, placed
+from attngraph.graph.algebra import Empty
 from attngraph.graph.base import Graph
-from attngraph.graph.dynamic import may_be_one
+from attngraph.graph.dynamic import Folded, may_fold
 from attngraph.graph.text import tensors_are_fake
 from attngraph.kernels.contract import Dropout
 from attngraph.kernels.scoring import (
@@ -30,7 +31,7 @@ from attngraph.kernels.scoring import (
     require_function,
     score_name,
 )
-from attngraph.packing import Folded, entry_size, packed, packed_bias, takes_batch, unpacked
+from attngraph.packing import entry_size, packed, packed_bias, takes_batch, unpacked
 from attngraph.planning.backends.base import Results
 from attngraph.planning.call import Call, Request, Transform, normalizer_name
 from attngraph.planning.edge_set import closed_form
@@ -150,10 +151,12 @@ def attend(
         attention_mask = attention_mask[None] if isinstance(attention_mask, Tensor) else attention_mask
     attention_mask = _of_lengths(attention_mask, k)
     added = DenseBias(bias) if isinstance(bias, Tensor) else bias
+    if isinstance(graph, Graph) and graph._unresolved and isinstance(q, Tensor) and not len(q):
+        graph = Empty()  # nobody is there to choose
     if isinstance(graph, Graph) and graph._unresolved:
         of_all_heads = bias is None and not return_weights and _is_same_for_heads(score, normalize)
         sizes = [side.shape[2] for side in (q, k) if isinstance(side, Tensor) and side.ndim == 4]
-        if not (of_all_heads and len(sizes) == 2 and may_be_one(graph, *sizes)):
+        if not (of_all_heads and len(sizes) == 2 and may_fold(graph, *sizes)):
             graph = graph.resolve(q, k, attention_mask)
     batch = q.shape[0] if takes_batch(graph, q) else None
     if batch is not None:
@@ -237,7 +240,7 @@ def _run_chosen(q: Tensor, k: Tensor, v: Tensor, request: Request, graph: Graph,
     request = request._replace(attention_mask=folded.mask(request.attention_mask, k))
     call = _call(*sides, None, request)
     out, lse, _ = _run(*sides, None, request, planned_once(folded.graph, call, name), "auto")
-    return folded.of_heads(out, q.shape[2]), None if lse is None else folded.of_heads(lse, q.shape[2]), None
+    return folded.of_queries(out, q.shape[2]), None if lse is None else folded.of_queries(lse, q.shape[2]), None
 
 
 def _is_same_for_heads(score: Score, normalize: Normalizer) -> bool:

@@ -1,18 +1,13 @@
-"""A batch in which each entry, or each head of it, has a graph of its own, as one graph: how its tensors get there and
-back."""
+"""A batch in which each entry has a graph of its own, as one graph: how its tensors get there and back."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from attngraph.bias import Bias, DenseBias, EdgeBias
 from attngraph.graph.base import Graph
 from attngraph.graph.compose import Batched
-from attngraph.graph.dynamic import side_by_side
 from attngraph.graph.edge_list import EdgeList
 from attngraph.planning.layouts.materialized import edges_of_heads
 
@@ -71,40 +66,3 @@ def packed_bias(bias: Bias | None, graph: Graph, q: Tensor) -> Bias | None:
     edges = edges_of_heads(graph, entries * n, entries * m, q.device)
     entry, query, key = edges.query // n, edges.query % n, edges.key % m
     return EdgeBias.sorted(values[entry, :, query, key].T)
-
-
-class Folded(NamedTuple):
-    """All heads of all entries as the nodes of one head of one entry, with the graph that queries and keys choose."""
-
-    graph: Graph
-    num_queries: int
-    """Of each head, filled up to whole blocks; and keys."""
-    num_keys: int
-    batch: int
-    heads: int
-
-    @staticmethod
-    def of(graph: Graph, q: Tensor, k: Tensor, attention_mask: Tensor | None) -> Folded:
-        """Of queries (B, H, N, D) and keys (B, Hkv, M, D), of a graph that `may_be_one`."""
-        return Folded(*side_by_side(graph, q, k, attention_mask), *q.shape[:2])
-
-    def queries(self, x: Tensor) -> Tensor:
-        """(B, H, N, D) → (1, 1, B · H · num_queries, D)."""
-        return pad(x, (0, 0, 0, self.num_queries - x.shape[2])).flatten(0, 2)[None, None]
-
-    def keys(self, x: Tensor) -> Tensor:
-        """(B, Hkv, M, D) → (1, 1, B · H · num_keys, D)."""
-        x = x.repeat_interleave(self.heads // x.shape[1], 1) if x.shape[1] < self.heads else x
-        return pad(x, (0, 0, 0, self.num_keys - x.shape[2])).flatten(0, 2)[None, None]
-
-    def mask(self, attention_mask: Tensor | None, k: Tensor) -> Tensor | None:
-        """(B, M) → (1, B · H · num_keys); None where all keys of k are real and none were added."""
-        more = self.num_keys - k.shape[2]
-        if attention_mask is None and not more:
-            return None
-        real = k.new_ones(len(k), k.shape[2], dtype=torch.bool) if attention_mask is None else attention_mask
-        return pad(real, (0, more))[:, None].expand(-1, self.heads, -1).flatten()[None]
-
-    def of_heads(self, x: Tensor, num_queries: int) -> Tensor:
-        """(1, 1, B · H · num_queries, …) → (B, H, N, …), without those that were added."""
-        return x[0, 0].unflatten(0, (self.batch, self.heads, self.num_queries))[:, :, :num_queries]

@@ -20,7 +20,6 @@ from attngraph.graph.boxes import Boxes, require_memory
 from attngraph.graph.counting import Breakpoints
 from attngraph.graph.sharing import once
 from attngraph.graph.values import (
-    LARGEST,
     Size,
     argument,
     check_found,
@@ -247,8 +246,7 @@ class Graph:
     _defaults: ClassVar[dict[str, Any]] = {}
     """Of the fields that have one; torch.compile can't read `dataclasses.MISSING`."""
     _precedence = 6
-    _is_choice = False
-    """Whether queries and keys choose its edges."""
+    _is_choice = False  # whether queries and keys choose its edges
     _handle: ClassVar[Tensor | None] = None
     """What names it in compiled programs, unless it is made in one; see `cache.CompiledPrograms`."""
 
@@ -472,12 +470,11 @@ class Graph:
         """The graph of this batch, where queries and keys choose the edges (`TopK`, `BlockTopK`); itself where not.
 
         q is (B, H, N, D) and k (B, Hkv, M, D), as in `attend`, or both without the first or the first two dimensions;
-        attention_mask, bool (B, M), is False for keys that nobody may choose. What is chosen has no gradient. Of several
-        entries, `Batched`; of several heads, `PerHead`.
+        attention_mask, bool (B, M), is False for keys that nobody may choose. Of several entries, the graph is
+        `Batched`; of several heads, `PerHead`. The choice has no gradient.
 
         >>> from attngraph import Causal, TopK
-        >>> q = k = torch.tensor([[3.0], [1.0], [2.0]])
-        >>> (TopK(1) & Causal()).resolve(q, k)
+        >>> (TopK(1) & Causal()).resolve(*torch.tensor([[[3.0], [1.0], [2.0]]] * 2))
         EdgeList([[0, 0, 0], [0, 1, 2]], size=(3, 3))
         """
         from attngraph.graph import dynamic  # which is made of graphs of every kind
@@ -574,6 +571,8 @@ _ASKED_ONCE = {"_bind", "_breakpoints", "_classify_boxes", "_box_pattern", "_hea
 
 for _name in ("_bind", "_head", "_state"):
     setattr(Graph, _name, once(getattr(Graph, _name)))
+for _name in ("__setattr__", "__delattr__"):
+    setattr(Graph, _name, refuse_assignment)
 
 
 def defines(graph: Graph, name: str) -> bool:
@@ -584,10 +583,6 @@ def defines(graph: Graph, name: str) -> bool:
 def _owner(cls: type, name: str) -> type:
     """The class from which a class has an attribute."""
     return next(base for base in cls.__mro__ if name in vars(base))
-
-
-for _name in ("__setattr__", "__delattr__"):
-    setattr(Graph, _name, refuse_assignment)
 
 
 # ------------------------------------------------------------------------ of any graph
@@ -616,10 +611,8 @@ def _rebuild(cls: type[Graph], values: dict[str, Any]) -> Graph:
     return cls(**values)
 
 
-_ATTRIBUTES = {
-    "size", "heads", "_key", "_may_change", "_equal", "_hash", "_terms", "_depth", "_unbound", "_places", "_unresolved",
-}  # fmt: skip
-"""Of every graph, set when it is made."""
+_SET_WHEN_MADE = "size heads _key _may_change _equal _hash _terms _depth _unbound _places _unresolved"
+_ATTRIBUTES = set(_SET_WHEN_MADE.split())
 
 
 from attngraph.graph import algebra, listing  # noqa: E402  what the operators of Graph build derives from Graph

@@ -273,9 +273,9 @@ class Blocks(Graph):
         sides = self.block if isinstance(self.block, tuple | list) else (self.block, self.block)
         if len(sides) != 2:
             raise ValueError(f"block must be a number of nodes, or (queries, keys) (got {self.block!r})")
-        queries, keys = map(plain_int, sides)
-        require_ints(1, queries=queries, keys=keys)
-        self._set(block=(queries, keys))
+        for side in (sides := tuple(map(plain_int, sides))):
+            require_ints(1, block=side)
+        self._set(block=sides)
 
     @property
     def _sides(self) -> tuple[int, int]:
@@ -295,16 +295,15 @@ class Blocks(Graph):
         return None not in self.graph.size or self.graph._unbound
 
     def _bind(self, n, m):
-        sizes = (None if side is None else -(-side // block) for side, block in zip((n, m), self._sides, strict=True))
-        sizes = common_size(lambda: f"the blocks of {self}", self.graph.size, tuple(sizes))
+        queries, keys = self._sides
+        rows, columns = None if n is None else -(-n // queries), None if m is None else -(-m // keys)
+        sizes = common_size(lambda: f"the blocks of {self}", self.graph.size, (rows, columns))
         return self._map(bind, *sizes)
 
     def _in_blocks(self, boxes: Boxes) -> Boxes:
         """The blocks that boxes touch."""
         queries, keys = self._sides
-        return Boxes(
-            boxes.top // queries, -(-boxes.bottom // queries), boxes.left // keys, -(-boxes.right // keys)
-        )
+        return Boxes(boxes.top // queries, -(-boxes.bottom // queries), boxes.left // keys, -(-boxes.right // keys))
 
     def _classify_boxes(self, boxes):
         return self.graph._classify_boxes(self._in_blocks(boxes))

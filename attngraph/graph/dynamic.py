@@ -1,8 +1,8 @@
 """Graphs whose edges queries and keys choose: who answers best is heard.
 
-They combine with other graphs as all graphs do, ``| & - ^ ~``, and one rule holds in every combination: a choice is made
-among what the graphs around it allow, so that ``TopK(8) & Causal()`` are the 8 best of the past. `resolve` puts the
-edges that queries and keys chose in the place of each choice: what is left is an ordinary graph.
+They combine with other graphs as all graphs do, ``| & - ^ ~``, and one rule holds in every combination: a choice is
+made among what the graphs around it allow, so that ``TopK(8) & Causal()`` are the 8 best of the past. `resolve` puts
+the edges that queries and keys chose in the place of each choice: what is left is an ordinary graph.
 """
 
 from __future__ import annotations
@@ -10,10 +10,11 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from attngraph.graph.algebra import (
     Complement,
@@ -29,6 +30,7 @@ from attngraph.graph.base import Graph, at_size, require_ints
 from attngraph.graph.boxes import EMPTY, Boxes
 from attngraph.graph.compose import Batched, Blocks, Disjoint, PerHead
 from attngraph.graph.edge_list import of_neighbors
+from attngraph.graph.listing import count_edges
 from attngraph.graph.patterns import Causal, Random
 
 SCORES_PER_STEP = 1 << 22  # that are looked at at once: 16 MiB
@@ -67,6 +69,10 @@ class _Choice(Graph):
         """Whether all pairs that it chooses among those of a graph are edges of it."""
 
     @abstractmethod
+    def _num_scores(self, allowed: Graph, n: int, m: int) -> int:
+        """How many it looks at, of each head."""
+
+    @abstractmethod
     def _alike(self, n: int, m: int) -> Graph:
         """A graph of as many edges that is known before the data."""
 
@@ -75,7 +81,8 @@ class TopK(_Choice):
     """Each query hears the k keys that answer best, by q·k, of those that the graphs around it allow.
 
     Chosen for each head and batch entry, block of queries after block of queries, so that no matrix of all scores is
-    ever in memory. The choice has no gradient; what flows along its edges has. Of equal scores, either is chosen.
+    ever in memory. The choice has no gradient; what flows along its edges has. Of equal
+    scores, the first is chosen.
 
     >>> graph = TopK(32) & Causal()
     >>> q, k, v = torch.randn(3, 2, 4, 100, 16)
@@ -98,8 +105,8 @@ class TopK(_Choice):
                 scores.masked_fill_(~allowed.contains(rows[:, None], keys), -torch.inf)
             if attention_mask is not None:
                 scores.masked_fill_(~attention_mask[:, None, None, keys], -torch.inf)
-            best = scores.topk(min(self.k, len(keys)), dim=-1, sorted=False)
-            found[:, :, start:stop, : best.indices.shape[3]] = keys[best.indices].masked_fill_(best.values == -torch.inf, -1)
+            best = _best_of(scores, min(self.k, len(keys)))
+            found[:, :, start:stop, : best.shape[3]] = torch.where(best < 0, best, keys[best])
         return found
 
     def _chosen(self, best, num_keys):
@@ -107,6 +114,9 @@ class TopK(_Choice):
 
     def _keeps_within(self, graph):
         return True
+
+    def _num_scores(self, allowed, n, m):
+        return count_edges(allowed, n, m)
 
     def _alike(self, n, m):
         return Random(self.k, num_keys=m)
@@ -116,9 +126,8 @@ class BlockTopK(_Choice):
     """Each query hears the k blocks of keys whose mean key answers it best, by q·k, its own block always among them.
 
     Mixture of block attention (MoBA, Lu et al. 2025). Where it is `causal`, no key after a query is heard or counts in
-    its choice. With `queries`, a divisor of `block`, so many consecutive queries choose together and run in whole tiles,
-    as the queries of a head group do in native sparse attention (NSA, Yuan et al. 2025): causal ones by the first of
-    them, as the others come later, and others by their mean. The choice has no gradient.
+    its choice. With `queries`, a divisor of `block`, so many consecutive queries choose together, which is faster:
+    causal ones by the first of them, as the others come later, and others by their mean. The choice has no gradient.
 
     >>> q = k = torch.tensor([[9.0], [9.0], [1.0], [1.0], [5.0], [5.0]])
     >>> BlockTopK(2, 2).resolve(q, k).mask().int()
@@ -157,7 +166,9 @@ class BlockTopK(_Choice):
         found = q.new_full((*asked.shape[:3], min(self.k, len(blocks))), -1, dtype=torch.int64)
         step = max(1, SCORES_PER_STEP // max(1, len(q) * q.shape[1] * len(blocks)))
         for start in range(0, asked.shape[2], step):
-            scores = _scores(asked[:, :, start : start + step], means).masked_fill_(~has_keys[:, None, None], -torch.inf)
+            scores = _scores(asked[:, :, start : start + step], means).masked_fill_(
+                ~has_keys[:, None, None], -torch.inf
+            )
             first = torch.arange(start, start + scores.shape[2], device=q.device)[:, None] * self.queries
             own = first // self.block
             if self.causal:
@@ -165,8 +176,7 @@ class BlockTopK(_Choice):
             scores.masked_fill_(blocks == own, torch.inf)
             if allowed != Full():
                 scores.masked_fill_(self._none_allowed(allowed, first, blocks, n, m), -torch.inf)
-            best = scores.topk(found.shape[3], dim=-1, sorted=False)
-            found[:, :, start : start + step] = best.indices.masked_fill_(best.values == -torch.inf, -1)
+            found[:, :, start : start + step] = _best_of(scores, found.shape[3])
         return found
 
     def _none_allowed(self, allowed: Graph, first: Tensor, blocks: Tensor, n: int, m: int) -> Tensor:
@@ -182,10 +192,12 @@ class BlockTopK(_Choice):
     def _keeps_within(self, graph):
         return self.causal and graph == Causal()
 
+    def _num_scores(self, allowed, n, m):
+        return -(-n // self.queries) * -(-m // self.block)
+
     def _alike(self, n, m):
         count = -(-m // self.block)
-        blocks = Blocks(Random(min(self.k, count), num_keys=count), self._blocks)
-        return blocks & Causal() if self.causal else blocks
+        return Blocks(Random(min(self.k, count), num_keys=count), self._blocks)
 
 
 # ------------------------------------------------------------------------------------------------ resolving
@@ -198,6 +210,11 @@ def resolve(graph: Graph, q: Tensor, k: Tensor, attention_mask: Tensor | None = 
     bound = at_size(graph, n, m)[0]
     if not graph._unresolved:
         return graph
+    if torch.compiler.is_compiling():
+        raise RuntimeError(
+            f"a compiled program can't make a graph, which {graph} needs for heads with graphs of their own, biases, "
+            f"weights and scores with numbers for each head: resolve(q, k) outside of it"
+        )
     found: list[list[Graph]] = [[] for _ in range(len(q))]
     choices = _Choices(q, k, attention_mask)
     for h in range(q.shape[1]):
@@ -209,45 +226,73 @@ def resolve(graph: Graph, q: Tensor, k: Tensor, attention_mask: Tensor | None = 
     return entries[0] if len(entries) == 1 else Batched([entry.sized(n, m) for entry in entries])
 
 
-class SideBySide(NamedTuple):
-    """The graphs of all batch entries and heads as one, in which their nodes come one after the other."""
-
-    graph: Graph
-    num_queries: int
-    """Of each, filled up to whole blocks."""
-    num_keys: int
-
-
-def may_be_one(graph: Graph, n: int, m: int) -> bool:
-    """Whether `side_by_side` can make one graph of all entries and heads, of n queries and m keys each."""
+def may_fold(graph: Graph, n: int, m: int) -> bool:
+    """Whether `Folded` can hold a graph of n queries and m keys."""
     causal = any(isinstance(part, BlockTopK) and part.causal for part in _choices_in(graph))
     return graph.heads is None and (n == m or not causal)
 
 
-def side_by_side(graph: Graph, q: Tensor, k: Tensor, attention_mask: Tensor | None) -> SideBySide:
-    """What queries (B, H, N, D) and keys (B, Hkv, M, D) choose."""
-    n, m, entries = q.shape[2], k.shape[2], len(q) * q.shape[1]
-    parts = list(_choices_in(graph))
-    block_n, block_m = (math.lcm(*(part._blocks[side] for part in parts)) for side in (0, 1))
-    rows, columns = -(-n // block_n) * block_n, -(-m // block_m) * block_m
-    if n == m:
-        rows = columns = max(rows, columns)  # in which causal is what it was
-    choices = _Choices(q, k, attention_mask)
+class Folded(NamedTuple):
+    """All heads of all batch entries as the nodes of one head of one entry, one after the other, with their graph."""
 
-    def choose(part: _Choice, allowed: Graph) -> Graph:
-        best = choices.best(part, allowed).flatten(0, 1)
-        more = rows // part._blocks[0] - best.shape[1]
-        best = torch.nn.functional.pad(best, (0, 0, 0, more), value=-1)
-        return part._chosen(best, columns)
+    graph: Graph
+    num_queries: int
+    """Of each head, filled up to whole blocks; and keys."""
+    num_keys: int
+    batch: int
+    heads: int
 
-    def repeat(part: Graph) -> Graph:
-        own = part.sized(n, m)
-        filled = own if (rows, columns) == (n, m) else Disjoint((own, Empty().sized(rows - n, columns - m)))
-        return Disjoint((filled,) * entries)
+    @staticmethod
+    def of(graph: Graph, q: Tensor, k: Tensor, attention_mask: Tensor | None) -> Folded:
+        """What queries (B, H, N, D) and keys (B, Hkv, M, D) choose, where the graph `may_fold`."""
+        (batch, heads, n, _), m = q.shape, k.shape[2]
+        parts, choices = list(_choices_in(graph)), _Choices(q, k, attention_mask)
+        rows, columns = (
+            -(-count // block) * block
+            for side, count in enumerate((n, m))
+            for block in (math.lcm(*(part._blocks[side] for part in parts)),)
+        )
+        if n == m:
+            rows = columns = max(rows, columns)  # in which causal is what it was
 
-    bound = at_size(graph, n, m)[0]
-    found = _replaced(bound, Full(), choose, repeat)
-    return SideBySide(found, rows, columns)
+        def choose(part: _Choice, allowed: Graph) -> Graph:
+            best = choices.best(part, allowed).flatten(0, 1)
+            more = rows // part._blocks[0] - best.shape[1]
+            return part._chosen(pad(best, (0, 0, 0, more), value=-1), columns)
+
+        def repeat(part: Graph) -> Graph:
+            own = part.sized(n, m)
+            filled = own if (rows, columns) == (n, m) else Disjoint((own, Empty().sized(rows - n, columns - m)))
+            return Disjoint((filled,) * (batch * heads))
+
+        found = _replaced(at_size(graph, n, m)[0], Full(), choose, repeat)
+        return Folded(found, rows, columns, batch, heads)
+
+    def queries(self, x: Tensor) -> Tensor:
+        """(B, H, N, …) → (1, 1, B · H · num_queries, …)."""
+        return _filled_up(x, self.num_queries).flatten(0, 2)[None, None]
+
+    def keys(self, x: Tensor) -> Tensor:
+        """(B, Hkv, M, D) → (1, 1, B · H · num_keys, D)."""
+        x = x.repeat_interleave(self.heads // x.shape[1], 1) if x.shape[1] < self.heads else x
+        return _filled_up(x, self.num_keys).flatten(0, 2)[None, None]
+
+    def mask(self, attention_mask: Tensor | None, k: Tensor) -> Tensor | None:
+        """(B, M) → (1, B · H · num_keys); None where all keys of k are real and none were added."""
+        more = self.num_keys - k.shape[2]
+        if attention_mask is None and not more:
+            return None
+        real = k.new_ones(len(k), k.shape[2], dtype=torch.bool) if attention_mask is None else attention_mask
+        return pad(real, (0, more))[:, None].expand(-1, self.heads, -1).flatten()[None]
+
+    def of_queries(self, x: Tensor, num_queries: int) -> Tensor:
+        """(1, 1, B · H · num_queries, …) → (B, H, N, …), without those that were added."""
+        return x[0, 0].unflatten(0, (self.batch, self.heads, self.num_queries))[:, :, :num_queries]
+
+    def sum_of_keys(self, x: Tensor, k: Tensor) -> Tensor:
+        """Gradients (1, 1, B · H · num_keys, D) → (B, Hkv, M, D), of k's heads and nodes."""
+        of_heads = x[0, 0].unflatten(0, (self.batch, k.shape[1], -1, self.num_keys))
+        return of_heads[:, :, :, : k.shape[2]].sum(2)
 
 
 class _Choices:
@@ -273,15 +318,22 @@ class _Choices:
         return self._heads[head]
 
 
-def alike(graph: Graph, n: int, m: int) -> Graph:
-    """A graph of about as many edges, which is known before the data: what plans go by."""
-    return _replaced(at_size(graph, n, m)[0], Full(), lambda part, _: part._alike(n, m), lambda part: part)
+def alike(graph: Graph, n: int, m: int) -> tuple[Graph, int]:
+    """A graph of about as many edges, known before the data, for plans; and how many scores a head chooses by."""
+    bound, scores = at_size(graph, n, m)[0], []
+
+    def choose(part: _Choice, allowed: Graph) -> Graph:
+        scores.append(part._num_scores(allowed, n, m))
+        return part._alike(n, m)
+
+    heads = [_replaced(bound.of_head(h), Full(), choose, lambda part: part) for h in range(graph.heads or 1)]
+    return heads[0] if graph.heads is None else PerHead(heads), sum(scores) // len(heads)
 
 
 def _replaced(
     graph: Graph, allowed: Graph, choose: Callable[[_Choice, Graph], Graph], known: Callable[[Graph], Graph]
 ) -> Graph:
-    """A graph with `choose`(choice, what is allowed around it) in the place of each choice, `known`(part) in others'."""
+    """A graph with choose(choice, what is allowed around it) in the place of each choice, and known(part) of others."""
     if not graph._unresolved:
         return known(graph)
     if isinstance(graph, _Choice):
@@ -295,7 +347,11 @@ def _replaced(
     if isinstance(graph, Intersection):
         choices = [part for part in graph.graphs if part._unresolved]
         others = [part for part in graph.graphs if not part._unresolved]
-        kept = [part for part in others if not all(isinstance(each, _Choice) and each._keeps_within(part) for each in choices)]
+        kept = [
+            part
+            for part in others
+            if not all(isinstance(each, _Choice) and each._keeps_within(part) for each in choices)
+        ]
         parts = [_replaced(part, within, choose, known) for part in choices] + [known(part) for part in kept]
         return parts[0] if len(parts) == 1 else Intersection(tuple(parts))
     if isinstance(graph, Complement):  # of the pairs of these nodes, whatever lies beside them
@@ -316,7 +372,7 @@ def _choices_in(graph: Graph) -> Iterator[_Choice]:
         yield from _choices_in(part)
 
 
-def _checked(q: object, k: object, attention_mask: object) -> tuple[Tensor, Tensor, Tensor | None]:
+def _checked(q: Any, k: Any, attention_mask: Any) -> tuple[Tensor, Tensor, Tensor | None]:
     """Queries and keys with all their dimensions; raise unless they fit."""
     sides = []
     for name, side in (("q", q), ("k", k)):
@@ -339,6 +395,11 @@ def _checked(q: object, k: object, attention_mask: object) -> tuple[Tensor, Tens
     return q, k, attention_mask
 
 
+def _filled_up(x: Tensor, nodes: int) -> Tensor:
+    """(B, H, N, …) with zeros for further nodes."""
+    return x if x.shape[2] == nodes else pad(x, (0, 0) * (x.ndim - 3) + (0, nodes - x.shape[2]))
+
+
 def _kind(value: object) -> str:
     return f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
@@ -354,17 +415,35 @@ def _scores(q: Tensor, k: Tensor) -> Tensor:
     return (by_key_head @ k.to(exact).transpose(2, 3)).unflatten(2, (group, -1)).flatten(1, 2)
 
 
+def _best_of(scores: Tensor, count: int) -> Tensor:
+    """Where the highest of scores (…, M) are, of equal ones the first; -1 for those that are -inf: int64 (…, count)."""
+    top = scores.topk(min(count + 1, scores.shape[-1]), dim=-1)
+    found = top.indices[..., :count].masked_fill(top.values[..., :count] == -torch.inf, -1)
+    if not 0 < count < scores.shape[-1]:
+        return found
+    least, next_best = top.values[..., count - 1], top.values[..., count]
+    tied = (least == next_best) & (least > -torch.inf)
+    if bool(tied.any()):
+        rows, least = scores[tied], least[tied][:, None]
+        better, equal = ~(rows <= least), rows == least
+        equal &= equal.cumsum(-1) <= count - better.sum(-1, keepdim=True)
+        found[tied] = (better | equal).nonzero()[:, 1].view(-1, count)
+    return found
+
+
 def _means(x: Tensor, block: int, attention_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The mean vector of each block of nodes, (B, H, ⌈N / block⌉, D), and which have nodes that count: bool (B, …)."""
     count = -(-x.shape[2] // block)
     counts = x.new_ones(len(x), x.shape[2]) if attention_mask is None else attention_mask.to(x.dtype)
     exact = torch.promote_types(x.dtype, torch.float32)
     more = count * block - x.shape[2]
-    counts = torch.nn.functional.pad(counts.to(exact), (0, more)).view(len(x), count, block)
-    nodes = torch.nn.functional.pad(x.to(exact), (0, 0, 0, more)).unflatten(2, (count, block))
+    counts = pad(counts.to(exact), (0, more)).view(len(x), count, block)
+    nodes = pad(x.to(exact), (0, 0, 0, more)).unflatten(2, (count, block))
     total = counts.sum(2)
     weights = counts / total.clamp(min=1)[..., None]
-    return torch.einsum("bhcnd,bcn->bhcd", nodes.nan_to_num() if attention_mask is not None else nodes, weights), total > 0
+    return torch.einsum(
+        "bhcnd,bcn->bhcd", nodes.nan_to_num() if attention_mask is not None else nodes, weights
+    ), total > 0
 
 
 def _allowed_keys(graph: Graph, n: int, m: int, heads: int) -> Iterator[tuple[int, int, Tensor | None]]:

@@ -98,7 +98,7 @@ def _value(node: ast.expr, text: str, tensors: Sequence[Tensor], depth: int) -> 
         return _value(part, text, tensors, depth + 1)
 
     match node:
-        case ast.Constant(value=int() | None as number) if not isinstance(number, bool):
+        case ast.Constant(value=int() | None as number):
             return number
         case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int(number))):
             return -number

@@ -14,6 +14,7 @@ from torch.nn.functional import pad
 
 from attngraph.bias import Bias, EdgeBias, require_edge_count, score_bias
 from attngraph.graph.base import Graph
+from attngraph.graph.dynamic import Folded
 from attngraph.graph.text import pack, unpack
 from attngraph.kernels.contract import BiasKind, Dropout, Modifiers, ScoreBias, Transform
 from attngraph.kernels.memory import apart, like, nodes_first
@@ -24,7 +25,7 @@ from attngraph.planning.backends.base import INSTALLED, Results
 from attngraph.planning.call import Call, Request
 from attngraph.planning.candidates import Part
 from attngraph.planning.layouts.materialized import edges_of_heads
-from attngraph.planning.planner import Plan, fitted, planned
+from attngraph.planning.planner import Plan, fitted, planned, planned_once
 
 
 def run(q: Tensor, k: Tensor, v: Tensor, bias: Bias | None, request: Request, plan: Plan, call: Call) -> Results:
@@ -180,19 +181,31 @@ def _kernel_precision(*sides: Any) -> list[Any]:
 # ------------------------------------------------------------------------------------------ in compiled programs
 
 
-def _known_plan(
-    graph: str, tensors: list[Tensor], name: str, q: Tensor, k: Tensor, v: Tensor, options: _Options, padding: bool
-) -> Plan:
-    """The plan that a compiled program runs by, from the text and tensors that name its graph."""
-    found = unpack(graph, tensors)
-    bias: BiasKind | None = options.kind or None  # type: ignore[assignment]
-    heads, kv_heads = q.shape[1], k.shape[1]
-    sizes = q.shape[2], k.shape[2], heads, kv_heads, q.shape[3], v.shape[3]
-    call = Call(
-        *sizes, q.dtype, q.device, bias, options.transform or "dot", options.normalize,
-        padding=padding, dropout=options.dropout_p > 0, part=True,  # by forward and backward, whatever runs
-    )  # fmt: skip
-    return fitted(found, call) if isinstance(found, Plan) else planned(found, call, name)
+class _Known(NamedTuple):
+    """What a compiled program's operators run by: a plan, of all heads and entries as one where these choose edges."""
+
+    plan: Plan
+    folded: Folded | None
+
+    @staticmethod
+    def of(pack: tuple[str, list[Tensor], str], sides: tuple[Tensor, ...], options: _Options, mask: Any) -> _Known:
+        """From the text and tensors that name the graph, and q, k, v."""
+        (graph, tensors, name), folded = pack, None
+        found = unpack(graph, tensors)
+        if isinstance(found, Graph) and found._unresolved:
+            folded = Folded.of(found, sides[0], sides[1], mask)
+            mask = folded.mask(mask, sides[1])
+            sides = folded.queries(sides[0]), folded.keys(sides[1]), folded.keys(sides[2])
+        q, k, v = sides
+        bias: BiasKind | None = options.kind or None  # type: ignore[assignment]
+        call = Call(
+            q.shape[2], k.shape[2], q.shape[1], k.shape[1], q.shape[3], v.shape[3],
+            q.dtype, q.device, bias, options.transform or "dot", options.normalize,
+            padding=mask is not None, dropout=options.dropout_p > 0, part=True,  # whatever runs, forward and backward
+        )  # fmt: skip
+        if folded is not None:
+            return _Known(planned_once(folded.graph, call, name), folded)
+        return _Known(fitted(found, call) if isinstance(found, Plan) else planned(found, call, name), None)
 
 
 @torch.library.custom_op("attngraph::attend_forward", mutates_args=())
@@ -203,8 +216,12 @@ def attend_forward(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """q (B, H, N, D), k and v (B, Hkv, M, ·), values and kind of a `ScoreBias`, … → out (B, H, N, Dv), lse."""
     options = _Options(kind, scale, transform, value, normalize, dropout_p)
-    plan = _known_plan(graph, tensors, name, q, k, v, options, attention_mask is not None)
-    return _forward_call(q, k, v, values, attention_mask, seed, options, plan)
+    plan, folded = _Known.of((graph, tensors, name), (q, k, v), options, attention_mask)
+    if folded is None:
+        return _forward_call(q, k, v, values, attention_mask, seed, options, plan)
+    sides = folded.queries(q), folded.keys(k), folded.keys(v)
+    out, lse = _forward_call(*sides, values, folded.mask(attention_mask, k), seed, options, plan)
+    return folded.of_queries(out, q.shape[2]).contiguous(), folded.of_queries(lse, q.shape[2]).contiguous()
 
 
 @attend_forward.register_fake
@@ -221,7 +238,13 @@ def attend_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The gradients of q, k, v and, with bias_grad, of the bias's values; else an empty tensor."""
     options = _Options(kind, scale, transform, value, normalize, dropout_p)
-    plan = _known_plan(graph, tensors, name, q, k, v, options, attention_mask is not None)
+    plan, folded = _Known.of((graph, tensors, name), (q, k, v), options, attention_mask)
+    if folded is not None:
+        results = folded.queries(dout), dlse if dlse is None else folded.queries(dlse), folded.queries(out)
+        sides = *results, folded.queries(lse), folded.queries(q), folded.keys(k), folded.keys(v), values
+        dq, dk, dv, _ = _backward_call(*sides, folded.mask(attention_mask, k), seed, options, plan, False)
+        dq, dk, dv = folded.of_queries(dq, q.shape[2]), folded.sum_of_keys(dk, k), folded.sum_of_keys(dv, v)
+        return dq.contiguous(), dk.contiguous(), dv.contiguous(), q.new_empty(0)
     sides = dout, dlse, out, lse, q, k, v, values, attention_mask, seed
     dq, dk, dv, dbias = _backward_call(*sides, options, plan, bias_grad)
     return dq, dk, dv, q.new_empty(0) if dbias is None else dbias.contiguous()

@@ -15,8 +15,9 @@ def explain(plan: Plan) -> str:
     """See `Plan.explain`."""
     call = plan.call
     pairs = call.num_queries * call.num_keys * (plan.graph.heads or 1)
+    graph = plan.graph if plan.stands_for is None else f"{plan.stands_for}, expected as {plan.graph}"
     lines = [
-        f"{plan.graph}: {call.num_queries:,} queries, {call.num_keys:,} keys, {_edges(plan)} "
+        f"{graph}: {call.num_queries:,} queries, {call.num_keys:,} keys, {_edges(plan)} "
         f"({plan.edges / max(pairs, 1):.2%} of all pairs)",
         f"{call.heads} heads of dimension {call.head_dim}, {_options(plan)} on {call.device}; "
         f"layouts of {_bytes(plan.nbytes)}",

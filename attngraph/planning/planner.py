@@ -18,6 +18,7 @@ from attngraph import cache
 from attngraph.arguments import checked
 from attngraph.draw import notebook
 from attngraph.graph.base import Graph, at_size, require_ints
+from attngraph.graph.dynamic import alike
 from attngraph.graph.edge_list import EdgeList
 from attngraph.graph.listing import count_edges, of_each_head
 from attngraph.graph.patterns import Causal
@@ -43,6 +44,7 @@ from attngraph.planning.edge_set import closed_form
 from attngraph.planning.layouts.materialized import edges_of_heads
 from attngraph.planning.layouts.tiles import Tiles
 
+CHOICE_S_PER_SCORE = 3e-9  # of finding the best, beside the product
 TRACED_PAIRS_PER_EDGE = 64  # in compiled programs, where sizes are symbols: an edge gathered costs as many masked pairs
 
 
@@ -67,6 +69,8 @@ class Plan:
     """The edges that any head has: as many as an EdgeBias has values."""
     costs: Costs
     notes: tuple[str, ...] = ()
+    stands_for: Graph | None = None
+    """A graph of about as many edges, which queries and keys choose: the plan is to be read, not run."""
     _handle: Tensor = field(init=False)
     _state: tuple = field(init=False)
     """What a function that the graph is made of read when the plan was made."""
@@ -156,7 +160,7 @@ class Plan:
         call = self.call._replace(**{name: value for name, value in given.items() if value is not None})
         if call == self.call:
             return explain.explain(self)
-        other = _made(self.graph, call, "auto", costs=self.costs)
+        other = replace(_made(self.graph, call, "auto", costs=self.costs), stands_for=self.stands_for)
         times = other.seconds / max(self.seconds, 1e-9)
         return f"{explain.explain(other)}\nexpected to take {times:.2f} times as long as this plan's own call"
 
@@ -168,7 +172,8 @@ class Plan:
 
     def __repr__(self) -> str:
         parts = ", ".join(f"{part.backend.name} {part.edges:,}" for part in self.parts)
-        return f"Plan({self.graph}, {self.call.num_queries} × {self.call.num_keys}: {parts or 'no edges'})"
+        graph = self.graph if self.stands_for is None else self.stands_for
+        return f"Plan({graph}, {self.call.num_queries} × {self.call.num_keys}: {parts or 'no edges'})"
 
 
 _NUMBERS = count(1)
@@ -230,7 +235,13 @@ def plan(
         score=_name("score", score), normalize=_name("normalize", normalize), padding=padding, dropout=dropout,
         return_weights=return_weights,
     )  # fmt: skip
-    return _made(graph, call, backend, reorder, costs)
+    if not graph._unresolved:
+        return _made(graph, call, backend, reorder, costs)
+    own, scores = alike(graph, n, m)
+    made = _made(own, call, backend, reorder, costs)
+    seconds = heads * scores * (made.costs.masked_s_per_pair_dim * head_dim / 2 + CHOICE_S_PER_SCORE)
+    note = f"each call chooses by {scores:,} scores of each head, which takes about {explain.time(seconds)} besides"
+    return replace(made, stands_for=graph, notes=(note, *made.notes))
 
 
 def _name(option: Literal["score", "normalize"], given: Any) -> str:
@@ -315,6 +326,11 @@ def require(name: str, call: Call) -> None:
 
 def fitted(plan: Plan, call: Call, name: str = "auto") -> Plan:
     """A plan that was made by hand, for a call of another dtype too; raise if it can't run the call."""
+    if plan.stands_for is not None:
+        raise ValueError(
+            f"a plan of {plan.stands_for} tells what to expect, as queries and keys choose its edges at each call: "
+            f"attend with the graph itself"
+        )
     _require_same_sizes(plan, call)
     if call.bias not in (None, plan.call.bias):
         made = f"the plan was made for bias={plan.call.bias!r}"

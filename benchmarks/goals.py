@@ -15,12 +15,12 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from attngraph import Causal, attend
-from benchmarks import calls, planning, steps
-from benchmarks.attention import GEMM, NAMED, measured, over_best_named
+from benchmarks import calls, changing, instructions, planning, steps
+from benchmarks.attention import NAMED, measured, over_best_named
 from benchmarks.experiment import Goal, goals_experiment
 from benchmarks.measure import Progress, isolated, paired
 from benchmarks.page import number
-from benchmarks.peers import AUTO, FLEX, PHASES, PYG, PYG_COMPILED, SDPA_CAUSAL, SDPA_MASK, WORKLOADS
+from benchmarks.peers import AUTO, FLEX, PHASES, PYG, PYG_COMPILED, WORKLOADS
 
 NAME = "goals"
 
@@ -44,23 +44,10 @@ def at_size(workload: str, nodes: int, peers: tuple[str, ...], options: Namespac
     return dict(measured(workload, [nodes], Namespace(**given)))[nodes]
 
 
-def window_goals(options: Namespace) -> Iterator[Goal]:
-    found = at_size("window", 8192, (AUTO, SDPA_MASK, SDPA_CAUSAL, FLEX), options)
-    name = "Window(256, 0), N = 8192"
-    for phase, peer, wanted in (
-        ("forward", SDPA_MASK, 24), ("forward", SDPA_CAUSAL, 9), ("forward", FLEX, 1.8),
-        ("forward + backward", SDPA_MASK, 20), ("forward + backward", SDPA_CAUSAL, 9),
-    ):  # fmt: skip
-        yield Goal(f"{name}, {phase}: times as fast as {peer}", wanted, faster(found, phase, peer))
-    forward = found["forward"]
-    share = figure(found, "forward", AUTO, lambda own: own["useful_gflops"] / forward["gemm_gflops"])
-    yield Goal(f"{name}, forward: useful FLOP/s over those of a {GEMM['cpu']}³ GEMM", 0.5, share)
-
-
 def irregular_goals(options: Namespace) -> Iterator[Goal]:
     peers = AUTO, PYG, PYG_COMPILED
     found, name = at_size("uniform", 20_000, peers, options), "uniform random, N = 20,000, degree 16, D = 16"
-    for peer, least in ((PYG, (12, 9)), (PYG_COMPILED, (1, 1))):
+    for peer, least in ((PYG, (12, 12)), (PYG_COMPILED, (1, 1))):
         for phase, wanted in zip(PHASES, least, strict=True):
             yield Goal(f"{name}, {phase}: times as fast as {peer}", wanted, faster(found, phase, peer))
     own = found[PHASES[1]]["contestants"][AUTO]
@@ -151,10 +138,11 @@ SIZES = {512: 60, 8192: 7}  # and how many turns: calls of a millisecond vary by
 SECTIONS = {
     "planning": planning_goals,
     "pairs": pair_goals,
-    "window": window_goals,
+    "window": instructions.goals,
     "irregular": irregular_goals,
     "mixed": mixed_goals,
     **calls.SECTIONS,
+    **changing.SECTIONS,
     "grid": grid_goals,
 }
 OPTIONS: dict[str, dict] = {"repeats": {"default": 15}, "limit": {"default": 300.0}, "memory": {}}

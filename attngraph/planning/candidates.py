@@ -67,9 +67,9 @@ class Candidate(NamedTuple):
 def seconds_of(graph: Graph, call: Call, costs: Costs) -> float:
     """What a call is expected to take, without layouts."""
     bound, _, _ = at_size(graph, call.num_queries, call.num_keys)
-    groups = groups_of_heads(bound) if heads_may_part(call, "auto") else {simplify(bound): None}
-    calls = {own: call if heads is None else call._replace(heads=len(heads)) for own, heads in groups.items()}
-    return sum(Choice(own, each, "auto", None, costs).best.seconds for own, each in calls.items())
+    groups = groups_of_heads(bound) if heads_may_part(call, "auto") else [(simplify(bound), None)]
+    calls = [(own, call if heads is None else call._replace(heads=len(heads))) for own, heads in groups]
+    return sum(Choice(own, each, "auto", None, costs).best.seconds for own, each in calls)
 
 
 def heads_may_part(call: Call, name: str) -> bool:
@@ -78,17 +78,17 @@ def heads_may_part(call: Call, name: str) -> bool:
     return any(each.merges and each.supports(call._replace(part=True)) is None for each in allowed)
 
 
-def groups_of_heads(bound: Graph) -> dict[Graph, tuple[int, ...] | None]:
+def groups_of_heads(bound: Graph) -> list[tuple[Graph, tuple[int, ...] | None]]:
     """The different graphs of the heads, simplified, with the heads that have each; None: all of them."""
     if bound.heads is None:
         listed = bound.as_list() if isinstance(bound, Disjoint) else None
-        return {simplify(bound) if listed is None else listed: None}
+        return [(simplify(bound) if listed is None else listed, None)]
     groups: dict[Graph, list[int]] = {}
     for h in range(bound.heads):
         groups.setdefault(simplify(bound._head(h)), []).append(h)
     if len(groups) == 1:
-        return {simplify(bound._head(0)): None}
-    return {graph: tuple(heads) for graph, heads in groups.items()}
+        return [(simplify(bound._head(0)), None)]
+    return [(graph, tuple(heads)) for graph, heads in groups.items()]
 
 
 class Choice:

@@ -394,13 +394,13 @@ def _made(graph: Graph, call: Call, name: str, reorder: bool | None = None, cost
     if bound.heads is not None and bound.heads != call.heads:
         raise ValueError(f"graph has {bound.heads} heads (got heads={call.heads})")
     with call.device if call.device.type == "cuda" else nullcontext():  # layouts are made where they are used
-        groups = groups_of_heads(bound) if heads_may_part(call, name) else {simplify(bound): None}
+        groups = groups_of_heads(bound) if heads_may_part(call, name) else [(simplify(bound), None)]
         choices = []
-        for own_graph, heads in groups.items():
+        for own_graph, heads in groups:
             own = call if heads is None else call._replace(heads=len(heads), part=len(groups) > 1)
             choices.append(Choice(own_graph, own, name, reorder, costs))
         parts, candidates, notes = [], {}, []
-        for choice, heads in zip(choices, groups.values(), strict=True):
+        for choice, (_, heads) in zip(choices, groups, strict=True):
             numbers = None
             if heads is not None and call.bias == "edge":
                 numbers = edges_of_heads(graph, n, m, torch.device("cpu")).member[heads[0]].nonzero()[:, 0]

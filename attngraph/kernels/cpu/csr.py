@@ -52,6 +52,16 @@ def sum_pieces(pieces, result, of_pieces):
                 result[batch, node] += of_pieces[batch, x]
 
 
+@compiled
+def sort_by_key(keys, start):
+    """The numbers of the edges by key, those of a key in their order: int64 (E,). start: where those of each begin."""
+    place, order = start.copy(), np.empty(len(keys), np.int64)
+    for e in range(len(keys)):
+        order[place[keys[e]]] = e
+        place[keys[e]] += 1
+    return order
+
+
 def unit_ranges(units: int) -> list[tuple[int, int]]:
     """The units in consecutive ranges (first, stop), one for each job."""
     size = max(1, units // (JOBS_PER_THREAD * torch.get_num_threads()))

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from importlib import import_module
+from importlib.util import find_spec
 from itertools import pairwise
 
 import torch
@@ -12,7 +14,9 @@ from torch import Tensor
 
 from attngraph.graph.base import Graph, bind
 from attngraph.graph.boxes import require_memory
+from attngraph.graph.edge_list import EdgeList
 from attngraph.graph.listing import count_edges, list_edges, lists_rows
+from attngraph.kernels.available import why_not
 from attngraph.kernels.contract import Adjacency
 
 # Edges of one node above which it is cut into pieces of at most as many, by device: a GPU has more at work at a time.
@@ -24,6 +28,7 @@ UNIT_EDGES = 2048
 STEP_EDGES = 1 << 27
 # Bytes of memory that each edge of such a step takes while it is listed and sorted.
 BYTES_PER_EDGE = 120
+COMPILED = "attngraph.kernels.cpu.csr"  # where edges are sorted by counting
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,11 +53,21 @@ class CSR:
         return CSR(n, m, _adjacency(start, key.to(_index_dtype(m))))
 
     @staticmethod
+    def from_code(code: Tensor, n: int, m: int) -> CSR:
+        """From edges query · m + key, ascending: int64 (E,)."""
+        require_memory(len(code) * 24, f"for {len(code):,} edges in rows", code.device)
+        first = torch.arange(n + 1, device=code.device) * m
+        start = torch.searchsorted(code, first)
+        return CSR(n, m, _adjacency(start, (code - first[:-1].repeat_interleave(start.diff())).to(_index_dtype(m))))
+
+    @staticmethod
     def from_graph(graph: Graph, n: int, m: int) -> CSR:
         """From a graph that is bound to its size; of more edges than `STEP_EDGES`, those of some queries at a time,
         where the graph can tell them.
         """
         edges, dtype = count_edges(graph, n, m), _index_dtype(m)
+        if isinstance(graph, EdgeList) and edges <= STEP_EDGES:
+            return CSR.from_code(graph.code.to(torch.get_default_device()), n, m)
         step_edges = STEP_EDGES if lists_rows(graph, n, m) else max(edges, 1)
         needed = edges * dtype.itemsize + min(edges, step_edges) * BYTES_PER_EDGE
         require_memory(needed, f"for the {edges:,} edges of {graph} in rows")
@@ -95,7 +110,7 @@ class CSR:
         """The numbers of the edges, sorted by key, then query: so many at once that they can be sorted."""
         neighbor = self.by_query.neighbor
         if len(neighbor) <= STEP_EDGES:
-            yield neighbor.sort(stable=True).indices
+            yield _order_by_key(neighbor, start)
             return
         border = torch.searchsorted(start, torch.arange(STEP_EDGES, len(neighbor), STEP_EDGES, device=start.device))
         for low, high in pairwise([0, *border.unique().tolist(), self.m]):
@@ -116,6 +131,13 @@ class CSR:
         """Of what was made so far, in memory; what is shared once."""
         sides = [self.by_query, *(vars(self)[name] for name in ("by_key", "numbered") if name in vars(self))]
         return sum({id(part): part.nbytes for side in sides for part in side[:-1]}.values())
+
+
+def _order_by_key(key: Tensor, start: Tensor) -> Tensor:
+    """Where the edges stand by key, those of a key in their order, given where those of each key begin: int64 (E,)."""
+    if key.device.type == "cpu" and find_spec("numba") is not None and why_not(COMPILED, "numba") is None:
+        return torch.from_numpy(import_module(COMPILED).sort_by_key(key.numpy(), start.numpy()))
+    return key.sort(stable=True).indices
 
 
 def _adjacency(start: Tensor, neighbor: Tensor) -> Adjacency:

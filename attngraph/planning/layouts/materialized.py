@@ -6,13 +6,15 @@ every size.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from attngraph import cache
 from attngraph.graph.base import Graph, at_size
+from attngraph.graph.edge_list import EdgeList
 from attngraph.graph.listing import count_edges, list_edges, of_each_head
 from attngraph.graph.text import pack, tensors_are_fake, unpack
 from attngraph.planning.layouts.csr import CSR
@@ -44,7 +46,7 @@ def mask(graph: Graph, n: int, m: int, device: torch.device) -> Tensor:
         return torch.empty((graph.heads, n, m) if graph.heads else (n, m), dtype=torch.bool, device=device)
     if n * m > MAX_MASK_BYTES:
         return graph.mask(n, m, device)
-    return cache.MASKS.get_or_make((graph, graph._state(), n, m, device), lambda: graph.mask(n, m, device))
+    return _kept(cache.MASKS, graph, (n, m, device), lambda: graph.mask(n, m, device))
 
 
 def edges_of_heads(graph: Graph, n: int, m: int, device: torch.device) -> EdgesOfHeads:
@@ -56,7 +58,7 @@ def edges_of_heads(graph: Graph, n: int, m: int, device: torch.device) -> EdgesO
             count = count_edges(*at_size(graph, n, m))
         query, key = (torch.empty(count, dtype=torch.int64, device=device) for _ in range(2))
         return EdgesOfHeads(query, key, torch.empty(graph.heads or 0, count, dtype=torch.bool, device=device))
-    return cache.EDGES.get_or_make((graph, graph._state(), n, m, device), lambda: _listed(graph, n, m, device))
+    return _kept(cache.EDGES, graph, (n, m, device), lambda: _listed(graph, n, m, device))
 
 
 def csr_of_heads(graph: Graph, n: int, m: int, device: torch.device) -> CSR:
@@ -66,7 +68,17 @@ def csr_of_heads(graph: Graph, n: int, m: int, device: torch.device) -> CSR:
         edges = edges_of_heads(graph, n, m, device)
         return CSR.from_edges(edges.query, edges.key, n, m)
 
-    return cache.EDGES.get_or_make((graph, graph._state(), n, m, device, CSR), make)
+    return _kept(cache.EDGES, graph, (n, m, device, CSR), make)
+
+
+def _kept(kept: cache.Cache, graph: Graph, key: tuple, make: Callable[[], Any]) -> Any:
+    """In a cache; of a graph that is made for some calls alone, with the graph, so that it ends with it."""
+    if not isinstance(graph, EdgeList) or graph.plans is None:
+        return kept.get_or_make((graph, graph._state(), *key), make)
+    own = kept, *key
+    if own not in graph.plans:
+        graph.plans[own] = make()
+    return graph.plans[own]
 
 
 def _listed(graph: Graph, n: int, m: int, device: torch.device) -> EdgesOfHeads:

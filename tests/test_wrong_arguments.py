@@ -154,6 +154,10 @@ DOORS = [
     Door("parse", attngraph.parse, {"text": "Causal()"}, {"text": "text|expression"}),
     Door("parse_list", attngraph.parse_list, {"text": "Causal()"}, {"text": "text|expression"}),
     Door("from_neighbors", attngraph.from_neighbors, {"index": torch.zeros(3, 2, dtype=torch.int64), "num_keys": 3}),
+    Door("knn_graph", attngraph.knn_graph, {"x": torch.randn(5, 2), "k": 3, "loop": False, "queries": None}),
+    Door("radius_graph", attngraph.radius_graph, {
+        "x": torch.randn(5, 2), "r": 1.0, "loop": False, "max_num_neighbors": None, "queries": None,
+    }),
     Door("from_dense", attngraph.from_dense, {"mask": torch.eye(3, dtype=torch.bool)}),
     Door("from_function", attngraph.from_function, {
         "function": lambda i, j: j <= i, "size": (3, 3),

@@ -18,7 +18,7 @@ from attngraph.graph.edge_list import EdgeList, of_neighbors, of_sorted
 from attngraph.planning.backends.base import INSTALLED
 
 BLOCK = 1 << 20  # numbers that are held at once, 8 MiB
-TREE_POINTS = 32  # · 2^D: from so many points on, a tree is faster on a CPU than products
+TREE_POINTS = 64  # · 2^D: from so many points on, a tree is faster on a CPU than products
 ROUNDING = 1e-12  # relative, of a distance that a tree has found
 
 
@@ -30,7 +30,7 @@ def knn_graph(x: Tensor, k: int, *, loop: bool = False, queries: Tensor | None =
     numbers are taken. For the cosine, give points of length 1: `torch.nn.functional.normalize(x, dim=-1)`.
 
     Args:
-        x: (N, D), or (B, N, D), for each entry of a batch: as of `from_neighbors`, each then has a graph of its own.
+        x: (N, D); or (B, N, D): each entry of a batch then has a graph of its own, as of `from_neighbors`.
         k: how many.
         loop: whether a point is one of its own neighbours, the nearest.
         queries: the points that hear those of x, (M, D) or (B, M, D), as in `knn` of torch_cluster; by default x.
@@ -45,8 +45,7 @@ def knn_graph(x: Tensor, k: int, *, loop: bool = False, queries: Tensor | None =
     Raises ValueError for points that are not finite, and for shapes that do not fit.
     """
     require_ints(1, k=k)
-    points = _points(x, queries, loop)
-    return _of_nearest(x, points, k)
+    return _of_nearest(x, _points(x, queries, loop), k)
 
 
 @checked
@@ -73,13 +72,14 @@ def radius_graph(
 
     Raises ValueError for points that are not finite, a radius that is none, and for shapes that do not fit.
     """
+    r = float(r)
     if not r >= 0:
         raise ValueError(f"r must be a distance, at least 0 (got {r})")
     points = _points(x, queries, loop)
     if max_num_neighbors is not None:
         require_ints(1, max_num_neighbors=max_num_neighbors)
         return _of_nearest(x, points, max_num_neighbors, r)
-    entry, query, key = torch.cat(list(_within(points, float(r))), 1)
+    entry, query, key = torch.cat(list(_within(points, r)), 1)
     (entries, m, _), n = points.keys.shape, points.queries.shape[1]
     code = ((entry * n + query) * entries + entry) * m + key
     graph = of_sorted(code.sort().values, (entries * n, entries * m), entries if x.ndim == 3 else None)
@@ -147,8 +147,18 @@ def _smallest(values: Tensor, k: int) -> Tensor:
 
 # -------------------------------------------------------------------------------------------------------- the nearest
 
-Candidates = Callable[[slice], tuple[Tensor, Tensor]]
-"""Of some queries: candidates (B, rows, c), and the distance that all others have at least (B, rows)."""
+
+class Candidates(NamedTuple):
+    """Of P queries, c keys that may be nearest, by rounded squares of distances."""
+
+    keys: Tensor
+    """(P, c)."""
+    squares: Tensor
+    """(P, c), ascending."""
+    error: Tensor
+    """By how much they may be wrong: (P,)."""
+    least: Tensor
+    """What the squares of all other keys are at least: (P,)."""
 
 
 def _nearest(points: Points, k: int, r: float) -> Tensor:
@@ -159,51 +169,79 @@ def _nearest(points: Points, k: int, r: float) -> Tensor:
         return points.keys.new_empty(entries, n, 0, dtype=torch.int64)
     count = min(2 * k + 8, m)
     by_tree = _tree_is_faster(points)
-    candidates = (_candidates_by_tree if by_tree else _candidates_by_products)(points, count)
+    find = (_candidates_by_tree if by_tree else _candidates_by_products)(points, count)
     found = []
-    for rows in points.slices(count * dim if by_tree else max(count * dim, m)):
-        index, least = (each.flatten(0, 1) for each in candidates(rows))
-        entry = torch.arange(entries, device=index.device).repeat_interleave(rows.stop - rows.start)
-        query = torch.arange(rows.start, rows.stop, device=index.device).repeat(entries)
-        chosen, distance = _chosen(points, entry, query, index.sort(1).values, k)
-        unsure = (~(distance.amax(1) < least)).nonzero()[:, 0] if count < m else query[:0]
-        for some in unsure.split(max(1, BLOCK // max(m, m * dim))):
-            every = torch.arange(m, device=index.device).expand(len(some), m)
-            chosen[some], distance[some] = _chosen(points, entry[some], query[some], every, k)
-        found.append(chosen.masked_fill_(distance > r, -1).view(entries, -1, k))
+    for rows in points.slices(count if by_tree else m):
+        entry = torch.arange(entries, device=points.keys.device).repeat_interleave(rows.stop - rows.start)
+        query = torch.arange(rows.start, rows.stop, device=points.keys.device).repeat(entries)
+        candidates = find(rows)
+        chosen, squares, error = candidates.keys[:, :k].clone(), candidates.squares, candidates.error
+        if count > k:
+            unsure = (~(squares[:, k - 1] + error < squares[:, k] - error)).nonzero()[:, 0]
+            for some in unsure.split(max(1, BLOCK // max(1, count * dim))) if len(unsure) else ():
+                index, least = candidates.keys[some], candidates.least[some]
+                chosen[some] = _nearest_of(points, entry[some], query[some], index, least, k)
+        if r < math.inf:
+            chosen.masked_fill_(points.distances(entry, query, chosen) > r, -1)
+        found.append(chosen.view(entries, -1, k))
     return torch.cat(found, 1)
 
 
+def _nearest_of(points: Points, entry: Tensor, query: Tensor, index: Tensor, least: Tensor, k: int) -> Tensor:
+    """By the distances themselves: (P, k) of candidates (P, c), or where these do not suffice, of all keys."""
+    chosen, farthest = _chosen(points, entry, query, index.sort(1).values, k)
+    unsure = (~(farthest.square() < least)).nonzero()[:, 0]
+    (_, m, dim), every = points.keys.shape, torch.arange(points.keys.shape[1], device=index.device)
+    for some in unsure.split(max(1, BLOCK // max(m, m * dim))):
+        chosen[some], _ = _chosen(points, entry[some], query[some], every.expand(len(some), m), k)
+    return chosen
+
+
 def _chosen(points: Points, entry: Tensor, query: Tensor, index: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Of candidates (P, c), ascending, the k nearest, and how far they are: (P, k) each."""
+    """Of candidates (P, c), ascending, the k nearest (P, k), and how far the last of them is (P,)."""
     distance = points.distances(entry, query, index)
     places = _smallest(distance, k)
-    return index.gather(1, places), distance.gather(1, places)
+    return index.gather(1, places), distance.gather(1, places).amax(1)
 
 
-def _candidates_by_products(points: Points, count: int) -> Candidates:
-    products = _Products(points)
+def _candidates_by_products(points: Points, count: int) -> Callable[[slice], Candidates]:
+    products, m = _Products(points), points.keys.shape[1]
 
-    def candidates(rows: slice) -> tuple[Tensor, Tensor]:
+    def candidates(rows: slice) -> Candidates:
         squares, error = products.squares(rows)
-        values, index = squares.topk(count, largest=False)
-        return index, (values[..., -1] - error[..., 0]).clamp_(min=0).sqrt()
+        if points.others:
+            squares.diagonal(rows.start, 1, 2).fill_(math.inf)
+        nearest, index = (each.flatten(0, 1) for each in squares.topk(count, largest=False))
+        error = error.flatten()
+        return Candidates(index, nearest, error, _least(nearest, error, count < m))
 
     return candidates
 
 
-def _candidates_by_tree(points: Points, count: int) -> Candidates:
-    trees = _trees(points.keys)
+def _candidates_by_tree(points: Points, count: int) -> Callable[[slice], Candidates]:
+    trees, m = _trees(points.keys), points.keys.shape[1]
 
-    def candidates(rows: slice) -> tuple[Tensor, Tensor]:
+    def candidates(rows: slice) -> Candidates:
         found = [
             tree.query(queries.numpy(), range(1, count + 1), workers=torch.get_num_threads())
             for tree, queries in zip(trees, points.queries[:, rows], strict=True)
         ]
-        distance, index = (torch.stack([torch.from_numpy(each) for each in side]) for side in zip(*found, strict=True))
-        return index, distance[..., -1] * (1 - ROUNDING)
+        distance, index = (torch.cat([torch.from_numpy(each) for each in side]) for side in zip(*found, strict=True))
+        squares = distance.square()
+        error = 4 * ROUNDING * squares[:, -1]
+        least = _least(squares, error, count < m)
+        if points.others:
+            itself = torch.arange(rows.start, rows.stop).repeat(len(trees))[:, None]
+            squares, order = squares.masked_fill_(index == itself, math.inf).sort(dim=1, stable=True)
+            index = index.gather(1, order)
+        return Candidates(index, squares, error, least)
 
     return candidates
+
+
+def _least(squares: Tensor, error: Tensor, are_there_others: bool) -> Tensor:
+    """Of all that come after candidates."""
+    return squares[:, -1] - error if are_there_others else torch.full_like(error, math.inf)
 
 
 # -------------------------------------------------------------------------------------------------------------- a ball
@@ -239,10 +277,8 @@ def _close_by_tree(points: Points, r: float) -> Iterator[tuple[Tensor, Tensor]]:
     for entry, (tree, other) in enumerate(zip(_trees(points.keys), _trees(points.queries), strict=True)):
         found = other.sparse_distance_matrix(tree, r * (1 + ROUNDING), output_type="ndarray")
         query, key = (torch.from_numpy(found[name].astype("int64")) for name in "ij")
-        yield (
-            torch.stack([torch.full_like(query, entry), query, key]),
-            torch.from_numpy(found["v"] >= r * (1 - ROUNDING)),
-        )
+        is_close = torch.from_numpy(found["v"] >= r * (1 - ROUNDING))
+        yield torch.stack([torch.full_like(query, entry), query, key]), is_close
 
 
 # ---------------------------------------------------------------------------------------------------------- what finds

@@ -76,9 +76,9 @@ class Particles(nn.Module):
 
 
 def particles_trained(progress: Progress, name: str, seed: int, steps: int) -> dict:
-    """The variance that is unexplained after a training, %, and the seconds that it took."""
-    graph_of, unit = CONTESTANTS[name], drawn(TESTED)[2].std()
+    """The variance that is unexplained after a training, %, as its score."""
     torch.manual_seed(seed)
+    graph_of, unit = CONTESTANTS[name], drawn(TESTED)[2].std()
     model = Particles(TransformerConfig(embed_dim=64, num_layers=2, num_heads=4, position="none"))
 
     def errors(batch: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
@@ -101,10 +101,10 @@ def particles(options: Namespace) -> Iterator[Goal]:
         name: [isolated(particles_trained, name, seed, STEPS, seconds=60.0, gib=8.0) for seed in range(options.seeds)]
         for name in CONTESTANTS
     }
-    reached = {name: mean(each, "unexplained") for name, each in found.items()}
+    reached = {name: mean(each) for name, each in found.items()}
     nearest, every, random = (reached[name] for name in ("nearest", "all", "random"))
     text = f"{PARTICLES} particles, the {NEIGHBOURS} nearest of each step"
-    yield Goal(f"{text}: unexplained variance, %", 2.5, nearest, at_most=True, note=of_seeds(found, "unexplained"))
+    yield Goal(f"{text}: unexplained variance, %", 2.5, nearest, at_most=True, note=of_seeds(found))
     ratio = "not measured" if isinstance(nearest, str) or isinstance(every, str) else nearest / every
     yield Goal(f"{text}: unexplained variance over that of all {PARTICLES}", 1, ratio, at_most=True)
     yield Goal("as many at random: unexplained variance, %", 50, random)
@@ -118,24 +118,24 @@ def particles(options: Namespace) -> Iterator[Goal]:
 def fitted(
     model: nn.Module, loss: Callable[[int], Tensor], evaluate: Callable[[], float], seed: int, steps: int
 ) -> dict:
-    """What is evaluated after a training by the recipe of the examples, and the seconds that it took."""
+    """What is evaluated after a training by the recipe of the examples, `score`, and the `seconds` that it took."""
     parser = training.parser_of(__doc__, name="dynamic", steps=steps, evaluate_every=steps, dtype="float32", seed=seed)
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
         task = training.Task(model, loss, evaluate, torch.device("cpu"), identity={}, record={})
         score, metrics = training.fit(training.parsed(parser, ["--runs", folder]), task)
-    return {"unexplained": score, "seconds": metrics.seconds}
+    return {"score": score, "seconds": metrics.seconds}
 
 
-def mean(found: list[dict], name: str) -> float | str:
-    """Of all seeds, or the failure of one."""
+def mean(found: list[dict]) -> float | str:
+    """The score of all seeds, or the failure of one."""
     failures = [each["failure"] for each in found if "failure" in each]
-    return failures[0] if failures else statistics.mean(each[name] for each in found)
+    return failures[0] if failures else statistics.mean(each["score"] for each in found)
 
 
-def of_seeds(found: dict[str, list[dict]], name: str) -> str:
-    """Each contestant's figures, as a note."""
+def of_seeds(found: dict[str, list[dict]]) -> str:
+    """Each contestant's scores, as a note."""
     return "; ".join(
-        f"{contestant} {', '.join(number(each.get(name, 'failed'), '.1f') for each in runs)}"
+        f"{contestant} {', '.join(number(each.get('score', 'failed'), '.1f') for each in runs)}"
         for contestant, runs in found.items()
     )
 

@@ -321,7 +321,7 @@ def test_each_contestant_of_the_particles_learns_on_its_own_graph(monkeypatch):
     monkeypatch.setattr(dynamic, "TESTED", 16)
     for name in counts:
         found = dynamic.particles_trained(lambda *_: None, name, 0, 2)
-        assert 50 < found["unexplained"] < 300  # of hardly a training
+        assert 50 < found["score"] < 300  # of hardly a training
         assert found["seconds"] > 0
 
 

@@ -15,7 +15,7 @@ Graphs      Full Empty Identity Causal Window Prefix Global Strided Chunks Rando
             | & - ^ ~ .T @ of them; Disjoint, Batched, Beside, Blocks, PerHead of them; `Graph` has the views, and
             how to add one
 In and out  from_ and to_: edge_index, networkx, scipy_sparse_matrix, dense, function, block_mask; parse, parse_list
-            collate: samples with graphs of their own as a batch of a DataLoader
+            knn_graph, radius_graph: of points; collate: samples with graphs of their own as a batch of a DataLoader
 Attention   attend, with the biases Alibi, RelativeBias, EdgeBias,
             and the scores Additive, SoftCap, LeakyReLU, Temperature
 Plans       plan, Plan, Costs, calibrate: how it runs; compare: beside others; cache: what is kept
@@ -61,6 +61,8 @@ from attngraph.interop import (
     from_neighbors,
     from_networkx,
     from_scipy_sparse_matrix,
+    knn_graph,
+    radius_graph,
     to_block_mask,
     to_networkx,
     to_scipy_sparse_matrix,
@@ -120,9 +122,11 @@ __all__ = [
     "from_networkx",
     "from_scipy_sparse_matrix",
     "generate",
+    "knn_graph",
     "parse",
     "parse_list",
     "plan",
+    "radius_graph",
     "record",
     "to_block_mask",
     "to_networkx",

@@ -34,6 +34,7 @@ EXPERIMENTS = {
     "overhead": "attend() over bare SDPA, small sizes",
     "goals": "what is to be reached on a CPU",
     "examples": "what the examples reach",
+    "dynamic": "connectivity that is computed from the data",
     "train_gpt": "nanoGPT's recipe, the demo's, the bigram",
     "floors": "what a GPU must take at least, by arithmetic",
     "gpu": "what is to be reached on a GPU",

@@ -12,7 +12,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks import __main__ as bench
-from benchmarks import attention, density, examples, experiment, goals, measure, overhead, report, steps
+from benchmarks import attention, density, dynamic, examples, experiment, goals, measure, overhead, report, steps
 from benchmarks.experiment import Goal, Records
 from benchmarks.peers import AUTO, FLEX, PYG, SDPA_MASK, Task, workload_of
 
@@ -311,6 +311,18 @@ def test_overhead_is_recorded_for_each_size(tmp_path):
     }
     assert found["Causal(), N = 64, forward"]["pairs"] == 16
     assert "| `Causal()`, N = 64 | " in "\n".join(overhead.render(Records(tmp_path), lambda name, content: name))
+
+
+def test_each_contestant_of_the_particles_learns_on_its_own_graph(monkeypatch):
+    place, charge, force = dynamic.drawn(3)
+    assert (place.shape, charge.shape, force.shape) == ((3, 64, 2), (3, 64, 1), (3, 64, 2))
+    counts = {name: of(place).num_edges(3 * 64) for name, of in dynamic.CONTESTANTS.items()}
+    assert counts["nearest"] == counts["random"] == 3 * 64 * dynamic.NEIGHBOURS
+    monkeypatch.setattr(dynamic, "TESTED", 16)
+    for name in counts:
+        found = dynamic.particles_trained(lambda *_: None, name, 0, 2)
+        assert 50 < found["score"] < 300  # of hardly a training
+        assert found["seconds"] > 0
 
 
 @pytest.mark.slow

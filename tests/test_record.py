@@ -7,7 +7,7 @@ import torch
 import transformers
 from torch import nn
 
-from attngraph import Causal, Full, Identity, PerHead, Prefix, Strided, Window, attend, hf, plan, record
+from attngraph import Batched, Causal, Full, Identity, PerHead, Prefix, Strided, Window, attend, hf, plan, record
 from attngraph.models import GPT, DecisionTransformer, Encoder, EncoderDecoder, ViT
 from attngraph.nn import Attention, Transformer, TransformerConfig
 
@@ -49,6 +49,25 @@ def test_weights_are_those_of_the_reference(switches):
         assert found is recorded[number] is recorded[number - 3]
         assert (found.layer, found.graph, found.num_queries, found.num_keys) == (number, graph, 9, 9)
         assert torch.equal(found.edge_index, graph.edge_index(9, 9))
+
+
+@pytest.mark.parametrize("mask", [None, torch.tensor([[1] * 9, [1] * 7 + [0] * 2])])
+def test_graphs_of_the_entries_of_a_batch_are_one(mask):
+    model, graphs = gpt(), [Causal().sized(9, 9), (Window(2, 1) | Prefix(1)).sized(9, 9)]
+    with record(model) as recorded:
+        model(TOKENS, Batched(graphs), attention_mask=mask)
+    together = recorded[0]
+    assert together.num_queries == together.num_keys == 18
+    assert torch.equal(together.edge_index, Batched(graphs).edge_index())
+    edges, weights = together.of(head=1)
+    for entry, graph in enumerate(graphs):
+        with record(model) as alone:
+            model(TOKENS[entry : entry + 1], graph, attention_mask=None if mask is None else mask[entry : entry + 1])
+        own_edges, own_weights = alone[0].of(head=1)
+        own = edges[1] // 9 == entry
+        assert torch.equal(edges[:, own] - 9 * entry, own_edges)
+        torch.testing.assert_close(weights[own], own_weights)
+    together.draw(head=1)
 
 
 def test_a_layer_returns_its_weights():

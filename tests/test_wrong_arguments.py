@@ -85,11 +85,11 @@ DOORS = [
         "rotary_scaling": None, "relative_buckets": 32, "relative_max_distance": 128, "relative_bidirectional": True,
         "cross": False, "dropout": 0.0, "init": "gpt2",
     }),
-    Door("Transformer", Transformer, {"config": config, "graph": Causal()}),
+    Door("Transformer", Transformer, {"config": config, "graph": Causal()}, {}, ("graph",)),
     Door("Transformer.forward", transformer, {
         "x": x, "graph": None, "bias": None, "positions": None, "attention_mask": None, "memory": None,
         "memory_graph": None, "memory_attention_mask": None,
-    }),
+    }, {}, ("graph",)),
     Door("Attention", Attention, {
         "embed_dim": 8, "num_heads": 2, "num_kv_heads": None, "head_dim": None, "memory_dim": None, "bias": ("q",),
         "qk_norm": False, "scale": None, "score": "dot", "dropout": 0.0,
@@ -103,19 +103,19 @@ DOORS = [
     }),
     Door("GPT", GPT, {"config": config, "vocab_size": 11, "graph": Causal(), "tied": True}, {
         "vocab_size": "vocab_size|tokens",
-    }),
+    }, ("graph",)),
     Door("GPT.forward", gpt, {
         "tokens": tokens, "graph": None, "bias": None, "positions": None, "attention_mask": None,
-    }),
+    }, {}, ("graph",)),
     Door("GPT.save", partial(gpt.save, KEPT.name), {"metadata": {"step": "1"}}),
     Door("GPT.load", partial(GPT.load, KEPT.name), {"dtype": None, "device": "cpu"}),
     Door("Encoder", Encoder, {
         "config": config, "vocab_size": 11, "graph": Causal(), "num_types": 2, "tied": True, "num_classes": 3,
         "classify": "sequence",
-    }, {"vocab_size": "vocab_size|tokens", "num_types": "num_types|types"}),
+    }, {"vocab_size": "vocab_size|tokens", "num_types": "num_types|types"}, ("graph",)),
     Door("Encoder.forward", encoder, {
         "tokens": tokens, "graph": None, "bias": None, "positions": None, "attention_mask": None, "types": None,
-    }),
+    }, {}, ("graph",)),
     Door("EncoderDecoder.forward", translator, {
         "source": tokens, "target": tokens, "bias": None, "attention_mask": None, "decoder_bias": None,
         "decoder_attention_mask": None,
@@ -123,11 +123,13 @@ DOORS = [
     Door("ViT", ViT, {
         "config": config, "num_classes": 3, "image_size": 4, "patch_size": 2, "channels": 1, "graph": Causal(),
         "pool": "mean",
-    }, {"image_size": "image_size|height|width", "patch_size": "patch_size|patch_height|patch_width"}),
-    Door("ViT.forward", vit, {"images": torch.randn(2, 1, 4, 4), "graph": None, "bias": None, "attention_mask": None}),
+    }, {"image_size": "image_size|height|width", "patch_size": "patch_size|patch_height|patch_width"}, ("graph",)),
+    Door("ViT.forward", vit, {
+        "images": torch.randn(2, 1, 4, 4), "graph": None, "bias": None, "attention_mask": None,
+    }, {}, ("graph",)),
     Door("DecisionTransformer", DecisionTransformer, {
         "config": config, "state_dim": 3, "action_dim": 2, "max_time": 9, "graph": Causal(), "bounded": True,
-    }, {"max_time": "max_time|timesteps"}),
+    }, {"max_time": "max_time|timesteps"}, ("graph",)),
     Door("DecisionTransformer.forward", decision, {
         "states": torch.randn(2, 5, 3), "actions": torch.randn(2, 5, 2), "returns": torch.randn(2, 5, 1),
         "timesteps": torch.arange(5).expand(2, 5), "bias": None, "attention_mask": None,
@@ -157,6 +159,10 @@ DOORS = [
     Door("parse", attngraph.parse, {"text": "Causal()"}, {"text": "text|expression"}),
     Door("parse_list", attngraph.parse_list, {"text": "Causal()"}, {"text": "text|expression"}),
     Door("from_neighbors", attngraph.from_neighbors, {"index": torch.zeros(3, 2, dtype=torch.int64), "num_keys": 3}),
+    Door("knn_graph", attngraph.knn_graph, {"x": torch.randn(5, 2), "k": 3, "loop": False, "queries": None}),
+    Door("radius_graph", attngraph.radius_graph, {
+        "x": torch.randn(5, 2), "r": 1.0, "loop": False, "max_num_neighbors": None, "queries": None,
+    }),
     Door("from_dense", attngraph.from_dense, {"mask": torch.eye(3, dtype=torch.bool)}),
     Door("from_function", attngraph.from_function, {
         "function": lambda i, j: j <= i, "size": (3, 3),

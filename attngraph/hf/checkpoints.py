@@ -27,11 +27,13 @@ from attngraph.models.saved import (
     NoInitialization,
     differences,
     is_ours,
+    no_function,
     readable,
     require_floating,
     transformers,
     write_whole,
 )
+from attngraph.nn.computed import GraphFunction
 
 CONFIG = "config.json"
 OURS = (
@@ -136,8 +138,9 @@ def save(model: nn.Module, path: str | os.PathLike, *, family: str | None = None
     write_whole(folder / CONFIG, lambda new: new.write_text(config, encoding="utf-8"))
 
 
-def _text(graph: Graph) -> str:
+def _text(graph: Graph | GraphFunction) -> str:
     """A graph as text that is read again as the same one."""
+    graph = no_function(graph)
     return readable(graph, written(graph), parse)
 
 

@@ -9,6 +9,7 @@ from attngraph.interop.edge_index import from_edge_index
 from attngraph.interop.flex import to_block_mask
 from attngraph.interop.neighbors import from_neighbors
 from attngraph.interop.networkx import NamedGraph, from_networkx, to_networkx
+from attngraph.interop.points import knn_graph, radius_graph
 from attngraph.interop.scipy import from_scipy_sparse_matrix, to_scipy_sparse_matrix
 
 __all__ = [
@@ -20,6 +21,8 @@ __all__ = [
     "from_neighbors",
     "from_networkx",
     "from_scipy_sparse_matrix",
+    "knn_graph",
+    "radius_graph",
     "to_block_mask",
     "to_networkx",
     "to_scipy_sparse_matrix",

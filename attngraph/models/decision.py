@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
 
 from attngraph.arguments import checked
-from attngraph.graph.base import Graph, require_ints
+from attngraph.graph.base import require_ints
 from attngraph.graph.patterns import Causal
 from attngraph.models.saved import Model
 from attngraph.nn.checks import require_vectors
+from attngraph.nn.computed import Graphs
 from attngraph.nn.embedding import TokenEmbedding
 from attngraph.nn.padding import padding_mask
 from attngraph.nn.transformer import Biases, Transformer, TransformerConfig
@@ -46,7 +45,7 @@ class DecisionTransformer(Model):
         state_dim: int,
         action_dim: int,
         max_time: int,
-        graph: Graph | Sequence[Graph] = Causal(),  # noqa: B008  a graph is a value
+        graph: Graphs = Causal(),  # noqa: B008  a graph is a value
         bounded: bool = True,
     ):
         super().__init__()

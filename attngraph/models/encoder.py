@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -10,8 +9,9 @@ from torch import Tensor, nn
 
 from attngraph.arguments import checked, shown
 from attngraph.graph.algebra import Full
-from attngraph.graph.base import Graph, require_ints
+from attngraph.graph.base import require_ints
 from attngraph.models.tied import Tied
+from attngraph.nn.computed import Graphs
 from attngraph.nn.dropout import dropout
 from attngraph.nn.embedding import TokenEmbedding
 from attngraph.nn.feedforward import ACTIVATIONS
@@ -99,7 +99,7 @@ class Encoder(Tied):
         self,
         config: TransformerConfig,
         vocab_size: int,
-        graph: Graph | Sequence[Graph] = Full(),  # noqa: B008  a graph is a value
+        graph: Graphs = Full(),  # noqa: B008  a graph is a value
         *,
         num_types: int = 0,
         tied: bool = True,
@@ -140,7 +140,7 @@ class Encoder(Tied):
     def forward(
         self,
         tokens: Tensor,
-        graph: Graph | Sequence[Graph] | None = None,
+        graph: Graphs | None = None,
         *,
         bias: Biases = None,
         positions: Tensor | None = None,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from torch import Tensor, nn
 
 from attngraph.arguments import checked
@@ -11,6 +9,7 @@ from attngraph.graph.algebra import Full
 from attngraph.graph.base import Graph
 from attngraph.graph.patterns import Causal
 from attngraph.models.tied import Tied
+from attngraph.nn.computed import Graphs
 from attngraph.nn.embedding import TokenEmbedding
 from attngraph.nn.padding import padding_mask
 from attngraph.nn.told import by_layer, tell_graphs
@@ -47,8 +46,8 @@ class EncoderDecoder(Tied):
         vocab_size: int,
         *,
         source: nn.Module | None = None,
-        encoder_graph: Graph | Sequence[Graph] = Full(),  # noqa: B008  a graph is a value
-        decoder_graph: Graph | Sequence[Graph] = Causal(),  # noqa: B008
+        encoder_graph: Graphs = Full(),  # noqa: B008  a graph is a value
+        decoder_graph: Graphs = Causal(),  # noqa: B008
         memory_graph: Graph | None = None,
         tied: bool = True,
         logit_scale: float = 1.0,

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from torch import Tensor, nn
 
 from attngraph.arguments import checked
-from attngraph.graph.base import Graph
 from attngraph.graph.patterns import Causal
 from attngraph.models.tied import Tied
+from attngraph.nn.computed import Graphs
 from attngraph.nn.embedding import TokenEmbedding
 from attngraph.nn.transformer import Biases, Transformer, TransformerConfig
 
@@ -35,7 +33,7 @@ class GPT(Tied):
         self,
         config: TransformerConfig,
         vocab_size: int,
-        graph: Graph | Sequence[Graph] = Causal(),  # noqa: B008  a graph is a value
+        graph: Graphs = Causal(),  # noqa: B008  a graph is a value
         *,
         tied: bool = True,
     ):
@@ -66,7 +64,7 @@ class GPT(Tied):
     def forward(
         self,
         tokens: Tensor,
-        graph: Graph | Sequence[Graph] | None = None,
+        graph: Graphs | None = None,
         *,
         bias: Biases = None,
         positions: Tensor | None = None,

@@ -21,6 +21,7 @@ from attngraph.arguments import checked, shown
 from attngraph.graph.base import Graph
 from attngraph.graph.edge_list import EdgeList
 from attngraph.graph.text import read, write
+from attngraph.nn.computed import GraphFunction
 from attngraph.nn.embedding import AudioEmbedding, PatchEmbedding, TokenEmbedding
 from attngraph.nn.told import short
 from attngraph.nn.transformer import Transformer, TransformerConfig
@@ -222,16 +223,27 @@ PARTS = {
 }  # fmt: skip
 
 
-def _texts(graphs: Sequence[Graph], listed: list[EdgeList]) -> list[str]:
+def _texts(graphs: Sequence[Graph | GraphFunction], listed: list[EdgeList]) -> list[str]:
     """Of each layer; what several share is looked at once."""
     texts = {number: _text(graph, listed) for number, graph in {id(graph): graph for graph in graphs}.items()}
     return [texts[id(graph)] for graph in graphs]
 
 
-def _text(graph: Graph, listed: list[EdgeList]) -> str:
+def _text(graph: Graph | GraphFunction, listed: list[EdgeList]) -> str:
     """A graph as text, in which the edges of those that are listed are numbers."""
+    graph = no_function(graph)
     text = write(graph, listed)
     return readable(graph, text, lambda text: read(text, [each.given for each in listed]))
+
+
+def no_function(graph: Graph | GraphFunction) -> Graph:
+    """The graph; ValueError for a function that makes graphs."""
+    if isinstance(graph, Graph):
+        return graph
+    raise ValueError(
+        f"{short(graph)} can't be saved, as it is no graph: keep model.state_dict(), and load it into a model that is "
+        f"made with the same function"
+    )
 
 
 def readable(graph: Graph, text: str, read: Callable[[str], Graph]) -> str:

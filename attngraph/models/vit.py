@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from attngraph.arguments import checked
 from attngraph.graph.algebra import Full
 from attngraph.graph.base import Graph, require_ints
 from attngraph.models.saved import Model
+from attngraph.nn.computed import GraphFunction, Graphs, is_one
 from attngraph.nn.embedding import PatchEmbedding
 from attngraph.nn.padding import padding_mask
 from attngraph.nn.transformer import Biases, Transformer, TransformerConfig
@@ -26,7 +27,7 @@ class ViT(Model):
         image_size, patch_size: in pixels; one number for squares, or (height, width).
         channels: numbers of a pixel.
         graph: which patches hear which, row by row; one for all layers or one for each. With `pool="cls"` a node that
-            hears and is heard by all patches is put in front.
+            hears and is heard by all patches is put in front; a function is given that node too, the first.
         pool: what is classified: the CLS node, or the mean of the patches.
 
     >>> from attngraph import Neighborhood
@@ -46,7 +47,7 @@ class ViT(Model):
         image_size: int | tuple[int, int],
         patch_size: int | tuple[int, int],
         channels: int = 3,
-        graph: Graph | Sequence[Graph] = Full(),  # noqa: B008  a graph is a value
+        graph: Graphs = Full(),  # noqa: B008  a graph is a value
         pool: Literal["cls", "mean"] = "cls",
     ):
         super().__init__()
@@ -56,14 +57,14 @@ class ViT(Model):
         self.config, self.pool = config, pool
         self.patches = PatchEmbedding(_pair(image_size), _pair(patch_size), channels, config.embed_dim)
         self.cls = nn.Parameter(torch.empty(config.embed_dim)) if pool == "cls" else None
-        graphs = [graph] if isinstance(graph, Graph) else list(graph)
+        graphs = [graph] if is_one(graph) else list(cast(Sequence, graph))
         if pool == "cls":
             graphs = [_with_cls(each, self.num_patches) for each in graphs]
         nodes = self.num_patches + (pool == "cls")
         if config.position == "learned" and (config.max_length or 0) < nodes:
             what = f"{self.num_patches} patches" + (" and CLS" if pool == "cls" else "")
             raise ValueError(f"max_length must be at least {nodes}: {what} (got {config.max_length})")
-        self.transformer = Transformer(config, graphs[0] if isinstance(graph, Graph) else graphs)
+        self.transformer = Transformer(config, graphs[0] if is_one(graph) else graphs)
         self.head = nn.Linear(config.embed_dim, num_classes)
         self.reset_parameters()
 
@@ -90,7 +91,7 @@ class ViT(Model):
     def forward(
         self,
         images: Tensor,
-        graph: Graph | Sequence[Graph] | None = None,
+        graph: Graphs | None = None,
         *,
         bias: Biases = None,
         attention_mask: Tensor | None = None,
@@ -121,6 +122,8 @@ def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
     return pair
 
 
-def _with_cls(graph: Graph, patches: int) -> Graph:
+def _with_cls(graph: Graph | GraphFunction, patches: int) -> Graph | GraphFunction:
     """The graph of the patches and a CLS node in front."""
-    return graph if graph == Full() else graph.sized(patches, patches).with_global_nodes(1)
+    return (
+        graph if graph == Full() or not isinstance(graph, Graph) else graph.sized(patches, patches).with_global_nodes(1)
+    )

@@ -19,6 +19,7 @@ from attngraph.graph.base import Graph
 from attngraph.nn.attention import Attention
 from attngraph.nn.padding import rolled
 from attngraph.nn.transformer import Block, Transformer
+from attngraph.packing import entries_of
 from attngraph.planning.planner import Plan
 
 if TYPE_CHECKING:
@@ -31,7 +32,8 @@ class Recorded:
 
     `of` and `draw` number nodes by their places in the model's input. So do `edge_index` and the masks, but for a batch
     that is padded in front, in a model whose graphs fit any size: there each row's numbers count from its first real
-    node, as in the graph, and `key_places` and `query_places` have the places.
+    node, as in the graph, and `key_places` and `query_places` have the places. Where each entry of a batch has a graph
+    of its own, they are one, as in `Batched`: its nodes are those of all entries, one after the other.
     """
 
     name: str
@@ -160,6 +162,9 @@ class Recording(Mapping[str, Recorded]):
             if heads is not None:
                 weights = weights[:, list(heads)]
             n, m = x.shape[-2], memory.shape[-2]
+            entries = entries_of(graph)
+            if entries is not None and x.ndim == 3 and len(x) == entries:  # it is one graph, of the nodes of all
+                n, m, mask = entries * n, entries * m, mask if mask is None else mask.flatten()[None]
             hears_itself = memory is x or (moved is not None and moved.hears_itself)
             query_places = None if moved is None else moved.places(n)
             key_places = None

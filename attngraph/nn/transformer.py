@@ -17,6 +17,7 @@ from attngraph.graph.base import Graph, require_ints
 from attngraph.graph.compose import Beside
 from attngraph.nn.attention import Attention
 from attngraph.nn.checks import require_vectors, values_known
+from attngraph.nn.computed import GraphFunction, Graphs, graph_of, is_one
 from attngraph.nn.dropout import dropout
 from attngraph.nn.feedforward import ACTIVATIONS, FeedForward
 from attngraph.nn.padding import joint_padding_mask, padding_in_front, padding_mask, positions_of, rolled
@@ -199,7 +200,7 @@ class Block(nn.Module):
     def forward(
         self,
         x: Tensor,
-        graph: Graph,
+        graph: Graph | GraphFunction,
         *,
         bias: Bias | Tensor | None = None,
         attention_mask: Tensor | None = None,
@@ -210,14 +211,15 @@ class Block(nn.Module):
     ) -> Tensor:
         """(B, N, embed_dim) → (B, N, embed_dim).
 
-        `bias`, `attention_mask` and `rotary` are as in `Attention`. Of a config with `cross`, `memory_graph` (by
-        default `Full()`) and `memory_attention_mask` are those of the memory's phase; without, the keys are memory and
-        nodes in one, and `graph` and `attention_mask` are of these.
+        `bias`, `attention_mask` and `rotary` are as in `Attention`; a function in the place of `graph` is given what
+        the attention reads, in a pre-norm block the normalised x. Of a config with `cross`, `memory_graph` (by default
+        `Full()`) and `memory_attention_mask` are those of the memory's phase; without, the keys are memory and nodes in
+        one, and `graph` and `attention_mask` are of these.
         """
 
         def communicate(h: Tensor) -> Tensor:
             keys = None if memory is None or self.config.cross else torch.cat([memory, h], dim=-2)
-            return self.attention(h, graph, keys, bias=bias, attention_mask=attention_mask, rotary=rotary)
+            return self.attention(h, graph_of(graph, h), keys, bias=bias, attention_mask=attention_mask, rotary=rotary)
 
         def hear_memory(h: Tensor) -> Tensor:
             heard = Full() if memory_graph is None else memory_graph
@@ -249,11 +251,14 @@ class Transformer(nn.Module):
 
     Args:
         config: everything but the connectivity.
-        graph: who hears whom: one graph for all layers, or one for each. A `PerHead` graph differs between heads.
+        graph: who hears whom: one graph for all layers, or one for each. A `PerHead` graph differs between heads. In
+            the place of a graph, a function computes it from what the layer's attention reads, (B, N, embed_dim), the
+            normalised vectors of a pre-norm layer: `lambda x: knn_graph(x, 8)` (Wang et al. 2019). If it is a module,
+            its parameters are among the model's. It sees padding too, which nobody hears.
     """
 
     @checked
-    def __init__(self, config: TransformerConfig, graph: Graph | Sequence[Graph]):
+    def __init__(self, config: TransformerConfig, graph: Graphs):
         super().__init__()
         self.config = config
         self.graphs = graph
@@ -267,7 +272,7 @@ class Transformer(nn.Module):
     def forward(
         self,
         x: Tensor,
-        graph: Graph | Sequence[Graph] | None = None,
+        graph: Graphs | None = None,
         *,
         bias: Biases = None,
         positions: Tensor | None = None,
@@ -333,7 +338,7 @@ class Transformer(nn.Module):
                 raise ValueError(f"a memory beside the nodes has no place in position={self.config.position!r}")
             memory_positions = _memory_positions(memory_positions, memory_mask, memory)
             key_positions = _joint_positions(memory_positions, positions)
-            graphs = tuple(Beside(memory_graph.sized(None, memory.shape[-2]), each) for each in graphs)
+            graphs = tuple(_beside(memory_graph.sized(None, memory.shape[-2]), each) for each in graphs)
             mask = joint_padding_mask(memory_mask, memory, mask, x)
         x, rotary, of_positions = self._with_positions(x, positions, key_positions)
         if self.embed_norm is not None:
@@ -356,13 +361,13 @@ class Transformer(nn.Module):
         self,
         mask: Tensor | None,
         positions: Tensor | None,
-        graphs: Sequence[Graph],
+        graphs: Sequence[Graph | GraphFunction],
         biases: Sequence[Bias | Tensor | None],
     ) -> Tensor | None:
         """How many nodes in front of each row's first real one go behind, (B, 1), so that its places in the graph are
         its own; None where all stay, as where graphs or biases name these very nodes.
         """
-        names_nodes = any(part.size != (None, None) for part in graphs) or any(
+        names_nodes = any(not isinstance(part, Graph) or part.size != (None, None) for part in graphs) or any(
             isinstance(each, Tensor | EdgeBias) for each in biases
         )
         if positions is not None or mask is None or names_nodes or (values_known(mask) and bool(mask[:, :1].all())):
@@ -417,31 +422,37 @@ class Transformer(nn.Module):
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "graph":  # which would do nothing
             raise AttributeError("a Transformer has no 'graph': set `graphs`, to one, or to one for each layer")
-        super().__setattr__(name, value)
+        if name == "graphs":  # a module among them too, which torch would take for a part of its own
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
 
     @property
-    def graphs(self) -> tuple[Graph, ...]:
-        """Who hears whom, for each layer; set it to one graph for all layers, or to one for each."""
+    def graphs(self) -> tuple[Graph | GraphFunction, ...]:
+        """Who hears whom, for each layer; set it to one graph, or function, for all layers, or to one for each."""
         return self._graphs
 
     @graphs.setter
-    def graphs(self, graph: Graph | Sequence[Graph]) -> None:
+    def graphs(self, graph: Graphs) -> None:
         self._graphs = self._per_layer(graph)
+        self._modules.pop("graph_modules", None)
+        if modules := dict.fromkeys(each for each in self._graphs if isinstance(each, nn.Module)):
+            self.graph_modules = nn.ModuleList(modules)
 
-    def _per_layer(self, graph: Graph | Sequence[Graph]) -> tuple[Graph, ...]:
-        """One graph for each layer."""
+    def _per_layer(self, graph: Graphs) -> tuple[Graph | GraphFunction, ...]:
+        """One graph, or function, for each layer."""
         layers, heads = self.config.num_layers, self.config.num_heads
-        graphs = (graph,) * layers if isinstance(graph, Graph) else tuple(graph) if _is_list(graph) else ()
+        graphs = (graph,) * layers if is_one(graph) else tuple(cast(Sequence, graph)) if _is_list(graph) else ()
         if not graphs and not _is_list(graph):
             raise TypeError(f"graph must be one graph, or one for each of {layers} layers (got {shown(graph)})")
         if isinstance(graph, tuple) and isinstance(getattr(graph, "graph", None), Graph):
             raise TypeError(f"graph must be a graph (got {shown(graph)}): did you mean its .graph?")
         for part in graphs:
-            if not isinstance(part, Graph):
+            if not is_one(part):
                 raise TypeError(
                     f"graph must be one graph, or one for each of {layers} layers (got a {type(part).__name__})"
                 )
-            if part.heads not in (None, heads):
+            if isinstance(part, Graph) and part.heads not in (None, heads):
                 raise ValueError(f"graph has {part.heads} heads but the model {heads}: {part}")
         if len(graphs) != layers:
             raise ValueError(f"graph must be one graph, or one for each of {layers} layers (got {len(graphs)})")
@@ -469,6 +480,13 @@ class Transformer(nn.Module):
 
 def _is_list(graph: object) -> bool:
     return isinstance(graph, Iterable) and not isinstance(graph, Tensor)
+
+
+def _beside(memory_graph: Graph, graph: Graph | GraphFunction) -> Graph | GraphFunction:
+    """The nodes of a memory beside those that hear each other."""
+    if isinstance(graph, Graph):
+        return Beside(memory_graph, graph)
+    return lambda x: Beside(memory_graph, graph_of(graph, x))
 
 
 def _memory_positions(positions: Tensor | None, mask: Tensor | None, memory: Tensor) -> Tensor:

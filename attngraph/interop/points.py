@@ -27,7 +27,8 @@ def knn_graph(x: Tensor, k: int, *, loop: bool = False, queries: Tensor | None =
     """Each point hears the k nearest others, by Euclidean distance; all of them where there are fewer.
 
     As `knn_graph` of PyG: a query is the centre, a key its neighbour. Of equally distant ones, those with the smaller
-    numbers are taken. For the cosine, give points of length 1: `torch.nn.functional.normalize(x, dim=-1)`.
+    numbers are taken. For the cosine, give points of length 1: `torch.nn.functional.normalize(x, dim=-1)`; for sets of
+    several sizes, which PyG's `batch` tells apart, `Disjoint([knn_graph(each, k) for each in x.split(sizes)])`.
 
     Args:
         x: (N, D); or (B, N, D): each entry of a batch then has a graph of its own, as of `from_neighbors`.

@@ -1,4 +1,4 @@
-"""What connectivity that is computed from the data is worth: python -m benchmarks.dynamic, ten minutes on two cores.
+"""What connectivity that is computed from the data is worth: python -m benchmarks.dynamic, four minutes on two cores.
 
     python -m benchmarks.dynamic --section particles --seeds 1
 
@@ -113,9 +113,9 @@ def particles(options: Namespace) -> Iterator[Goal]:
     yield Goal(f"{text}: unexplained variance, %", 2.5, nearest, at_most=True, note=of_seeds(found))
     ratio = "not measured" if isinstance(nearest, str) or isinstance(every, str) else nearest / every
     yield Goal(f"{text}: unexplained variance over that of all {PARTICLES}", 1, ratio, at_most=True)
-    yield Goal("as many at random: unexplained variance, %", 50, random)
+    yield Goal(f"{PARTICLES} particles, {NEIGHBOURS} at random: unexplained variance, %", 50, random)
     slowest = max((each.get("seconds", 0.0) for runs in found.values() for each in runs), default=0.0)
-    yield Goal(f"{text}, or others: seconds of a training, at most", 180, slowest, at_most=True)
+    yield Goal(f"{PARTICLES} particles: seconds of the slowest training", 180, slowest, at_most=True)
 
 
 # ---------------------------------------------------------------------------------------------------------- recall

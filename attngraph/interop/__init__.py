@@ -1,4 +1,5 @@
-"""Graphs of other libraries in and out: PyG, networkx, SciPy, dense masks, FlexAttention; batches of a DataLoader.
+"""Graphs of other libraries in and out: PyG, networkx, SciPy, dense masks, FlexAttention; batches of a DataLoader; and
+graphs that are computed from the data.
 
 Everything is a conversion; nothing here keeps a reference to the other library's object.
 """

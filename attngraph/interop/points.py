@@ -27,7 +27,8 @@ def knn_graph(x: Tensor, k: int, *, loop: bool = False, queries: Tensor | None =
     """Each point hears the k nearest others, by Euclidean distance; all of them where there are fewer.
 
     As `knn_graph` of PyG: a query is the centre, a key its neighbour. Of equally distant ones, those with the smaller
-    numbers are taken. For the cosine, give points of length 1: `torch.nn.functional.normalize(x, dim=-1)`.
+    numbers are taken. For the cosine, give points of length 1: `torch.nn.functional.normalize(x, dim=-1)`; for sets of
+    several sizes, which PyG's `batch` tells apart, `Disjoint([knn_graph(each, k) for each in x.split(sizes)])`.
 
     Args:
         x: (N, D); or (B, N, D): each entry of a batch then has a graph of its own, as of `from_neighbors`.
@@ -131,10 +132,8 @@ def _points(x: Tensor, queries: Tensor | None, loop: bool) -> Points:
         raise ValueError(f"queries must be on the device of x, {x.device} (got {queries.device})")
     if queries is not None and loop:
         raise ValueError("loop=True says that points hear themselves, but queries are other points")
-    keys, heard_by = (each.detach().to(torch.float64) for each in (x, x if queries is None else queries))
-    if x.ndim == 2:
-        keys, heard_by = keys[None], heard_by[None]
-    return Points(heard_by, keys, others=queries is None and not loop)
+    batches = [(each if x.ndim == 3 else each[None]).detach().to(torch.float64) for each in given.values()]
+    return Points(batches[-1], batches[0], others=queries is None and not loop)
 
 
 def _smallest(values: Tensor, k: int) -> Tensor:
@@ -274,7 +273,9 @@ def _close_by_products(points: Points, r: float) -> Iterator[tuple[Tensor, Tenso
 
 def _close_by_tree(points: Points, r: float) -> Iterator[tuple[Tensor, Tensor]]:
     """The same."""
-    for entry, (tree, other) in enumerate(zip(_trees(points.keys), _trees(points.queries), strict=True)):
+    trees = _trees(points.keys)
+    others = trees if points.queries is points.keys else _trees(points.queries)
+    for entry, (tree, other) in enumerate(zip(trees, others, strict=True)):
         found = other.sparse_distance_matrix(tree, r * (1 + ROUNDING), output_type="ndarray")
         query, key = (torch.from_numpy(found[name].astype("int64")) for name in "ij")
         is_close = torch.from_numpy(found["v"] >= r * (1 - ROUNDING))

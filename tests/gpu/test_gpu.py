@@ -19,7 +19,9 @@ from attngraph import (
     Window,
     attend,
     from_edge_index,
+    knn_graph,
     plan,
+    radius_graph,
 )
 from attngraph.graph.base import at_size
 from attngraph.planning.layouts import csr as rows
@@ -206,6 +208,15 @@ def test_packed_documents():
     made = plan(graph, N, N, heads=4, device="cuda", backend="dense")
     assert made.parts[0].layout.lengths
     close(results(sides, made), wanted, 4 * torch.finfo(torch.bfloat16).eps)
+
+
+@pytest.mark.parametrize("shape", [(500, 3), (4, 300, 40), (2, 64, 2)])
+def test_points_hear_those_that_they_hear_on_a_cpu(shape):
+    x = torch.randn(shape).round(decimals=1)
+    for make in (lambda x: knn_graph(x, 7), lambda x: radius_graph(x, 1.0, loop=True, max_num_neighbors=5)):
+        found = make(x.cuda())
+        assert found.code.is_cuda
+        assert found == make(x)
 
 
 def test_a_plan_says_what_runs():

@@ -155,6 +155,7 @@ class Choice:
         reason = backend.supports(self.call)
         if reason is None and self.name == "auto":
             reason = backend.only_by_name(self.call)
+        reason = reason or backend.lacks(self.edges)
         if reason is None and backend.name in able:
             return f"{able[backend.name].label} can, and is faster"
         if reason is None and self.name == "auto" and backend.name != "dense":

@@ -15,6 +15,7 @@ from attngraph.graph.edge_list import EdgeList
 from attngraph.graph.listing import count_edges, list_edges, no_edges, split
 from attngraph.graph.patterns import Causal, Chunks, Documents
 from attngraph.graph.rewrite import simplify
+from attngraph.planning.layouts.blocks import ListedBlocks
 from attngraph.planning.layouts.tiles import Table, tabulate, tabulate_edges, union, without
 
 SAMPLE_EDGES = 1 << 20  # edges from which it is estimated how close together they all lie
@@ -135,8 +136,15 @@ class EdgeSet:
         return packed_form(self.graph, self.n, self.m) if self.is_whole else None
 
     @cached_property
+    def blocks(self) -> ListedBlocks | None:
+        """Blocks of a list of edges, where the graph is that."""
+        return ListedBlocks.of(self.graph)
+
+    @cached_property
     def count(self) -> int:
         """How many edges there are."""
+        if self.is_whole and self.blocks is not None:
+            return self.blocks.count(self.n, self.m)
         for known in self._tabulated.values():
             return known.count
         return count_edges(self.graph, self.n, self.m)

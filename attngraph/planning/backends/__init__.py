@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from attngraph.planning.backends.base import Backend
+from attngraph.planning.backends.blocks import NumbaBlocks
 from attngraph.planning.backends.dense import Dense
 from attngraph.planning.backends.edges import Edges
 from attngraph.planning.backends.reference import Reference
@@ -21,6 +22,7 @@ BACKENDS: dict[str, Backend] = {
     "reference": Reference(),
     "edges": Edges(),
     "dense": Dense(),
+    "blocks (numba)": NumbaBlocks(),
     "tiles (triton)": TritonTiles(),
     "tiles (numba)": NumbaTiles(),
     "tiles (torch)": TorchTiles(),

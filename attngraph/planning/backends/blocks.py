@@ -6,7 +6,7 @@ from attngraph.planning.backends.base import KernelBackend, only_plain_attention
 from attngraph.planning.call import Call
 from attngraph.planning.costs import Costs
 from attngraph.planning.edge_set import EdgeSet
-from attngraph.planning.layouts.blocks import TILE, Blocks
+from attngraph.planning.layouts.blocks import Blocks
 
 GATHER_FACTOR = 1.5  # of the time of a tile of adjacent nodes: its queries are gathered, and their sums scattered
 
@@ -23,8 +23,8 @@ class NumbaBlocks(KernelBackend):
 
     def lacks(self, edges: EdgeSet) -> str | None:
         if edges.blocks is None or not edges.is_whole:
-            return "the graph is not Blocks of an EdgeList, alone or & Causal()"
-        return f"its blocks of {edges.blocks.keys} keys are no tiles" if edges.blocks.keys % TILE else None
+            return "the graph is no EdgeList of Blocks of a multiple of 64 keys, alone or & Causal()"
+        return None
 
     def estimate(self, edges: EdgeSet, call: Call, costs: Costs) -> float:
         assert edges.blocks is not None

@@ -15,7 +15,7 @@ from attngraph.graph.compose import Blocks as BlocksGraph
 from attngraph.graph.edge_list import EdgeList
 from attngraph.graph.patterns import Causal
 
-TILE = 64  # nodes
+TILE = 64  # nodes of a tile of the kernel
 BYTES_PER_VISIT = 60  # while they are sorted
 
 
@@ -29,14 +29,15 @@ class ListedBlocks(NamedTuple):
 
     @staticmethod
     def of(graph: Graph) -> ListedBlocks | None:
-        """A graph as such, if it is one."""
+        """A graph as such, if it is one, of blocks of keys that are whole tiles."""
         parts = [_plain(part) for part in (graph.graphs if type(graph) is Intersection else (graph,))]
         blocks = next((part for part in parts if type(part) is BlocksGraph), None)
         others = [part for part in parts if part is not blocks]
         edges = None if blocks is None else _plain(blocks.graph)
         if blocks is None or not isinstance(edges, EdgeList) or any(other != Causal() for other in others):
             return None
-        return ListedBlocks(edges, *blocks._sides, bool(others))
+        queries, keys = blocks._sides
+        return None if keys % TILE else ListedBlocks(edges, queries, keys, bool(others))
 
     def count(self, n: int, m: int) -> int:
         """How many edges they have in n queries and m keys."""

@@ -90,12 +90,12 @@ class Folded(NamedTuple):
 
     def queries(self, x: Tensor) -> Tensor:
         """(B, H, N, D) → (1, 1, B · H · num_queries, D)."""
-        return pad(x, (0, 0, 0, self.num_queries - x.shape[2])).flatten(0, 2)[None, None]
+        return _filled_up(x, self.num_queries).flatten(0, 2)[None, None]
 
     def keys(self, x: Tensor) -> Tensor:
         """(B, Hkv, M, D) → (1, 1, B · H · num_keys, D)."""
         x = x.repeat_interleave(self.heads // x.shape[1], 1) if x.shape[1] < self.heads else x
-        return pad(x, (0, 0, 0, self.num_keys - x.shape[2])).flatten(0, 2)[None, None]
+        return _filled_up(x, self.num_keys).flatten(0, 2)[None, None]
 
     def mask(self, attention_mask: Tensor | None, k: Tensor) -> Tensor | None:
         """(B, M) → (1, B · H · num_keys); None where all keys of k are real and none were added."""
@@ -108,3 +108,8 @@ class Folded(NamedTuple):
     def of_heads(self, x: Tensor, num_queries: int) -> Tensor:
         """(1, 1, B · H · num_queries, …) → (B, H, N, …), without those that were added."""
         return x[0, 0].unflatten(0, (self.batch, self.heads, self.num_queries))[:, :, :num_queries]
+
+
+def _filled_up(x: Tensor, nodes: int) -> Tensor:
+    """(B, H, N, D) with zeros for the nodes that are missing."""
+    return pad(x, (0, 0, 0, nodes - x.shape[2])) if nodes > x.shape[2] else x

@@ -32,6 +32,7 @@ from attngraph.graph.edge_list import of_neighbors
 from attngraph.graph.patterns import Causal, Random
 
 SCORES_PER_STEP = 1 << 22  # that are looked at at once: 16 MiB
+BLOCK_SCORES_PER_STEP = 1 << 18  # of blocks, looked at several times: 1 MiB, which stays in a core's cache
 ROWS_PER_STEP = 256  # queries, of a graph that allows few pairs: their keys lie close together
 
 
@@ -155,18 +156,24 @@ class BlockTopK(_Choice):
         asked = q[:, :, :: self.queries] if self.causal else _means(q, self.queries)[0]
         blocks = torch.arange(means.shape[2], device=q.device)
         found = q.new_full((*asked.shape[:3], min(self.k, len(blocks))), -1, dtype=torch.int64)
-        step = max(1, SCORES_PER_STEP // max(1, len(q) * q.shape[1] * len(blocks)))
+        step = max(ROWS_PER_STEP // 4, BLOCK_SCORES_PER_STEP // max(1, len(q) * q.shape[1] * len(blocks)))
         for start in range(0, asked.shape[2], step):
-            scores = _scores(asked[:, :, start : start + step], means).masked_fill_(~has_keys[:, None, None], -torch.inf)
-            first = torch.arange(start, start + scores.shape[2], device=q.device)[:, None] * self.queries
-            own = first // self.block
+            first = torch.arange(start, min(start + step, asked.shape[2]), device=q.device)[:, None] * self.queries
+            own, stop = first // self.block, len(blocks)
             if self.causal:
-                scores.masked_fill_(blocks > own, -torch.inf)
-            scores.masked_fill_(blocks == own, torch.inf)
+                stop = min(stop, (start + len(first) - 1) * self.queries // self.block + 1)  # later ones are not heard
+            near = slice(start * self.queries // self.block, stop)  # with all blocks that are own or later
+            scores = _scores(asked[:, :, start : start + step], means[:, :, :stop])
+            if attention_mask is not None:
+                scores.masked_fill_(~has_keys[:, None, None, :stop], -torch.inf)
+            if self.causal:
+                scores[..., near].masked_fill_(blocks[near] > own, -torch.inf)
+            scores[..., near].masked_fill_(blocks[near] == own, torch.inf)
             if allowed != Full():
-                scores.masked_fill_(self._none_allowed(allowed, first, blocks, n, m), -torch.inf)
-            best = scores.topk(found.shape[3], dim=-1, sorted=False)
-            found[:, :, start : start + step] = best.indices.masked_fill_(best.values == -torch.inf, -1)
+                scores.masked_fill_(self._none_allowed(allowed, first, blocks[:stop], n, m), -torch.inf)
+            best = scores.topk(min(found.shape[3], stop), dim=-1, sorted=False)
+            chosen = best.indices.masked_fill_(best.values == -torch.inf, -1).sort(-1).values
+            found[:, :, start : start + step, -chosen.shape[3] :] = chosen
         return found
 
     def _none_allowed(self, allowed: Graph, first: Tensor, blocks: Tensor, n: int, m: int) -> Tensor:
@@ -236,8 +243,8 @@ def side_by_side(graph: Graph, q: Tensor, k: Tensor, attention_mask: Tensor | No
 
     def choose(part: _Choice, allowed: Graph) -> Graph:
         best = choices.best(part, allowed).flatten(0, 1)
-        more = rows // part._blocks[0] - best.shape[1]
-        best = torch.nn.functional.pad(best, (0, 0, 0, more), value=-1)
+        if more := rows // part._blocks[0] - best.shape[1]:
+            best = torch.nn.functional.pad(best, (0, 0, 0, more), value=-1)
         return part._chosen(best, columns)
 
     def repeat(part: Graph) -> Graph:
@@ -356,15 +363,15 @@ def _scores(q: Tensor, k: Tensor) -> Tensor:
 
 def _means(x: Tensor, block: int, attention_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The mean vector of each block of nodes, (B, H, ⌈N / block⌉, D), and which have nodes that count: bool (B, …)."""
-    count = -(-x.shape[2] // block)
-    counts = x.new_ones(len(x), x.shape[2]) if attention_mask is None else attention_mask.to(x.dtype)
-    exact = torch.promote_types(x.dtype, torch.float32)
-    more = count * block - x.shape[2]
-    counts = torch.nn.functional.pad(counts.to(exact), (0, more)).view(len(x), count, block)
-    nodes = torch.nn.functional.pad(x.to(exact), (0, 0, 0, more)).unflatten(2, (count, block))
-    total = counts.sum(2)
-    weights = counts / total.clamp(min=1)[..., None]
-    return torch.einsum("bhcnd,bcn->bhcd", nodes.nan_to_num() if attention_mask is not None else nodes, weights), total > 0
+    count, exact = -(-x.shape[2] // block), torch.promote_types(x.dtype, torch.float32)
+    counts = x.new_ones(len(x), x.shape[2], dtype=exact)
+    if attention_mask is not None:
+        counts, x = attention_mask.to(exact), x.masked_fill(~attention_mask[:, None, :, None], 0)
+    if more := count * block - x.shape[2]:
+        counts, x = torch.nn.functional.pad(counts, (0, more)), torch.nn.functional.pad(x, (0, 0, 0, more))
+    total = counts.view(len(x), count, block).sum(2)
+    sums = x.unflatten(2, (count, block)).sum(3, dtype=exact)
+    return sums / total.clamp(min=1)[:, None, :, None], total > 0
 
 
 def _allowed_keys(graph: Graph, n: int, m: int, heads: int) -> Iterator[tuple[int, int, Tensor | None]]:

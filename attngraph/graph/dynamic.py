@@ -32,8 +32,18 @@ from attngraph.graph.edge_list import of_neighbors
 from attngraph.graph.patterns import Causal, Random
 
 SCORES_PER_STEP = 1 << 22  # that are looked at at once: 16 MiB
-BLOCK_SCORES_PER_STEP = 1 << 18  # of blocks, looked at several times: 1 MiB, which stays in a core's cache
+BLOCK_SCORES_PER_STEP = 1 << 20  # of blocks: 4 MiB, most of which stay in the cache
 ROWS_PER_STEP = 256  # queries, of a graph that allows few pairs: their keys lie close together
+
+
+Find = Callable[[Tensor, int], Tensor]
+"""Scores (…, J), in float32 or more, and k → where the largest are, as `top_k` finds them."""
+
+
+def top_k(scores: Tensor, k: int) -> Tensor:
+    """scores (…, J) → where the k largest of each row are, ascending, after -1 for each that is -inf: int64 (…, k)."""
+    best = scores.topk(k, dim=-1, sorted=False)
+    return best.indices.masked_fill_(best.values == -torch.inf, -1).sort(-1).values
 
 
 class _Choice(Graph):
@@ -56,7 +66,7 @@ class _Choice(Graph):
         return 1, 1
 
     @abstractmethod
-    def _best(self, q: Tensor, k: Tensor, allowed: Graph, attention_mask: Tensor | None) -> Tensor:
+    def _best(self, q: Tensor, k: Tensor, allowed: Graph, attention_mask: Tensor | None, find: Find) -> Tensor:
         """q (B, H, N, D), k (B, Hkv, M, D) → what was chosen of what is allowed, -1 for none: int64 (B, H, I, C)."""
 
     @abstractmethod
@@ -89,7 +99,7 @@ class TopK(_Choice):
     def _check(self):
         require_ints(1, k=self.k)
 
-    def _best(self, q, k, allowed, attention_mask):
+    def _best(self, q, k, allowed, attention_mask, find):
         found = q.new_full((*q.shape[:3], self.k), -1, dtype=torch.int64)
         for start, stop, columns in _allowed_keys(allowed, q.shape[2], k.shape[2], len(q) * q.shape[1]):
             scores = _scores(q[:, :, start:stop], k if columns is None else k[:, :, columns])
@@ -99,8 +109,8 @@ class TopK(_Choice):
                 scores.masked_fill_(~allowed.contains(rows[:, None], keys), -torch.inf)
             if attention_mask is not None:
                 scores.masked_fill_(~attention_mask[:, None, None, keys], -torch.inf)
-            best = scores.topk(min(self.k, len(keys)), dim=-1, sorted=False)
-            found[:, :, start:stop, : best.indices.shape[3]] = keys[best.indices].masked_fill_(best.values == -torch.inf, -1)
+            best = find(scores, min(self.k, len(keys)))
+            found[:, :, start:stop, self.k - best.shape[3] :] = torch.where(best < 0, -1, keys[best])
         return found
 
     def _chosen(self, best, num_keys):
@@ -150,7 +160,7 @@ class BlockTopK(_Choice):
     def _blocks(self):
         return self.queries, self.block
 
-    def _best(self, q, k, allowed, attention_mask):
+    def _best(self, q, k, allowed, attention_mask, find):
         n, m = q.shape[2], k.shape[2]
         means, has_keys = _means(k, self.block, attention_mask)
         asked = q[:, :, :: self.queries] if self.causal else _means(q, self.queries)[0]
@@ -171,9 +181,8 @@ class BlockTopK(_Choice):
             scores[..., near].masked_fill_(blocks[near] == own, torch.inf)
             if allowed != Full():
                 scores.masked_fill_(self._none_allowed(allowed, first, blocks[:stop], n, m), -torch.inf)
-            best = scores.topk(min(found.shape[3], stop), dim=-1, sorted=False)
-            chosen = best.indices.masked_fill_(best.values == -torch.inf, -1).sort(-1).values
-            found[:, :, start : start + step, -chosen.shape[3] :] = chosen
+            best = find(scores, min(found.shape[3], stop))
+            found[:, :, start : start + step, found.shape[3] - best.shape[3] :] = best
         return found
 
     def _none_allowed(self, allowed: Graph, first: Tensor, blocks: Tensor, n: int, m: int) -> Tensor:
@@ -231,15 +240,15 @@ def may_be_one(graph: Graph, n: int, m: int) -> bool:
     return graph.heads is None and (n == m or not causal)
 
 
-def side_by_side(graph: Graph, q: Tensor, k: Tensor, attention_mask: Tensor | None) -> SideBySide:
-    """What queries (B, H, N, D) and keys (B, Hkv, M, D) choose."""
+def side_by_side(graph: Graph, q: Tensor, k: Tensor, attention_mask: Tensor | None, find: Find = top_k) -> SideBySide:
+    """What queries (B, H, N, D) and keys (B, Hkv, M, D) choose, by `find`."""
     n, m, entries = q.shape[2], k.shape[2], len(q) * q.shape[1]
     parts = list(_choices_in(graph))
     block_n, block_m = (math.lcm(*(part._blocks[side] for part in parts)) for side in (0, 1))
     rows, columns = -(-n // block_n) * block_n, -(-m // block_m) * block_m
     if n == m:
         rows = columns = max(rows, columns)  # in which causal is what it was
-    choices = _Choices(q, k, attention_mask)
+    choices = _Choices(q, k, attention_mask, find)
 
     def choose(part: _Choice, allowed: Graph) -> Graph:
         best = choices.best(part, allowed).flatten(0, 1)
@@ -260,15 +269,15 @@ def side_by_side(graph: Graph, q: Tensor, k: Tensor, attention_mask: Tensor | No
 class _Choices:
     """What queries and keys choose, found once for each choice."""
 
-    def __init__(self, q: Tensor, k: Tensor, attention_mask: Tensor | None):
-        self.q, self.k, self.attention_mask = q.detach(), k.detach(), attention_mask
+    def __init__(self, q: Tensor, k: Tensor, attention_mask: Tensor | None, find: Find = top_k):
+        self.q, self.k, self.attention_mask, self.find = q.detach(), k.detach(), attention_mask, find
         self._known: dict[tuple[Graph, Graph], Tensor] = {}
         self._heads: dict[int, _Choices] = {}
 
     def best(self, part: _Choice, allowed: Graph) -> Tensor:
         """See `_Choice._best`."""
         if (part, allowed) not in self._known:
-            self._known[part, allowed] = part._best(self.q, self.k, allowed, self.attention_mask)
+            self._known[part, allowed] = part._best(self.q, self.k, allowed, self.attention_mask, self.find)
         return self._known[part, allowed]
 
     def of_head(self, head: int) -> _Choices:
@@ -276,7 +285,7 @@ class _Choices:
         if head not in self._heads:
             key_head = head // (self.q.shape[1] // self.k.shape[1])
             sides = self.q[:, head : head + 1], self.k[:, key_head : key_head + 1]
-            self._heads[head] = _Choices(*sides, self.attention_mask)
+            self._heads[head] = _Choices(*sides, self.attention_mask, self.find)
         return self._heads[head]
 
 

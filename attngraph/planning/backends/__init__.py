@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attngraph.graph import dynamic
+from attngraph.graph.dynamic import Find
 from attngraph.planning.backends.base import Backend
 from attngraph.planning.backends.blocks import NumbaBlocks
 from attngraph.planning.backends.dense import Dense
@@ -57,6 +59,14 @@ def products_of(q: Tensor) -> Any:
     return import_module(
         "attngraph.kernels.cpu.products" if q.device.type == "cpu" else "attngraph.kernels.triton.products"
     )
+
+
+def top_k_for(q: Tensor) -> Find:
+    """What finds the largest of the scores of tensors like q."""
+    if q.device.type != "cpu" or not makes_products(q):
+        return dynamic.top_k
+    kernel = import_module("attngraph.kernels.cpu.choosing")
+    return lambda scores, k: kernel.top_k(scores, k) if k <= kernel.MAX_K else dynamic.top_k(scores, k)
 
 
 def products_of_tiles() -> Any:

@@ -70,7 +70,7 @@ def test_it_equals_the_reference_in_float32(causal):
     assert_close(found, expected, rtol=1e-5, atol=2e-5)
 
 
-@pytest.mark.parametrize("scale", [0.3, -0.2])
+@pytest.mark.parametrize("scale", [0.3, 2.0])
 def test_with_padding_and_a_scale(scale):
     q, k, v = sides(300, 3, 2, 2)
     mask = torch.arange(300) < torch.tensor([[300], [150], [64]])
@@ -140,13 +140,13 @@ def test_a_nan_in_a_query_that_is_the_last_of_a_tile_reaches_no_other_tile():
 
 
 def test_few_queries_run_by_blocks_and_whole_tiles_of_them_by_tiles():
-    q, k, _ = sides(512, 1, 1, 1)
+    q, k, _ = sides(4096, 1, 1, 1)
     for queries, backend in ((1, "blocks"), (16, "blocks"), (64, "tiles")):
-        made = plan(BlockTopK(64, 2, queries).resolve(q, k), 512, 512)
+        made = plan(BlockTopK(64, 2, queries).resolve(q, k), heads=8)
         assert [part.backend.name for part in made.parts] == [backend]
         assert "blocks (numba)" in made.explain()
     assert "are whole tiles" in made.candidates["blocks (numba)"]
-    assert "is faster" in plan(BlockTopK(64, 2).resolve(q, k), 512, 512).candidates["rows (numba)"]
+    assert "is faster" in plan(BlockTopK(64, 2).resolve(q, k)).candidates["rows (numba)"]
 
 
 @pytest.mark.parametrize("options", [{}, {"dropout_p": 0.5}, {"score": "dot", "normalize": "sigmoid"}], ids=str)
@@ -198,7 +198,7 @@ def test_edges_are_counted_and_visits_listed(queries, n, m, causal):
     edges = EdgeSet(at_size(graph, n, m)[0], n, m)
     assert edges.blocks is not None
     assert edges.count == int(graph.mask(n, m).sum())
-    layout, heard = Layout.of(edges.blocks, n, m), torch.zeros(n, m, dtype=torch.bool)
+    layout, heard = Layout.of(edges.blocks), torch.zeros(n, m, dtype=torch.bool)
     for block in range(layout.num_blocks):
         visits = layout.query[layout.start[block] : layout.start[block + 1]]
         assert (visits[1:] > visits[:-1]).all()

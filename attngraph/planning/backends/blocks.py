@@ -22,13 +22,13 @@ class NumbaBlocks(KernelBackend):
         return None if call.head_dim and not call.compiled else "it has no layout for compiled programs"
 
     def lacks(self, edges: EdgeSet) -> str | None:
-        if edges.blocks is None or not edges.is_whole:
+        if edges.blocks is None:
             return "the graph is no EdgeList of Blocks of a multiple of 64 keys, alone or & Causal()"
         return None
 
     def estimate(self, edges: EdgeSet, call: Call, costs: Costs) -> float:
         assert edges.blocks is not None
-        pairs = len(edges.blocks.edges.code) * edges.blocks.queries * edges.blocks.keys
+        pairs = len(edges.blocks.visits[0]) * edges.blocks.keys
         of_pairs = GATHER_FACTOR * costs.tile_s_per_pair_dim * pairs
         results = costs.tile_s_per_result_dim * edges.n
         return (of_pairs + results) * call.mean_dim * width_factor(call) * call.heads + costs.tile_s_per_call
@@ -38,7 +38,7 @@ class NumbaBlocks(KernelBackend):
 
     def build(self, edges: EdgeSet, call: Call) -> Blocks:
         assert edges.blocks is not None
-        return Blocks.of(edges.blocks, edges.n, edges.m)
+        return Blocks.of(edges.blocks)
 
     def pairs(self, edges: EdgeSet, layout: Blocks) -> int:
         return len(layout.query) * layout.block

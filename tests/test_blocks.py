@@ -1,7 +1,6 @@
 """Blocks of keys that single queries choose run by their own kernel: it equals the reference, forward and in every
 gradient, bit for bit by any number of threads, without arrays of all visits, and nothing looks at all their pairs."""
 
-import time
 import tracemalloc
 
 import pytest
@@ -11,7 +10,6 @@ from torch.testing import assert_close
 from attngraph import Blocks, BlockTopK, Causal, EdgeList, TopK, attend, plan
 from attngraph.graph import dynamic
 from attngraph.graph.base import at_size
-from attngraph.kernels.contract import Modifiers
 from attngraph.planning.edge_set import EdgeSet
 from attngraph.planning.layouts.blocks import Blocks as Layout
 
@@ -173,7 +171,7 @@ def test_other_options_run_edge_by_edge():
 @pytest.mark.parametrize("graph", [Causal(), Blocks(Causal(), 64), Blocks(EdgeList([[0], [0]], 20), 16)], ids=str)
 def test_it_says_which_graphs_it_runs(graph):
     q, k, v = sides(320, 1, 1, 1)
-    with pytest.raises(ValueError, match="backend='blocks' can't run .*: the graph is no EdgeList of Blocks"):
+    with pytest.raises(ValueError, match=r"backend='blocks' can't run .*: the graph is no EdgeList of Blocks"):
         attend(q, k, v, graph, backend="blocks")
 
 
@@ -246,7 +244,7 @@ def test_of_equal_scores_the_first_are_chosen():
 
 
 def test_both_ways_of_finding_scores_choose_alike():
-    q, k, v = sides(900, 2, 2, 1)
+    q, k, _ = sides(900, 2, 2, 1)
     for graph in (BlockTopK(64, 3), BlockTopK(64, 3, 4, causal=False), TopK(5) & Causal()):
         folded = dynamic.side_by_side(graph, q, k, None, choosing.top_k).graph
         assert folded == dynamic.side_by_side(graph, q, k, None).graph

@@ -302,9 +302,7 @@ class Blocks(Graph):
     def _in_blocks(self, boxes: Boxes) -> Boxes:
         """The blocks that boxes touch."""
         queries, keys = self._sides
-        return Boxes(
-            boxes.top // queries, -(-boxes.bottom // queries), boxes.left // keys, -(-boxes.right // keys)
-        )
+        return Boxes(boxes.top // queries, -(-boxes.bottom // queries), boxes.left // keys, -(-boxes.right // keys))
 
     def _classify_boxes(self, boxes):
         return self.graph._classify_boxes(self._in_blocks(boxes))

@@ -311,7 +311,11 @@ def _replaced(
     if isinstance(graph, Intersection):
         choices = [part for part in graph.graphs if part._unresolved]
         others = [part for part in graph.graphs if not part._unresolved]
-        kept = [part for part in others if not all(isinstance(each, _Choice) and each._keeps_within(part) for each in choices)]
+        kept = [
+            part
+            for part in others
+            if not all(isinstance(each, _Choice) and each._keeps_within(part) for each in choices)
+        ]
         parts = [_replaced(part, within, choose, known) for part in choices] + [known(part) for part in kept]
         return parts[0] if len(parts) == 1 else Intersection(tuple(parts))
     if isinstance(graph, Complement):  # of the pairs of these nodes, whatever lies beside them

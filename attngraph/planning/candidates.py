@@ -111,7 +111,9 @@ class Choice:
 
     def _best(self) -> Candidate:
         if not self.ways:
-            raise ValueError(f"backend={self.name!r} can't run {self.edges.graph}: {'; '.join(map(str, self.candidates.values()))}")
+            raise ValueError(
+                f"backend={self.name!r} can't run {self.edges.graph}: {'; '.join(map(str, self.candidates.values()))}"
+            )
         best = min(self.ways, key=lambda way: way.seconds)
         flash = next((way for way in self.ways if way.name == "dense"), None)
         if self.edges.closed_form is not None and flash is not None:

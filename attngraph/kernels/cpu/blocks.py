@@ -41,6 +41,8 @@ from attngraph.kernels.cpu.tiles_steps import (
 )
 from attngraph.kernels.memory import DTYPES, empty
 
+PIECES_PER_THREAD = 4  # of an entry, where there are too few for all threads
+
 
 class Visits(NamedTuple):
     """A `BlocksLayout`: the queries that hear each block, as arrays."""
@@ -224,7 +226,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, layout: BlocksLayout, modifiers: Mo
     out, lse = empty(*q.shape[:4], v.shape[4], like=q), empty(*q.shape[:4], like=q)
     arrays, real = [flat_heads(x, B * H) for x in (q, k, v, out, lse)], _real_keys(layout, modifiers, B)
     scale_log2, visits = DTYPES[q.dtype](modifiers.scale * log2_e(q.dtype)), _visits(layout)
-    parts = _parts(layout, 1 if _are_enough(B * H * layout.entries) else torch.get_num_threads(), 1)
+    parts = _parts(layout, _pieces_for(B * H * layout.entries), 1)
 
     def run(job: int) -> None:
         h, piece = divmod(job, len(parts))
@@ -255,14 +257,14 @@ def backward(
     (B, H, N, dim), (_, key_heads, M, value_dim) = q.shape, v.shape
     k, v = _of_query_heads(k, H), _of_query_heads(v, H)
     tensors = backward_tensors(q, k, v, out, lse, dout, dlse, layout)
-    one_pass = in_one_pass(B * H * layout.entries)
-    pieces = 4 * torch.get_num_threads()
-    if not one_pass:
-        _run_backward(tensors._replace(dk=q.new_empty(0), dv=q.new_empty(0)), layout, modifiers, _parts(layout, pieces, 1))
-    of_keys = tensors if one_pass else tensors._replace(dq=q.new_empty(0))
-    _run_backward(of_keys, layout, modifiers, _parts(layout, 1, 1 if one_pass else pieces))
+    if in_one_pass(B * H * layout.entries):
+        _run_backward(tensors, layout, modifiers, _parts(layout, 1, 1))
+    else:
+        pieces, nothing = PIECES_PER_THREAD * torch.get_num_threads(), q.new_empty(0)
+        _run_backward(tensors._replace(dk=nothing, dv=nothing), layout, modifiers, _parts(layout, pieces, 1))
+        _run_backward(tensors._replace(dq=nothing), layout, modifiers, _parts(layout, 1, pieces))
     dq, dk, dv = (x.flatten(2, 3) for x in (tensors.dq, tensors.dk, tensors.dv))
-    dk, dv = (x[:, :, :M].unflatten(1, (key_heads, -1)).sum(2) for x in (dk, dv))
+    dk, dv = _of_key_heads(dk[:, :, :M], key_heads), _of_key_heads(dv[:, :, :M], key_heads)
     return dq[:, :, :N, :dim], dk[..., :dim], dv[..., :value_dim], None
 
 
@@ -275,7 +277,9 @@ def _run_backward(tensors: Gradients, layout: BlocksLayout, modifiers: Modifiers
 
     def run(job: int) -> None:
         h, piece = divmod(job, len(parts))
-        backward_part(parts[piece], BackwardTensors(*(x[h] for x in arrays), real[h // H], *dims), visits, scale_log2, scale)
+        backward_part(
+            parts[piece], BackwardTensors(*(x[h] for x in arrays), real[h // H], *dims), visits, scale_log2, scale
+        )
 
     parallel_for(B * H * len(parts), run)
 
@@ -283,6 +287,11 @@ def _run_backward(tensors: Gradients, layout: BlocksLayout, modifiers: Modifiers
 def _of_query_heads(x: Tensor, heads: int) -> Tensor:
     """Keys or values (B, Hkv, M, ·) of each query head: (B, H, M, ·)."""
     return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1)
+
+
+def _of_key_heads(x: Tensor, key_heads: int) -> Tensor:
+    """The reverse for gradients: (B, H, M, ·) → (B, Hkv, M, ·)."""
+    return x if x.shape[1] == key_heads else x.unflatten(1, (key_heads, -1)).sum(2)
 
 
 def _visits(layout: BlocksLayout) -> Visits:
@@ -311,7 +320,7 @@ def _pieces(size: int, count: int) -> list[tuple[int, int]]:
     return list(pairwise(size * piece // count for piece in range(count + 1)))
 
 
-def _are_enough(jobs: int) -> bool:
-    """Whether so many jobs keep all threads at work to the end."""
+def _pieces_for(entries: int) -> int:
+    """Into how many pieces the queries of each entry are cut: few, as each has fewer of the queries of a block."""
     threads = torch.get_num_threads()
-    return jobs % threads == 0 or jobs >= 4 * threads
+    return 1 if entries % threads == 0 or entries >= PIECES_PER_THREAD * threads else threads

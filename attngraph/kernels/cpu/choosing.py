@@ -1,7 +1,7 @@
 """The largest scores of each query on a CPU, in machine code by Numba: of 16 queries at a time, without a branch.
 
-Gains, over `torch.topk`: 8 of 256 scores take 0.35 µs instead of 1.9, 8 of 128 0.20 instead of 1.05 (best of 20 runs, one
-core of a Xeon with AVX-512, float32).
+Gains, over `torch.topk`: 8 of 256 scores take 0.35 µs instead of 1.9, 8 of 128 0.20 instead of 1.05 (best of 20 runs,
+one core of a Xeon with AVX-512, float32).
 """
 
 # pyright: reportCallIssue=false, reportArgumentType=false
@@ -44,7 +44,7 @@ def top_k(scores: Tensor, k: int) -> Tensor:
 
 @inner
 def load_columns(scores, width, row, rows, first, stop, columns):
-    """columns (stop - first, 64) = the scores of `rows` rows from `row` on; of less than 64, the last again and again."""
+    """columns (stop - first, 64) = the scores of `rows` rows from `row` on; of less than 64, the last ones again."""
     whole = first + (stop - first) // LANES * LANES if rows == TILE else first
     for r in range(0, TILE, LANES):
         for j in range(first, whole, LANES):

@@ -44,4 +44,6 @@ class NumbaBlocks(KernelBackend):
         return len(layout.query) * layout.block
 
     def describe(self, edges: EdgeSet, layout: Blocks, call: Call) -> str:
-        return f"{layout.num_blocks:,} blocks of {layout.block} keys, heard {len(layout.query):,} times by single queries"
+        return (
+            f"{layout.num_blocks:,} blocks of {layout.block} keys, heard {len(layout.query):,} times by single queries"
+        )

@@ -14,7 +14,7 @@ from attngraph.graph.base import Graph
 from attngraph.graph.compose import Batched
 from attngraph.graph.dynamic import side_by_side
 from attngraph.graph.edge_list import EdgeList
-from attngraph.planning.backends import top_k_for
+from attngraph.planning.backends import choices_by
 from attngraph.planning.layouts.materialized import edges_of_heads
 
 
@@ -87,7 +87,7 @@ class Folded(NamedTuple):
     @staticmethod
     def of(graph: Graph, q: Tensor, k: Tensor, attention_mask: Tensor | None) -> Folded:
         """Of queries (B, H, N, D) and keys (B, Hkv, M, D), of a graph that `may_be_one`."""
-        return Folded(*side_by_side(graph, q, k, attention_mask, top_k_for(q)), *q.shape[:2])
+        return Folded(*side_by_side(graph, q, k, attention_mask, choices_by(q)), *q.shape[:2])
 
     def queries(self, x: Tensor) -> Tensor:
         """(B, H, N, D) → (1, 1, B · H · num_queries, D)."""

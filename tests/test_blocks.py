@@ -10,6 +10,7 @@ from torch.testing import assert_close
 from attngraph import Blocks, BlockTopK, Causal, EdgeList, TopK, attend, plan
 from attngraph.graph import dynamic
 from attngraph.graph.base import at_size
+from attngraph.planning.backends import choices_by
 from attngraph.planning.edge_set import EdgeSet
 from attngraph.planning.layouts.blocks import Blocks as Layout
 
@@ -246,5 +247,5 @@ def test_of_equal_scores_the_first_are_chosen():
 def test_both_ways_of_finding_scores_choose_alike():
     q, k, _ = sides(900, 2, 2, 1)
     for graph in (BlockTopK(64, 3), BlockTopK(64, 3, 4, causal=False), TopK(5) & Causal()):
-        folded = dynamic.side_by_side(graph, q, k, None, choosing.top_k).graph
+        folded = dynamic.side_by_side(graph, q, k, None, choices_by(q)).graph
         assert folded == dynamic.side_by_side(graph, q, k, None).graph

@@ -32,18 +32,31 @@ from attngraph.graph.edge_list import of_neighbors
 from attngraph.graph.patterns import Causal, Random
 
 SCORES_PER_STEP = 1 << 22  # that are looked at at once: 16 MiB
-BLOCK_SCORES_PER_STEP = 1 << 20  # of blocks: 4 MiB, most of which stay in the cache
+BLOCK_SCORES_PER_STEP = 1 << 19  # of blocks: 2 MiB, most of which stay in a core's cache
 ROWS_PER_STEP = 256  # queries, of a graph that allows few pairs: their keys lie close together
-
-
-Find = Callable[[Tensor, int], Tensor]
-"""Scores (…, J), in float32 or more, and k → where the largest are, as `top_k` finds them."""
 
 
 def top_k(scores: Tensor, k: int) -> Tensor:
     """scores (…, J) → where the k largest of each row are, ascending, after -1 for each that is -inf: int64 (…, k)."""
     best = scores.topk(k, dim=-1, sorted=False)
     return best.indices.masked_fill_(best.values == -torch.inf, -1).sort(-1).values
+
+
+def in_turn(num_steps: int, run: Callable[[int], None]) -> None:
+    """run(0) … run(num_steps - 1)."""
+    for step in range(num_steps):
+        run(step)
+
+
+class Means(NamedTuple):
+    """By what choices are found, which may be faster than torch alone."""
+
+    top_k: Callable[[Tensor, int], Tensor] = top_k
+    for_each: Callable[[int, Callable[[int], None]], None] = in_turn
+    """As `in_turn`, in any order, by threads in which each operation of torch runs by itself."""
+
+
+IN_TORCH = Means()
 
 
 class _Choice(Graph):
@@ -66,7 +79,7 @@ class _Choice(Graph):
         return 1, 1
 
     @abstractmethod
-    def _best(self, q: Tensor, k: Tensor, allowed: Graph, attention_mask: Tensor | None, find: Find) -> Tensor:
+    def _best(self, q: Tensor, k: Tensor, allowed: Graph, attention_mask: Tensor | None, by: Means) -> Tensor:
         """q (B, H, N, D), k (B, Hkv, M, D) → what was chosen of what is allowed, -1 for none: int64 (B, H, I, C)."""
 
     @abstractmethod
@@ -99,7 +112,7 @@ class TopK(_Choice):
     def _check(self):
         require_ints(1, k=self.k)
 
-    def _best(self, q, k, allowed, attention_mask, find):
+    def _best(self, q, k, allowed, attention_mask, by):
         found = q.new_full((*q.shape[:3], self.k), -1, dtype=torch.int64)
         for start, stop, columns in _allowed_keys(allowed, q.shape[2], k.shape[2], len(q) * q.shape[1]):
             scores = _scores(q[:, :, start:stop], k if columns is None else k[:, :, columns])
@@ -109,7 +122,7 @@ class TopK(_Choice):
                 scores.masked_fill_(~allowed.contains(rows[:, None], keys), -torch.inf)
             if attention_mask is not None:
                 scores.masked_fill_(~attention_mask[:, None, None, keys], -torch.inf)
-            best = find(scores, min(self.k, len(keys)))
+            best = by.top_k(scores, min(self.k, len(keys)))
             found[:, :, start:stop, self.k - best.shape[3] :] = torch.where(best < 0, -1, keys[best])
         return found
 
@@ -160,14 +173,16 @@ class BlockTopK(_Choice):
     def _blocks(self):
         return self.queries, self.block
 
-    def _best(self, q, k, allowed, attention_mask, find):
+    def _best(self, q, k, allowed, attention_mask, by):
         n, m = q.shape[2], k.shape[2]
         means, has_keys = _means(k, self.block, attention_mask)
         asked = q[:, :, :: self.queries] if self.causal else _means(q, self.queries)[0]
         blocks = torch.arange(means.shape[2], device=q.device)
         found = q.new_full((*asked.shape[:3], min(self.k, len(blocks))), -1, dtype=torch.int64)
         step = max(ROWS_PER_STEP // 4, BLOCK_SCORES_PER_STEP // max(1, len(q) * q.shape[1] * len(blocks)))
-        for start in range(0, asked.shape[2], step):
+
+        def run(number: int) -> None:
+            start = number * step
             first = torch.arange(start, min(start + step, asked.shape[2]), device=q.device)[:, None] * self.queries
             own, stop = first // self.block, len(blocks)
             if self.causal:
@@ -181,8 +196,11 @@ class BlockTopK(_Choice):
             scores[..., near].masked_fill_(blocks[near] == own, torch.inf)
             if allowed != Full():
                 scores.masked_fill_(self._none_allowed(allowed, first, blocks[:stop], n, m), -torch.inf)
-            best = find(scores, min(found.shape[3], stop))
+            best = by.top_k(scores, min(found.shape[3], stop))
             found[:, :, start : start + step, found.shape[3] - best.shape[3] :] = best
+
+        for_each = by.for_each if allowed == Full() else in_turn  # what a graph asks may not be for other threads
+        for_each(-(-asked.shape[2] // step), run)
         return found
 
     def _none_allowed(self, allowed: Graph, first: Tensor, blocks: Tensor, n: int, m: int) -> Tensor:
@@ -240,15 +258,15 @@ def may_be_one(graph: Graph, n: int, m: int) -> bool:
     return graph.heads is None and (n == m or not causal)
 
 
-def side_by_side(graph: Graph, q: Tensor, k: Tensor, attention_mask: Tensor | None, find: Find = top_k) -> SideBySide:
-    """What queries (B, H, N, D) and keys (B, Hkv, M, D) choose, by `find`."""
+def side_by_side(graph: Graph, q: Tensor, k: Tensor, attention_mask: Tensor | None, by: Means = IN_TORCH) -> SideBySide:
+    """What queries (B, H, N, D) and keys (B, Hkv, M, D) choose."""
     n, m, entries = q.shape[2], k.shape[2], len(q) * q.shape[1]
     parts = list(_choices_in(graph))
     block_n, block_m = (math.lcm(*(part._blocks[side] for part in parts)) for side in (0, 1))
     rows, columns = -(-n // block_n) * block_n, -(-m // block_m) * block_m
     if n == m:
         rows = columns = max(rows, columns)  # in which causal is what it was
-    choices = _Choices(q, k, attention_mask, find)
+    choices = _Choices(q, k, attention_mask, by)
 
     def choose(part: _Choice, allowed: Graph) -> Graph:
         best = choices.best(part, allowed).flatten(0, 1)
@@ -269,15 +287,15 @@ def side_by_side(graph: Graph, q: Tensor, k: Tensor, attention_mask: Tensor | No
 class _Choices:
     """What queries and keys choose, found once for each choice."""
 
-    def __init__(self, q: Tensor, k: Tensor, attention_mask: Tensor | None, find: Find = top_k):
-        self.q, self.k, self.attention_mask, self.find = q.detach(), k.detach(), attention_mask, find
+    def __init__(self, q: Tensor, k: Tensor, attention_mask: Tensor | None, by: Means = IN_TORCH):
+        self.q, self.k, self.attention_mask, self.by = q.detach(), k.detach(), attention_mask, by
         self._known: dict[tuple[Graph, Graph], Tensor] = {}
         self._heads: dict[int, _Choices] = {}
 
     def best(self, part: _Choice, allowed: Graph) -> Tensor:
         """See `_Choice._best`."""
         if (part, allowed) not in self._known:
-            self._known[part, allowed] = part._best(self.q, self.k, allowed, self.attention_mask, self.find)
+            self._known[part, allowed] = part._best(self.q, self.k, allowed, self.attention_mask, self.by)
         return self._known[part, allowed]
 
     def of_head(self, head: int) -> _Choices:
@@ -285,7 +303,7 @@ class _Choices:
         if head not in self._heads:
             key_head = head // (self.q.shape[1] // self.k.shape[1])
             sides = self.q[:, head : head + 1], self.k[:, key_head : key_head + 1]
-            self._heads[head] = _Choices(*sides, self.attention_mask, self.find)
+            self._heads[head] = _Choices(*sides, self.attention_mask, self.by)
         return self._heads[head]
 
 

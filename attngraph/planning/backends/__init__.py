@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from attngraph.graph import dynamic
-from attngraph.graph.dynamic import Find
 from attngraph.planning.backends.base import Backend
 from attngraph.planning.backends.blocks import NumbaBlocks
 from attngraph.planning.backends.dense import Dense
@@ -61,12 +60,13 @@ def products_of(q: Tensor) -> Any:
     )
 
 
-def top_k_for(q: Tensor) -> Find:
-    """What finds the largest of the scores of tensors like q."""
+def choices_by(q: Tensor) -> dynamic.Means:
+    """What finds the choices of queries like q."""
     if q.device.type != "cpu" or not makes_products(q):
-        return dynamic.top_k
-    kernel = import_module("attngraph.kernels.cpu.choosing")
-    return lambda scores, k: kernel.top_k(scores, k) if k <= kernel.MAX_K else dynamic.top_k(scores, k)
+        return dynamic.IN_TORCH
+    kernel, for_each = (import_module(f"attngraph.kernels.cpu.{name}") for name in ("choosing", "openmp"))
+    top_k = lambda scores, k: kernel.top_k(scores, k) if k <= kernel.MAX_K else dynamic.top_k(scores, k)  # noqa: E731
+    return dynamic.Means(top_k, for_each.parallel_for)
 
 
 def products_of_tiles() -> Any:

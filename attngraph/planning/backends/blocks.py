@@ -8,7 +8,7 @@ from attngraph.planning.costs import Costs
 from attngraph.planning.edge_set import EdgeSet
 from attngraph.planning.layouts.blocks import Blocks
 
-GATHER_FACTOR = 1.5  # of the time of a tile of adjacent nodes: its queries are gathered, and their sums scattered
+GATHER_FACTOR = 1.3  # of the time of a tile of adjacent nodes: its queries are gathered, and their sums scattered
 
 
 class NumbaBlocks(KernelBackend):

@@ -47,7 +47,9 @@ class ListedBlocks:
     @cached_property
     def visits(self) -> tuple[Tensor, Tensor]:
         """Each query with each block of keys that it hears, by query, then block: int32 (visits,)."""
-        block, key = self.edges.query.to(torch.int32), self.edges.key.to(torch.int32)
+        block = self.edges.query
+        key = (self.edges.code - block * self.edges._keys).to(torch.int32)
+        block = block.to(torch.int32)
         if self.queries == 1:
             return block, key
         query = torch.arange(self.n, dtype=torch.int32, device=block.device)

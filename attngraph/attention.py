@@ -32,6 +32,7 @@ from attngraph.kernels.scoring import (
     score_name,
 )
 from attngraph.packing import entry_size, packed, packed_bias, takes_batch, unpacked
+from attngraph.planning.backends import chooser_for
 from attngraph.planning.backends.base import Results
 from attngraph.planning.call import Call, Request, Transform, normalizer_name
 from attngraph.planning.edge_set import closed_form
@@ -235,7 +236,7 @@ def _run(
 
 def _run_chosen(q: Tensor, k: Tensor, v: Tensor, request: Request, graph: Graph, name: str) -> Results:
     """By the graph that queries and keys choose, of all heads and entries at once."""
-    folded = Folded.of(graph, q, k, request.attention_mask)
+    folded = Folded.of(graph, q, k, request.attention_mask, chooser_for(q))
     sides = folded.queries(q), folded.keys(k), folded.keys(v)
     request = request._replace(attention_mask=folded.mask(request.attention_mask, k))
     call = _call(*sides, None, request)

@@ -379,7 +379,7 @@ BAD = [
     (
         {"backend": "flash"},
         ValueError,
-        "backend must be one of auto, reference, edges, dense, tiles, rows, steps (got 'flash')",
+        "backend must be one of auto, reference, edges, dense, blocks, tiles, rows, steps (got 'flash')",
     ),
     ({"backend": "dense", "score": "additive"}, ValueError, "it has no score='additive'"),
     ({"backend": "dense", "normalize": "sigmoid"}, ValueError, "it has no normalize='sigmoid'"),

@@ -27,7 +27,7 @@ from attngraph.graph import columns
 from attngraph.models import GPT, DecisionTransformer, Encoder, EncoderDecoder, ViT
 from attngraph.nn import Transformer, TransformerConfig
 
-BACKENDS = ["auto", *(name for name in attngraph.planning.backends.names() if name != "steps")]
+BACKENDS = ["auto", *(name for name in attngraph.planning.backends.names() if name not in ("steps", "blocks"))]
 N, H = 9, 2
 CHANCE = torch.Generator().manual_seed(3)
 

@@ -14,7 +14,7 @@ from attngraph.graph.base import Graph, Size, bind, common_size, require_ints
 from attngraph.graph.boxes import PARTIAL, Boxes, SideBySide, require_memory
 from attngraph.graph.counting import Breakpoints
 from attngraph.graph.edge_list import EdgeList, of_sorted
-from attngraph.graph.listing import BYTES_PER_EDGE, count_edges, list_edges, sort_edges
+from attngraph.graph.listing import BYTES_PER_EDGE, count_edges, list_edges, no_edges, sort_edges
 from attngraph.graph.values import plain_int
 
 if TYPE_CHECKING:
@@ -326,6 +326,18 @@ class Blocks(Graph):
         inside = (row < high[:, None, None]) & (column < wide[:, None, None])
         every = torch.broadcast_tensors((query * queries)[:, None, None] + row, (key * keys)[:, None, None] + column)
         return sort_edges(every[0][inside], every[1][inside], m)
+
+    def _edges_of_rows(self, start, stop, n, m):
+        if stop <= start:
+            return no_edges()
+        queries, keys = self._sides
+        first, last = start // queries, -(-stop // queries)
+        query, key = self.graph._edges_of_rows(first, last, -(-n // queries), -(-m // keys))
+        some = Blocks(of_sorted(query * -(-m // keys) + key, (last - first, -(-m // keys))), self.block)
+        query, key = some._edges(min(last * queries, n) - first * queries, m)
+        query = query - (start - first * queries)
+        inside = (query >= 0) & (query < stop - start)
+        return query[inside], key[inside]
 
     def _count(self, n, m):
         _, _, high, wide = self._listed(n, m)

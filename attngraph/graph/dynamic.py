@@ -34,7 +34,43 @@ from attngraph.graph.listing import count_edges
 from attngraph.graph.patterns import Causal, Random
 
 SCORES_PER_STEP = 1 << 22  # that are looked at at once: 16 MiB
+BLOCK_SCORES_PER_STEP = 1 << 19  # of blocks: 2 MiB, most of which stay in a core's cache
 ROWS_PER_STEP = 256  # queries, of a graph that allows few pairs: their keys lie close together
+
+
+def largest(scores: Tensor, count: int) -> Tensor:
+    """Where the largest of scores (…, M) are, of equal ones the first, ascending, after -1 for each that is -inf.
+
+    int64 (…, count), with count ≤ M.
+    """
+    top = scores.topk(min(count + 1, scores.shape[-1]), dim=-1)
+    found = top.indices[..., :count].masked_fill(top.values[..., :count] == -torch.inf, -1)
+    if 0 < count < scores.shape[-1]:
+        least, next_best = top.values[..., count - 1], top.values[..., count]
+        tied = (least == next_best) & (least > -torch.inf)
+        if bool(tied.any()):
+            rows, least = scores[tied], least[tied][:, None]
+            better, equal = rows > least, rows == least
+            equal &= equal.cumsum(-1) <= count - better.sum(-1, keepdim=True)
+            found[tied] = (better | equal).nonzero()[:, 1].view(-1, count)
+    return found.sort(-1).values
+
+
+def in_turn(num_steps: int, run: Callable[[int], None]) -> None:
+    """run(0) … run(num_steps - 1)."""
+    for step in range(num_steps):
+        run(step)
+
+
+class Chooser(NamedTuple):
+    """What choices are found by; there may be something faster than torch alone."""
+
+    largest: Callable[[Tensor, int], Tensor] = largest
+    for_each: Callable[[int, Callable[[int], None]], None] = in_turn
+    """As `in_turn`, in any order, by threads in which each operation of torch runs by itself."""
+
+
+IN_TORCH = Chooser()
 
 
 class _Choice(Graph):
@@ -57,7 +93,7 @@ class _Choice(Graph):
         return 1, 1
 
     @abstractmethod
-    def _best(self, q: Tensor, k: Tensor, allowed: Graph, attention_mask: Tensor | None) -> Tensor:
+    def _best(self, q: Tensor, k: Tensor, allowed: Graph, attention_mask: Tensor | None, by: Chooser) -> Tensor:
         """q (B, H, N, D), k (B, Hkv, M, D) → what was chosen of what is allowed, -1 for none: int64 (B, H, I, C)."""
 
     @abstractmethod
@@ -95,7 +131,7 @@ class TopK(_Choice):
     def _check(self):
         require_ints(1, k=self.k)
 
-    def _best(self, q, k, allowed, attention_mask):
+    def _best(self, q, k, allowed, attention_mask, by):
         found = q.new_full((*q.shape[:3], self.k), -1, dtype=torch.int64)
         for start, stop, columns in _allowed_keys(allowed, q.shape[2], k.shape[2], len(q) * q.shape[1]):
             scores = _scores(q[:, :, start:stop], k if columns is None else k[:, :, columns])
@@ -105,8 +141,8 @@ class TopK(_Choice):
                 scores.masked_fill_(~allowed.contains(rows[:, None], keys), -torch.inf)
             if attention_mask is not None:
                 scores.masked_fill_(~attention_mask[:, None, None, keys], -torch.inf)
-            best = _best_of(scores, min(self.k, len(keys)))
-            found[:, :, start:stop, : best.shape[3]] = torch.where(best < 0, best, keys[best])
+            best = by.largest(scores, min(self.k, len(keys)))
+            found[:, :, start:stop, self.k - best.shape[3] :] = torch.where(best < 0, -1, keys[best])
         return found
 
     def _chosen(self, best, num_keys):
@@ -158,25 +194,34 @@ class BlockTopK(_Choice):
     def _blocks(self):
         return self.queries, self.block
 
-    def _best(self, q, k, allowed, attention_mask):
+    def _best(self, q, k, allowed, attention_mask, by):
         n, m = q.shape[2], k.shape[2]
         means, has_keys = _means(k, self.block, attention_mask)
         asked = q[:, :, :: self.queries] if self.causal else _means(q, self.queries)[0]
         blocks = torch.arange(means.shape[2], device=q.device)
         found = q.new_full((*asked.shape[:3], min(self.k, len(blocks))), -1, dtype=torch.int64)
-        step = max(1, SCORES_PER_STEP // max(1, len(q) * q.shape[1] * len(blocks)))
-        for start in range(0, asked.shape[2], step):
-            scores = _scores(asked[:, :, start : start + step], means).masked_fill_(
-                ~has_keys[:, None, None], -torch.inf
-            )
-            first = torch.arange(start, start + scores.shape[2], device=q.device)[:, None] * self.queries
-            own = first // self.block
+        step = max(ROWS_PER_STEP // 4, BLOCK_SCORES_PER_STEP // max(1, len(q) * q.shape[1] * len(blocks)))
+
+        def run(number: int) -> None:
+            start = number * step
+            first = torch.arange(start, min(start + step, asked.shape[2]), device=q.device)[:, None] * self.queries
+            own, stop = first // self.block, len(blocks)
             if self.causal:
-                scores.masked_fill_(blocks > own, -torch.inf)
-            scores.masked_fill_(blocks == own, torch.inf)
+                stop = min(stop, (start + len(first) - 1) * self.queries // self.block + 1)  # later ones are not heard
+            near = slice(start * self.queries // self.block, stop)  # with all blocks that are own or later
+            scores = _scores(asked[:, :, start : start + step], means[:, :, :stop])
+            if attention_mask is not None:
+                scores.masked_fill_(~has_keys[:, None, None, :stop], -torch.inf)
+            if self.causal:
+                scores[..., near].masked_fill_(blocks[near] > own, -torch.inf)
+            scores[..., near].masked_fill_(blocks[near] == own, torch.inf)
             if allowed != Full():
-                scores.masked_fill_(self._none_allowed(allowed, first, blocks, n, m), -torch.inf)
-            found[:, :, start : start + step] = _best_of(scores, found.shape[3])
+                scores.masked_fill_(self._none_allowed(allowed, first, blocks[:stop], n, m), -torch.inf)
+            best = by.largest(scores, min(found.shape[3], stop))
+            found[:, :, start : start + step, found.shape[3] - best.shape[3] :] = best
+
+        for_each = by.for_each if allowed == Full() else in_turn  # what a graph asks may not be for other threads
+        for_each(-(-asked.shape[2] // step), run)
         return found
 
     def _none_allowed(self, allowed: Graph, first: Tensor, blocks: Tensor, n: int, m: int) -> Tensor:
@@ -243,10 +288,10 @@ class Folded(NamedTuple):
     heads: int
 
     @staticmethod
-    def of(graph: Graph, q: Tensor, k: Tensor, attention_mask: Tensor | None) -> Folded:
+    def of(graph: Graph, q: Tensor, k: Tensor, attention_mask: Tensor | None, by: Chooser) -> Folded:
         """What queries (B, H, N, D) and keys (B, Hkv, M, D) choose, where the graph `may_fold`."""
         (batch, heads, n, _), m = q.shape, k.shape[2]
-        parts, choices = list(_choices_in(graph)), _Choices(q, k, attention_mask)
+        parts, choices = list(_choices_in(graph)), _Choices(q, k, attention_mask, by)
         rows, columns = (
             -(-count // block) * block
             for side, count in enumerate((n, m))
@@ -257,8 +302,9 @@ class Folded(NamedTuple):
 
         def choose(part: _Choice, allowed: Graph) -> Graph:
             best = choices.best(part, allowed).flatten(0, 1)
-            more = rows // part._blocks[0] - best.shape[1]
-            return part._chosen(pad(best, (0, 0, 0, more), value=-1), columns)
+            if more := rows // part._blocks[0] - best.shape[1]:
+                best = pad(best, (0, 0, 0, more), value=-1)
+            return part._chosen(best, columns)
 
         def repeat(part: Graph) -> Graph:
             own = part.sized(n, m)
@@ -298,15 +344,16 @@ class Folded(NamedTuple):
 class _Choices:
     """What queries and keys choose, found once for each choice."""
 
-    def __init__(self, q: Tensor, k: Tensor, attention_mask: Tensor | None):
+    def __init__(self, q: Tensor, k: Tensor, attention_mask: Tensor | None, by: Chooser = IN_TORCH):
         self.q, self.k, self.attention_mask = q.detach(), k.detach(), attention_mask
+        self.by = by if bool((self.q.sum() + self.k.sum()).isfinite()) else by._replace(largest=_nan_first(by.largest))
         self._known: dict[tuple[Graph, Graph], Tensor] = {}
         self._heads: dict[int, _Choices] = {}
 
     def best(self, part: _Choice, allowed: Graph) -> Tensor:
         """See `_Choice._best`."""
         if (part, allowed) not in self._known:
-            self._known[part, allowed] = part._best(self.q, self.k, allowed, self.attention_mask)
+            self._known[part, allowed] = part._best(self.q, self.k, allowed, self.attention_mask, self.by)
         return self._known[part, allowed]
 
     def of_head(self, head: int) -> _Choices:
@@ -314,8 +361,13 @@ class _Choices:
         if head not in self._heads:
             key_head = head // (self.q.shape[1] // self.k.shape[1])
             sides = self.q[:, head : head + 1], self.k[:, key_head : key_head + 1]
-            self._heads[head] = _Choices(*sides, self.attention_mask)
+            self._heads[head] = _Choices(*sides, self.attention_mask, self.by)
         return self._heads[head]
+
+
+def _nan_first(of_numbers: Callable[[Tensor, int], Tensor]) -> Callable[[Tensor, int], Tensor]:
+    """The same, with NaN among the largest: it is heard, and seen in what comes of it."""
+    return lambda scores, count: of_numbers(scores.nan_to_num_(torch.inf, torch.inf, -torch.inf), count)
 
 
 def alike(graph: Graph, n: int, m: int) -> tuple[Graph, int]:
@@ -415,35 +467,17 @@ def _scores(q: Tensor, k: Tensor) -> Tensor:
     return (by_key_head @ k.to(exact).transpose(2, 3)).unflatten(2, (group, -1)).flatten(1, 2)
 
 
-def _best_of(scores: Tensor, count: int) -> Tensor:
-    """Where the highest of scores (…, M) are, of equal ones the first; -1 for those that are -inf: int64 (…, count)."""
-    top = scores.topk(min(count + 1, scores.shape[-1]), dim=-1)
-    found = top.indices[..., :count].masked_fill(top.values[..., :count] == -torch.inf, -1)
-    if not 0 < count < scores.shape[-1]:
-        return found
-    least, next_best = top.values[..., count - 1], top.values[..., count]
-    tied = (least == next_best) & (least > -torch.inf)
-    if bool(tied.any()):
-        rows, least = scores[tied], least[tied][:, None]
-        better, equal = ~(rows <= least), rows == least
-        equal &= equal.cumsum(-1) <= count - better.sum(-1, keepdim=True)
-        found[tied] = (better | equal).nonzero()[:, 1].view(-1, count)
-    return found
-
-
 def _means(x: Tensor, block: int, attention_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The mean vector of each block of nodes, (B, H, ⌈N / block⌉, D), and which have nodes that count: bool (B, …)."""
-    count = -(-x.shape[2] // block)
-    counts = x.new_ones(len(x), x.shape[2]) if attention_mask is None else attention_mask.to(x.dtype)
-    exact = torch.promote_types(x.dtype, torch.float32)
-    more = count * block - x.shape[2]
-    counts = pad(counts.to(exact), (0, more)).view(len(x), count, block)
-    nodes = pad(x.to(exact), (0, 0, 0, more)).unflatten(2, (count, block))
-    total = counts.sum(2)
-    weights = counts / total.clamp(min=1)[..., None]
-    return torch.einsum(
-        "bhcnd,bcn->bhcd", nodes.nan_to_num() if attention_mask is not None else nodes, weights
-    ), total > 0
+    count, exact = -(-x.shape[2] // block), torch.promote_types(x.dtype, torch.float32)
+    counts = x.new_ones(len(x), x.shape[2], dtype=exact)
+    if attention_mask is not None:
+        counts, x = attention_mask.to(exact), x.masked_fill(~attention_mask[:, None, :, None], 0)
+    if more := count * block - x.shape[2]:
+        counts, x = pad(counts, (0, more)), pad(x, (0, 0, 0, more))
+    total = counts.view(len(x), count, block).sum(2)
+    sums = x.unflatten(2, (count, block)).sum(3, dtype=exact)
+    return sums / total.clamp(min=1)[:, None, :, None], total > 0
 
 
 def _allowed_keys(graph: Graph, n: int, m: int, heads: int) -> Iterator[tuple[int, int, Tensor | None]]:

@@ -188,7 +188,12 @@ class EdgeList(Graph):
         return same and torch.equal(self.code, other.code.to(self.code.device))
 
     def __hash__(self) -> int:
-        return hash(self.digest)
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        """Cheaper than the digest, as most lists that are made for some calls alone are compared with no other."""
+        return hash((self.size, len(self.code), int(self.code.sum())))
 
     def without_plans(self) -> EdgeList:
         """An equal graph that is made for some calls alone: what its plans hold, so that they end with it."""
@@ -275,7 +280,7 @@ def of_neighbors(index: Tensor, num_keys: int) -> EdgeList:
     """The graph of the keys of each query, (N, k) or (B, N, k), -1 for none."""
     entries, n = (None if index.ndim == 2 else len(index)), index.shape[-2]
     rows = index.flatten(0, -2).to(torch.int64)
-    if rows.shape[1] > 1 and not bool((rows[:, 1:] > rows[:, :-1]).all()):
+    if rows.shape[1] > 1 and not bool((rows[:, 1:] >= rows[:, :-1]).all()):
         rows = rows.sort(1).values
     query = torch.arange(len(rows), device=rows.device)[:, None]
     num_entries = entries or 1

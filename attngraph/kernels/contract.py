@@ -182,17 +182,21 @@ class TileTable(Protocol):
         ...
 
 
-class TilesLayout(Protocol):
+class Grid(Protocol):
+    """The plane of all pairs, cut into tiles."""
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """How many rows and columns of tiles there are."""
+        ...
+
+
+class TilesLayout(Grid, Protocol):
     """The adjacency matrix as tiles; those at the border may reach beyond it."""
 
     @property
     def tile(self) -> tuple[int, int]:
         """How many queries and keys a tile has."""
-        ...
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """How many rows and columns of tiles there are."""
         ...
 
     @property
@@ -258,6 +262,56 @@ class TilesLayout(Protocol):
 
     def on(self, device: torch.device) -> TilesLayout:
         """The same on another device."""
+        ...
+
+
+# ------------------------------------------------------------------------------------------------------ blocks
+
+
+class BlocksLayout(Grid, Protocol):
+    """Blocks of keys, and the queries that hear each: block j is heard by query[start[j]] … query[start[j + 1] - 1].
+
+    Nodes are those of `entries` of equal sizes, one after the other; no query hears a block of another entry.
+    """
+
+    @property
+    def n(self) -> int:
+        """How many queries."""
+        ...
+
+    @property
+    def m(self) -> int:
+        """How many keys; the last block may reach beyond."""
+        ...
+
+    @property
+    def entries(self) -> int:
+        """How many entries."""
+        ...
+
+    @property
+    def block(self) -> int:
+        """How many keys a block has, a multiple of 64."""
+        ...
+
+    @property
+    def num_blocks(self) -> int:
+        """How many blocks."""
+        ...
+
+    @property
+    def causal(self) -> bool:
+        """Whether keys after a query are left out."""
+        ...
+
+    @property
+    def start(self) -> Tensor:
+        """int64 (blocks + 1,)."""
+        ...
+
+    @property
+    def query(self) -> Tensor:
+        """Of each block ascending: int32 (visits,)."""
         ...
 
 

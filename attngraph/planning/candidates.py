@@ -21,6 +21,7 @@ from attngraph.planning.backends.base import INSTALLED
 from attngraph.planning.call import Call
 from attngraph.planning.costs import Costs
 from attngraph.planning.edge_set import EdgeSet, closed_form
+from attngraph.planning.layouts.blocks import TILE
 from attngraph.planning.reordering import bandwidth_order, typical_band
 
 MERGE_SAFETY_FACTOR = 1.25  # a plan of two parts must promise to be so much faster: estimates are no more exact
@@ -109,6 +110,10 @@ class Choice:
         return [part for part in found if part.edges or part.backend.runs_whole(part.layout, self.call)]
 
     def _best(self) -> Candidate:
+        if not self.ways:
+            raise ValueError(
+                f"backend={self.name!r} can't run {self.edges.graph}: {'; '.join(map(str, self.candidates.values()))}"
+            )
         best = min(self.ways, key=lambda way: way.seconds)
         flash = next((way for way in self.ways if way.name == "dense"), None)
         if self.edges.closed_form is not None and flash is not None:
@@ -135,6 +140,8 @@ class Choice:
                 self.candidates[able.pop("tiles").label] = (
                     "the graph is made for some calls alone: its edges are counted"
                 )
+            elif self.edges.blocks is not None and self.edges.blocks.queries % TILE:
+                self.candidates[able.pop("tiles").label] = "its blocks of queries are no whole tiles"
             elif self._is_scattered(able["tiles"], able["rows"]):
                 self.candidates[able.pop("tiles").label] = "too few edges in each of some rows of its tiles"
         # Tiles before those that only count: they list what can't be counted anyway.
@@ -155,6 +162,9 @@ class Choice:
         reason = backend.supports(self.call)
         if reason is None and self.name == "auto":
             reason = backend.only_by_name(self.call)
+        reason = reason or backend.lacks(self.edges)
+        if reason is None and self.name == "auto":
+            reason = self._reason_of_blocks(backend, able)
         if reason is None and backend.name in able:
             return f"{able[backend.name].label} can, and is faster"
         if reason is None and self.name == "auto" and backend.name != "dense":
@@ -166,6 +176,17 @@ class Choice:
             pairs = self.call.num_queries * self.call.num_keys
             return f"its mask would have {pairs:,} entries" if pairs > MAX_MASKED_PAIRS else None
         return reason
+
+    def _reason_of_blocks(self, backend: Backend, able: dict[str, Backend]) -> str | None:
+        """Of listed blocks of keys: those that single queries hear would nearly all be tiles, each with few edges."""
+        blocks = self.edges.blocks
+        if blocks is None:
+            return None
+        if backend.name == "blocks":
+            return "its blocks of queries are whole tiles" if blocks.queries % TILE == 0 else None
+        if backend.name in ("tiles", "rows") and "blocks" in able:
+            return f"{able['blocks'].label} can, and is faster"
+        return None
 
     def _is_scattered(self, tiles: Backend, rows: Backend) -> bool:
         """Whether few edges of a list lie in tiles that pay, as some rows of tiles tell, nor would in another order."""

@@ -15,6 +15,7 @@ from attngraph.graph.edge_list import EdgeList
 from attngraph.graph.listing import count_edges, list_edges, no_edges, split
 from attngraph.graph.patterns import Causal, Chunks, Documents
 from attngraph.graph.rewrite import simplify
+from attngraph.planning.layouts.blocks import ListedBlocks
 from attngraph.planning.layouts.tiles import Table, tabulate, tabulate_edges, union, without
 
 SAMPLE_EDGES = 1 << 20  # edges from which it is estimated how close together they all lie
@@ -135,8 +136,15 @@ class EdgeSet:
         return packed_form(self.graph, self.n, self.m) if self.is_whole else None
 
     @cached_property
+    def blocks(self) -> ListedBlocks | None:
+        """Blocks of a list of edges, where these are its edges."""
+        return ListedBlocks.of(self.graph, self.n, self.m) if self.is_whole else None
+
+    @cached_property
     def count(self) -> int:
         """How many edges there are."""
+        if self.blocks is not None:
+            return self.blocks.count
         for known in self._tabulated.values():
             return known.count
         return count_edges(self.graph, self.n, self.m)
@@ -184,8 +192,8 @@ class EdgeSet:
 
     @property
     def is_listed(self) -> bool:
-        """Whether the list of all edges is at hand."""
-        return "_listed" in vars(self)
+        """Whether the list of all edges is at hand, or easy to make."""
+        return "_listed" in vars(self) or self.blocks is not None
 
     def to_edges(self) -> Edges:
         """All edges, sorted; kept, as a backend may estimate by them and then build its layout of them."""
@@ -199,7 +207,7 @@ class EdgeSet:
                 return query, key
             code = (self.order[query] * self.m + self.order[key]).sort().values  # the nodes by their own numbers
             return code // max(self.m, 1), code % max(self.m, 1)
-        return list_edges(self.graph, self.n, self.m)
+        return list_edges(self.graph, self.n, self.m) if self.blocks is None else self.blocks.to_edges()
 
     def sampled(self, tiling: Tiling) -> tuple[Tabulated, float]:
         """How some of the edges lie in tiles, or all, where that is known; and how many times as many there are."""

@@ -20,7 +20,7 @@ from attngraph.kernels.contract import BiasKind, Dropout, Modifiers, ScoreBias, 
 from attngraph.kernels.memory import apart, like, nodes_first
 from attngraph.kernels.merge import merge
 from attngraph.kernels.scoring import LeakyReLU, SoftCap
-from attngraph.planning.backends import BACKENDS
+from attngraph.planning.backends import BACKENDS, chooser_for
 from attngraph.planning.backends.base import INSTALLED, Results
 from attngraph.planning.call import Call, Request
 from attngraph.planning.candidates import Part
@@ -193,7 +193,7 @@ class _Known(NamedTuple):
         (graph, tensors, name), folded = pack, None
         found = unpack(graph, tensors)
         if isinstance(found, Graph) and found._unresolved:
-            folded = Folded.of(found, sides[0], sides[1], mask)
+            folded = Folded.of(found, sides[0], sides[1], mask, chooser_for(sides[0]))
             mask = folded.mask(mask, sides[1])
             sides = folded.queries(sides[0]), folded.keys(sides[1]), folded.keys(sides[2])
         q, k, v = sides

@@ -210,6 +210,27 @@ def maximum(typing, a, b):
 
 
 @intrinsic
+def other_than_maximum(typing, a, b):
+    """The one that `maximum`(a, b) is not, in each lane."""
+
+    def generate(context, builder, sig, args):
+        return builder.select(builder.fcmp_ordered(">", *args), *args[::-1])
+
+    return a(a, b), generate
+
+
+@intrinsic
+def at_least(typing, a, b):
+    """A bit for each lane in which a >= b, from the lowest on."""
+
+    def generate(context, builder, sig, args):
+        mask = builder.fcmp_ordered(">=", *args)
+        return builder.zext(builder.bitcast(mask, ir.IntType(LANES)), SIZE)
+
+    return types.uint64(a, b), generate
+
+
+@intrinsic
 def where(typing, bits, first, value, masked):
     """In lane l, that of `value` where bit first + l is set, else that of `masked`."""
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from attngraph.kernels.contract import Modifiers, ScoreBias, TileRows, TilesLayout
+from attngraph.kernels.contract import Grid, Modifiers, ScoreBias, TileRows, TilesLayout
 from attngraph.kernels.cpu.openmp import parallel_for
 from attngraph.kernels.cpu.simd import LANES, LOG2_E, TILE
 from attngraph.kernels.cpu.tiles_backward import BackwardTensors, backward_dkdv, backward_dq, compute_delta
@@ -95,26 +95,19 @@ def backward(
     """
     (B, _, N, dim), (_, key_heads, M, value_dim) = q.shape, v.shape
     scoring, dbias = _scoring(modifiers, q, M), _DBias(modifiers.bias if bias_grad else None, q, M)
-    lse = lse.masked_fill(lse == -torch.inf, torch.inf) * log2_e(q.dtype)  # without edges, p = exp(-inf)
-    delta = torch.zeros_like(lse) if dlse is None else dlse.clone()
-    lse, delta = tiled(lse[..., None], layout, 0, 1), tiled(delta[..., None], layout, 0, 1)
-    q, out, dout = tiled(q, layout, 0), tiled(out, layout, 0), tiled(dout, layout, 0)
-    k, v = tiled(k, layout, 1), tiled(v, layout, 1)
-    _delta(out, dout, delta)
-    dq, dk, dv = zeros(*q.shape, like=q), empty(*k.shape, like=k), empty(*v.shape, like=v)
-    tensors = _Gradients(q, k, v, dout, lse, delta, dq, dk, dv)
-    if dbias.by_head or (_in_one_pass(B * key_heads) and not dbias.by_column):
+    tensors = backward_tensors(q, k, v, out, lse, dout, dlse, layout)
+    if dbias.by_head or (in_one_pass(B * key_heads) and not dbias.by_column):
         _dkdv(tensors, layout, modifiers, scoring, [(0, layout.grid[1])], dbias)
     else:
         columns = jobs_of(layout.by_key, 1 if dbias.by_column else B * key_heads)
         if len(columns) > 1:
             _dq(tensors, layout, modifiers, scoring)
         _dkdv(tensors, layout, modifiers, scoring, columns, dbias)
-    dq, dk, dv = dq.flatten(2, 3), dk.flatten(2, 3), dv.flatten(2, 3)
+    dq, dk, dv = (x.flatten(2, 3) for x in (tensors.dq, tensors.dk, tensors.dv))
     return dq[:, :, :N, :dim], dk[:, :, :M, :dim], dv[:, :, :M, :value_dim], dbias.total()
 
 
-class _Gradients(NamedTuple):
+class Gradients(NamedTuple):
     """What the backward kernels read and write, tiled: (B, heads, tiles, 64, ·)."""
 
     q: Tensor
@@ -126,6 +119,18 @@ class _Gradients(NamedTuple):
     dq: Tensor
     dk: Tensor
     dv: Tensor
+
+
+def backward_tensors(q, k, v, out, lse, dout, dlse, layout: Grid) -> Gradients:
+    """Tensors (B, heads, nodes, ·), as `backward` takes them, tiled; dq is 0, dk and dv anything."""
+    lse = lse.masked_fill(lse == -torch.inf, torch.inf) * log2_e(q.dtype)  # without edges, p = exp(-inf)
+    delta = torch.zeros_like(lse) if dlse is None else dlse.clone()
+    lse, delta = tiled(lse[..., None], layout, 0, 1), tiled(delta[..., None], layout, 0, 1)
+    q, out, dout = tiled(q, layout, 0), tiled(out, layout, 0), tiled(dout, layout, 0)
+    k, v = tiled(k, layout, 1), tiled(v, layout, 1)
+    _delta(out, dout, delta)
+    dq, dk, dv = zeros(*q.shape, like=q), empty(*k.shape, like=k), empty(*v.shape, like=v)
+    return Gradients(q, k, v, dout, lse, delta, dq, dk, dv)
 
 
 class _DBias:
@@ -158,7 +163,7 @@ class _DBias:
         return total.to(dtype)
 
 
-def _in_one_pass(key_heads: int) -> bool:
+def in_one_pass(key_heads: int) -> bool:
     """Whether a job takes all keys of a key head, and may so add to its dq: 5 products, not 7, but fewer jobs.
 
     The bits are the same.
@@ -175,7 +180,7 @@ def _delta(out: Tensor, dout: Tensor, delta: Tensor) -> None:
     parallel_for(heads, lambda h: compute_delta(out_heads[h], dout_heads[h], out.shape[4], delta_heads[h]))
 
 
-def _dq(tensors: _Gradients, layout: TilesLayout, modifiers: Modifiers, scoring: Scoring) -> None:
+def _dq(tensors: Gradients, layout: TilesLayout, modifiers: Modifiers, scoring: Scoring) -> None:
     """Fill dq."""
     (B, H), key_heads = tensors.q.shape[:2], tensors.k.shape[0] * tensors.k.shape[1]
     by_key_head = {"k", "v", "dk", "dv"}
@@ -196,7 +201,7 @@ def _dq(tensors: _Gradients, layout: TilesLayout, modifiers: Modifiers, scoring:
 
 
 def _dkdv(
-    tensors: _Gradients,
+    tensors: Gradients,
     layout: TilesLayout,
     modifiers: Modifiers,
     scoring: Scoring,
@@ -230,7 +235,7 @@ def _dkdv(
 # ------------------------------------------------------------------------------------------- tensors to arrays
 
 
-def tiled(x: Tensor, layout: TilesLayout, axis: int, multiple: int = LANES) -> Tensor:
+def tiled(x: Tensor, layout: Grid, axis: int, multiple: int = LANES) -> Tensor:
     """x (B, H, nodes, D) as tiles (B, H, tiles, 64, D), contiguous; filled up with zeros, D to a multiple of 16.
 
     The nodes are queries (axis 0 of the adjacency matrix) or keys (axis 1).
@@ -315,8 +320,11 @@ def _reads_edges(modifiers: Modifiers) -> bool:
 def _real_keys(modifiers: Modifiers, layout: TilesLayout, batch: int) -> np.ndarray:
     """A bit for each key that is no padding: uint64 (B, tiles of keys)."""
     tiles, mask = layout.grid[1], modifiers.attention_mask
-    if mask is None:
-        return np.full((batch, tiles), ALL_BITS)
+    return np.full((batch, tiles), ALL_BITS) if mask is None else real_keys(mask, tiles)
+
+
+def real_keys(mask: Tensor, tiles: int) -> np.ndarray:
+    """bool (B, M) as a bit for each key, 0 beyond: uint64 (B, tiles of keys)."""
     bits = np.packbits(pad(mask, (0, tiles * TILE - mask.shape[1])).numpy(), axis=1, bitorder="little")
     return bits.view(np.dtype(np.uint64).newbyteorder("<")).astype(np.uint64)
 

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attngraph.graph import dynamic
 from attngraph.planning.backends.base import Backend
+from attngraph.planning.backends.blocks import NumbaBlocks
 from attngraph.planning.backends.dense import Dense
 from attngraph.planning.backends.edges import Edges
 from attngraph.planning.backends.reference import Reference
@@ -21,6 +23,7 @@ BACKENDS: dict[str, Backend] = {
     "reference": Reference(),
     "edges": Edges(),
     "dense": Dense(),
+    "blocks (numba)": NumbaBlocks(),
     "tiles (triton)": TritonTiles(),
     "tiles (numba)": NumbaTiles(),
     "tiles (torch)": TorchTiles(),
@@ -55,6 +58,15 @@ def products_of(q: Tensor) -> Any:
     return import_module(
         "attngraph.kernels.cpu.products" if q.device.type == "cpu" else "attngraph.kernels.triton.products"
     )
+
+
+def chooser_for(q: Tensor) -> dynamic.Chooser:
+    """What finds the choices of queries like q."""
+    if q.device.type != "cpu" or torch._C._are_functorch_transforms_active() or not makes_products(q):
+        return dynamic.IN_TORCH
+    kernel, for_each = (import_module(f"attngraph.kernels.cpu.{name}") for name in ("choosing", "openmp"))
+    largest = lambda scores, k: kernel.largest(scores, k) if k <= kernel.MAX_K else dynamic.largest(scores, k)  # noqa: E731
+    return dynamic.Chooser(largest, for_each.parallel_for)
 
 
 def products_of_tiles() -> Any:

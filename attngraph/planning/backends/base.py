@@ -106,6 +106,10 @@ class Backend(ABC):
         """Why `backend="auto"` does not choose it, though it can run the call; None where it may."""
         return None
 
+    def lacks(self, edges: EdgeSet) -> str | None:
+        """Why it can't run these edges, though it can run the call; None if it can."""
+        return None
+
     def overhead(self, edges: EdgeSet, call: Call, costs: Costs) -> float:
         """Seconds that it takes at least, without a look at where the edges lie."""
         return 0.0

@@ -48,15 +48,15 @@ def in_turn(num_steps: int, run: Callable[[int], None]) -> None:
         run(step)
 
 
-class Means(NamedTuple):
-    """By what choices are found, which may be faster than torch alone."""
+class ChoiceKernels(NamedTuple):
+    """What finds choices, and may be faster than torch alone."""
 
     top_k: Callable[[Tensor, int], Tensor] = top_k
     for_each: Callable[[int, Callable[[int], None]], None] = in_turn
     """As `in_turn`, in any order, by threads in which each operation of torch runs by itself."""
 
 
-IN_TORCH = Means()
+IN_TORCH = ChoiceKernels()
 
 
 class _Choice(Graph):
@@ -79,7 +79,7 @@ class _Choice(Graph):
         return 1, 1
 
     @abstractmethod
-    def _best(self, q: Tensor, k: Tensor, allowed: Graph, attention_mask: Tensor | None, by: Means) -> Tensor:
+    def _best(self, q: Tensor, k: Tensor, allowed: Graph, attention_mask: Tensor | None, by: ChoiceKernels) -> Tensor:
         """q (B, H, N, D), k (B, Hkv, M, D) → what was chosen of what is allowed, -1 for none: int64 (B, H, I, C)."""
 
     @abstractmethod
@@ -178,8 +178,9 @@ class BlockTopK(_Choice):
         means, has_keys = _means(k, self.block, attention_mask)
         asked = q[:, :, :: self.queries] if self.causal else _means(q, self.queries)[0]
         blocks = torch.arange(means.shape[2], device=q.device)
-        found = q.new_full((*asked.shape[:3], min(self.k, len(blocks))), -1, dtype=torch.int64)
+        most = min(self.k, len(blocks))
         step = max(ROWS_PER_STEP // 4, BLOCK_SCORES_PER_STEP // max(1, len(q) * q.shape[1] * len(blocks)))
+        found = [blocks] * -(-asked.shape[2] // step)
 
         def run(number: int) -> None:
             start = number * step
@@ -196,12 +197,12 @@ class BlockTopK(_Choice):
             scores[..., near].masked_fill_(blocks[near] == own, torch.inf)
             if allowed != Full():
                 scores.masked_fill_(self._none_allowed(allowed, first, blocks[:stop], n, m), -torch.inf)
-            best = by.top_k(scores, min(found.shape[3], stop))
-            found[:, :, start : start + step, found.shape[3] - best.shape[3] :] = best
+            best = by.top_k(scores, min(most, stop))
+            found[number] = torch.nn.functional.pad(best, (most - best.shape[3], 0), value=-1) if stop < most else best
 
         for_each = by.for_each if allowed == Full() else in_turn  # what a graph asks may not be for other threads
-        for_each(-(-asked.shape[2] // step), run)
-        return found
+        for_each(len(found), run)
+        return torch.cat(found, 2) if found else blocks.new_empty(*asked.shape[:3], most)
 
     def _none_allowed(self, allowed: Graph, first: Tensor, blocks: Tensor, n: int, m: int) -> Tensor:
         """Of queries from each of `first` on, and blocks of keys, whether a graph is known to allow no pair."""
@@ -258,7 +259,9 @@ def may_be_one(graph: Graph, n: int, m: int) -> bool:
     return graph.heads is None and (n == m or not causal)
 
 
-def side_by_side(graph: Graph, q: Tensor, k: Tensor, attention_mask: Tensor | None, by: Means = IN_TORCH) -> SideBySide:
+def side_by_side(
+    graph: Graph, q: Tensor, k: Tensor, attention_mask: Tensor | None, by: ChoiceKernels = IN_TORCH
+) -> SideBySide:
     """What queries (B, H, N, D) and keys (B, Hkv, M, D) choose."""
     n, m, entries = q.shape[2], k.shape[2], len(q) * q.shape[1]
     parts = list(_choices_in(graph))
@@ -287,7 +290,7 @@ def side_by_side(graph: Graph, q: Tensor, k: Tensor, attention_mask: Tensor | No
 class _Choices:
     """What queries and keys choose, found once for each choice."""
 
-    def __init__(self, q: Tensor, k: Tensor, attention_mask: Tensor | None, by: Means = IN_TORCH):
+    def __init__(self, q: Tensor, k: Tensor, attention_mask: Tensor | None, by: ChoiceKernels = IN_TORCH):
         self.q, self.k, self.attention_mask, self.by = q.detach(), k.detach(), attention_mask, by
         self._known: dict[tuple[Graph, Graph], Tensor] = {}
         self._heads: dict[int, _Choices] = {}
@@ -389,7 +392,9 @@ def _scores(q: Tensor, k: Tensor) -> Tensor:
     exact = torch.promote_types(q.dtype, torch.float32)
     group = q.shape[1] // k.shape[1]
     by_key_head = q.to(exact).unflatten(1, (k.shape[1], group)).flatten(2, 3)  # consecutive heads share a key head
-    return (by_key_head @ k.to(exact).transpose(2, 3)).unflatten(2, (group, -1)).flatten(1, 2)
+    with torch.autocast(q.device.type, enabled=False):
+        products = by_key_head @ k.to(exact).transpose(2, 3)
+    return products.unflatten(2, (group, -1)).flatten(1, 2)
 
 
 def _means(x: Tensor, block: int, attention_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:

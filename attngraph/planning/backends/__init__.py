@@ -60,13 +60,13 @@ def products_of(q: Tensor) -> Any:
     )
 
 
-def choices_by(q: Tensor) -> dynamic.Means:
+def choices_by(q: Tensor) -> dynamic.ChoiceKernels:
     """What finds the choices of queries like q."""
     if q.device.type != "cpu" or not makes_products(q):
         return dynamic.IN_TORCH
     kernel, for_each = (import_module(f"attngraph.kernels.cpu.{name}") for name in ("choosing", "openmp"))
-    top_k = lambda scores, k: kernel.top_k(scores, k) if k <= kernel.MAX_K else dynamic.top_k(scores, k)  # noqa: E731
-    return dynamic.Means(top_k, for_each.parallel_for)
+    top_k = lambda scores, k: kernel.top_k(scores, k) if 0 < k <= kernel.MAX_K else dynamic.top_k(scores, k)  # noqa: E731
+    return dynamic.ChoiceKernels(top_k, for_each.parallel_for)
 
 
 def products_of_tiles() -> Any:

@@ -47,9 +47,9 @@ class ListedBlocks:
     @cached_property
     def visits(self) -> tuple[Tensor, Tensor]:
         """Each query with each block of keys that it hears, by query, then block: int32 (visits,)."""
-        block = self.edges.query
-        key = (self.edges.code - block * self.edges._keys).to(torch.int32)
-        block = block.to(torch.int32)
+        code, width = self.edges.code.to(torch.get_default_device()), self.edges._keys
+        block = code // width
+        key, block = (code - block * width).to(torch.int32), block.to(torch.int32)
         if self.queries == 1:
             return block, key
         query = torch.arange(self.n, dtype=torch.int32, device=block.device)

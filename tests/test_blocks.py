@@ -135,6 +135,25 @@ def test_a_nan_in_a_query_that_is_the_last_of_a_tile_reaches_no_other_tile():
     assert torch.equal(found[:, :, 64:], clean[:, :, 64:])
 
 
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad, lambda: torch.autocast("cpu", torch.bfloat16)])
+def test_threads_choose_alike_in_every_mode_of_torch(mode):
+    q, k, v = sides(900, 1, 2, 1, torch.float32)
+    runs = []
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        with mode():
+            runs.append(attend(q, k, v, BlockTopK(64, 3)))
+    assert torch.equal(*runs)
+
+
+def test_heads_that_chose_run_by_blocks_one_after_the_other():
+    q, k, v = sides(2048, 1, 2, 1)
+    graph = BlockTopK(64, 3).resolve(q, k)
+    assert {part.backend.name for part in plan(graph, heads=2).parts} == {"blocks"}
+    found, expected = results(q, k, v, graph, "auto"), results(q, k, v, graph, "reference")
+    assert_close(found, expected, rtol=0, atol=1e-10)
+
+
 # ---------------------------------------------------------------------------------------------------- planning
 
 
@@ -172,7 +191,7 @@ def test_other_options_run_edge_by_edge():
 @pytest.mark.parametrize("graph", [Causal(), Blocks(Causal(), 64), Blocks(EdgeList([[0], [0]], 20), 16)], ids=str)
 def test_it_says_which_graphs_it_runs(graph):
     q, k, v = sides(320, 1, 1, 1)
-    with pytest.raises(ValueError, match=r"backend='blocks' can't run .*: the graph is no EdgeList of Blocks"):
+    with pytest.raises(ValueError, match=r"backend='blocks' can't run .*: the graph is not Blocks of an EdgeList"):
         attend(q, k, v, graph, backend="blocks")
 
 

@@ -199,8 +199,9 @@ class BlockTopK(_Choice):
         means, has_keys = _means(k, self.block, attention_mask)
         asked = q[:, :, :: self.queries] if self.causal else _means(q, self.queries)[0]
         blocks = torch.arange(means.shape[2], device=q.device)
-        found = q.new_full((*asked.shape[:3], min(self.k, len(blocks))), -1, dtype=torch.int64)
+        most = min(self.k, len(blocks))
         step = max(ROWS_PER_STEP // 4, BLOCK_SCORES_PER_STEP // max(1, len(q) * q.shape[1] * len(blocks)))
+        found = [blocks] * -(-asked.shape[2] // step)
 
         def run(number: int) -> None:
             start = number * step
@@ -217,12 +218,12 @@ class BlockTopK(_Choice):
             scores[..., near].masked_fill_(blocks[near] == own, torch.inf)
             if allowed != Full():
                 scores.masked_fill_(self._none_allowed(allowed, first, blocks[:stop], n, m), -torch.inf)
-            best = by.largest(scores, min(found.shape[3], stop))
-            found[:, :, start : start + step, found.shape[3] - best.shape[3] :] = best
+            best = by.largest(scores, min(most, stop))
+            found[number] = pad(best, (most - best.shape[3], 0), value=-1) if stop < most else best
 
         for_each = by.for_each if allowed == Full() else in_turn  # what a graph asks may not be for other threads
-        for_each(-(-asked.shape[2] // step), run)
-        return found
+        for_each(len(found), run)
+        return torch.cat(found, 2) if found else blocks.new_empty(*asked.shape[:3], most)
 
     def _none_allowed(self, allowed: Graph, first: Tensor, blocks: Tensor, n: int, m: int) -> Tensor:
         """Of queries from each of `first` on, and blocks of keys, whether a graph is known to allow no pair."""
@@ -464,7 +465,9 @@ def _scores(q: Tensor, k: Tensor) -> Tensor:
     exact = torch.promote_types(q.dtype, torch.float32)
     group = q.shape[1] // k.shape[1]
     by_key_head = q.to(exact).unflatten(1, (k.shape[1], group)).flatten(2, 3)  # consecutive heads share a key head
-    return (by_key_head @ k.to(exact).transpose(2, 3)).unflatten(2, (group, -1)).flatten(1, 2)
+    with torch.autocast(q.device.type, enabled=False):
+        products = by_key_head @ k.to(exact).transpose(2, 3)
+    return products.unflatten(2, (group, -1)).flatten(1, 2)
 
 
 def _means(x: Tensor, block: int, attention_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -140,7 +140,7 @@ class Choice:
                 self.candidates[able.pop("tiles").label] = (
                     "the graph is made for some calls alone: its edges are counted"
                 )
-            elif self.edges.blocks is not None and self.edges.blocks.queries % TILE:
+            elif self.call.device.type == "cpu" and self.edges.blocks is not None and self.edges.blocks.queries % TILE:
                 self.candidates[able.pop("tiles").label] = "its blocks of queries are no whole tiles"
             elif self._is_scattered(able["tiles"], able["rows"]):
                 self.candidates[able.pop("tiles").label] = "too few edges in each of some rows of its tiles"

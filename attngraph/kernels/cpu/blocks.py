@@ -301,7 +301,9 @@ def _visits(layout: BlocksLayout) -> Visits:
 def _real_keys(layout: BlocksLayout, modifiers: Modifiers, batch: int) -> np.ndarray:
     """A bit for each key that there is and that is no padding: uint64 (B, tiles of keys)."""
     mask = modifiers.attention_mask
-    return real_keys(torch.ones(batch, layout.m, dtype=torch.bool) if mask is None else mask, layout.grid[1])
+    return real_keys(
+        torch.ones(batch, layout.m, dtype=torch.bool, device="cpu") if mask is None else mask, layout.grid[1]
+    )
 
 
 def _parts(layout: BlocksLayout, of_queries: int, of_blocks: int) -> list[Part]:

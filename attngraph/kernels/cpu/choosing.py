@@ -36,7 +36,7 @@ def largest(scores: Tensor, k: int) -> Tensor:
     that is -inf: int64 (…, k). Of equal scores the first ones are chosen, NaN are not.
     """
     rows = scores.reshape(-1, scores.shape[-1])
-    found = torch.empty(len(rows), k, dtype=torch.int64)
+    found = scores.new_empty(len(rows), k, dtype=torch.int64)
     flat, chosen = rows.flatten().numpy(), found.numpy()
     parallel_for(-(-len(rows) // TILE), lambda job: _largest(flat, rows.shape[1], job * TILE, chosen))
     return found.view(*scores.shape[:-1], k)

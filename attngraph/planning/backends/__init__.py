@@ -65,7 +65,7 @@ def chooser_for(q: Tensor) -> dynamic.Chooser:
     if q.device.type != "cpu" or torch._C._are_functorch_transforms_active() or not makes_products(q):
         return dynamic.IN_TORCH
     kernel, for_each = (import_module(f"attngraph.kernels.cpu.{name}") for name in ("choosing", "openmp"))
-    largest = lambda scores, k: kernel.largest(scores, k) if k <= kernel.MAX_K else dynamic.largest(scores, k)  # noqa: E731
+    largest = lambda scores, k: kernel.largest(scores, k) if 0 < k <= kernel.MAX_K else dynamic.largest(scores, k)  # noqa: E731
     return dynamic.Chooser(largest, for_each.parallel_for)
 
 

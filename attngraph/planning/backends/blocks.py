@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from attngraph.planning.backends.base import KernelBackend, only_plain_attention, width_factor
+from attngraph.planning.backends.base import KernelBackend, width_factor
 from attngraph.planning.call import Call
 from attngraph.planning.costs import Costs
 from attngraph.planning.edge_set import EdgeSet
@@ -17,13 +17,12 @@ class NumbaBlocks(KernelBackend):
     name, kernel, module, device, package = "blocks", "numba", "attngraph.kernels.cpu.blocks", "cpu", "numba"
 
     def limits(self, call: Call) -> str | None:
-        if (reason := only_plain_attention(call._replace(padding=False))) is not None:
-            return reason
-        return None if call.head_dim and not call.compiled else "it has no layout for compiled programs"
+        is_plain = (call.score, call.normalize, call.dropout, call.bias) == ("dot", "softmax", False, None)
+        return None if is_plain else "it has nothing but the scale and padding"
 
     def lacks(self, edges: EdgeSet) -> str | None:
         if edges.blocks is None:
-            return "the graph is no EdgeList of Blocks of a multiple of 64 keys, alone or & Causal()"
+            return "the graph is not Blocks of an EdgeList, of a multiple of 64 keys, alone or & Causal()"
         return None
 
     def estimate(self, edges: EdgeSet, call: Call, costs: Costs) -> float:

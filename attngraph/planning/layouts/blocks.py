@@ -47,9 +47,9 @@ class ListedBlocks:
     @cached_property
     def visits(self) -> tuple[Tensor, Tensor]:
         """Each query with each block of keys that it hears, by query, then block: int32 (visits,)."""
-        block = self.edges.query
-        key = (self.edges.code - block * self.edges._keys).to(torch.int32)
-        block = block.to(torch.int32)
+        code, width = self.edges.code.to(torch.get_default_device()), self.edges._keys
+        block = code // width
+        key, block = (code - block * width).to(torch.int32), block.to(torch.int32)
         if self.queries == 1:
             return block, key
         query = torch.arange(self.n, dtype=torch.int32, device=block.device)
@@ -110,7 +110,7 @@ class Blocks:
         require_memory(len(query) * BYTES_PER_VISIT, "to sort blocks of keys by their queries")
         narrow = torch.int16 if num_blocks <= torch.iinfo(torch.int16).max else torch.int32
         order = block.to(narrow).sort(stable=True).indices  # of int16 in half the time
-        start = torch.zeros(num_blocks + 1, dtype=torch.int64)
+        start = query.new_zeros(num_blocks + 1, dtype=torch.int64)
         torch.cumsum(torch.bincount(block, minlength=num_blocks), 0, out=start[1:])
         whole = graph.n == rows * graph.queries and graph.m == num_blocks * graph.keys
         entries = edges.entries or 1 if whole else 1

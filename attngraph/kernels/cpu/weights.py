@@ -12,18 +12,17 @@ from typing import Any, NamedTuple, get_args
 
 import numpy as np
 import torch
-from numba import njit
 from torch import Tensor
 
 from attngraph.kernels.contract import Modifiers, Normalizer
-from attngraph.kernels.cpu.compiler import CACHE
+from attngraph.kernels.cpu.compiler import compiled_with
 from attngraph.kernels.cpu.exp import exp, tanh
 from attngraph.kernels.cpu.philox import kept_factors
 from attngraph.kernels.dropout import keep_factor, threshold
 
 FASTMATH_FLAGS = {"reassoc", "contract", "nsz", "arcp"}  # all that keep inf and nan
 # Of numpy's error model, as a division that may raise an error is no vector instruction.
-compiled = njit(nogil=True, cache=CACHE, fastmath=FASTMATH_FLAGS, error_model="numpy")
+compiled = compiled_with(fastmath=FASTMATH_FLAGS, error_model="numpy")
 
 IDENTITY, SOFTCAP, LEAKY_RELU = range(3)
 TRANSFORMS = {"softcap": SOFTCAP, "leaky_relu": LEAKY_RELU}

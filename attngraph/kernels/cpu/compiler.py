@@ -62,7 +62,7 @@ def compiled_with(**options: Any) -> Callable[[Callable[..., Any]], Any]:
     """A decorator: the function compiled by Numba with these options, without the GIL; its code is kept."""
 
     def decorate(function: Callable[..., Any]) -> Any:
-        dispatcher = njit(nogil=True, **options)(function)
+        dispatcher: Any = njit(nogil=True, **options)(function)
         if _KEEPS:
             dispatcher._cache = _KeptCode(function)
         return dispatcher

@@ -118,9 +118,9 @@ KEPT_CODE = """
 import numpy as np
 from attngraph.kernels.cpu.tiles_backward import compute_delta
 
-delta = np.zeros(1, np.float32)
-compute_delta(np.ones(16, np.float32), np.ones(16, np.float32), 16, delta)
-print(delta[0], len(compute_delta.stats.cache_hits))
+ones, delta = np.ones((1, 16), np.float32), np.zeros((1, 1), np.float32)
+compute_delta(1, (ones, ones, delta), 16)
+print(delta[0, 0], len(compute_delta.launch.stats.cache_hits))
 """
 
 

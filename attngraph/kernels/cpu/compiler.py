@@ -10,6 +10,7 @@ from typing import Any
 
 from numba import config, njit
 from numba.core.caching import FunctionCache, IndexDataCacheFile
+from numba.core.dispatcher import Dispatcher
 
 if config.DISABLE_JIT:  # type: ignore[attr-defined]
     raise ImportError("NUMBA_DISABLE_JIT is set, and kernels have to be compiled: unset it")
@@ -34,6 +35,18 @@ class _KeptCode(FunctionCache):
     def __init__(self, function: Callable[..., Any]):
         super().__init__(function)
         self._cache_file = IndexDataCacheFile(self.cache_path, self._impl.filename_base, _SOURCES)
+
+    def _index_key(self, sig: Any, codegen: Any) -> tuple:
+        return sig, codegen.magic_tuple(), _name(self._py_func)
+
+
+def _name(function: Callable[..., Any]) -> tuple:
+    """What tells a function from others of the same sources: with what it encloses, compiled functions by their names.
+
+    Numba's own key has a number for each of those, drawn anew in each process.
+    """
+    enclosed = [cell.cell_contents for cell in function.__closure__ or ()]
+    return function.__qualname__, *(_name(each.py_func) if isinstance(each, Dispatcher) else each for each in enclosed)
 
 
 def _probe() -> int:

@@ -14,7 +14,7 @@ Here are tensors made arrays, and work cut into jobs; the kernels are in `tiles_
 
 from __future__ import annotations
 
-from itertools import pairwise
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -23,7 +23,6 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from attngraph.kernels.contract import Modifiers, ScoreBias, TileRows, TilesLayout
-from attngraph.kernels.cpu.openmp import parallel_for
 from attngraph.kernels.cpu.simd import LANES, LOG2_E, TILE
 from attngraph.kernels.cpu.tiles_backward import BackwardTensors, backward_dkdv, backward_dq, compute_delta
 from attngraph.kernels.cpu.tiles_forward import ForwardTensors, forward_rows
@@ -53,22 +52,14 @@ def forward(q: Tensor, k: Tensor, v: Tensor, layout: TilesLayout, modifiers: Mod
 
     layout: tiles of 64 × 64. A query without edges has out 0 and lse -inf; lse is 0 unless softmax makes the weights.
     """
-    (B, H, N, _), M, value_dim, group = q.shape, k.shape[2], v.shape[3], q.shape[1] // k.shape[1]
+    (B, H, N, _), M, value_dim = q.shape, k.shape[2], v.shape[3]
     scoring = _scoring(modifiers, q, M)
     q, k, v = tiled(q, layout, 0), tiled(k, layout, 1), tiled(v, layout, 1)
     out, lse = empty(*q.shape[:4], v.shape[4], like=q), empty(*q.shape[:4], like=q)
-    q_heads, out_heads, lse_heads = flat_heads(q, B * H), flat_heads(out, B * H), flat_heads(lse, B * H)
-    k_heads, v_heads = flat_heads(k, B * H // group), flat_heads(v, B * H // group)
-    jobs, tiles = jobs_of(layout.by_query, B * H), tiles_of(layout, layout.by_query, _reads_edges(modifiers))
-    real, dims = _real_keys(modifiers, layout, B), (q.shape[4], v.shape[4])
-
-    def run(job: int) -> None:
-        h, piece = divmod(job, len(jobs))
-        sides = q_heads[h], k_heads[h // group], v_heads[h // group]
-        tensors = ForwardTensors(*sides, out_heads[h], lse_heads[h], real[h // H], *dims)
-        forward_rows(*jobs[piece], *divmod(h, H), tensors, tiles, scoring)
-
-    parallel_for(B * H * len(jobs), run)
+    pieces, tiles = pieces_of(layout.by_query, B * H), tiles_of(layout, layout.by_query, _reads_edges(modifiers))
+    sides = (flat_heads(x) for x in (q, k, v, out, lse))
+    tensors = ForwardTensors(*sides, _real_keys(modifiers, layout, B), q.shape[4], v.shape[4])
+    forward_rows(B * H * (len(pieces) - 1), pieces, tensors, tiles, scoring)
     return out.flatten(2, 3)[:, :, :N, :value_dim], lse.flatten(2)[:, :, :N]
 
 
@@ -104,12 +95,12 @@ def backward(
     dq, dk, dv = zeros(*q.shape, like=q), empty(*k.shape, like=k), empty(*v.shape, like=v)
     tensors = _Gradients(q, k, v, dout, lse, delta, dq, dk, dv)
     if dbias.by_head or (_in_one_pass(B * key_heads) and not dbias.by_column):
-        _dkdv(tensors, layout, modifiers, scoring, [(0, layout.grid[1])], dbias)
+        _dkdv(tensors, layout, modifiers, scoring, np.array([0, layout.grid[1]]), dbias)
     else:
-        columns = jobs_of(layout.by_key, 1 if dbias.by_column else B * key_heads)
-        if len(columns) > 1:
+        pieces = pieces_of(layout.by_key, 1 if dbias.by_column else B * key_heads)
+        if len(pieces) > 2:
             _dq(tensors, layout, modifiers, scoring)
-        _dkdv(tensors, layout, modifiers, scoring, columns, dbias)
+        _dkdv(tensors, layout, modifiers, scoring, pieces, dbias)
     dq, dk, dv = dq.flatten(2, 3), dk.flatten(2, 3), dv.flatten(2, 3)
     return dq[:, :, :N, :dim], dk[:, :, :M, :dim], dv[:, :, :M, :value_dim], dbias.total()
 
@@ -170,29 +161,17 @@ def _in_one_pass(key_heads: int) -> bool:
 
 def _delta(out: Tensor, dout: Tensor, delta: Tensor) -> None:
     """Δ of all queries, into `delta`, which holds dlse."""
-    heads = out.shape[0] * out.shape[1]
-    out_heads, dout_heads, delta_heads = flat_heads(out, heads), flat_heads(dout, heads), flat_heads(delta, heads)
-    parallel_for(heads, lambda h: compute_delta(out_heads[h], dout_heads[h], out.shape[4], delta_heads[h]))
+    of_heads = flat_heads(out), flat_heads(dout), flat_heads(delta)
+    compute_delta(len(of_heads[2]), of_heads, out.shape[4])
 
 
 def _dq(tensors: _Gradients, layout: TilesLayout, modifiers: Modifiers, scoring: Scoring) -> None:
     """Fill dq."""
-    (B, H), key_heads = tensors.q.shape[:2], tensors.k.shape[0] * tensors.k.shape[1]
-    by_key_head = {"k", "v", "dk", "dv"}
-    arrays = {
-        name: flat_heads(x, key_heads if name in by_key_head else B * H) for name, x in tensors._asdict().items()
-    }  # each (heads, flat)
-    jobs, tiles = jobs_of(layout.by_query, B * H), tiles_of(layout, layout.by_query, _reads_edges(modifiers))
-    real, dims = _real_keys(modifiers, layout, B), (tensors.q.shape[4], tensors.v.shape[4])
-
-    def run(job: int) -> None:
-        h, piece = divmod(job, len(jobs))
-        key_head = h * key_heads // (B * H)
-        of_head = {name: x[key_head if name in by_key_head else h] for name, x in arrays.items()}
-        of_head = BackwardTensors(**of_head, real=real[h // H], head_dim=dims[0], value_dim=dims[1])
-        backward_dq(*jobs[piece], *divmod(h, H), of_head, tiles, scoring)
-
-    parallel_for(B * H * len(jobs), run)
+    B, H = tensors.q.shape[:2]
+    pieces, tiles = pieces_of(layout.by_query, B * H), tiles_of(layout, layout.by_query, _reads_edges(modifiers))
+    dims = tensors.q.shape[4], tensors.v.shape[4]
+    arrays = BackwardTensors(*map(flat_heads, tensors), _real_keys(modifiers, layout, B), *dims)
+    backward_dq(B * H * (len(pieces) - 1), pieces, arrays, tiles, scoring)
 
 
 def _dkdv(
@@ -200,31 +179,19 @@ def _dkdv(
     layout: TilesLayout,
     modifiers: Modifiers,
     scoring: Scoring,
-    columns: list[tuple[int, int]],
+    pieces: np.ndarray,
     dbias: _DBias,
 ) -> None:
-    """Fill dk and dv, and add to dbias; fill dq, if there is but one job for each key head."""
+    """Fill dk and dv, and add to dbias; fill dq, if there is but one piece of each key head."""
     q, (B, key_heads) = tensors.q, tensors.k.shape[:2]
-    group = q.shape[1] // key_heads
-    if len(columns) != 1:
-        tensors = tensors._replace(dq=q.new_empty(B * key_heads, 0))
-    arrays = [flat_heads(x, B * key_heads) for x in tensors]
+    if len(pieces) != 2:
+        tensors = tensors._replace(dq=q.new_empty(B, key_heads, 0))
     tiles, real = tiles_of(layout, layout.by_key, _reads_edges(modifiers)), _real_keys(modifiers, layout, B)
-    head_dim, value_dim = q.shape[4], tensors.v.shape[4]
-
-    def run_head(h: int, piece: int) -> None:
-        batch, key_head = divmod(h, key_heads)
-        of_head = BackwardTensors(*(x[h] for x in arrays), real[batch], head_dim, value_dim)
-        backward_dkdv(*columns[piece], batch, key_head * group, group, of_head, tiles, scoring, dbias.arrays)
-
-    def run_columns(piece: int) -> None:
-        for h in range(B * key_heads):
-            run_head(h, piece)
-
-    if dbias.by_column:
-        parallel_for(len(columns), run_columns)
-    else:
-        parallel_for(B * key_heads * len(columns), lambda job: run_head(*divmod(job, len(columns))))
+    sides = (flat_heads(x, B * key_heads) for x in tensors)
+    arrays = BackwardTensors(*sides, real, q.shape[4], tensors.v.shape[4])
+    per_job = B * key_heads if dbias.by_column else 1
+    num_jobs = B * key_heads // per_job * (len(pieces) - 1)
+    backward_dkdv(num_jobs, pieces, per_job, q.shape[1] // key_heads, arrays, tiles, scoring, dbias.arrays)
 
 
 # ------------------------------------------------------------------------------------------- tensors to arrays
@@ -241,9 +208,10 @@ def tiled(x: Tensor, layout: TilesLayout, axis: int, multiple: int = LANES) -> T
     return x.contiguous().view(*x.shape[:2], layout.grid[axis], TILE, x.shape[3])
 
 
-def flat_heads(x: Tensor, heads: int) -> np.ndarray:
-    """(heads, flat)."""
-    return x.view(heads, x.numel() // max(heads, 1)).numpy()
+def flat_heads(x: Tensor, heads: int | None = None) -> np.ndarray:
+    """x (B, H, …) as (heads, flat); with `heads`, each is several of x's."""
+    heads = math.prod(x.shape[:2]) if heads is None else heads
+    return x.numpy().reshape(heads, x.numel() // max(heads, 1))
 
 
 def log2_e(dtype: torch.dtype) -> float:
@@ -330,9 +298,13 @@ def tiles_of(layout: TilesLayout, rows: TileRows, of_edges: bool) -> Tiles:
     )
 
 
-def jobs_of(rows: TileRows, heads: int) -> list[tuple[int, int]]:
-    """All rows of tiles as (first, stop), cut where jobs have about as many tiles; at least 8 jobs a thread, if so."""
-    tiles = int(rows.start[-1])
+def pieces_of(rows: TileRows, heads: int) -> np.ndarray:
+    """All rows of tiles in pieces, as where each begins, and the end: int64 (pieces + 1,).
+
+    They are cut where they have about as many tiles; at least 8 pieces a thread, if so.
+    """
+    start = rows.start.numpy()
+    tiles, end = int(start[-1]), len(start) - 1
     job_tiles = min(MAX_JOB_TILES, max(4, tiles * heads // (8 * torch.get_num_threads())))
-    stops = torch.searchsorted(rows.start, torch.arange(0, tiles, job_tiles, device=rows.start.device))
-    return list(pairwise(sorted({0, len(rows.start) - 1, *stops.tolist()})))
+    cuts = np.searchsorted(start, np.arange(0, tiles, job_tiles))
+    return np.array(sorted({0, end, *cuts.tolist()}))

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from attngraph.kernels.cpu.launch import in_threads
 from attngraph.kernels.cpu.simd import LANES, TILE, broadcast, exp2, load, reduce_sum, store, where
 from attngraph.kernels.cpu.tiles_scores import (
     NO_TRANSFORM,
@@ -22,9 +23,9 @@ from attngraph.kernels.cpu.tiles_scores import (
     scale_by_slopes,
 )
 from attngraph.kernels.cpu.tiles_steps import (
+    FASTMATH_FLAGS,
     add_product,
     aligned,
-    compiled,
     fill_zero,
     inner,
     load_mask,
@@ -35,7 +36,10 @@ from attngraph.kernels.cpu.tiles_steps import (
 
 
 class BackwardTensors(NamedTuple):
-    """Of one query head and its key head, or of one key head and all its query heads, one behind the other; flat."""
+    """Of all heads, those of one flat: (heads, nodes · dim) or (heads, nodes).
+
+    For dk and dv, the heads of keys: of a query's, all that share a key head, one behind the other.
+    """
 
     q: np.ndarray
     k: np.ndarray
@@ -46,14 +50,15 @@ class BackwardTensors(NamedTuple):
     dq: np.ndarray
     dk: np.ndarray
     dv: np.ndarray
-    real: np.ndarray  # uint64 (tiles of keys,): a bit for each key that is no padding
+    real: np.ndarray  # uint64 (B, tiles of keys): a bit for each key that is no padding
     head_dim: int  # filled up to a multiple of 16, as value_dim
     value_dim: int
 
 
-@compiled
-def compute_delta(out, dout, width, delta):
-    """delta, (nodes,), which holds dlse, to Σ_d out · dout - dlse; out and dout flat, (nodes, width)."""
+@in_threads(fastmath=FASTMATH_FLAGS)
+def compute_delta(head, of_heads, width):
+    """delta, which holds dlse, to Σ_d out · dout - dlse of a head: (out, dout, delta), each (heads, flat)."""
+    out, dout, delta = of_heads[0][head], of_heads[1][head], of_heads[2][head]
     for i in range(len(delta)):
         sums = broadcast(out, 0)
         for d in range(i * width, (i + 1) * width, LANES):
@@ -86,13 +91,13 @@ def softmax_backward(p, ds, bits, kept, keep_factor, scale_log2, lse, delta, at,
 
 
 @inner
-def scores_backward(p, ds, bits, scoring, place, tiles, scratch, tensors, at, queries_stream):
+def scores_backward(p, ds, bits, scoring, place, tiles, scratch, lse, delta, at, queries_stream):
     """Products in p to weights, 0 where dropped, and dp in ds to the gradients of the products over the scale."""
     dropout = scoring.dropout
     make_scores(p, scoring, place, tiles, scratch, queries_stream)
     if dropout.is_on:
         draw_kept(scratch.kept, bits, dropout, place, queries_stream)
-    lse, delta, factor, kept = tensors.lse, tensors.delta, scoring.factor, scratch.kept
+    factor, kept = scoring.factor, scratch.kept
     if scoring.normalize != SOFTMAX:
         elementwise_backward(p, ds, bits, kept, dropout.factor, factor, scoring.normalize)
     elif dropout.is_on:
@@ -103,19 +108,23 @@ def scores_backward(p, ds, bits, scoring, place, tiles, scratch, tensors, at, qu
         scale_by_slopes(ds, bits, scratch.slopes)
 
 
-@compiled
-def backward_dq(first, stop, batch, head, tensors, tiles, scoring):
-    """dq, which is 0, of the rows of tiles first … stop - 1 of one head: adds in the order of the keys."""
+@in_threads(fastmath=FASTMATH_FLAGS)
+def backward_dq(job, pieces, tensors, tiles, scoring):
+    """dq, which is 0, of some rows of tiles of one head, as in `forward_rows`: adds in the order of the keys."""
+    h, piece = divmod(job, len(pieces) - 1)
+    key_head = h // (len(tensors.q) // len(tensors.k))
+    batch, head = divmod(h, len(tensors.q) // len(tensors.real))
+    q, k, v, dout, dq = tensors.q[h], tensors.k[key_head], tensors.v[key_head], tensors.dout[h], tensors.dq[h]
+    lse, delta, real_keys = tensors.lse[h], tensors.delta[h], tensors.real[batch]
     head_dim, value_dim = tensors.head_dim, tensors.value_dim
-    q = tensors.q
     p, ds = aligned(TILE * TILE, q), aligned(TILE * TILE, q)
     q_t, dout_t = aligned(TILE * head_dim, q), aligned(TILE * value_dim, q)
     by_query, by_key = np.empty(TILE, np.uint64), np.empty(TILE, np.uint64)
     scratch = new_scratch(scoring, q)
-    for row in range(first, stop):
+    for row in range(pieces[piece], pieces[piece + 1]):
         query = row * TILE
         transpose(q, query * head_dim, head_dim, q_t)
-        transpose(tensors.dout, query * value_dim, value_dim, dout_t)
+        transpose(dout, query * value_dim, value_dim, dout_t)
         masked, full = tiles.start[row], tiles.full[row]
         while masked < tiles.full[row] or full < tiles.start[row + 1]:  # merges two ascending lists
             take_masked = full == tiles.start[row + 1]
@@ -127,32 +136,32 @@ def backward_dq(first, stop, batch, head, tensors, tiles, scoring):
             else:
                 tile = full
                 full += 1
-            key, real = np.int64(tiles.column[tile]) * TILE, tensors.real[tiles.column[tile]]
+            key, real = np.int64(tiles.column[tile]) * TILE, real_keys[tiles.column[tile]]
             if not real:
                 continue
             load_mask(tiles.words, tiles.mask[tile], real, by_query, by_key)
-            product(p, tensors.k, key * head_dim, q_t, head_dim, by_key)
-            product(ds, tensors.v, key * value_dim, dout_t, value_dim, by_key)
+            product(p, k, key * head_dim, q_t, head_dim, by_key)
+            product(ds, v, key * value_dim, dout_t, value_dim, by_key)
             if scoring.is_plain:
                 factor, keep_factor = scoring.factor, scoring.dropout.factor
-                softmax_backward(p, ds, by_key, None, keep_factor, factor, tensors.lse, tensors.delta, query, False)
+                softmax_backward(p, ds, by_key, None, keep_factor, factor, lse, delta, query, False)
             else:
                 place = Place(batch, head, query, key, np.int64(tiles.tile[tile]), np.int64(tiles.mask[tile]))
-                scores_backward(p, ds, by_key, scoring, place, tiles, scratch, tensors, query, False)
-            add_product(tensors.dq, query * head_dim, ds, 1, TILE, tensors.k, key * head_dim, head_dim, by_query)
-        scale_by(tensors.dq, query * head_dim, TILE * head_dim, scoring.scale)
+                scores_backward(p, ds, by_key, scoring, place, tiles, scratch, lse, delta, query, False)
+            add_product(dq, query * head_dim, ds, 1, TILE, k, key * head_dim, head_dim, by_query)
+        scale_by(dq, query * head_dim, TILE * head_dim, scoring.scale)
 
 
-@compiled
-def backward_dkdv(first, stop, batch, head, group, tensors, tiles, scoring, bias_gradient):
-    """dk and dv of the columns of tiles first … stop - 1 of a key head, with `group` query heads from `head` on.
-
-    Where dq, which is 0, is not empty, the columns are all, and it is computed too: adds in the order of the keys.
-    """
-    q, k, v, dout, dq, dk, dv = (
-        tensors.q, tensors.k, tensors.v, tensors.dout, tensors.dq, tensors.dk, tensors.dv,
+@inner
+def backward_columns(first, stop, h, group, tensors, tiles, scoring, bias_gradient):
+    """Of the columns of tiles first … stop - 1 of one key head."""
+    q, k, v, dout, lse, delta = (
+        tensors.q[h], tensors.k[h], tensors.v[h], tensors.dout[h], tensors.lse[h], tensors.delta[h],
     )  # fmt: skip
-    head_dim, value_dim, n = tensors.head_dim, tensors.value_dim, len(tensors.lse) // group
+    dq, dk, dv = tensors.dq[h], tensors.dk[h], tensors.dv[h]
+    batch, key_head = divmod(h, len(tensors.k) // len(tensors.real))
+    head, real_keys = key_head * group, tensors.real[batch]
+    head_dim, value_dim, n = tensors.head_dim, tensors.value_dim, len(lse) // group
     keep_factor = scoring.dropout.factor
     p, ds = aligned(TILE * TILE, q), aligned(TILE * TILE, q)
     k_t, v_t = aligned(TILE * head_dim, q), aligned(TILE * value_dim, q)
@@ -164,7 +173,7 @@ def backward_dkdv(first, stop, batch, head, group, tensors, tiles, scoring, bias
         transpose(v, v_at, value_dim, v_t)
         fill_zero(dk, k_at, TILE * head_dim)
         fill_zero(dv, v_at, TILE * value_dim)
-        real = tensors.real[column]
+        real = real_keys[column]
         if not real:
             continue
         for tile in range(tiles.start[column], tiles.start[column + 1]):
@@ -180,9 +189,9 @@ def backward_dkdv(first, stop, batch, head, group, tensors, tiles, scoring, bias
                 )
                 if scoring.is_plain:
                     factor = scoring.factor
-                    softmax_backward(p, ds, by_query, None, keep_factor, factor, tensors.lse, tensors.delta, at, True)
+                    softmax_backward(p, ds, by_query, None, keep_factor, factor, lse, delta, at, True)
                 else:
-                    scores_backward(p, ds, by_query, scoring, place, tiles, scratch, tensors, at, True)
+                    scores_backward(p, ds, by_query, scoring, place, tiles, scratch, lse, delta, at, True)
                 add_product(dv, v_at, p, 1, TILE, dout, dout_at, value_dim, by_key)
                 add_product(dk, k_at, ds, 1, TILE, q, q_at, head_dim, by_key)
                 if len(dq):
@@ -193,3 +202,14 @@ def backward_dkdv(first, stop, batch, head, group, tensors, tiles, scoring, bias
         if keep_factor != 1:
             scale_by(dv, v_at, TILE * value_dim, keep_factor)
     scale_by(dq, 0, len(dq), scoring.scale)
+
+
+@in_threads(fastmath=FASTMATH_FLAGS)
+def backward_dkdv(job, pieces, heads_per_job, group, tensors, tiles, scoring, bias_gradient):
+    """dk and dv of some columns of tiles, as in `forward_rows`, of a key head with `group` query heads, or of several.
+
+    Where dq, which is 0, is not empty, the columns are all, and it is computed too: adds in the order of the keys.
+    """
+    heads, piece = divmod(job, len(pieces) - 1)
+    for h in range(heads * heads_per_job, (heads + 1) * heads_per_job):
+        backward_columns(pieces[piece], pieces[piece + 1], h, group, tensors, tiles, scoring, bias_gradient)

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from attngraph.kernels.cpu.launch import in_threads
 from attngraph.kernels.cpu.simd import LANES, TILE, broadcast, exp2, load, maximum, store, where
 from attngraph.kernels.cpu.tiles_scores import (
     SOFTMAX,
@@ -20,9 +21,9 @@ from attngraph.kernels.cpu.tiles_scores import (
     new_scratch,
 )
 from attngraph.kernels.cpu.tiles_steps import (
+    FASTMATH_FLAGS,
     add_product,
     aligned,
-    compiled,
     fill_zero,
     inner,
     load_mask,
@@ -36,14 +37,14 @@ LN_2 = math.log(2)
 
 
 class ForwardTensors(NamedTuple):
-    """Of one query head and its key head, flat: (nodes · dim,) or (nodes,)."""
+    """Of all heads, those of one flat: (heads, nodes · dim) or (heads, nodes)."""
 
     q: np.ndarray
     k: np.ndarray
     v: np.ndarray
     out: np.ndarray
     lse: np.ndarray
-    real: np.ndarray  # uint64 (tiles of keys,): a bit for each key that is no padding
+    real: np.ndarray  # uint64 (B, tiles of keys): a bit for each key that is no padding
     head_dim: int  # filled up to a multiple of 16, as value_dim
     value_dim: int
 
@@ -85,23 +86,26 @@ def online_softmax(s, bits, kept, scale_log2, row_max, row_sum, alpha):
         store(alpha, c, rescale)
 
 
-@compiled
-def forward_rows(first, stop, batch, head, tensors, tiles, scoring):
-    """out and lse of the rows of tiles first … stop - 1 of one head."""
-    q, k, v, acc, lse = tensors.q, tensors.k, tensors.v, tensors.out, tensors.lse
-    head_dim, value_dim = tensors.head_dim, tensors.value_dim
+@in_threads(fastmath=FASTMATH_FLAGS)
+def forward_rows(job, pieces, tensors, tiles, scoring):
+    """out and lse of some rows of tiles of one head: pieces[i] … pieces[i + 1] - 1, job after job, head after head."""
+    h, piece = divmod(job, len(pieces) - 1)
+    key_head = h // (len(tensors.q) // len(tensors.k))
+    batch, head = divmod(h, len(tensors.q) // len(tensors.real))
+    q, k, v, acc, lse = tensors.q[h], tensors.k[key_head], tensors.v[key_head], tensors.out[h], tensors.lse[h]
+    real_keys, head_dim, value_dim = tensors.real[batch], tensors.head_dim, tensors.value_dim
     p, q_t = aligned(TILE * TILE, q), aligned(TILE * head_dim, q)
     row_max, row_sum, alpha = aligned(TILE, q), aligned(TILE, q), aligned(TILE, q)
     by_query, by_key = np.empty(TILE, np.uint64), np.empty(TILE, np.uint64)
     scratch, dropout = new_scratch(scoring, q), scoring.dropout
-    for row in range(first, stop):
+    for row in range(pieces[piece], pieces[piece + 1]):
         acc_at = row * TILE * value_dim
         transpose(q, row * TILE * head_dim, head_dim, q_t)
         fill_zero(acc, acc_at, TILE * value_dim)
         for r in range(TILE):
             row_max[r], row_sum[r] = masked_score(q), 0
         for tile in range(tiles.start[row], tiles.start[row + 1]):
-            key, real = np.int64(tiles.column[tile]) * TILE, tensors.real[tiles.column[tile]]
+            key, real = np.int64(tiles.column[tile]) * TILE, real_keys[tiles.column[tile]]
             if not real:
                 continue
             load_mask(tiles.words, tiles.mask[tile], real, by_query, by_key)

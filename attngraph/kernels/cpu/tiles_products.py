@@ -8,6 +8,7 @@ Every edge is in one tile, and every sum has a fixed order: any number of thread
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -16,7 +17,7 @@ from torch import Tensor
 from attngraph.kernels.contract import TilesLayout
 from attngraph.kernels.cpu.openmp import parallel_for
 from attngraph.kernels.cpu.simd import LANES, TILE, broadcast, exp2, load, store
-from attngraph.kernels.cpu.tiles import flat_heads, jobs_of, log2_e, tiled, tiles_of
+from attngraph.kernels.cpu.tiles import flat_heads, log2_e, pieces_of, tiled, tiles_of
 from attngraph.kernels.cpu.tiles_scores import Place, load_edges, store_edges
 from attngraph.kernels.cpu.tiles_steps import (
     ALL_BITS,
@@ -121,7 +122,7 @@ def products(q: Tensor, k: Tensor, layout: TilesLayout, scale: float, lse: Tenso
     lse = q.new_empty(B, H, 0) if lse is None else tiled(lse.to(q.dtype)[..., None] * unit, layout, 0, 1)
     q, k = tiled(q, layout, 0), tiled(k, layout, 1)
     arrays = [flat_heads(x, B * Hkv) for x in (q, k, lse, found)]
-    jobs, tiles = jobs_of(layout.by_key, B * Hkv), tiles_of(layout, layout.by_key, True)
+    jobs, tiles = [*pairwise(pieces_of(layout.by_key, B * Hkv))], tiles_of(layout, layout.by_key, True)
     factor = scalar(scale * unit, q)
 
     def run(job: int) -> None:
@@ -155,7 +156,7 @@ def _sums(dproducts: Tensor, y: Tensor, heads: int, layout: TilesLayout, scale: 
         flat_heads(y, B * heads // share),
         flat_heads(dx, B * heads),
     )
-    jobs, tiles, factor = jobs_of(rows, B * heads), tiles_of(layout, rows, True), scalar(scale, y)
+    jobs, tiles, factor = [*pairwise(pieces_of(rows, B * heads))], tiles_of(layout, rows, True), scalar(scale, y)
 
     def run(job: int) -> None:
         h, piece = divmod(job, len(jobs))

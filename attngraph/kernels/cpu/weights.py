@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, get_args
 
 import numpy as np
 import torch
+from numba import njit
 from torch import Tensor
 
 from attngraph.kernels.contract import Modifiers, Normalizer
@@ -22,7 +23,9 @@ from attngraph.kernels.dropout import keep_factor, threshold
 
 FASTMATH_FLAGS = {"reassoc", "contract", "nsz", "arcp"}  # all that keep inf and nan
 # Of numpy's error model, as a division that may raise an error is no vector instruction.
-compiled = compiled_with(fastmath=FASTMATH_FLAGS, error_model="numpy")
+OPTIONS: dict[str, Any] = {"fastmath": FASTMATH_FLAGS, "error_model": "numpy"}
+compiled = compiled_with(**OPTIONS)
+inner = njit(no_cpython_wrapper=True, no_cfunc_wrapper=True, **OPTIONS)  # for what only compiled functions call
 
 IDENTITY, SOFTCAP, LEAKY_RELU = range(3)
 TRANSFORMS = {"softcap": SOFTCAP, "leaky_relu": LEAKY_RELU}

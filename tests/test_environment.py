@@ -116,11 +116,11 @@ _CacheLocator.ensure_cache_path = refuse  # root may write anywhere
 
 KEPT_CODE = """
 import numpy as np
-from attngraph.kernels.cpu.tiles_backward import compute_delta
+from attngraph.kernels.cpu.tiles_backward import start_backward
 
-ones, delta = np.ones((1, 16), np.float32), np.zeros((1, 1), np.float32)
-compute_delta(1, (ones, ones, delta), 16)
-print(delta[0, 0], len(compute_delta.launch.stats.cache_hits))
+ones, zero, delta = np.ones((1, 16), np.float32), np.zeros((1, 1), np.float32), np.zeros((1, 1), np.float32)
+start_backward(1, zero, zero[:0], ones, ones, zero, delta, np.float32(1))
+print(delta[0, 0], len(start_backward.launch.stats.cache_hits))
 """
 
 

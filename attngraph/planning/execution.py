@@ -6,6 +6,7 @@ until then; a compiled program has the handle of its graph, and its operators lo
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ from attngraph.bias import Bias, EdgeBias, require_edge_count, score_bias
 from attngraph.graph.base import Graph
 from attngraph.graph.text import pack, unpack
 from attngraph.kernels.contract import BiasKind, Dropout, Modifiers, ScoreBias, Transform
-from attngraph.kernels.memory import apart, like, nodes_first
+from attngraph.kernels.memory import DTYPES, apart, like, nodes_first
 from attngraph.kernels.merge import merge
 from attngraph.kernels.scoring import LeakyReLU, SoftCap
 from attngraph.planning.backends import BACKENDS
@@ -124,7 +125,7 @@ def _differentiable_gradients(dout, dlse, q, k, v, values, attention_mask, seed,
     plan.require_unchanged()
     layout = edges_of_heads(plan.graph, q.shape[2], k.shape[2], q.device)
     q, k, v, values = apart(q, k, v, values)
-    with torch.autocast(q.device.type, enabled=False):
+    with _without_autocast(q.device.type):
         q_, k_, v_, values_ = _kernel_precision(q, k, v, values)
         modifiers = options.modifiers(values_, attention_mask, seed)
         of_edges = None
@@ -149,7 +150,7 @@ def _forward_call(q, k, v, values, attention_mask, seed, options: _Options, plan
     """In the precision of the kernels, and back."""
     if options.kind == "edge":
         require_edge_count(values, plan.edge_values)
-    with torch.autocast(q.device.type, enabled=False):
+    with _without_autocast(q.device.type):
         q_, k_, v_, values_ = _kernel_precision(q, k, v, values)
         out, lse = _forward(plan, q_, k_, v_, options.modifiers(values_, attention_mask, seed))
     return _laid_out(out.to(q.dtype), q), lse.contiguous()
@@ -157,12 +158,18 @@ def _forward_call(q, k, v, values, attention_mask, seed, options: _Options, plan
 
 def _backward_call(dout, dlse, out, lse, q, k, v, values, attention_mask, seed, options: _Options, plan, bias_grad):
     """The gradients of q, k, v and, with bias_grad, of the bias's values; else None."""
-    with torch.autocast(q.device.type, enabled=False):
+    with _without_autocast(q.device.type):
         q_, k_, v_, values_, dout_, out_ = _kernel_precision(q, k, v, values, dout, out)
         modifiers = options.modifiers(values_, attention_mask, seed)
         dq, dk, dv, dbias = _backward(plan, q_, k_, v_, out_, lse, dout_, dlse, modifiers, bias_grad)
     dq, dk, dv = (_laid_out(part.to(q.dtype), side) for part, side in ((dq, q), (dk, k), (dv, v)))
     return dq, dk, dv, None if dbias is None else dbias.to(values.dtype)
+
+
+def _without_autocast(device: str) -> AbstractContextManager[object]:
+    """Turns it off, where it is on."""
+    is_on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if is_on else nullcontext()
 
 
 def _laid_out(x: Tensor, other: Tensor) -> Tensor:
@@ -172,7 +179,7 @@ def _laid_out(x: Tensor, other: Tensor) -> Tensor:
 
 def _kernel_precision(*sides: Any) -> list[Any]:
     """Half precision as float32, but where kernels multiply it so."""
-    if sides[0].device.type == "cuda" and INSTALLED["triton"]:
+    if sides[0].dtype in DTYPES or (sides[0].device.type == "cuda" and INSTALLED["triton"]):
         return list(sides)
     return [side if side is None else side.to(torch.promote_types(side.dtype, torch.float32)) for side in sides]
 

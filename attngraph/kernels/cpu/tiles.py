@@ -14,8 +14,7 @@ Here are tensors made arrays, and work cut into jobs; the kernels are in `tiles_
 
 from __future__ import annotations
 
-import math
-from typing import NamedTuple
+from functools import partial
 
 import numpy as np
 import torch
@@ -24,7 +23,7 @@ from torch.nn.functional import pad
 
 from attngraph.kernels.contract import Modifiers, ScoreBias, TileRows, TilesLayout
 from attngraph.kernels.cpu.simd import LANES, LOG2_E, TILE
-from attngraph.kernels.cpu.tiles_backward import BackwardTensors, backward_dkdv, backward_dq, compute_delta
+from attngraph.kernels.cpu.tiles_backward import BackwardTensors, backward_dkdv, backward_dq, start_backward
 from attngraph.kernels.cpu.tiles_forward import ForwardTensors, forward_rows
 from attngraph.kernels.cpu.tiles_scores import (
     BIAS_KINDS,
@@ -39,9 +38,16 @@ from attngraph.kernels.cpu.tiles_scores import (
 )
 from attngraph.kernels.cpu.tiles_steps import ALL_BITS, Tiles
 from attngraph.kernels.dropout import LOW, ROUNDS, WEYL_A, WEYL_B, keep_factor, threshold
-from attngraph.kernels.memory import DTYPES, empty, zeros
+from attngraph.kernels.memory import DTYPES, zeros
 
 MAX_JOB_TILES = 128  # tiles of one head that a job has at most: about a millisecond of work
+# What most calls do without, made once.
+NO_NUMBERS = {dtype: np.empty(0, number) for dtype, number in DTYPES.items()}
+NO_BIAS_GRADIENT = {dtype: BiasGradient(none, np.empty(0), (0, 0)) for dtype, none in NO_NUMBERS.items()}
+NO_DROPOUT = {
+    dtype: Dropout(False, np.uint64(0), number(1), np.zeros(2 * ROUNDS, np.uint64), np.empty(0, np.int64))
+    for dtype, number in DTYPES.items()
+}
 
 
 # ------------------------------------------------------------------------------------------------- forward
@@ -52,15 +58,14 @@ def forward(q: Tensor, k: Tensor, v: Tensor, layout: TilesLayout, modifiers: Mod
 
     layout: tiles of 64 × 64. A query without edges has out 0 and lse -inf; lse is 0 unless softmax makes the weights.
     """
-    (B, H, N, _), M, value_dim = q.shape, k.shape[2], v.shape[3]
-    scoring = _scoring(modifiers, q, M)
-    q, k, v = tiled(q, layout, 0), tiled(k, layout, 1), tiled(v, layout, 1)
-    out, lse = empty(*q.shape[:4], v.shape[4], like=q), empty(*q.shape[:4], like=q)
+    (B, H, N, D), (M, Dv) = q.shape, v.shape[2:]
+    (nodes, key_nodes), dims, number = filled_grid(layout), (filled(D), filled(Dv)), DTYPES[q.dtype]
+    out, lse = np.empty((B * H, nodes * dims[1]), number), np.empty((B * H, nodes), number)
+    sides = flat_heads(q, nodes), flat_heads(k, key_nodes), flat_heads(v, key_nodes)
+    tensors = ForwardTensors(*sides, out, lse, _real_keys(modifiers, layout, B), *dims)
     pieces, tiles = pieces_of(layout.by_query, B * H), tiles_of(layout, layout.by_query, _reads_edges(modifiers))
-    sides = (flat_heads(x) for x in (q, k, v, out, lse))
-    tensors = ForwardTensors(*sides, _real_keys(modifiers, layout, B), q.shape[4], v.shape[4])
-    forward_rows(B * H * (len(pieces) - 1), pieces, tensors, tiles, scoring)
-    return out.flatten(2, 3)[:, :, :N, :value_dim], lse.flatten(2)[:, :, :N]
+    forward_rows(B * H * (len(pieces) - 1), pieces, tensors, tiles, _scoring(modifiers, q, M))
+    return as_nodes(out, B, N, Dv, nodes), torch.from_numpy(lse).view(B, H, nodes)[:, :, :N]
 
 
 # ------------------------------------------------------------------------------------------------- backward
@@ -84,39 +89,28 @@ def backward(
     ds = p ∘ ((dout vᵀ) ∘ kept - Δ) times the slopes of the transform, dq = scale · ds k, dk = scale · dsᵀ q,
     dbias = ds. Other normalisers have ds = normalize'(s) ∘ (dout vᵀ) ∘ kept.
     """
-    (B, _, N, dim), (_, key_heads, M, value_dim) = q.shape, v.shape
+    (B, H, N, D), (_, key_heads, M, Dv) = q.shape, v.shape
+    (nodes, key_nodes), dims, number = filled_grid(layout), (filled(D), filled(Dv)), DTYPES[q.dtype]
     scoring, dbias = _scoring(modifiers, q, M), _DBias(modifiers.bias if bias_grad else None, q, M)
-    lse = lse.masked_fill(lse == -torch.inf, torch.inf) * log2_e(q.dtype)  # without edges, p = exp(-inf)
-    delta = torch.zeros_like(lse) if dlse is None else dlse.clone()
-    lse, delta = tiled(lse[..., None], layout, 0, 1), tiled(delta[..., None], layout, 0, 1)
-    q, out, dout = tiled(q, layout, 0), tiled(out, layout, 0), tiled(dout, layout, 0)
-    k, v = tiled(k, layout, 1), tiled(v, layout, 1)
-    _delta(out, dout, delta)
-    dq, dk, dv = zeros(*q.shape, like=q), empty(*k.shape, like=k), empty(*v.shape, like=v)
-    tensors = _Gradients(q, k, v, dout, lse, delta, dq, dk, dv)
+    of_queries, of_keys = partial(flat_heads, nodes=nodes), partial(flat_heads, nodes=key_nodes)
+    dout_heads, exponent, delta = of_queries(dout), *(np.empty((B * H, nodes), number) for _ in range(2))
+    of_rows = [np.empty((0, 0), number) if x is None else flat_heads(x[..., None], N, 1) for x in (lse, dlse)]
+    start_backward(B * H, *of_rows, of_queries(out), dout_heads, exponent, delta, number(LOG2_E))
+    tensors = BackwardTensors(
+        of_queries(q), of_keys(k), of_keys(v), dout_heads, exponent, delta,
+        np.zeros((B * H, nodes * dims[0]), number),
+        *(np.empty((B * key_heads, key_nodes * dim), number) for dim in dims),
+        _real_keys(modifiers, layout, B), *dims,
+    )  # fmt: skip
     if dbias.by_head or (_in_one_pass(B * key_heads) and not dbias.by_column):
-        _dkdv(tensors, layout, modifiers, scoring, np.array([0, layout.grid[1]]), dbias)
+        pieces = np.array([0, layout.grid[1]])
     else:
         pieces = pieces_of(layout.by_key, 1 if dbias.by_column else B * key_heads)
-        if len(pieces) > 2:
-            _dq(tensors, layout, modifiers, scoring)
-        _dkdv(tensors, layout, modifiers, scoring, pieces, dbias)
-    dq, dk, dv = dq.flatten(2, 3), dk.flatten(2, 3), dv.flatten(2, 3)
-    return dq[:, :, :N, :dim], dk[:, :, :M, :dim], dv[:, :, :M, :value_dim], dbias.total()
-
-
-class _Gradients(NamedTuple):
-    """What the backward kernels read and write, tiled: (B, heads, tiles, 64, ·)."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    dout: Tensor
-    lse: Tensor
-    delta: Tensor
-    dq: Tensor
-    dk: Tensor
-    dv: Tensor
+    if len(pieces) > 2:
+        _dq(tensors, layout, modifiers, scoring)
+    _dkdv(tensors, layout, modifiers, scoring, pieces, dbias)
+    dk, dv = as_nodes(tensors.dk, B, M, D, key_nodes), as_nodes(tensors.dv, B, M, Dv, key_nodes)
+    return as_nodes(tensors.dq, B, N, D, nodes), dk, dv, dbias.total()
 
 
 class _DBias:
@@ -128,15 +122,16 @@ class _DBias:
     """
 
     def __init__(self, bias: ScoreBias | None, q: Tensor, M: int):
-        self.bias, shape, (B, H, N, _) = bias, (0, 0, 0), q.shape
-        if bias is not None:
-            shape = (B, H, N + M - 1 + 2 * TILE) if bias.kind == "offset" else bias.values.shape
-        self.by_head = bias is not None and bias.kind == "offset"
-        self.by_column = bias is not None and shape[:2] != (B, H)
-        is_shared = self.by_head or (bias is not None and bias.kind == "dense" and shape[2] == 1)  # by many pairs
+        self.bias, self.by_head, self.by_column, (B, H, N, _) = bias, False, False, q.shape
+        if bias is None:
+            self.arrays = NO_BIAS_GRADIENT[q.dtype]
+            return
+        shape = (B, H, N + M - 1 + 2 * TILE) if bias.kind == "offset" else bias.values.shape
+        self.by_head, self.by_column = bias.kind == "offset", shape[:2] != (B, H)
+        is_shared = self.by_head or (bias.kind == "dense" and shape[2] == 1)  # by many pairs
         self.sum = zeros(*shape, like=q.new_empty(0, dtype=torch.float64 if is_shared else q.dtype))
         flat, strides = self.sum.flatten().numpy(), _shared_strides(self.sum)[:2]
-        ends = (np.empty(0, DTYPES[q.dtype]), flat) if is_shared else (flat, np.empty(0))
+        ends = (NO_NUMBERS[q.dtype], flat) if is_shared else (flat, np.empty(0))
         self.arrays = BiasGradient(*ends, strides)
 
     def total(self) -> Tensor | None:
@@ -159,23 +154,15 @@ def _in_one_pass(key_heads: int) -> bool:
     return threads == 1 or (key_heads >= 2 * threads and 5 * rounds * threads <= 7 * key_heads)
 
 
-def _delta(out: Tensor, dout: Tensor, delta: Tensor) -> None:
-    """Δ of all queries, into `delta`, which holds dlse."""
-    of_heads = flat_heads(out), flat_heads(dout), flat_heads(delta)
-    compute_delta(len(of_heads[2]), of_heads, out.shape[4])
-
-
-def _dq(tensors: _Gradients, layout: TilesLayout, modifiers: Modifiers, scoring: Scoring) -> None:
+def _dq(tensors: BackwardTensors, layout: TilesLayout, modifiers: Modifiers, scoring: Scoring) -> None:
     """Fill dq."""
-    B, H = tensors.q.shape[:2]
-    pieces, tiles = pieces_of(layout.by_query, B * H), tiles_of(layout, layout.by_query, _reads_edges(modifiers))
-    dims = tensors.q.shape[4], tensors.v.shape[4]
-    arrays = BackwardTensors(*map(flat_heads, tensors), _real_keys(modifiers, layout, B), *dims)
-    backward_dq(B * H * (len(pieces) - 1), pieces, arrays, tiles, scoring)
+    heads = len(tensors.q)
+    pieces, tiles = pieces_of(layout.by_query, heads), tiles_of(layout, layout.by_query, _reads_edges(modifiers))
+    backward_dq(heads * (len(pieces) - 1), pieces, tensors, tiles, scoring)
 
 
 def _dkdv(
-    tensors: _Gradients,
+    tensors: BackwardTensors,
     layout: TilesLayout,
     modifiers: Modifiers,
     scoring: Scoring,
@@ -183,35 +170,46 @@ def _dkdv(
     dbias: _DBias,
 ) -> None:
     """Fill dk and dv, and add to dbias; fill dq, if there is but one piece of each key head."""
-    q, (B, key_heads) = tensors.q, tensors.k.shape[:2]
-    if len(pieces) != 2:
-        tensors = tensors._replace(dq=q.new_empty(B, key_heads, 0))
-    tiles, real = tiles_of(layout, layout.by_key, _reads_edges(modifiers)), _real_keys(modifiers, layout, B)
-    sides = (flat_heads(x, B * key_heads) for x in tensors)
-    arrays = BackwardTensors(*sides, real, q.shape[4], tensors.v.shape[4])
-    per_job = B * key_heads if dbias.by_column else 1
-    num_jobs = B * key_heads // per_job * (len(pieces) - 1)
-    backward_dkdv(num_jobs, pieces, per_job, q.shape[1] // key_heads, arrays, tiles, scoring, dbias.arrays)
+    heads = len(tensors.k)
+    group, per_job = len(tensors.q) // max(heads, 1), heads if dbias.by_column else 1
+    dq = tensors.dq if len(pieces) == 2 else tensors.dq[:, :0]
+    of_queries = {"q": tensors.q, "dout": tensors.dout, "lse": tensors.lse, "delta": tensors.delta, "dq": dq}
+    tensors = tensors._replace(**{name: regrouped(x, heads) for name, x in of_queries.items()})
+    tiles = tiles_of(layout, layout.by_key, _reads_edges(modifiers))
+    num_jobs = heads // max(per_job, 1) * (len(pieces) - 1)
+    backward_dkdv(num_jobs, pieces, per_job, group, tensors, tiles, scoring, dbias.arrays)
 
 
 # ------------------------------------------------------------------------------------------- tensors to arrays
 
 
-def tiled(x: Tensor, layout: TilesLayout, axis: int, multiple: int = LANES) -> Tensor:
-    """x (B, H, nodes, D) as tiles (B, H, tiles, 64, D), contiguous; filled up with zeros, D to a multiple of 16.
-
-    The nodes are queries (axis 0 of the adjacency matrix) or keys (axis 1).
-    """
-    x = x.detach()
-    missing_nodes, missing_dims = layout.grid[axis] * TILE - x.shape[2], -x.shape[3] % multiple
-    x = pad(x, (0, missing_dims, 0, missing_nodes)) if missing_nodes or missing_dims else x
-    return x.contiguous().view(*x.shape[:2], layout.grid[axis], TILE, x.shape[3])
+def filled(dim: int, multiple: int = LANES) -> int:
+    """The next multiple."""
+    return -(-dim // multiple) * multiple
 
 
-def flat_heads(x: Tensor, heads: int | None = None) -> np.ndarray:
-    """x (B, H, …) as (heads, flat); with `heads`, each is several of x's."""
-    heads = math.prod(x.shape[:2]) if heads is None else heads
-    return x.numpy().reshape(heads, x.numel() // max(heads, 1))
+def filled_grid(layout: TilesLayout) -> tuple[int, int]:
+    """How many nodes the rows of tiles have, and the columns."""
+    rows, columns = layout.grid
+    return rows * TILE, columns * TILE
+
+
+def flat_heads(x: Tensor, nodes: int, multiple: int = LANES) -> np.ndarray:
+    """x (B, H, n, D) as (B · H, nodes · D'), filled up with zeros to so many nodes, and D to a multiple D'."""
+    (B, H, n, D), dim, x = x.shape, filled(x.shape[3], multiple), x.detach()
+    x = pad(x, (0, dim - D, 0, nodes - n)) if (n, D) != (nodes, dim) else x.contiguous()
+    return x.numpy().reshape(B * H, nodes * dim)
+
+
+def regrouped(x: np.ndarray, heads: int) -> np.ndarray:
+    """(·, flat) → (heads, flat), each several of x's, or a part of one."""
+    return x.reshape(heads, x.size // max(heads, 1))
+
+
+def as_nodes(x: np.ndarray, B: int, n: int, D: int, nodes: int) -> Tensor:
+    """The way back: (B · H, nodes · D') → (B, H, n, D)."""
+    whole = torch.from_numpy(x).view(B, len(x) // max(B, 1), nodes, filled(D))
+    return whole if (nodes, filled(D)) == (n, D) else whole[:, :, :n, :D]
 
 
 def log2_e(dtype: torch.dtype) -> float:
@@ -241,7 +239,7 @@ def _scoring(modifiers: Modifiers, q: Tensor, m: int) -> Scoring:
 
 def _bias(bias: ScoreBias | None, q: Tensor, m: int, unit: float) -> Bias:
     """The values of a bias, times a unit."""
-    none, n = np.empty(0, DTYPES[q.dtype]), q.shape[2]
+    none, n = NO_NUMBERS[q.dtype], q.shape[2]
     if bias is None:
         return Bias(NO_BIAS, none, none, (0, 0, 0), n, m)
     values = bias.values.detach().to(q.dtype)
@@ -268,7 +266,7 @@ def _shared_strides(x: Tensor) -> tuple[int, ...]:
 def _dropout(modifiers: Modifiers, q: Tensor) -> Dropout:
     dropout, number = modifiers.dropout, DTYPES[q.dtype]
     if dropout is None:
-        return Dropout(False, np.uint64(0), number(1), np.zeros(2 * ROUNDS, np.uint64), np.empty(0, np.int64))
+        return NO_DROPOUT[q.dtype]
     seed = int(dropout.seed)
     keys = [((seed >> shift) + r * weyl) & LOW for r in range(ROUNDS) for shift, weyl in ((0, WEYL_A), (32, WEYL_B))]
     numbers = torch.arange(q.shape[1]) if dropout.heads is None else dropout.heads

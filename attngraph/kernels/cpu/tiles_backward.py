@@ -56,14 +56,20 @@ class BackwardTensors(NamedTuple):
 
 
 @in_threads(fastmath=FASTMATH_FLAGS)
-def compute_delta(head, of_heads, width):
-    """delta, which holds dlse, to Σ_d out · dout - dlse of a head: (out, dout, delta), each (heads, flat)."""
-    out, dout, delta = of_heads[0][head], of_heads[1][head], of_heads[2][head]
-    for i in range(len(delta)):
+def start_backward(head, lse, dlse, out, dout, exponent, delta, log2_e):
+    """lse as an exponent of 2, inf where a query has no edges, so that p = 0; and Δ = Σ_d out · dout - dlse: of a head.
+
+    All of them (heads, flat); dlse (0, 0) for none. exponent and delta are 0 beyond the queries of lse.
+    """
+    width = out.shape[1] // exponent.shape[1]
+    for i in range(exponent.shape[1]):
+        exponent[head, i], delta[head, i] = 0, 0
+    for i in range(lse.shape[1]):
+        exponent[head, i] = np.inf if lse[head, i] == -np.inf else lse[head, i] * log2_e
         sums = broadcast(out, 0)
         for d in range(i * width, (i + 1) * width, LANES):
-            sums = sums + load(out, d) * load(dout, d)
-        delta[i] = reduce_sum(sums) - delta[i]
+            sums = sums + load(out[head], d) * load(dout[head], d)
+        delta[head, i] = reduce_sum(sums) - (dlse[head, i] if len(dlse) else 0)
 
 
 @inner

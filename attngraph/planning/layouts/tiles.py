@@ -76,12 +76,12 @@ class Tiles:
     m: int
     table: Table
 
-    @property
+    @cached_property
     def tile(self) -> tuple[int, int]:
         """How many queries and keys a tile has."""
         return self.table.words.shape[1], self.table.words.shape[2] * WORD
 
-    @property
+    @cached_property
     def grid(self) -> tuple[int, int]:
         """How many tiles the plane has on each side."""
         return -(-self.n // self.tile[0]), -(-self.m // self.tile[1])

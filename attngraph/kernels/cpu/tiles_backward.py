@@ -61,7 +61,7 @@ def start_backward(head, lse, dlse, out, dout, exponent, delta, log2_e):
 
     All of them (heads, flat); dlse (0, 0) for none. exponent and delta are 0 beyond the queries of lse.
     """
-    width = out.shape[1] // exponent.shape[1]
+    width = out.shape[1] // max(exponent.shape[1], 1)
     for i in range(exponent.shape[1]):
         exponent[head, i], delta[head, i] = 0, 0
     for i in range(lse.shape[1]):

@@ -10,7 +10,7 @@ import torch
 pytest.importorskip("numba")
 from numba import njit
 
-from attngraph.kernels.cpu import simd
+from attngraph.kernels.cpu import half, simd
 
 
 def applied(function):
@@ -48,3 +48,39 @@ def test_numbers_too_small_to_count_are_zero(dtype, least, tolerance):
     x = torch.linspace(2 * least, 0, 4096, dtype=dtype)
     expected = torch.exp2(x.double()).where(x > least, 0)
     torch.testing.assert_close(applied(simd.exp2)(x).double(), expected, rtol=tolerance, atol=0)
+
+
+@njit
+def widen_all(x, out):
+    for at in range(0, len(x), simd.LANES):
+        simd.store(out, at, half.widen(x, at))
+
+
+@njit
+def narrow_all(x, out):
+    for at in range(0, len(x), simd.LANES):
+        half.narrow(out, at, simd.load(x, at))
+
+
+HALVES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+
+
+@HALVES
+def test_every_number_of_half_precision_is_widened_as_by_torch(dtype):
+    bits = torch.arange(2**16).to(torch.int16)
+    found = torch.empty(2**16)
+    widen_all(bits.numpy().view(half.BITS[dtype]), found.numpy())
+    torch.testing.assert_close(found, bits.view(dtype).float(), rtol=0, atol=0, equal_nan=True)
+
+
+@HALVES
+def test_numbers_are_narrowed_as_by_torch(dtype):
+    chance = torch.Generator().manual_seed(0)
+    bits = torch.randint(-(2**31), 2**31, (2**18,), generator=chance).int()
+    every = torch.arange(2**16).to(torch.int16).view(dtype).float()
+    ties = (every.view(torch.int32) + (1 << (15 if dtype == torch.bfloat16 else 12))).view(torch.float32)
+    some = torch.randn(2**16, generator=chance) * torch.logspace(-12, 6, 2**16)
+    numbers = torch.cat([bits.view(torch.float32), every, ties, some])
+    found = torch.empty(len(numbers), dtype=torch.int16)
+    narrow_all(numbers.numpy(), found.numpy().view(half.BITS[dtype]))
+    torch.testing.assert_close(found.view(dtype), numbers.to(dtype), rtol=0, atol=0, equal_nan=True)

@@ -15,6 +15,7 @@ Here are tensors made arrays, and work cut into jobs; the kernels are in `tiles_
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from attngraph.kernels.contract import Modifiers, ScoreBias, TileRows, TilesLayout
+from attngraph.kernels.cpu.half import BITS
 from attngraph.kernels.cpu.simd import LANES, LOG2_E, TILE
 from attngraph.kernels.cpu.tiles_backward import BackwardTensors, backward_dkdv, backward_dq, start_backward
 from attngraph.kernels.cpu.tiles_forward import ForwardTensors, forward_rows
@@ -54,18 +56,20 @@ NO_DROPOUT = {
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, layout: TilesLayout, modifiers: Modifiers) -> tuple[Tensor, Tensor]:
-    """q (B, H, N, D), k and v (B, Hkv, M, ·), float32 or float64 → out (B, H, N, Dv), lse (B, H, N).
+    """q (B, H, N, D), k and v (B, Hkv, M, ·) → out (B, H, N, Dv), and lse (B, H, N) in float32, or float64 as they.
 
     layout: tiles of 64 × 64. A query without edges has out 0 and lse -inf; lse is 0 unless softmax makes the weights.
+    bfloat16 and float16 are widened tile by tile, and sums are in float32.
     """
     (B, H, N, D), (M, Dv) = q.shape, v.shape[2:]
-    (nodes, key_nodes), dims, number = filled_grid(layout), (filled(D), filled(Dv)), DTYPES[q.dtype]
-    out, lse = np.empty((B * H, nodes * dims[1]), number), np.empty((B * H, nodes), number)
+    (nodes, key_nodes), dims, number = filled_grid(layout), (filled(D), filled(Dv)), number_of(q.dtype)
+    out = np.empty((B * H, nodes * dims[1]), BITS.get(q.dtype, number))
+    lse = np.empty((B * H, nodes), number)
     sides = flat_heads(q, nodes), flat_heads(k, key_nodes), flat_heads(v, key_nodes)
     tensors = ForwardTensors(*sides, out, lse, _real_keys(modifiers, layout, B), *dims)
     pieces, tiles = pieces_of(layout.by_query, B * H), tiles_of(layout, layout.by_query, _reads_edges(modifiers))
     forward_rows(B * H * (len(pieces) - 1), pieces, tensors, tiles, _scoring(modifiers, q, M))
-    return as_nodes(out, B, N, Dv, nodes), torch.from_numpy(lse).view(B, H, nodes)[:, :, :N]
+    return as_nodes(out, B, N, Dv, nodes, q.dtype), torch.from_numpy(lse).view(B, H, nodes)[:, :, :N]
 
 
 # ------------------------------------------------------------------------------------------------- backward
@@ -90,7 +94,7 @@ def backward(
     dbias = ds. Other normalisers have ds = normalize'(s) ∘ (dout vᵀ) ∘ kept.
     """
     (B, H, N, D), (_, key_heads, M, Dv) = q.shape, v.shape
-    (nodes, key_nodes), dims, number = filled_grid(layout), (filled(D), filled(Dv)), DTYPES[q.dtype]
+    (nodes, key_nodes), dims, number = filled_grid(layout), (filled(D), filled(Dv)), number_of(q.dtype)
     scoring, dbias = _scoring(modifiers, q, M), _DBias(modifiers.bias if bias_grad else None, q, M)
     of_queries, of_keys = partial(flat_heads, nodes=nodes), partial(flat_heads, nodes=key_nodes)
     dout_heads, exponent, delta = of_queries(dout), *(np.empty((B * H, nodes), number) for _ in range(2))
@@ -99,7 +103,7 @@ def backward(
     tensors = BackwardTensors(
         of_queries(q), of_keys(k), of_keys(v), dout_heads, exponent, delta,
         np.zeros((B * H, nodes * dims[0]), number),
-        *(np.empty((B * key_heads, key_nodes * dim), number) for dim in dims),
+        *(np.empty((B * key_heads, key_nodes * dim), BITS.get(q.dtype, number)) for dim in dims),
         _real_keys(modifiers, layout, B), *dims,
     )  # fmt: skip
     if dbias.by_head or (_in_one_pass(B * key_heads) and not dbias.by_column):
@@ -109,8 +113,9 @@ def backward(
     if len(pieces) > 2:
         _dq(tensors, layout, modifiers, scoring)
     _dkdv(tensors, layout, modifiers, scoring, pieces, dbias)
-    dk, dv = as_nodes(tensors.dk, B, M, D, key_nodes), as_nodes(tensors.dv, B, M, Dv, key_nodes)
-    return as_nodes(tensors.dq, B, N, D, nodes), dk, dv, dbias.total()
+    dq = as_nodes(tensors.dq, B, N, D, nodes, exact(q.dtype))  # sums over all columns of tiles, so never half
+    dk, dv = (as_nodes(x, B, M, dim, key_nodes, q.dtype) for x, dim in ((tensors.dk, D), (tensors.dv, Dv)))
+    return dq, dk, dv, dbias.total()
 
 
 class _DBias:
@@ -124,14 +129,14 @@ class _DBias:
     def __init__(self, bias: ScoreBias | None, q: Tensor, M: int):
         self.bias, self.by_head, self.by_column, (B, H, N, _) = bias, False, False, q.shape
         if bias is None:
-            self.arrays = NO_BIAS_GRADIENT[q.dtype]
+            self.arrays = NO_BIAS_GRADIENT[exact(q.dtype)]
             return
         shape = (B, H, N + M - 1 + 2 * TILE) if bias.kind == "offset" else bias.values.shape
         self.by_head, self.by_column = bias.kind == "offset", shape[:2] != (B, H)
         is_shared = self.by_head or (bias.kind == "dense" and shape[2] == 1)  # by many pairs
-        self.sum = zeros(*shape, like=q.new_empty(0, dtype=torch.float64 if is_shared else q.dtype))
+        self.sum = zeros(*shape, like=q.new_empty(0, dtype=torch.float64 if is_shared else exact(q.dtype)))
         flat, strides = self.sum.flatten().numpy(), _shared_strides(self.sum)[:2]
-        ends = (NO_NUMBERS[q.dtype], flat) if is_shared else (flat, np.empty(0))
+        ends = (NO_NUMBERS[exact(q.dtype)], flat) if is_shared else (flat, np.empty(0))
         self.arrays = BiasGradient(*ends, strides)
 
     def total(self) -> Tensor | None:
@@ -198,7 +203,8 @@ def flat_heads(x: Tensor, nodes: int, multiple: int = LANES) -> np.ndarray:
     """x (B, H, n, D) as (B · H, nodes · D'), filled up with zeros to so many nodes, and D to a multiple D'."""
     (B, H, n, D), dim, x = x.shape, filled(x.shape[3], multiple), x.detach()
     x = pad(x, (0, dim - D, 0, nodes - n)) if (n, D) != (nodes, dim) else x.contiguous()
-    return x.numpy().reshape(B * H, nodes * dim)
+    array = x.view(torch.int16).numpy().view(BITS[x.dtype]) if x.dtype in BITS else x.numpy()
+    return array.reshape(B * H, nodes * dim)
 
 
 def regrouped(x: np.ndarray, heads: int) -> np.ndarray:
@@ -206,20 +212,31 @@ def regrouped(x: np.ndarray, heads: int) -> np.ndarray:
     return x.reshape(heads, x.size // max(heads, 1))
 
 
-def as_nodes(x: np.ndarray, B: int, n: int, D: int, nodes: int) -> Tensor:
+def as_nodes(x: np.ndarray, B: int, n: int, D: int, nodes: int, dtype: torch.dtype) -> Tensor:
     """The way back: (B · H, nodes · D') → (B, H, n, D)."""
-    whole = torch.from_numpy(x).view(B, len(x) // max(B, 1), nodes, filled(D))
+    flat = torch.from_numpy(x.view(np.int16)).view(dtype) if dtype in BITS else torch.from_numpy(x)
+    whole = flat.view(B, len(x) // max(B, 1), nodes, filled(D))
     return whole if (nodes, filled(D)) == (n, D) else whole[:, :, :n, :D]
+
+
+def exact(dtype: torch.dtype) -> torch.dtype:
+    """In which sums are taken."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def number_of(dtype: torch.dtype) -> Any:
+    """NumPy's numbers of this kind."""
+    return DTYPES[exact(dtype)]
 
 
 def log2_e(dtype: torch.dtype) -> float:
     """log2 e, rounded alike wherever scores of a dtype become exponents of 2, so that the rounding cancels."""
-    return float(DTYPES[dtype](LOG2_E))
+    return float(number_of(dtype)(LOG2_E))
 
 
 def _scoring(modifiers: Modifiers, q: Tensor, m: int) -> Scoring:
     """What the kernels are told of the modifiers, but for the padding; `m` keys."""
-    transform, scale, number = modifiers.transform, modifiers.scale, DTYPES[q.dtype]
+    transform, scale, number = modifiers.transform, modifiers.scale, number_of(q.dtype)
     makes_scores = modifiers.bias is not None or transform is not None
     unit = log2_e(q.dtype) if modifiers.normalize == "softmax" else 1.0
     bias_unit = unit if transform is None else 1.0  # scores are made as exponents at once: rounded once less
@@ -239,10 +256,10 @@ def _scoring(modifiers: Modifiers, q: Tensor, m: int) -> Scoring:
 
 def _bias(bias: ScoreBias | None, q: Tensor, m: int, unit: float) -> Bias:
     """The values of a bias, times a unit."""
-    none, n = NO_NUMBERS[q.dtype], q.shape[2]
+    none, n = NO_NUMBERS[exact(q.dtype)], q.shape[2]
     if bias is None:
         return Bias(NO_BIAS, none, none, (0, 0, 0), n, m)
-    values = bias.values.detach().to(q.dtype)
+    values = bias.values.detach().to(exact(q.dtype))
     if bias.kind == "offset":
         values = pad(values * unit, (TILE, TILE))
         ends = values.flatten().numpy(), values.flip(1).flatten().numpy()
@@ -264,9 +281,9 @@ def _shared_strides(x: Tensor) -> tuple[int, ...]:
 
 
 def _dropout(modifiers: Modifiers, q: Tensor) -> Dropout:
-    dropout, number = modifiers.dropout, DTYPES[q.dtype]
+    dropout, number = modifiers.dropout, number_of(q.dtype)
     if dropout is None:
-        return NO_DROPOUT[q.dtype]
+        return NO_DROPOUT[exact(q.dtype)]
     seed = int(dropout.seed)
     keys = [((seed >> shift) + r * weyl) & LOW for r in range(ROUNDS) for shift, weyl in ((0, WEYL_A), (32, WEYL_B))]
     numbers = torch.arange(q.shape[1]) if dropout.heads is None else dropout.heads

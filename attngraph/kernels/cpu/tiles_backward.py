@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from attngraph.kernels.cpu.half import keep_sums, load_wide, scratch_size, sums, widened
 from attngraph.kernels.cpu.launch import in_threads
 from attngraph.kernels.cpu.simd import LANES, TILE, broadcast, exp2, load, reduce_sum, store, where
 from attngraph.kernels.cpu.tiles_scores import (
@@ -66,10 +67,10 @@ def start_backward(head, lse, dlse, out, dout, exponent, delta, log2_e):
         exponent[head, i], delta[head, i] = 0, 0
     for i in range(lse.shape[1]):
         exponent[head, i] = np.inf if lse[head, i] == -np.inf else lse[head, i] * log2_e
-        sums = broadcast(out, 0)
+        total = broadcast(exponent, 0)
         for d in range(i * width, (i + 1) * width, LANES):
-            sums = sums + load(out[head], d) * load(dout[head], d)
-        delta[head, i] = reduce_sum(sums) - (dlse[head, i] if len(dlse) else 0)
+            total = total + load_wide(out[head], d) * load_wide(dout[head], d)
+        delta[head, i] = reduce_sum(total) - (dlse[head, i] if len(dlse) else 0)
 
 
 @inner
@@ -123,14 +124,19 @@ def backward_dq(job, pieces, tensors, tiles, scoring):
     q, k, v, dout, dq = tensors.q[h], tensors.k[key_head], tensors.v[key_head], tensors.dout[h], tensors.dq[h]
     lse, delta, real_keys = tensors.lse[h], tensors.delta[h], tensors.real[batch]
     head_dim, value_dim = tensors.head_dim, tensors.value_dim
-    p, ds = aligned(TILE * TILE, q), aligned(TILE * TILE, q)
-    q_t, dout_t = aligned(TILE * head_dim, q), aligned(TILE * value_dim, q)
+    key_size, value_size = TILE * head_dim, TILE * value_dim
+    p, ds, q_t, dout_t = (
+        aligned(TILE * TILE, lse), aligned(TILE * TILE, lse), aligned(key_size, lse), aligned(value_size, lse),
+    )  # fmt: skip
+    wide_k, wide_v = aligned(scratch_size(k, key_size), lse), aligned(scratch_size(v, value_size), lse)
     by_query, by_key = np.empty(TILE, np.uint64), np.empty(TILE, np.uint64)
-    scratch = new_scratch(scoring, q)
+    scratch = new_scratch(scoring, lse)
     for row in range(pieces[piece], pieces[piece + 1]):
         query = row * TILE
-        transpose(q, query * head_dim, head_dim, q_t)
-        transpose(dout, query * value_dim, value_dim, dout_t)
+        q_i, q_at = widened(q, query * head_dim, key_size, wide_k)
+        transpose(q_i, q_at, head_dim, q_t)
+        dout_i, dout_at = widened(dout, query * value_dim, value_size, wide_v)
+        transpose(dout_i, dout_at, value_dim, dout_t)
         masked, full = tiles.start[row], tiles.full[row]
         while masked < tiles.full[row] or full < tiles.start[row + 1]:  # merges two ascending lists
             take_masked = full == tiles.start[row + 1]
@@ -146,15 +152,17 @@ def backward_dq(job, pieces, tensors, tiles, scoring):
             if not real:
                 continue
             load_mask(tiles.words, tiles.mask[tile], real, by_query, by_key)
-            product(p, k, key * head_dim, q_t, head_dim, by_key)
-            product(ds, v, key * value_dim, dout_t, value_dim, by_key)
+            k_j, k_at = widened(k, key * head_dim, key_size, wide_k)
+            v_j, v_at = widened(v, key * value_dim, value_size, wide_v)
+            product(p, k_j, k_at, q_t, head_dim, by_key)
+            product(ds, v_j, v_at, dout_t, value_dim, by_key)
             if scoring.is_plain:
                 factor, keep_factor = scoring.factor, scoring.dropout.factor
                 softmax_backward(p, ds, by_key, None, keep_factor, factor, lse, delta, query, False)
             else:
                 place = Place(batch, head, query, key, np.int64(tiles.tile[tile]), np.int64(tiles.mask[tile]))
                 scores_backward(p, ds, by_key, scoring, place, tiles, scratch, lse, delta, query, False)
-            add_product(dq, query * head_dim, ds, 1, TILE, k, key * head_dim, head_dim, by_query)
+            add_product(dq, query * head_dim, ds, 1, TILE, k_j, k_at, head_dim, by_query)
         scale_by(dq, query * head_dim, TILE * head_dim, scoring.scale)
 
 
@@ -169,27 +177,34 @@ def backward_columns(first, stop, h, group, tensors, tiles, scoring, bias_gradie
     head, real_keys = key_head * group, tensors.real[batch]
     head_dim, value_dim, n = tensors.head_dim, tensors.value_dim, len(lse) // group
     keep_factor = scoring.dropout.factor
-    p, ds = aligned(TILE * TILE, q), aligned(TILE * TILE, q)
-    k_t, v_t = aligned(TILE * head_dim, q), aligned(TILE * value_dim, q)
+    key_size, value_size = TILE * head_dim, TILE * value_dim
+    p, ds, k_t, v_t = (
+        aligned(TILE * TILE, lse), aligned(TILE * TILE, lse), aligned(key_size, lse), aligned(value_size, lse),
+    )  # fmt: skip
+    wide_q, wide_dout = aligned(scratch_size(q, key_size), lse), aligned(scratch_size(dout, value_size), lse)
+    wide_k, wide_v = aligned(scratch_size(k, key_size), lse), aligned(scratch_size(v, value_size), lse)
+    wide_dk, wide_dv = aligned(scratch_size(dk, key_size), lse), aligned(scratch_size(dv, value_size), lse)
     by_query, by_key = np.empty(TILE, np.uint64), np.empty(TILE, np.uint64)
-    scratch = new_scratch(scoring, q)
+    scratch = new_scratch(scoring, lse)
     for column in range(first, stop):
-        k_at, v_at = column * TILE * head_dim, column * TILE * value_dim
-        transpose(k, k_at, head_dim, k_t)
-        transpose(v, v_at, value_dim, v_t)
-        fill_zero(dk, k_at, TILE * head_dim)
-        fill_zero(dv, v_at, TILE * value_dim)
         real = real_keys[column]
-        if not real:
-            continue
-        for tile in range(tiles.start[column], tiles.start[column + 1]):
+        k_j, k_at = widened(k, column * key_size, key_size, wide_k)
+        v_j, v_at = widened(v, column * value_size, value_size, wide_v)
+        dk_j, dk_at = sums(dk, column * key_size, wide_dk)
+        dv_j, dv_at = sums(dv, column * value_size, wide_dv)
+        transpose(k_j, k_at, head_dim, k_t)
+        transpose(v_j, v_at, value_dim, v_t)
+        fill_zero(dk_j, dk_at, key_size)
+        fill_zero(dv_j, dv_at, value_size)
+        for tile in range(tiles.start[column], tiles.start[column + 1] if real else tiles.start[column]):
             load_mask(tiles.words, tiles.mask[tile], real, by_query, by_key)
             for g in range(group):
                 query = np.int64(tiles.column[tile]) * TILE
                 at = g * n + query
-                q_at, dout_at = at * head_dim, at * value_dim
-                product(p, q, q_at, k_t, head_dim, by_query)
-                product(ds, dout, dout_at, v_t, value_dim, by_query)
+                q_i, q_at = widened(q, at * head_dim, key_size, wide_q)
+                dout_i, dout_at = widened(dout, at * value_dim, value_size, wide_dout)
+                product(p, q_i, q_at, k_t, head_dim, by_query)
+                product(ds, dout_i, dout_at, v_t, value_dim, by_query)
                 place = Place(
                     batch, head + g, query, column * TILE, np.int64(tiles.tile[tile]), np.int64(tiles.mask[tile])
                 )
@@ -198,15 +213,17 @@ def backward_columns(first, stop, h, group, tensors, tiles, scoring, bias_gradie
                     softmax_backward(p, ds, by_query, None, keep_factor, factor, lse, delta, at, True)
                 else:
                     scores_backward(p, ds, by_query, scoring, place, tiles, scratch, lse, delta, at, True)
-                add_product(dv, v_at, p, 1, TILE, dout, dout_at, value_dim, by_key)
-                add_product(dk, k_at, ds, 1, TILE, q, q_at, head_dim, by_key)
+                add_product(dv_j, dv_at, p, 1, TILE, dout_i, dout_at, value_dim, by_key)
+                add_product(dk_j, dk_at, ds, 1, TILE, q_i, q_at, head_dim, by_key)
                 if len(dq):
-                    add_product(dq, q_at, ds, TILE, 1, k, k_at, head_dim, by_query)
+                    add_product(dq, at * head_dim, ds, TILE, 1, k_j, k_at, head_dim, by_query)
                 if len(bias_gradient.values) or len(bias_gradient.sums):
                     add_bias_gradient(bias_gradient, scoring.bias, place, tiles, ds, scratch)
-        scale_by(dk, k_at, TILE * head_dim, scoring.scale)
+        scale_by(dk_j, dk_at, key_size, scoring.scale)
         if keep_factor != 1:
-            scale_by(dv, v_at, TILE * value_dim, keep_factor)
+            scale_by(dv_j, dv_at, value_size, keep_factor)
+        keep_sums(dk, column * key_size, key_size, wide_dk)
+        keep_sums(dv, column * value_size, value_size, wide_dv)
     scale_by(dq, 0, len(dq), scoring.scale)
 
 

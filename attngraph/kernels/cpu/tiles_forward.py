@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from attngraph.kernels.cpu.half import keep_sums, scratch_size, sums, widened
 from attngraph.kernels.cpu.launch import in_threads
 from attngraph.kernels.cpu.simd import LANES, TILE, broadcast, exp2, load, maximum, store, where
 from attngraph.kernels.cpu.tiles_scores import (
@@ -92,24 +93,29 @@ def forward_rows(job, pieces, tensors, tiles, scoring):
     h, piece = divmod(job, len(pieces) - 1)
     key_head = h // (len(tensors.q) // len(tensors.k))
     batch, head = divmod(h, len(tensors.q) // len(tensors.real))
-    q, k, v, acc, lse = tensors.q[h], tensors.k[key_head], tensors.v[key_head], tensors.out[h], tensors.lse[h]
+    q, k, v, out, lse = tensors.q[h], tensors.k[key_head], tensors.v[key_head], tensors.out[h], tensors.lse[h]
     real_keys, head_dim, value_dim = tensors.real[batch], tensors.head_dim, tensors.value_dim
-    p, q_t = aligned(TILE * TILE, q), aligned(TILE * head_dim, q)
-    row_max, row_sum, alpha = aligned(TILE, q), aligned(TILE, q), aligned(TILE, q)
+    key_size, value_size = TILE * head_dim, TILE * value_dim
+    p, q_t = aligned(TILE * TILE, lse), aligned(key_size, lse)
+    wide_k, wide_v = aligned(scratch_size(k, key_size), lse), aligned(scratch_size(v, value_size), lse)
+    wide_out = aligned(scratch_size(out, value_size), lse)
+    row_max, row_sum, alpha = aligned(TILE, lse), aligned(TILE, lse), aligned(TILE, lse)
     by_query, by_key = np.empty(TILE, np.uint64), np.empty(TILE, np.uint64)
-    scratch, dropout = new_scratch(scoring, q), scoring.dropout
+    scratch, dropout = new_scratch(scoring, lse), scoring.dropout
     for row in range(pieces[piece], pieces[piece + 1]):
-        acc_at = row * TILE * value_dim
-        transpose(q, row * TILE * head_dim, head_dim, q_t)
-        fill_zero(acc, acc_at, TILE * value_dim)
+        acc, acc_at = sums(out, row * value_size, wide_out)
+        q_i, q_at = widened(q, row * key_size, key_size, wide_k)
+        transpose(q_i, q_at, head_dim, q_t)
+        fill_zero(acc, acc_at, value_size)
         for r in range(TILE):
-            row_max[r], row_sum[r] = masked_score(q), 0
+            row_max[r], row_sum[r] = masked_score(lse), 0
         for tile in range(tiles.start[row], tiles.start[row + 1]):
             key, real = np.int64(tiles.column[tile]) * TILE, real_keys[tiles.column[tile]]
             if not real:
                 continue
             load_mask(tiles.words, tiles.mask[tile], real, by_query, by_key)
-            product(p, k, key * head_dim, q_t, head_dim, by_key)
+            k_j, k_at = widened(k, key * head_dim, key_size, wide_k)
+            product(p, k_j, k_at, q_t, head_dim, by_key)
             if not scoring.is_plain:
                 place = Place(batch, head, row * TILE, key, np.int64(tiles.tile[tile]), np.int64(tiles.mask[tile]))
                 make_scores(p, scoring, place, tiles, scratch, False)
@@ -124,7 +130,8 @@ def forward_rows(job, pieces, tensors, tiles, scoring):
                     scale_rows(acc, acc_at, value_dim, alpha)
             else:
                 elementwise_weights(p, by_key, scratch.kept, scoring.factor, scoring.normalize)
-            add_product(acc, acc_at, p, 1, TILE, v, key * value_dim, value_dim, by_query)
+            v_j, v_at = widened(v, key * value_dim, value_size, wide_v)
+            add_product(acc, acc_at, p, 1, TILE, v_j, v_at, value_dim, by_query)
         if scoring.normalize == SOFTMAX:
             for r in range(TILE):
                 has_edge = row_sum[r] != 0
@@ -133,4 +140,5 @@ def forward_rows(job, pieces, tensors, tiles, scoring):
             scale_rows(acc, acc_at, value_dim, alpha)
         else:
             fill_zero(lse, row * TILE, TILE)
-            scale_by(acc, acc_at, TILE * value_dim, dropout.factor)
+            scale_by(acc, acc_at, value_size, dropout.factor)
+        keep_sums(out, row * value_size, value_size, wide_out)

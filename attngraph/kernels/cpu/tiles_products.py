@@ -163,4 +163,4 @@ def _sums(dproducts: Tensor, y: Tensor, x: Tensor, layout: TilesLayout, scale: f
     tensors = SumTensors(of_edges, of_y, dx, y_nodes, edges, filled(D))
     pieces, tiles, factor = pieces_of(rows, B * heads), tiles_of(layout, rows, True), scalar(scale, y)
     sums_of_rows(B * heads * (len(pieces) - 1), pieces, group, of_queries, tensors, tiles, factor)
-    return as_nodes(dx, B, size, D, nodes)
+    return as_nodes(dx, B, size, D, nodes, y.dtype)

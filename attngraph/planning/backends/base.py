@@ -39,6 +39,8 @@ class Backend(ABC):
     """The tiles in which it computes, or in which its edges are counted, if `tile_seconds` is there."""
     takes_no_dims: ClassVar[bool] = False
     """Whether keys may be of dimension 0, so that scores are their bias alone."""
+    takes_half: ClassVar[bool] = False
+    """Whether it takes bfloat16 and float16 as they are on a CPU, where others are given float32."""
     makes_products: ClassVar[bool] = False
     """Whether its layouts are tiles that `kernels.cpu.tiles_products` reads."""
     reads_by_head: ClassVar[bool] = True

@@ -15,14 +15,14 @@ Here are tensors made arrays, and work cut into jobs; the kernels are in `tiles_
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from attngraph.kernels.contract import Modifiers, ScoreBias, TileRows, TilesLayout
+from attngraph.kernels.contract import Modifiers, ScoreBias, TilesLayout
 from attngraph.kernels.cpu.half import BITS
 from attngraph.kernels.cpu.simd import LANES, LOG2_E, TILE
 from attngraph.kernels.cpu.tiles_backward import BackwardTensors, backward_dkdv, backward_dq, start_backward
@@ -42,6 +42,7 @@ from attngraph.kernels.cpu.tiles_steps import ALL_BITS, Tiles
 from attngraph.kernels.dropout import LOW, ROUNDS, WEYL_A, WEYL_B, keep_factor, threshold
 from attngraph.kernels.memory import DTYPES, zeros
 
+Side = Literal["by_query", "by_key"]  # the rows of tiles, or the columns
 MAX_JOB_TILES = 128  # tiles of one head that a job has at most: about a millisecond of work
 # What most calls do without, made once.
 NO_NUMBERS = {dtype: np.empty(0, number) for dtype, number in DTYPES.items()}
@@ -67,7 +68,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, layout: TilesLayout, modifiers: Mod
     lse = np.empty((B * H, nodes), number)
     sides = flat_heads(q, nodes), flat_heads(k, key_nodes), flat_heads(v, key_nodes)
     tensors = ForwardTensors(*sides, out, lse, _real_keys(modifiers, layout, B), *dims)
-    pieces, tiles = pieces_of(layout.by_query, B * H), tiles_of(layout, layout.by_query, _reads_edges(modifiers))
+    pieces, tiles = pieces_of(layout, "by_query", B * H), tiles_of(layout, "by_query", _reads_edges(modifiers))
     forward_rows(B * H * (len(pieces) - 1), pieces, tensors, tiles, _scoring(modifiers, q, M))
     return as_nodes(out, B, N, Dv, nodes, q.dtype), torch.from_numpy(lse).view(B, H, nodes)[:, :, :N]
 
@@ -109,7 +110,7 @@ def backward(
     if dbias.by_head or (_in_one_pass(B * key_heads) and not dbias.by_column):
         pieces = np.array([0, layout.grid[1]])
     else:
-        pieces = pieces_of(layout.by_key, 1 if dbias.by_column else B * key_heads)
+        pieces = pieces_of(layout, "by_key", 1 if dbias.by_column else B * key_heads)
     if len(pieces) > 2:
         _dq(tensors, layout, modifiers, scoring)
     _dkdv(tensors, layout, modifiers, scoring, pieces, dbias)
@@ -162,7 +163,7 @@ def _in_one_pass(key_heads: int) -> bool:
 def _dq(tensors: BackwardTensors, layout: TilesLayout, modifiers: Modifiers, scoring: Scoring) -> None:
     """Fill dq."""
     heads = len(tensors.q)
-    pieces, tiles = pieces_of(layout.by_query, heads), tiles_of(layout, layout.by_query, _reads_edges(modifiers))
+    pieces, tiles = pieces_of(layout, "by_query", heads), tiles_of(layout, "by_query", _reads_edges(modifiers))
     backward_dq(heads * (len(pieces) - 1), pieces, tensors, tiles, scoring)
 
 
@@ -180,7 +181,7 @@ def _dkdv(
     dq = tensors.dq if len(pieces) == 2 else tensors.dq[:, :0]
     of_queries = {"q": tensors.q, "dout": tensors.dout, "lse": tensors.lse, "delta": tensors.delta, "dq": dq}
     tensors = tensors._replace(**{name: regrouped(x, heads) for name, x in of_queries.items()})
-    tiles = tiles_of(layout, layout.by_key, _reads_edges(modifiers))
+    tiles = tiles_of(layout, "by_key", _reads_edges(modifiers))
     num_jobs = heads // max(per_job, 1) * (len(pieces) - 1)
     backward_dkdv(num_jobs, pieces, per_job, group, tensors, tiles, scoring, dbias.arrays)
 
@@ -304,22 +305,27 @@ def _real_keys(modifiers: Modifiers, layout: TilesLayout, batch: int) -> np.ndar
     return bits.view(np.dtype(np.uint64).newbyteorder("<")).astype(np.uint64)
 
 
-def tiles_of(layout: TilesLayout, rows: TileRows, of_edges: bool) -> Tiles:
+def tiles_of(layout: TilesLayout, side: Side, of_edges: bool) -> Tiles:
     """The tiles of rows, or of columns, as the kernels read them; with the numbers of their edges or without."""
-    words = layout.table.words.contiguous().numpy().view(np.uint64).reshape(-1, TILE)
-    first_edge = layout.first_edge.numpy() if of_edges else np.empty((0, TILE), np.int64)
-    return Tiles(
-        *(x.numpy() for x in (rows.start, rows.full, rows.column, rows.mask)), words, rows.tile.numpy(), first_edge
-    )
+    key = "tiles", side, of_edges
+    if key not in layout.kept:
+        rows, words = getattr(layout, side), layout.table.words.contiguous().numpy().view(np.uint64).reshape(-1, TILE)
+        first_edge = layout.first_edge.numpy() if of_edges else np.empty((0, TILE), np.int64)
+        arrays = (x.numpy() for x in (rows.start, rows.full, rows.column, rows.mask))
+        layout.kept[key] = Tiles(*arrays, words, rows.tile.numpy(), first_edge)
+    return layout.kept[key]
 
 
-def pieces_of(rows: TileRows, heads: int) -> np.ndarray:
-    """All rows of tiles in pieces, as where each begins, and the end: int64 (pieces + 1,).
+def pieces_of(layout: TilesLayout, side: Side, heads: int) -> np.ndarray:
+    """All rows of tiles, or columns, in pieces, as where each begins, and the end: int64 (pieces + 1,).
 
     They are cut where they have about as many tiles; at least 8 pieces a thread, if so.
     """
-    start = rows.start.numpy()
-    tiles, end = int(start[-1]), len(start) - 1
-    job_tiles = min(MAX_JOB_TILES, max(4, tiles * heads // (8 * torch.get_num_threads())))
-    cuts = np.searchsorted(start, np.arange(0, tiles, job_tiles))
-    return np.array(sorted({0, end, *cuts.tolist()}))
+    key = "pieces", side, heads, torch.get_num_threads()
+    if key not in layout.kept:
+        start = getattr(layout, side).start.numpy()
+        tiles, end = int(start[-1]), len(start) - 1
+        job_tiles = min(MAX_JOB_TILES, max(4, tiles * heads // (8 * torch.get_num_threads())))
+        cuts = np.searchsorted(start, np.arange(0, tiles, job_tiles))
+        layout.kept[key] = np.array(sorted({0, end, *cuts.tolist()}))
+    return layout.kept[key]

@@ -135,7 +135,7 @@ def products(q: Tensor, k: Tensor, layout: TilesLayout, scale: float, lse: Tenso
     exponent = found[:, :0] if lse is None else flat_heads(lse.to(q.dtype)[..., None] * unit, nodes, 1)
     of_queries, exponent, of_edges = (regrouped(x, heads) for x in (flat_heads(q, nodes), exponent, found))
     tensors = ProductTensors(of_queries, flat_heads(k, key_nodes), exponent, of_edges, nodes, edges, filled(D))
-    pieces, tiles = pieces_of(layout.by_key, heads), tiles_of(layout, layout.by_key, True)
+    pieces, tiles = pieces_of(layout, "by_key", heads), tiles_of(layout, "by_key", True)
     factor = scalar(scale * unit, q)
     products_of_columns(heads * (len(pieces) - 1), pieces, H // k.shape[1], tensors, tiles, factor)
     return torch.from_numpy(found).view(B, H, edges)
@@ -154,13 +154,13 @@ def products_backward(
 def _sums(dproducts: Tensor, y: Tensor, x: Tensor, layout: TilesLayout, scale: float, *, of_queries: bool) -> Tensor:
     """scale · Σ dproduct · y of each query x over its keys, or of each key over its queries: as x, (B, heads, ·, ·)."""
     (B, y_heads, _, D), (heads, size), edges = y.shape, x.shape[1:3], dproducts.shape[2]
-    rows, axis = (layout.by_query, 0) if of_queries else (layout.by_key, 1)
+    axis, side = (0, "by_query") if of_queries else (1, "by_key")
     nodes, y_nodes = filled_grid(layout)[axis], filled_grid(layout)[1 - axis]
     dx = np.empty((B * heads, nodes * filled(D)), DTYPES[y.dtype])
     group = max(1, y_heads // heads)  # heads of y for one of dx; or there are several of dx for one of y
     of_edges = regrouped(dproducts.numpy(), B * heads)
     of_y = regrouped(flat_heads(y, y_nodes), B * y_heads // group)
     tensors = SumTensors(of_edges, of_y, dx, y_nodes, edges, filled(D))
-    pieces, tiles, factor = pieces_of(rows, B * heads), tiles_of(layout, rows, True), scalar(scale, y)
+    pieces, tiles, factor = pieces_of(layout, side, B * heads), tiles_of(layout, side, True), scalar(scale, y)
     sums_of_rows(B * heads * (len(pieces) - 1), pieces, group, of_queries, tensors, tiles, factor)
     return as_nodes(dx, B, size, D, nodes, y.dtype)

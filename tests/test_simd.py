@@ -3,12 +3,15 @@
 # pyright: reportCallIssue=false
 # (intrinsics have no types that a checker understands)
 
+import re
+
 import numpy as np
 import pytest
 import torch
 
 pytest.importorskip("numba")
-from numba import njit
+from llvmlite import binding
+from numba import njit, types
 
 from attngraph.kernels.cpu import half, simd
 
@@ -84,3 +87,40 @@ def test_numbers_are_narrowed_as_by_torch(dtype):
     found = torch.empty(len(numbers), dtype=torch.int16)
     narrow_all(numbers.numpy(), found.numpy().view(half.BITS[dtype]))
     torch.testing.assert_close(found.view(dtype), numbers.to(dtype), rtol=0, atol=0, equal_nan=True)
+
+
+def neon_assembly(function, *arrays):
+    """A function of flat arrays as LLVM compiles it for a CPU of 64-bit ARM, whatever this one is."""
+    binding.initialize_all_targets()
+    binding.initialize_all_asmprinters()
+    triple = "aarch64-unknown-linux-gnu"
+    try:
+        machine = binding.Target.from_triple(triple).create_target_machine(cpu="neoverse-n1", opt=3)
+    except RuntimeError:
+        pytest.skip("an LLVM without this target")
+    compiled = njit(fastmath={"contract"}, no_cpython_wrapper=True, no_cfunc_wrapper=True)(function)
+    compiled.compile(tuple(types.Array(each, 1, "C") for each in arrays))
+    (text,) = compiled.inspect_llvm().values()
+    text = re.sub(r'target triple = ".*"', f'target triple = "{triple}"', text)
+    text = re.sub(r'target datalayout = ".*"|"target-(cpu|features)"="[^"]*"', "", text)
+    text = re.sub(r"(?ms)^define linkonce_odr void @NRT_(in|de)cref.*?^}", "", text)  # in instructions of this CPU
+    return machine.emit_assembly(binding.parse_assembly(text))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [types.float32, types.float64], ids=str)
+def test_a_product_stays_in_the_registers_of_neon(number, monkeypatch):
+    def product(c, a, b):
+        c, a, b = simd.Matrix(c, 0, 64, 1), simd.Matrix(a, 0, 64, 1), simd.Matrix(b, 0, 64, 1)
+        simd.gemm_8_rows(c, a, b, 64, True, simd.vectors_at_once(c.data))
+
+    def counted(bits):
+        """Multiplications with addition; vectors that are moved to the stack or back, but for those of the caller."""
+        monkeypatch.setattr(simd, "register_bits", lambda context: bits)
+        text = neon_assembly(product, number, number, number)
+        return len(re.findall(r"\bfmla\b", text)), len(re.findall(r"\b(?:str|stp|ldr|ldp)\s+q.*\[sp", text))
+
+    multiplications, spills = counted(32 * 128)
+    assert multiplications >= 64
+    assert spills == 0
+    assert counted(32 * 512)[1] > 0  # as many rows as AVX-512 holds

@@ -44,6 +44,7 @@ from attngraph.kernels.memory import DTYPES, zeros
 
 Side = Literal["by_query", "by_key"]  # the rows of tiles, or the columns
 MAX_JOB_TILES = 128  # tiles of one head that a job has at most: about a millisecond of work
+SMALL = 1 << 17  # numbers that one thread sums up before another one wakes
 # What most calls do without, made once.
 NO_NUMBERS = {dtype: np.empty(0, number) for dtype, number in DTYPES.items()}
 NO_BIAS_GRADIENT = {dtype: BiasGradient(none, np.empty(0), (0, 0)) for dtype, none in NO_NUMBERS.items()}
@@ -100,7 +101,8 @@ def backward(
     of_queries, of_keys = partial(flat_heads, nodes=nodes), partial(flat_heads, nodes=key_nodes)
     dout_heads, exponent, delta = of_queries(dout), *(np.empty((B * H, nodes), number) for _ in range(2))
     of_rows = [np.empty((0, 0), number) if x is None else flat_heads(x[..., None], N, 1) for x in (lse, dlse)]
-    start_backward(B * H, *of_rows, of_queries(out), dout_heads, exponent, delta, number(LOG2_E))
+    start = start_backward if out.numel() > SMALL else start_backward.serially
+    start(B * H, *of_rows, of_queries(out), dout_heads, exponent, delta, number(LOG2_E))
     tensors = BackwardTensors(
         of_queries(q), of_keys(k), of_keys(v), dout_heads, exponent, delta,
         np.zeros((B * H, nodes * dims[0]), number),

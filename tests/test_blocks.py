@@ -115,8 +115,10 @@ def test_any_number_of_threads_gives_the_same_bits(case):
 def test_one_entry_is_cut_into_jobs_of_queries_and_of_keys(monkeypatch):
     q, k, v = sides(700, 1, 1, 1)
     graph, jobs = BlockTopK(64, 3), []
-    run = blocks.parallel_for
-    monkeypatch.setattr(blocks, "parallel_for", lambda count, each: (jobs.append(count), run(count, each)))
+    for name in ("forward_part", "backward_part"):
+        run = getattr(blocks, name)
+        counted = lambda count, *rest, run=run: (jobs.append(count), run(count, *rest))  # noqa: E731
+        monkeypatch.setattr(blocks, name, counted)
     torch.set_num_threads(2)
     found = results(q, k, v, graph, "blocks")
     assert jobs == [2, 8, 8]

@@ -114,6 +114,33 @@ _CacheLocator.ensure_cache_path = refuse  # root may write anywhere
     assert "let NUMBA_CACHE_DIR name a folder that can be written" in warned
 
 
+KEPT_CODE = """
+import numpy as np
+from attngraph.kernels.cpu.tiles_backward import start_backward
+
+ones, zero, delta = np.ones((1, 16), np.float32), np.zeros((1, 1), np.float32), np.zeros((1, 1), np.float32)
+start_backward(1, zero, zero[:0], ones, ones, zero, delta, np.float32(1))
+print(delta[0, 0], len(start_backward.launch.stats.cache_hits))
+"""
+
+
+@slow
+def test_compiled_code_is_kept_until_a_source_that_it_is_made_of_changes(tmp_path):
+    shutil.copytree(ROOT / "attngraph", tmp_path / "attngraph", ignore=shutil.ignore_patterns("__pycache__"))
+    own = {"code": KEPT_CODE, "root": tmp_path, "unset": ["NUMBA_CACHE_DIR"]}
+    assert run(**own)[0] == "16.0 0\n"
+    kernel, imported = (tmp_path / f"attngraph/kernels/cpu/{name}.py" for name in ("tiles_backward", "simd"))
+    os.utime(kernel, (0, 0))
+    assert run(**own)[0] == "16.0 1\n"
+    source = imported.read_text()
+    assert source.count("for distance in (8, 4, 2, 1):") == 1  # of reduce_sum
+    imported.write_text(source.replace("for distance in (8, 4, 2, 1):", "for distance in (8, 4, 2):"))
+    assert run(**own)[0] == "8.0 0\n"
+    imported.write_text(source)
+    assert run(**own, NUMBA_CPU_NAME="haswell", NUMBA_CPU_FEATURES="")[0] == "16.0 0\n"
+    assert run(**own)[0] == "16.0 0\n"
+
+
 NO_HOME = """
 import pathlib, pwd
 

@@ -178,3 +178,21 @@ def test_no_nodes_are_no_error(n, m):
     assert [side.shape for side in (out, lse, dq, dk, dv)] == [sides[x].shape for x in (3, 4, 0, 1, 2)]
     assert (out == 0).all()
     assert (dk == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("threads", [1, 3])  # gradients in one pass, or in two
+def test_half_precision_is_that_of_float32_rounded_once(dtype, threads):
+    torch.set_num_threads(threads)
+    for heads, dims, (graph, n, m) in ((HEADS[0], DIMS[0], GRAPHS[0]), (HEADS[1], DIMS[1], GRAPHS[1])):
+        q, k, v, dout, dlse = tensors(heads, n, m, dims)
+        layout, halves = layout_of(graph, n, m), [side.to(dtype) for side in (q, k, v, dout)]
+        wide = [side.float() for side in halves]
+        modifiers = Modifiers(dims[0] ** -0.5)
+        out, lse = tiles_numba.forward(*halves[:3], layout, modifiers)
+        right, right_lse = tiles_numba.forward(*wide[:3], layout, modifiers)
+        assert torch.equal(out, right.to(dtype))
+        assert torch.equal(lse, right_lse)
+        found = tiles_numba.backward(*halves[:3], out, lse, halves[3], dlse, layout, modifiers, False)
+        right = tiles_numba.backward(*wide[:3], out.float(), lse, wide[3], dlse, layout, modifiers, False)
+        assert all(torch.equal(a.to(dtype), b.to(dtype)) for a, b in zip(found[:3], right[:3], strict=True))

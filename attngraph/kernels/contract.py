@@ -6,7 +6,7 @@ Kernels import nothing from above: `attngraph.planning.layouts` makes what is de
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -258,6 +258,11 @@ class TilesLayout(Grid, Protocol):
     @property
     def empty_rows(self) -> Tensor:
         """The rows of tiles that have no tiles."""
+        ...
+
+    @property
+    def kept(self) -> dict[Any, Any]:
+        """What kernels make of it once, for as long as it lives."""
         ...
 
     def on(self, device: torch.device) -> TilesLayout:

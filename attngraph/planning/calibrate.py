@@ -64,16 +64,17 @@ def measured(device: torch.device) -> Costs:
 
 
 def _seconds(*runs: Callable[[], object]) -> list[float]:
-    """The least time of each call, by turns, after one to warm up."""
+    """The least time of each call, by turns, right after another of the same, as small calls run in a model."""
     wait = torch.cuda.synchronize if torch.cuda.is_initialized() else lambda: None
     least = [math.inf] * len(runs)
-    for turn in range(ROUNDS + 1):
+    for _ in range(ROUNDS):
         for at, run in enumerate(runs):
+            run()
             wait()
             start = time.perf_counter()
             run()
             wait()
-            least[at] = min(least[at], time.perf_counter() - start) if turn else math.inf
+            least[at] = min(least[at], time.perf_counter() - start)
     return least
 
 
@@ -114,13 +115,15 @@ def _of_pairs(device: torch.device) -> dict[str, float]:
     share = len(diagonal.table.row) / tile_count
     per_result = max(of_diagonal - call - share * (of_full - call), 0) / (results * (8 - share))
     per_pair = max(of_full - call - per_result * results, 0) / (tile_count * heads * tile[0] * tile[1] * dim)
+    per_masked_pair = masked / (results * n / 4)
+    of_one_tile = (per_pair * tile[1] + per_result) * heads * tile[0] * dim
     return {
         "flash_s_per_pair_dim": flash / (results * n),
-        "masked_s_per_pair_dim": masked / (results * n / 4),
-        "masked_s_per_call": masked_call,
+        "masked_s_per_pair_dim": per_masked_pair,
+        "masked_s_per_call": max(masked_call - per_masked_pair * heads * tile[1] ** 2 * dim, 0),
         "tile_s_per_pair_dim": per_pair,
         "tile_s_per_result_dim": per_result,
-        "tile_s_per_call": call,
+        "tile_s_per_call": max(call - of_one_tile, 0),
         "merge_s_per_result_dim": merging / (8 * results),
     }
 

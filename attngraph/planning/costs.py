@@ -19,7 +19,7 @@ import torch
 from attngraph import cache
 
 VARIABLE = "ATTNGRAPH_COSTS"
-FILE = "costs.1.json"  # another name for each way of measuring
+FILE = "costs.2.json"  # another name for each way of measuring
 
 
 @dataclass(frozen=True)
@@ -36,13 +36,13 @@ class Costs:
     """All-pairs attention without a mask, for each pair of a query and a key."""
     masked_s_per_pair_dim: float = 2.6e-11
     """All-pairs attention with a mask."""
-    masked_s_per_call: float = 1.5e-4
+    masked_s_per_call: float = 2.5e-5
     """And whatever the number of pairs."""
     tile_s_per_pair_dim: float = 1.5e-11
     """Tiles, for each pair of a tile, edge or not."""
     tile_s_per_result_dim: float = 1.05e-9
     """And for each query."""
-    tile_s_per_call: float = 6.5e-4
+    tile_s_per_call: float = 1e-4
     """And whatever the number of tiles; where tiles are not fused, for each group of alike rows of tiles."""
     row_s_per_edge: float = 1.7e-9
     """Edges one by one, for each edge."""
@@ -52,13 +52,13 @@ class Costs:
     """And each number of a key and value that are not in the cache."""
     row_s_per_result_dim: float = 1.8e-9
     """And for each query."""
-    row_s_per_call: float = 2.6e-4
+    row_s_per_call: float = 1.6e-4
     """And whatever the number of edges."""
     gather_s_per_edge: float = 0.0
     """Vectors gathered along the edges, for each edge."""
     gather_s_per_edge_dim: float = 4e-9
     """And each number of its query, key and value."""
-    gather_s_per_call: float = 6e-4
+    gather_s_per_call: float = 2e-4
     """And whatever the number of edges."""
     merge_s_per_result_dim: float = 5.5e-10
     """Merging two partial results, or moving nodes to other places, for each query."""
@@ -83,10 +83,10 @@ TABLE_THREADS = (
 )
 AVX512 = Costs()
 AVX2 = Costs(
-    flash_s_per_pair_dim=2.5e-11, masked_s_per_pair_dim=3.4e-11, masked_s_per_call=1.9e-4,
-    tile_s_per_pair_dim=4e-11, tile_s_per_result_dim=1.25e-9, tile_s_per_call=8e-4,
+    flash_s_per_pair_dim=2.5e-11, masked_s_per_pair_dim=3.2e-11, masked_s_per_call=2.5e-5,
+    tile_s_per_pair_dim=2.6e-11, tile_s_per_result_dim=1.05e-9, tile_s_per_call=1e-4,
     row_s_per_edge=1.85e-9, row_s_per_edge_dim=3.3e-11, row_s_per_fetch_dim=1.65e-10, row_s_per_result_dim=1.85e-9,
-    row_s_per_call=2.5e-4, gather_s_per_edge=0.0, gather_s_per_edge_dim=4e-9, gather_s_per_call=6.5e-4,
+    row_s_per_call=1.6e-4, gather_s_per_edge=0.0, gather_s_per_edge_dim=4e-9, gather_s_per_call=2e-4,
     merge_s_per_result_dim=7e-10, source="the defaults for AVX2",
 )  # fmt: skip
 # Not measured: AVX2's, with vectors of half the width for the same work.

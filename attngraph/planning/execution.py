@@ -6,6 +6,7 @@ until then; a compiled program has the handle of its graph, and its operators lo
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +18,7 @@ from attngraph.graph.base import Graph
 from attngraph.graph.dynamic import Folded
 from attngraph.graph.text import pack, unpack
 from attngraph.kernels.contract import BiasKind, Dropout, Modifiers, ScoreBias, Transform
-from attngraph.kernels.memory import apart, like, nodes_first
+from attngraph.kernels.memory import DTYPES, apart, like, nodes_first
 from attngraph.kernels.merge import merge
 from attngraph.kernels.scoring import LeakyReLU, SoftCap
 from attngraph.planning.backends import BACKENDS, chooser_for
@@ -125,8 +126,8 @@ def _differentiable_gradients(dout, dlse, q, k, v, values, attention_mask, seed,
     plan.require_unchanged()
     layout = edges_of_heads(plan.graph, q.shape[2], k.shape[2], q.device)
     q, k, v, values = apart(q, k, v, values)
-    with torch.autocast(q.device.type, enabled=False):
-        q_, k_, v_, values_ = _kernel_precision(q, k, v, values)
+    with _without_autocast(q.device.type):
+        q_, k_, v_, values_ = _kernel_precision(None, q, k, v, values)
         modifiers = options.modifiers(values_, attention_mask, seed)
         of_edges = None
         if modifiers.bias is not None:
@@ -150,20 +151,26 @@ def _forward_call(q, k, v, values, attention_mask, seed, options: _Options, plan
     """In the precision of the kernels, and back."""
     if options.kind == "edge":
         require_edge_count(values, plan.edge_values)
-    with torch.autocast(q.device.type, enabled=False):
-        q_, k_, v_, values_ = _kernel_precision(q, k, v, values)
+    with _without_autocast(q.device.type):
+        q_, k_, v_, values_ = _kernel_precision(plan, q, k, v, values)
         out, lse = _forward(plan, q_, k_, v_, options.modifiers(values_, attention_mask, seed))
     return _laid_out(out.to(q.dtype), q), lse.contiguous()
 
 
 def _backward_call(dout, dlse, out, lse, q, k, v, values, attention_mask, seed, options: _Options, plan, bias_grad):
     """The gradients of q, k, v and, with bias_grad, of the bias's values; else None."""
-    with torch.autocast(q.device.type, enabled=False):
-        q_, k_, v_, values_, dout_, out_ = _kernel_precision(q, k, v, values, dout, out)
+    with _without_autocast(q.device.type):
+        q_, k_, v_, values_, dout_, out_ = _kernel_precision(plan, q, k, v, values, dout, out)
         modifiers = options.modifiers(values_, attention_mask, seed)
         dq, dk, dv, dbias = _backward(plan, q_, k_, v_, out_, lse, dout_, dlse, modifiers, bias_grad)
     dq, dk, dv = (_laid_out(part.to(q.dtype), side) for part, side in ((dq, q), (dk, k), (dv, v)))
     return dq, dk, dv, None if dbias is None else dbias.to(values.dtype)
+
+
+def _without_autocast(device: str) -> AbstractContextManager[object]:
+    """Turns it off, where it is on."""
+    is_on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if is_on else nullcontext()
 
 
 def _laid_out(x: Tensor, other: Tensor) -> Tensor:
@@ -171,11 +178,17 @@ def _laid_out(x: Tensor, other: Tensor) -> Tensor:
     return x.transpose(1, 2).contiguous().transpose(1, 2) if nodes_first(other) else x.contiguous()
 
 
-def _kernel_precision(*sides: Any) -> list[Any]:
-    """Half precision as float32, but where kernels multiply it so."""
-    if sides[0].device.type == "cuda" and INSTALLED["triton"]:
+def _kernel_precision(plan: Plan | None, *sides: Any) -> list[Any]:
+    """Half precision as float32, but where all kernels of the plan take it as it is."""
+    dtype, device = sides[0].dtype, sides[0].device.type
+    if dtype in DTYPES or (device == "cuda" and INSTALLED["triton"]) or (device == "cpu" and _takes_half(plan)):
         return list(sides)
     return [side if side is None else side.to(torch.promote_types(side.dtype, torch.float32)) for side in sides]
+
+
+def _takes_half(plan: Plan | None) -> bool:
+    """Whether one kernel that takes half precision runs a whole plan."""
+    return plan is not None and len(plan.parts) == 1 and plan.parts[0].is_all and plan.parts[0].backend.takes_half
 
 
 # ------------------------------------------------------------------------------------------ in compiled programs

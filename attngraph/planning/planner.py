@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from itertools import count
 from typing import Any, Literal
 
@@ -109,7 +110,7 @@ class Plan:
             return False
         return self.parts[0].backend.runs_whole(self.parts[0].layout, call)
 
-    @property
+    @cached_property
     def in_steps(self) -> bool:
         """Whether scores come first, and attention by them next: see `planning.steps`."""
         return any(part.backend.name == "steps" for part in self.parts)
@@ -126,7 +127,7 @@ class Plan:
             return None
         return self.parts[0].layout
 
-    @property
+    @cached_property
     def takes_no_dims(self) -> bool:
         """Whether keys may be of dimension 0."""
         return all(part.backend.takes_no_dims for part in self.parts)

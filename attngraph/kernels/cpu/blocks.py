@@ -21,16 +21,26 @@ import torch
 from torch import Tensor
 
 from attngraph.kernels.contract import BlocksLayout, Modifiers
-from attngraph.kernels.cpu.openmp import parallel_for
+from attngraph.kernels.cpu.launch import in_threads
 from attngraph.kernels.cpu.simd import LANES, TILE, load, store
-from attngraph.kernels.cpu.tiles import Gradients, backward_tensors, flat_heads, in_one_pass, log2_e, real_keys, tiled
+from attngraph.kernels.cpu.tiles import (
+    as_nodes,
+    backward_tensors,
+    filled,
+    filled_grid,
+    flat_heads,
+    in_one_pass,
+    log2_e,
+    number_of,
+    real_keys,
+)
 from attngraph.kernels.cpu.tiles_backward import BackwardTensors, softmax_backward
 from attngraph.kernels.cpu.tiles_forward import LN_2, ForwardTensors, masked_score, online_softmax
 from attngraph.kernels.cpu.tiles_steps import (
     ALL_BITS,
+    FASTMATH_FLAGS,
     add_product,
     aligned,
-    compiled,
     fill_zero,
     inner,
     product,
@@ -39,7 +49,6 @@ from attngraph.kernels.cpu.tiles_steps import (
     transpose,
     transpose_bits,
 )
-from attngraph.kernels.memory import DTYPES, empty
 
 PIECES_PER_THREAD = 4  # of an entry, where there are too few for all threads
 
@@ -51,13 +60,6 @@ class Visits(NamedTuple):
     query: np.ndarray
     tiles: int  # of 64 keys in a block
     causal: bool
-
-
-class Part(NamedTuple):
-    """What a job computes: the pairs of some queries and some blocks, each as first, stop."""
-
-    queries: tuple[int, int]
-    blocks: tuple[int, int]
 
 
 # --------------------------------------------------------------------------------------------------- kernels
@@ -96,11 +98,11 @@ def scatter_numbers(numbers, index, at, count, base, x):
 
 
 @inner
-def visits_within(visits, block, queries):
+def visits_within(visits, block, first, stop):
     """The visits of a block by the queries first … stop - 1: the first of them, and the one after the last."""
-    start, stop = visits.start[block], visits.start[block + 1]
-    found = visits.query[start:stop]
-    return start + np.searchsorted(found, queries[0]), start + np.searchsorted(found, queries[1])
+    start = visits.start[block]
+    found = visits.query[start : visits.start[block + 1]]
+    return start + np.searchsorted(found, first), start + np.searchsorted(found, stop)
 
 
 @inner
@@ -119,19 +121,21 @@ def load_visits(visits, at, count, key, real, by_query, by_key):
         transpose_bits(by_query, by_key)
 
 
-@compiled
-def forward_part(part, tensors, visits, scale_log2):
-    """out and lse of some queries of one head, from blocks of which they hear no other."""
-    q, k, v, out, lse = tensors.q, tensors.k, tensors.v, tensors.out, tensors.lse
+@in_threads(fastmath=FASTMATH_FLAGS)
+def forward_part(job, parts, tensors, visits, scale_log2):
+    """out and lse of some queries of one head, from blocks of which they hear no other: job after job, see `_parts`."""
+    h, piece = divmod(job, len(parts))
+    q, k, v, out, lse = tensors.q[h], tensors.k[h], tensors.v[h], tensors.out[h], tensors.lse[h]
+    real_of = tensors.real[h // (len(tensors.q) // len(tensors.real))]
     head_dim, value_dim = tensors.head_dim, tensors.value_dim
-    first, stop = part.queries
+    first, stop, first_block, end = parts[piece]
     p, rows, q_t = aligned(TILE * TILE, q), aligned(TILE * head_dim, q), aligned(TILE * head_dim, q)
     acc, row_max, row_sum, alpha = aligned(TILE * value_dim, q), aligned(TILE, q), aligned(TILE, q), aligned(TILE, q)
     by_query, by_key = np.empty(TILE, np.uint64), np.empty(TILE, np.uint64)
     all_max, all_sum = np.full(stop - first, masked_score(q), q.dtype), np.zeros(stop - first, q.dtype)
     fill_zero(out, first * value_dim, (stop - first) * value_dim)
-    for block in range(*part.blocks):
-        low, high = visits_within(visits, block, part.queries)
+    for block in range(first_block, end):
+        low, high = visits_within(visits, block, first, stop)
         for at in range(low, high, TILE):
             count = min(TILE, high - at)
             gather(q, visits.query, at, count, head_dim, rows)
@@ -140,7 +144,7 @@ def forward_part(part, tensors, visits, scale_log2):
             gather_numbers(all_max, visits.query, at, count, first, row_max)
             gather_numbers(all_sum, visits.query, at, count, first, row_sum)
             for tile in range(block * visits.tiles, (block + 1) * visits.tiles):
-                real = tensors.real[tile]
+                real = real_of[tile]
                 if not real:
                     continue
                 load_visits(visits, at, count, tile * TILE, real, by_query, by_key)
@@ -157,15 +161,18 @@ def forward_part(part, tensors, visits, scale_log2):
         scale_by(out, (first + x) * value_dim, value_dim, 1 / all_sum[x] if has_edge else 0.0)
 
 
-@compiled
-def backward_part(part, tensors, visits, scale_log2, scale):
+@in_threads(fastmath=FASTMATH_FLAGS)
+def backward_part(job, parts, tensors, visits, scale_log2, scale):
     """dq, which is 0, of some queries from all blocks that they hear, and dk and dv of some blocks from all queries.
 
     One of them alone, where the other is empty.
     """
+    h, piece = divmod(job, len(parts))
     q, k, v, dout, dq, dk, dv = (
-        tensors.q, tensors.k, tensors.v, tensors.dout, tensors.dq, tensors.dk, tensors.dv,
+        tensors.q[h], tensors.k[h], tensors.v[h], tensors.dout[h], tensors.dq[h], tensors.dk[h], tensors.dv[h],
     )  # fmt: skip
+    real_of = tensors.real[h // (len(tensors.q) // len(tensors.real))]
+    first_query, stop_query, first_block, end = parts[piece]
     head_dim, value_dim, adds_dq, adds_dkdv = tensors.head_dim, tensors.value_dim, len(dq) > 0, len(dk) > 0
     p, ds = aligned(TILE * TILE, q), aligned(TILE * TILE, q)
     k_t, v_t = aligned(visits.tiles * TILE * head_dim, q), aligned(visits.tiles * TILE * value_dim, q)
@@ -174,7 +181,7 @@ def backward_part(part, tensors, visits, scale_log2, scale):
     )  # fmt: skip
     lse, delta = aligned(TILE, q), aligned(TILE, q)
     by_query, by_key = np.empty(TILE, np.uint64), np.empty(TILE, np.uint64)
-    for block in range(*part.blocks):
+    for block in range(first_block, end):
         first, last = block * visits.tiles, (block + 1) * visits.tiles
         for tile in range(first, last):
             transpose(k, tile * TILE * head_dim, head_dim, k_t[(tile - first) * TILE * head_dim :])
@@ -182,17 +189,17 @@ def backward_part(part, tensors, visits, scale_log2, scale):
         if adds_dkdv:
             fill_zero(dk, first * TILE * head_dim, (last - first) * TILE * head_dim)
             fill_zero(dv, first * TILE * value_dim, (last - first) * TILE * value_dim)
-        low, high = visits_within(visits, block, part.queries)
+        low, high = visits_within(visits, block, first_query, stop_query)
         for at in range(low, high, TILE):
             count = min(TILE, high - at)
             gather(q, visits.query, at, count, head_dim, q_rows)
             gather(dout, visits.query, at, count, value_dim, dout_rows)
-            gather_numbers(tensors.lse, visits.query, at, count, 0, lse)
-            gather_numbers(tensors.delta, visits.query, at, count, 0, delta)
+            gather_numbers(tensors.lse[h], visits.query, at, count, 0, lse)
+            gather_numbers(tensors.delta[h], visits.query, at, count, 0, delta)
             if adds_dq:
                 gather(dq, visits.query, at, count, head_dim, dq_rows)
             for tile in range(first, last):
-                real, k_at, v_at = tensors.real[tile], tile * TILE * head_dim, tile * TILE * value_dim
+                real, k_at, v_at = real_of[tile], tile * TILE * head_dim, tile * TILE * value_dim
                 if not real:
                     continue
                 load_visits(visits, at, count, tile * TILE, real, by_query, by_key)
@@ -209,8 +216,7 @@ def backward_part(part, tensors, visits, scale_log2, scale):
         if adds_dkdv:
             scale_by(dk, first * TILE * head_dim, (last - first) * TILE * head_dim, scale)
     if adds_dq:
-        first, stop = part.queries
-        scale_by(dq, first * head_dim, (stop - first) * head_dim, scale)
+        scale_by(dq, first_query * head_dim, (stop_query - first_query) * head_dim, scale)
 
 
 # ------------------------------------------------------------------------------------------- tensors and jobs
@@ -221,20 +227,15 @@ def forward(q: Tensor, k: Tensor, v: Tensor, layout: BlocksLayout, modifiers: Mo
 
     A query without edges has out 0 and lse -inf.
     """
-    (B, H, N, _), value_dim = q.shape, v.shape[3]
-    q, k, v = tiled(q, layout, 0), tiled(_of_query_heads(k, H), layout, 1), tiled(_of_query_heads(v, H), layout, 1)
-    out, lse = empty(*q.shape[:4], v.shape[4], like=q), empty(*q.shape[:4], like=q)
-    arrays, real = [flat_heads(x, B * H) for x in (q, k, v, out, lse)], _real_keys(layout, modifiers, B)
-    scale_log2, visits = DTYPES[q.dtype](modifiers.scale * log2_e(q.dtype)), _visits(layout)
+    (B, H, N, D), Dv = q.shape, v.shape[3]
+    (nodes, key_nodes), dims, number = filled_grid(layout), (filled(D), filled(Dv)), number_of(q.dtype)
+    out, lse = np.empty((B * H, nodes * dims[1]), number), np.empty((B * H, nodes), number)
+    k, v = _of_query_heads(k, H), _of_query_heads(v, H)
+    sides = flat_heads(q, nodes), flat_heads(k, key_nodes), flat_heads(v, key_nodes)
+    tensors = ForwardTensors(*sides, out, lse, _real_keys(layout, modifiers, B), *dims)
     parts = _parts(layout, _pieces_for(B * H * layout.entries), 1)
-
-    def run(job: int) -> None:
-        h, piece = divmod(job, len(parts))
-        tensors = ForwardTensors(*(x[h] for x in arrays), real[h // H], q.shape[4], v.shape[4])
-        forward_part(parts[piece], tensors, visits, scale_log2)
-
-    parallel_for(B * H * len(parts), run)
-    return out.flatten(2, 3)[:, :, :N, :value_dim], lse.flatten(2)[:, :, :N]
+    forward_part(B * H * len(parts), parts, tensors, _visits(layout), number(modifiers.scale * log2_e(q.dtype)))
+    return as_nodes(out, B, N, Dv, nodes, q.dtype), torch.from_numpy(lse).view(B, H, nodes)[:, :, :N]
 
 
 def backward(
@@ -254,34 +255,25 @@ def backward(
     With Δ = Σ dout · out - dlse, p = exp(s - lse): dv = pᵀ dout, ds = p ∘ (dout vᵀ - Δ), dq = scale · ds k,
     dk = scale · dsᵀ q.
     """
-    (B, H, N, dim), (_, key_heads, M, value_dim) = q.shape, v.shape
+    (B, H, N, D), (_, key_heads, M, Dv), (nodes, key_nodes) = q.shape, v.shape, filled_grid(layout)
     k, v = _of_query_heads(k, H), _of_query_heads(v, H)
-    tensors = backward_tensors(q, k, v, out, lse, dout, dlse, layout)
+    tensors = backward_tensors(q, k, v, out, lse, dout, dlse, layout, _real_keys(layout, modifiers, B))
+    number, visits = number_of(q.dtype), _visits(layout)
+    scales = number(modifiers.scale * log2_e(q.dtype)), number(modifiers.scale)
+
+    def run(some: BackwardTensors, of_queries: int, of_blocks: int) -> None:
+        parts = _parts(layout, of_queries, of_blocks)
+        backward_part(B * H * len(parts), parts, some, visits, *scales)
+
     if in_one_pass(B * H * layout.entries):
-        _run_backward(tensors, layout, modifiers, _parts(layout, 1, 1))
+        run(tensors, 1, 1)
     else:
-        pieces, nothing = PIECES_PER_THREAD * torch.get_num_threads(), q.new_empty(0)
-        _run_backward(tensors._replace(dk=nothing, dv=nothing), layout, modifiers, _parts(layout, pieces, 1))
-        _run_backward(tensors._replace(dq=nothing), layout, modifiers, _parts(layout, 1, pieces))
-    dq, dk, dv = (x.flatten(2, 3) for x in (tensors.dq, tensors.dk, tensors.dv))
-    dk, dv = _of_key_heads(dk[:, :, :M], key_heads), _of_key_heads(dv[:, :, :M], key_heads)
-    return dq[:, :, :N, :dim], dk[..., :dim], dv[..., :value_dim], None
-
-
-def _run_backward(tensors: Gradients, layout: BlocksLayout, modifiers: Modifiers, parts: list[Part]) -> None:
-    """Fill those of dq, or dk and dv, that are not empty, part by part."""
-    (B, H), dtype = tensors.q.shape[:2], DTYPES[tensors.q.dtype]
-    arrays, real = [flat_heads(x, B * H) for x in tensors], _real_keys(layout, modifiers, B)
-    visits, scale = _visits(layout), dtype(modifiers.scale)
-    scale_log2, dims = dtype(modifiers.scale * log2_e(tensors.q.dtype)), (tensors.q.shape[4], tensors.v.shape[4])
-
-    def run(job: int) -> None:
-        h, piece = divmod(job, len(parts))
-        backward_part(
-            parts[piece], BackwardTensors(*(x[h] for x in arrays), real[h // H], *dims), visits, scale_log2, scale
-        )
-
-    parallel_for(B * H * len(parts), run)
+        pieces = PIECES_PER_THREAD * torch.get_num_threads()
+        run(tensors._replace(dk=tensors.dk[:, :0], dv=tensors.dv[:, :0]), pieces, 1)
+        run(tensors._replace(dq=tensors.dq[:, :0]), 1, pieces)
+    dk, dv = (as_nodes(x, B, M, dim, key_nodes, q.dtype) for x, dim in ((tensors.dk, D), (tensors.dv, Dv)))
+    dk, dv = _of_key_heads(dk, key_heads), _of_key_heads(dv, key_heads)
+    return as_nodes(tensors.dq, B, N, D, nodes, q.dtype), dk, dv, None
 
 
 def _of_query_heads(x: Tensor, heads: int) -> Tensor:
@@ -306,15 +298,19 @@ def _real_keys(layout: BlocksLayout, modifiers: Modifiers, batch: int) -> np.nda
     )
 
 
-def _parts(layout: BlocksLayout, of_queries: int, of_blocks: int) -> list[Part]:
-    """All pairs, those of each entry by themselves, its queries and its blocks cut into so many pieces."""
+def _parts(layout: BlocksLayout, of_queries: int, of_blocks: int) -> np.ndarray:
+    """All pairs, those of each entry by themselves, its queries and its blocks cut into so many pieces: (parts, 4).
+
+    Each are the pairs of some queries, first … stop - 1, and some blocks, first … stop - 1.
+    """
     n, blocks = layout.n // layout.entries, layout.num_blocks // layout.entries
-    return [
-        Part((e * n + queries[0], e * n + queries[1]), (e * blocks + of_keys[0], e * blocks + of_keys[1]))
+    parts = [
+        (e * n + queries[0], e * n + queries[1], e * blocks + of_keys[0], e * blocks + of_keys[1])
         for e in range(layout.entries)
         for queries in _pieces(n, of_queries)
         for of_keys in _pieces(blocks, of_blocks)
     ]
+    return np.array(parts, np.int64).reshape(-1, 4)
 
 
 def _pieces(size: int, count: int) -> list[tuple[int, int]]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from attngraph.kernels.contract import Adjacency
 from attngraph.kernels.cpu.weights import compiled
 
-JOBS_PER_THREAD = 16  # ranges of units: few, as each call of a compiled function takes some microseconds, but divisible
+JOBS_PER_THREAD = 16  # ranges of units
 
 
 class Edges(NamedTuple):
@@ -62,10 +62,10 @@ def sort_by_key(keys, start):
     return order
 
 
-def unit_ranges(units: int) -> list[tuple[int, int]]:
-    """The units in consecutive ranges (first, stop), one for each job."""
+def unit_ranges(units: int) -> np.ndarray:
+    """The units in consecutive ranges, one for each job, as where each begins, and the end: int64 (ranges + 1,)."""
     size = max(1, units // (JOBS_PER_THREAD * torch.get_num_threads()))
-    return [(first, min(first + size, units)) for first in range(0, units, size)]
+    return np.array([*range(0, units, size), units])
 
 
 def nodes_first(x: Tensor) -> Tensor:

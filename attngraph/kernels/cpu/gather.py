@@ -8,8 +8,6 @@ Gains, over the same loops in plain Numba: an edge, its score and its share in t
 16 dimensions, 6.4 ns instead of 26 with 64 (best of 200 runs, one core of a Xeon with AVX-512, float32, one head).
 Runs wherever Numba does, on every CPU that LLVM knows; without Numba there is no rows backend on a CPU, and plans put
 such edges into tiles.
-
-The compiled functions that use these are cached by their own file: after a change here, clear Numba's caches.
 """
 
 # pyright: reportCallIssue=false, reportOptionalCall=false

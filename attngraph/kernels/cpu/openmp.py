@@ -18,6 +18,7 @@ from collections.abc import Callable
 from functools import lru_cache
 from itertools import count
 from threading import Thread
+from typing import Any
 
 import torch
 
@@ -39,26 +40,50 @@ def parallel_for(num_jobs: int, run: Callable[[int], None]) -> None:
     num_threads = torch.get_num_threads() if num_jobs > 1 else 1
     if num_threads == 1:
         worker()
-    elif os.getpid() == _PROCESS and (gomp_parallel := _gomp_parallel()) is not None:
+    elif (gomp_parallel := callable_openmp()) is not None:
         gomp_parallel(ParallelBody(worker), None, num_threads, 0)
     else:
-        threads = [Thread(target=worker) for _ in range(num_threads - 1)]
-        for thread in threads:
-            thread.start()
-        worker()
-        for thread in threads:
-            thread.join()
+        in_python_threads(worker, num_threads)
     if errors:
         raise errors[0]
 
 
+def in_python_threads(work: Callable[[], None], num_threads: int) -> None:
+    """work() in so many threads, of which the calling one is one."""
+    errors = []
+
+    def guarded() -> None:
+        try:
+            work()
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [Thread(target=guarded) for _ in range(num_threads - 1)]
+    for thread in threads:
+        thread.start()
+    guarded()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+
+
+def callable_openmp() -> Any:
+    """GOMP_parallel(body, data, threads, flags) of torch's OpenMP: body(data) in each thread; and its `address`.
+
+    None where there is none, or none of its threads.
+    """
+    return _gomp_parallel() if os.getpid() == _PROCESS else None
+
+
 @lru_cache
-def _gomp_parallel() -> Callable | None:
-    """GOMP_parallel(body, data, threads, flags) of the OpenMP runtime that torch runs on: body(data) in each thread."""
+def _gomp_parallel() -> Any:
+    """Of the runtime that torch runs on."""
     library = torch._C.__file__
     try:
-        gomp_parallel = ctypes.CDLL(library).GOMP_parallel  # is looked for in the libraries it depends on, too
+        gomp_parallel: Any = ctypes.CDLL(library).GOMP_parallel  # is looked for in the libraries it depends on, too
     except (OSError, AttributeError):  # another platform, another runtime
         return None
+    gomp_parallel.address = ctypes.cast(gomp_parallel, ctypes.c_void_p).value
     gomp_parallel.argtypes, gomp_parallel.restype = (ParallelBody, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint), None
     return gomp_parallel

@@ -12,7 +12,6 @@ bits.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -24,8 +23,8 @@ from attngraph.kernels.contract import Adjacency, CSRLayout
 from attngraph.kernels.cpu.csr import edges_of, flat_nodes, neighbors_of_4, nodes_first, sum_pieces, unit_ranges
 from attngraph.kernels.cpu.exp import exp
 from attngraph.kernels.cpu.gather import Neighbors, Vector, gather_add, gather_dot, gather_sum
-from attngraph.kernels.cpu.openmp import parallel_for
-from attngraph.kernels.cpu.weights import LEAKY_RELU, SOFTCAP, compiled, scalar, transform
+from attngraph.kernels.cpu.launch import InThreads, in_threads
+from attngraph.kernels.cpu.weights import LEAKY_RELU, OPTIONS, SOFTCAP, compiled, scalar, transform
 from attngraph.kernels.memory import empty, zeros
 
 DOT = -1
@@ -68,16 +67,17 @@ def edges_of_4(edge, e, last):
 
 
 @lru_cache
-def _forward_kernel(head_dim: int) -> Callable[..., None]:
-    """The kernel for this dimension."""
+def _forward_kernel(head_dim: int) -> InThreads:
+    """The kernel for this dimension; each job is a range of units of one batch entry, here and below."""
 
-    @compiled
-    def forward_units(first_unit, stop_unit, batch, pairs, edges, activation, scale, lse, scores):
+    @in_threads(**OPTIONS)
+    def forward_units(job, ranges, batches, pairs, edges, activation, scale, lse, scores):
         x, y, heads, is_dot = pairs.x, pairs.y, pairs.heads, activation.kind == DOT
         width, four, of_query = heads * head_dim, np.empty((heads, 4), x.dtype), np.empty(heads * 4, x.dtype)
         flat = four.reshape(heads * 4)
         z, slopes = np.empty(4 * width, x.dtype), np.empty(4 * width, x.dtype)
-        for unit in range(first_unit, stop_unit):
+        place, batch = divmod(job, batches)
+        for unit in range(ranges[place], ranges[place + 1]):
             first, stop, begin, end = edges.units[unit]
             for i in range(first, stop):
                 lo, hi, row = max(edges.start[i], begin), min(edges.start[i + 1], end), batch * pairs.n + i
@@ -110,15 +110,16 @@ def _forward_kernel(head_dim: int) -> Callable[..., None]:
 
 
 @lru_cache
-def _backward_kernel(head_dim: int) -> Callable[..., None]:
+def _backward_kernel(head_dim: int) -> InThreads:
     """The kernel for this dimension: of queries, whose neighbours are keys, or of keys."""
 
-    @compiled
-    def backward_units(first_unit, stop_unit, batch, pairs, edges, activation, scale, dscores, sums):
+    @in_threads(**OPTIONS)
+    def backward_units(job, ranges, batches, pairs, edges, activation, scale, dscores, sums):
         x, y, heads, is_dot = pairs.x, pairs.y, pairs.heads, activation.kind == DOT
         width, four, units = heads * head_dim, np.empty((heads, 4), x.dtype), len(edges.units)
         z, slopes, pieces = np.empty(4 * width, x.dtype), np.empty(4 * width, x.dtype), sums.pieces
-        for unit in range(first_unit, stop_unit):
+        place, batch = divmod(job, batches)
+        for unit in range(ranges[place], ranges[place + 1]):
             first, stop, begin, end = edges.units[unit]
             for i in range(first, stop):
                 lo, hi, row = max(edges.start[i], begin), min(edges.start[i + 1], end), batch * pairs.n + i
@@ -180,12 +181,7 @@ def products(
     pairs, edges = _pairs(x, y, weight), edges_of(adjacency)
     rule, factor, stored = _activation(activation, negative_slope, q), scalar(scale, q), scores.numpy()
     kernel, ranges = _forward_kernel(head_dim), unit_ranges(len(adjacency.units))
-
-    def run(job: int) -> None:
-        place, batch = divmod(job, B)
-        kernel(*ranges[place], batch, pairs, edges, rule, factor, of_queries.numpy(), stored)
-
-    parallel_for(len(ranges) * B, run)
+    kernel((len(ranges) - 1) * B, ranges, B, pairs, edges, rule, factor, of_queries.numpy(), stored)
     return scores.transpose(1, 2)
 
 
@@ -229,11 +225,7 @@ class _Backward(NamedTuple):
         factor = scalar(self.scale, x)
         kernel, ranges = _backward_kernel(D), unit_ranges(units)
 
-        def run(job: int) -> None:
-            place, batch = divmod(job, B)
-            kernel(*ranges[place], batch, pairs, edges, self.activation, factor, dscores, sums)
-
-        parallel_for(len(ranges) * B, run)
+        kernel((len(ranges) - 1) * B, ranges, B, pairs, edges, self.activation, factor, dscores, sums)
         if adjacency.num_pieces:
             sum_pieces(adjacency.pieces.numpy(), dx.numpy(), piece_dx.numpy())
         if not weights:

@@ -12,7 +12,6 @@ together: (blocks, H, 4).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -33,6 +32,7 @@ from attngraph.kernels.cpu.csr import (
     unit_ranges,
 )
 from attngraph.kernels.cpu.gather import Neighbors, Vector, gather_add, gather_dot
+from attngraph.kernels.cpu.launch import InThreads, in_threads
 from attngraph.kernels.cpu.openmp import parallel_for
 from attngraph.kernels.cpu.score_bias import (
     EDGE,
@@ -45,9 +45,11 @@ from attngraph.kernels.cpu.score_bias import (
     stored,
 )
 from attngraph.kernels.cpu.weights import (
+    OPTIONS,
     SOFTMAX,
     compiled,
     drop_block,
+    inner,
     is_plain,
     multiply,
     normalize,
@@ -117,15 +119,19 @@ def dropout_factors(factors, edges, batch, node, first, count, by_key, rule):
 
 
 @lru_cache
-def _forward_kernel(head_dim: int, value_dim: int, plain: bool) -> Callable[..., None]:
-    """The kernel for these dimensions, compiled once and kept on disk; plain: for a softmax alone."""
+def _forward_kernel(head_dim: int, value_dim: int, plain: bool) -> InThreads:
+    """The kernel for these dimensions, compiled once and kept on disk; plain: for a softmax alone.
 
-    @compiled
-    def forward_units(first_unit, stop_unit, batch, tensors, edges, bias, rule, scale):
+    Each job is a range of units of one batch entry.
+    """
+
+    @in_threads(**OPTIONS)
+    def forward_units(job, ranges, tensors, edges, bias, rule, scale):
         q, k, v = tensors.q, tensors.k, tensors.v
+        place, batch = divmod(job, len(q))
         (_, n, heads, _), (_, m, key_heads, _) = q.shape, k.shape
         group, pieces = heads // key_heads, len(tensors.piece_lse) // len(q)
-        for unit in range(first_unit, stop_unit):
+        for unit in range(ranges[place], ranges[place + 1]):
             size = (max_degree(edges.start, edges.units[unit]) + 3) // 4 * heads * 4
             scores, zero = np.empty(size, q.dtype), q.dtype.type(0)
             row_max, row_sum = np.empty(heads * 4, q.dtype), np.empty(heads * 4, q.dtype)
@@ -214,12 +220,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, layout: CSRLayout, modifiers: Modif
     kernel = _forward_kernel(head_dim, value_dim, is_plain(modifiers))
 
     ranges = unit_ranges(len(adjacency.units))
-
-    def run(job: int) -> None:
-        place, batch = divmod(job, B)
-        kernel(*ranges[place], batch, tensors, edges, table, rule, factor)
-
-    parallel_for(len(ranges) * B, run)
+    kernel((len(ranges) - 1) * B, ranges, tensors, edges, table, rule, factor)
     if adjacency.num_pieces and not is_softmax:
         sum_pieces(adjacency.pieces.numpy(), out.numpy(), piece_out.numpy())
     elif adjacency.num_pieces:
@@ -230,10 +231,10 @@ def forward(q: Tensor, k: Tensor, v: Tensor, layout: CSRLayout, modifiers: Modif
 # ------------------------------------------------------------------------------------------------- backward
 
 
-@compiled
-def compute_delta(out, dout, delta, first, stop):
-    """delta, which holds dlse, to Σ_d out · dout - dlse, of the vectors first … stop - 1."""
-    for x in range(first, stop):
+@in_threads(**OPTIONS)
+def compute_delta(job, size, out, dout, delta):
+    """delta, which holds dlse, to Σ_d out · dout - dlse, of so many vectors a job."""
+    for x in range(job * size, min((job + 1) * size, len(delta))):
         total = delta.dtype.type(0)
         for d in range(out.shape[1]):
             total += out[x, d] * dout[x, d]
@@ -260,14 +261,15 @@ def start_backward(scores, ds, tensors, edges, row, base, first, count, by_key):
 
 
 @lru_cache
-def _backward_kernel(head_dim: int, value_dim: int, plain: bool, by_key: bool) -> Callable[..., None]:
+def _backward_kernel(head_dim: int, value_dim: int, plain: bool, by_key: bool) -> InThreads:
     """The kernel of dq or, by_key, of dk and dv, for these dimensions; plain: for a softmax alone.
 
-    In both, score = x · y, dp = x_v · y_v, dx = scale · Σ ds y; and dv = Σ p y_v.
+    In both, score = x · y, dp = x_v · y_v, dx = scale · Σ ds y; and dv = Σ p y_v. Each job is a range of units of
+    `batches` batch entries.
     """
 
-    @compiled
-    def backward_units(first_unit, stop_unit, batch, tensors, gradients, edges, bias, rule, scale):
+    @inner
+    def backward_range(first_unit, stop_unit, batch, tensors, gradients, edges, bias, rule, scale):
         x, x_v, y, y_v = tensors.x, tensors.x_v, tensors.y, tensors.y_v
         (_, nodes, x_heads, _), (_, y_nodes, y_heads, _) = x.shape, y.shape
         heads, key_heads, n = max(x_heads, y_heads), min(x_heads, y_heads), y_nodes if by_key else nodes
@@ -354,6 +356,12 @@ def _backward_kernel(head_dim: int, value_dim: int, plain: bool, by_key: bool) -
                             ds_sum[4 * h] + ds_sum[4 * h + 1] + ds_sum[4 * h + 2] + ds_sum[4 * h + 3]
                         )
 
+    @in_threads(**OPTIONS)
+    def backward_units(job, ranges, batches, tensors, gradients, edges, bias, rule, scale):
+        place, entries = divmod(job, len(tensors.x) // batches)
+        for batch in range(entries * batches, (entries + 1) * batches):
+            backward_range(ranges[place], ranges[place + 1], batch, tensors, gradients, edges, bias, rule, scale)
+
     return backward_units
 
 
@@ -397,13 +405,9 @@ def _delta(out: Tensor, dout: Tensor, dlse: Tensor | None) -> Tensor:
     """Δ of each query and head, (B, N, H); dout (B, N, H, Dv)."""
     out = nodes_first(out)
     delta = out.new_zeros(out.shape[:3]) if dlse is None else dlse.detach().transpose(1, 2).contiguous().clone()
-    of_rows = [x.view(-1, out.shape[3]).numpy() for x in (out, dout)]
+    of_rows = out.view(-1, out.shape[3]).numpy(), dout.view(-1, out.shape[3]).numpy(), delta.view(-1).numpy()
     step = max(1, delta.numel() // (JOBS_PER_THREAD * torch.get_num_threads()))
-
-    def run(job: int) -> None:
-        compute_delta(*of_rows, delta.view(-1).numpy(), job * step, min((job + 1) * step, delta.numel()))
-
-    parallel_for(-(-delta.numel() // step), run)
+    compute_delta(-(-delta.numel() // step), step, *of_rows)
     return delta
 
 
@@ -447,7 +451,7 @@ class _Backward(NamedTuple):
 
     def _run(
         self,
-        kernel: Callable[..., None],
+        kernel: InThreads,
         tensors: BackwardTensors,
         results: list[Tensor],
         dvalues: Tensor,
@@ -460,22 +464,11 @@ class _Backward(NamedTuple):
         pieces = [x.new_zeros(x.shape[0], adjacency.num_pieces, *x.shape[2:]) for x in results]
         pairs = [x for pair in zip(results, pieces, strict=True) for x in pair]
         gradients, edges = Gradients(*flat_nodes(*pairs), dvalues.numpy()), edges_of(adjacency)
-        factor, rounds = scalar(self.modifiers.scale, self.q), len(self.q) // batches if batches else 0
-        rule = weighting(self.modifiers, self.q)
-
+        factor, rule = scalar(self.modifiers.scale, self.q), weighting(self.modifiers, self.q)
         ranges = unit_ranges(len(adjacency.units))
-
-        def run(job: int) -> None:
-            units, place = divmod(job, rounds)
-            for batch in range(place * batches, (place + 1) * batches):
-                kernel(*ranges[units], batch, tensors, gradients, edges, table, rule, factor)
-
-        jobs = len(ranges) * rounds
-        if serial:
-            for job in range(jobs):
-                run(job)
-        else:
-            parallel_for(jobs, run)
+        jobs = (len(ranges) - 1) * len(self.q) // max(batches, 1)
+        run = kernel.serially if serial else kernel
+        run(jobs, ranges, batches, tensors, gradients, edges, table, rule, factor)
         if adjacency.num_pieces:
             for result, of_pieces in zip(results, pieces, strict=True):
                 if len(result):

@@ -8,8 +8,6 @@ Gains, over the same loops in plain Numba: a product 64 × 64 × 64 runs at 187 
 2^x takes 0.2 ns a number instead of the 2.1 ns of math.exp, the 64 words of 16 Philox counters 24 ns instead of 88
 (best of 30 runs, one core of a Xeon with AVX-512, float32).
 Runs wherever Numba does, on every CPU that LLVM knows; without Numba, `kernels/torch/tiles.py` runs instead.
-
-The compiled functions that use these are cached by their own file: after a change here, clear Numba's caches.
 """
 
 # pyright: reportCallIssue=false, reportOptionalCall=false

@@ -14,18 +14,18 @@ Here are tensors made arrays, and work cut into jobs; the kernels are in `tiles_
 
 from __future__ import annotations
 
-from itertools import pairwise
-from typing import NamedTuple
+from functools import partial
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from attngraph.kernels.contract import Grid, Modifiers, ScoreBias, TileRows, TilesLayout
-from attngraph.kernels.cpu.openmp import parallel_for
+from attngraph.kernels.contract import Grid, Modifiers, ScoreBias, TilesLayout
+from attngraph.kernels.cpu.half import BITS
 from attngraph.kernels.cpu.simd import LANES, LOG2_E, TILE
-from attngraph.kernels.cpu.tiles_backward import BackwardTensors, backward_dkdv, backward_dq, compute_delta
+from attngraph.kernels.cpu.tiles_backward import BackwardTensors, backward_dkdv, backward_dq, start_backward
 from attngraph.kernels.cpu.tiles_forward import ForwardTensors, forward_rows
 from attngraph.kernels.cpu.tiles_scores import (
     BIAS_KINDS,
@@ -40,36 +40,38 @@ from attngraph.kernels.cpu.tiles_scores import (
 )
 from attngraph.kernels.cpu.tiles_steps import ALL_BITS, Tiles
 from attngraph.kernels.dropout import LOW, ROUNDS, WEYL_A, WEYL_B, keep_factor, threshold
-from attngraph.kernels.memory import DTYPES, empty, zeros
+from attngraph.kernels.memory import DTYPES, zeros
 
+Side = Literal["by_query", "by_key"]  # the rows of tiles, or the columns
 MAX_JOB_TILES = 128  # tiles of one head that a job has at most: about a millisecond of work
+SMALL = 1 << 17  # numbers that one thread sums up before another one wakes
+# What most calls do without, made once.
+NO_NUMBERS = {dtype: np.empty(0, number) for dtype, number in DTYPES.items()}
+NO_BIAS_GRADIENT = {dtype: BiasGradient(none, np.empty(0), (0, 0)) for dtype, none in NO_NUMBERS.items()}
+NO_DROPOUT = {
+    dtype: Dropout(False, np.uint64(0), number(1), np.zeros(2 * ROUNDS, np.uint64), np.empty(0, np.int64))
+    for dtype, number in DTYPES.items()
+}
 
 
 # ------------------------------------------------------------------------------------------------- forward
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, layout: TilesLayout, modifiers: Modifiers) -> tuple[Tensor, Tensor]:
-    """q (B, H, N, D), k and v (B, Hkv, M, ·), float32 or float64 → out (B, H, N, Dv), lse (B, H, N).
+    """q (B, H, N, D), k and v (B, Hkv, M, ·) → out (B, H, N, Dv), and lse (B, H, N) in float32, or float64 as they.
 
     layout: tiles of 64 × 64. A query without edges has out 0 and lse -inf; lse is 0 unless softmax makes the weights.
+    bfloat16 and float16 are widened tile by tile, and sums are in float32.
     """
-    (B, H, N, _), M, value_dim, group = q.shape, k.shape[2], v.shape[3], q.shape[1] // k.shape[1]
-    scoring = _scoring(modifiers, q, M)
-    q, k, v = tiled(q, layout, 0), tiled(k, layout, 1), tiled(v, layout, 1)
-    out, lse = empty(*q.shape[:4], v.shape[4], like=q), empty(*q.shape[:4], like=q)
-    q_heads, out_heads, lse_heads = flat_heads(q, B * H), flat_heads(out, B * H), flat_heads(lse, B * H)
-    k_heads, v_heads = flat_heads(k, B * H // group), flat_heads(v, B * H // group)
-    jobs, tiles = jobs_of(layout.by_query, B * H), tiles_of(layout, layout.by_query, _reads_edges(modifiers))
-    real, dims = _real_keys(modifiers, layout, B), (q.shape[4], v.shape[4])
-
-    def run(job: int) -> None:
-        h, piece = divmod(job, len(jobs))
-        sides = q_heads[h], k_heads[h // group], v_heads[h // group]
-        tensors = ForwardTensors(*sides, out_heads[h], lse_heads[h], real[h // H], *dims)
-        forward_rows(*jobs[piece], *divmod(h, H), tensors, tiles, scoring)
-
-    parallel_for(B * H * len(jobs), run)
-    return out.flatten(2, 3)[:, :, :N, :value_dim], lse.flatten(2)[:, :, :N]
+    (B, H, N, D), (M, Dv) = q.shape, v.shape[2:]
+    (nodes, key_nodes), dims, number = filled_grid(layout), (filled(D), filled(Dv)), number_of(q.dtype)
+    out = np.empty((B * H, nodes * dims[1]), BITS.get(q.dtype, number))
+    lse = np.empty((B * H, nodes), number)
+    sides = flat_heads(q, nodes), flat_heads(k, key_nodes), flat_heads(v, key_nodes)
+    tensors = ForwardTensors(*sides, out, lse, _real_keys(modifiers, layout, B), *dims)
+    pieces, tiles = pieces_of(layout, "by_query", B * H), tiles_of(layout, "by_query", _reads_edges(modifiers))
+    forward_rows(B * H * (len(pieces) - 1), pieces, tensors, tiles, _scoring(modifiers, q, M))
+    return as_nodes(out, B, N, Dv, nodes, q.dtype), torch.from_numpy(lse).view(B, H, nodes)[:, :, :N]
 
 
 # ------------------------------------------------------------------------------------------------- backward
@@ -93,44 +95,36 @@ def backward(
     ds = p ∘ ((dout vᵀ) ∘ kept - Δ) times the slopes of the transform, dq = scale · ds k, dk = scale · dsᵀ q,
     dbias = ds. Other normalisers have ds = normalize'(s) ∘ (dout vᵀ) ∘ kept.
     """
-    (B, _, N, dim), (_, key_heads, M, value_dim) = q.shape, v.shape
+    (B, _, N, D), (_, key_heads, M, Dv), (nodes, key_nodes) = q.shape, v.shape, filled_grid(layout)
     scoring, dbias = _scoring(modifiers, q, M), _DBias(modifiers.bias if bias_grad else None, q, M)
-    tensors = backward_tensors(q, k, v, out, lse, dout, dlse, layout)
+    tensors = backward_tensors(q, k, v, out, lse, dout, dlse, layout, _real_keys(modifiers, layout, B))
     if dbias.by_head or (in_one_pass(B * key_heads) and not dbias.by_column):
-        _dkdv(tensors, layout, modifiers, scoring, [(0, layout.grid[1])], dbias)
+        pieces = np.array([0, layout.grid[1]])
     else:
-        columns = jobs_of(layout.by_key, 1 if dbias.by_column else B * key_heads)
-        if len(columns) > 1:
-            _dq(tensors, layout, modifiers, scoring)
-        _dkdv(tensors, layout, modifiers, scoring, columns, dbias)
-    dq, dk, dv = (x.flatten(2, 3) for x in (tensors.dq, tensors.dk, tensors.dv))
-    return dq[:, :, :N, :dim], dk[:, :, :M, :dim], dv[:, :, :M, :value_dim], dbias.total()
+        pieces = pieces_of(layout, "by_key", 1 if dbias.by_column else B * key_heads)
+    if len(pieces) > 2:
+        _dq(tensors, layout, modifiers, scoring)
+    _dkdv(tensors, layout, modifiers, scoring, pieces, dbias)
+    dq = as_nodes(tensors.dq, B, N, D, nodes, exact(q.dtype))  # sums over all columns of tiles, so never half
+    dk, dv = (as_nodes(x, B, M, dim, key_nodes, q.dtype) for x, dim in ((tensors.dk, D), (tensors.dv, Dv)))
+    return dq, dk, dv, dbias.total()
 
 
-class Gradients(NamedTuple):
-    """What the backward kernels read and write, tiled: (B, heads, tiles, 64, ·)."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    dout: Tensor
-    lse: Tensor
-    delta: Tensor
-    dq: Tensor
-    dk: Tensor
-    dv: Tensor
-
-
-def backward_tensors(q, k, v, out, lse, dout, dlse, layout: Grid) -> Gradients:
-    """Tensors (B, heads, nodes, ·), as `backward` takes them, tiled; dq is 0, dk and dv anything."""
-    lse = lse.masked_fill(lse == -torch.inf, torch.inf) * log2_e(q.dtype)  # without edges, p = exp(-inf)
-    delta = torch.zeros_like(lse) if dlse is None else dlse.clone()
-    lse, delta = tiled(lse[..., None], layout, 0, 1), tiled(delta[..., None], layout, 0, 1)
-    q, out, dout = tiled(q, layout, 0), tiled(out, layout, 0), tiled(dout, layout, 0)
-    k, v = tiled(k, layout, 1), tiled(v, layout, 1)
-    _delta(out, dout, delta)
-    dq, dk, dv = zeros(*q.shape, like=q), empty(*k.shape, like=k), empty(*v.shape, like=v)
-    return Gradients(q, k, v, dout, lse, delta, dq, dk, dv)
+def backward_tensors(q, k, v, out, lse, dout, dlse, layout: Grid, real: np.ndarray) -> BackwardTensors:
+    """What `backward` takes, (B, heads, nodes, ·), as kernels read it; dq is 0, dk and dv anything."""
+    (B, H, N, D), (_, key_heads, _, Dv) = q.shape, v.shape
+    (nodes, key_nodes), dims, number = filled_grid(layout), (filled(D), filled(Dv)), number_of(q.dtype)
+    of_queries, of_keys = partial(flat_heads, nodes=nodes), partial(flat_heads, nodes=key_nodes)
+    dout_heads, exponent, delta = of_queries(dout), *(np.empty((B * H, nodes), number) for _ in range(2))
+    of_rows = [np.empty((0, 0), number) if x is None else flat_heads(x[..., None], N, 1) for x in (lse, dlse)]
+    start = start_backward if out.numel() > SMALL else start_backward.serially
+    start(B * H, *of_rows, of_queries(out), dout_heads, exponent, delta, number(LOG2_E))
+    return BackwardTensors(
+        of_queries(q), of_keys(k), of_keys(v), dout_heads, exponent, delta,
+        np.zeros((B * H, nodes * dims[0]), number),
+        *(np.empty((B * key_heads, key_nodes * dim), BITS.get(q.dtype, number)) for dim in dims),
+        real, *dims,
+    )  # fmt: skip
 
 
 class _DBias:
@@ -142,15 +136,16 @@ class _DBias:
     """
 
     def __init__(self, bias: ScoreBias | None, q: Tensor, M: int):
-        self.bias, shape, (B, H, N, _) = bias, (0, 0, 0), q.shape
-        if bias is not None:
-            shape = (B, H, N + M - 1 + 2 * TILE) if bias.kind == "offset" else bias.values.shape
-        self.by_head = bias is not None and bias.kind == "offset"
-        self.by_column = bias is not None and shape[:2] != (B, H)
-        is_shared = self.by_head or (bias is not None and bias.kind == "dense" and shape[2] == 1)  # by many pairs
-        self.sum = zeros(*shape, like=q.new_empty(0, dtype=torch.float64 if is_shared else q.dtype))
+        self.bias, self.by_head, self.by_column, (B, H, N, _) = bias, False, False, q.shape
+        if bias is None:
+            self.arrays = NO_BIAS_GRADIENT[exact(q.dtype)]
+            return
+        shape = (B, H, N + M - 1 + 2 * TILE) if bias.kind == "offset" else bias.values.shape
+        self.by_head, self.by_column = bias.kind == "offset", shape[:2] != (B, H)
+        is_shared = self.by_head or (bias.kind == "dense" and shape[2] == 1)  # by many pairs
+        self.sum = zeros(*shape, like=q.new_empty(0, dtype=torch.float64 if is_shared else exact(q.dtype)))
         flat, strides = self.sum.flatten().numpy(), _shared_strides(self.sum)[:2]
-        ends = (np.empty(0, DTYPES[q.dtype]), flat) if is_shared else (flat, np.empty(0))
+        ends = (NO_NUMBERS[exact(q.dtype)], flat) if is_shared else (flat, np.empty(0))
         self.arrays = BiasGradient(*ends, strides)
 
     def total(self) -> Tensor | None:
@@ -173,92 +168,84 @@ def in_one_pass(key_heads: int) -> bool:
     return threads == 1 or (key_heads >= 2 * threads and 5 * rounds * threads <= 7 * key_heads)
 
 
-def _delta(out: Tensor, dout: Tensor, delta: Tensor) -> None:
-    """Δ of all queries, into `delta`, which holds dlse."""
-    heads = out.shape[0] * out.shape[1]
-    out_heads, dout_heads, delta_heads = flat_heads(out, heads), flat_heads(dout, heads), flat_heads(delta, heads)
-    parallel_for(heads, lambda h: compute_delta(out_heads[h], dout_heads[h], out.shape[4], delta_heads[h]))
-
-
-def _dq(tensors: Gradients, layout: TilesLayout, modifiers: Modifiers, scoring: Scoring) -> None:
+def _dq(tensors: BackwardTensors, layout: TilesLayout, modifiers: Modifiers, scoring: Scoring) -> None:
     """Fill dq."""
-    (B, H), key_heads = tensors.q.shape[:2], tensors.k.shape[0] * tensors.k.shape[1]
-    by_key_head = {"k", "v", "dk", "dv"}
-    arrays = {
-        name: flat_heads(x, key_heads if name in by_key_head else B * H) for name, x in tensors._asdict().items()
-    }  # each (heads, flat)
-    jobs, tiles = jobs_of(layout.by_query, B * H), tiles_of(layout, layout.by_query, _reads_edges(modifiers))
-    real, dims = _real_keys(modifiers, layout, B), (tensors.q.shape[4], tensors.v.shape[4])
-
-    def run(job: int) -> None:
-        h, piece = divmod(job, len(jobs))
-        key_head = h * key_heads // (B * H)
-        of_head = {name: x[key_head if name in by_key_head else h] for name, x in arrays.items()}
-        of_head = BackwardTensors(**of_head, real=real[h // H], head_dim=dims[0], value_dim=dims[1])
-        backward_dq(*jobs[piece], *divmod(h, H), of_head, tiles, scoring)
-
-    parallel_for(B * H * len(jobs), run)
+    heads = len(tensors.q)
+    pieces, tiles = pieces_of(layout, "by_query", heads), tiles_of(layout, "by_query", _reads_edges(modifiers))
+    backward_dq(heads * (len(pieces) - 1), pieces, tensors, tiles, scoring)
 
 
 def _dkdv(
-    tensors: Gradients,
+    tensors: BackwardTensors,
     layout: TilesLayout,
     modifiers: Modifiers,
     scoring: Scoring,
-    columns: list[tuple[int, int]],
+    pieces: np.ndarray,
     dbias: _DBias,
 ) -> None:
-    """Fill dk and dv, and add to dbias; fill dq, if there is but one job for each key head."""
-    q, (B, key_heads) = tensors.q, tensors.k.shape[:2]
-    group = q.shape[1] // key_heads
-    if len(columns) != 1:
-        tensors = tensors._replace(dq=q.new_empty(B * key_heads, 0))
-    arrays = [flat_heads(x, B * key_heads) for x in tensors]
-    tiles, real = tiles_of(layout, layout.by_key, _reads_edges(modifiers)), _real_keys(modifiers, layout, B)
-    head_dim, value_dim = q.shape[4], tensors.v.shape[4]
-
-    def run_head(h: int, piece: int) -> None:
-        batch, key_head = divmod(h, key_heads)
-        of_head = BackwardTensors(*(x[h] for x in arrays), real[batch], head_dim, value_dim)
-        backward_dkdv(*columns[piece], batch, key_head * group, group, of_head, tiles, scoring, dbias.arrays)
-
-    def run_columns(piece: int) -> None:
-        for h in range(B * key_heads):
-            run_head(h, piece)
-
-    if dbias.by_column:
-        parallel_for(len(columns), run_columns)
-    else:
-        parallel_for(B * key_heads * len(columns), lambda job: run_head(*divmod(job, len(columns))))
+    """Fill dk and dv, and add to dbias; fill dq, if there is but one piece of each key head."""
+    heads = len(tensors.k)
+    group, per_job = len(tensors.q) // max(heads, 1), heads if dbias.by_column else 1
+    dq = tensors.dq if len(pieces) == 2 else tensors.dq[:, :0]
+    of_queries = {"q": tensors.q, "dout": tensors.dout, "lse": tensors.lse, "delta": tensors.delta, "dq": dq}
+    tensors = tensors._replace(**{name: regrouped(x, heads) for name, x in of_queries.items()})
+    tiles = tiles_of(layout, "by_key", _reads_edges(modifiers))
+    num_jobs = heads // max(per_job, 1) * (len(pieces) - 1)
+    backward_dkdv(num_jobs, pieces, per_job, group, tensors, tiles, scoring, dbias.arrays)
 
 
 # ------------------------------------------------------------------------------------------- tensors to arrays
 
 
-def tiled(x: Tensor, layout: Grid, axis: int, multiple: int = LANES) -> Tensor:
-    """x (B, H, nodes, D) as tiles (B, H, tiles, 64, D), contiguous; filled up with zeros, D to a multiple of 16.
-
-    The nodes are queries (axis 0 of the adjacency matrix) or keys (axis 1).
-    """
-    x = x.detach()
-    missing_nodes, missing_dims = layout.grid[axis] * TILE - x.shape[2], -x.shape[3] % multiple
-    x = pad(x, (0, missing_dims, 0, missing_nodes)) if missing_nodes or missing_dims else x
-    return x.contiguous().view(*x.shape[:2], layout.grid[axis], TILE, x.shape[3])
+def filled(dim: int, multiple: int = LANES) -> int:
+    """The next multiple."""
+    return -(-dim // multiple) * multiple
 
 
-def flat_heads(x: Tensor, heads: int) -> np.ndarray:
-    """(heads, flat)."""
-    return x.view(heads, x.numel() // max(heads, 1)).numpy()
+def filled_grid(layout: Grid) -> tuple[int, int]:
+    """How many nodes the rows of tiles have, and the columns."""
+    rows, columns = layout.grid
+    return rows * TILE, columns * TILE
+
+
+def flat_heads(x: Tensor, nodes: int, multiple: int = LANES) -> np.ndarray:
+    """x (B, H, n, D) as (B · H, nodes · D'), filled up with zeros to so many nodes, and D to a multiple D'."""
+    (B, H, n, D), dim, x = x.shape, filled(x.shape[3], multiple), x.detach()
+    x = pad(x, (0, dim - D, 0, nodes - n)) if (n, D) != (nodes, dim) else x.contiguous()
+    array = x.view(torch.int16).numpy().view(BITS[x.dtype]) if x.dtype in BITS else x.numpy()
+    return array.reshape(B * H, nodes * dim)
+
+
+def regrouped(x: np.ndarray, heads: int) -> np.ndarray:
+    """(·, flat) → (heads, flat), each several of x's, or a part of one."""
+    return x.reshape(heads, x.size // max(heads, 1))
+
+
+def as_nodes(x: np.ndarray, B: int, n: int, D: int, nodes: int, dtype: torch.dtype) -> Tensor:
+    """The way back: (B · H, nodes · D') → (B, H, n, D)."""
+    flat = torch.from_numpy(x.view(np.int16)).view(dtype) if dtype in BITS else torch.from_numpy(x)
+    whole = flat.view(B, len(x) // max(B, 1), nodes, filled(D))
+    return whole if (nodes, filled(D)) == (n, D) else whole[:, :, :n, :D]
+
+
+def exact(dtype: torch.dtype) -> torch.dtype:
+    """In which sums are taken."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def number_of(dtype: torch.dtype) -> Any:
+    """NumPy's numbers of this kind."""
+    return DTYPES[exact(dtype)]
 
 
 def log2_e(dtype: torch.dtype) -> float:
     """log2 e, rounded alike wherever scores of a dtype become exponents of 2, so that the rounding cancels."""
-    return float(DTYPES[dtype](LOG2_E))
+    return float(number_of(dtype)(LOG2_E))
 
 
 def _scoring(modifiers: Modifiers, q: Tensor, m: int) -> Scoring:
     """What the kernels are told of the modifiers, but for the padding; `m` keys."""
-    transform, scale, number = modifiers.transform, modifiers.scale, DTYPES[q.dtype]
+    transform, scale, number = modifiers.transform, modifiers.scale, number_of(q.dtype)
     makes_scores = modifiers.bias is not None or transform is not None
     unit = log2_e(q.dtype) if modifiers.normalize == "softmax" else 1.0
     bias_unit = unit if transform is None else 1.0  # scores are made as exponents at once: rounded once less
@@ -278,10 +265,10 @@ def _scoring(modifiers: Modifiers, q: Tensor, m: int) -> Scoring:
 
 def _bias(bias: ScoreBias | None, q: Tensor, m: int, unit: float) -> Bias:
     """The values of a bias, times a unit."""
-    none, n = np.empty(0, DTYPES[q.dtype]), q.shape[2]
+    none, n = NO_NUMBERS[exact(q.dtype)], q.shape[2]
     if bias is None:
         return Bias(NO_BIAS, none, none, (0, 0, 0), n, m)
-    values = bias.values.detach().to(q.dtype)
+    values = bias.values.detach().to(exact(q.dtype))
     if bias.kind == "offset":
         values = pad(values * unit, (TILE, TILE))
         ends = values.flatten().numpy(), values.flip(1).flatten().numpy()
@@ -303,9 +290,9 @@ def _shared_strides(x: Tensor) -> tuple[int, ...]:
 
 
 def _dropout(modifiers: Modifiers, q: Tensor) -> Dropout:
-    dropout, number = modifiers.dropout, DTYPES[q.dtype]
+    dropout, number = modifiers.dropout, number_of(q.dtype)
     if dropout is None:
-        return Dropout(False, np.uint64(0), number(1), np.zeros(2 * ROUNDS, np.uint64), np.empty(0, np.int64))
+        return NO_DROPOUT[exact(q.dtype)]
     seed = int(dropout.seed)
     keys = [((seed >> shift) + r * weyl) & LOW for r in range(ROUNDS) for shift, weyl in ((0, WEYL_A), (32, WEYL_B))]
     numbers = torch.arange(q.shape[1]) if dropout.heads is None else dropout.heads
@@ -329,18 +316,27 @@ def real_keys(mask: Tensor, tiles: int) -> np.ndarray:
     return bits.view(np.dtype(np.uint64).newbyteorder("<")).astype(np.uint64)
 
 
-def tiles_of(layout: TilesLayout, rows: TileRows, of_edges: bool) -> Tiles:
+def tiles_of(layout: TilesLayout, side: Side, of_edges: bool) -> Tiles:
     """The tiles of rows, or of columns, as the kernels read them; with the numbers of their edges or without."""
-    words = layout.table.words.contiguous().numpy().view(np.uint64).reshape(-1, TILE)
-    first_edge = layout.first_edge.numpy() if of_edges else np.empty((0, TILE), np.int64)
-    return Tiles(
-        *(x.numpy() for x in (rows.start, rows.full, rows.column, rows.mask)), words, rows.tile.numpy(), first_edge
-    )
+    key = "tiles", side, of_edges
+    if key not in layout.kept:
+        rows, words = getattr(layout, side), layout.table.words.contiguous().numpy().view(np.uint64).reshape(-1, TILE)
+        first_edge = layout.first_edge.numpy() if of_edges else np.empty((0, TILE), np.int64)
+        arrays = (x.numpy() for x in (rows.start, rows.full, rows.column, rows.mask))
+        layout.kept[key] = Tiles(*arrays, words, rows.tile.numpy(), first_edge)
+    return layout.kept[key]
 
 
-def jobs_of(rows: TileRows, heads: int) -> list[tuple[int, int]]:
-    """All rows of tiles as (first, stop), cut where jobs have about as many tiles; at least 8 jobs a thread, if so."""
-    tiles = int(rows.start[-1])
-    job_tiles = min(MAX_JOB_TILES, max(4, tiles * heads // (8 * torch.get_num_threads())))
-    stops = torch.searchsorted(rows.start, torch.arange(0, tiles, job_tiles, device=rows.start.device))
-    return list(pairwise(sorted({0, len(rows.start) - 1, *stops.tolist()})))
+def pieces_of(layout: TilesLayout, side: Side, heads: int) -> np.ndarray:
+    """All rows of tiles, or columns, in pieces, as where each begins, and the end: int64 (pieces + 1,).
+
+    They are cut where they have about as many tiles; at least 8 pieces a thread, if so.
+    """
+    key = "pieces", side, heads, torch.get_num_threads()
+    if key not in layout.kept:
+        start = getattr(layout, side).start.numpy()
+        tiles, end = int(start[-1]), len(start) - 1
+        job_tiles = min(MAX_JOB_TILES, max(4, tiles * heads // (8 * torch.get_num_threads())))
+        cuts = np.searchsorted(start, np.arange(0, tiles, job_tiles))
+        layout.kept[key] = np.array(sorted({0, end, *cuts.tolist()}))
+    return layout.kept[key]

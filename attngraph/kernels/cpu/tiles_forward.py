@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from attngraph.kernels.cpu.half import keep_sums, scratch_size, sums, widened
+from attngraph.kernels.cpu.launch import in_threads
 from attngraph.kernels.cpu.simd import LANES, TILE, broadcast, exp2, load, maximum, store, where
 from attngraph.kernels.cpu.tiles_scores import (
     SOFTMAX,
@@ -20,9 +22,9 @@ from attngraph.kernels.cpu.tiles_scores import (
     new_scratch,
 )
 from attngraph.kernels.cpu.tiles_steps import (
+    FASTMATH_FLAGS,
     add_product,
     aligned,
-    compiled,
     fill_zero,
     inner,
     load_mask,
@@ -36,14 +38,14 @@ LN_2 = math.log(2)
 
 
 class ForwardTensors(NamedTuple):
-    """Of one query head and its key head, flat: (nodes · dim,) or (nodes,)."""
+    """Of all heads, those of one flat: (heads, nodes · dim) or (heads, nodes)."""
 
     q: np.ndarray
     k: np.ndarray
     v: np.ndarray
     out: np.ndarray
     lse: np.ndarray
-    real: np.ndarray  # uint64 (tiles of keys,): a bit for each key that is no padding
+    real: np.ndarray  # uint64 (B, tiles of keys): a bit for each key that is no padding
     head_dim: int  # filled up to a multiple of 16, as value_dim
     value_dim: int
 
@@ -85,27 +87,35 @@ def online_softmax(s, bits, kept, scale_log2, row_max, row_sum, alpha):
         store(alpha, c, rescale)
 
 
-@compiled
-def forward_rows(first, stop, batch, head, tensors, tiles, scoring):
-    """out and lse of the rows of tiles first … stop - 1 of one head."""
-    q, k, v, acc, lse = tensors.q, tensors.k, tensors.v, tensors.out, tensors.lse
-    head_dim, value_dim = tensors.head_dim, tensors.value_dim
-    p, q_t = aligned(TILE * TILE, q), aligned(TILE * head_dim, q)
-    row_max, row_sum, alpha = aligned(TILE, q), aligned(TILE, q), aligned(TILE, q)
+@in_threads(fastmath=FASTMATH_FLAGS)
+def forward_rows(job, pieces, tensors, tiles, scoring):
+    """out and lse of some rows of tiles of one head: pieces[i] … pieces[i + 1] - 1, job after job, head after head."""
+    h, piece = divmod(job, len(pieces) - 1)
+    key_head = h // (len(tensors.q) // len(tensors.k))
+    batch, head = divmod(h, len(tensors.q) // len(tensors.real))
+    q, k, v, out, lse = tensors.q[h], tensors.k[key_head], tensors.v[key_head], tensors.out[h], tensors.lse[h]
+    real_keys, head_dim, value_dim = tensors.real[batch], tensors.head_dim, tensors.value_dim
+    key_size, value_size = TILE * head_dim, TILE * value_dim
+    p, q_t = aligned(TILE * TILE, lse), aligned(key_size, lse)
+    wide_k, wide_v = aligned(scratch_size(k, key_size), lse), aligned(scratch_size(v, value_size), lse)
+    wide_out = aligned(scratch_size(out, value_size), lse)
+    row_max, row_sum, alpha = aligned(TILE, lse), aligned(TILE, lse), aligned(TILE, lse)
     by_query, by_key = np.empty(TILE, np.uint64), np.empty(TILE, np.uint64)
-    scratch, dropout = new_scratch(scoring, q), scoring.dropout
-    for row in range(first, stop):
-        acc_at = row * TILE * value_dim
-        transpose(q, row * TILE * head_dim, head_dim, q_t)
-        fill_zero(acc, acc_at, TILE * value_dim)
+    scratch, dropout = new_scratch(scoring, lse), scoring.dropout
+    for row in range(pieces[piece], pieces[piece + 1]):
+        acc, acc_at = sums(out, row * value_size, wide_out)
+        q_i, q_at = widened(q, row * key_size, key_size, wide_k)
+        transpose(q_i, q_at, head_dim, q_t)
+        fill_zero(acc, acc_at, value_size)
         for r in range(TILE):
-            row_max[r], row_sum[r] = masked_score(q), 0
+            row_max[r], row_sum[r] = masked_score(lse), 0
         for tile in range(tiles.start[row], tiles.start[row + 1]):
-            key, real = np.int64(tiles.column[tile]) * TILE, tensors.real[tiles.column[tile]]
+            key, real = np.int64(tiles.column[tile]) * TILE, real_keys[tiles.column[tile]]
             if not real:
                 continue
             load_mask(tiles.words, tiles.mask[tile], real, by_query, by_key)
-            product(p, k, key * head_dim, q_t, head_dim, by_key)
+            k_j, k_at = widened(k, key * head_dim, key_size, wide_k)
+            product(p, k_j, k_at, q_t, head_dim, by_key)
             if not scoring.is_plain:
                 place = Place(batch, head, row * TILE, key, np.int64(tiles.tile[tile]), np.int64(tiles.mask[tile]))
                 make_scores(p, scoring, place, tiles, scratch, False)
@@ -120,7 +130,8 @@ def forward_rows(first, stop, batch, head, tensors, tiles, scoring):
                     scale_rows(acc, acc_at, value_dim, alpha)
             else:
                 elementwise_weights(p, by_key, scratch.kept, scoring.factor, scoring.normalize)
-            add_product(acc, acc_at, p, 1, TILE, v, key * value_dim, value_dim, by_query)
+            v_j, v_at = widened(v, key * value_dim, value_size, wide_v)
+            add_product(acc, acc_at, p, 1, TILE, v_j, v_at, value_dim, by_query)
         if scoring.normalize == SOFTMAX:
             for r in range(TILE):
                 has_edge = row_sum[r] != 0
@@ -129,4 +140,5 @@ def forward_rows(first, stop, batch, head, tensors, tiles, scoring):
             scale_rows(acc, acc_at, value_dim, alpha)
         else:
             fill_zero(lse, row * TILE, TILE)
-            scale_by(acc, acc_at, TILE * value_dim, dropout.factor)
+            scale_by(acc, acc_at, value_size, dropout.factor)
+        keep_sums(out, row * value_size, value_size, wide_out)

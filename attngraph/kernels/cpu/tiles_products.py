@@ -11,18 +11,28 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from attngraph.kernels.contract import TilesLayout
-from attngraph.kernels.cpu.openmp import parallel_for
+from attngraph.kernels.cpu.launch import in_threads
 from attngraph.kernels.cpu.simd import LANES, TILE, broadcast, exp2, load, store
-from attngraph.kernels.cpu.tiles import flat_heads, jobs_of, log2_e, tiled, tiles_of
+from attngraph.kernels.cpu.tiles import (
+    as_nodes,
+    filled,
+    filled_grid,
+    flat_heads,
+    log2_e,
+    pieces_of,
+    regrouped,
+    tiles_of,
+)
 from attngraph.kernels.cpu.tiles_scores import Place, load_edges, store_edges
 from attngraph.kernels.cpu.tiles_steps import (
     ALL_BITS,
+    FASTMATH_FLAGS,
     add_product,
     aligned,
-    compiled,
     fill_zero,
     inner,
     load_mask,
@@ -31,11 +41,11 @@ from attngraph.kernels.cpu.tiles_steps import (
     transpose,
 )
 from attngraph.kernels.cpu.weights import scalar
-from attngraph.kernels.memory import empty
+from attngraph.kernels.memory import DTYPES
 
 
 class ProductTensors(NamedTuple):
-    """Of one key head and all its query heads, one behind the other; flat."""
+    """Of all key heads, with their query heads one behind the other: (heads, flat)."""
 
     q: np.ndarray
     k: np.ndarray
@@ -47,7 +57,7 @@ class ProductTensors(NamedTuple):
 
 
 class SumTensors(NamedTuple):
-    """Of one head, and of all heads that add to its gradient, one behind the other; flat."""
+    """Of all heads, with those that add to the gradient of one, one behind the other: (heads, flat)."""
 
     dproducts: np.ndarray  # of the edges
     y: np.ndarray
@@ -67,13 +77,14 @@ def to_weights(s, bits, lse, at):
                 store(s, r * TILE + c, exp2(load(s, r * TILE + c) - of_query))
 
 
-@compiled
-def products_of_columns(first, stop, group, tensors, tiles, factor):
-    """The products, or weights, of the columns of tiles first … stop - 1 of a key head with `group` query heads."""
-    q, k, head_dim = tensors.q, tensors.k, tensors.head_dim
+@in_threads(fastmath=FASTMATH_FLAGS)
+def products_of_columns(job, pieces, group, tensors, tiles, factor):
+    """The products, or weights, of some columns of tiles, as in `forward_rows`, of a key head with `group` queries'."""
+    h, piece = divmod(job, len(pieces) - 1)
+    q, k, lse, found, head_dim = tensors.q[h], tensors.k[h], tensors.lse[h], tensors.products[h], tensors.head_dim
     s, k_t = aligned(TILE * TILE, q), aligned(TILE * head_dim, q)
     by_query, by_key = np.empty(TILE, np.uint64), np.empty(TILE, np.uint64)
-    for column in range(first, stop):
+    for column in range(pieces[piece], pieces[piece + 1]):
         transpose(k, column * TILE * head_dim, head_dim, k_t)
         scale_by(k_t, 0, TILE * head_dim, factor)
         for tile in range(tiles.start[column], tiles.start[column + 1]):
@@ -82,19 +93,21 @@ def products_of_columns(first, stop, group, tensors, tiles, factor):
             for g in range(group):
                 at = g * tensors.nodes + query
                 product(s, q, at * head_dim, k_t, head_dim, by_query)
-                if len(tensors.lse):
-                    to_weights(s, by_query, tensors.lse, at)
+                if len(lse):
+                    to_weights(s, by_query, lse, at)
                 place = Place(0, g, query, column * TILE, np.int64(tiles.tile[tile]), np.int64(tiles.mask[tile]))
-                store_edges(tensors.products, g * tensors.edges, place, tiles, s, False)
+                store_edges(found, g * tensors.edges, place, tiles, s, False)
 
 
-@compiled
-def sums_of_rows(first, stop, group, of_queries, tensors, tiles, scale):
-    """dx = scale · Σ dproduct · y, over `group` heads, of the rows of tiles first … stop - 1, or of the columns."""
-    y, dx, head_dim = tensors.y, tensors.dx, tensors.head_dim
+@in_threads(fastmath=FASTMATH_FLAGS)
+def sums_of_rows(job, pieces, group, of_queries, tensors, tiles, scale):
+    """dx = scale · Σ dproduct · y, over `group` heads, of some rows of tiles, as in `forward_rows`, or of columns."""
+    h, piece = divmod(job, len(pieces) - 1)
+    y, dx, dproducts = tensors.y[h // (len(tensors.dx) // len(tensors.y))], tensors.dx[h], tensors.dproducts[h]
+    head_dim = tensors.head_dim
     ds = aligned(TILE * TILE, y)
     by_query, by_key = np.empty(TILE, np.uint64), np.empty(TILE, np.uint64)
-    for row in range(first, stop):
+    for row in range(pieces[piece], pieces[piece + 1]):
         at = row * TILE * head_dim
         fill_zero(dx, at, TILE * head_dim)
         for tile in range(tiles.start[row], tiles.start[row + 1]):
@@ -102,7 +115,7 @@ def sums_of_rows(first, stop, group, of_queries, tensors, tiles, scale):
             other = np.int64(tiles.column[tile]) * TILE
             place = Place(0, 0, row * TILE, other, np.int64(tiles.tile[tile]), np.int64(tiles.mask[tile]))
             for g in range(group):
-                load_edges(tensors.dproducts, g * tensors.edges, place, tiles, ds)
+                load_edges(dproducts, g * tensors.edges, place, tiles, ds)
                 y_at = (g * tensors.nodes + other) * head_dim
                 if of_queries:
                     add_product(dx, at, ds, TILE, 1, y, y_at, head_dim, by_query)
@@ -116,21 +129,16 @@ def products(q: Tensor, k: Tensor, layout: TilesLayout, scale: float, lse: Tenso
 
     layout: tiles of 64 × 64, with all edges. With lse (B, H, N), finite: exp(score - lse) of its query, at most 1.
     """
-    (B, H), Hkv, edges = q.shape[:2], k.shape[1], layout.num_edges
-    found, unit = empty(B, H, edges, like=q), 1.0 if lse is None else log2_e(q.dtype)
-    lse = q.new_empty(B, H, 0) if lse is None else tiled(lse.to(q.dtype)[..., None] * unit, layout, 0, 1)
-    q, k = tiled(q, layout, 0), tiled(k, layout, 1)
-    arrays = [flat_heads(x, B * Hkv) for x in (q, k, lse, found)]
-    jobs, tiles = jobs_of(layout.by_key, B * Hkv), tiles_of(layout, layout.by_key, True)
+    (B, H, _, D), edges, heads = q.shape, layout.num_edges, k.shape[0] * k.shape[1]
+    unit, (nodes, key_nodes) = 1.0 if lse is None else log2_e(q.dtype), filled_grid(layout)
+    found = np.empty((B * H, edges), DTYPES[q.dtype])
+    exponent = found[:, :0] if lse is None else flat_heads(lse.to(q.dtype)[..., None] * unit, nodes, 1)
+    of_queries, exponent, of_edges = (regrouped(x, heads) for x in (flat_heads(q, nodes), exponent, found))
+    tensors = ProductTensors(of_queries, flat_heads(k, key_nodes), exponent, of_edges, nodes, edges, filled(D))
+    pieces, tiles = pieces_of(layout, "by_key", heads), tiles_of(layout, "by_key", True)
     factor = scalar(scale * unit, q)
-
-    def run(job: int) -> None:
-        h, piece = divmod(job, len(jobs))
-        tensors = ProductTensors(*(x[h] for x in arrays), layout.grid[0] * TILE, edges, q.shape[4])
-        products_of_columns(*jobs[piece], H // Hkv, tensors, tiles, factor)
-
-    parallel_for(B * Hkv * len(jobs), run)
-    return found
+    products_of_columns(heads * (len(pieces) - 1), pieces, H // k.shape[1], tensors, tiles, factor)
+    return torch.from_numpy(found).view(B, H, edges)
 
 
 def products_backward(
@@ -138,29 +146,21 @@ def products_backward(
 ) -> tuple[Tensor, Tensor]:
     """dproducts (B, H, E) → dq = scale · dproducts k and dk = scale · dproductsᵀ q."""
     dproducts = dproducts.detach().to(q.dtype).contiguous()
-    dq = _sums(dproducts, k, q.shape[1], layout, scale, of_queries=True)
-    dk = _sums(dproducts, q, k.shape[1], layout, scale, of_queries=False)
-    return dq[:, :, : q.shape[2], : q.shape[3]], dk[:, :, : k.shape[2], : k.shape[3]]
+    dq = _sums(dproducts, k, q, layout, scale, of_queries=True)
+    dk = _sums(dproducts, q, k, layout, scale, of_queries=False)
+    return dq, dk
 
 
-def _sums(dproducts: Tensor, y: Tensor, heads: int, layout: TilesLayout, scale: float, *, of_queries: bool) -> Tensor:
-    """scale · Σ dproduct · y of each query over its keys, or of each key over its queries: (B, heads, nodes, ·)."""
-    (B, y_heads), edges = y.shape[:2], dproducts.shape[2]
-    rows, axis = (layout.by_query, 0) if of_queries else (layout.by_key, 1)
-    y = tiled(y, layout, 1 - axis)
-    dx = empty(B, heads, layout.grid[axis], *y.shape[3:], like=y)
-    group, share = max(1, y_heads // heads), max(1, heads // y_heads)  # heads of y for one of dx, or of dx for one of y
-    of_edges, of_y, of_x = (
-        flat_heads(dproducts, B * heads),
-        flat_heads(y, B * heads // share),
-        flat_heads(dx, B * heads),
-    )
-    jobs, tiles, factor = jobs_of(rows, B * heads), tiles_of(layout, rows, True), scalar(scale, y)
-
-    def run(job: int) -> None:
-        h, piece = divmod(job, len(jobs))
-        tensors = SumTensors(of_edges[h], of_y[h // share], of_x[h], y.shape[2] * TILE, edges, y.shape[4])
-        sums_of_rows(*jobs[piece], group, of_queries, tensors, tiles, factor)
-
-    parallel_for(B * heads * len(jobs), run)
-    return dx.flatten(2, 3)
+def _sums(dproducts: Tensor, y: Tensor, x: Tensor, layout: TilesLayout, scale: float, *, of_queries: bool) -> Tensor:
+    """scale · Σ dproduct · y of each query x over its keys, or of each key over its queries: as x, (B, heads, ·, ·)."""
+    (B, y_heads, _, D), (heads, size), edges = y.shape, x.shape[1:3], dproducts.shape[2]
+    axis, side = (0, "by_query") if of_queries else (1, "by_key")
+    nodes, y_nodes = filled_grid(layout)[axis], filled_grid(layout)[1 - axis]
+    dx = np.empty((B * heads, nodes * filled(D)), DTYPES[y.dtype])
+    group = max(1, y_heads // heads)  # heads of y for one of dx; or there are several of dx for one of y
+    of_edges = regrouped(dproducts.numpy(), B * heads)
+    of_y = regrouped(flat_heads(y, y_nodes), B * y_heads // group)
+    tensors = SumTensors(of_edges, of_y, dx, y_nodes, edges, filled(D))
+    pieces, tiles, factor = pieces_of(layout, side, B * heads), tiles_of(layout, side, True), scalar(scale, y)
+    sums_of_rows(B * heads * (len(pieces) - 1), pieces, group, of_queries, tensors, tiles, factor)
+    return as_nodes(dx, B, size, D, nodes, y.dtype)

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 
-from attngraph.kernels.cpu.compiler import CACHE
+from attngraph.kernels.cpu.compiler import compiled_with
 from attngraph.kernels.cpu.simd import (
     BLOCK_ROWS,
     LANES,
@@ -32,7 +32,7 @@ from attngraph.kernels.cpu.simd import (
 
 ALL_BITS = np.uint64(0xFFFFFFFFFFFFFFFF)
 FASTMATH_FLAGS = {"contract"}  # multiply and add in one rounding; exp2 stands no reassociation
-compiled = njit(nogil=True, cache=CACHE, fastmath=FASTMATH_FLAGS)
+compiled = compiled_with(fastmath=FASTMATH_FLAGS)
 # For functions that only compiled ones call, which keep their code.
 inner = njit(fastmath=FASTMATH_FLAGS, no_cpython_wrapper=True, no_cfunc_wrapper=True)
 

@@ -16,19 +16,22 @@ from numba import njit
 from torch import Tensor
 
 from attngraph.kernels.contract import Modifiers, Normalizer
-from attngraph.kernels.cpu.compiler import CACHE
+from attngraph.kernels.cpu.compiler import compiled_with
 from attngraph.kernels.cpu.exp import exp, tanh
 from attngraph.kernels.cpu.philox import kept_factors
 from attngraph.kernels.dropout import keep_factor, threshold
 
 FASTMATH_FLAGS = {"reassoc", "contract", "nsz", "arcp"}  # all that keep inf and nan
 # Of numpy's error model, as a division that may raise an error is no vector instruction.
-compiled = njit(nogil=True, cache=CACHE, fastmath=FASTMATH_FLAGS, error_model="numpy")
+OPTIONS: dict[str, Any] = {"fastmath": FASTMATH_FLAGS, "error_model": "numpy"}
+compiled = compiled_with(**OPTIONS)
+inner = njit(no_cpython_wrapper=True, no_cfunc_wrapper=True, **OPTIONS)  # for what only compiled functions call
 
 IDENTITY, SOFTCAP, LEAKY_RELU = range(3)
 TRANSFORMS = {"softcap": SOFTCAP, "leaky_relu": LEAKY_RELU}
 SOFTMAX, SIGMOID, NONE, RELU, SQUARED_RELU = range(5)
 NORMALIZERS = {name: number for number, name in enumerate(get_args(Normalizer))}
+NO_HEADS = np.empty(0, np.int64)
 
 
 class Weighting(NamedTuple):
@@ -41,7 +44,7 @@ class Weighting(NamedTuple):
     kept: Any  # what weights that are not dropped are multiplied by
     threshold: np.uint64
     seed: np.uint64
-    heads: np.ndarray  # int64 (heads · 4 + 4,): the number of each head, four times; some more
+    heads: np.ndarray  # int64 (heads · 4 + 4,): the number of each head, four times; some more; of dropout alone
 
 
 def scalar(x: float, like: Tensor) -> Any:
@@ -56,12 +59,13 @@ def is_plain(modifiers: Modifiers) -> bool:
 
 def weighting(modifiers: Modifiers, q: Tensor) -> Weighting:
     """For q (B, N, H, D)."""
-    transform, dropout, heads = modifiers.transform, modifiers.dropout, torch.arange(q.shape[2])
+    transform, dropout, heads = modifiers.transform, modifiers.dropout, NO_HEADS
     kind, value = (IDENTITY, 1.0) if transform is None else (TRANSFORMS[transform.kind], transform.value)
     kept, below, seed = 1.0, 0, 0
     if dropout is not None:
         kept, below, seed = keep_factor(dropout.p), threshold(dropout.p), int(dropout.seed.item())
-        heads = heads if dropout.heads is None else dropout.heads
+        numbers = torch.arange(q.shape[2]) if dropout.heads is None else dropout.heads
+        heads = torch.cat([numbers.repeat_interleave(4), numbers.new_zeros(4)]).numpy()
     return Weighting(
         transform=kind,
         value=scalar(value, q),
@@ -70,7 +74,7 @@ def weighting(modifiers: Modifiers, q: Tensor) -> Weighting:
         kept=scalar(kept, q),
         threshold=np.uint64(below),
         seed=np.uint64(seed),
-        heads=torch.cat([heads.repeat_interleave(4), heads.new_zeros(4)]).numpy(),
+        heads=heads,
     )
 
 

@@ -22,7 +22,7 @@ from attngraph.planning.layouts.materialized import mask as all_pairs_mask
 
 FLASH_KEYS = 512  # keys that the flash kernel of a CPU takes at once, also where only one of them is an edge
 DROPOUT_FACTOR = 20  # all weights are held, and which of them are dropped
-HALF_PRECISION_FACTOR = 0.5  # PyTorch's kernel reads half precision as it is; ours widen it first
+HALF_PRECISION_FACTOR = 0.5  # PyTorch's kernel multiplies half precision as it is; ours widen it first
 
 
 class Dense(Backend):

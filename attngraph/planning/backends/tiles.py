@@ -60,11 +60,11 @@ class _TilesOfAnyKernel(KernelBackend):
 
 
 class NumbaTiles(_TilesOfAnyKernel):
-    """See `kernels.cpu.tiles`: products, softmax and gradients of a tile in one pass, in float32 and float64."""
+    """See `kernels.cpu.tiles`: products, softmax and gradients of a tile in one pass, sums in float32 or float64."""
 
     kernel, module, device, package = "numba", "attngraph.kernels.cpu.tiles", "cpu", "numba"
     tiling = Tiling((64, 64), block=(8, 32))
-    takes_no_dims = makes_products = True
+    takes_no_dims = takes_half = makes_products = True
 
 
 class TorchTiles(_TilesOfAnyKernel):

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from operator import or_
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -76,12 +76,12 @@ class Tiles:
     m: int
     table: Table
 
-    @property
+    @cached_property
     def tile(self) -> tuple[int, int]:
         """How many queries and keys a tile has."""
         return self.table.words.shape[1], self.table.words.shape[2] * WORD
 
-    @property
+    @cached_property
     def grid(self) -> tuple[int, int]:
         """How many tiles the plane has on each side."""
         return -(-self.n // self.tile[0]), -(-self.m // self.tile[1])
@@ -157,6 +157,11 @@ class Tiles:
     def spans_by_key(self) -> Tensor | None:
         """The same of the masks transposed: int32 (P, tile columns)."""
         return _spans(self.words_by_key)
+
+    @cached_property
+    def kept(self) -> dict[Any, Any]:
+        """What kernels make of it once."""
+        return {}
 
     def on(self, device: torch.device) -> Tiles:
         """The same tiles on another device, kept."""

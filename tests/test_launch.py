@@ -1,0 +1,68 @@
+"""Compiled jobs run once each, in all threads that there are, and an error in any of them is one of the call."""
+
+import os
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("numba")
+from attngraph.kernels.cpu import openmp
+from attngraph.kernels.cpu.launch import in_threads
+
+
+@in_threads()
+def note(job, done, factor):
+    done[job] += factor * job
+
+
+@in_threads()
+def fail_at(job, bad):
+    if job == bad:
+        raise MemoryError
+
+
+@pytest.fixture(params=["torch's threads", "Python's", "one"], autouse=True)
+def threads(request, monkeypatch):
+    torch.set_num_threads(1 if request.param == "one" else 3)
+    if request.param == "Python's":
+        monkeypatch.setattr(openmp, "_gomp_parallel", lambda: None)
+    yield
+    torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("jobs", [0, 1, 2, 1000])
+def test_each_job_runs_once(jobs):
+    done = np.zeros(jobs)
+    note(jobs, done, 2.0)
+    assert np.array_equal(done, 2 * np.arange(jobs))
+
+
+def test_an_error_in_a_job_reaches_the_caller():
+    fail_at(100, 100)
+    for bad in (0, 57, 99):
+        with pytest.raises(MemoryError):
+            fail_at(100, bad)
+    fail_at(100, 100)
+
+
+def test_callers_do_not_disturb_each_other():
+    all_done = np.zeros((6, 300))
+    callers = [threading.Thread(target=note, args=(300, done, 1.0)) for done in all_done]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    assert np.array_equal(all_done, np.tile(np.arange(300.0), (6, 1)))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_forked_process_runs_them_too():
+    done = np.zeros(50)
+    note(50, done, 1.0)
+    if (child := os.fork()) == 0:
+        note(50, done, 1.0)
+        os._exit(0 if np.array_equal(done, 2 * np.arange(50)) else 1)
+    assert os.waitpid(child, 0)[1] == 0

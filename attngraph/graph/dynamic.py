@@ -35,6 +35,8 @@ from attngraph.graph.patterns import Causal, Random
 
 SCORES_PER_STEP = 1 << 22  # that are looked at at once: 16 MiB
 BLOCK_SCORES_PER_STEP = 1 << 19  # of blocks: 2 MiB, most of which stay in a core's cache
+KERNEL_BLOCK = 64  # keys of blocks that kernels take whole
+MOST_LISTED = 1 << 24  # edges of other blocks, which run one by one as long as they can be listed
 ROWS_PER_STEP = 256  # queries, of a graph that allows few pairs: their keys lie close together
 
 
@@ -100,6 +102,10 @@ class _Choice(Graph):
     def _chosen(self, best: Tensor, num_keys: int) -> Graph:
         """Of (I, C), the graph; of (E, I, C), those of E entries side by side, of whole blocks."""
 
+    def _chosen_by_entries(self, best: Tensor, num_keys: int) -> Graph:
+        """The same of (E, I, C), where it may be listed edge by edge."""
+        return self._chosen(best, num_keys)
+
     @abstractmethod
     def _keeps_within(self, graph: Graph) -> bool:
         """Whether all pairs that it chooses among those of a graph are edges of it."""
@@ -133,7 +139,7 @@ class TopK(_Choice):
 
     def _best(self, q, k, allowed, attention_mask, by):
         found = q.new_full((*q.shape[:3], self.k), -1, dtype=torch.int64)
-        for start, stop, columns in _allowed_keys(allowed, q.shape[2], k.shape[2], len(q) * q.shape[1]):
+        for start, stop, columns in _allowed_keys(allowed, q.shape[2], k.shape[2], len(q) * q.shape[1], q.device):
             scores = _scores(q[:, :, start:stop], k if columns is None else k[:, :, columns])
             keys = torch.arange(k.shape[2], device=q.device) if columns is None else columns
             if allowed != Full():
@@ -235,6 +241,16 @@ class BlockTopK(_Choice):
         blocks = Blocks(of_neighbors(best, -(-num_keys // self.block)), self._blocks)
         return blocks & Causal() if self.causal else blocks
 
+    def _chosen_by_entries(self, best, num_keys):
+        if self.block % KERNEL_BLOCK == 0 or best.numel() * self.queries * self.block > MOST_LISTED:
+            return self._chosen(best, num_keys)
+        keys = best[..., None] * self.block + torch.arange(self.block, device=best.device)
+        keys = keys.masked_fill_((best < 0)[..., None], -1).flatten(2).repeat_interleave(self.queries, 1)
+        if self.causal:
+            query = torch.arange(keys.shape[1], device=best.device)[:, None]
+            keys.masked_fill_(keys > query, -1)
+        return of_neighbors(keys, num_keys)
+
     def _keeps_within(self, graph):
         return self.causal and graph == Causal()
 
@@ -305,7 +321,7 @@ class Folded(NamedTuple):
             best = choices.best(part, allowed).flatten(0, 1)
             if more := rows // part._blocks[0] - best.shape[1]:
                 best = pad(best, (0, 0, 0, more), value=-1)
-            return part._chosen(best, columns)
+            return part._chosen_by_entries(best, columns)
 
         def repeat(part: Graph) -> Graph:
             own = part.sized(n, m)
@@ -483,7 +499,9 @@ def _means(x: Tensor, block: int, attention_mask: Tensor | None = None) -> tuple
     return sums / total.clamp(min=1)[:, None, :, None], total > 0
 
 
-def _allowed_keys(graph: Graph, n: int, m: int, heads: int) -> Iterator[tuple[int, int, Tensor | None]]:
+def _allowed_keys(
+    graph: Graph, n: int, m: int, heads: int, device: torch.device
+) -> Iterator[tuple[int, int, Tensor | None]]:
     """Steps over the queries: start, stop, and the keys that these may hear, int64 (keys,), or None: all."""
     step = max(1, SCORES_PER_STEP // max(1, heads * m))
     if graph == Full():
@@ -497,5 +515,5 @@ def _allowed_keys(graph: Graph, n: int, m: int, heads: int) -> Iterator[tuple[in
         stop = min(stop, start + max(1, SCORES_PER_STEP // max(1, heads * width)))
         columns = [torch.arange(*each) for each in ranges]
         if columns:
-            yield start, stop, torch.cat(columns)
+            yield start, stop, torch.cat(columns).to(device)
         start = stop

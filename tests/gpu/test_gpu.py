@@ -6,6 +6,7 @@ from torch.testing import assert_close
 
 from attngraph import (
     Alibi,
+    BlockTopK,
     Causal,
     Documents,
     EdgeBias,
@@ -16,6 +17,7 @@ from attngraph import (
     Prefix,
     Random,
     RelativeBias,
+    TopK,
     Window,
     attend,
     from_edge_index,
@@ -217,6 +219,16 @@ def test_points_hear_those_that_they_hear_on_a_cpu(shape):
         found = make(x.cuda())
         assert found.code.is_cuda
         assert found == make(x)
+
+
+@pytest.mark.parametrize("graph", [TopK(7) & Causal(), BlockTopK(128, 3, 128), BlockTopK(64, 3)], ids=str)
+def test_what_queries_and_keys_choose(graph):
+    q, k, v = (torch.randn(2, 2, 700, 32).cuda().requires_grad_() for _ in range(3))
+    resolved = graph.resolve(q.detach().cpu(), k.detach().cpu())  # numbers that differ by rounding may choose otherwise
+    out = attend(q, k, v, graph)
+    expected = attend(*(side.detach().cpu().double() for side in (q, k, v)), resolved)
+    assert ((out.cpu().double() - expected).abs().amax(-1) < 1e-3).float().mean() > 0.99
+    out.sum().backward()
 
 
 def test_a_plan_says_what_runs():

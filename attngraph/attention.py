@@ -156,6 +156,7 @@ def attend(
         graph = Empty()  # nobody is there to choose
     if isinstance(graph, Graph) and graph._unresolved:
         of_all_heads = bias is None and not return_weights and _is_same_for_heads(score, normalize)
+        of_all_heads = of_all_heads and (scale is None or (isinstance(scale, Real) and scale > 0))  # else q is turned
         sizes = [side.shape[2] for side in (q, k) if isinstance(side, Tensor) and side.ndim == 4]
         if not (of_all_heads and len(sizes) == 2 and may_fold(graph, *sizes)):
             graph = graph.resolve(q, k, attention_mask)

@@ -36,6 +36,7 @@ EXPERIMENTS = {
     "examples": "what the examples reach",
     "dynamic": "connectivity that is computed from the data",
     "train_gpt": "nanoGPT's recipe, the demo's, the bigram",
+    "compilers": "a tile's product by compilers of vector code",
     "floors": "what a GPU must take at least, by arithmetic",
     "gpu": "what is to be reached on a GPU",
 }

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from attngraph import Prefix, Random, Window
-from benchmarks import examples, floors, goals, gpu, overhead, quality, report, train_gpt
+from benchmarks import compilers, dynamic, examples, floors, goals, gpu, overhead, quality, report, train_gpt
 from benchmarks.experiment import Records
 from benchmarks.internals import explained
 from benchmarks.measure import RESULTS
@@ -51,6 +51,12 @@ def measured() -> str:
         "## Speed and memory",
         "",
         *goals.EXPERIMENT.render(records, link),
+        *compilers.render(records, link),
+        "",
+        "## Connectivity that is computed",
+        "",
+        *dynamic.EXPERIMENT.render(records, link),
+        "",
         "## The examples",
         "",
         *examples.EXPERIMENT.render(records, link),

@@ -171,6 +171,7 @@ def test_of_other_numbers_of_keys(graph):
         {"bias": torch.randn(4, 50, 50, dtype=torch.float64)},
         {"sinks": torch.randn(4, dtype=torch.float64)},
         {"scale": 0.3},
+        {"scale": -0.3},
         {"score": "additive"},
         {"backend": "rows"},
         {"backend": "tiles"},

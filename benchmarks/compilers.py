@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from numba import njit
 
-from attngraph.kernels.cpu.tiles_steps import compiled, product
+from attngraph.kernels.cpu.tiles_steps import FASTMATH_FLAGS, product
 from benchmarks.experiment import Experiment, Figures, Records
 from benchmarks.measure import in_turn, milliseconds
 from benchmarks.page import Keep, number, spread, table
@@ -90,7 +90,7 @@ def main() raises:
 """
 
 
-@compiled
+@njit(fastmath=FASTMATH_FLAGS, nogil=True)
 def by_ours(times, s, x, y, bits):
     for _ in range(times):
         product(s, x, 0, y, SIZE, bits)

@@ -29,7 +29,7 @@ from attngraph.graph.algebra import (
 from attngraph.graph.base import Graph, at_size, require_ints
 from attngraph.graph.boxes import EMPTY, Boxes
 from attngraph.graph.compose import Batched, Blocks, Disjoint, PerHead
-from attngraph.graph.edge_list import of_neighbors
+from attngraph.graph.edge_list import EdgeList, of_neighbors
 from attngraph.graph.listing import count_edges
 from attngraph.graph.patterns import Causal, Random
 
@@ -259,7 +259,13 @@ class BlockTopK(_Choice):
 
     def _alike(self, n, m):
         count = -(-m // self.block)
-        return Blocks(Random(min(self.k, count), num_keys=count), self._blocks)
+        rows, of_each = -(-n // self.queries), min(self.k, count)
+        if self.block % KERNEL_BLOCK:
+            return Random(min(self.k * self.block, m), num_keys=m)
+        blocks: Graph = Random(of_each, num_keys=count)
+        if rows * of_each <= MOST_LISTED:  # which is what kernels of blocks take
+            blocks = EdgeList(blocks.edge_index(rows, count), (rows, count), is_sorted=True)
+        return Blocks(blocks, self._blocks)
 
 
 # ------------------------------------------------------------------------------------------------ resolving

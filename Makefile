@@ -11,7 +11,7 @@ PYTEST := -m pytest -n logical --maxprocesses 16 --dist worksteal
 NORMAL := -m "not slow and not nightly"
 
 # What depends on the instructions that the CPU has, and how an AVX-512 machine is held to AVX2.
-VECTORS := tests/test_attend.py tests/test_bias.py tests/test_plan.py tests/test_properties.py \
+VECTORS := tests/test_attend.py tests/test_bias.py tests/test_blocks.py tests/test_dynamic.py tests/test_plan.py tests/test_properties.py \
 	tests/test_rows.py tests/test_tiles.py tests/test_tiles_numba.py
 AVX2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 \
 	NUMBA_CPU_NAME=haswell NUMBA_CPU_FEATURES= NUMBA_CACHE_DIR=$(CURDIR)/runs/numba-avx2

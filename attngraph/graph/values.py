@@ -105,7 +105,7 @@ def check_found(graph: Graph, q_idx: Tensor, kv_idx: Tensor, found: Tensor) -> T
 
 def plain_int(value: Any) -> Any:
     """An integer of NumPy, or a tensor of one, as an int; anything else as it is."""
-    if isinstance(value, int) or not isinstance(value, SupportsIndex) or getattr(value, "ndim", 0):
+    if isinstance(value, int) or not hasattr(type(value), "__index__") or getattr(value, "ndim", 0):
         return value
     try:
         return value if str(getattr(value, "dtype", "")).endswith("bool") else index(value)

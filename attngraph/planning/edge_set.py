@@ -16,7 +16,7 @@ from attngraph.graph.listing import count_edges, list_edges, no_edges, split
 from attngraph.graph.patterns import Causal, Chunks, Documents
 from attngraph.graph.rewrite import simplify
 from attngraph.planning.layouts.blocks import ListedBlocks
-from attngraph.planning.layouts.tiles import Table, tabulate, tabulate_edges, union, without
+from attngraph.planning.layouts.tiles import Table, no_tiles, tabulate, tabulate_edges, union, without
 
 SAMPLE_EDGES = 1 << 20  # edges from which it is estimated how close together they all lie
 SAMPLE_ROWS = 16  # rows of tiles, of a list of edges, from which it is
@@ -113,6 +113,7 @@ class EdgeSet:
     def __init__(self, graph: Graph, n: int, m: int, *, some: Tabulated | None = None, order: Tensor | None = None):
         self.graph, self.n, self.m, self.order = graph, n, m, order
         self._some = some
+        self._sampled: dict[Tiling, tuple[Tabulated, float]] = {}
         self._tabulated: dict[Tiling, Tabulated] = {} if some is None else {some.tiling: some}
 
     @property
@@ -186,8 +187,7 @@ class EdgeSet:
         """The same edges after the nodes were put into this order, (N,): its i-th node is node order[i]."""
         place = torch.empty_like(order).scatter_(0, order, torch.arange(self.n))
         query, key = self.to_edges()
-        nothing = tabulate_edges(query[:0], key[:0], tiling.tile)
-        some = Tabulated.of(nothing, place[query], place[key], self.m, tiling)
+        some = Tabulated.of(no_tiles(tiling.tile), place[query], place[key], self.m, tiling)
         return EdgeSet(self.graph, self.n, self.m, some=some, order=order)
 
     @property
@@ -207,12 +207,21 @@ class EdgeSet:
                 return query, key
             code = (self.order[query] * self.m + self.order[key]).sort().values  # the nodes by their own numbers
             return code // max(self.m, 1), code % max(self.m, 1)
-        return list_edges(self.graph, self.n, self.m) if self.blocks is None else self.blocks.to_edges()
+        if self.blocks is not None:
+            return self.blocks.to_edges()
+        if self.is_whole and isinstance(self.graph, EdgeList):
+            return self.graph._edges(self.n, self.m)
+        return list_edges(self.graph, self.n, self.m)
 
     def sampled(self, tiling: Tiling) -> tuple[Tabulated, float]:
         """How some of the edges lie in tiles, or all, where that is known; and how many times as many there are."""
         for known in self._tabulated.values():
             return known, 1.0
+        if tiling not in self._sampled:
+            self._sampled[tiling] = self._sample(tiling)
+        return self._sampled[tiling]
+
+    def _sample(self, tiling: Tiling) -> tuple[Tabulated, float]:
         if (some := self.some_rows(tiling)) is not None:
             query, key = some
         elif self.count <= SAMPLE_EDGES:
@@ -220,8 +229,7 @@ class EdgeSet:
         else:
             rows = max(1, self.n * SAMPLE_EDGES // self.count)
             query, key = list_edges(self.graph.rows(0, rows), rows, self.m)
-        nothing = tabulate_edges(query[:0], key[:0], tiling.tile)
-        return Tabulated.of(nothing, query, key, self.m, tiling), self.count / max(len(query), 1)
+        return Tabulated.of(no_tiles(tiling.tile), query, key, self.m, tiling), self.count / max(len(query), 1)
 
     def some_rows(self, tiling: Tiling) -> Edges | None:
         """The edges of `SAMPLE_ROWS` rows of tiles, spread over all, of a graph that is a list; None of others."""

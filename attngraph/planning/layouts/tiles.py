@@ -231,6 +231,12 @@ def tabulate(graph: Graph, n: int, m: int, tile: tuple[int, int]) -> Table:
     return _normalized(Table(row, column, mask, words))
 
 
+def no_tiles(tile: tuple[int, int]) -> Table:
+    """Of a graph without edges."""
+    none = torch.empty(0, dtype=torch.int64)
+    return Table(none, none, none, torch.empty(0, tile[0], tile[1] // WORD, dtype=torch.int32))
+
+
 def tabulate_edges(query: Tensor, key: Tensor, tile: tuple[int, int]) -> Table:
     """The tiles of a list of edges without duplicates."""
     row, column = query // tile[0], key // tile[1]

@@ -14,13 +14,14 @@ from collections.abc import Callable, Iterator
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from attngraph import Causal, attend
+from attngraph import Causal, Window, attend, plan
+from attngraph.kernels.contract import Modifiers
 from benchmarks import calls, changing, instructions, planning, steps
 from benchmarks.attention import NAMED, measured, over_best_named
 from benchmarks.experiment import Goal, goals_experiment
 from benchmarks.measure import Progress, isolated, paired
 from benchmarks.page import number
-from benchmarks.peers import AUTO, FLEX, PHASES, PYG, PYG_COMPILED, WORKLOADS
+from benchmarks.peers import AUTO, FLEX, PHASES, PYG, PYG_COMPILED, SDPA_MASK, WORKLOADS
 
 NAME = "goals"
 
@@ -109,6 +110,51 @@ def training_alone(progress: Progress) -> dict:
     return paired(ours, theirs, 40, warmup=1)
 
 
+SMALL = Window(16, 0)
+
+
+def small_alone(progress: Progress, n: int, backward: bool) -> dict:
+    """A window on few nodes, beside SDPA with its mask."""
+    sides, mask = [torch.randn(1, 8, n, 64, requires_grad=backward) for _ in range(3)], SMALL.mask(n, n)
+
+    def run(attention: Callable) -> None:
+        out = attention(*sides)
+        if backward:
+            out.sum().backward()
+
+    return paired(
+        lambda: run(lambda q, k, v: attend(q, k, v, SMALL)),
+        lambda: run(lambda q, k, v: scaled_dot_product_attention(q, k, v, mask)),
+        400,
+        warmup=20,
+    )
+
+
+def overhead_of_tiles(progress: Progress) -> dict:
+    """A call of `attend`, beside the kernel that it runs."""
+    q, k, v = torch.randn(3, 1, 8, 128, 64)
+    (part,), modifiers = plan(SMALL, 128, 128, heads=8, backend="tiles").parts, Modifiers(0.125)
+    with torch.no_grad():
+        return paired(
+            lambda: attend(q, k, v, SMALL, backend="tiles"),
+            lambda: part.backend.forward(q, k, v, part.layout, modifiers),
+            1000,
+            warmup=50,
+        )
+
+
+def small_goals(options: Namespace) -> Iterator[Goal]:
+    """Calls as small as those of the examples."""
+    for n in (128, 256):
+        for backward in (False, True):
+            found = isolated(small_alone, n, backward, seconds=600.0, gib=options.memory)
+            text = f"{SMALL}, N = {n}, H = 8, D = 64, {PHASES[backward]}: time over that of {SDPA_MASK}"
+            yield Goal(text, 1, found.get("failure") or found["ratio"][1], at_most=True)
+    found = isolated(overhead_of_tiles, seconds=600.0, gib=options.memory)
+    more = found.get("failure") or 1000 * (found["ours_ms"][1] - found["theirs_ms"][1])
+    yield Goal(f"{SMALL}, N = 128, forward: µs of a call over its kernel", 25, more, at_most=True)
+
+
 def pair_goals(options: Namespace) -> Iterator[Goal]:
     found = isolated(overhead_alone, seconds=600.0, gib=options.memory)
     yield Goal("Causal(), N = 1024, auto: time over bare SDPA's", 1.02, found.get("failure") or found["ratio"][1], True)
@@ -138,6 +184,7 @@ SIZES = {512: 60, 8192: 7}  # and how many turns: calls of a millisecond vary by
 SECTIONS = {
     "planning": planning_goals,
     "pairs": pair_goals,
+    "small": small_goals,
     "window": instructions.goals,
     "irregular": irregular_goals,
     "mixed": mixed_goals,

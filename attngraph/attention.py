@@ -15,7 +15,7 @@ from attngraph.arguments import checked, shown
 from attngraph.bias import Bias, DenseBias, kind_of, placed
 from attngraph.graph.algebra import Empty
 from attngraph.graph.base import Graph
-from attngraph.graph.dynamic import Folded, may_fold
+from attngraph.graph.dynamic import Folded, may_fold, settled
 from attngraph.graph.text import tensors_are_fake
 from attngraph.kernels.contract import Dropout
 from attngraph.kernels.scoring import (
@@ -158,7 +158,9 @@ def attend(
         of_all_heads = bias is None and not return_weights and _is_same_for_heads(score, normalize)
         of_all_heads = of_all_heads and (scale is None or (isinstance(scale, Real) and scale > 0))  # else q is turned
         sizes = [side.shape[2] for side in (q, k) if isinstance(side, Tensor) and side.ndim == 4]
-        if not (of_all_heads and len(sizes) == 2 and may_fold(graph, *sizes)):
+        if len(sizes) == 2 and backend == "auto" and not torch.compiler.is_compiling():
+            graph = settled(graph, *sizes)
+        if graph._unresolved and not (of_all_heads and len(sizes) == 2 and may_fold(graph, *sizes)):
             graph = graph.resolve(q, k, attention_mask)
     batch = q.shape[0] if takes_batch(graph, q) else None
     if batch is not None:
@@ -415,7 +417,10 @@ def _check_size(graph: Graph, N: int, M: int, H: int) -> None:
     later = torch.compiler.is_compiling() and closed_form(graph) is None  # so that it serves graphs of every size
     own_n, own_m = (None, None) if later else graph.size
     if own_n is not None and own_n != N:
-        raise ValueError(f"graph has {own_n} query nodes but q has {N}; build the graph for {N} of them")
+        hint = f"build the graph for {N} of them"
+        if N and own_n % N == 0 and own_n > N:
+            hint += ", or, where it is one of all entries of a batch, Batched([…]) of one for each"
+        raise ValueError(f"graph has {own_n} query nodes but q has {N}; {hint}")
     if own_m is not None and own_m != M:
         raise ValueError(f"graph has {own_m} key nodes but k has {M}; build the graph for {M} of them")
     if graph.heads is not None and graph.heads != H:

@@ -175,7 +175,7 @@ GRAPHS = [
     ),
     Case(Blocks(Causal(), 3), 7, 8, lambda i, j: j // 3 <= i // 3),
     Case(
-        Blocks(EdgeList(list(zip(*EDGES, strict=True)), (7, 6)), (2, 3)) - Causal(),
+        Blocks(EdgeList(list(zip(*EDGES, strict=True)), (7, 6)), (2, 3), 13, 17) - Causal(),
         13,
         17,
         lambda i, j: (j // 3, i // 2) in EDGES and j > i,
@@ -183,7 +183,7 @@ GRAPHS = [
     Case(Beside(Prefix(1).sized(None, 2), Causal()), 4, 6, lambda i, j: j < 1 or (j >= 2 and j - 2 <= i)),
     Case(Beside(Random(3, 7).sized(9, 11), Identity()), 9, 15, lambda i, j: RANDOM[i, j] if j < 11 else i == j - 11),
     Case(
-        Blocks(EdgeList([[0, 1, 1, 0, 2], [0, 1, 3, 4, 4]], (6, 3)), (16, 64)) & Causal(),
+        Blocks(EdgeList([[0, 1, 1, 0, 2], [0, 1, 3, 4, 4]], (6, 3)), (16, 64), 90, 140) & Causal(),
         90,
         140,
         lambda i, j: j <= i and (i // 16, j // 64) in {(0, 0), (1, 1), (3, 1), (4, 0), (4, 2)},

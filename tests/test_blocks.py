@@ -91,7 +91,7 @@ GRAPHS = [  # (n, m) and blocks that were chosen by hand: nobody's, keys after t
 @pytest.mark.parametrize(("n", "m", "pairs", "block"), GRAPHS)
 def test_blocks_that_were_given(n, m, pairs, block, causal):
     query, key = torch.tensor(pairs).T
-    graph = Blocks(EdgeList(torch.stack([key, query]), (-(-n // block[0]), -(-m // block[1]))), block)
+    graph = Blocks(EdgeList(torch.stack([key, query]), (-(-n // block[0]), -(-m // block[1]))), block, n, m)
     graph = graph & Causal() if causal else graph
     q, k, v = sides(n, 2, 4, 2, M=m)
     found, expected = (results(q, k, v, graph, backend) for backend in ("blocks", "reference"))
@@ -213,7 +213,7 @@ def test_it_says_which_calls_it_runs(options):
 def test_edges_are_counted_and_visits_listed(queries, n, m, causal):
     shape = -(-n // queries), -(-m // 64)
     mask = torch.rand(shape, generator=torch.Generator().manual_seed(0)) < 0.5
-    graph = Blocks(EdgeList(mask.nonzero().T.flip(0), shape), (queries, 64))
+    graph = Blocks(EdgeList(mask.nonzero().T.flip(0), shape), (queries, 64), n, m)
     graph = graph & Causal() if causal else graph
     edges = EdgeSet(at_size(graph, n, m)[0], n, m)
     assert edges.blocks is not None
@@ -228,7 +228,7 @@ def test_edges_are_counted_and_visits_listed(queries, n, m, causal):
 
 def test_the_edges_of_some_queries_are_those_of_their_blocks():
     mask = torch.rand(40, 5, generator=torch.Generator().manual_seed(0)) < 0.5
-    graph = Blocks(EdgeList(mask.nonzero().T.flip(0), (40, 5)), (3, 64))
+    graph = Blocks(EdgeList(mask.nonzero().T.flip(0), (40, 5)), (3, 64), 118, 300)
     whole = graph.mask(118, 300)
     for start, stop in ((0, 118), (4, 4), (5, 90), (117, 118)):
         query, key = graph._edges_of_rows(start, stop, 118, 300)

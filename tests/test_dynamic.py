@@ -18,11 +18,13 @@ from attngraph import (
     Prefix,
     Random,
     SoftCap,
+    Strided,
     Temperature,
     TopK,
     Window,
     analysis,
     attend,
+    from_dense,
     generate,
     parse,
     plan,
@@ -133,6 +135,28 @@ def test_large_choices_go_in_steps(monkeypatch):
     monkeypatch.setattr("attngraph.graph.dynamic.ROWS_PER_STEP", 7)
     for graph, expected in zip(CHOSEN, whole, strict=False):
         assert torch.equal(graph.resolve(q, k).mask(), expected.mask())
+
+
+@pytest.mark.parametrize(
+    "allowed",
+    [Random(4), Causal() - Window(7, 0), ~Window(20, 20), Window(3, 3) ^ Window(2, 2), Strided(8)],
+    ids=str,
+)
+@pytest.mark.parametrize("choice", [BlockTopK(4, 2), BlockTopK(4, 2, causal=False), BlockTopK(4, 2, 4)], ids=str)
+def test_blocks_without_an_allowed_pair_are_not_chosen(choice, allowed):
+    q, k = torch.randn(2, 64, 8, generator=torch.Generator().manual_seed(0))
+    listed = from_dense(allowed.mask(64, 64))  # the same graph: the same choice
+    found, expected = ((choice & each).resolve(q, k).mask(64, 64) for each in (allowed, listed))
+    assert torch.equal(found, expected)
+    within = allowed.mask(64, 64) & Causal().mask(64, 64) if choice.causal else allowed.mask(64, 64)
+    if choice.queries == 1:
+        assert torch.equal(found.any(1), within.any(1))
+
+
+def test_where_nothing_is_left_to_choose_nothing_is_filled_up():
+    q, k, v = sides()
+    for graph, known in ((BlockTopK(10_000, 1), Causal()), (TopK(100_000), Full()), (BlockTopK(8, 7), Causal())):
+        assert torch.equal(attend(q, k, v, graph), attend(q, k, v, known))
 
 
 # ------------------------------------------------------------------------------------------------ what runs
@@ -333,6 +357,7 @@ def test_resolving_what_is_known_and_what_does_not_fit():
             TopK(3).resolve(*wrong)
     with pytest.raises(ValueError, match="same number"):
         (TopK(3) & EdgeList([[0], [0]], 3)).resolve(q, k)
+    assert "graph.resolve" in TopK(3)._repr_html_()
     with pytest.raises(ValueError, match="divisor of block"):
         BlockTopK(8, 2, 3)
 

@@ -35,7 +35,7 @@ BAD = [
     ("Window(10**10**10, 0)", "not part of a graph expression: '10**10**10'"),
     ("Window(2.5, 0)", "not part of a graph expression: '2.5'"),
     ("Window('2', 0)", "not part of a graph expression"),
-    ("Window(True, 0)", "not part of a graph expression: 'True'"),
+    ("Window(True, 0)", "left must be an int (got True)"),
     ("Window(*[1, 2])", "not part of a graph expression"),
     ("Window(**{})", "not part of a graph expression: ** in"),
     ("[Causal() for i in range(3)]", "not part of a graph expression"),

@@ -1,6 +1,8 @@
 """Compiled jobs run once each, in all threads that there are, and an error in any of them is one of the call."""
 
 import os
+import subprocess
+import sys
 import threading
 
 import numpy as np
@@ -66,3 +68,27 @@ def test_a_forked_process_runs_them_too():
         note(50, done, 1.0)
         os._exit(0 if np.array_equal(done, 2 * np.arange(50)) else 1)
     assert os.waitpid(child, 0)[1] == 0
+
+
+PROGRAM = """
+import sys, torch
+from attngraph import Random, attend
+for dim in map(int, sys.argv[1:]):
+    torch.manual_seed(0)
+    sides = [torch.randn(1, 2, 130, dim, requires_grad=True) for _ in range(3)]
+    found = attend(*sides, Random(8), backend="rows")
+    expected = attend(*(side.double() for side in sides), Random(8), backend="reference")
+    assert (found - expected).abs().max() < 1e-5, dim
+    for one, other in zip(*(torch.autograd.grad(out.sum(), sides) for out in (found, expected))):
+        assert (one - other).abs().max() < 1e-5, dim
+"""
+
+
+@pytest.mark.slow
+def test_kept_kernels_of_other_dimensions_are_not_taken_for_one_another(tmp_path):
+    for dims in (["20"], ["8"], ["8", "20"], ["20", "8"]):  # each process numbers its functions anew
+        done = subprocess.run(
+            [sys.executable, "-c", PROGRAM, *dims], env=os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)},
+            capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr

@@ -118,7 +118,7 @@ def test_any_number_of_threads_gives_the_same_bits(graph, heads, dtype, monkeypa
 def test_one_pass_or_two_are_the_same_bits(passes, monkeypatch):
     layout, sides = layout_of(Window(200, 3) | Random(2), 500, 500), tensors((1, 4, 2), 500, 500, (64, 64))
     expected = results(tiles_numba, sides, layout)
-    monkeypatch.setattr(tiles_numba, "_in_one_pass", lambda heads: passes == 1)
+    monkeypatch.setattr(tiles_numba, "in_one_pass", lambda heads: passes == 1)
     assert all(
         torch.equal(one, other) for one, other in zip(results(tiles_numba, sides, layout), expected, strict=True)
     )

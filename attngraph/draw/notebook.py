@@ -48,6 +48,8 @@ def page(heading: str, facts: Mapping[str, str], picture: Figure | None = None, 
 
 def graph_page(graph: Graph) -> str:
     """A graph: at its own size, or of a graph of any size, at a small one."""
+    if graph._unresolved:
+        return page(str(graph), {"edges": "chosen by queries and keys: graph.resolve(q, k)"}, None)
     n = NODES if graph.size[0] is None else graph.size[0]
     m = n if graph.size[1] is None else graph.size[1]
     return page(str(graph), graph_facts(graph, n, m), graph_picture(graph, n, m))

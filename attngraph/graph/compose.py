@@ -257,10 +257,11 @@ class Beside(Graph):
 class Blocks(Graph):
     """Nodes in blocks: a query hears all keys of the blocks that its own block hears in `graph`.
 
-    `block` is how many nodes a block has, one number or (queries, keys); the last may have fewer. This is the Kronecker
-    product of the graph's adjacency with a block of ones: what block-sparse attention is configured by.
+    `block` is how many nodes a block has, one number or (queries, keys); where the last has fewer, say how many nodes
+    there are. This is the Kronecker product of the graph's adjacency with a block of ones: what block-sparse attention
+    is configured by.
 
-    >>> Blocks(EdgeList([[0, 0], [0, 1]], size=2), 2).mask(3, 3).int()
+    >>> Blocks(EdgeList([[0, 0], [0, 1]], size=2), 2, num_queries=3, num_keys=3).mask().int()
     tensor([[1, 1, 0],
             [1, 1, 0],
             [1, 1, 0]], dtype=torch.int32)
@@ -268,6 +269,8 @@ class Blocks(Graph):
 
     graph: Graph
     block: int | tuple[int, int]
+    num_queries: int | None = None
+    num_keys: int | None = None
 
     def _check(self):
         sides = self.block if isinstance(self.block, tuple | list) else (self.block, self.block)
@@ -276,6 +279,20 @@ class Blocks(Graph):
         for side in (sides := tuple(map(plain_int, sides))):
             require_ints(1, block=side)
         self._set(block=sides)
+        counts = {"num_queries": self.num_queries, "num_keys": self.num_keys}
+        require_ints(0, **{name: count for name, count in counts.items() if count is not None})
+        common_size(lambda: f"blocks of {sides} nodes and their graph", self._in_all(*counts.values()), self.graph.size)
+
+    def _own_size(self):
+        n, m = self.num_queries, self.num_keys
+        (rows, columns), (queries, keys) = self.graph.size, self._sides
+        n = rows * queries if n is None and rows is not None else n
+        return n, columns * keys if m is None and columns is not None else m
+
+    def _in_all(self, n: int | None, m: int | None) -> Size:
+        """How many blocks so many nodes make."""
+        queries, keys = self._sides
+        return None if n is None else -(-n // queries), None if m is None else -(-m // keys)
 
     @property
     def _sides(self) -> tuple[int, int]:
@@ -295,10 +312,7 @@ class Blocks(Graph):
         return None not in self.graph.size or self.graph._unbound
 
     def _bind(self, n, m):
-        queries, keys = self._sides
-        rows, columns = None if n is None else -(-n // queries), None if m is None else -(-m // keys)
-        sizes = common_size(lambda: f"the blocks of {self}", self.graph.size, (rows, columns))
-        return self._map(bind, *sizes)
+        return self._map(bind, *self._in_all(*common_size(lambda: f"graph {self} and its size", self.size, (n, m))))
 
     def _in_blocks(self, boxes: Boxes) -> Boxes:
         """The blocks that boxes touch."""
@@ -345,7 +359,9 @@ class Blocks(Graph):
 
     def _write(self, inner):
         queries, keys = self._sides
-        return f"Blocks({inner(self.graph)}, {queries if queries == keys else [queries, keys]})"
+        text = f"{inner(self.graph)}, {queries if queries == keys else [queries, keys]}"
+        given = (self.num_queries, self.num_keys) != (None, None)
+        return f"Blocks({text}, {self.num_queries}, {self.num_keys})" if given else f"Blocks({text})"
 
 
 class PerHead(Graph):

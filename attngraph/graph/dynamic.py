@@ -27,7 +27,7 @@ from attngraph.graph.algebra import (
     Union,
 )
 from attngraph.graph.base import Graph, at_size, require_ints
-from attngraph.graph.boxes import EMPTY, Boxes
+from attngraph.graph.boxes import EMPTY, PARTIAL, Boxes
 from attngraph.graph.compose import Batched, Blocks, Disjoint, PerHead
 from attngraph.graph.edge_list import EdgeList, of_neighbors
 from attngraph.graph.listing import count_edges
@@ -99,12 +99,20 @@ class _Choice(Graph):
         """q (B, H, N, D), k (B, Hkv, M, D) → what was chosen of what is allowed, -1 for none: int64 (B, H, I, C)."""
 
     @abstractmethod
-    def _chosen(self, best: Tensor, num_keys: int) -> Graph:
+    def _chosen(self, best: Tensor, num_queries: int, num_keys: int) -> Graph:
         """Of (I, C), the graph; of (E, I, C), those of E entries side by side, of whole blocks."""
 
-    def _chosen_by_entries(self, best: Tensor, num_keys: int) -> Graph:
-        """The same of (E, I, C), where it may be listed edge by edge."""
-        return self._chosen(best, num_keys)
+    def _blocks_at_once(self, entries: int, n: int, m: int) -> tuple[int, int]:
+        """How many queries and keys have to stay together, where entries stand side by side."""
+        return 1, 1
+
+    def _chosen_by_entries(self, best: Tensor, rows: int, columns: int, m: int) -> Graph:
+        """The graph of (E, I, C), of entries of so many queries and keys, m of which are real."""
+        return self._chosen(best, rows, columns)
+
+    def _is_all(self, n: int, m: int) -> Graph | None:
+        """What it is where nothing is left to choose; else None."""
+        return None
 
     @abstractmethod
     def _keeps_within(self, graph: Graph) -> bool:
@@ -151,11 +159,14 @@ class TopK(_Choice):
             found[:, :, start:stop, self.k - best.shape[3] :] = torch.where(best < 0, -1, keys[best])
         return found
 
-    def _chosen(self, best, num_keys):
+    def _chosen(self, best, num_queries, num_keys):
         return of_neighbors(best, num_keys)
 
     def _keeps_within(self, graph):
         return True
+
+    def _is_all(self, n, m):
+        return Full() if self.k >= m else None
 
     def _num_scores(self, allowed, n, m):
         return count_edges(allowed, n, m)
@@ -202,6 +213,7 @@ class BlockTopK(_Choice):
 
     def _best(self, q, k, allowed, attention_mask, by):
         n, m = q.shape[2], k.shape[2]
+        allowed = Full() if self._keeps_within(allowed) else allowed
         means, has_keys = _means(k, self.block, attention_mask)
         asked = q[:, :, :: self.queries] if self.causal else _means(q, self.queries)[0]
         blocks = torch.arange(means.shape[2], device=q.device)
@@ -232,27 +244,47 @@ class BlockTopK(_Choice):
         return torch.cat(found, 2) if found else blocks.new_empty(*asked.shape[:3], most)
 
     def _none_allowed(self, allowed: Graph, first: Tensor, blocks: Tensor, n: int, m: int) -> Tensor:
-        """Of queries from each of `first` on, and blocks of keys, whether a graph is known to allow no pair."""
+        """Of queries from each of `first` on, and blocks of keys, whether a graph allows no pair."""
         top, left = (side.flatten() for side in torch.broadcast_tensors(first, blocks * self.block))
         boxes = Boxes(top, (top + self.queries).clamp(max=n), left, (left + self.block).clamp(max=m))
-        return (allowed._classify_boxes(boxes) == EMPTY).view(len(first), len(blocks))
+        kind = allowed._classify_boxes(boxes)
+        none = kind == EMPTY
+        row, column = (torch.arange(count, device=top.device) for count in (self.queries, self.block))
+        for some in (kind == PARTIAL).nonzero()[:, 0].split(max(1, SCORES_PER_STEP // (self.queries * self.block))):
+            query, key = top[some, None, None] + row[:, None], left[some, None, None] + column
+            inside = (query < n) & (key < m) & ((key <= query) | (not self.causal))
+            inside &= allowed.contains(query.clamp(max=n - 1), key.clamp(max=m - 1))
+            none[some] = ~inside.flatten(1).any(1)
+        return none.view(len(first), len(blocks))
 
-    def _chosen(self, best, num_keys):
-        blocks = Blocks(of_neighbors(best, -(-num_keys // self.block)), self._blocks)
+    def _chosen(self, best, num_queries, num_keys):
+        sizes = (num_queries, num_keys) if best.ndim == 2 else ()
+        blocks = Blocks(of_neighbors(best, -(-num_keys // self.block)), self._blocks, *sizes)
         return blocks & Causal() if self.causal else blocks
 
-    def _chosen_by_entries(self, best, num_keys):
-        if self.block % KERNEL_BLOCK == 0 or best.numel() * self.queries * self.block > MOST_LISTED:
-            return self._chosen(best, num_keys)
+    def _blocks_at_once(self, entries, n, m):
+        edges = entries * n * min(self.k, -(-m // self.block)) * self.block
+        is_listed = self.block % KERNEL_BLOCK and edges <= MOST_LISTED
+        return (1, 1) if is_listed else (self.queries, self.block)
+
+    def _chosen_by_entries(self, best, rows, columns, m):
+        if self._blocks_at_once(len(best), rows, m) != (1, 1):
+            if more := rows // self.queries - best.shape[1]:
+                best = pad(best, (0, 0, 0, more), value=-1)
+            return self._chosen(best, rows, columns)
         keys = best[..., None] * self.block + torch.arange(self.block, device=best.device)
-        keys = keys.masked_fill_((best < 0)[..., None], -1).flatten(2).repeat_interleave(self.queries, 1)
+        keys = keys.masked_fill_((best < 0)[..., None] | (keys >= m), -1).flatten(2).repeat_interleave(self.queries, 1)
+        keys = pad(keys, (0, 0, 0, max(0, rows - keys.shape[1])), value=-1)[:, :rows]
         if self.causal:
-            query = torch.arange(keys.shape[1], device=best.device)[:, None]
-            keys.masked_fill_(keys > query, -1)
-        return of_neighbors(keys, num_keys)
+            keys.masked_fill_(keys > torch.arange(rows, device=best.device)[:, None], -1)
+        return of_neighbors(keys, columns)
 
     def _keeps_within(self, graph):
         return self.causal and graph == Causal()
+
+    def _is_all(self, n, m):
+        all_keys = Causal() if self.causal else Full()
+        return all_keys if self.k >= -(-m // self.block) and (n == m or not self.causal) else None
 
     def _num_scores(self, allowed, n, m):
         return -(-n // self.queries) * -(-m // self.block)
@@ -265,7 +297,7 @@ class BlockTopK(_Choice):
         blocks: Graph = Random(of_each, num_keys=count)
         if rows * of_each <= MOST_LISTED:  # which is what kernels of blocks take
             blocks = EdgeList(blocks.edge_index(rows, count), (rows, count), is_sorted=True)
-        return Blocks(blocks, self._blocks)
+        return Blocks(blocks, self._blocks, n, m)
 
 
 # ------------------------------------------------------------------------------------------------ resolving
@@ -275,7 +307,7 @@ def resolve(graph: Graph, q: Tensor, k: Tensor, attention_mask: Tensor | None = 
     """See `Graph.resolve`."""
     q, k, attention_mask = _checked(q, k, attention_mask)
     n, m = q.shape[2], k.shape[2]
-    bound = at_size(graph, n, m)[0]
+    bound = settled(at_size(graph, n, m)[0], n, m)
     if not graph._unresolved:
         return graph
     if torch.compiler.is_compiling():
@@ -288,10 +320,18 @@ def resolve(graph: Graph, q: Tensor, k: Tensor, attention_mask: Tensor | None = 
     for h in range(q.shape[1]):
         own, of_head = (choices, h) if graph.heads is None else (choices.of_head(h), 0)
         for b, heads in enumerate(found):
-            choose = lambda part, allowed, c=own, b=b, h=of_head: part._chosen(c.best(part, allowed)[b, h], m)  # noqa: E731
+            choose = lambda part, allowed, c=own, b=b, h=of_head: part._chosen(c.best(part, allowed)[b, h], n, m)  # noqa: E731
             heads.append(_replaced(bound.of_head(h), Full(), choose, lambda part: part).sized(n, m))
     entries = [heads[0] if len(heads) == 1 else PerHead(heads) for heads in found]
     return entries[0] if len(entries) == 1 else Batched([entry.sized(n, m) for entry in entries])
+
+
+def settled(graph: Graph, n: int, m: int) -> Graph:
+    """A graph without choices among no more than they take."""
+    if isinstance(graph, _Choice):
+        found = graph._is_all(n, m)
+        return graph if found is None else found
+    return graph._map(settled, n, m) if graph._unresolved else graph
 
 
 def may_fold(graph: Graph, n: int, m: int) -> bool:
@@ -314,20 +354,18 @@ class Folded(NamedTuple):
     def of(graph: Graph, q: Tensor, k: Tensor, attention_mask: Tensor | None, by: Chooser) -> Folded:
         """What queries (B, H, N, D) and keys (B, Hkv, M, D) choose, where the graph `may_fold`."""
         (batch, heads, n, _), m = q.shape, k.shape[2]
-        parts, choices = list(_choices_in(graph)), _Choices(q, k, attention_mask, by)
+        choices = _Choices(q, k, attention_mask, by)
+        blocks = [part._blocks_at_once(batch * heads, n, m) for part in _choices_in(graph)]
         rows, columns = (
-            -(-count // block) * block
-            for side, count in enumerate((n, m))
-            for block in (math.lcm(*(part._blocks[side] for part in parts)),)
+            -(-count // together) * together
+            for count, each in zip((n, m), zip(*blocks, strict=True) if blocks else ((), ()), strict=True)
+            for together in (math.lcm(*each),)
         )
         if n == m:
             rows = columns = max(rows, columns)  # in which causal is what it was
 
         def choose(part: _Choice, allowed: Graph) -> Graph:
-            best = choices.best(part, allowed).flatten(0, 1)
-            if more := rows // part._blocks[0] - best.shape[1]:
-                best = pad(best, (0, 0, 0, more), value=-1)
-            return part._chosen_by_entries(best, columns)
+            return part._chosen_by_entries(choices.best(part, allowed).flatten(0, 1), rows, columns, m)
 
         def repeat(part: Graph) -> Graph:
             own = part.sized(n, m)
@@ -395,7 +433,7 @@ def _nan_first(of_numbers: Callable[[Tensor, int], Tensor]) -> Callable[[Tensor,
 
 def alike(graph: Graph, n: int, m: int) -> tuple[Graph, int]:
     """A graph of about as many edges, known before the data, for plans; and how many scores a head chooses by."""
-    bound, scores = at_size(graph, n, m)[0], []
+    bound, scores = settled(at_size(graph, n, m)[0], n, m), []
 
     def choose(part: _Choice, allowed: Graph) -> Graph:
         scores.append(part._num_scores(allowed, n, m))

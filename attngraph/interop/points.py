@@ -19,6 +19,7 @@ from attngraph.planning.backends.base import INSTALLED
 
 BLOCK = 1 << 20  # numbers that are held at once, 8 MiB
 TREE_POINTS = 64  # · 2^D: from so many points on, a tree is faster on a CPU than products
+LARGEST = 1e150
 ROUNDING = 1e-12  # relative, of a distance that a tree has found
 
 
@@ -125,6 +126,8 @@ def _points(x: Tensor, queries: Tensor | None, loop: bool) -> Points:
             raise ValueError(f"{name} must have shape (N, D), or (B, N, D) with B > 0 (got {tuple(each.shape)})")
         if not bool(each.isfinite().all()):
             raise ValueError(f"{name} must be finite (got NaN or infinity)")
+        if each.numel() and float(each.detach().abs().amax()) > LARGEST:
+            raise ValueError(f"{name} must be at most {LARGEST:g} in size, as distances are squared (scale the points)")
     if queries is not None and (queries.shape[:-2], queries.shape[-1]) != (x.shape[:-2], x.shape[-1]):
         shapes = f"{tuple(queries.shape)} and {tuple(x.shape)}"
         raise ValueError(f"queries must have the batch and the dimensions of x (got {shapes})")

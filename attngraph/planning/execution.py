@@ -15,7 +15,7 @@ from torch.nn.functional import pad
 
 from attngraph.bias import Bias, EdgeBias, require_edge_count, score_bias
 from attngraph.graph.base import Graph
-from attngraph.graph.dynamic import Folded
+from attngraph.graph.dynamic import Folded, settled
 from attngraph.graph.text import pack, unpack
 from attngraph.kernels.contract import BiasKind, Dropout, Modifiers, ScoreBias, Transform
 from attngraph.kernels.memory import DTYPES, apart, like, nodes_first
@@ -205,6 +205,8 @@ class _Known(NamedTuple):
         """From the text and tensors that name the graph, and q, k, v."""
         (graph, tensors, name), folded = pack, None
         found = unpack(graph, tensors)
+        if isinstance(found, Graph) and found._unresolved and name == "auto":
+            found = settled(found, sides[0].shape[2], sides[1].shape[2])
         if isinstance(found, Graph) and found._unresolved:
             folded = Folded.of(found, sides[0], sides[1], mask, chooser_for(sides[0]))
             mask = folded.mask(mask, sides[1])

@@ -49,6 +49,18 @@ def _name(function: Callable[..., Any]) -> tuple:
     return function.__qualname__, *(_name(each.py_func) if isinstance(each, Dispatcher) else each for each in enclosed)
 
 
+def renamed(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function under a name that no other of these sources has, whatever both enclose.
+
+    The symbols of compiled code are made of it, and of a number that each process draws anew: kept code of one name
+    and number would be taken for that of another function.
+    """
+    if function.__closure__:
+        digest = hashlib.sha256(repr(_name(function)).encode()).hexdigest()[:16]
+        function.__qualname__ = f"{function.__qualname__}_{digest}"
+    return function
+
+
 def _probe() -> int:
     return 0
 
@@ -75,7 +87,7 @@ def compiled_with(**options: Any) -> Callable[[Callable[..., Any]], Any]:
     """A decorator: the function compiled by Numba with these options, without the GIL; its code is kept."""
 
     def decorate(function: Callable[..., Any]) -> Any:
-        dispatcher: Any = njit(nogil=True, **options)(function)
+        dispatcher: Any = njit(nogil=True, **options)(renamed(function))
         if _KEEPS:
             dispatcher._cache = _KeptCode(function)
         return dispatcher

@@ -21,7 +21,7 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from attngraph.kernels.cpu.compiler import compiled_with
+from attngraph.kernels.cpu.compiler import compiled_with, renamed
 from attngraph.kernels.cpu.openmp import callable_openmp, in_python_threads
 from attngraph.kernels.cpu.simd import SIZE, pointer
 
@@ -79,9 +79,10 @@ class InThreads:
     """
 
     def __init__(self, run: Callable[..., None], **options: Any):
-        run_one = _inner(**options)(run)
+        run_one = _inner(**options)(renamed(run))
 
         @_inner()
+        @renamed
         def pull(next_job, num_jobs, args):
             job = next_of(next_job)
             while job < num_jobs:

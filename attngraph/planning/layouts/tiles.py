@@ -126,7 +126,11 @@ class Tiles:
     def first_edge(self) -> Tensor:
         """The number, in `edge_index` order, of the first edge in each row of each tile: int64 (T, tile rows)."""
         row = self.table.row
-        count = self.masks.sum(2)[self._mask_id(self.table.mask)]  # edges of each query in each tile
+        chunks = self.table.words.split(max(1, STEP_PAIRS // (4 * self.tile[0] * self.tile[1])))
+        ends = row.new_tensor([self.tile[1], 0])[:, None].expand(2, self.tile[0])  # of a full mask, and an empty one
+        of_masks = torch.cat([*(unpack(chunk).sum(2) for chunk in chunks), ends])
+        mask = self.table.mask
+        count = of_masks[torch.where(mask == NO_MASK, len(of_masks) - 2, mask)]  # edges of each query in each tile
         through = count.cumsum(0)  # of all tiles up to this one; a row of zeros at -1
         through = torch.cat([through, count[:1] * 0]) if len(row) else count.new_zeros(1, self.tile[0])
         start = torch.searchsorted(row, torch.arange(self.grid[0] + 1, device=row.device))

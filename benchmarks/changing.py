@@ -32,8 +32,9 @@ def _step(attention, *sides: Tensor) -> tuple[Tensor, ...]:
 
 
 def neighbors_alone(progress: Progress, entries: int, n: int, k: int, repeats: int) -> dict:
-    """A step on other neighbours each time, which are given, beside a mask that is made of them."""
+    """A step on other neighbours each time, which are given, beside a mask that is made of them; one thread."""
     progress({}, 600.0)
+    torch.set_num_threads(1)
     torch.manual_seed(0)
     sides = [torch.randn(entries, HEADS, n, DIM, requires_grad=True) for _ in range(3)]
     tables = cycle([torch.rand(entries, n, n).topk(k).indices for _ in range(5)])
@@ -55,7 +56,7 @@ def neighbors(options: Namespace) -> Iterator[Goal]:
         asked = entries, n, k, options.repeats
         found = isolated(neighbors_alone, *asked, seconds=600.0, gib=options.memory)
         text = f"from_neighbors, {k} new keys of each of {entries} × {n:,} queries, H = {HEADS}, D = {DIM}, "
-        text += f"forward + backward: time over {SDPA_MASK}'s, whose mask is new too"
+        text += f"forward + backward, one thread: time over {SDPA_MASK}'s, whose mask is new too"
         yield Goal(text, round(most, 3), found.get("failure") or found["ratio"][1], at_most=True)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from attngraph import cache
 from attngraph.graph.algebra import contains_code
 from attngraph.graph.base import Graph, require_ints
-from attngraph.graph.boxes import Boxes, classify
+from attngraph.graph.boxes import Boxes, classify, require_memory
 from attngraph.graph.values import plain_int
 
 ROWS_PER_STEP = 1 << 22  # rows of boxes whose edges are counted in one step: 32 MiB for each of a few tensors
@@ -119,6 +119,15 @@ class EdgeList(Graph):
 
     def contains(self, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         return contains_code(self.code.to(q_idx.device), q_idx * self._keys + kv_idx)
+
+    def mask(self, n: int | None = None, m: int | None = None, device: torch.device | str | None = None) -> Tensor:
+        """As `Graph.mask`, by its edges alone."""
+        if n is None or m is None or (n, m) != self.size or type(self) is not EdgeList:
+            return super().mask(n, m, device)
+        place = None if device is None else torch.device(device)
+        require_memory(n * m, f"for the mask of {len(self.code):,} edges at {n} × {m}", place)
+        found = torch.zeros(n * m, dtype=torch.bool, device=device)
+        return found.index_fill_(0, self.code.to(found.device), True).view(n, m)
 
     def _found_by_listing(self):
         return True

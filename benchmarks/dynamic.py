@@ -120,7 +120,7 @@ def particles(options: Namespace) -> Iterator[Goal]:
 
 # ---------------------------------------------------------------------------------------------------------- recall
 
-PAIRS, SYMBOLS, RECALL_STEPS = 32, 64, 800
+PAIRS, SYMBOLS, RECALL_STEPS = 32, 64, 600
 TOKENS = 3 * PAIRS
 
 RECALLING: dict[str, Graph] = {

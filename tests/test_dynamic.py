@@ -153,6 +153,15 @@ def test_blocks_without_an_allowed_pair_are_not_chosen(choice, allowed):
         assert torch.equal(found.any(1), within.any(1))
 
 
+@pytest.mark.parametrize("most", [0, 3000, 4200, 1 << 24])
+def test_blocks_are_listed_or_filled_up_whatever_lies_beside_them(monkeypatch, most):
+    monkeypatch.setattr("attngraph.graph.dynamic.MOST_LISTED", most)
+    q, k, v = sides(B=1, H=4)
+    for graph in (BlockTopK(8, 2, 8) | BlockTopK(64, 1, 64), BlockTopK(6, 3, 2, causal=False) | BlockTopK(8, 2)):
+        expected = attend(q, k, v, graph.resolve(q, k), backend="reference")
+        torch.testing.assert_close(attend(q, k, v, graph), expected, atol=1e-12, rtol=1e-12)
+
+
 def test_where_nothing_is_left_to_choose_nothing_is_filled_up():
     q, k, v = sides()
     for graph, known in ((BlockTopK(10_000, 1), Causal()), (TopK(100_000), Full()), (BlockTopK(8, 7), Causal())):

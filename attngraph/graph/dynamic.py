@@ -106,8 +106,8 @@ class _Choice(Graph):
         """How many queries and keys have to stay together, where entries stand side by side."""
         return 1, 1
 
-    def _chosen_by_entries(self, best: Tensor, rows: int, columns: int, m: int) -> Graph:
-        """The graph of (E, I, C), of entries of so many queries and keys, m of which are real."""
+    def _chosen_by_entries(self, best: Tensor, rows: int, columns: int, n: int, m: int) -> Graph:
+        """The graph of (E, I, C), of entries of so many queries and keys, n and m of which are real."""
         return self._chosen(best, rows, columns)
 
     def _is_all(self, n: int, m: int) -> Graph | None:
@@ -131,8 +131,7 @@ class TopK(_Choice):
     """Each query hears the k keys that answer best, by q·k, of those that the graphs around it allow.
 
     Chosen for each head and batch entry, block of queries after block of queries, so that no matrix of all scores is
-    ever in memory. The choice has no gradient; what flows along its edges has. Of equal
-    scores, the first is chosen.
+    ever in memory. The choice has no gradient; what flows along its edges has. Of equal scores, the first is chosen.
 
     >>> graph = TopK(32) & Causal()
     >>> q, k, v = torch.randn(3, 2, 4, 100, 16)
@@ -267,8 +266,8 @@ class BlockTopK(_Choice):
         is_listed = self.block % KERNEL_BLOCK and edges <= MOST_LISTED
         return (1, 1) if is_listed else (self.queries, self.block)
 
-    def _chosen_by_entries(self, best, rows, columns, m):
-        if self._blocks_at_once(len(best), rows, m) != (1, 1):
+    def _chosen_by_entries(self, best, rows, columns, n, m):
+        if self._blocks_at_once(len(best), n, m) != (1, 1):  # the answer by which rows and columns were filled up
             if more := rows // self.queries - best.shape[1]:
                 best = pad(best, (0, 0, 0, more), value=-1)
             return self._chosen(best, rows, columns)
@@ -365,7 +364,7 @@ class Folded(NamedTuple):
             rows = columns = max(rows, columns)  # in which causal is what it was
 
         def choose(part: _Choice, allowed: Graph) -> Graph:
-            return part._chosen_by_entries(choices.best(part, allowed).flatten(0, 1), rows, columns, m)
+            return part._chosen_by_entries(choices.best(part, allowed).flatten(0, 1), rows, columns, n, m)
 
         def repeat(part: Graph) -> Graph:
             own = part.sized(n, m)

@@ -1,5 +1,6 @@
 """Decoding from language models."""
 
+from attngraph.generation.kv_cache import KVCache
 from attngraph.generation.sampling import generate
 
-__all__ = ["generate"]
+__all__ = ["KVCache", "generate"]

@@ -7,8 +7,9 @@ from torch import Tensor, nn
 from attngraph.arguments import checked
 from attngraph.graph.algebra import Full
 from attngraph.graph.base import Graph
-from attngraph.graph.patterns import Causal
+from attngraph.graph.patterns import Causal, Tree
 from attngraph.models.tied import Tied
+from attngraph.nn.cached import Cached
 from attngraph.nn.computed import Graphs
 from attngraph.nn.embedding import TokenEmbedding
 from attngraph.nn.padding import padding_mask
@@ -150,18 +151,29 @@ class EncoderDecoder(Tied):
         decoder_positions: Tensor | None = None,
         decoder_attention_mask: Tensor | None = None,
         memory_positions: Tensor | None = None,
+        cache: Cached | None = None,
+        tree: Tree | None = None,
+        logits_to_keep: int | None = None,
     ) -> Tensor:
-        """The logits of targets that hear this memory, of which `attention_mask` (B, M) says what is real."""
+        """The logits of targets that hear this memory, of which `attention_mask` (B, M) says what is real.
+
+        With a `cache`, a `KVCache`, targets are those after the ones that it holds, and the memory is heard as the
+        first call gave it. Of the last `logits_to_keep` targets alone where that is given.
+        """
         x = self.embedding(target)
         mask = padding_mask("decoder_attention_mask", decoder_attention_mask, x)
+        goes_on = cache is not None and cache.length > 0  # which has the memory
         x = self.decoder(
             x,
             bias=decoder_bias,
             positions=decoder_positions,
             attention_mask=mask,
-            memory=memory,
-            memory_graph=self.memory_graph,
+            memory=None if goes_on else memory,
+            memory_graph=None if goes_on else self.memory_graph,
             memory_positions=memory_positions,
-            memory_attention_mask=attention_mask,
+            memory_attention_mask=None if goes_on else attention_mask,
+            cache=cache,
+            tree=tree,
         )
+        x = x if logits_to_keep is None else x[:, -logits_to_keep:]
         return self.head(x * self.logit_scale)

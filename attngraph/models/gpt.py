@@ -5,8 +5,9 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from attngraph.arguments import checked
-from attngraph.graph.patterns import Causal
+from attngraph.graph.patterns import Causal, Tree
 from attngraph.models.tied import Tied
+from attngraph.nn.cached import Cached
 from attngraph.nn.computed import Graphs
 from attngraph.nn.embedding import TokenEmbedding
 from attngraph.nn.transformer import Biases, Transformer, TransformerConfig
@@ -69,8 +70,11 @@ class GPT(Tied):
         bias: Biases = None,
         positions: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        cache: Cached | None = None,
+        tree: Tree | None = None,
+        logits_to_keep: int | None = None,
     ) -> Tensor:
-        """tokens int64 (B, N) → logits (B, N, vocab_size).
+        """tokens int64 (B, N) → logits (B, N, vocab_size), or of the last `logits_to_keep` alone.
 
         `graph` and `bias` are as in `Transformer`. `attention_mask`, bool or integers 0 and 1, (B, N), is True or 1 for
         real tokens. `positions`, integers (N,) or (B, N), are by default counted from each row's first real token; in a
@@ -82,6 +86,16 @@ class GPT(Tied):
         >>> positions = torch.cat([torch.arange(6), torch.arange(4)])
         >>> GPT(config, vocab_size=65)(pack, graph, positions=positions).shape
         torch.Size([1, 10, 65])
+
+        `cache`, a `KVCache`, and `tree` are as in `Transformer`: tokens are those after the ones that it holds.
         """
-        x = self.embedding(tokens)
-        return self.head(self.transformer(x, graph, bias=bias, positions=positions, attention_mask=attention_mask))
+        x = self.transformer(
+            self.embedding(tokens),
+            graph,
+            bias=bias,
+            positions=positions,
+            attention_mask=attention_mask,
+            cache=cache,
+            tree=tree,
+        )
+        return self.head(x if logits_to_keep is None else x[:, -logits_to_keep:])

@@ -14,8 +14,13 @@ from attngraph.bias import Bias
 from attngraph.graph.base import Graph, require_ints
 from attngraph.graph.positions import query_offset
 from attngraph.kernels.scoring import Additive
+from attngraph.nn.cached import CachedLayer
 from attngraph.nn.checks import require_vectors
 from attngraph.nn.positions import rotate
+
+
+Rotation = tuple[Tensor, Tensor]
+"""cos and sin, as `Rotary` gives them."""
 
 
 class Scoring(TypedDict, total=False):
@@ -102,19 +107,27 @@ class Attention(nn.Module):
         *,
         bias: Bias | Tensor | None = None,
         attention_mask: Tensor | None = None,
-        rotary: tuple[Tensor, Tensor] | None = None,
+        rotary: Rotation | None = None,
         return_weights: bool = False,
+        cache: CachedLayer | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """x (B, N, embed_dim), memory (B, M, memory_dim) or None → (B, N, embed_dim).
 
         `bias` and `attention_mask` are as in `attend`; `rotary` is a pair (cos, sin), each (M, head_dim), of the keys,
         as `Rotary` gives it: the queries stand where `graph.rows(start, stop)` begins, else they are the last keys.
         With `return_weights`, a tuple of the output and the weights (B, H, E) before dropout, in the order of
-        `graph.edge_index`; those of a whole model are kept by `attngraph.record`.
+        `graph.edge_index`; those of a whole model are kept by `attngraph.record`. With a `cache`, as `KVCache` has one
+        for each layer, x are the nodes after those whose keys it holds.
         """
         require_vectors("x", x, self.query.in_features)
         if memory is not None:
             require_vectors("memory", memory, self.key.in_features)
+        if rotary is not None and not (
+            isinstance(rotary, tuple | list) and [isinstance(side, Tensor) for side in rotary] == [True, True]
+        ):
+            raise TypeError(f"rotary must be two tensors, (cos, sin), as Rotary gives them (got {shown(rotary)})")
+        if cache is not None:
+            return self._from_cache(x, memory, cache, graph, rotary, bias, attention_mask)
         start = None if rotary is None else query_offset(graph)
         q, k, v = self.project(x, x if memory is None else memory, rotary, start)
         dropout_p = self.dropout if self.training else 0.0
@@ -126,6 +139,24 @@ class Attention(nn.Module):
         out = self.out(out.transpose(-3, -2).flatten(-2))
         return out if weights is None else (out, weights)
 
+    def _from_cache(
+        self,
+        x: Tensor,
+        memory: Tensor | None,
+        cache: CachedLayer,
+        graph: Graph,
+        rotary: Rotation | None,
+        bias: Bias | Tensor | None,
+        attention_mask: Tensor | None,
+    ) -> Tensor:
+        """The same of nodes that hear what a cache holds, and each other."""
+        rotary = None if cache.turns else rotary
+        k, v = (None, None) if cache.holds_all else self.keys_and_values(x if memory is None else memory, rotary)
+        q = self.queries(x, rotary)
+        q = q if v is None else q.to(v.dtype)
+        out = cache.attend(q, k, v, graph, bias=bias, attention_mask=attention_mask, scoring=self.scoring)
+        return self.out(out.transpose(-3, -2).flatten(-2))
+
     @property
     def scoring(self) -> Scoring:
         """How a key answers a query, as options of `attend`."""
@@ -134,30 +165,31 @@ class Attention(nn.Module):
         return {"scale": 1.0 if self.scale is None else self.scale, "score": Additive(self.score_weight)}
 
     def project(
-        self,
-        x: Tensor,
-        memory: Tensor,
-        rotary: tuple[Tensor, Tensor] | None = None,
-        start: int | None = None,
+        self, x: Tensor, memory: Tensor, rotary: Rotation | None = None, start: int | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The queries (B, H, N, D) of x, and the keys and values (B, Hkv, M, D) of the memory.
+        """The queries of x, and the keys and values of the memory: see `queries` and `keys_and_values`."""
+        k, v = self.keys_and_values(memory, rotary)
+        return self.queries(x, rotary, start).to(v.dtype), k, v
 
-        Of cos and sin, the queries have those from `start` on, by default the last.
-        """
+    def queries(self, x: Tensor, rotary: Rotation | None = None, start: int | None = None) -> Tensor:
+        """The queries (B, H, N, D) of x; of cos and sin, they have those from `start` on, by default the last."""
         q = self.query(x).unflatten(-1, (self.num_heads, -1)).transpose(-3, -2)
+        if self.query_norm is not None:  # in the gains' precision, also under autocast
+            q = self.query_norm(q.to(self.query_norm.weight.dtype))
+        if rotary is not None:
+            first = rotary[0].shape[-2] - q.shape[-2] if start is None else start
+            q = rotate(q, *(side.narrow(-2, first, q.shape[-2]) for side in rotary))
+        return q
+
+    def keys_and_values(self, memory: Tensor, rotary: Rotation | None = None) -> tuple[Tensor, Tensor]:
+        """The keys and values (B, Hkv, M, D) of the memory, which may be x itself."""
         k = self.key(memory).unflatten(-1, (self.num_kv_heads, -1)).transpose(-3, -2)
         v = self.value(memory).unflatten(-1, (self.num_kv_heads, -1)).transpose(-3, -2)
-        if self.query_norm is not None and self.key_norm is not None:  # in the gains' precision, also under autocast
-            q = self.query_norm(q.to(self.query_norm.weight.dtype))
+        if self.key_norm is not None:
             k = self.key_norm(k.to(self.key_norm.weight.dtype))
         if rotary is not None:
-            if not (isinstance(rotary, tuple | list) and [isinstance(side, Tensor) for side in rotary] == [True, True]):
-                raise TypeError(f"rotary must be two tensors, (cos, sin), as Rotary gives them (got {shown(rotary)})")
-            cos, sin = rotary
-            first = cos.shape[-2] - q.shape[-2] if start is None else start
-            q = rotate(q, *(side.narrow(-2, first, q.shape[-2]) for side in rotary))
-            k = rotate(k, cos, sin)
-        return q.to(v.dtype), k.to(v.dtype), v
+            k = rotate(k, *rotary)
+        return k.to(v.dtype), v
 
     def extra_repr(self) -> str:
         """What `print(layer)` says of it."""

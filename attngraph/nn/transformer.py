@@ -15,7 +15,9 @@ from attngraph.bias import Alibi, Bias, EdgeBias, RelativeBias
 from attngraph.graph.algebra import Full
 from attngraph.graph.base import Graph, require_ints
 from attngraph.graph.compose import Beside
+from attngraph.graph.patterns import Tree
 from attngraph.nn.attention import Attention
+from attngraph.nn.cached import Cached, CachedLayer
 from attngraph.nn.checks import require_vectors, values_known
 from attngraph.nn.computed import GraphFunction, Graphs, graph_of, is_one
 from attngraph.nn.dropout import dropout
@@ -24,6 +26,8 @@ from attngraph.nn.padding import joint_padding_mask, padding_in_front, padding_m
 from attngraph.nn.positions import AlibiPositions, LearnedPositions, RelativePositions, Rotary, SinusoidalPositions
 from attngraph.nn.told import by_layer, tell_graphs
 
+Placed = tuple[Tensor, tuple[Tensor, Tensor] | None, Alibi | RelativeBias | None]
+"""Nodes, cos and sin, and a bias: what tells them where they stand."""
 Biases = Bias | Tensor | Sequence[Bias | Tensor | None] | None
 """What is added to the scores: of all layers, or a list of one for each."""
 
@@ -208,6 +212,7 @@ class Block(nn.Module):
         memory: Tensor | None = None,
         memory_graph: Graph | None = None,
         memory_attention_mask: Tensor | None = None,
+        cache: CachedLayer | None = None,
     ) -> Tensor:
         """(B, N, embed_dim) → (B, N, embed_dim).
 
@@ -219,11 +224,13 @@ class Block(nn.Module):
 
         def communicate(h: Tensor) -> Tensor:
             keys = None if memory is None or self.config.cross else torch.cat([memory, h], dim=-2)
-            return self.attention(h, graph_of(graph, h), keys, bias=bias, attention_mask=attention_mask, rotary=rotary)
+            options = {"bias": bias, "attention_mask": attention_mask, "rotary": rotary, "cache": cache}
+            return self.attention(h, graph_of(graph, h), keys, **options)
 
         def hear_memory(h: Tensor) -> Tensor:
             heard = Full() if memory_graph is None else memory_graph
-            return self.cross(h, heard, memory, attention_mask=memory_attention_mask)
+            kept = None if cache is None else cache.of_memory
+            return self.cross(h, heard, memory, attention_mask=memory_attention_mask, cache=kept)
 
         x = self._add(x, self.attention_norm, communicate)
         if self.config.cross:
@@ -281,6 +288,8 @@ class Transformer(nn.Module):
         memory_graph: Graph | None = None,
         memory_positions: Tensor | None = None,
         memory_attention_mask: Tensor | None = None,
+        cache: Cached | None = None,
+        tree: Tree | None = None,
     ) -> Tensor:
         """x (B, N, embed_dim) → (B, N, embed_dim).
 
@@ -301,11 +310,22 @@ class Transformer(nn.Module):
             memory_positions: where the nodes of a memory beside the nodes are, (M,) or (B, M); by default its last real
                 one is at -1.
             memory_attention_mask: which of the memory's nodes are real, (B, M).
+            cache: a `KVCache` of this model: x are the nodes after those that it holds. The first call gives it the
+                prompt, with its padding, and the memory, of which later calls need nothing.
+            tree: with a cache, several ways to go on at once: x are the nodes of a tree, each of which hears its
+                ancestors and what the cache holds, until `cache.accept` says which of them is the text.
         """
+        if cache is not None or tree is not None:
+            given = (graph, bias, positions, memory_positions)
+            self._check_cached(cache, tree, attention_mask, any(each is not None for each in given))
+        if cache is not None and len(pieces := cache.pieces(x.shape[-2])) > 1:
+            assert memory is attention_mask is None
+            return torch.cat([self(part, cache=cache) for part in x.split(pieces, dim=-2)], dim=-2)
+        goes_on = cache is not None and cache.length > 0
         require_vectors("x", x, self.config.embed_dim)
         if memory is not None:
             require_vectors("memory", memory, self.config.embed_dim)
-        if memory is None:
+        if memory is None and not goes_on:
             if self.config.cross:
                 raise ValueError("a model with config.cross needs a memory")
             if not (memory_graph is memory_positions is memory_attention_mask is None):
@@ -318,6 +338,8 @@ class Transformer(nn.Module):
             raise ValueError("memory_positions are of use only for rotary positions, in a model without a cross phase")
         graphs = self.graphs if graph is None else self._per_layer(graph)
         biases = self._biases(bias)
+        if cache is not None and goes_on:
+            return self._goes_on(x, cache, tree)
         num_queries = x.shape[-2]
         mask = padding_mask("attention_mask", attention_mask, x)
         if not (memory_graph is None or isinstance(memory_graph, Graph)):
@@ -331,6 +353,8 @@ class Transformer(nn.Module):
         skipped = self._skipped(mask, positions, graphs, biases)
         if skipped is not None and mask is not None:
             x, mask = rolled(x, skipped), rolled(mask, skipped)
+        if cache is not None:
+            graphs = cache.start(x)
         positions = positions_of("positions", positions, mask, x)
         key_positions = positions
         if memory is not None and memory.shape[-2] and not self.config.cross:  # its nodes are keys before the own ones
@@ -340,22 +364,45 @@ class Transformer(nn.Module):
             key_positions = _joint_positions(memory_positions, positions)
             graphs = tuple(_beside(memory_graph.sized(None, memory.shape[-2]), each) for each in graphs)
             mask = joint_padding_mask(memory_mask, memory, mask, x)
-        x, rotary, of_positions = self._with_positions(x, positions, key_positions)
+        x = self._through(
+            x,
+            self._with_positions(x, positions, key_positions),
+            graphs,
+            biases,
+            (None,) * len(graphs) if cache is None else cache.layers,
+            attention_mask=mask,
+            memory=memory,
+            memory_graph=memory_graph,
+            memory_attention_mask=memory_mask if self.config.cross else None,
+        )
+        if cache is not None:
+            cache.keep(x, skipped, mask, memory, memory_graph, memory_mask)
+        return x if skipped is None else rolled(x, -skipped)
+
+    def _goes_on(self, x: Tensor, cache: Cached, tree: Tree | None) -> Tensor:
+        """The same of nodes after those that a cache holds."""
+        positions = cache.begin(x, tree)
+        none = (None,) * len(self.graphs)
+        x = self._through(x, self._with_positions(x, positions, positions), self.graphs, none, cache.layers)
+        cache.end(tree)
+        return x
+
+    def _through(
+        self,
+        x: Tensor,
+        placed: Placed,
+        graphs: Sequence[Graph | GraphFunction],
+        biases: Sequence[Bias | Tensor | None],
+        caches: Sequence[CachedLayer | None],
+        **options: Any,
+    ) -> Tensor:
+        """Through all layers, from nodes that know their places."""
+        x, rotary, of_positions = placed
         if self.embed_norm is not None:
             x = self.embed_norm(x)
-        for layer, layer_graph, layer_bias in zip(self.layers, graphs, biases, strict=True):
-            x = layer(
-                x,
-                layer_graph,
-                bias=of_positions if layer_bias is None else layer_bias,
-                attention_mask=mask,
-                rotary=rotary,
-                memory=memory,
-                memory_graph=memory_graph,
-                memory_attention_mask=memory_mask if self.config.cross else None,
-            )
-        x = x if self.final_norm is None else self.final_norm(x)
-        return x if skipped is None else rolled(x, -skipped)
+        for layer, graph, bias, cache in zip(self.layers, graphs, biases, caches, strict=True):
+            x = layer(x, graph, bias=of_positions if bias is None else bias, rotary=rotary, cache=cache, **options)
+        return x if self.final_norm is None else self.final_norm(x)
 
     def _skipped(
         self,
@@ -376,7 +423,7 @@ class Transformer(nn.Module):
 
     def _with_positions(
         self, x: Tensor, positions: Tensor, key_positions: Tensor
-    ) -> tuple[Tensor, tuple[Tensor, Tensor] | None, Alibi | RelativeBias | None]:
+    ) -> Placed:
         """What tells nodes their places: added to x; or cos and sin that turn queries and keys; or a bias."""
         if self.position is None:
             return x, None, None
@@ -407,6 +454,20 @@ class Transformer(nn.Module):
         if position in ("alibi", "relative") and any(each is not None for each in biases):
             raise ValueError(f"bias can't be given: position={position!r} is a bias itself, and attention takes one")
         return biases
+
+    def _check_cached(self, cache: Cached | None, tree: Tree | None, mask: Tensor | None, is_given: bool) -> None:
+        """Raise unless a call with a cache can be one."""
+        if cache is None:
+            raise ValueError("tree is of use only with a cache, whose text it continues")
+        if is_given:
+            raise ValueError(
+                "with a cache, graph, bias, positions and memory_positions can't be given: graphs and positions are the "
+                "model's own, of which the cache knows how they go on"
+            )
+        if not cache.length and tree is not None:
+            raise ValueError("a tree continues a text: give the cache its prompt first")
+        if cache.length and mask is not None:
+            raise ValueError("attention_mask is of the prompt alone, the first call with a cache: later nodes are real")
 
     def _check_length(self, num_nodes: int) -> None:
         """Of nodes at 0, 1, 2, …, also where the numbers of a tensor can't be asked for."""

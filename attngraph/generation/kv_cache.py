@@ -1,0 +1,392 @@
+"""The keys and values of a model that continues a text, of which its graph says how long each is needed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from attngraph.analysis import leaks
+from attngraph.arguments import checked
+from attngraph.attention import attend
+from attngraph.generation.schedule import Schedule
+from attngraph.generation.slots import HeadGroup, Nodes, Track, depths
+from attngraph.graph.base import Graph, bind, require_ints
+from attngraph.graph.compose import Beside, PerHead
+from attngraph.graph.patterns import Tree
+from attngraph.graph.rewrite import simplify
+from attngraph.kernels.scoring import Additive
+from attngraph.nn.attention import Scoring
+from attngraph.nn.computed import GraphFunction, name_of
+from attngraph.nn.padding import padding_in_front
+from attngraph.nn.positions import Rotary, rotate
+from attngraph.nn.rope import TRAINED, Rope
+from attngraph.nn.transformer import Transformer
+
+class KVCache:
+    """What a model keeps of the nodes that it has seen, so that each new one costs one step (prefill, then decode).
+
+    A key is kept while some later query hears it (`analysis.last_reader`), in every layer, and for every key head,
+    by its own graph: a window takes as many slots as it is wide, however long the text, and sinks stay. Out of the
+    cache comes what the whole text at once would give: `model(tokens)` of `max_length` nodes, node by node.
+
+        cache = KVCache(model, max_length=1000)
+        logits = model(prompt, cache=cache)            # prefill: (B, N, V)
+        logits = model(next_tokens, cache=cache)       # one step or several: (B, 1, V)
+
+    Args:
+        model: a `Transformer`, or a model with one that is its decoder. Its graphs must be causal.
+        max_length: how many nodes there will be at most. Graphs that depend on the number of nodes, as `Random` does,
+            are those of this number; what has a size must have at least this one.
+        rotary: from where rotary positions count. "absolute": from the first node. "kept": among the keys that are
+            kept at each step, in each layer (StreamingLLM, Xiao et al. 2024), so that no position is beyond the
+            slots, however long the text; the model then computes something else than on the whole text at once.
+
+    Raises ValueError where a graph is not causal, naming the first edge into the future, or can't be known before the
+    data; and where the rotary frequencies depend on the length of the text. Calls without gradients alone can use it.
+    A call that fails leaves the cache as it was.
+
+    >>> from attngraph.models import GPT
+    >>> from attngraph.nn import TransformerConfig
+    >>> model = GPT(TransformerConfig(embed_dim=64, num_layers=2, num_heads=4), 65, Causal() & Window(8, 0)).eval()
+    >>> tokens, cache = torch.randint(65, (1, 30)), KVCache(model, max_length=30)
+    >>> with torch.no_grad():
+    ...     steps = torch.cat([model(tokens[:, i : i + 1], cache=cache) for i in range(30)], dim=1)
+    ...     torch.allclose(steps, model(tokens), atol=1e-5), cache.nbytes
+    (True, 9216)
+    """
+
+    @checked
+    def __init__(self, model: nn.Module, max_length: int, *, rotary: Literal["absolute", "kept"] = "absolute"):
+        require_ints(1, max_length=max_length)
+        self.transformer = decoder_of(model)
+        config = self.transformer.config
+        if rotary not in ("absolute", "kept"):
+            raise ValueError(f"rotary must be 'absolute' or 'kept' (got {rotary!r})")
+        if rotary == "kept" and config.position != "rotary":
+            raise ValueError(f"rotary='kept' is of rotary positions (got a model with position={config.position!r})")
+        if config.position == "learned" and max_length > cast(int, config.max_length):
+            raise ValueError(
+                f"max_length must be at most {config.max_length}, the model's learned positions (got {max_length})"
+            )
+        rope = self.transformer.position.rope if config.position == "rotary" else None
+        if rope is not None and rope.kind in Rope.BY_LENGTH and max_length > rope.scaling[TRAINED]:
+            raise ValueError(
+                f"a cache holds keys that are turned, but rotary frequencies of rope_type {rope.kind!r} change with the "
+                f"length of texts of more than {rope.scaling[TRAINED]} nodes (got max_length={max_length}): without a "
+                f"cache, use_cache=False, each step computes all again"
+            )
+        self.max_length, self.rotary = max_length, rotary
+        self.graphs = tuple(decodable(graph, layer, max_length) for layer, graph in enumerate(self.transformer.graphs))
+        self.length = 0
+        """How many nodes the cache has seen, padding included."""
+        self._layers: list[CachedLayer] = []
+        self._tracks: list[Track] = []
+        self._batch = 0
+        self._nodes: Nodes = 0  # the number of the next node in the graph
+        self._front: Tensor | None = None  # (B, 1): padding before each row's first node that takes places in the graph
+        self._tree: Tree | None = None  # whose nodes wait to be accepted
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all keys and values, from the first call on; they stay the same. `analysis.cost` knows it before."""
+        groups = [group for layer in self._layers for group in layer.every_group]
+        return sum(side.nbytes for group in groups for side in (group.keys, group.values))
+
+    @checked
+    def accept(self, path: Sequence[int]) -> None:
+        """After a call with `tree=`: the nodes of a path from a root of the tree on are the text's next; all others are
+        forgotten. An empty path takes none."""
+        if self._tree is None:
+            raise RuntimeError("accept goes on from a call with tree=, of which nodes may be accepted: there was none")
+        parents = (-1, *path)
+        if any(not 0 <= node < len(self._tree.parents) for node in path) or any(
+            self._tree.parents[node] != parent for parent, node in zip(parents, path, strict=False)
+        ):
+            raise ValueError(f"path must be nodes of the tree from a root on, each the parent of the next (got {path})")
+        self._commit(torch.tensor(path, dtype=torch.int64))
+
+    @checked
+    def reorder(self, rows: Tensor) -> None:
+        """The batch's rows with these numbers, int64 (B,), in the place of all: what beam search asks for."""
+        if self._tree is not None:
+            raise RuntimeError("reorder needs a cache without a tree that waits to be accepted: cache.accept([])")
+        for layer in self._layers:
+            for group in layer.every_group:
+                group.keys, group.values = group.keys[rows], group.values[rows]
+        for track in self._tracks:
+            track.reorder(rows)
+        self._nodes = self._nodes[rows] if isinstance(self._nodes, Tensor) else self._nodes
+        self._front = None if self._front is None else self._front[rows]
+        self._batch = len(rows)
+
+    # --------------------------------------------------------------- what a Transformer asks of it: first the prompt
+
+    def start(self, x: Tensor) -> tuple[Graph, ...]:
+        """The graphs of a prompt x (B, T, embed_dim), one for each layer."""
+        self._require(x, x.shape[-2])
+        self._layers = [CachedLayer(self._rotary) for _ in self.graphs]
+        graphs = zip(self.transformer.graphs, self.graphs, strict=True)
+        return tuple(cut(own, graph, x.shape[-2]) for own, graph in graphs)
+
+    def keep(
+        self,
+        x: Tensor,
+        skipped: Tensor | None,
+        mask: Tensor | None,
+        memory: Tensor | None,
+        memory_graph: Graph,
+        memory_mask: Tensor | None,
+    ) -> None:
+        """After a prompt x: what of its keys is still to be heard, and all of the memory's.
+
+        `skipped` (B, 1) are the nodes in front that went behind the others in each row; `mask` of x, in a model
+        without a cross phase after that of the memory's nodes, which are keys too.
+        """
+        count, cross = x.shape[-2], self.transformer.config.cross
+        held = 0 if memory is None or cross else memory.shape[-2]
+        self._nodes = count if skipped is None else count - skipped[:, 0]
+        if mask is not None and skipped is None:
+            self._front = padding_in_front(mask[:, held:])
+        tracks: dict[Any, Track] = {}
+        for layer, graph in zip(self._layers, self.graphs, strict=True):
+            graph = Beside(memory_graph.sized(None, held), graph) if held else graph
+            self._allocate(layer, graph, held, mask, tracks)
+            if layer.cross is not None:
+                assert memory is not None
+                self._allocate(layer.cross, memory_graph, memory.shape[-2], memory_mask, tracks, brings_keys=False)
+        self._tracks, self._batch, self.length = list(tracks.values()), len(x), count
+
+    def _allocate(
+        self,
+        layer: CachedLayer,
+        graph: Graph,
+        memory: int,
+        real: Tensor | None,
+        tracks: dict[Any, Track],
+        *,
+        brings_keys: bool = True,
+    ) -> None:
+        """Slots for the keys of a layer, and its prompt's in them."""
+        assert layer.prompt is not None
+        k, v = layer.prompt
+        own = self.max_length if brings_keys else 0
+        graph = bind(graph, self.max_length, memory + own)
+        for part, heads, kv_heads in head_groups(graph, self.transformer.config.num_heads, k.shape[1]):
+            named = part, heads, brings_keys
+            if named not in tracks:
+                schedule = Schedule(part.sized(self.max_length, memory + own), self.max_length, memory)
+                tracks[named] = Track(schedule, heads, brings_keys, self._rotary if brings_keys else None)
+                tracks[named].start(real, self._nodes, len(k), k.shape[2], k.device)
+            group = HeadGroup(tracks[named], kv_heads, k, v)
+            group.keep_prompt(k, v, self._nodes)
+            layer.groups.append(group)
+        layer.prompt = None
+
+    # ------------------------------------------------------------------------------------------- then the other nodes
+
+    def begin(self, x: Tensor, tree: Tree | None = None) -> Tensor:
+        """A call with new nodes x (B, T, embed_dim) → their positions, (T,) or (B, T)."""
+        count = x.shape[-2]
+        self._require(x, count if tree is None else int(depths(tree).max()) + 1)
+        if tree is not None and len(tree.parents) != count:
+            raise ValueError(f"tree must have the {count} nodes of the call (got {len(tree.parents)})")
+        if tree is not None and (self._batch > 1 or isinstance(self._nodes, Tensor)):
+            raise ValueError(f"a tree continues one text (got a batch of {self._batch})")
+        if self._tree is not None:
+            raise RuntimeError("a tree waits to be accepted: cache.accept(path), or cache.accept([]) to forget it")
+        if x.shape[0] != self._batch:
+            raise ValueError(f"the cache is of a batch of {self._batch} (got one of {x.shape[0]})")
+        for track in self._tracks:
+            track.begin(self._nodes, count, tree)
+        step = torch.arange(count, device=x.device) if tree is None else depths(tree).to(x.device)
+        nodes = self._nodes[:, None] if isinstance(self._nodes, Tensor) else self._nodes
+        positions = nodes + step
+        return positions if self._front is None else positions - self._front
+
+    def end(self, tree: Tree | None = None) -> None:
+        """After a call: its nodes are part of the text; those of a tree wait to be accepted."""
+        self._tree = tree
+        if tree is None:
+            self._commit(None)
+
+    @property
+    def layers(self) -> list[CachedLayer]:
+        """One for each layer, for its attention."""
+        return self._layers
+
+    def pieces(self, count: int) -> list[int]:
+        """In how many calls so many new nodes are given: one, unless keys are turned by their places among others."""
+        if self._rotary is None or self.length:
+            return [count] if self._rotary is None else [1] * count
+        first = min(int(Schedule(graph, self.max_length, 0).last.min()) + 1 for graph in dict.fromkeys(self.graphs))
+        return [min(count, first), *[1] * (count - first)]
+
+    @property
+    def _rotary(self) -> Rotary | None:
+        """What turns keys only when they are heard."""
+        return cast(Rotary, self.transformer.position) if self.rotary == "kept" else None
+
+    def _commit(self, path: Tensor | None) -> None:
+        """The new nodes are in the text: all, or those of a path through their tree."""
+        found = {id(track): track.commit(path) for track in self._tracks if track.brings_keys}
+        for layer in self._layers:
+            for group in layer.groups:
+                group.commit(path, *found[id(group.track)])
+        count = self._tracks[0].count if path is None else len(path)
+        self._nodes, self.length, self._tree = self._nodes + count, self.length + count, None
+
+    def _require(self, x: Tensor, count: int) -> None:
+        """Raise unless so many new nodes x fit."""
+        if torch.is_grad_enabled() and x.requires_grad:
+            raise RuntimeError("a cache keeps no gradients: call the model under torch.no_grad()")
+        if self.transformer.training and self.transformer.config.dropout:
+            raise RuntimeError("a cache is of a model without dropout: model.eval()")
+        if not count:
+            raise ValueError("a call with a cache needs at least one new node (got none)")
+        if self.length + count > self.max_length:
+            raise ValueError(
+                f"the cache has room for max_length={self.max_length} nodes, of which {self.length} are taken (got "
+                f"{count} more): make one with KVCache(model, max_length={self.length + count}) or more"
+            )
+
+
+class CachedLayer:
+    """The keys and values of one layer, for its attention."""
+
+    def __init__(self, rotary: Rotary | None):
+        self.rotary = rotary
+        self.groups: list[HeadGroup] = []
+        self.prompt: tuple[Tensor, Tensor] | None = None
+        self.cross: CachedLayer | None = None
+
+    @property
+    def holds_all(self) -> bool:
+        """Whether all keys are there: a memory's, after the prompt."""
+        return bool(self.groups) and not self.groups[0].track.brings_keys
+
+    @property
+    def turns(self) -> bool:
+        """Whether queries and keys are turned here."""
+        return self.rotary is not None
+
+    @property
+    def every_group(self) -> list[HeadGroup]:
+        """Those of the memory's phase too."""
+        return self.groups + ([] if self.cross is None else self.cross.groups)
+
+    @property
+    def of_memory(self) -> CachedLayer:
+        """The keys and values of the phase that hears a memory."""
+        if self.cross is None:
+            self.cross = CachedLayer(None)
+        return self.cross
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor | None,
+        v: Tensor | None,
+        graph: Graph,
+        *,
+        bias: Any = None,
+        attention_mask: Tensor | None = None,
+        scoring: Scoring,
+    ) -> Tensor:
+        """q (B, H, T, D), and the new nodes' keys and values, None where all are kept → (B, H, T, Dv).
+
+        Of a prompt by its graph, as ever; later by what is in the slots.
+        """
+        if not self.groups:
+            assert k is not None and v is not None
+            self.prompt = k, v
+            if self.rotary is not None:
+                turn = self.rotary(torch.arange(k.shape[2], device=k.device), torch.promote_types(k.dtype, torch.float32))
+                q, k = rotate(q, *turn), rotate(k, *turn)
+            return cast(Tensor, attend(q, k, v, graph, bias=bias, attention_mask=attention_mask, **scoring))
+        first = self.groups[0]
+        if len(self.groups) == 1:
+            return first.attend(q, k, v, bias, scoring)
+        out: Tensor | None = None
+        for group in self.groups:
+            heads = list(cast(tuple, group.track.heads))
+            own = [None if side is None else side[:, list(cast(tuple, group.kv_heads))] for side in (k, v)]
+            found = group.attend(q[:, heads], *own, bias, of_heads(scoring, heads))
+            out = q.new_empty(*q.shape[:3], found.shape[3]) if out is None else out
+            out[:, heads] = found
+        assert out is not None
+        return out
+
+
+def decoder_of(model: nn.Module) -> Transformer:
+    """The Transformer of a model that continues a text."""
+    model = getattr(model, "_orig_mod", model)  # of a compiled one
+    found = [model] if isinstance(model, Transformer) else [getattr(model, "decoder", None)]
+    if not isinstance(found[0], Transformer):
+        found = [part for part in model.modules() if isinstance(part, Transformer)]
+    if len(found) != 1:
+        raise TypeError(
+            f"model must be a Transformer, or have one, or one that is its `decoder` (got a {type(model).__name__} with "
+            f"{len(found)})"
+        )
+    return cast(Transformer, found[0])
+
+
+def decodable(graph: Graph | GraphFunction, layer: int, length: int) -> Graph:
+    """The graph of so many nodes, the first of its own, if a text can be continued by it, node after node."""
+    if not isinstance(graph, Graph):
+        raise ValueError(
+            f"the graph of layer {layer} is a function of what the layer reads, {name_of(graph)}, which a cache does not "
+            f"hold: use_cache=False computes all again for each node"
+        )
+    if graph._unresolved:
+        raise ValueError(
+            f"the graph of layer {layer}, {graph}, is chosen by queries and keys, so that no key can be forgotten nor "
+            f"found: use_cache=False computes all again for each node"
+        )
+    n, m = (length if own is None else own for own in graph.size)
+    if min(n, m) < length:
+        raise ValueError(
+            f"the graph of layer {layer} must have at least max_length={length} nodes (got {graph} of size {graph.size})"
+        )
+    if found := leaks(graph, n):
+        _, key, query = found[0]
+        raise ValueError(
+            f"the graph of layer {layer} must be causal, as what comes later is not there yet: in {graph}, query {query} "
+            f"hears key {key} (analysis.leaks)"
+        )
+    return cut(None, bind(graph, n, m).sized(n, m), length)
+
+
+def cut(own: Graph | None, graph: Graph, count: int) -> Graph:
+    """The first so many nodes of a graph; of one that is the same at any size, itself."""
+    if own is not None and own.size == (None, None) and not own._unbound:
+        return own
+    return graph if graph.size == (count, count) else graph.rows(0, count).T.rows(0, count).T
+
+
+def head_groups(
+    graph: Graph, heads: int, kv_heads: int
+) -> list[tuple[Graph, tuple[int, ...] | None, tuple[int, ...] | None]]:
+    """The key heads whose query heads hear by the same graphs: that graph, the query heads and the key heads."""
+    if graph.heads is None:
+        return [(graph, None, None)]
+    shared, groups = heads // kv_heads, dict[tuple[Graph, ...], list[int]]()
+    for kv_head in range(kv_heads):
+        own = tuple(simplify(graph.of_head(head)) for head in range(kv_head * shared, (kv_head + 1) * shared))
+        groups.setdefault(own, []).append(kv_head)
+    found = []
+    for own, members in groups.items():
+        queries = tuple(kv_head * shared + place for kv_head in members for place in range(shared))
+        alike = len(set(own)) == 1
+        found.append((own[0] if alike else PerHead(own * len(members)), queries, tuple(members)))
+    return found
+
+
+def of_heads(scoring: Scoring, heads: list[int]) -> Scoring:
+    """How keys answer the queries of some heads."""
+    if "score" not in scoring:
+        return scoring
+    return {**scoring, "score": Additive(cast(Tensor, scoring["score"].weight)[heads])}

@@ -25,6 +25,9 @@ from attngraph.nn.positions import Rotary, rotate
 from attngraph.nn.rope import TRAINED, Rope
 from attngraph.nn.transformer import Transformer
 
+AHEAD = 256  # positions for which cos and sin are made at once
+
+
 class KVCache:
     """What a model keeps of the nodes that it has seen, so that each new one costs one step (prefill, then decode).
 
@@ -87,6 +90,7 @@ class KVCache:
         self._batch = 0
         self._nodes: Nodes = 0  # the number of the next node in the graph
         self._front: Tensor | None = None  # (B, 1): padding before each row's first node that takes places in the graph
+        self._ahead: tuple[int, Tensor, Tensor] = 0, torch.empty(0), torch.empty(0)  # cos and sin from a node on
         self._tree: Tree | None = None  # whose nodes wait to be accepted
 
     @property
@@ -206,6 +210,21 @@ class KVCache:
         positions = nodes + step
         return positions if self._front is None else positions - self._front
 
+    def rotation(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """cos and sin of these positions; those of the next nodes of all rows are made some time before."""
+        rotary = cast(Rotary, self.transformer.position)
+        if isinstance(self._nodes, Tensor) or self._front is not None or positions.device.type == "meta":
+            return rotary(positions, dtype)
+        first, count = self._nodes, self._tracks[0].count
+        start, cos, sin = self._ahead
+        if not (start <= first and first + count <= start + len(cos) and cos.dtype == dtype):
+            start = first
+            cos, sin = rotary(torch.arange(first, first + max(count, AHEAD), device=positions.device), dtype)
+            self._ahead = start, cos, sin
+        if self._tracks[0].tree is not None:
+            return cos[positions - start], sin[positions - start]
+        return cos.narrow(0, first - start, count), sin.narrow(0, first - start, count)
+
     def end(self, tree: Tree | None = None) -> None:
         """After a call: its nodes are part of the text; those of a tree wait to be accepted."""
         self._tree = tree
@@ -231,10 +250,10 @@ class KVCache:
 
     def _commit(self, path: Tensor | None) -> None:
         """The new nodes are in the text: all, or those of a path through their tree."""
-        found = {id(track): track.commit(path) for track in self._tracks if track.brings_keys}
-        for layer in self._layers:
-            for group in layer.groups:
-                group.commit(path, *found[id(group.track)])
+        waiting = {track for track in self._tracks if track.brings_keys and (path is not None or track.is_beside)}
+        found = {track: track.commit(path) for track in waiting}
+        for group in (group for layer in self._layers for group in layer.groups if group.track in waiting):
+            group.commit(path, *found[group.track])
         count = self._tracks[0].count if path is None else len(path)
         self._nodes, self.length, self._tree = self._nodes + count, self.length + count, None
 

@@ -114,6 +114,12 @@ class Track:
         return row, new, slots[key]
 
     @property
+    def is_beside(self) -> bool:
+        """Whether the new keys have no slots yet."""
+        assert self._step is not None
+        return self._step.write is None
+
+    @property
     def write(self) -> int:
         """The first of the slots that new keys have taken one after the other."""
         assert self._step is not None and isinstance(self._step.write, int)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from attngraph.graph.base import Graph
@@ -65,6 +66,10 @@ class Cached(Protocol):
 
     def begin(self, x: Tensor, tree: Tree | None) -> Tensor:
         """A call with new nodes begins → their positions."""
+        ...
+
+    def rotation(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """cos and sin of these positions, of rotary ones."""
         ...
 
     def end(self, tree: Tree | None) -> None:

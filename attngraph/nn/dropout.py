@@ -20,7 +20,9 @@ DTYPES = torch.float64, torch.float32, torch.bfloat16, torch.float16
 
 def dropout(x: Tensor, p: float, training: bool) -> Tensor:
     """As `torch.nn.functional.dropout`; on a CPU by a kernel that takes p to a multiple of 2^-16 and stores no mask."""
-    if not training or not 0 < p < 1 or not _runs_kernel(x):
+    if not training and 0 <= p <= 1:
+        return x
+    if not 0 < p < 1 or not _runs_kernel(x):
         return functional.dropout(x, p, training)
     return _Dropout.apply(x, p, torch.randint(2**63 - 1, (), device="cpu").item())
 

@@ -84,12 +84,13 @@ class Rotary(nn.Module):
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn each pair (x[d], x[d + D/2]) of (..., N, D) by its angle: cos (N, D) twice, sin (N, D) as -sin and sin."""
-    if not x.shape[-1] == cos.shape[-1] == sin.shape[-1]:
+    dim = x.shape[-1]
+    if not dim == cos.shape[-1] == sin.shape[-1]:
         raise ValueError(
-            f"rotate needs cos and sin of the dimension of x, {x.shape[-1]}, as Rotary gives them "
+            f"rotate needs cos and sin of the dimension of x, {dim}, as Rotary gives them "
             f"(got {cos.shape[-1]} and {sin.shape[-1]})"
         )
-    return torch.addcmul(x * cos.to(x.dtype), x.roll(x.shape[-1] // 2, dims=-1), sin.to(x.dtype))
+    return torch.addcmul(x * cos.to(x.dtype), x.roll(dim // 2, -1), sin.to(x.dtype))
 
 
 class AlibiPositions(nn.Module):

@@ -382,8 +382,11 @@ class Transformer(nn.Module):
     def _goes_on(self, x: Tensor, cache: Cached, tree: Tree | None) -> Tensor:
         """The same of nodes after those that a cache holds."""
         positions = cache.begin(x, tree)
-        none = (None,) * len(self.graphs)
-        x = self._through(x, self._with_positions(x, positions, positions), self.graphs, none, cache.layers)
+        if self.config.position == "rotary":
+            placed = x, cache.rotation(positions, torch.promote_types(x.dtype, torch.float32)), None
+        else:
+            placed = self._with_positions(x, positions, positions)
+        x = self._through(x, placed, self.graphs, (None,) * len(self.graphs), cache.layers)
         cache.end(tree)
         return x
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
@@ -10,22 +14,24 @@ from torch import Tensor, nn
 
 from attngraph.analysis import leaks
 from attngraph.arguments import checked
-from attngraph.attention import attend
+from attngraph.generation.layers import CachedLayer, head_groups
 from attngraph.generation.schedule import Schedule
 from attngraph.generation.slots import HeadGroup, Nodes, Track, depths
+from attngraph.graph.algebra import Full
 from attngraph.graph.base import Graph, bind, require_ints
-from attngraph.graph.compose import Beside, PerHead
+from attngraph.graph.compose import Beside
+from attngraph.graph.edge_list import EdgeList
 from attngraph.graph.patterns import Tree
-from attngraph.graph.rewrite import simplify
-from attngraph.kernels.scoring import Additive
-from attngraph.nn.attention import Scoring
+from attngraph.graph.text import write
+from attngraph.models.saved import HEADER, write_whole
 from attngraph.nn.computed import GraphFunction, name_of
 from attngraph.nn.padding import padding_in_front
-from attngraph.nn.positions import Rotary, rotate
+from attngraph.nn.positions import Rotary
 from attngraph.nn.rope import TRAINED, Rope
 from attngraph.nn.transformer import Transformer
 
 AHEAD = 256  # positions for which cos and sin are made at once
+FORMAT = 1  # of files: others are refused
 
 
 class KVCache:
@@ -74,12 +80,12 @@ class KVCache:
             raise ValueError(
                 f"max_length must be at most {config.max_length}, the model's learned positions (got {max_length})"
             )
-        rope = self.transformer.position.rope if config.position == "rotary" else None
+        rope = cast(Rotary, self.transformer.position).rope if config.position == "rotary" else None
         if rope is not None and rope.kind in Rope.BY_LENGTH and max_length > rope.scaling[TRAINED]:
             raise ValueError(
-                f"a cache holds keys that are turned, but rotary frequencies of rope_type {rope.kind!r} change with the "
-                f"length of texts of more than {rope.scaling[TRAINED]} nodes (got max_length={max_length}): without a "
-                f"cache, use_cache=False, each step computes all again"
+                f"a cache holds keys that are turned, but frequencies of rope_type {rope.kind!r} change with the length "
+                f"of texts of more than {rope.scaling[TRAINED]} nodes (got max_length={max_length}): without a cache, "
+                f"use_cache=False, each step computes all again"
             )
         self.max_length, self.rotary = max_length, rotary
         self.graphs = tuple(decodable(graph, layer, max_length) for layer, graph in enumerate(self.transformer.graphs))
@@ -88,6 +94,7 @@ class KVCache:
         self._layers: list[CachedLayer] = []
         self._tracks: list[Track] = []
         self._batch = 0
+        self._memory: tuple[Graph, int] = Full(), 0  # who hears a memory, and how many nodes it has
         self._nodes: Nodes = 0  # the number of the next node in the graph
         self._front: Tensor | None = None  # (B, 1): padding before each row's first node that takes places in the graph
         self._ahead: tuple[int, Tensor, Tensor] = 0, torch.empty(0), torch.empty(0)  # cos and sin from a node on
@@ -96,7 +103,7 @@ class KVCache:
     @property
     def nbytes(self) -> int:
         """Bytes of all keys and values, from the first call on; they stay the same. `analysis.cost` knows it before."""
-        groups = [group for layer in self._layers for group in layer.every_group]
+        groups = [group for layer in self.every_layer for group in layer.groups]
         return sum(side.nbytes for group in groups for side in (group.keys, group.values))
 
     @checked
@@ -117,14 +124,79 @@ class KVCache:
         """The batch's rows with these numbers, int64 (B,), in the place of all: what beam search asks for."""
         if self._tree is not None:
             raise RuntimeError("reorder needs a cache without a tree that waits to be accepted: cache.accept([])")
-        for layer in self._layers:
-            for group in layer.every_group:
-                group.keys, group.values = group.keys[rows], group.values[rows]
+        for group in (group for layer in self.every_layer for group in layer.groups):
+            group.keys, group.values = group.keys[rows], group.values[rows]
         for track in self._tracks:
             track.reorder(rows)
         self._nodes = self._nodes[rows] if isinstance(self._nodes, Tensor) else self._nodes
         self._front = None if self._front is None else self._front[rows]
         self._batch = len(rows)
+
+    @checked
+    def save(self, path: str | os.PathLike) -> None:
+        """Write all that the cache holds to one file, safetensors, which `load` reads again."""
+        from safetensors.torch import save_file
+
+        if not self.length or self._tree is not None:
+            raise RuntimeError("a cache is saved after its prompt, and when no tree waits to be accepted")
+        tensors = {"nodes": torch.as_tensor(self._nodes), **self._tensors()}
+        if self._front is not None:
+            tensors["front"] = self._front
+        header = {
+            "format": FORMAT, "max_length": self.max_length, "rotary": self.rotary, "length": self.length,
+            "batch": self._batch, "memory": self._memory[1], "model": self._digest(),
+        }  # fmt: skip
+        file = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        write_whole(Path(path), lambda new: save_file(file, new, {HEADER: json.dumps(header)}))
+
+    @classmethod
+    @checked
+    def load(cls, path: str | os.PathLike, model: nn.Module, *, device: torch.device | str = "cpu") -> KVCache:
+        """The cache that `save` wrote, of the same model: its weights can't be compared, but its config and graphs are.
+
+        Raises ValueError for a file of another kind, or of a model with another config or other graphs.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, framework="pt", device=str(device)) as opened:
+                header = json.loads((opened.metadata() or {}).get(HEADER, "null"))
+                tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  it is no dict
+        except SafetensorError as error:
+            raise ValueError(f"{path} can't be read: {error}") from None
+        if not header or header.get("format") != FORMAT:
+            raise ValueError(f"{path} was not written by KVCache.save of this version")
+        found = cls(model, header["max_length"], rotary=header["rotary"])
+        plain = getattr(model, "_orig_mod", model)
+        memory_graph = getattr(plain, "memory_graph", None)
+        found._layers = [CachedLayer(found._rotary) for _ in found.graphs]
+        found._tracks = found._lay_out(Full() if memory_graph is None else memory_graph, header["memory"])
+        if header["model"] != found._digest():
+            raise ValueError(f"{path} must be of a model with the same config and graphs (it is of another)")
+        nodes = tensors["nodes"]
+        found._nodes = nodes if nodes.ndim else int(nodes)
+        found._front, found._batch, found.length = tensors.get("front"), header["batch"], header["length"]
+        for number, track in enumerate(found._tracks):
+            track.rows = tensors.get(f"rows:{number}")
+        for number, group in enumerate(group for layer in found.every_layer for group in layer.groups):
+            group.keys, group.values = tensors[f"keys:{number}"], tensors[f"values:{number}"]
+        return found
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """All that is held, by name."""
+        found = {f"rows:{number}": track.rows for number, track in enumerate(self._tracks) if track.rows is not None}
+        for number, group in enumerate(group for layer in self.every_layer for group in layer.groups):
+            found |= {f"keys:{number}": group.keys, f"values:{number}": group.values}
+        return found
+
+    def _digest(self) -> str:
+        """What tells models with other configs or graphs apart."""
+        listed: list[EdgeList] = []
+        texts = [write(graph, listed) for graph in (*self.graphs, self._memory[0])]
+        found = hashlib.sha256(repr((self.transformer.config, texts)).encode())
+        for edges in listed:
+            found.update(edges.given.numpy().tobytes())
+        return found.hexdigest()
 
     # --------------------------------------------------------------- what a Transformer asks of it: first the prompt
 
@@ -150,44 +222,53 @@ class KVCache:
         without a cross phase after that of the memory's nodes, which are keys too.
         """
         count, cross = x.shape[-2], self.transformer.config.cross
-        held = 0 if memory is None or cross else memory.shape[-2]
-        self._nodes = count if skipped is None else count - skipped[:, 0]
+        held = 0 if memory is None else memory.shape[-2]
+        nodes = count if skipped is None else count - skipped[:, 0]
+        front = None
         if mask is not None and skipped is None:
-            self._front = padding_in_front(mask[:, held:])
-        tracks: dict[Any, Track] = {}
-        for layer, graph in zip(self._layers, self.graphs, strict=True):
-            graph = Beside(memory_graph.sized(None, held), graph) if held else graph
-            self._allocate(layer, graph, held, mask, tracks)
-            if layer.cross is not None:
-                assert memory is not None
-                self._allocate(layer.cross, memory_graph, memory.shape[-2], memory_mask, tracks, brings_keys=False)
-        self._tracks, self._batch, self.length = list(tracks.values()), len(x), count
+            front = padding_in_front(mask[:, 0 if cross else held :])
+        tracks = self._lay_out(memory_graph, held)
+        for track in tracks:
+            of_memory = not track.brings_keys
+            keys = held if of_memory else track.schedule.memory + count
+            track.start(memory_mask if of_memory else mask, nodes, len(x), keys, x.device)
+        for layer in self.every_layer:
+            assert layer.prompt is not None
+            for group in layer.groups:
+                group.keep_prompt(*layer.prompt, nodes)
+            layer.prompt = None
+        self._tracks, self._nodes, self._front, self._batch, self.length = tracks, nodes, front, len(x), count
 
-    def _allocate(
-        self,
-        layer: CachedLayer,
-        graph: Graph,
-        memory: int,
-        real: Tensor | None,
-        tracks: dict[Any, Track],
-        *,
-        brings_keys: bool = True,
-    ) -> None:
-        """Slots for the keys of a layer, and its prompt's in them."""
-        assert layer.prompt is not None
-        k, v = layer.prompt
-        own = self.max_length if brings_keys else 0
-        graph = bind(graph, self.max_length, memory + own)
-        for part, heads, kv_heads in head_groups(graph, self.transformer.config.num_heads, k.shape[1]):
+    @property
+    def every_layer(self) -> list[CachedLayer]:
+        """Of each layer its own keys, and those of the phase that hears a memory."""
+        return [part for layer in self._layers for part in (layer, layer.cross) if part is not None]
+
+    def _lay_out(self, memory_graph: Graph, memory: int) -> list[Track]:
+        """Groups of heads for each layer, with so many keys of a memory, and what their slots have in common."""
+        tracks, self._memory = dict[Any, Track](), (memory_graph, memory)
+        cross = self.transformer.config.cross
+        for layer, graph in zip(self._layers, self.graphs, strict=True):
+            held = 0 if cross else memory
+            own = Beside(memory_graph.sized(None, held), graph) if held else graph
+            layer.groups = self._groups(own, held, tracks, True)
+            if cross:
+                layer.of_memory.groups = self._groups(memory_graph, memory, tracks, False)
+        return list(tracks.values())
+
+    def _groups(self, graph: Graph, memory: int, tracks: dict[Any, Track], brings_keys: bool) -> list[HeadGroup]:
+        """The groups of heads of a layer."""
+        config, keys = self.transformer.config, memory + (self.max_length if brings_keys else 0)
+        groups = []
+        for part, heads, kv_heads in head_groups(
+            bind(graph, self.max_length, keys), config.num_heads, config.num_kv_heads or config.num_heads
+        ):
             named = part, heads, brings_keys
             if named not in tracks:
-                schedule = Schedule(part.sized(self.max_length, memory + own), self.max_length, memory)
+                schedule = Schedule(part.sized(self.max_length, keys), self.max_length, memory)
                 tracks[named] = Track(schedule, heads, brings_keys, self._rotary if brings_keys else None)
-                tracks[named].start(real, self._nodes, len(k), k.shape[2], k.device)
-            group = HeadGroup(tracks[named], kv_heads, k, v)
-            group.keep_prompt(k, v, self._nodes)
-            layer.groups.append(group)
-        layer.prompt = None
+            groups.append(HeadGroup(tracks[named], kv_heads))
+        return groups
 
     # ------------------------------------------------------------------------------------------- then the other nodes
 
@@ -272,73 +353,6 @@ class KVCache:
             )
 
 
-class CachedLayer:
-    """The keys and values of one layer, for its attention."""
-
-    def __init__(self, rotary: Rotary | None):
-        self.rotary = rotary
-        self.groups: list[HeadGroup] = []
-        self.prompt: tuple[Tensor, Tensor] | None = None
-        self.cross: CachedLayer | None = None
-
-    @property
-    def holds_all(self) -> bool:
-        """Whether all keys are there: a memory's, after the prompt."""
-        return bool(self.groups) and not self.groups[0].track.brings_keys
-
-    @property
-    def turns(self) -> bool:
-        """Whether queries and keys are turned here."""
-        return self.rotary is not None
-
-    @property
-    def every_group(self) -> list[HeadGroup]:
-        """Those of the memory's phase too."""
-        return self.groups + ([] if self.cross is None else self.cross.groups)
-
-    @property
-    def of_memory(self) -> CachedLayer:
-        """The keys and values of the phase that hears a memory."""
-        if self.cross is None:
-            self.cross = CachedLayer(None)
-        return self.cross
-
-    def attend(
-        self,
-        q: Tensor,
-        k: Tensor | None,
-        v: Tensor | None,
-        graph: Graph,
-        *,
-        bias: Any = None,
-        attention_mask: Tensor | None = None,
-        scoring: Scoring,
-    ) -> Tensor:
-        """q (B, H, T, D), and the new nodes' keys and values, None where all are kept → (B, H, T, Dv).
-
-        Of a prompt by its graph, as ever; later by what is in the slots.
-        """
-        if not self.groups:
-            assert k is not None and v is not None
-            self.prompt = k, v
-            if self.rotary is not None:
-                turn = self.rotary(torch.arange(k.shape[2], device=k.device), torch.promote_types(k.dtype, torch.float32))
-                q, k = rotate(q, *turn), rotate(k, *turn)
-            return cast(Tensor, attend(q, k, v, graph, bias=bias, attention_mask=attention_mask, **scoring))
-        first = self.groups[0]
-        if len(self.groups) == 1:
-            return first.attend(q, k, v, bias, scoring)
-        out: Tensor | None = None
-        for group in self.groups:
-            heads = list(cast(tuple, group.track.heads))
-            own = [None if side is None else side[:, list(cast(tuple, group.kv_heads))] for side in (k, v)]
-            found = group.attend(q[:, heads], *own, bias, of_heads(scoring, heads))
-            out = q.new_empty(*q.shape[:3], found.shape[3]) if out is None else out
-            out[:, heads] = found
-        assert out is not None
-        return out
-
-
 def decoder_of(model: nn.Module) -> Transformer:
     """The Transformer of a model that continues a text."""
     model = getattr(model, "_orig_mod", model)  # of a compiled one
@@ -347,8 +361,8 @@ def decoder_of(model: nn.Module) -> Transformer:
         found = [part for part in model.modules() if isinstance(part, Transformer)]
     if len(found) != 1:
         raise TypeError(
-            f"model must be a Transformer, or have one, or one that is its `decoder` (got a {type(model).__name__} with "
-            f"{len(found)})"
+            f"model must be a Transformer, or have one, or one that is its `decoder` (got a {type(model).__name__}, "
+            f"which has {len(found)})"
         )
     return cast(Transformer, found[0])
 
@@ -357,8 +371,8 @@ def decodable(graph: Graph | GraphFunction, layer: int, length: int) -> Graph:
     """The graph of so many nodes, the first of its own, if a text can be continued by it, node after node."""
     if not isinstance(graph, Graph):
         raise ValueError(
-            f"the graph of layer {layer} is a function of what the layer reads, {name_of(graph)}, which a cache does not "
-            f"hold: use_cache=False computes all again for each node"
+            f"the graph of layer {layer} is a function of what the layer reads, {name_of(graph)}, which a cache does "
+            f"not hold: use_cache=False computes all again for each node"
         )
     if graph._unresolved:
         raise ValueError(
@@ -368,44 +382,20 @@ def decodable(graph: Graph | GraphFunction, layer: int, length: int) -> Graph:
     n, m = (length if own is None else own for own in graph.size)
     if min(n, m) < length:
         raise ValueError(
-            f"the graph of layer {layer} must have at least max_length={length} nodes (got {graph} of size {graph.size})"
+            f"the graph of layer {layer} must have at least max_length={length} nodes (got {graph} of size "
+            f"{graph.size})"
         )
     if found := leaks(graph, n):
         _, key, query = found[0]
         raise ValueError(
-            f"the graph of layer {layer} must be causal, as what comes later is not there yet: in {graph}, query {query} "
-            f"hears key {key} (analysis.leaks)"
+            f"the graph of layer {layer} must be causal, as what comes later is not there yet: in {graph}, query "
+            f"{query} hears key {key} (analysis.leaks); use_cache=False computes all again for each node"
         )
     return cut(None, bind(graph, n, m).sized(n, m), length)
 
 
-def cut(own: Graph | None, graph: Graph, count: int) -> Graph:
+def cut(own: Graph | GraphFunction | None, graph: Graph, count: int) -> Graph:
     """The first so many nodes of a graph; of one that is the same at any size, itself."""
-    if own is not None and own.size == (None, None) and not own._unbound:
+    if isinstance(own, Graph) and own.size == (None, None) and not own._unbound:
         return own
     return graph if graph.size == (count, count) else graph.rows(0, count).T.rows(0, count).T
-
-
-def head_groups(
-    graph: Graph, heads: int, kv_heads: int
-) -> list[tuple[Graph, tuple[int, ...] | None, tuple[int, ...] | None]]:
-    """The key heads whose query heads hear by the same graphs: that graph, the query heads and the key heads."""
-    if graph.heads is None:
-        return [(graph, None, None)]
-    shared, groups = heads // kv_heads, dict[tuple[Graph, ...], list[int]]()
-    for kv_head in range(kv_heads):
-        own = tuple(simplify(graph.of_head(head)) for head in range(kv_head * shared, (kv_head + 1) * shared))
-        groups.setdefault(own, []).append(kv_head)
-    found = []
-    for own, members in groups.items():
-        queries = tuple(kv_head * shared + place for kv_head in members for place in range(shared))
-        alike = len(set(own)) == 1
-        found.append((own[0] if alike else PerHead(own * len(members)), queries, tuple(members)))
-    return found
-
-
-def of_heads(scoring: Scoring, heads: list[int]) -> Scoring:
-    """How keys answer the queries of some heads."""
-    if "score" not in scoring:
-        return scoring
-    return {**scoring, "score": Additive(cast(Tensor, scoring["score"].weight)[heads])}

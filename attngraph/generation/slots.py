@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,8 +13,6 @@ from attngraph.attention import attend
 from attngraph.bias import Alibi, RelativeBias
 from attngraph.generation.schedule import Schedule
 from attngraph.graph.algebra import Full
-from attngraph.graph.base import Graph
-from attngraph.graph.compose import PerHead
 from attngraph.graph.patterns import Tree
 from attngraph.nn.attention import Scoring
 from attngraph.nn.positions import Rotary, rotate
@@ -58,7 +55,7 @@ class Track:
         self.count = 0
         self.tree: Tree | None = None
         self._step: Step | None = None
-        self._rows: Tensor | None = None  # (B, slots): the key in each, -1 for none; of rows that differ
+        self.rows: Tensor | None = None  # (B, slots): the key in each, -1 for none; of rows of a batch that differ
         self._keys = np.full(schedule.capacity, -1)  # the same of rows that are alike, of keys before `_known`
         self._known = 0
 
@@ -73,17 +70,17 @@ class Track:
         stays = last[keys] >= (nodes[:, None] if isinstance(nodes, Tensor) else nodes)
         stays = stays.expand(batch, count) if real is None else stays & real
         row, key = stays.nonzero().unbind(1)
-        self._rows = torch.full((batch, self.schedule.capacity), -1, device=device)
-        self._rows[row, slots[key]] = key
+        self.rows = torch.full((batch, self.schedule.capacity), -1, device=device)
+        self.rows[row, slots[key]] = key
 
     def prompt(self, nodes: Nodes, count: int, device: torch.device) -> tuple[Tensor | None, Tensor, Tensor]:
         """Of a prompt's keys those that stay, row by row where rows differ: the row, key and slot of each."""
         slots, last = self.schedule.tensors(device)
-        if self._rows is None:
+        if self.rows is None:
             key = (last[:count] >= nodes).nonzero()[:, 0]
             return None, key, slots[key]
-        row, slot = (self._rows >= 0).nonzero().unbind(1)
-        return row, self._rows[row, slot], slot
+        row, slot = (self.rows >= 0).nonzero().unbind(1)
+        return row, self.rows[row, slot], slot
 
     def begin(self, nodes: Nodes, count: int, tree: Tree | None = None) -> None:
         """A call with so many new nodes begins."""
@@ -92,13 +89,13 @@ class Track:
     def step(self, bias: Alibi | RelativeBias | None, like: Tensor) -> Step:
         """What the new nodes hear, found once for all layers of the call."""
         if self._step is None:
-            self._step = self._of_rows(bias, like) if self._rows is not None else self._alike(bias, like)
+            self._step = self._of_rows(bias, like) if self.rows is not None else self._alike(bias, like)
         return self._step
 
     def commit(self, path: Tensor | None) -> tuple[Tensor | None, Tensor, Tensor]:
         """The new nodes, or of a tree those of a path, are part of the text: the row, number and slot of each key that
         is kept; no row where all are alike."""
-        if self._rows is None:
+        if self.rows is None:
             assert isinstance(self.nodes, int)
             count = self.count if path is None else len(path)
             first = self.schedule.memory + self.nodes
@@ -106,11 +103,11 @@ class Track:
             alive = torch.from_numpy(self.schedule.last[keys] >= self.nodes + count)
             chosen = torch.arange(count) if path is None else path
             return None, chosen[alive], torch.from_numpy(self.schedule.slots[keys])[alive]
-        slots, last = self.schedule.tensors(self._rows.device)
-        nodes = self._new_nodes(self._rows.device).expand(len(self._rows), self.count)
+        slots, last = self.schedule.tensors(self.rows.device)
+        nodes = self._new_nodes(self.rows.device).expand(len(self.rows), self.count)
         row, new = (last[nodes + self.schedule.memory] > nodes[:, -1:]).nonzero().unbind(1)
         key = nodes[row, new] + self.schedule.memory
-        self._rows[row, slots[key]] = key
+        self.rows[row, slots[key]] = key
         return row, new, slots[key]
 
     @property
@@ -122,13 +119,14 @@ class Track:
     @property
     def write(self) -> int:
         """The first of the slots that new keys have taken one after the other."""
-        assert self._step is not None and isinstance(self._step.write, int)
+        assert self._step is not None
+        assert isinstance(self._step.write, int)
         return self._step.write
 
     def reorder(self, index: Tensor) -> None:
         """The rows with these numbers, in their place."""
-        if self._rows is not None:
-            self._rows = self._rows[index]
+        if self.rows is not None:
+            self.rows = self.rows[index]
 
     # --------------------------------------------------------------------------------------- what the new nodes hear
 
@@ -163,8 +161,8 @@ class Track:
 
     def _of_rows(self, bias: Alibi | RelativeBias | None, like: Tensor) -> Step:
         """In rows of which each has come to another node, or has padding of its own."""
-        assert self._rows is not None
-        queries, keys, write = self._new_nodes(self._rows.device), self._rows, None
+        assert self.rows is not None
+        queries, keys, write = self._new_nodes(self.rows.device), self.rows, None
         queries = queries.expand(len(keys), self.count)
         if self.brings_keys:
             new = queries + self.schedule.memory
@@ -180,7 +178,7 @@ class Track:
             added = self._bias(bias, queries[:, :, None], keys[:, None] - self.schedule.memory)
         mask = _mask(allowed, added, like)
         mask = mask[:, None] if mask.ndim == 3 else mask.transpose(0, 1)
-        return Step(write, self._rows.shape[1], mask, rotary=rotary)
+        return Step(write, self.rows.shape[1], mask, rotary=rotary)
 
     def _place(self) -> tuple[int | None, int]:
         """The first slot of the new keys, None where they would be in the place of others that are still heard; and
@@ -244,10 +242,9 @@ class Track:
 class HeadGroup:
     """The keys and values of the heads of a layer whose graph is one: (B, heads, slots, D)."""
 
-    def __init__(self, track: Track, kv_heads: tuple[int, ...] | None, k: Tensor, v: Tensor):
+    def __init__(self, track: Track, kv_heads: tuple[int, ...] | None):
         self.track, self.kv_heads = track, kv_heads
-        heads, slots = k.shape[1] if kv_heads is None else len(kv_heads), track.schedule.capacity
-        self.keys, self.values = (side.new_zeros(len(k), heads, slots, side.shape[3]) for side in (k, v))
+        self.keys = self.values = torch.empty(0)
         self.beside: tuple[Tensor, Tensor] | None = None  # new keys and values without a slot
 
     def attend(self, q: Tensor, k: Tensor | None, v: Tensor | None, bias: Any, scoring: Scoring) -> Tensor:
@@ -264,7 +261,7 @@ class HeadGroup:
             q, keys = rotate(q, *rotary[0]), rotate(keys, *rotary[1])
         if "score" in scoring:
             return attend(q, keys, values, Full(), bias=mask, **scoring)
-        return over_slots(q, keys, values, mask, scoring["scale"])
+        return over_slots(q, keys, values, mask, scoring.get("scale"))
 
     def _put(self, k: Tensor, v: Tensor, write: int | Tensor | None) -> None:
         """The new keys and values in their slots."""
@@ -280,9 +277,14 @@ class HeadGroup:
 
     def keep_prompt(self, k: Tensor, v: Tensor, nodes: Nodes) -> None:
         """What of a prompt's keys and values, of all heads of the layer, is still to be heard."""
+        k, v = (side if self.kv_heads is None else side[:, list(self.kv_heads)] for side in (k, v))
         row, key, slot = self.track.prompt(nodes, k.shape[2], k.device)
+        with torch.inference_mode(False):  # which would not let them be written to outside of it
+            shape = *k.shape[:2], self.track.schedule.capacity
+            self.keys, self.values = (
+                torch.zeros(*shape, side.shape[3], dtype=side.dtype, device=side.device) for side in (k, v)
+            )
         for kept, side in ((self.keys, k), (self.values, v)):
-            side = side if self.kv_heads is None else side[:, list(self.kv_heads)]
             if row is None:
                 kept.index_copy_(2, slot, side.index_select(2, key))
             else:
@@ -306,7 +308,7 @@ class HeadGroup:
 
 def over_slots(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
     """softmax(scale · q kᵀ + mask) v of few queries: those of the heads that share a key head are queries of one."""
-    batch, heads, count, _ = q.shape
+    heads, count = q.shape[1:3]
     shared = heads // k.shape[1]
     if shared > 1:
         q = q.unflatten(1, (-1, shared)).flatten(2, 3)

@@ -18,7 +18,6 @@ from attngraph.nn.cached import CachedLayer
 from attngraph.nn.checks import require_vectors
 from attngraph.nn.positions import rotate
 
-
 Rotation = tuple[Tensor, Tensor]
 """cos and sin, as `Rotary` gives them."""
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from attngraph.graph.base import Graph
 from attngraph.graph.patterns import Tree
@@ -41,6 +41,8 @@ class CachedLayer(Protocol):
 class Cached(Protocol):
     """Those of all layers."""
 
+    transformer: nn.Module
+    """Whose they are."""
     length: int
     """How many nodes there are; 0 before the prompt."""
 

@@ -424,9 +424,7 @@ class Transformer(nn.Module):
             return None
         return padding_in_front(mask)
 
-    def _with_positions(
-        self, x: Tensor, positions: Tensor, key_positions: Tensor
-    ) -> Placed:
+    def _with_positions(self, x: Tensor, positions: Tensor, key_positions: Tensor) -> Placed:
         """What tells nodes their places: added to x; or cos and sin that turn queries and keys; or a bias."""
         if self.position is None:
             return x, None, None
@@ -462,10 +460,12 @@ class Transformer(nn.Module):
         """Raise unless a call with a cache can be one."""
         if cache is None:
             raise ValueError("tree is of use only with a cache, whose text it continues")
+        if cache.transformer is not self:
+            raise ValueError("the cache must be one of this model: KVCache(model, max_length=…) (it is of another)")
         if is_given:
             raise ValueError(
-                "with a cache, graph, bias, positions and memory_positions can't be given: graphs and positions are the "
-                "model's own, of which the cache knows how they go on"
+                "with a cache, graph, bias, positions and memory_positions can't be given: they are the model's own, of "
+                "which the cache knows how they go on"
             )
         if not cache.length and tree is not None:
             raise ValueError("a tree continues a text: give the cache its prompt first")

@@ -32,7 +32,7 @@ from attngraph import nn as nn
 from attngraph.attention import attend
 from attngraph.bias import Alibi, EdgeBias, RelativeBias
 from attngraph.comparison import Comparison, compare
-from attngraph.generation.sampling import generate
+from attngraph.generation import KVCache, generate
 from attngraph.graph.algebra import Empty, Full
 from attngraph.graph.base import Graph
 from attngraph.graph.compose import Batched, Beside, Blocks, Disjoint, PerHead
@@ -96,6 +96,7 @@ __all__ = [
     "Global",
     "Graph",
     "Identity",
+    "KVCache",
     "LeakyReLU",
     "NamedGraph",
     "Neighborhood",

@@ -72,8 +72,6 @@ class KVCache:
         require_ints(1, max_length=max_length)
         self.transformer = decoder_of(model)
         config = self.transformer.config
-        if rotary not in ("absolute", "kept"):
-            raise ValueError(f"rotary must be 'absolute' or 'kept' (got {rotary!r})")
         if rotary == "kept" and config.position != "rotary":
             raise ValueError(f"rotary='kept' is of rotary positions (got a model with position={config.position!r})")
         if config.position == "learned" and max_length > cast(int, config.max_length):
@@ -83,9 +81,9 @@ class KVCache:
         rope = cast(Rotary, self.transformer.position).rope if config.position == "rotary" else None
         if rope is not None and rope.kind in Rope.BY_LENGTH and max_length > rope.scaling[TRAINED]:
             raise ValueError(
-                f"a cache holds keys that are turned, but frequencies of rope_type {rope.kind!r} change with the length "
-                f"of texts of more than {rope.scaling[TRAINED]} nodes (got max_length={max_length}): without a cache, "
-                f"use_cache=False, each step computes all again"
+                f"a cache holds keys that are turned, but frequencies of rope_type {rope.kind!r} change with the "
+                f"length of texts of more than {rope.scaling[TRAINED]} nodes (got max_length={max_length}): without a "
+                f"cache, use_cache=False, each step computes all again"
             )
         self.max_length, self.rotary = max_length, rotary
         self.graphs = tuple(decodable(graph, layer, max_length) for layer, graph in enumerate(self.transformer.graphs))

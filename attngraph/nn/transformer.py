@@ -464,8 +464,8 @@ class Transformer(nn.Module):
             raise ValueError("the cache must be one of this model: KVCache(model, max_length=…) (it is of another)")
         if is_given:
             raise ValueError(
-                "with a cache, graph, bias, positions and memory_positions can't be given: they are the model's own, of "
-                "which the cache knows how they go on"
+                "with a cache, graph, bias, positions and memory_positions can't be given: they are the model's own, "
+                "of which the cache knows how they go on"
             )
         if not cache.length and tree is not None:
             raise ValueError("a tree continues a text: give the cache its prompt first")

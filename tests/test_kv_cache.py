@@ -405,3 +405,15 @@ def test_under_inference_mode_and_alone():
     with torch.no_grad():
         rest = model(x[:, 2:], cache=cache)
         torch.testing.assert_close(torch.cat([first, rest], dim=1), model(x), atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("is_compiled", [False, True])
+@torch.no_grad()
+def test_a_compiled_model_takes_one(is_compiled):
+    """Its steps run as they are: a program would write the numbers of each into itself."""
+    torch._dynamo.reset()
+    model, text = gpt(WINDOW), tokens(2, 12)
+    compiled = torch.compile(model, backend="eager") if is_compiled else model
+    with torch._dynamo.config.patch(recompile_limit=3, fail_on_recompile_limit_hit=True):
+        found = stepped(compiled, KVCache(compiled, 12), text, 3)
+    torch.testing.assert_close(found, model(text), atol=1e-12, rtol=0)

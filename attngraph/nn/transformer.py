@@ -315,11 +315,21 @@ class Transformer(nn.Module):
             tree: with a cache, several ways to go on at once: x are the nodes of a tree, each of which hears its
                 ancestors and what the cache holds, until `cache.accept` says which of them is the text.
         """
+        if cache is not None and torch.compiler.is_compiling():  # each step has other numbers, which it would write in
+            return _uncompiled(
+                self, x, graph, bias=bias, positions=positions, attention_mask=attention_mask, memory=memory,
+                memory_graph=memory_graph, memory_positions=memory_positions,
+                memory_attention_mask=memory_attention_mask, cache=cache, tree=tree,
+            )  # fmt: skip
         if cache is not None or tree is not None:
             given = (graph, bias, positions, memory_positions)
             self._check_cached(cache, tree, attention_mask, any(each is not None for each in given))
         if cache is not None and len(pieces := cache.pieces(x.shape[-2])) > 1:
-            assert memory is attention_mask is None
+            if not (memory is attention_mask is None):
+                raise ValueError(
+                    f"positions among the keys that are kept need a prompt without padding or memory, or of at most "
+                    f"{pieces[0]} nodes, of which none is forgotten (got {x.shape[-2]})"
+                )
             return torch.cat([self(part, cache=cache) for part in x.split(pieces, dim=-2)], dim=-2)
         goes_on = cache is not None and cache.length > 0
         require_vectors("x", x, self.config.embed_dim)
@@ -540,6 +550,12 @@ class Transformer(nn.Module):
                     nn.init.normal_(linear.weight, std=0.02 * depth)
                 elif linear in residual:
                     nn.init.zeros_(linear.weight)
+
+
+@torch.compiler.disable
+def _uncompiled(model: nn.Module, *arguments: Any, **options: Any) -> Tensor:
+    """What a model makes of these, outside of a program that is being compiled."""
+    return model(*arguments, **options)
 
 
 def _is_list(graph: object) -> bool:

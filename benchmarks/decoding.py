@@ -1,0 +1,126 @@
+"""Decoding, token by token: the cache beside one written by hand, beside transformers, and beside no cache.
+
+Sections of `benchmarks.goals`: python -m benchmarks.goals --section cache --section tokens --section stream …
+"""
+
+from __future__ import annotations
+
+import time
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+from torch.nn.functional import gelu, scaled_dot_product_attention
+
+from attngraph import Causal, KVCache, Prefix, Window, generate
+from attngraph.models import GPT
+from attngraph.nn import TransformerConfig
+from attngraph.nn.positions import rotate
+from benchmarks.experiment import Goal
+from benchmarks.measure import Progress, isolated, ratios
+
+DEMO = {"embed_dim": 128, "num_layers": 4, "num_heads": 4}  # the GPT of `make demo`
+GPT2 = {"embed_dim": 768, "num_layers": 12, "num_heads": 12, "activation": "gelu_tanh"}  # of 124M parameters
+LENGTHS = 64, 512, 2048, 8192
+NEW = 1024
+STREAM = 100_000
+
+
+# ------------------------------------------------------------------------------------------- beside a cache by hand
+
+
+class ByHand:
+    """A causal GPT with its keys and values in tensors that are there from the start, and bare SDPA."""
+
+    def __init__(self, model: GPT, length: int):
+        self.model, config = model, model.config
+        heads, dim = config.num_heads, config.embed_dim // config.num_heads
+        self.shape = 1, 1, heads, dim
+        self.keys, self.values = torch.zeros(2, config.num_layers, 1, heads, length, dim)
+        self.rotary = model.transformer.position(torch.arange(length))
+        self.length = 0
+
+    def __call__(self, token: Tensor) -> Tensor:
+        model, here = self.model, slice(self.length, self.length + 1)
+        self.length += 1
+        x, turn = model.embedding.weight[token], [side[here] for side in self.rotary]
+        for layer, keys, values in zip(model.transformer.layers, self.keys, self.values, strict=True):
+            attention, feedforward = layer.attention, layer.feedforward
+            h = layer.attention_norm(x)
+            q = attention.query(h).view(self.shape).transpose(1, 2)
+            k = attention.key(h).view(self.shape).transpose(1, 2)
+            keys[:, :, here] = rotate(k, *turn)
+            values[:, :, here] = attention.value(h).view(self.shape).transpose(1, 2)
+            heard = keys[:, :, : self.length], values[:, :, : self.length]
+            out = scaled_dot_product_attention(rotate(q, *turn), *heard)
+            x = x + attention.out(out.transpose(1, 2).flatten(2))
+            x = x + feedforward.down(gelu(feedforward.up(layer.feedforward_norm(x))))
+        return model.head(model.transformer.final_norm(x))
+
+
+@torch.no_grad()
+def by_hand_alone(progress: Progress, length: int, steps: int) -> dict:
+    """Steps after a text of this length: each of ours beside one by hand, and the same logits."""
+    progress({}, 600.0)
+    torch.manual_seed(0)
+    model = GPT(TransformerConfig(**DEMO), vocab_size=65).eval()
+    text = torch.randint(65, (1, length + steps))
+    cache, hand = KVCache(model, length + steps), ByHand(model, length + steps)
+    model(text[:, :length], cache=cache)
+    for kept, layer in zip(zip(hand.keys, hand.values, strict=True), cache.layers, strict=True):
+        for side, own in zip(kept, (layer.groups[0].keys, layer.groups[0].values), strict=True):
+            side[:, :, :length] = own[:, :, :length]
+    hand.length = length
+    ours, theirs = [], []
+    for place in range(length, length + steps):
+        token = text[:, place : place + 1]
+        start = time.perf_counter()
+        found = model(token, cache=cache)
+        middle = time.perf_counter()
+        wanted = hand(token)
+        theirs.append(time.perf_counter() - middle)
+        ours.append(middle - start)
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-4)
+    return {"ratio": ratios(ours[20:], theirs[20:])}
+
+
+def by_hand(options: Namespace) -> Iterator[Goal]:
+    for length in LENGTHS:
+        found = isolated(by_hand_alone, length, 60 * options.repeats, seconds=600.0, gib=options.memory)
+        text = f"a step of {named(DEMO)} after {length:,} tokens: time over that of a cache by hand on bare SDPA"
+        yield Goal(text, 1.05, found.get("failure") or found["ratio"][1], at_most=True)
+
+
+def named(sizes: dict) -> str:
+    """A GPT in a sentence."""
+    return f"a GPT of {sizes['num_layers']} layers of width {sizes['embed_dim']}"
+
+
+# ------------------------------------------------------------------------------------------------- a text without end
+
+
+@torch.no_grad()
+def stream_alone(progress: Progress, count: int) -> dict:
+    """Tokens one after the other, on a window with sinks: bytes held, and how long the last thousand take."""
+    torch.manual_seed(0)
+    model = GPT(TransformerConfig(**DEMO), 65, Causal() & (Window(256, 0) | Prefix(4))).eval()
+    cache, token = KVCache(model, count), torch.zeros(1, 1, dtype=torch.int64)
+    sizes, times = set(), []
+    for thousand in range(count // 1000):
+        progress({}, 300.0)
+        start = time.perf_counter()
+        for _ in range(1000):
+            token = model(token, cache=cache)[:, -1:].argmax(-1)
+        times.append(time.perf_counter() - start)
+        sizes.add(cache.nbytes)
+    return {"ratio": times[-1] / times[1], "sizes": sorted(sizes)}
+
+
+def stream(options: Namespace) -> Iterator[Goal]:
+    found = isolated(stream_alone, STREAM, seconds=600.0, gib=options.memory)
+    text = f"{named(DEMO)} on Causal() & (Window(256, 0) | Prefix(4)), {STREAM:,} tokens: "
+    reached = found.get("failure") or len(found["sizes"])
+    yield Goal(text + "different sizes of the cache, in bytes", 1, reached, at_most=True)
+    reached = found.get("failure") or found["ratio"]
+    yield Goal(text + "time of the last 1,000 over the second 1,000", 1.1, reached, at_most=True)

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import time
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 from torch.nn.functional import gelu, scaled_dot_product_attention
 
-from attngraph import Causal, KVCache, Prefix, Window, generate
+from attngraph import Causal, KVCache, Prefix, Window
 from attngraph.models import GPT
 from attngraph.nn import TransformerConfig
 from attngraph.nn.positions import rotate
@@ -107,7 +107,7 @@ def stream_alone(progress: Progress, count: int) -> dict:
     model = GPT(TransformerConfig(**DEMO), 65, Causal() & (Window(256, 0) | Prefix(4))).eval()
     cache, token = KVCache(model, count), torch.zeros(1, 1, dtype=torch.int64)
     sizes, times = set(), []
-    for thousand in range(count // 1000):
+    for _ in range(count // 1000):
         progress({}, 300.0)
         start = time.perf_counter()
         for _ in range(1000):

@@ -153,6 +153,8 @@ MASKS: Cache[Tensor] = Cache(max_entries=16)
 """(graph, its state, n, m, device) → mask."""
 EDGES: Cache[Any] = Cache(max_entries=16)
 """(graph, its state, n, m, device) → the edges with one bool for each head."""
+CALLS: Cache[Any] = Cache(max_entries=256)
+"""Sizes, dtypes and plain options of a call of `attend` that was checked → what it asks for: no tensors, no graph."""
 COLUMNS: Cache[Any] = Cache(max_entries=64, max_bytes=1 << 30)
 """(graph, its state, n, m, device, given edges) → which of these each edge of the graph is."""
 COSTS: Cache[Any] = Cache(max_entries=16)
@@ -170,6 +172,7 @@ _NAMED: dict[str, Cache[Any]] = {
     "masks": MASKS,
     "edges": EDGES,
     "edge values": COLUMNS,
+    "calls": CALLS,
     "costs": COSTS,
     "warnings": WARNED,
     "compiled programs": COMPILED,
@@ -181,7 +184,7 @@ def cache_info() -> dict[str, CacheInfo]:
 
     >>> from attngraph import cache
     >>> sorted(cache.cache_info())
-    ['compiled programs', 'costs', 'edge values', 'edges', 'masks', 'plans', 'plans on a GPU', 'warnings']
+    ['calls', 'compiled programs', 'costs', 'edge values', 'edges', 'masks', 'plans', 'plans on a GPU', 'warnings']
     """
     return {name: each.info() for name, each in _NAMED.items()}
 

@@ -66,12 +66,12 @@ def forward(q: Tensor, k: Tensor, v: Tensor, layout: TilesLayout, modifiers: Mod
     (B, H, N, D), (M, Dv) = q.shape, v.shape[2:]
     (nodes, key_nodes), dims, number = filled_grid(layout), (filled(D), filled(Dv)), number_of(q.dtype)
     out = np.empty((B * H, nodes * dims[1]), BITS.get(q.dtype, number))
-    lse = np.empty((B * H, nodes), number)
+    lse = np.empty((B, H, nodes), number)
     sides = flat_heads(q, nodes), flat_heads(k, key_nodes), flat_heads(v, key_nodes)
-    tensors = ForwardTensors(*sides, out, lse, _real_keys(modifiers, layout, B), *dims)
+    tensors = ForwardTensors(*sides, out, lse.reshape(B * H, nodes), _real_keys(modifiers, layout, B), *dims)
     pieces, tiles = pieces_of(layout, "by_query", B * H), tiles_of(layout, "by_query", _reads_edges(modifiers))
     forward_rows(B * H * (len(pieces) - 1), pieces, tensors, tiles, _scoring(modifiers, q, M))
-    return as_nodes(out, B, N, Dv, nodes, q.dtype), torch.from_numpy(lse).view(B, H, nodes)[:, :, :N]
+    return as_nodes(out, B, N, Dv, nodes, q.dtype), torch.from_numpy(lse if nodes == N else lse[:, :, :N])
 
 
 # ------------------------------------------------------------------------------------------------- backward
@@ -210,7 +210,8 @@ def filled_grid(layout: Grid) -> tuple[int, int]:
 
 def flat_heads(x: Tensor, nodes: int, multiple: int = LANES) -> np.ndarray:
     """x (B, H, n, D) as (B · H, nodes · D'), filled up with zeros to so many nodes, and D to a multiple D'."""
-    (B, H, n, D), dim, x = x.shape, filled(x.shape[3], multiple), x.detach()
+    (B, H, n, D), dim = x.shape, filled(x.shape[3], multiple)
+    x = x.detach() if x.requires_grad else x
     x = pad(x, (0, dim - D, 0, nodes - n)) if (n, D) != (nodes, dim) else x.contiguous()
     array = x.view(torch.int16).numpy().view(BITS[x.dtype]) if x.dtype in BITS else x.numpy()
     return array.reshape(B * H, nodes * dim)
@@ -223,8 +224,8 @@ def regrouped(x: np.ndarray, heads: int) -> np.ndarray:
 
 def as_nodes(x: np.ndarray, B: int, n: int, D: int, nodes: int, dtype: torch.dtype) -> Tensor:
     """The way back: (B · H, nodes · D') → (B, H, n, D)."""
-    flat = torch.from_numpy(x.view(np.int16)).view(dtype) if dtype in BITS else torch.from_numpy(x)
-    whole = flat.view(B, len(x) // max(B, 1), nodes, filled(D))
+    x = x.reshape(B, len(x) // max(B, 1), nodes, filled(D))
+    whole = torch.from_numpy(x.view(np.int16)).view(dtype) if dtype in BITS else torch.from_numpy(x)
     return whole if (nodes, filled(D)) == (n, D) else whole[:, :, :n, :D]
 
 

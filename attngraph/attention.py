@@ -38,7 +38,7 @@ from attngraph.planning.backends.base import Results
 from attngraph.planning.call import Call, Request, Transform, normalizer_name
 from attngraph.planning.edge_set import closed_form
 from attngraph.planning.execution import run, run_traced
-from attngraph.planning.planner import Plan, fitted, planned, planned_once, traced
+from attngraph.planning.planner import Plan, fitted, planned, planned_once, traced, without_plan
 from attngraph.planning.steps import Reduction, at_queries, edge_weights, in_steps, reduced_weights
 
 Normalizer = str | Elementwise
@@ -237,6 +237,9 @@ def _run(
         if backend.name == "steps":
             attention = partial(_run, graph=graph, name="auto", call=call.after_scores)
             return in_steps(q, k, v, graph, bias, request, attention)
+        layout = backend.traced_layout(graph, call.num_queries, call.num_keys, call.device)
+        return backend.attend(q, k, v, layout, bias, request)
+    if (backend := without_plan(graph, call, name)) is not None:
         layout = backend.traced_layout(graph, call.num_queries, call.num_keys, call.device)
         return backend.attend(q, k, v, layout, bias, request)
     made = _planned(graph, call, name)

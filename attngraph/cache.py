@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import count
 from threading import RLock
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -26,8 +26,9 @@ Value = TypeVar("Value")
 @contextmanager
 def outside_of_transforms() -> Iterator[None]:
     """Make what is to be kept: it outlives the inference mode, the transform or the default device of today's call."""
-    here = torch.inference_mode(False), torch.device("cpu")
-    with torch._C._DisableTorchDispatch(), torch._C._DisableFuncTorch(), here[0], here[1]:
+    # As a mode, a device is asked at each operation of torch.
+    place = nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
+    with torch._C._DisableTorchDispatch(), torch._C._DisableFuncTorch(), torch.inference_mode(False), place:
         yield
 
 

@@ -240,6 +240,7 @@ def _run(
         layout = backend.traced_layout(graph, call.num_queries, call.num_keys, call.device)
         return backend.attend(q, k, v, layout, bias, request)
     if (backend := without_plan(graph, call, name)) is not None:
+        assert isinstance(graph, Graph)
         layout = backend.traced_layout(graph, call.num_queries, call.num_keys, call.device)
         return backend.attend(q, k, v, layout, bias, request)
     made = _planned(graph, call, name)

@@ -35,10 +35,10 @@ def run(q: Tensor, k: Tensor, v: Tensor, bias: Bias | None, request: Request, pl
         (part,) = plan.parts
         return part.backend.attend(q, k, v, part.layout, bias, request)
     q, k = (q, k) if plan.takes_no_dims else _with_dims(q, k)
-    # A backend that does not merge is differentiated by torch.
-    own_backward = torch.is_grad_enabled() and not (plan.parts and not plan.parts[0].backend.merges)
-    attention = _Attention.apply if own_backward else _forward_call
-    return _merged(q, k, v, bias, request, lambda *sides: attention(*sides, plan))
+    by_torch = plan.parts and not plan.parts[0].backend.merges  # it differentiates the forward pass
+    if by_torch or not torch.is_grad_enabled():
+        return _merged(q, k, v, bias, request, lambda *sides: _forward_call(*sides, plan=plan))
+    return _merged(q, k, v, bias, request, lambda *sides: _Attention.apply(*sides, plan))
 
 
 def run_traced(

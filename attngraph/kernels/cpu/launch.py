@@ -118,7 +118,7 @@ class InThreads:
         self.launch(0, 1, np.zeros(1, np.int64), num_jobs, args)
 
     def _compile(self, kind: Hashable, args: tuple) -> Callable[..., None]:
-        """The machine code for arguments of these types."""
+        """The machine code for arguments of such types."""
         signature = COUNT, COUNT, typeof(np.zeros(1, np.int64)), COUNT, typeof(args)
         self.launch.compile(signature)
         self._compiled[kind] = self.launch.overloads[signature].entry_point

@@ -187,7 +187,7 @@ def attend(
     needs_lse = return_lse or sinks is not None or (return_weights and normalize == "softmax")
     request = Request(factor, score, normalize, dropout, needs_lse, return_weights and reduce is None, attention_mask)
     call = _call(q, k, v, added, request)
-    if kind is not None and dropout is None and not (unbatched or is_turned):
+    if kind is not None and dropout is None and batch is None and not (unbatched or is_turned):
         cache.CALLS.keep(kind, (call, request))
     out, lse, weights = _run(q, k, v, added, request, graph, backend, call)
     weights = weights if request.return_weights else None
@@ -269,9 +269,9 @@ def _kind(q, k, v, graph: Any, *options: object) -> tuple | None:
     if torch.compiler.is_compiling() or not type(q) is type(k) is type(v) is Tensor:
         return None
     if isinstance(graph, Graph):
-        if graph._unresolved or entries_of(graph) is not None:
+        if graph._unresolved:
             return None
-        of_graph = graph.size, graph.heads
+        of_graph = graph.size, graph.heads, entries_of(graph)
     else:
         of_graph = type(graph)
     if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active() or tensors_are_fake():

@@ -157,3 +157,14 @@ def test_a_small_graph_of_neighbors_is_what_a_plan_of_it_computes(none):
         torch.testing.assert_close(found, expected)
         one, other = (torch.autograd.grad(out.sum(), (q, k, v)) for out, *_ in (found, expected))
         torch.testing.assert_close(one, other)
+
+
+def test_neighbors_in_compiled_programs():
+    """Given to a program, or made in it."""
+    index = torch.rand(1, 12, 12).topk(3).indices
+    q, k, v = torch.randn(3, 1, 2, 12, 8)
+    expected = attend(q, k, v, from_neighbors(index), backend="edges")
+    given = torch.compile(attend, backend="aot_eager", fullgraph=True)
+    made = torch.compile(lambda q, k, v, index: attend(q, k, v, from_neighbors(index)), backend="aot_eager")
+    torch.testing.assert_close(given(q, k, v, from_neighbors(index)), expected)
+    torch.testing.assert_close(made(q, k, v, index), expected)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import cached_property
 from itertools import count
 from typing import TYPE_CHECKING, Any, cast
@@ -95,7 +96,7 @@ class EdgeList(Graph):
     def code(self) -> Tensor:
         """query · num_keys + key of each edge, ascending: int64 (E,)."""
         assert self.neighbors is not None
-        with cache.outside_of_transforms():
+        with nullcontext() if torch.compiler.is_compiling() else cache.outside_of_transforms():
             return _code_of(self.neighbors, self._keys, self.entries or 1)
 
     @cached_property
@@ -107,6 +108,11 @@ class EdgeList(Graph):
     def order(self) -> Tensor:
         """The column from which each edge came: int64 (E,)."""
         return self.position
+
+    @property
+    def max_edges(self) -> int:
+        """At least as many as there are edges, and told without listing them."""
+        return self.code.shape[0] if self.neighbors is None else self.neighbors.numel()
 
     def _own_size(self):
         return self.size
@@ -308,8 +314,8 @@ def of_sorted(code: Tensor, size: tuple[int, int], entries: int | None = None) -
 def of_neighbors(index: Tensor, num_keys: int, some_are_none: bool = True) -> EdgeList:
     """The graph of the keys of each query, (N, k) or (B, N, k), -1 for none, where some are."""
     entries, rows = None if index.ndim == 2 else len(index), index.flatten(0, -2).to(torch.int64, copy=True)
-    size = len(rows), (entries or 1) * num_keys
-    if some_are_none:
+    size = rows.shape[0], (entries or 1) * num_keys
+    if some_are_none or torch.compiler.is_compiling():
         code = _code_of(rows, size[1], entries or 1)
         return _of(size=size, code=code, neighbors=None, entries=entries, plans={})
     return _of(size=size, neighbors=rows, entries=entries, plans={})

@@ -317,7 +317,7 @@ def traced(graph: Graph | Plan, call: Call, name: str) -> Backend | None:
         return steps
     if not has_dense:
         return edges
-    few = isinstance(graph, EdgeList) and len(graph.code) * TRACED_PAIRS_PER_EDGE < call.num_queries * call.num_keys
+    few = isinstance(graph, EdgeList) and graph.max_edges * TRACED_PAIRS_PER_EDGE < call.num_queries * call.num_keys
     return edges if few else dense
 
 

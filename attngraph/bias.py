@@ -285,7 +285,7 @@ def score_bias(bias: Bias | None, q: Tensor, k: Tensor) -> tuple[ScoreBias | Non
         return ScoreBias(kind, values), None
     if values.shape[2] not in (1, n) or values.shape[3] not in (1, m):
         raise ValueError(f"a bias tensor must broadcast to (B, H, {n}, {m}) (got {tuple(bias.values.shape)})")
-    return (None, values) if values.shape[3] == 1 != m else (ScoreBias(kind, values), None)
+    return (None, values) if values.shape[3] == 1 != m else (ScoreBias("dense", values), None)
 
 
 def over_edges(bias: Bias, q: Tensor, k: Tensor, query: Tensor, key: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, amp
 from torch.autograd import forward_ad
 
+from attngraph import cache
 from attngraph.arguments import checked, shown
 from attngraph.bias import Bias, DenseBias, kind_of, placed
 from attngraph.graph.algebra import Empty
@@ -31,13 +32,13 @@ from attngraph.kernels.scoring import (
     require_function,
     score_name,
 )
-from attngraph.packing import entry_size, packed, packed_bias, takes_batch, unpacked
+from attngraph.packing import entries_of, entry_size, packed, packed_bias, takes_batch, unpacked
 from attngraph.planning.backends import chooser_for
 from attngraph.planning.backends.base import Results
 from attngraph.planning.call import Call, Request, Transform, normalizer_name
 from attngraph.planning.edge_set import closed_form
 from attngraph.planning.execution import run, run_traced
-from attngraph.planning.planner import Plan, fitted, planned, planned_once, traced
+from attngraph.planning.planner import Plan, fitted, planned, planned_once, traced, without_plan
 from attngraph.planning.steps import Reduction, at_queries, edge_weights, in_steps, reduced_weights
 
 Normalizer = str | Elementwise
@@ -144,6 +145,12 @@ def attend(
         ValueError: sizes, devices or dtypes that do not fit, or a backend that can't do what is asked.
         TypeError: an argument of the wrong kind.
     """
+    kind = None
+    if bias is attention_mask is generator is sinks is reduce is None and return_lse is return_weights is False:
+        kind = _kind(q, k, v, graph, scale, dropout_p, score, normalize, backend)
+        if kind is not None and (known := cache.CALLS.get(kind)) is not None:
+            call, request = known
+            return _run(q, k, v, None, request, graph, backend, call)[0]
     if isinstance(q, Tensor) and _autocasts(q.device.type):
         q, k, v = _in_autocast(q, k, v)
     unbatched = isinstance(q, Tensor) and q.ndim == 3
@@ -171,21 +178,24 @@ def attend(
     _check_returned(normalize, sinks, return_lse, return_weights, reduce)
     is_dot = parts_of(score).pair == "dot"
     factor = scale if scale is not None else max(q.shape[3], 1) ** -0.5 if is_dot else 1.0
-    if is_dot and factor < torch.finfo(torch.float32).tiny:
+    is_turned = is_dot and factor < torch.finfo(torch.float32).tiny
+    if is_turned:
         q, factor = _signed(q, factor)
     if added is not None:
         added = placed(added, graph.graph if isinstance(graph, Plan) else graph, q, k)
     dropout = None if dropout_p == 0 else Dropout(float(dropout_p), _seed(q, generator))
     needs_lse = return_lse or sinks is not None or (return_weights and normalize == "softmax")
     request = Request(factor, score, normalize, dropout, needs_lse, return_weights and reduce is None, attention_mask)
-    out, lse, weights = _run(q, k, v, added, request, graph, backend)
+    call = _call(q, k, v, added, request)
+    if kind is not None and dropout is None and batch is None and not (unbatched or is_turned):
+        cache.CALLS.keep(kind, (call, request))
+    out, lse, weights = _run(q, k, v, added, request, graph, backend, call)
     weights = weights if request.return_weights else None
     if sinks is not None and lse is not None:
         lse, share = _with_sinks(lse, sinks)
         out = (out * share[..., None]).to(out.dtype)
         weights = weights if weights is None else (weights * at_queries(share, k, graph)).to(weights.dtype)
     if return_weights and weights is None:
-        call = _call(q, k, v, added, request)
         ran = graph if call.compiled else _planned(graph, call, backend)
         if reduce is None:
             weights = edge_weights(q, k, lse, ran, added, request)
@@ -214,10 +224,9 @@ def _packed(q, k, v, attention_mask, bias, graph: Any) -> tuple:
 
 
 def _run(
-    q: Tensor, k: Tensor, v: Tensor, bias: Bias | None, request: Request, graph: Graph | Plan, name: str
+    q: Tensor, k: Tensor, v: Tensor, bias: Bias | None, request: Request, graph: Graph | Plan, name: str, call: Call
 ) -> Results:
     """By the plan of the call; in a program that is being compiled, as far as it can be known there."""
-    call = _call(q, k, v, bias, request)
     if isinstance(graph, Graph) and graph._unresolved and not call.compiled:
         return _run_chosen(q, k, v, request, graph, name)
     if call.compiled:
@@ -226,7 +235,12 @@ def _run(
             return run_traced(graph, name, q, k, v, bias, request)
         assert isinstance(graph, Graph)
         if backend.name == "steps":
-            return in_steps(q, k, v, graph, bias, request, partial(_run, graph=graph, name="auto"))
+            attention = partial(_run, graph=graph, name="auto", call=call.after_scores)
+            return in_steps(q, k, v, graph, bias, request, attention)
+        layout = backend.traced_layout(graph, call.num_queries, call.num_keys, call.device)
+        return backend.attend(q, k, v, layout, bias, request)
+    if (backend := without_plan(graph, call, name)) is not None:
+        assert isinstance(graph, Graph)
         layout = backend.traced_layout(graph, call.num_queries, call.num_keys, call.device)
         return backend.attend(q, k, v, layout, bias, request)
     made = _planned(graph, call, name)
@@ -243,8 +257,33 @@ def _run_chosen(q: Tensor, k: Tensor, v: Tensor, request: Request, graph: Graph,
     sides = folded.queries(q), folded.keys(k), folded.keys(v)
     request = request._replace(attention_mask=folded.mask(request.attention_mask, k))
     call = _call(*sides, None, request)
-    out, lse, _ = _run(*sides, None, request, planned_once(folded.graph, call, name), "auto")
+    out, lse, _ = _run(*sides, None, request, planned_once(folded.graph, call, name), "auto", call)
     return folded.of_queries(out, q.shape[2]), None if lse is None else folded.of_queries(lse, q.shape[2]), None
+
+
+def _kind(q, k, v, graph: Any, *options: object) -> tuple | None:
+    """All that decides whether a call with nothing but these options can run, and how, as a key; else None.
+
+    So that its arguments are checked when the first of its kind comes, and not again.
+    """
+    if torch.compiler.is_compiling() or not type(q) is type(k) is type(v) is Tensor:
+        return None
+    if isinstance(graph, Graph):
+        if graph._unresolved:
+            return None
+        of_graph = graph.size, graph.heads, entries_of(graph)
+    else:
+        of_graph = type(graph)
+    if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active() or tensors_are_fake():
+        return None
+    types = tuple(map(type, options))
+    if torch._C._is_any_autocast_enabled() or not PLAIN_TYPES.issuperset(types):
+        return None
+    of_tensors = q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device
+    return *of_tensors, of_graph, options, types
+
+
+PLAIN_TYPES = {type(None), bool, int, float, str}  # options that are no objects
 
 
 def _is_same_for_heads(score: Score, normalize: Normalizer) -> bool:

@@ -270,9 +270,9 @@ def placed(bias: Bias, graph: Graph, q: Tensor, k: Tensor) -> Bias:
 
 def score_bias(bias: Bias | None, q: Tensor, k: Tensor) -> tuple[ScoreBias | None, Tensor | None]:
     """A bias as kernels take it; and apart, (B | 1, H | 1, N, 1), what is the same for all keys of a query."""
-    n, m, kind = q.shape[2], k.shape[2], kind_of(bias)
-    if bias is None or kind is None:
+    if bias is None:
         return None, None
+    n, m, kind = q.shape[2], k.shape[2], kind_of(bias)
     if kind == "offset":
         ahead = torch.arange(1 - n, m, device=q.device) if n and m else torch.arange(0, device=q.device)
         return ScoreBias(kind, _fits_heads(bias.at((-ahead).clamp(min=0), ahead.clamp(min=0)), q, edge_dims=1)), None
@@ -285,7 +285,7 @@ def score_bias(bias: Bias | None, q: Tensor, k: Tensor) -> tuple[ScoreBias | Non
         return ScoreBias(kind, values), None
     if values.shape[2] not in (1, n) or values.shape[3] not in (1, m):
         raise ValueError(f"a bias tensor must broadcast to (B, H, {n}, {m}) (got {tuple(bias.values.shape)})")
-    return (None, values) if values.shape[3] == 1 != m else (ScoreBias(kind, values), None)
+    return (None, values) if values.shape[3] == 1 != m else (ScoreBias("dense", values), None)
 
 
 def over_edges(bias: Bias, q: Tensor, k: Tensor, query: Tensor, key: Tensor) -> Tensor:

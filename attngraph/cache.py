@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import count
 from threading import RLock
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -26,8 +26,9 @@ Value = TypeVar("Value")
 @contextmanager
 def outside_of_transforms() -> Iterator[None]:
     """Make what is to be kept: it outlives the inference mode, the transform or the default device of today's call."""
-    here = torch.inference_mode(False), torch.device("cpu")
-    with torch._C._DisableTorchDispatch(), torch._C._DisableFuncTorch(), here[0], here[1]:
+    # As a mode, a device is asked at each operation of torch.
+    place = nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
+    with torch._C._DisableTorchDispatch(), torch._C._DisableFuncTorch(), torch.inference_mode(False), place:
         yield
 
 
@@ -153,6 +154,8 @@ MASKS: Cache[Tensor] = Cache(max_entries=16)
 """(graph, its state, n, m, device) → mask."""
 EDGES: Cache[Any] = Cache(max_entries=16)
 """(graph, its state, n, m, device) → the edges with one bool for each head."""
+CALLS: Cache[Any] = Cache(max_entries=256)
+"""Sizes, dtypes and plain options of a call of `attend` that was checked → what it asks for: no tensors, no graph."""
 COLUMNS: Cache[Any] = Cache(max_entries=64, max_bytes=1 << 30)
 """(graph, its state, n, m, device, given edges) → which of these each edge of the graph is."""
 COSTS: Cache[Any] = Cache(max_entries=16)
@@ -170,6 +173,7 @@ _NAMED: dict[str, Cache[Any]] = {
     "masks": MASKS,
     "edges": EDGES,
     "edge values": COLUMNS,
+    "calls": CALLS,
     "costs": COSTS,
     "warnings": WARNED,
     "compiled programs": COMPILED,
@@ -181,7 +185,7 @@ def cache_info() -> dict[str, CacheInfo]:
 
     >>> from attngraph import cache
     >>> sorted(cache.cache_info())
-    ['compiled programs', 'costs', 'edge values', 'edges', 'masks', 'plans', 'plans on a GPU', 'warnings']
+    ['calls', 'compiled programs', 'costs', 'edge values', 'edges', 'masks', 'plans', 'plans on a GPU', 'warnings']
     """
     return {name: each.info() for name, each in _NAMED.items()}
 

@@ -505,3 +505,17 @@ def test_autocast_means_the_same_to_every_backend(backend):
     wanted = attend(*half, graph, backend=backend, return_lse=True)
     assert (out.dtype, lse.dtype) == (torch.bfloat16, torch.float32)
     torch.testing.assert_close((out, lse), wanted, rtol=0, atol=0)
+
+
+def test_a_call_is_refused_whatever_was_accepted_before():
+    """Arguments of a plain call are checked once for each kind of it: what equals them in Python is another kind."""
+    q, k, v = tensors(6, 6)
+    attend(q, k, v, Window(2, 0), scale=1.0, dropout_p=0.0, backend="tiles")
+    for refused in ({"dropout_p": False}, {"scale": float("nan")}, {"backend": "tile"}, {"return_lse": 0}):
+        options = {"scale": 1.0, "dropout_p": 0.0, "backend": "tiles"} | refused
+        with pytest.raises((TypeError, ValueError), match=next(iter(refused))):
+            attend(q, k, v, Window(2, 0), **options)
+    with pytest.raises(ValueError, match="7 query nodes"):
+        attend(q, k, v, EdgeList([[0], [0]], 7), scale=1.0, dropout_p=0.0, backend="tiles")
+    with pytest.raises(ValueError, match="one dtype"):
+        attend(q, k, v.half(), Window(2, 0), scale=1.0, dropout_p=0.0, backend="tiles")

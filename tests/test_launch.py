@@ -92,3 +92,12 @@ def test_kept_kernels_of_other_dimensions_are_not_taken_for_one_another(tmp_path
             capture_output=True, text=True,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
+
+
+def test_arguments_of_one_kind_are_looked_at_once():
+    whole, half = np.zeros(10), np.zeros(10, np.float32)
+    for _ in range(2):
+        note(10, whole, 1.0, kind="float64")
+        note(10, half, 1.0, kind="float32")
+    assert np.array_equal(whole, 2 * np.arange(10.0))
+    assert np.array_equal(half, 2 * np.arange(10, dtype=np.float32))

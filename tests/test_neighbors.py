@@ -133,3 +133,38 @@ def test_ten_thousand_graphs_leave_nothing_behind(make):
 def test_what_is_no_neighbor_is_told(index, message):
     with pytest.raises((TypeError, ValueError), match=message):
         from_neighbors(index)
+
+
+def test_neighbors_are_those_of_when_the_graph_was_made():
+    index = torch.tensor([[1, 2], [0, 0], [2, 1]])
+    graph = from_neighbors(index)
+    index.zero_()
+    expected = torch.tensor([[0, 1, 1], [1, 0, 0], [0, 1, 1]], dtype=torch.bool)
+    assert torch.equal(graph.mask(), expected)
+    assert torch.equal(graph.edge_index(), torch.tensor([[1, 2, 0, 1, 2], [0, 0, 1, 2, 2]]))
+    assert graph == EdgeList([[1, 2, 0, 1, 2], [0, 0, 1, 2, 2]], 3)
+
+
+@pytest.mark.parametrize("none", [False, True])
+def test_a_small_graph_of_neighbors_is_what_a_plan_of_it_computes(none):
+    """It runs by a mask, without a plan; by name, with one."""
+    index = torch.rand(2, 9, 9).topk(3).indices
+    index[0, 0] = -1 if none else 0
+    q, k, v = (torch.randn(2, 2, 9, 4, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    graph, options = from_neighbors(index), {"return_lse": True, "return_weights": True}
+    for more in ({}, {"attention_mask": torch.tensor([9, 5])}, {"bias": torch.randn(2, 9, 9, dtype=torch.float64)}):
+        found, expected = (attend(q, k, v, graph, backend=name, **options, **more) for name in ("auto", "edges"))
+        torch.testing.assert_close(found, expected)
+        one, other = (torch.autograd.grad(out.sum(), (q, k, v)) for out, *_ in (found, expected))
+        torch.testing.assert_close(one, other)
+
+
+def test_neighbors_in_compiled_programs():
+    """Given to a program, or made in it."""
+    index = torch.rand(1, 12, 12).topk(3).indices
+    q, k, v = torch.randn(3, 1, 2, 12, 8)
+    expected = attend(q, k, v, from_neighbors(index), backend="edges")
+    given = torch.compile(attend, backend="aot_eager", fullgraph=True)
+    made = torch.compile(lambda q, k, v, index: attend(q, k, v, from_neighbors(index)), backend="aot_eager")
+    torch.testing.assert_close(given(q, k, v, from_neighbors(index)), expected)
+    torch.testing.assert_close(made(q, k, v, index), expected)

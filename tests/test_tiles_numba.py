@@ -171,6 +171,16 @@ def test_scores_of_any_size_are_safe(factor, dtype):
     assert_close(found, results(tiles_torch, [side.double() for side in sides], layout), 10)
 
 
+@pytest.mark.parametrize("growth", [-10.0, -3.0, 3.0, 10.0])
+@DTYPES
+def test_scores_may_grow_from_tile_to_tile(growth, dtype):
+    """Above what was the largest, little by little or at once: sums need not be rescaled at each tile."""
+    layout, (q, k, v, dout, dlse) = layout_of(Full(), 70, 640), tensors((1, 2, 2), 70, 640, (16, 16), dtype=dtype)
+    q[..., 0], k[..., 0] = 4, growth * torch.arange(640).div(64)  # whose product, scaled, grows so in each tile
+    sides = [q, k, v, dout, dlse]
+    assert_close(results(tiles_numba, sides, layout), results(tiles_torch, [x.double() for x in sides], layout), 10)
+
+
 @pytest.mark.parametrize(("n", "m"), [(0, 0), (0, 5), (5, 0)])
 def test_no_nodes_are_no_error(n, m):
     sides = tensors((1, 2, 1), n, m, (16, 16))

@@ -278,9 +278,9 @@ class Graph:
         if not torch.compiler.is_compiling():
             require_values(self, type(self).__hash__ is Graph.__hash__)
         children = self._children
-        self._set(_terms=1 + sum(part._terms for part in children))
-        self._set(_depth=1 + max((part._depth for part in children), default=-1))
-        if self._depth > MAX_DEPTH:
+        depth = 1 + max((part._depth for part in children), default=-1)
+        self._set(_terms=1 + sum(part._terms for part in children), _depth=depth)
+        if depth > MAX_DEPTH:
             raise ValueError(
                 f"a graph nests at most {MAX_DEPTH} operations (got one more): combine many graphs by one operation, "
                 f"as a | b | c is, or list the edges of a part, EdgeList(part.edge_index(n, m), (n, m))"
@@ -290,8 +290,8 @@ class Graph:
             raise ValueError(f"graphs with different numbers of heads do not combine (got {sorted(heads)})")
         self._set(size=self._own_size(), heads=heads.pop() if heads else None)
         may_change = any(part._may_change for part in children) or type(self)._state is not Graph._state
-        self._set(_may_change=may_change, _unbound=self._waits(), _places=self._own_places())
-        self._set(_unresolved=self._is_choice or any(part._unresolved for part in children))
+        unresolved = self._is_choice or any(part._unresolved for part in children)
+        self._set(_may_change=may_change, _unresolved=unresolved, _unbound=self._waits(), _places=self._own_places())
         if not torch.compiler.is_compiling():
             key, equal, handle = cache.COMPILED.register(shortened(self._write_key()), self)
             self._set(_key=key, _handle=handle, _equal=None if equal is self else equal)  # its key names both: kept

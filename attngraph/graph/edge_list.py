@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import cached_property
 from itertools import count
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -52,12 +53,8 @@ class EdgeList(Graph):
     """
 
     if TYPE_CHECKING:
-        code: Tensor
-        """query · num_keys + key of each edge, ascending: int64 (E,)."""
-        position: Tensor
-        """The edge that each given column became: int64 (given,)."""
-        order: Tensor
-        """The column from which each edge came: int64 (E,)."""
+        neighbors: Tensor | None
+        """The keys of each query, int64 (N, k), where it is given so: they are listed when that is asked for."""
         entries: int | None
         """Of a batch, each with a graph of its own; None: one graph, for all of them."""
         plans: dict | None
@@ -92,8 +89,30 @@ class EdgeList(Graph):
         if entries is not None:
             _check_entries(given, size, entries)
         code, position, order = _sorted(given[1] * m + given[0], is_sorted)
-        self._set(size=size, code=code, position=position, order=order, entries=entries, plans=None)
+        self._set(size=size, code=code, position=position, order=order, entries=entries, plans=None, neighbors=None)
         self.__post_init__()
+
+    @cached_property
+    def code(self) -> Tensor:
+        """query · num_keys + key of each edge, ascending: int64 (E,)."""
+        assert self.neighbors is not None
+        with nullcontext() if torch.compiler.is_compiling() else cache.outside_of_transforms():
+            return _code_of(self.neighbors, self._keys, self.entries or 1)
+
+    @cached_property
+    def position(self) -> Tensor:
+        """The edge that each given column became: int64 (given,)."""
+        return torch.arange(len(self.code), device=self.code.device)
+
+    @cached_property
+    def order(self) -> Tensor:
+        """The column from which each edge came: int64 (E,)."""
+        return self.position
+
+    @property
+    def max_edges(self) -> int:
+        """At least as many as there are edges, and told without listing them."""
+        return self.code.shape[0] if self.neighbors is None else self.neighbors.numel()
 
     def _own_size(self):
         return self.size
@@ -124,8 +143,10 @@ class EdgeList(Graph):
         """As `Graph.mask`, by its edges alone."""
         if n is None or m is None or (n, m) != self.size or type(self) is not EdgeList:
             return super().mask(n, m, device)
-        place = None if device is None else torch.device(device)
-        require_memory(n * m, f"for the mask of {len(self.code):,} edges at {n} × {m}", place)
+        require_memory(n * m, f"for a mask of {n} × {m}", None if device is None else torch.device(device))
+        if self.neighbors is not None and self.entries in (None, 1):
+            found = torch.zeros(n, m, dtype=torch.bool, device=device)
+            return found.scatter_(1, self.neighbors.to(found.device), True)
         found = torch.zeros(n * m, dtype=torch.bool, device=device)
         return found.index_fill_(0, self.code.to(found.device), True).view(n, m)
 
@@ -254,8 +275,13 @@ def _restored(
     entries: int | None = None,
     plans: dict | None = None,
 ) -> EdgeList:
+    return _of(size=size, code=code, position=position, order=order, entries=entries, plans=plans, neighbors=None)
+
+
+def _of(**values: Any) -> EdgeList:
+    """The graph with these attributes."""
     graph = object.__new__(EdgeList)
-    graph._set(size=size, code=code, position=position, order=order, entries=entries, plans=plans)
+    graph._set(**values)
     graph.__post_init__()
     return graph
 
@@ -285,20 +311,27 @@ def of_sorted(code: Tensor, size: tuple[int, int], entries: int | None = None) -
     return _restored(size, code, position, position, entries)
 
 
-def of_neighbors(index: Tensor, num_keys: int) -> EdgeList:
-    """The graph of the keys of each query, (N, k) or (B, N, k), -1 for none."""
-    entries, n = (None if index.ndim == 2 else len(index)), index.shape[-2]
-    rows = index.flatten(0, -2).to(torch.int64)
+def of_neighbors(index: Tensor, num_keys: int, some_are_none: bool = True) -> EdgeList:
+    """The graph of the keys of each query, (N, k) or (B, N, k), -1 for none, where some are."""
+    entries, rows = None if index.ndim == 2 else len(index), index.flatten(0, -2).to(torch.int64, copy=True)
+    size = rows.shape[0], (entries or 1) * num_keys
+    if some_are_none or torch.compiler.is_compiling():
+        code = _code_of(rows, size[1], entries or 1)
+        return _of(size=size, code=code, neighbors=None, entries=entries, plans={})
+    return _of(size=size, neighbors=rows, entries=entries, plans={})
+
+
+def _code_of(rows: Tensor, m: int, entries: int) -> Tensor:
+    """The edges, query · m + key, ascending, from the keys of each query in its entry, -1 for none."""
     if rows.shape[1] > 1 and not bool((rows[:, 1:] >= rows[:, :-1]).all()):
         rows = rows.sort(1).values
     query = torch.arange(len(rows), device=rows.device)[:, None]
-    num_entries = entries or 1
-    code = query * (num_entries * num_keys) + query // max(n, 1) * num_keys + rows
+    code = query * m + rows
+    if entries > 1:
+        code += query // max(len(rows) // entries, 1) * (m // entries)
     is_edge = rows >= 0
     is_edge[:, 1:] &= rows[:, 1:] != rows[:, :-1]
-    code = code.flatten() if bool(is_edge.all()) else code[is_edge]
-    position = torch.arange(len(code), device=code.device)
-    return _restored((len(rows), num_entries * num_keys), code, position, position, entries, plans={})
+    return code.flatten() if bool(is_edge.all()) else code[is_edge]
 
 
 def fingerprint(given: Tensor) -> tuple[int, ...]:

@@ -42,4 +42,4 @@ def from_neighbors(index: Tensor, num_keys: int | None = None) -> EdgeList:
             f"index must name keys from 0 to {num_keys - 1}, as num_keys={num_keys} says, or -1 for none "
             f"(got {least} … {most})"
         )
-    return of_neighbors(index.detach(), num_keys)
+    return of_neighbors(index.detach(), num_keys, some_are_none=least < 0)

@@ -237,7 +237,9 @@ class EdgeSet:
             return None
         height, (query, key) = tiling.tile[0], self.to_edges()
         rows = -(-self.n // height)
-        first = torch.linspace(0, rows - 1, min(rows, SAMPLE_ROWS)).long().unique() * height
+        if rows <= SAMPLE_ROWS:
+            return query, key
+        first = torch.linspace(0, rows - 1, SAMPLE_ROWS).long().unique() * height
         low, high = torch.searchsorted(query, first), torch.searchsorted(query, first + height)
         parts = [torch.arange(start, stop) for start, stop in zip(low.tolist(), high.tolist(), strict=True)]
         edges = torch.cat(parts) if parts else torch.arange(0)

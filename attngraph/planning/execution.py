@@ -35,7 +35,8 @@ def run(q: Tensor, k: Tensor, v: Tensor, bias: Bias | None, request: Request, pl
         (part,) = plan.parts
         return part.backend.attend(q, k, v, part.layout, bias, request)
     q, k = (q, k) if plan.takes_no_dims else _with_dims(q, k)
-    if plan.parts and not plan.parts[0].backend.merges:  # torch differentiates its forward pass
+    by_torch = plan.parts and not plan.parts[0].backend.merges  # it differentiates the forward pass
+    if by_torch or not torch.is_grad_enabled():
         return _merged(q, k, v, bias, request, lambda *sides: _forward_call(*sides, plan=plan))
     return _merged(q, k, v, bias, request, lambda *sides: _Attention.apply(*sides, plan))
 
@@ -75,13 +76,12 @@ def _merged(q: Tensor, k: Tensor, v: Tensor, bias: Bias | None, request: Request
     """`attention`(q, k, v, values, attention_mask, seed, options) → out, lse, with what a bias adds to all keys."""
     if not (value_dim := v.shape[3]):
         v = pad(v, (0, 1))
-    exact = torch.promote_types(q.dtype, torch.float32)
     of_keys, of_query = score_bias(bias, q, k)
     transform, normalize, dropout = request.parts.transform, str(request.normalize), request.dropout
     if of_query is not None and (transform is not None or normalize != "softmax"):  # as one more number of each vector
         q = torch.cat([q, (of_query / request.scale).to(q.dtype).expand(*q.shape[:3], 1)], 3)
         k, of_query = pad(k, (0, 1), value=1.0), None
-    kind, values = ("", None) if of_keys is None else (of_keys.kind, of_keys.values.to(exact))
+    kind, values = ("", None) if of_keys is None else (of_keys.kind, _exact(of_keys.values, q))
     kind_of_transform, value = ("", 0.0) if transform is None else transform
     seed, dropout_p = (None, 0.0) if dropout is None else (dropout.seed, dropout.p)
     options = _Options(kind, float(request.scale), kind_of_transform, value, normalize, dropout_p)
@@ -90,8 +90,13 @@ def _merged(q: Tensor, k: Tensor, v: Tensor, bias: Bias | None, request: Request
     if of_query is not None:  # the same for all keys of a query: its weights do not change
         finite = of_query.masked_fill(of_query == -torch.inf, 0)
         out = out.masked_fill(of_query == -torch.inf, 0) + (0 * finite).to(q.dtype)  # NaN where it is NaN or inf
-        lse = lse + of_query[..., 0].to(exact)
+        lse = lse + _exact(of_query[..., 0], q)
     return out, lse, None
+
+
+def _exact(x: Tensor, q: Tensor) -> Tensor:
+    """In the precision of the scores."""
+    return x.to(torch.promote_types(q.dtype, torch.float32))
 
 
 # --------------------------------------------------------------------------------------------------------- eager
@@ -169,7 +174,7 @@ def _backward_call(dout, dlse, out, lse, q, k, v, values, attention_mask, seed, 
 
 def _without_autocast(device: str) -> AbstractContextManager[object]:
     """Turns it off, where it is on."""
-    is_on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    is_on = torch._C._is_any_autocast_enabled() and torch.amp.is_autocast_available(device)
     return torch.autocast(device, enabled=False) if is_on else nullcontext()
 
 

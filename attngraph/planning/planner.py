@@ -46,6 +46,7 @@ from attngraph.planning.layouts.materialized import edges_of_heads
 from attngraph.planning.layouts.tiles import Tiles
 
 CHOICE_S_PER_SCORE = 3e-9  # of finding the best, beside the product
+PLAN_PRODUCTS = 1 << 24  # of numbers of all pairs, which take as long on a CPU as a plan of a small list of edges
 TRACED_PAIRS_PER_EDGE = 64  # in compiled programs, where sizes are symbols: an edge gathered costs as many masked pairs
 
 
@@ -277,6 +278,15 @@ def planned_once(graph: Graph, call: Call, name: str) -> Plan:
         return _made(graph, call, name)
 
 
+def without_plan(graph: Graph | Plan, call: Call, name: str) -> Backend | None:
+    """What runs a list that is made for some calls alone, where that takes less time than a plan; else None."""
+    if name != "auto" or not isinstance(graph, EdgeList) or graph.plans is None or call.device.type != "cpu":
+        return None
+    products = call.num_queries * call.num_keys * call.heads * (call.head_dim + call.value_dim)
+    runs = products <= PLAN_PRODUCTS and not call.dropout and BACKENDS["dense"].supports(call) is None
+    return BACKENDS["dense"] if runs else None
+
+
 def traced(graph: Graph | Plan, call: Call, name: str) -> Backend | None:
     """The backend of a call that is being compiled, where sizes are symbols; None: an operator that looks up a plan."""
     if isinstance(graph, Plan):
@@ -307,7 +317,7 @@ def traced(graph: Graph | Plan, call: Call, name: str) -> Backend | None:
         return steps
     if not has_dense:
         return edges
-    few = isinstance(graph, EdgeList) and len(graph.code) * TRACED_PAIRS_PER_EDGE < call.num_queries * call.num_keys
+    few = isinstance(graph, EdgeList) and graph.max_edges * TRACED_PAIRS_PER_EDGE < call.num_queries * call.num_keys
     return edges if few else dense
 
 

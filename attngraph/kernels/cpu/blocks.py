@@ -143,6 +143,7 @@ def forward_part(job, parts, tensors, visits, scale_log2):
             count = min(TILE, high - at)
             gather(q, visits.query, at, count, head_dim, rows)
             transpose(rows, 0, head_dim, q_t)
+            scale_by(q_t, 0, TILE * head_dim, scale_log2)
             gather(out, visits.query, at, count, value_dim, acc)
             gather_numbers(all_max, visits.query, at, count, first, row_max)
             gather_numbers(all_sum, visits.query, at, count, first, row_sum)
@@ -152,7 +153,7 @@ def forward_part(job, parts, tensors, visits, scale_log2):
                     continue
                 load_visits(visits, at, count, tile * TILE, real, by_query, by_key)
                 product(p, k, tile * TILE * head_dim, q_t, head_dim, by_key)
-                online_softmax(p, by_key, None, scale_log2, row_max, row_sum, alpha)
+                online_softmax(p, by_key, None, row_max, row_sum, alpha)
                 scale_rows(acc, 0, value_dim, alpha)
                 add_product(acc, 0, p, 1, TILE, v, tile * TILE * value_dim, value_dim, by_query)
             scatter(acc, visits.query, at, count, value_dim, out)

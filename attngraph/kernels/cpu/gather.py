@@ -19,9 +19,13 @@ from typing import Any, NamedTuple
 
 from llvmlite import ir
 from numba import types
+from numba.core import cgutils
 from numba.extending import intrinsic
 
 from attngraph.kernels.cpu.simd import SIZE, fma, pointer, shuffle, splat, vector_pointer
+
+CACHE_LINE = 64  # bytes
+BYTES, INT = ir.IntType(8).as_pointer(), ir.IntType(32)
 
 
 class Vector(NamedTuple):
@@ -66,6 +70,23 @@ def _add_pairs(builder, a, b):
 
 
 @intrinsic(prefer_literal=True)
+def prefetch(typing, neighbors, width):
+    """Ask for neighbors[t, :width], t < 4, ahead of their use; width is a constant."""
+    dtype = neighbors.types[0].dtype
+
+    def generate(context, builder, signature, args):
+        kind = ir.FunctionType(ir.VoidType(), [BYTES, INT, INT, INT])
+        ask = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0i8")
+        for row in _neighbors(context, builder, neighbors, args[0]):
+            for first, _ in _parts(dtype, width):
+                line = builder.bitcast(builder.gep(row, [SIZE(first)]), BYTES)
+                builder.call(ask, [line, INT(0), INT(3), INT(1)])  # to read, into the nearest cache, of data
+        return context.get_dummy_value()
+
+    return types.void(neighbors, width), generate
+
+
+@intrinsic(prefer_literal=True)
 def gather_dot(typing, scores, at, scale, x, neighbors, width):
     """scores[at + t] += scale · Σ_d x[d] · neighbors[t, d], t < 4, d < width.
 
@@ -101,14 +122,19 @@ def gather_dot(typing, scores, at, scale, x, neighbors, width):
 def gather_add(typing, acc, weights, neighbors, width):
     """acc[d] += Σ_t weights[t] · neighbors[t, d], t < 4, d < width.
 
-    acc and weights are a `Vector`, neighbors are `Neighbors`; width is a constant.
+    acc is a `Vector`, neighbors are `Neighbors`; weights are a `Vector`, or `Neighbors`, of which weights[t, 0] counts.
+    width is a constant.
     """
     dtype = neighbors.types[0].dtype
 
     def generate(context, builder, signature, args):
         target = _vector(context, builder, acc, args[0])
-        weight = _vector(context, builder, weights, args[1])
-        factors = [builder.load(builder.gep(weight, [SIZE(t)])) for t in range(4)]
+        if weights.instance_class is Neighbors:
+            places = _neighbors(context, builder, weights, args[1])
+        else:
+            first_weight = _vector(context, builder, weights, args[1])
+            places = [builder.gep(first_weight, [SIZE(t)]) for t in range(4)]
+        factors = [builder.load(place) for place in places]
         rows = _neighbors(context, builder, neighbors, args[2])
         align = dtype.bitwidth // 8
         for first, part in _parts(dtype, width):
@@ -143,3 +169,21 @@ def gather_sum(typing, sums, at, x, neighbors, width):
         return context.get_dummy_value()
 
     return types.void(sums, types.intp, x, neighbors, width), generate
+
+
+@intrinsic
+def transpose_4x4(typing, x, at, x_t, to, stride):
+    """x_t[to + stride · c + r] = x[at + 4 r + c] for r, c < 4; both flat."""
+
+    def generate(context, builder, signature, args):
+        source, target = pointer(context, builder, x, *args[:2]), pointer(context, builder, x_t, *args[2:4])
+        align = x.dtype.bitwidth // 8
+        rows = builder.load(vector_pointer(builder, source, 0, 16), align=align)
+        for c in range(4):
+            place = builder.gep(target, [builder.mul(args[4], SIZE(c))])
+            column = shuffle(builder, rows, rows, range(c, 16, 4))
+            builder.store(column, vector_pointer(builder, place, 0, 4), align=align)
+        return context.get_dummy_value()
+
+    index = types.intp
+    return types.void(x, index, x_t, index, index), generate

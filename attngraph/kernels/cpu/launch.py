@@ -10,14 +10,14 @@ function, some ten microseconds of them, are unpacked once a call instead of onc
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from llvmlite import ir
-from numba import njit, types
+from numba import njit, typeof, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
@@ -26,6 +26,7 @@ from attngraph.kernels.cpu.openmp import callable_openmp, in_python_threads
 from attngraph.kernels.cpu.simd import SIZE, pointer
 
 _inner = partial(njit, no_cpython_wrapper=True, no_cfunc_wrapper=True)
+COUNT = types.intp
 BYTES, NUMBER = ir.IntType(8).as_pointer(), ir.IntType(32)
 
 
@@ -96,20 +97,32 @@ class InThreads:
             elif call_in_threads(gomp_parallel, num_threads, pull, (next_job, num_jobs, args)):
                 raise MemoryError
 
-        self.launch = launch
+        self.launch, self._compiled = launch, {}
 
-    def __call__(self, num_jobs: int, *args: Any) -> None:
+    def __call__(self, num_jobs: int, *args: Any, kind: Hashable = None) -> None:
+        """kind: tells args of these types from others; Numba then looks at them in the first such call alone.
+
+        Gain: 1.8 µs instead of 8 for the 20 arrays and 15 numbers of `tiles_forward`.
+        """
         num_threads, next_job = min(torch.get_num_threads(), num_jobs), np.zeros(1, np.int64)
+        launch = self.launch if kind is None else self._compiled.get(kind) or self._compile(kind, args)
         if num_threads <= 1:
-            self.serially(num_jobs, *args)
+            launch(0, 1, next_job, num_jobs, args)
         elif (openmp := callable_openmp()) is not None:
-            self.launch(openmp.address, num_threads, next_job, num_jobs, args)
+            launch(openmp.address, num_threads, next_job, num_jobs, args)
         else:
-            in_python_threads(lambda: self.launch(0, 1, next_job, num_jobs, args), num_threads)
+            in_python_threads(lambda: launch(0, 1, next_job, num_jobs, args), num_threads)
 
     def serially(self, num_jobs: int, *args: Any) -> None:
         """The same by the calling thread alone."""
         self.launch(0, 1, np.zeros(1, np.int64), num_jobs, args)
+
+    def _compile(self, kind: Hashable, args: tuple) -> Callable[..., None]:
+        """The machine code for arguments of such types."""
+        signature = COUNT, COUNT, typeof(np.zeros(1, np.int64)), COUNT, typeof(args)
+        self.launch.compile(signature)
+        self._compiled[kind] = self.launch.overloads[signature].entry_point
+        return self._compiled[kind]
 
 
 def in_threads(**options: Any) -> Callable[[Callable[..., None]], InThreads]:

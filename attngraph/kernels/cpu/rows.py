@@ -1,9 +1,10 @@
 """Attention edge by edge on a CPU, in machine code by Numba: each query walks along its own edges. For sparse graphs.
 
 Transforms, normalisers and dropout are steps on the scores of a node, or of a chunk of its edges, in the cache.
-Nothing of size E·H is stored, in either direction, and no two threads add to one number: two runs give the same bits.
-Nodes come first in memory: q is (B, N, H, D). The edges of a node are taken in blocks of four, whose scores lie
-together: (blocks, H, 4).
+Of size E·H, the forward pass stores nothing and the backward pass two numbers: a walk along the edges of each query,
+for dq, leaves w and ds of each edge to a walk along those of each key, for dk and dv. No two threads add to one number:
+two runs give the same bits. Nodes come first in memory: q is (B, N, H, D). The edges of a node are taken in blocks of
+four, whose scores lie together: (blocks, H, 4).
 """
 
 # pyright: reportCallIssue=false, reportArgumentType=false
@@ -19,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from attngraph.kernels.contract import Adjacency, CSRLayout, Modifiers, ScoreBias
+from attngraph.kernels.contract import Adjacency, CSRLayout, Modifiers
 from attngraph.kernels.cpu.csr import (
     JOBS_PER_THREAD,
     arrays,
@@ -31,25 +32,14 @@ from attngraph.kernels.cpu.csr import (
     sum_pieces,
     unit_ranges,
 )
-from attngraph.kernels.cpu.gather import Neighbors, Vector, gather_add, gather_dot
+from attngraph.kernels.cpu.gather import Neighbors, Vector, gather_add, gather_dot, prefetch, transpose_4x4
 from attngraph.kernels.cpu.launch import InThreads, in_threads
-from attngraph.kernels.cpu.openmp import parallel_for
-from attngraph.kernels.cpu.score_bias import (
-    EDGE,
-    NO_BIAS,
-    BiasTable,
-    add_bias,
-    add_bias_gradient,
-    bias_table,
-    mask,
-    stored,
-)
+from attngraph.kernels.cpu.score_bias import NO_BIAS, add_bias, bias_gradient, bias_table, mask
 from attngraph.kernels.cpu.weights import (
     OPTIONS,
     SOFTMAX,
     compiled,
     drop_block,
-    inner,
     is_plain,
     multiply,
     normalize,
@@ -61,8 +51,9 @@ from attngraph.kernels.cpu.weights import (
     weighting,
     weights_backward,
 )
-from attngraph.kernels.memory import zeros
+from attngraph.kernels.memory import empty, zeros
 
+AHEAD = 4  # edges; whose neighbours' vectors are asked for while those of an edge are multiplied
 CHUNK_EDGES = 64  # edges of a node whose neighbours stay in the cache between their scores and their sums
 
 
@@ -79,38 +70,32 @@ class ForwardTensors(NamedTuple):
 
 
 class BackwardTensors(NamedTuple):
-    """Two vectors of each node, x and x_v, and of each neighbour, y and y_v: (B, nodes, heads, ·).
+    """q and dout (B, N, H, ·), k and v (B, M, Hkv, ·); lse and delta (B · N, H)."""
 
-    They are q and dout, k and v for dq; k and v, q and dout for dk and dv. lse and delta (B · N, H) are of the queries.
-    """
-
-    x: np.ndarray
-    x_v: np.ndarray
-    y: np.ndarray
-    y_v: np.ndarray
+    q: np.ndarray
+    k: np.ndarray
+    v: np.ndarray
+    dout: np.ndarray
     lse: np.ndarray
     delta: np.ndarray
+    weights: np.ndarray  # flat, (B, E + 1, 2, H): p, or w · kept, and ds of each edge, and zeros
 
 
 class Gradients(NamedTuple):
-    """What the backward kernels fill: dq, or dk and dv, (B · nodes, heads, ·); the same for pieces of nodes."""
+    """What a backward kernel fills: dq alone, or dk and dv, (B · nodes, heads, ·); the same for pieces of nodes."""
 
     dx: np.ndarray
     piece_dx: np.ndarray
-    dx_v: np.ndarray  # empty for dq
+    dx_v: np.ndarray
     piece_dx_v: np.ndarray
-    ds_sum: np.ndarray  # of a bias with one value for each key, (B · M, H, 1); else empty
-    piece_ds_sum: np.ndarray
-    dvalues: np.ndarray  # of the values of any other bias, flat; else empty
 
 
 @compiled
-def dropout_factors(factors, edges, batch, node, first, count, by_key, rule):
+def dropout_factors(factors, edges, batch, i, first, count, rule):
     """What dropout multiplies the weights of `count` edges by: (blocks, heads, 4)."""
-    at, same = np.int64(0), (np.int64(node), np.int64(node), np.int64(node), np.int64(node))
+    at, queries = np.int64(0), (np.int64(i), np.int64(i), np.int64(i), np.int64(i))
     for e in range(first, first + count, 4):
-        four = neighbors_of_4(edges.neighbor, e, first + count - 1, np.int64(0))
-        queries, keys = (four, same) if by_key else (same, four)
+        keys = neighbors_of_4(edges.neighbor, e, first + count - 1, np.int64(0))
         drop_block(factors, at, queries, keys, batch, rule)
         at += len(rule.heads) - 4
 
@@ -130,7 +115,7 @@ def _forward_kernel(head_dim: int, value_dim: int, plain: bool) -> InThreads:
         q, k, v = tensors.q, tensors.k, tensors.v
         place, batch = divmod(job, len(q))
         (_, n, heads, _), (_, m, key_heads, _) = q.shape, k.shape
-        group, pieces = heads // key_heads, len(tensors.piece_lse) // len(q)
+        group, pieces, last = heads // key_heads, len(tensors.piece_lse) // len(q), len(edges.neighbor) - 1
         for unit in range(ranges[place], ranges[place + 1]):
             size = (max_degree(edges.start, edges.units[unit]) + 3) // 4 * heads * 4
             scores, zero = np.empty(size, q.dtype), q.dtype.type(0)
@@ -148,25 +133,28 @@ def _forward_kernel(head_dim: int, value_dim: int, plain: bool) -> InThreads:
                 for y in range(blocks * heads * 4):
                     scores[y] = zero
                 if bias.kind != NO_BIAS:
-                    add_bias(scores, bias, edges, batch, i, lo, hi - lo, False)
+                    add_bias(scores, bias, edges, batch, i, lo, hi - lo)
                 for e in range(lo, hi if head_dim else lo, 4):
                     nodes, at = neighbors_of_4(edges.neighbor, e, hi - 1, batch * m), (e - lo) * heads
+                    coming = neighbors_of_4(edges.neighbor, min(e + AHEAD, last), last, batch * m)
                     for g in range(group):
                         for hk in range(key_heads):
                             h = hk * group + g
+                            prefetch(Neighbors(k, coming, key_heads * head_dim, hk * head_dim), head_dim)
+                            prefetch(Neighbors(v, coming, key_heads * value_dim, hk * value_dim), value_dim)
                             q_i = Vector(q, ((batch * n + i) * heads + h) * head_dim)
                             k_j = Neighbors(k, nodes, key_heads * head_dim, hk * head_dim)
                             gather_dot(scores, at + h * 4, scale, q_i, k_j, head_dim)
                 if not plain:
                     transform(scores, slopes, blocks * heads * 4, rule.transform, rule.value)
                 if plain or rule.normalize == SOFTMAX:
-                    mask(scores, bias, edges, batch, i, lo, hi - lo, False, -np.inf)
+                    mask(scores, bias, edges, batch, lo, hi - lo, -np.inf)
                     softmax(scores, blocks, row_max, row_sum, lse[row])
                 else:
                     normalize(scores, slopes, blocks * heads * 4, rule.normalize)
-                    mask(scores, bias, edges, batch, i, lo, hi - lo, False, zero)
+                    mask(scores, bias, edges, batch, lo, hi - lo, zero)
                 if not plain and rule.drops:
-                    dropout_factors(factors, edges, batch, i, lo, hi - lo, False, rule)
+                    dropout_factors(factors, edges, batch, i, lo, hi - lo, rule)
                     multiply(scores, factors, blocks * heads * 4)
                 for e in range(lo, hi, 4):
                     nodes, at = neighbors_of_4(edges.neighbor, e, hi - 1, batch * m), (e - lo) * heads
@@ -242,127 +230,167 @@ def compute_delta(job, size, out, dout, delta):
 
 
 @compiled
-def start_backward(scores, ds, tensors, edges, row, base, first, count, by_key):
-    """-lse in `scores` and -delta in `ds`, (blocks, heads, 4); past the last edge, those of the last one.
+def same_in_blocks(x, values, blocks):
+    """-values (heads,) in each of the blocks of x, (blocks, heads, 4)."""
+    for block in range(blocks):
+        for h in range(len(values)):
+            at = (block * len(values) + h) * 4
+            x[at : at + 4] = -values[h]
 
-    Both are of the query: node `row`, or with by_key the neighbour.
-    """
-    lse, delta, heads = tensors.lse, tensors.delta, tensors.lse.shape[1]
-    for block in range((count + 3) // 4):
-        a = b = c = d = row
-        if by_key:
-            a, b, c, d = neighbors_of_4(edges.neighbor, first + block * 4, first + count - 1, base)
+
+@compiled
+def keep_weights(kept, at, scores, ds, count, heads):
+    """Two numbers for each of `count` edges, from (blocks, heads, 4), to kept[at : at + count] (·, 2, heads)."""
+    whole = count // 4 * 4 if heads % 4 == 0 else 0
+    for x in range(0, whole, 4):
+        for h in range(0, heads, 4):
+            to = (at + x) * 2 * heads + h
+            transpose_4x4(scores, x * heads + 4 * h, kept, to, 2 * heads)
+            transpose_4x4(ds, x * heads + 4 * h, kept, to + heads, 2 * heads)
+    for x in range(whole, count):
+        first, to = x // 4 * heads * 4 + x % 4, (at + x) * 2 * heads
         for h in range(heads):
-            y = (block * heads + h) * 4
-            scores[y], ds[y] = -lse[a, h], -delta[a, h]
-            scores[y + 1], ds[y + 1] = -lse[b, h], -delta[b, h]
-            scores[y + 2], ds[y + 2] = -lse[c, h], -delta[c, h]
-            scores[y + 3], ds[y + 3] = -lse[d, h], -delta[d, h]
+            kept[to + h], kept[to + heads + h] = scores[first + 4 * h], ds[first + 4 * h]
 
 
 @lru_cache
-def _backward_kernel(head_dim: int, value_dim: int, plain: bool, by_key: bool) -> InThreads:
-    """The kernel of dq or, by_key, of dk and dv, for these dimensions; plain: for a softmax alone.
+def _queries_kernel(head_dim: int, value_dim: int, plain: bool) -> InThreads:
+    """The kernel of dq = scale · Σ ds k, and of w and ds of each edge; plain: for a softmax alone.
 
-    In both, score = x · y, dp = x_v · y_v, dx = scale · Σ ds y; and dv = Σ p y_v. Each job is a range of units of
-    `batches` batch entries.
+    Each job is a range of units of one batch entry.
     """
 
-    @inner
-    def backward_range(first_unit, stop_unit, batch, tensors, gradients, edges, bias, rule, scale):
-        x, x_v, y, y_v = tensors.x, tensors.x_v, tensors.y, tensors.y_v
-        (_, nodes, x_heads, _), (_, y_nodes, y_heads, _) = x.shape, y.shape
-        heads, key_heads, n = max(x_heads, y_heads), min(x_heads, y_heads), y_nodes if by_key else nodes
-        group, pieces = heads // key_heads, len(gradients.piece_dx) // len(x)
-        zero, one, is_softmax = x.dtype.type(0), x.dtype.type(1), plain or rule.normalize == SOFTMAX
-        for unit in range(first_unit, stop_unit):
+    @in_threads(**OPTIONS)
+    def backward_queries(job, ranges, tensors, gradients, edges, bias, rule, scale):
+        q, k, v, dout = tensors.q, tensors.k, tensors.v, tensors.dout
+        place, batch = divmod(job, len(q))
+        (_, n, heads, _), (_, m, key_heads, _), num_edges = q.shape, k.shape, len(edges.neighbor)
+        group, pieces = heads // key_heads, len(gradients.piece_dx) // len(q)
+        zero, one, is_softmax = q.dtype.type(0), q.dtype.type(1), plain or rule.normalize == SOFTMAX
+        for unit in range(ranges[place], ranges[place + 1]):
             size = (min(max_degree(edges.start, edges.units[unit]), CHUNK_EDGES) + 3) // 4 * heads * 4
-            scores, ds, ds_sum = np.empty(size, x.dtype), np.empty(size, x.dtype), np.empty(heads * 4, x.dtype)
-            rest = 0 if plain else size
-            minus_lse, minus_delta = np.empty(rest, x.dtype), np.empty(rest, x.dtype)
-            slopes, factors = np.empty(rest, x.dtype), np.ones(rest + 4, x.dtype)
+            scores, ds, rest = np.empty(size, q.dtype), np.empty(size, q.dtype), 0 if plain else size
+            minus_lse, minus_delta = np.empty(rest, q.dtype), np.empty(rest, q.dtype)
+            slopes, factors = np.empty(rest, q.dtype), np.ones(rest + 4, q.dtype)
             first, stop, begin, end = edges.units[unit]
-            for node in range(first, stop):
-                lo, hi = max(edges.start[node], begin), min(edges.start[node + 1], end)
-                x_row, row = batch * nodes + node, batch * nodes + node
-                dx, dx_v, key_ds_sum = gradients.dx, gradients.dx_v, gradients.ds_sum
+            for i in range(first, stop):
+                lo, hi = max(edges.start[i], begin), min(edges.start[i + 1], end)
+                dx, row, q_row = gradients.dx, batch * n + i, batch * n + i
                 if unit < pieces:
-                    row = batch * pieces + unit
-                    dx, dx_v, key_ds_sum = gradients.piece_dx, gradients.piece_dx_v, gradients.piece_ds_sum
-                ds_sum[:] = zero
+                    dx, row = gradients.piece_dx, batch * pieces + unit
                 for chunk in range(lo, hi, CHUNK_EDGES):
                     count = min(hi - chunk, CHUNK_EDGES)
-                    blocks = (count + 3) // 4
+                    blocks, numbers = (count + 3) // 4, (count + 3) // 4 * heads * 4
                     if plain:
-                        start_backward(scores, ds, tensors, edges, x_row, batch * n, chunk, count, by_key)
+                        same_in_blocks(scores, tensors.lse[q_row], blocks)
+                        same_in_blocks(ds, tensors.delta[q_row], blocks)
                     else:
                         scores[:], ds[:] = zero, zero
-                    if not plain and is_softmax:
-                        start_backward(minus_lse, minus_delta, tensors, edges, x_row, batch * n, chunk, count, by_key)
+                        same_in_blocks(minus_lse, tensors.lse[q_row], blocks)
+                        same_in_blocks(minus_delta, tensors.delta[q_row], blocks)
                     if bias.kind != NO_BIAS:
-                        add_bias(scores, bias, edges, batch, node, chunk, count, by_key)
-                    for block in range(blocks):
-                        four = neighbors_of_4(edges.neighbor, chunk + block * 4, hi - 1, batch * y_nodes)
+                        add_bias(scores, bias, edges, batch, i, chunk, count)
+                    for e in range(chunk, chunk + count, 4):
+                        four, at = neighbors_of_4(edges.neighbor, e, hi - 1, batch * m), (e - chunk) * heads
+                        coming = neighbors_of_4(edges.neighbor, min(e + AHEAD, num_edges - 1), num_edges - 1, batch * m)
                         for g in range(group):
                             for hk in range(key_heads):
                                 h = hk * group + g
-                                x_h, y_h = (hk, h) if by_key else (h, hk)
-                                at = (block * heads + h) * 4
-                                x_i = Vector(x, (x_row * x_heads + x_h) * head_dim)
-                                y_j = Neighbors(y, four, y_heads * head_dim, y_h * head_dim)
+                                prefetch(Neighbors(k, coming, key_heads * head_dim, hk * head_dim), head_dim)
+                                prefetch(Neighbors(v, coming, key_heads * value_dim, hk * value_dim), value_dim)
+                                q_i = Vector(q, (q_row * heads + h) * head_dim)
+                                k_j = Neighbors(k, four, key_heads * head_dim, hk * head_dim)
                                 if head_dim:
-                                    gather_dot(scores, at, scale, x_i, y_j, head_dim)
-                                x_i = Vector(x_v, (x_row * x_heads + x_h) * value_dim)
-                                y_j = Neighbors(y_v, four, y_heads * value_dim, y_h * value_dim)
-                                gather_dot(ds, at, one, x_i, y_j, value_dim)
+                                    gather_dot(scores, at + h * 4, scale, q_i, k_j, head_dim)
+                                dout_i = Vector(dout, (q_row * heads + h) * value_dim)
+                                v_j = Neighbors(v, four, key_heads * value_dim, hk * value_dim)
+                                gather_dot(ds, at + h * 4, one, dout_i, v_j, value_dim)
                     if not plain:
-                        transform(scores, slopes, blocks * heads * 4, rule.transform, rule.value)
-                    if is_softmax:
-                        mask(scores, bias, edges, batch, node, chunk, count, by_key, -np.inf)
+                        transform(scores, slopes, numbers, rule.transform, rule.value)
+                    if is_softmax and (count % 4 or len(bias.real)):
+                        mask(scores, bias, edges, batch, chunk, count, -np.inf)
                     if plain:
-                        softmax_backward(scores, ds, blocks, ds_sum)
+                        softmax_backward(scores, ds, numbers)
                     else:
                         if is_softmax:
-                            softmax_of(scores, minus_lse, blocks * heads * 4)
+                            softmax_of(scores, minus_lse, numbers)
                         else:
-                            normalize(scores, slopes, blocks * heads * 4, rule.normalize)
-                            mask(scores, bias, edges, batch, node, chunk, count, by_key, zero)
-                            mask(slopes, bias, edges, batch, node, chunk, count, by_key, zero)
+                            normalize(scores, slopes, numbers, rule.normalize)
+                            mask(scores, bias, edges, batch, chunk, count, zero)
+                            mask(slopes, bias, edges, batch, chunk, count, zero)
                         if rule.drops:
-                            dropout_factors(factors, edges, batch, node, chunk, count, by_key, rule)
-                        weights_backward(scores, ds, minus_delta, slopes, factors, blocks, ds_sum, is_softmax)
-                    if len(gradients.dvalues):
-                        add_bias_gradient(gradients.dvalues, ds, bias, edges, batch, node, chunk, count)
-                    for block in range(blocks):
-                        four = neighbors_of_4(edges.neighbor, chunk + block * 4, hi - 1, batch * y_nodes)
+                            dropout_factors(factors, edges, batch, i, chunk, count, rule)
+                        weights_backward(scores, ds, minus_delta, slopes, factors, numbers, is_softmax)
+                    keep_weights(tensors.weights, batch * (num_edges + 1) + chunk, scores, ds, count, heads)
+                    for e in range(chunk, chunk + count if head_dim else chunk, 4):
+                        four, at = neighbors_of_4(edges.neighbor, e, hi - 1, batch * m), (e - chunk) * heads
                         for g in range(group):
                             for hk in range(key_heads):
                                 h = hk * group + g
-                                x_h, y_h = (hk, h) if by_key else (h, hk)
-                                at = (block * heads + h) * 4
-                                dx_i = Vector(dx, (row * x_heads + x_h) * head_dim)
-                                y_j = Neighbors(y, four, y_heads * head_dim, y_h * head_dim)
-                                gather_add(dx_i, Vector(ds, at), y_j, head_dim)
-                                if by_key:
-                                    dx_i = Vector(dx_v, (row * x_heads + x_h) * value_dim)
-                                    y_j = Neighbors(y_v, four, y_heads * value_dim, y_h * value_dim)
-                                    gather_add(dx_i, Vector(scores, at), y_j, value_dim)
-                for a in range(x_heads):
+                                dq_i = Vector(dx, (row * heads + h) * head_dim)
+                                k_j = Neighbors(k, four, key_heads * head_dim, hk * head_dim)
+                                gather_add(dq_i, Vector(ds, at + h * 4), k_j, head_dim)
+                for h in range(heads):
                     for d in range(head_dim):
-                        dx[row, a, d] *= scale
-                if len(gradients.ds_sum):
-                    for h in range(heads):
-                        key_ds_sum[row, h, 0] = (
-                            ds_sum[4 * h] + ds_sum[4 * h + 1] + ds_sum[4 * h + 2] + ds_sum[4 * h + 3]
-                        )
+                        dx[row, h, d] *= scale
+
+    return backward_queries
+
+
+@compiled
+def kept_of_4(edge, e, stop, base, none):
+    """Where the weights of the edges e … e + 3 stand; for those from `stop` on, base + none, where zeros stand."""
+    b = np.int64(edge[e + 1]) if e + 1 < stop else none
+    c = np.int64(edge[e + 2]) if e + 2 < stop else none
+    d = np.int64(edge[e + 3]) if e + 3 < stop else none
+    return base + np.int64(edge[e]), base + b, base + c, base + d
+
+
+@lru_cache
+def _keys_kernel(head_dim: int, value_dim: int) -> InThreads:
+    """The kernel of dk = scale · Σ ds q and dv = Σ w dout, for these dimensions; jobs as above."""
 
     @in_threads(**OPTIONS)
-    def backward_units(job, ranges, batches, tensors, gradients, edges, bias, rule, scale):
-        place, entries = divmod(job, len(tensors.x) // batches)
-        for batch in range(entries * batches, (entries + 1) * batches):
-            backward_range(ranges[place], ranges[place + 1], batch, tensors, gradients, edges, bias, rule, scale)
+    def backward_keys(job, ranges, tensors, gradients, edges, scale):
+        q, dout, weights = tensors.q, tensors.dout, tensors.weights
+        place, batch = divmod(job, len(q))
+        (_, n, heads, _), (_, m, key_heads, _), num_edges = q.shape, tensors.k.shape, len(edges.neighbor)
+        group, pieces = heads // key_heads, len(gradients.piece_dx) // len(q)
+        first_kept, none = batch * (num_edges + 1), num_edges
+        for unit in range(ranges[place], ranges[place + 1]):
+            first, stop, begin, end = edges.units[unit]
+            for j in range(first, stop):
+                lo, hi = max(edges.start[j], begin), min(edges.start[j + 1], end)
+                dk, dv, row = gradients.dx, gradients.dx_v, batch * m + j
+                if unit < pieces:
+                    dk, dv, row = gradients.piece_dx, gradients.piece_dx_v, batch * pieces + unit
+                for e in range(lo, hi, 4):
+                    four, ahead = neighbors_of_4(edges.neighbor, e, hi - 1, batch * n), min(e + AHEAD, num_edges - 1)
+                    kept = kept_of_4(edges.edge, e, hi, first_kept, none)
+                    coming = neighbors_of_4(edges.neighbor, ahead, num_edges - 1, batch * n)
+                    coming_kept = neighbors_of_4(edges.edge, ahead, num_edges - 1, first_kept)
+                    for h in range(0, 2 * heads, 16):
+                        prefetch(Neighbors(weights, coming_kept, 2 * heads, h), 1)
+                    for g in range(group):
+                        for hk in range(key_heads):
+                            h = hk * group + g
+                            prefetch(Neighbors(q, coming, heads * head_dim, h * head_dim), head_dim)
+                            prefetch(Neighbors(dout, coming, heads * value_dim, h * value_dim), value_dim)
+                            dv_j, w = (
+                                Vector(dv, (row * key_heads + hk) * value_dim),
+                                Neighbors(weights, kept, 2 * heads, h),
+                            )
+                            gather_add(dv_j, w, Neighbors(dout, four, heads * value_dim, h * value_dim), value_dim)
+                            dk_j, ds = (
+                                Vector(dk, (row * key_heads + hk) * head_dim),
+                                Neighbors(weights, kept, 2 * heads, heads + h),
+                            )
+                            gather_add(dk_j, ds, Neighbors(q, four, heads * head_dim, h * head_dim), head_dim)
+                for h in range(key_heads):
+                    for d in range(head_dim):
+                        dk[row, h, d] *= scale
 
-    return backward_units
+    return backward_keys
 
 
 def backward(
@@ -383,22 +411,38 @@ def backward(
     dw = kept / (1 - p) · dout · v and Δ = Σ_d dout · out - dlse, ds = transform' · w · (dw - Δ); of other normalisers,
     which have no lse, ds = transform' · normalize' · dw. dlse may be None.
     """
-    bias, lse = modifiers.bias, lse.masked_fill(lse == -torch.inf, torch.inf)  # p = 0 where there are no edges
-    lse, dout = lse.detach().transpose(1, 2).contiguous(), nodes_first(dout)
-    call = _Backward(nodes_first(q), nodes_first(k), nodes_first(v), dout, lse, _delta(out, dout, dlse), modifiers)
-    if bias is None or not bias_grad:
-        dq, dvalues, per_key = call.of_queries(layout), None, False
-    elif bias.kind == "offset":
-        (dq, dvalues), per_key = _offset_gradient(call, bias, layout), False
-    else:
-        per_key = bias.kind == "dense" and bias.values.shape[2] == 1  # one value serves all queries
-        dvalues = None if per_key else torch.zeros_like(stored(bias), dtype=q.dtype)
-        dq = call.of_queries(layout, dvalues)
-        dvalues = dvalues.transpose(1, 2) if dvalues is not None and bias.kind == "edge" else dvalues
-    dk, dv, ds_sum = call.of_keys(layout, per_key)
-    if bias is not None and per_key:
-        dvalues = ds_sum.permute(0, 2, 3, 1).sum_to_size(bias.values.shape)
-    return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2), dvalues
+    lse = lse.masked_fill(lse == -torch.inf, torch.inf)  # p = 0 where there are no edges
+    lse, dout, plain = lse.detach().transpose(1, 2).contiguous(), nodes_first(dout), is_plain(modifiers)
+    q, k, v, delta = nodes_first(q), nodes_first(k), nodes_first(v), _delta(out, dout, dlse)
+    (B, _, H, head_dim), value_dim, adjacency = q.shape, v.shape[3], layout.by_query
+    weights = empty(B, len(adjacency.neighbor) + 1, 2, H, like=q)
+    weights[:, -1] = 0
+    tensors = BackwardTensors(*arrays(q, k, v, dout), *flat_nodes(lse, delta), weights.view(-1).numpy())
+    table, rule, factor = bias_table(modifiers, q), weighting(modifiers, q), scalar(modifiers.scale, q)
+
+    dq, dk, dv = zeros(*q.shape, like=q), zeros(*k.shape, like=q), zeros(*v.shape, like=q)
+    of_queries, of_keys = _queries_kernel(head_dim, value_dim, plain), _keys_kernel(head_dim, value_dim)
+    _add_up(of_queries, tensors, adjacency, (dq, q.new_empty(0, 0, 0, 0)), (table, rule, factor))
+    _add_up(of_keys, tensors, layout.numbered, (dk, dv), (factor,))
+    bias = modifiers.bias if bias_grad else None
+    dbias = None if bias is None else bias_gradient(bias, table, weights, adjacency)
+    return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2), dbias
+
+
+def _add_up(
+    kernel: InThreads, tensors: BackwardTensors, adjacency: Adjacency, results: tuple[Tensor, Tensor], more: tuple
+) -> None:
+    """A kernel for each unit and batch entry; its sums, and those of pieces, into results (B, nodes, heads, ·)."""
+    pieces = [x.new_zeros(x.shape[0], adjacency.num_pieces, *x.shape[2:]) for x in results]
+    pairs = [x for pair in zip(results, pieces, strict=True) for x in pair]
+    ranges = unit_ranges(len(adjacency.units))
+    kernel(
+        (len(ranges) - 1) * len(tensors.q), ranges, tensors, Gradients(*flat_nodes(*pairs)), edges_of(adjacency), *more
+    )
+    if adjacency.num_pieces:
+        for result, of_pieces in zip(results, pieces, strict=True):
+            if len(result):
+                sum_pieces(adjacency.pieces.numpy(), result.numpy(), of_pieces.numpy())
 
 
 def _delta(out: Tensor, dout: Tensor, dlse: Tensor | None) -> Tensor:
@@ -409,89 +453,3 @@ def _delta(out: Tensor, dout: Tensor, dlse: Tensor | None) -> Tensor:
     step = max(1, delta.numel() // (JOBS_PER_THREAD * torch.get_num_threads()))
     compute_delta(-(-delta.numel() // step), step, *of_rows)
     return delta
-
-
-class _Backward(NamedTuple):
-    """What the backward kernels read: q, k, v and dout (B, nodes, heads, ·), lse and delta (B, N, H)."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    dout: Tensor
-    lse: Tensor
-    delta: Tensor
-    modifiers: Modifiers
-
-    def of_queries(self, layout: CSRLayout, dvalues: Tensor | None = None, *, serial: bool = False) -> Tensor:
-        """dq; the gradient of the bias is added to dvalues, where given; serial: by this thread alone."""
-        q, k, v, dout = self.q, self.k, self.v, self.dout
-        if not q.shape[3] and dvalues is None:
-            return q
-        no_tensor, table = q.new_empty(0, 0, 0, 0), bias_table(self.modifiers, q)
-        flat = q.new_empty(0) if dvalues is None else dvalues.view(-1)
-        tensors = BackwardTensors(*arrays(q, dout, k, v), *flat_nodes(self.lse, self.delta))
-        results = [zeros(*q.shape, like=q), no_tensor, no_tensor]
-        # All batches that share a value are one job: no two threads add to it.
-        batches = len(q) if dvalues is not None and table.strides[0] == 0 else 1
-        kernel = _backward_kernel(q.shape[3], v.shape[3], is_plain(self.modifiers), False)
-        self._run(kernel, tensors, results, flat, layout.by_query, table, batches, serial)
-        return results[0]
-
-    def of_keys(self, layout: CSRLayout, per_key: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """dk, dv and, where a bias has one value for each key, ds summed over the queries: (B, M, H, 1)."""
-        q, k, v, dout = self.q, self.k, self.v, self.dout
-        table = bias_table(self.modifiers, q)
-        ds_sum = q.new_zeros(*k.shape[:2], q.shape[2], 1) if per_key else q.new_empty(0, 0, 0, 0)
-        tensors = BackwardTensors(*arrays(k, v, q, dout), *flat_nodes(self.lse, self.delta))
-        results = [zeros(*k.shape, like=k), zeros(*v.shape, like=v), ds_sum]
-        kernel = _backward_kernel(q.shape[3], v.shape[3], is_plain(self.modifiers), True)
-        adjacency = layout.numbered if table.kind == EDGE else layout.by_key
-        self._run(kernel, tensors, results, q.new_empty(0), adjacency, table, 1, False)
-        return results[0], results[1], results[2]
-
-    def _run(
-        self,
-        kernel: InThreads,
-        tensors: BackwardTensors,
-        results: list[Tensor],
-        dvalues: Tensor,
-        adjacency: Adjacency,
-        table: BiasTable,
-        batches: int,
-        serial: bool,
-    ) -> None:
-        """A kernel, for each unit and so many batches at once; dx, dx_v and ds_sum into results."""
-        pieces = [x.new_zeros(x.shape[0], adjacency.num_pieces, *x.shape[2:]) for x in results]
-        pairs = [x for pair in zip(results, pieces, strict=True) for x in pair]
-        gradients, edges = Gradients(*flat_nodes(*pairs), dvalues.numpy()), edges_of(adjacency)
-        factor, rule = scalar(self.modifiers.scale, self.q), weighting(self.modifiers, self.q)
-        ranges = unit_ranges(len(adjacency.units))
-        jobs = (len(ranges) - 1) * len(self.q) // max(batches, 1)
-        run = kernel.serially if serial else kernel
-        run(jobs, ranges, batches, tensors, gradients, edges, table, rule, factor)
-        if adjacency.num_pieces:
-            for result, of_pieces in zip(results, pieces, strict=True):
-                if len(result):
-                    sum_pieces(adjacency.pieces.numpy(), result.numpy(), of_pieces.numpy())
-
-
-def _offset_gradient(call: _Backward, bias: ScoreBias, layout: CSRLayout) -> tuple[Tensor, Tensor]:
-    """dq, and the gradient of an "offset" bias, in float64: each job is a head, to whose values no other adds."""
-    q, k = call.q, call.k
-    group, values = q.shape[2] // k.shape[2], bias.values.detach()
-    dq, dvalues = torch.empty_like(q), torch.zeros(q.shape[2], values.shape[1], dtype=torch.float64)
-
-    def run(h: int) -> None:
-        q_h, dout_h, lse_h, delta_h = (x.narrow(2, h, 1).contiguous() for x in (q, call.dout, call.lse, call.delta))
-        k_h, v_h = (x.narrow(2, h // group, 1).contiguous() for x in (k, call.v))
-        head_bias = ScoreBias("offset", values[[min(h, len(values) - 1)]])
-        modifiers = call.modifiers._replace(bias=head_bias)
-        if modifiers.dropout is not None:
-            heads = modifiers.dropout.heads
-            number = torch.tensor([h]) if heads is None else heads[h : h + 1]
-            modifiers = modifiers._replace(dropout=modifiers.dropout._replace(heads=number))
-        one_head = _Backward(q_h, k_h, v_h, dout_h, lse_h, delta_h, modifiers)
-        dq[:, :, h] = one_head.of_queries(layout, dvalues[h], serial=True)[:, :, 0]
-
-    parallel_for(q.shape[2], run)
-    return dq, dvalues.sum_to_size(values.shape).to(values.dtype)

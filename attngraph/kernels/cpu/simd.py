@@ -265,6 +265,15 @@ def _polynomial(builder, coefficients, r):
     return series
 
 
+def _exp2(builder, x):
+    """2^x; 0 below the least power."""
+    form = _format(x)
+    r, exponent = _split_exponent(builder, x)
+    series = builder.bitcast(_polynomial(builder, form.exp2, r), _ints(x))
+    scaled = builder.bitcast(builder.add(series, exponent), x.type)
+    return builder.select(builder.fcmp_unordered(">", x, _same(x, form.least_power)), scaled, _same(x, 0.0))
+
+
 @intrinsic
 def exp2(typing, x):
     """2^x for x <= 0, above as of 0; 0 below -100, or -900 in float64; nan stays nan.
@@ -273,15 +282,16 @@ def exp2(typing, x):
     """
 
     def generate(context, builder, sig, args):
-        (x,) = args
-        zero, form = _same(x, 0.0), _format(x)
-        x = builder.select(builder.fcmp_ordered(">", x, zero), zero, x)
-        r, exponent = _split_exponent(builder, x)
-        series = builder.bitcast(_polynomial(builder, form.exp2, r), _ints(x))
-        scaled = builder.bitcast(builder.add(series, exponent), x.type)
-        return builder.select(builder.fcmp_unordered(">", x, _same(x, form.least_power)), scaled, zero)
+        zero = _same(args[0], 0.0)
+        return _exp2(builder, builder.select(builder.fcmp_ordered(">", args[0], zero), zero, args[0]))
 
     return x(x), generate
+
+
+@intrinsic
+def exp2_unclamped(typing, x):
+    """2^x as of `exp2`, also for x > 0; where that is infinite, anything."""
+    return x(x), lambda context, builder, sig, args: _exp2(builder, args[0])
 
 
 def _size(builder, x):

@@ -14,7 +14,8 @@ Here are tensors made arrays, and work cut into jobs; the kernels are in `tiles_
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Hashable
+from functools import lru_cache, partial
 from typing import Any, Literal
 
 import numpy as np
@@ -66,12 +67,13 @@ def forward(q: Tensor, k: Tensor, v: Tensor, layout: TilesLayout, modifiers: Mod
     (B, H, N, D), (M, Dv) = q.shape, v.shape[2:]
     (nodes, key_nodes), dims, number = filled_grid(layout), (filled(D), filled(Dv)), number_of(q.dtype)
     out = np.empty((B * H, nodes * dims[1]), BITS.get(q.dtype, number))
-    lse = np.empty((B * H, nodes), number)
+    lse = np.empty((B, H, nodes), number)
     sides = flat_heads(q, nodes), flat_heads(k, key_nodes), flat_heads(v, key_nodes)
-    tensors = ForwardTensors(*sides, out, lse, _real_keys(modifiers, layout, B), *dims)
+    tensors = ForwardTensors(*sides, out, lse.reshape(B * H, nodes), _real_keys(modifiers, layout, B), *dims)
     pieces, tiles = pieces_of(layout, "by_query", B * H), tiles_of(layout, "by_query", _reads_edges(modifiers))
-    forward_rows(B * H * (len(pieces) - 1), pieces, tensors, tiles, _scoring(modifiers, q, M))
-    return as_nodes(out, B, N, Dv, nodes, q.dtype), torch.from_numpy(lse).view(B, H, nodes)[:, :, :N]
+    scoring = _scoring(modifiers, q, M)
+    forward_rows(B * H * (len(pieces) - 1), pieces, tensors, tiles, scoring, kind=_kind(modifiers, q))
+    return as_nodes(out, B, N, Dv, nodes, q.dtype), torch.from_numpy(lse if nodes == N else lse[:, :, :N])
 
 
 # ------------------------------------------------------------------------------------------------- backward
@@ -97,14 +99,15 @@ def backward(
     """
     (B, _, N, D), (_, key_heads, M, Dv), (nodes, key_nodes) = q.shape, v.shape, filled_grid(layout)
     scoring, dbias = _scoring(modifiers, q, M), _DBias(modifiers.bias if bias_grad else None, q, M)
+    kind = _kind(modifiers, q)
     tensors = backward_tensors(q, k, v, out, lse, dout, dlse, layout, _real_keys(modifiers, layout, B))
     if dbias.by_head or (in_one_pass(B * key_heads) and not dbias.by_column):
         pieces = np.array([0, layout.grid[1]])
     else:
         pieces = pieces_of(layout, "by_key", 1 if dbias.by_column else B * key_heads)
     if len(pieces) > 2:
-        _dq(tensors, layout, modifiers, scoring)
-    _dkdv(tensors, layout, modifiers, scoring, pieces, dbias)
+        _dq(tensors, layout, modifiers, scoring, kind)
+    _dkdv(tensors, layout, modifiers, scoring, pieces, dbias, kind)
     dq = as_nodes(tensors.dq, B, N, D, nodes, exact(q.dtype))  # sums over all columns of tiles, so never half
     dk, dv = (as_nodes(x, B, M, dim, key_nodes, q.dtype) for x, dim in ((tensors.dk, D), (tensors.dv, Dv)))
     return dq, dk, dv, dbias.total()
@@ -168,11 +171,11 @@ def in_one_pass(key_heads: int) -> bool:
     return threads == 1 or (key_heads >= 2 * threads and 5 * rounds * threads <= 7 * key_heads)
 
 
-def _dq(tensors: BackwardTensors, layout: TilesLayout, modifiers: Modifiers, scoring: Scoring) -> None:
+def _dq(tensors: BackwardTensors, layout: TilesLayout, modifiers: Modifiers, scoring: Scoring, kind: Hashable) -> None:
     """Fill dq."""
     heads = len(tensors.q)
     pieces, tiles = pieces_of(layout, "by_query", heads), tiles_of(layout, "by_query", _reads_edges(modifiers))
-    backward_dq(heads * (len(pieces) - 1), pieces, tensors, tiles, scoring)
+    backward_dq(heads * (len(pieces) - 1), pieces, tensors, tiles, scoring, kind=kind)
 
 
 def _dkdv(
@@ -182,6 +185,7 @@ def _dkdv(
     scoring: Scoring,
     pieces: np.ndarray,
     dbias: _DBias,
+    kind: Hashable,
 ) -> None:
     """Fill dk and dv, and add to dbias; fill dq, if there is but one piece of each key head."""
     heads = len(tensors.k)
@@ -191,7 +195,7 @@ def _dkdv(
     tensors = tensors._replace(**{name: regrouped(x, heads) for name, x in of_queries.items()})
     tiles = tiles_of(layout, "by_key", _reads_edges(modifiers))
     num_jobs = heads // max(per_job, 1) * (len(pieces) - 1)
-    backward_dkdv(num_jobs, pieces, per_job, group, tensors, tiles, scoring, dbias.arrays)
+    backward_dkdv(num_jobs, pieces, per_job, group, tensors, tiles, scoring, dbias.arrays, kind=kind)
 
 
 # ------------------------------------------------------------------------------------------- tensors to arrays
@@ -210,7 +214,8 @@ def filled_grid(layout: Grid) -> tuple[int, int]:
 
 def flat_heads(x: Tensor, nodes: int, multiple: int = LANES) -> np.ndarray:
     """x (B, H, n, D) as (B · H, nodes · D'), filled up with zeros to so many nodes, and D to a multiple D'."""
-    (B, H, n, D), dim, x = x.shape, filled(x.shape[3], multiple), x.detach()
+    (B, H, n, D), dim = x.shape, filled(x.shape[3], multiple)
+    x = x.detach() if x.requires_grad else x
     x = pad(x, (0, dim - D, 0, nodes - n)) if (n, D) != (nodes, dim) else x.contiguous()
     array = x.view(torch.int16).numpy().view(BITS[x.dtype]) if x.dtype in BITS else x.numpy()
     return array.reshape(B * H, nodes * dim)
@@ -223,8 +228,8 @@ def regrouped(x: np.ndarray, heads: int) -> np.ndarray:
 
 def as_nodes(x: np.ndarray, B: int, n: int, D: int, nodes: int, dtype: torch.dtype) -> Tensor:
     """The way back: (B · H, nodes · D') → (B, H, n, D)."""
-    flat = torch.from_numpy(x.view(np.int16)).view(dtype) if dtype in BITS else torch.from_numpy(x)
-    whole = flat.view(B, len(x) // max(B, 1), nodes, filled(D))
+    x = x.reshape(B, len(x) // max(B, 1), nodes, filled(D))
+    whole = torch.from_numpy(x.view(np.int16)).view(dtype) if dtype in BITS else torch.from_numpy(x)
     return whole if (nodes, filled(D)) == (n, D) else whole[:, :, :n, :D]
 
 
@@ -243,8 +248,19 @@ def log2_e(dtype: torch.dtype) -> float:
     return float(number_of(dtype)(LOG2_E))
 
 
+def _kind(modifiers: Modifiers, q: Tensor) -> Hashable:
+    """What decides the types of the arguments of kernels, where it is so little; None: Numba looks at them."""
+    return q.dtype if modifiers.is_plain else None
+
+
 def _scoring(modifiers: Modifiers, q: Tensor, m: int) -> Scoring:
     """What the kernels are told of the modifiers, but for the padding; `m` keys."""
+    if modifiers.is_plain:
+        return _plain_scoring(modifiers.scale, q.dtype, q.shape[2], m)
+    return _any_scoring(modifiers, q, m)
+
+
+def _any_scoring(modifiers: Modifiers, q: Tensor, m: int) -> Scoring:
     transform, scale, number = modifiers.transform, modifiers.scale, number_of(q.dtype)
     makes_scores = modifiers.bias is not None or transform is not None
     unit = log2_e(q.dtype) if modifiers.normalize == "softmax" else 1.0
@@ -261,6 +277,12 @@ def _scoring(modifiers: Modifiers, q: Tensor, m: int) -> Scoring:
         _bias(modifiers.bias, q, m, bias_unit),
         _dropout(modifiers, q),
     )
+
+
+@lru_cache(maxsize=64)
+def _plain_scoring(scale: float, dtype: torch.dtype, n: int, m: int) -> Scoring:
+    """The same of a scale alone."""
+    return _any_scoring(Modifiers(scale), torch.empty(1, 1, n, 0, dtype=dtype), m)
 
 
 def _bias(bias: ScoreBias | None, q: Tensor, m: int, unit: float) -> Bias:
@@ -306,8 +328,12 @@ def _reads_edges(modifiers: Modifiers) -> bool:
 
 def _real_keys(modifiers: Modifiers, layout: TilesLayout, batch: int) -> np.ndarray:
     """A bit for each key that is no padding: uint64 (B, tiles of keys)."""
-    tiles, mask = layout.grid[1], modifiers.attention_mask
-    return np.full((batch, tiles), ALL_BITS) if mask is None else real_keys(mask, tiles)
+    tiles, mask, key = layout.grid[1], modifiers.attention_mask, ("real", batch)
+    if mask is not None:
+        return real_keys(mask, tiles)
+    if key not in layout.kept:
+        layout.kept[key] = np.full((batch, tiles), ALL_BITS)
+    return layout.kept[key]
 
 
 def real_keys(mask: Tensor, tiles: int) -> np.ndarray:

@@ -12,8 +12,21 @@ import numpy as np
 
 from attngraph.kernels.cpu.half import keep_sums, scratch_size, sums, widened
 from attngraph.kernels.cpu.launch import in_threads
-from attngraph.kernels.cpu.simd import LANES, TILE, broadcast, exp2, load, maximum, store, where
+from attngraph.kernels.cpu.simd import (
+    LANES,
+    TILE,
+    broadcast,
+    exp2,
+    exp2_unclamped,
+    load,
+    maximum,
+    store,
+    where,
+    where_positive,
+)
 from attngraph.kernels.cpu.tiles_scores import (
+    NO_BIAS,
+    NO_TRANSFORM,
     SOFTMAX,
     Place,
     draw_kept,
@@ -22,6 +35,7 @@ from attngraph.kernels.cpu.tiles_scores import (
     new_scratch,
 )
 from attngraph.kernels.cpu.tiles_steps import (
+    ALL_BITS,
     FASTMATH_FLAGS,
     add_product,
     aligned,
@@ -35,6 +49,7 @@ from attngraph.kernels.cpu.tiles_steps import (
 )
 
 LN_2 = math.log(2)
+MAX_EXCESS = 8  # as an exponent of 2
 
 
 class ForwardTensors(NamedTuple):
@@ -57,27 +72,35 @@ def masked_score(s):
 
 
 @inner
-def online_softmax(s, bits, kept, scale_log2, row_max, row_sum, alpha):
-    """Scores s (keys, queries) to p = 2^(scale · s - row_max), in place; alpha is what earlier sums are worth now.
+def of_edges(bits, r, c, value, other):
+    """`value` where bits[r] has an edge, from column c on, else `other`; bits is None where there are edges alone."""
+    if bits is None:
+        return value
+    return where(bits[r], c, value, other)
 
-    row_max, row_sum and alpha (queries,): row_sum is updated, out is left to the caller. Of the pairs that are not
-    kept, p counts in row_sum, and is 0 after; kept is None where all are.
+
+@inner
+def online_softmax(s, bits, kept, row_max, row_sum, alpha):
+    """Exponents s (keys, queries) to p = 2^(s - row_max), in place; alpha is what earlier sums are worth now.
+
+    row_max, row_sum and alpha (queries,): row_sum is updated, out is left to the caller. row_max follows the largest
+    exponent where that exceeds it by more than MAX_EXCESS: until then no p is too large, and alpha is 1. bits is None
+    where all pairs are edges. Of those that are not kept, p counts in row_sum, and is 0 after; kept is None where all
+    are.
     """
-    zero, masked, factor = broadcast(s, 0), broadcast(s, masked_score(s)), broadcast(s, scale_log2)
+    zero, masked, excess = broadcast(s, 0), broadcast(s, masked_score(s)), broadcast(s, MAX_EXCESS)
     for c in range(0, TILE, LANES):
         old_max = load(row_max, c)
         max_a, max_b = old_max, old_max  # two chains: each comparison waits for the one before
         for r in range(0, TILE, 2):
-            scaled_a, scaled_b = load(s, r * TILE + c) * factor, load(s, (r + 1) * TILE + c) * factor
-            store(s, r * TILE + c, scaled_a)  # rounded, so that none is above the largest
-            store(s, (r + 1) * TILE + c, scaled_b)
-            max_a = maximum(where(bits[r], c, scaled_a, masked), max_a)
-            max_b = maximum(where(bits[r + 1], c, scaled_b, masked), max_b)
-        new_max = maximum(max_a, max_b)
+            max_a = maximum(of_edges(bits, r, c, load(s, r * TILE + c), masked), max_a)
+            max_b = maximum(of_edges(bits, r + 1, c, load(s, (r + 1) * TILE + c), masked), max_b)
+        largest = maximum(max_a, max_b)
+        new_max = where_positive(largest - old_max - excess, largest, old_max)
         rescale = exp2(old_max - new_max)
         sums = load(row_sum, c) * rescale
         for r in range(TILE):
-            p = where(bits[r], c, exp2(load(s, r * TILE + c) - new_max), zero)
+            p = of_edges(bits, r, c, exp2_unclamped(load(s, r * TILE + c) - new_max), zero)
             sums = sums + p
             if kept is not None:
                 p = where(kept[r], c, p, zero)
@@ -102,10 +125,15 @@ def forward_rows(job, pieces, tensors, tiles, scoring):
     row_max, row_sum, alpha = aligned(TILE, lse), aligned(TILE, lse), aligned(TILE, lse)
     by_query, by_key = np.empty(TILE, np.uint64), np.empty(TILE, np.uint64)
     scratch, dropout = new_scratch(scoring, lse), scoring.dropout
+    products_are_scores = (
+        scoring.normalize == SOFTMAX and scoring.bias.kind == NO_BIAS and scoring.transform == NO_TRANSFORM
+    )
     for row in range(pieces[piece], pieces[piece + 1]):
         acc, acc_at = sums(out, row * value_size, wide_out)
         q_i, q_at = widened(q, row * key_size, key_size, wide_k)
         transpose(q_i, q_at, head_dim, q_t)
+        if products_are_scores:
+            scale_by(q_t, 0, key_size, scoring.factor)
         fill_zero(acc, acc_at, value_size)
         for r in range(TILE):
             row_max[r], row_sum[r] = masked_score(lse), 0
@@ -122,10 +150,14 @@ def forward_rows(job, pieces, tensors, tiles, scoring):
                 if dropout.is_on:
                     draw_kept(scratch.kept, by_key, dropout, place, False)
             if scoring.normalize == SOFTMAX:
+                if not products_are_scores and scoring.factor != 1:
+                    scale_by(p, 0, TILE * TILE, scoring.factor)
                 if dropout.is_on:
-                    online_softmax(p, by_key, scratch.kept, scoring.factor, row_max, row_sum, alpha)
+                    online_softmax(p, by_key, scratch.kept, row_max, row_sum, alpha)
+                elif tiles.mask[tile] < 0 and real == ALL_BITS:
+                    online_softmax(p, None, None, row_max, row_sum, alpha)
                 else:
-                    online_softmax(p, by_key, None, scoring.factor, row_max, row_sum, alpha)
+                    online_softmax(p, by_key, None, row_max, row_sum, alpha)
                 if tile > tiles.start[row]:
                     scale_rows(acc, acc_at, value_dim, alpha)
             else:

@@ -75,7 +75,8 @@ def scale_by(x, at, size, factor):
 def scale_rows(x, at, width, factors):
     """x (64, width) times a factor for each row."""
     for r in range(TILE):
-        scale_by(x, at + r * width, width, factors[r])
+        if factors[r] != 1:
+            scale_by(x, at + r * width, width, factors[r])
 
 
 @inner

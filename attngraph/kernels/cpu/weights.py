@@ -116,15 +116,12 @@ def softmax(scores, blocks, row_max, row_sum, lse):
 
 
 @compiled
-def softmax_backward(scores, ds, blocks, ds_sum):
-    """Scores less their lse to p, and dp - delta in ds to ds = p (dp - delta), in place; ds_sum (heads · 4,) += ds."""
-    lanes = len(ds_sum)
-    for x in range(blocks):
-        for y in range(lanes):
-            p = exp(scores[x * lanes + y])
-            scores[x * lanes + y] = p
-            ds[x * lanes + y] *= p
-            ds_sum[y] += ds[x * lanes + y]
+def softmax_backward(scores, ds, size):
+    """Scores less their lse to p, and dp - delta in ds to ds = p (dp - delta), in place."""
+    for x in range(size):
+        p = exp(scores[x])
+        scores[x] = p
+        ds[x] *= p
 
 
 # ------------------------------------------------------------------------- transforms, other normalisers, dropout
@@ -187,18 +184,14 @@ def multiply(weights, factors, size):
 
 
 @compiled
-def weights_backward(weights, ds, minus_delta, slopes, factors, blocks, ds_sum, is_softmax):
+def weights_backward(weights, ds, minus_delta, slopes, factors, size, is_softmax):
     """Weights w to those that are kept, w · factors, and dp in ds to the gradient ds of the raw scores, in place.
 
-    dw = dp · factors; ds = slopes · dw, of a softmax slopes · w (dw - delta); ds_sum (heads · 4,) += ds.
+    dw = dp · factors; ds = slopes · dw, of a softmax slopes · w (dw - delta).
     """
-    lanes = len(ds_sum)
-    for x in range(blocks):
-        for y in range(lanes):
-            at = x * lanes + y
-            dw = ds[at] * factors[at]
-            if is_softmax:
-                dw = weights[at] * (dw + minus_delta[at])
-            ds[at] = dw * slopes[at]
-            weights[at] *= factors[at]
-            ds_sum[y] += ds[at]
+    for x in range(size):
+        dw = ds[x] * factors[x]
+        if is_softmax:
+            dw = weights[x] * (dw + minus_delta[x])
+        ds[x] = dw * slopes[x]
+        weights[x] *= factors[x]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, ClassVar
@@ -174,14 +175,19 @@ class KernelBackend(Backend):
         """Why it can't run a call of plain attention on its device; None if it can."""
         return None
 
+    @cached_property
+    def kernels(self) -> Any:
+        """The module."""
+        return import_module(self.module)
+
     def forward(self, q: Tensor, k: Tensor, v: Tensor, layout: Any, modifiers: Modifiers) -> tuple[Tensor, Tensor]:
         with current(q.device):
-            return import_module(self.module).forward(q, k, v, layout, modifiers)
+            return self.kernels.forward(q, k, v, layout, modifiers)
 
     def backward(self, q, k, v, out, lse, dout, dlse, layout, modifiers, bias_grad) -> Gradients:
         sides = q, k, v, out, lse, dout, dlse
         with current(q.device):
-            return import_module(self.module).backward(*sides, layout, modifiers, bias_grad)
+            return self.kernels.backward(*sides, layout, modifiers, bias_grad)
 
 
 def current(device: torch.device) -> AbstractContextManager[object]:

@@ -129,8 +129,10 @@ class CSR:
     @property
     def nbytes(self) -> int:
         """Of what was made so far, in memory; what is shared once."""
-        sides = [self.by_query, *(vars(self)[name] for name in ("by_key", "numbered") if name in vars(self))]
-        return sum({id(part): part.nbytes for side in sides for part in side[:-1]}.values())
+        by_key, numbered = vars(self).get("by_key", self.by_query), vars(self).get("numbered")
+        sides = [self.by_query] if by_key is self.by_query else [self.by_query, by_key]
+        own = 0 if numbered is None else numbered.edge.nbytes
+        return own + sum(part.nbytes for side in sides for part in side[:-1])
 
 
 def _order_by_key(key: Tensor, start: Tensor) -> Tensor:
@@ -163,20 +165,24 @@ def _units(start: Tensor, heavy: int) -> tuple[Tensor, Tensor]:
     """The units and pieces of an Adjacency with these row pointers: nodes with more than `heavy` edges have pieces."""
     nodes, degree = len(start) - 1, start.diff()
     hub = (degree > heavy).nonzero()[:, 0]
-    count = (degree[hub] + heavy - 1) // heavy  # pieces of each
-    last = count.cumsum(0)
-    pieces = torch.stack([hub, last - count, last], 1)
-
-    node, parts = hub.repeat_interleave(count), count.repeat_interleave(count)
-    part = torch.arange(len(node), device=start.device) - (last - count).repeat_interleave(count)
-    first = start[node] + degree[node] * part // parts
-    stop = start[node] + degree[node] * (part + 1) // parts
-    of_pieces = torch.stack([node, node + 1, first, stop], 1)
-
     load = start + torch.arange(nodes + 1, device=start.device)
     even = torch.searchsorted(load, torch.arange(0, nodes + int(start[-1]), UNIT_EDGES, device=start.device))
     border = torch.cat([even, hub, hub + 1, start.new_tensor([0, nodes])]).unique()
     first, stop = border[:-1], border[1:]
+    if not len(hub):
+        return torch.stack([first, stop, start[first], start[stop]], 1), start.new_empty(0, 3)
     light = degree[first] <= heavy
     first, stop = first[light], stop[light]
+    of_pieces, pieces = _pieces(start, degree, hub, heavy)
     return torch.cat([of_pieces, torch.stack([first, stop, start[first], start[stop]], 1)]), pieces
+
+
+def _pieces(start: Tensor, degree: Tensor, hub: Tensor, heavy: int) -> tuple[Tensor, Tensor]:
+    """The units of the nodes `hub`, of at most `heavy` edges each, and which of them each node has."""
+    count = (degree[hub] + heavy - 1) // heavy  # pieces of each
+    last = count.cumsum(0)
+    node, parts = hub.repeat_interleave(count), count.repeat_interleave(count)
+    part = torch.arange(len(node), device=start.device) - (last - count).repeat_interleave(count)
+    first = start[node] + degree[node] * part // parts
+    stop = start[node] + degree[node] * (part + 1) // parts
+    return torch.stack([node, node + 1, first, stop], 1), torch.stack([hub, last - count, last], 1)

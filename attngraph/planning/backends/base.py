@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager, nullcontext
-from functools import cached_property
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, ClassVar
@@ -175,10 +175,10 @@ class KernelBackend(Backend):
         """Why it can't run a call of plain attention on its device; None if it can."""
         return None
 
-    @cached_property
+    @property
     def kernels(self) -> Any:
         """The module."""
-        return import_module(self.module)
+        return sys.modules.get(self.module) or import_module(self.module)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, layout: Any, modifiers: Modifiers) -> tuple[Tensor, Tensor]:
         with current(q.device):

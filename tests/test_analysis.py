@@ -31,6 +31,7 @@ from attngraph import (
     from_function,
     plan,
 )
+from attngraph.__main__ import main
 
 every = pytest.mark.parametrize("case", GRAPHS, ids=lambda case: f"{str(case.graph)[:60]}-{case.n}x{case.m}")
 square = pytest.mark.parametrize(
@@ -253,7 +254,7 @@ def test_every_graph_gets_the_answers_of_networkx(case):
     require_the_answers_of_networkx([case.graph, case.graph], [case.mask, case.mask], case.n)
 
 
-@pytest.mark.share(9)
+@pytest.mark.share(13)
 @pytest.mark.parametrize("seed", range(100))
 def test_ten_random_graphs_get_the_answers_of_networkx(seed):
     rng = random.Random(seed)
@@ -261,3 +262,194 @@ def test_ten_random_graphs_get_the_answers_of_networkx(seed):
         n = rng.choice([rng.randrange(1, 13), rng.randrange(13, 40)])
         stack = [some_layer(rng, n)] * 2 if rng.random() < 0.5 else [some_layer(rng, n) for _ in range(3)]
         require_the_answers_of_networkx(stack, [graph.mask(n, n) for graph in stack], n)
+
+
+# -------------------------------------------------------------------------------------- through many layers
+
+
+def test_a_planted_edge_into_the_future_is_found_with_its_way():
+    for planted in (0, 7, 11):
+        layers = [Causal() & (Window(16, 0) | Prefix(4))] * 12
+        layers[planted] = layers[planted] | EdgeList([[900], [313]], size=1000)
+        assert analysis.leaks(layers, 1000) == [(planted, 900, 313)]
+        assert analysis.leak_path(layers, 1000) == [900] * (planted + 1) + [313] * (12 - planted)
+        assert analysis.path(layers, 900, 313, 1000) == analysis.leak_path(layers, 1000)
+        assert analysis.path(layers, 901, 313, 1000) == []
+    by_head = PerHead([Causal(), Causal() | EdgeList([[9], [3]], size=20)])
+    assert analysis.leak_path([Causal(), by_head, Causal()], 20) == [9, 9, 3, 3]
+    assert analysis.leak_path([Causal()] * 3) == []
+
+
+def test_the_receptive_field_of_a_million_nodes_takes_milliseconds():
+    layers, n = [Window(256, 0) | Prefix(4)] * 24, 1_000_000
+    expected = [*range(4), *range(n - 1 - 24 * 256, n)]
+    assert analysis.receptive_field(layers, n - 1, n).tolist() == expected
+    assert analysis.growth(layers, n - 1, n) == [4 + 256 * depth + 1 for depth in range(1, 25)]
+    times = []
+    for _ in range(5):
+        began = time.process_time()
+        analysis.receptive_field(layers, n - 1, n)
+        times.append(time.process_time() - began)
+    assert min(times) < 0.05
+
+
+@pytest.mark.parametrize(
+    "graph",
+    [
+        Causal() & (Strided(16) | Window(15, 0)),
+        Window(2, 0, 8) | Chunks(50, 7),
+        Causal() - Random(3),
+        Window(3, 0) | Random(1),
+        Global([5, 300]) & Strided(2),
+        Tree([-1, *range(599)]),
+        Documents([100, 0, 1, 499]).T @ Window(0, 1),
+        from_function(lambda q, k: (q - k) % 25 == 3),
+    ],
+    ids=str,
+)
+def test_larger_graphs_are_walked_as_their_masks_say(graph):
+    n = 600
+    step = (graph.mask(n, n) | torch.eye(n, dtype=torch.bool)).float()
+    twice = step @ step > 0
+    for node in (0, 1, 299, 599):
+        field = twice[node].nonzero()[:, 0]
+        assert torch.equal(analysis.receptive_field([graph] * 2, node, n), field)
+        assert analysis.growth([graph] * 2, node, n) == [int(step[node].sum()), len(field)]
+    hops, reached = 0, torch.eye(n, dtype=torch.bool)
+    while not torch.equal(further := (step @ reached.float() > 0), reached):
+        hops, reached = hops + 1, further
+    assert analysis.diameter(graph, n) == hops
+    last = torch.where(graph.mask(n, n), torch.arange(n)[:, None], -1).amax(0)
+    assert torch.equal(analysis.last_reader(graph, n), last)
+
+
+def test_bridges_are_the_worst_bottlenecks():
+    found = analysis.bottlenecks(Documents([20, 20]) | EdgeList([[19], [20]], size=40))
+    assert found.edges[:, 0].tolist() == [19, 20]
+    assert found.resistance[0] == pytest.approx(1)
+    assert found.resistance[1:].tolist() == pytest.approx([2 / 20] * 2 * 190)  # of a clique of c nodes, 2 / c
+    assert found.edges[:, 1:4].T.tolist() == [[0, 1], [0, 2], [0, 3]]  # equal ones in order
+
+
+# ---------------------------------------------------------------------------------------------------- costs
+
+
+def test_a_cache_holds_the_keys_that_are_heard_later():
+    window = Causal() & (Window(256, 0) | Prefix(4))
+    assert analysis.peak_alive(window, 1000) == analysis.peak_alive(window, 100_000) == 261
+    assert analysis.peak_alive(window, 100) == 100
+    assert analysis.peak_alive(Causal() & Chunks(64), 1000) == 64
+    assert analysis.peak_alive(Documents([30, 50, 20]) & Causal()) == 50
+    assert analysis.peak_alive(Causal(-1), 7) == 6  # the last is heard by nobody
+    assert analysis.peak_alive(Empty(), 9) == analysis.peak_alive(Full(), 0) == 0
+    size = 16 * 4
+    cost = analysis.cost(window, 1000, dim=128, heads=8, cache=True)
+    assert cost.cache_bytes == 2 * 8 * 261 * size
+    assert analysis.cost(window, 1000, dim=128, heads=8, kv_heads=2, cache=True).cache_bytes == 2 * 2 * 261 * size
+    half = analysis.cost([window, Causal()], 1000, dim=128, heads=8, kv_heads=2, cache=True, dtype=torch.bfloat16)
+    assert half.cache_bytes == 2 * 2 * (261 + 1000) * 16 * 2
+
+
+def test_a_head_of_keys_holds_what_any_of_its_queries_hears():
+    by_head = PerHead([Window(3, 0), Window(9, 0), Window(5, 0), Causal() & Prefix(2)])
+    assert [analysis.peak_alive(by_head.of_head(h), 100) for h in range(4)] == [4, 10, 6, 2]
+    assert analysis.cost(by_head, 100, dim=4, heads=4, cache=True).cache_bytes == 2 * 4 * (4 + 10 + 6 + 2)
+    # Of the last two heads together, six keys of the window and the two first: not more than eight at once.
+    assert analysis.cost(by_head, 100, dim=4, heads=4, kv_heads=2, cache=True).cache_bytes == 2 * 4 * (10 + 8)
+    assert analysis.peak_alive(by_head, 100) == 12
+
+
+def test_bytes_and_seconds_are_those_of_all_layers():
+    layers = [Causal(), Window(16, 0)]
+    cost = analysis.cost(layers, 128, dim=64, heads=4, kv_heads=2, dtype=torch.float16, seconds=True)
+    assert cost.bytes == 2 * 128 * 2 * (64 + 32) * 2  # layers, nodes, (q and out, k and v), bytes of a number
+    plans = [plan(graph, 128, heads=4, head_dim=16, dtype=torch.float16) for graph in layers]
+    assert cost.seconds == sum(each.seconds for each in plans)
+    assert cost.layout_bytes == sum(each.nbytes for each in plans)
+    assert analysis.cost(layers, 128, dim=64, heads=4)[5:] == (None, None, None)
+    found = analysis.compare(*layers, 128, dim=64, heads=4, kv_heads=2, dtype=torch.float16)
+    assert (found.only_a, found.only_b) == (128 * 129 // 2 - Window(16, 0).num_edges(128, 128), 0)
+    assert found.a.seconds + found.b.seconds == cost.seconds
+
+
+def test_what_has_no_cache_says_why():
+    with pytest.raises(
+        ValueError, match=r"Window\(1, 1\) query 0 hears the later key 1: cache=False, or graph & Causal"
+    ):
+        analysis.cost([Causal(), Window(1, 1)], 8, dim=4, heads=2, cache=True)
+    with pytest.raises(ValueError, match="a cache is for nodes that are queries and keys"):
+        analysis.cost(Causal().sized(4, 6), dim=4, heads=2, cache=True)
+    with pytest.raises(ValueError, match="kv_heads must be a divisor of heads"):
+        analysis.cost(Causal(), 8, dim=12, heads=6, kv_heads=4)
+
+
+@pytest.mark.parametrize(
+    "question",
+    [
+        analysis.leaks, analysis.leak_path, analysis.reach, analysis.diameter, analysis.components,
+        analysis.bottlenecks, analysis.last_reader, analysis.peak_alive,
+        lambda graph, n: analysis.growth(graph, 0, n), lambda graph, n: analysis.receptive_field(graph, 0, n),
+        lambda graph, n: analysis.path(graph, 0, 1, n), lambda graph, n: analysis.cost(graph, n, dim=4, heads=2),
+        lambda graph, n: analysis.compare(Causal(), graph, n, dim=4, heads=2),
+    ],
+)  # fmt: skip
+def test_what_queries_and_keys_choose_is_refused(question):
+    with pytest.raises(ValueError, match=r"not known before the data: ask about graph.resolve\(q, k\)"):
+        question(TopK(2), 8)
+
+
+def test_a_choice_among_the_past_is_causal():
+    assert analysis.leaks([TopK(2) & Causal(), Causal()], 8) == []
+
+
+# --------------------------------------------------------------------------------------- python -m attngraph
+
+
+def printed(capsys, *arguments):
+    main(list(arguments))
+    return capsys.readouterr().out
+
+
+def test_show_prints_the_facts(capsys):
+    text = "Causal() & (Window(64, 0) | Prefix(4))"
+    told = printed(capsys, "show", text, "--size", "1024", "--layers", "6")
+    facts = {line[:17].strip(): line[17:] for line in told.splitlines()}
+    assert facts["graph"] == text
+    assert facts["edges"].startswith(f"{6 * 68310:,} of all layers, 6.51% of all pairs")
+    assert facts["causal"] == "yes"
+    assert facts["receptive field"] == "of node 1,023 after each layer: 69, 133, 197, 261, 325, 389"
+    assert (facts["components"], facts["diameter"]) == ("1", "16")
+    assert facts["cache"].startswith("1.617 MiB at most")
+    assert "ms" in facts["expected"]
+    told = printed(capsys, "show", "Causal(), Causal() | Prefix(2), Documents([3, 4])")
+    assert "no: in layer 1 query 0 hears the later key 1; input to output 1 → 1 → 0 → 0" in told
+
+
+def test_explain_prints_the_plan(capsys):
+    told = printed(capsys, "explain", "Causal() & Window(64, 0)", "--size", "512", "--dim", "128", "--heads", "2")
+    assert told.strip() == plan(Causal() & Window(64, 0), 512, heads=2, head_dim=64).explain()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["show", "Causal()"], "give one, as --size 1024"),
+        (["show", "Causl()", "--size", "8"], "not part of a graph expression"),
+        (["show", "Causal()", "--size", "x"], "invalid int value"),
+        (["show", "Causal()", "--size", "-3"], "n must be 0 or more"),
+        (["show", "TopK(2)", "--size", "8"], "ask about graph.resolve"),
+        (["show", "Documents([3, 4])", "--size", "8"], "the same number of query nodes"),
+        (["show", "Causal()", "--size", "8", "--heads", "3"], "dim must be a multiple of heads"),
+        (["show", "Causal(), Full()", "--size", "8", "--layers", "3"], "--layers must be 2"),
+        (["explain", "Causal(), Full()", "--size", "8"], "the graph of one layer"),
+        (["explain", "Causal()", "--size", "8", "--heads", "0"], "--dim must be a multiple"),
+        (["explain"], "graph"),
+    ],
+)
+def test_errors_are_one_line_that_says_what_to_do(arguments, said, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    told = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert said in told
+    assert told.count("\n") == 1

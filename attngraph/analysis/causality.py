@@ -70,20 +70,26 @@ def leaks(graphs: Graph | Sequence[Graph], n: int | None = None) -> list[Leak]:
     >>> leaks([Causal(), Causal() | Prefix(3)], n=8)
     [Leak(layer=1, key=1, query=0)]
     """
-    found = []
-    for layer, graph in enumerate(layers_of(graphs)):
-        if graph._unresolved and _is_causal_by_form(graph):
-            continue
-        require_known(graph)
-        n_of, m_of = size_of(graph, n)
-        future = graph - Causal()
-        heard = future.in_degrees(n_of, m_of)
-        hearing = (heard.amax(0) if graph.heads else heard).nonzero()[:1, 0]
-        for query in hearing.tolist():
-            require_memory(m_of * BYTES_PER_PAIR, f"to look at the {m_of:,} keys of a query of {graph}")
-            row = at_size(future, n_of, m_of)[0].contains(torch.tensor([[query]]), torch.arange(m_of)[None])
-            found.append(Leak(layer, int(row.reshape(-1, m_of).any(0).nonzero()[0, 0]), query))
-    return found
+    layers = layers_of(graphs)
+    first = {graph: _first_leak(graph, n) for graph in dict.fromkeys(layers)}
+    return [Leak(layer, *edge) for layer, graph in enumerate(layers) if (edge := first[graph]) is not None]
+
+
+def _first_leak(graph: Graph, n: int | None) -> tuple[int, int] | None:
+    """The first edge by which a graph hears the future, as (key, query)."""
+    if (n is None or graph._unresolved) and _is_causal_by_form(graph):
+        return None
+    require_known(graph)
+    n, m = size_of(graph, n)
+    future = graph - Causal()
+    heard = future.in_degrees(n, m)
+    hearing = (heard.amax(0) if graph.heads else heard).nonzero()[:, 0]
+    if not len(hearing):
+        return None
+    query = int(hearing[0])
+    require_memory(m * BYTES_PER_PAIR, f"to look at the {m:,} keys of a query of {graph}")
+    row = at_size(future, n, m)[0].contains(torch.tensor([[query]]), torch.arange(m)[None])
+    return int(row.reshape(-1, m).any(0).nonzero()[0, 0]), query
 
 
 @checked

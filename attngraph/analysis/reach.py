@@ -26,7 +26,7 @@ def receptive_field(graphs: Graph | Sequence[Graph], node: int, n: int | None = 
     >>> receptive_field([Causal() & Window(2, 0)] * 3, node=9, n=10)
     tensor([3, 4, 5, 6, 7, 8, 9])
     """
-    layers, n = _asked_of(graphs, node, n)
+    layers, n = _asked_of(graphs, n, node=node)
     *_, heard = Nodes.run(node, node + 1), *heard_through(reversed(layers), node, {}, n)
     return heard.members()
 
@@ -38,7 +38,7 @@ def growth(graphs: Graph | Sequence[Graph], node: int, n: int | None = None) -> 
     >>> growth([Causal() & Window(2, 0)] * 3, node=9, n=10)
     [3, 5, 7]
     """
-    layers, n = _asked_of(graphs, node, n)
+    layers, n = _asked_of(graphs, n, node=node)
     known: dict[Graph, Hearing] = {}
     if len(set(layers)) == 1:
         return [heard.total for heard in heard_through(layers, node, known, n)]
@@ -58,8 +58,7 @@ def path(graphs: Graph | Sequence[Graph], source: int, target: int, n: int | Non
     >>> path([Causal() & Window(2, 0)] * 3, source=5, target=9, n=10)
     [5, 5, 7, 9]
     """
-    layers, n = _asked_of(graphs, target, n)
-    require_node(n, source=source)
+    layers, n = _asked_of(graphs, n, source=source, target=target)
     known: dict[Graph, Hearing] = {}
     fields = [Nodes.run(target, target + 1), *heard_through(reversed(layers), target, known, n)][::-1]
     if not fields[0].has(np.array(source)):
@@ -130,15 +129,10 @@ def _steps_of_all(graph: Graph, n: int) -> int:
     return steps + (not torch.equal(own, powers[-1]))
 
 
-def _asked_of(graphs: Graph | Sequence[Graph], node: int, n: int | None) -> tuple[Sequence[Graph], int]:
-    """The layers of a stack, and how many nodes they have, of which this is one."""
+def _asked_of(graphs: Graph | Sequence[Graph], n: int | None, **nodes: int) -> tuple[Sequence[Graph], int]:
+    """The layers of a stack, and how many nodes they have, of which these are some."""
     layers, n = stack(graphs, n)
-    require_node(n, node=node)
-    return layers, n
-
-
-def require_node(n: int, **given: int) -> None:
-    """Raise unless this is one of n nodes."""
-    for name, node in given.items():
+    for name, node in nodes.items():
         if not 0 <= node < n:
-            raise ValueError(f"{name} must be from 0 to {n - 1} (got {node})")
+            raise ValueError(f"{name} must be from 0 to {n - 1}, of {n} nodes (got {node})")
+    return layers, n

@@ -14,7 +14,7 @@ from attngraph.arguments import checked
 from attngraph.graph import counting
 from attngraph.graph.base import Edges, Graph
 from attngraph.graph.boxes import require_memory
-from attngraph.graph.listing import by_lines, list_edges
+from attngraph.graph.listing import by_lines, list_edges, no_edges
 
 SAME = 1e-9  # resistances that differ by less are ranked as equal
 
@@ -29,8 +29,8 @@ def components(graphs: Graph | Sequence[Graph], n: int | None = None) -> Tensor:
     tensor([0, 0, 1, 1, 1])
     """
     layers, n = stack(graphs, n)
-    pairs = [_pairs(heard_by_any_head(graph, n), n) for graph in dict.fromkeys(layers)]
-    one, other = (torch.cat([torch.empty(0, dtype=torch.int64), *side]) for side in zip(*pairs, strict=True))
+    pairs = [no_edges(), *(_pairs(heard_by_any_head(graph, n), n) for graph in dict.fromkeys(layers))]
+    one, other = (torch.cat(side) for side in zip(*pairs, strict=True))
     return torch.unique(_first_connected(one, other, n), return_inverse=True)[1]
 
 

@@ -299,6 +299,7 @@ def test_the_receptive_field_of_a_million_nodes_takes_milliseconds():
         Causal() & (Strided(16) | Window(15, 0)),
         Window(2, 0, 8) | Chunks(50, 7),
         Causal() - Random(3),
+        (Strided(7) | Window(0, 2) & Strided(2)) - Random(60),
         Window(3, 0) | Random(1),
         Global([5, 300]) & Strided(2),
         Tree([-1, *range(599)]),
@@ -319,6 +320,11 @@ def test_larger_graphs_are_walked_as_their_masks_say(graph):
     while not torch.equal(further := (step @ reached.float() > 0), reached):
         hops, reached = hops + 1, further
     assert analysis.diameter(graph, n) == hops
+    parts = {min(nodes): nodes for nodes in networkx.weakly_connected_components(messages(graph.mask(n, n)))}
+    labels = analysis.components(graph, n).tolist()
+    assert [sorted(parts[first]) for first in sorted(parts)] == [
+        [i for i in range(n) if labels[i] == part] for part in range(max(labels) + 1)
+    ]
     last = torch.where(graph.mask(n, n), torch.arange(n)[:, None], -1).amax(0)
     assert torch.equal(analysis.last_reader(graph, n), last)
 

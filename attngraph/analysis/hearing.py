@@ -50,7 +50,7 @@ class Nodes(NamedTuple):
     def members(self) -> Tensor:
         """The nodes themselves: ascending int64."""
         require_memory(self.total * BYTES_PER_NODE, f"to list {self.total:,} nodes")
-        return torch.from_numpy(counted(self.start, self.stop - self.start))
+        return torch.as_tensor(counted(self.start, self.stop - self.start), device=torch.get_default_device())
 
     def has(self, nodes: np.ndarray) -> np.ndarray:
         """Which of these are in the set."""
@@ -110,10 +110,10 @@ class Hearing:
         parts = None if is_long else by_lines(self.graph, n, n)
         found = None if parts is None else counting.cells(parts[0], n, n)
         if parts is not None and found is not None:
-            self.cells, (_, more, less) = [*_by_height(torch.stack(found).numpy())], parts
+            self.cells, (_, more, less) = [*_by_height(torch.stack(found).numpy(force=True))], parts
         elif is_nothing(rest) and not is_long:  # all of it is listed
             self.cells, more = [], self.graph._edges(n, n)
-        self.more, self.less = ((query.numpy(), key.numpy()) for query, key in (more, less))
+        self.more, self.less = (torch.stack(edges).numpy(force=True) for edges in (more, less))
 
     @property
     def maps_runs(self) -> bool:
@@ -150,7 +150,7 @@ class Hearing:
             hears = self.graph.contains(rows[at : at + step, None], waiting[None]).any(0)
             heard.append(waiting[hears])
             waiting, at, step = waiting[~hears], at + step, 2 * step
-        found = torch.cat(heard).numpy()
+        found = torch.cat(heard).numpy(force=True)
         return Nodes.of(found, found + 1)
 
     def first_query(self, queries: Nodes, key: int) -> int:

@@ -37,25 +37,44 @@ def components(graphs: Graph | Sequence[Graph], n: int | None = None) -> Tensor:
 def _pairs(graph: Graph, n: int) -> Edges:
     """Pairs of nodes that hang together as the edges of a graph do: of the keys in a run, each with the next."""
     parts = by_lines(graph, n, n)
-    runs = None if parts is None or len(parts[2][0]) else counting.runs(parts[0], n, n)
+    runs = None if parts is None else counting.runs(parts[0], n, n)
     if parts is None or runs is None:
         return list_edges(graph, n, n)
-    some = runs.length > 0
-    query, key, length, period = (column[some] for column in runs)
-    pairs = [(query, key), parts[1]]
-    for step in period.unique().tolist():
-        long, width = (period == step) & (length > 1), n // step + 1
-        line = key[long] % step * width + key[long] // step  # keys with one remainder stand side by side
-        line = Nodes.of(line.numpy(), (line + length[long] - 1).numpy()).members()  # all but the last of each run
-        before = line % width * step + line // width
-        pairs.append((before, before + step))
+    _, more, (lacking_query, lacking_key) = parts
+    pairs = [more]
+    for step in runs.period.unique().tolist():
+        query, key, length, _ = (column[(runs.period == step) & (runs.length > 0)] for column in runs)
+        row = step * (n // step + 2)  # of the keys, those with one remainder side by side
+        line = query * row + _by_remainder(key, step, n)
+        lacking = lacking_query * row + _by_remainder(lacking_key, step, n)
+        left = _runs(line, length).minus(_runs(lacking, torch.ones_like(lacking)))
+        start, stop = (torch.as_tensor(side, device=query.device) for side in left)
+        pairs.append((start // row, _from_remainder(start % row, step, n)))
+        long = stop - start > 1
+        before = _runs((start % row)[long], (stop - start)[long] - 1).members()
+        pairs.append((_from_remainder(before, step, n), _from_remainder(before + 1, step, n)))
     one, other = (torch.cat(side) for side in zip(*pairs, strict=True))
     return one, other
 
 
+def _runs(start: Tensor, length: Tensor) -> Nodes:
+    return Nodes.of(start.numpy(force=True), (start + length).numpy(force=True))
+
+
+def _by_remainder(node: Tensor, step: int, n: int) -> Tensor:
+    """Where nodes stand if those with one remainder of n, divided by a step, stand side by side, with gaps between."""
+    return node % step * (n // step + 2) + node // step
+
+
+def _from_remainder(place: Tensor, step: int, n: int) -> Tensor:
+    """Which nodes stand there."""
+    width = n // step + 2
+    return place % width * step + place // width
+
+
 def _first_connected(one: Tensor, other: Tensor, n: int) -> Tensor:
     """The first node that each of n nodes is connected with by pairs: int64 (n,)."""
-    first = torch.arange(n)
+    first = torch.arange(n, device=one.device)
     while True:
         ends = torch.cat([first[one], first[other]])
         lower = torch.minimum(*ends.chunk(2)).repeat(2) if len(ends) else ends

@@ -303,6 +303,8 @@ def test_the_receptive_field_of_a_million_nodes_takes_milliseconds():
         Window(3, 0) | Random(1),
         Global([5, 300]) & Strided(2),
         Tree([-1, *range(599)]),
+        EdgeList([[599, *range(0, 300, 3)], [0, *range(3, 303, 3)]], size=600),
+        Window(1, 0, 50) & Prefix(100) | EdgeList([[7, 500], [500, 3]], size=600),
         Documents([100, 0, 1, 499]).T @ Window(0, 1),
         from_function(lambda q, k: (q - k) % 25 == 3),
     ],
@@ -373,6 +375,9 @@ def test_bytes_and_seconds_are_those_of_all_layers():
     assert cost.seconds == sum(each.seconds for each in plans)
     assert cost.layout_bytes == sum(each.nbytes for each in plans)
     assert analysis.cost(layers, 128, dim=64, heads=4)[5:] == (None, None, None)
+    twice = analysis.cost(layers * 2, 128, dim=64, heads=4, kv_heads=2, dtype=torch.float16, seconds=True)
+    assert (twice.seconds, twice.layout_bytes) == (2 * cost.seconds, cost.layout_bytes)
+    assert twice.bytes == 2 * cost.bytes
     found = analysis.compare(*layers, 128, dim=64, heads=4, kv_heads=2, dtype=torch.float16)
     assert (found.only_a, found.only_b) == (128 * 129 // 2 - Window(16, 0).num_edges(128, 128), 0)
     assert found.a.seconds + found.b.seconds == cost.seconds

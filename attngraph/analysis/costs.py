@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from functools import reduce
 from operator import or_
@@ -97,7 +98,7 @@ class Cost(NamedTuple):
     seconds: float | None = None
     """The time of a forward pass that the planner expects: see `plan`."""
     layout_bytes: int | None = None
-    """What its layouts take."""
+    """What its layouts take; layers with equal graphs share one."""
 
 
 @checked
@@ -141,19 +142,20 @@ def cost(
     require_ints(1, kv_heads=kv_heads)
     if heads % kv_heads:
         raise ValueError(f"kv_heads must be a divisor of heads (got {kv_heads} and {heads})")
-    layers, head_dim = layers_of(graphs), dim // heads
+    times, head_dim = Counter(layers_of(graphs)), dim // heads
     edges, of_one_head, pairs, nodes, kept = 0, 0.0, 0, 0, 0
-    for graph in layers:
+    for graph, layers in times.items():
         require_known(graph)
         if graph.heads not in (None, heads):
             raise ValueError(f"graph has {graph.heads} heads, but the cost of {heads} was asked for")
         bound, queries, keys = at_size(graph, n)
-        count = bound.num_edges(queries, keys)
+        count = layers * bound.num_edges(queries, keys)
         edges, of_one_head = edges + count, of_one_head + count / (graph.heads or 1)
-        pairs += queries * keys
-        nodes += 2 * (heads * queries + kv_heads * keys)
-        kept += _kept(bound, queries, keys, kv_heads) if cache else 0
-    plans = [plan(graph, n, heads=heads, head_dim=head_dim, dtype=dtype, device=device) for graph in layers if seconds]
+        pairs += layers * queries * keys
+        nodes += layers * 2 * (heads * queries + kv_heads * keys)
+        kept += layers * _kept(bound, queries, keys, kv_heads) if cache else 0
+    size = {"heads": heads, "head_dim": head_dim, "dtype": dtype, "device": device}
+    plans = [(layers, plan(graph, n, **size)) for graph, layers in times.items() if seconds]
     return Cost(
         edges,
         of_one_head / max(pairs, 1),
@@ -161,8 +163,8 @@ def cost(
         4 * pairs * dim,
         nodes * head_dim * dtype.itemsize,
         2 * kept * head_dim * dtype.itemsize if cache else None,
-        sum(each.seconds for each in plans) if seconds else None,
-        sum(each.nbytes for each in plans) if seconds else None,
+        sum(layers * each.seconds for layers, each in plans) if seconds else None,
+        sum(each.nbytes for _, each in plans) if seconds else None,
     )
 
 

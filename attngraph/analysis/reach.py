@@ -9,14 +9,15 @@ import torch
 from torch import Tensor
 
 from attngraph.analysis.hearing import Hearing, Nodes, heard_through
-from attngraph.analysis.layers import heard_by_any_head, require_known, stack
+from attngraph.analysis.layers import heard_by_any_head, stack
 from attngraph.arguments import checked
 from attngraph.graph.base import Graph
 from attngraph.graph.boxes import require_memory
+from attngraph.graph.listing import count_edges
 
 SETS_AT_ONCE = 1 << 14  # of nodes, one for each query, that a diameter is found by
 NODES_AT_ONCE = 1 << 22  # in them, where they may have no runs
-PAIRS_PER_EDGE = 64  # of a matrix, that are multiplied for what it costs to follow an edge
+PAIRS_PER_EDGE = 1024  # of nodes, n times in a product of matrices, that cost what following an edge n times does
 
 
 @checked
@@ -94,13 +95,12 @@ def diameter(graph: Graph, n: int | None = None) -> int:
     (8, 1)
     """
     (graph,), n = stack(graph, n)
-    require_known(graph)
     hearing = Hearing(graph, n)
-    if hearing.maps_runs and PAIRS_PER_EDGE * len(hearing.more[0]) <= n * n:
-        has_runs = not len(hearing.more[0]) and all(cells[-1].max() == 1 for cells in hearing.cells or ())
-        at_once = SETS_AT_ONCE if has_runs else max(1, NODES_AT_ONCE // max(n, 1))
-        return max((_steps(hearing, start, min(start + at_once, n)) for start in range(0, n, at_once)), default=0)
-    return _steps_of_all(hearing.graph, n)
+    has_runs = not len(hearing.more[0]) and all(cells[-1].max() == 1 for cells in hearing.cells or ())
+    if not hearing.maps_runs or (not has_runs and PAIRS_PER_EDGE * count_edges(hearing.graph, n, n) > n * n):
+        return _steps_of_all(hearing.graph, n)
+    at_once = SETS_AT_ONCE if has_runs else max(1, NODES_AT_ONCE // max(n, 1))
+    return max((_steps(hearing, start, min(start + at_once, n)) for start in range(0, n, at_once)), default=0)
 
 
 def _steps(hearing: Hearing, start: int, stop: int) -> int:

@@ -405,12 +405,12 @@ def test_what_has_no_cache_says_why():
     ],
 )  # fmt: skip
 def test_what_queries_and_keys_choose_is_refused(question):
-    with pytest.raises(ValueError, match=r"not known before the data: ask about graph.resolve\(q, k\)"):
+    with pytest.raises(ValueError, match=r"not known before the data: graph.resolve\(q, k\)"):
         question(TopK(2), 8)
 
 
 def test_a_choice_among_the_past_is_causal():
-    assert analysis.leaks([TopK(2) & Causal(), Causal()], 8) == []
+    assert analysis.leaks([TopK(2) & Causal(), Causal()]) == []
 
 
 # --------------------------------------------------------------------------------------- python -m attngraph
@@ -448,7 +448,7 @@ def test_explain_prints_the_plan(capsys):
         (["show", "Causl()", "--size", "8"], "not part of a graph expression"),
         (["show", "Causal()", "--size", "x"], "invalid int value"),
         (["show", "Causal()", "--size", "-3"], "n must be 0 or more"),
-        (["show", "TopK(2)", "--size", "8"], "ask about graph.resolve"),
+        (["show", "TopK(2)", "--size", "8"], "graph.resolve(q, k) gives the graph"),
         (["show", "Documents([3, 4])", "--size", "8"], "the same number of query nodes"),
         (["show", "Causal()", "--size", "8", "--heads", "3"], "dim must be a multiple of heads"),
         (["show", "Causal(), Full()", "--size", "8", "--layers", "3"], "--layers must be 2"),

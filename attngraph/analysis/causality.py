@@ -77,7 +77,7 @@ def leaks(graphs: Graph | Sequence[Graph], n: int | None = None) -> list[Leak]:
 
 def _first_leak(graph: Graph, n: int | None) -> tuple[int, int] | None:
     """The first edge by which a graph hears the future, as (key, query)."""
-    if (n is None or graph._unresolved) and _is_causal_by_form(graph):
+    if n is None and _is_causal_by_form(graph):
         return None
     require_known(graph)
     n, m = size_of(graph, n)

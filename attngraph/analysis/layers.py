@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from attngraph.arguments import shown
 from attngraph.graph.base import Graph, at_size, require_ints
+from attngraph.graph.dynamic import not_known
 from attngraph.graph.listing import of_any_head
 
 FAR = 1 << 20  # the number of nodes at which a graph that fits any size is looked at
@@ -44,7 +45,7 @@ def size_of(graph: Graph, n: int | None) -> tuple[int, int]:
 def require_known(graph: Graph) -> None:
     """Raise where queries and keys choose the edges."""
     if graph._unresolved:
-        raise ValueError(f"the edges of {graph} are not known before the data: ask about graph.resolve(q, k)")
+        raise not_known(graph)
 
 
 def heard_by_any_head(graph: Graph, n: int) -> Graph:

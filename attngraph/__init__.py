@@ -21,7 +21,7 @@ Attention   attend, with the biases Alibi, RelativeBias, EdgeBias,
 Plans       plan, Plan, Costs, calibrate: how it runs; compare: beside others; cache: what is kept
 Modules     nn (Attention, Transformer), models (GPT, Encoder, EncoderDecoder, ViT, DecisionTransformer), generate;
             save and load of each model; record: its attention weights; attngraph.hf: checkpoints of Hugging Face
-Questions   analysis (causality, leaks, receptive fields, cost), draw (pictures)
+Questions   analysis (causality, leaks, receptive fields, cost and what a cache holds), draw (pictures)
 """
 
 from attngraph import analysis as analysis

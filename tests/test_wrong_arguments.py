@@ -185,7 +185,21 @@ DOORS = [
     Door("analysis.receptive_field", analysis.receptive_field, {"graphs": [Causal()], "node": 2, "n": 4}),
     Door("analysis.reach", analysis.reach, {"graphs": [Causal()], "n": 4}),
     Door("analysis.last_reader", analysis.last_reader, {"graph": Causal(), "n": 4, "m": 4}),
-    Door("analysis.cost", analysis.cost, {"graphs": Causal(), "n": 4, "dim": 8, "heads": 2}),
+    Door("analysis.leak_path", analysis.leak_path, {"graphs": [Causal()], "n": 4}),
+    Door("analysis.growth", analysis.growth, {"graphs": [Causal()], "node": 2, "n": 4}),
+    Door("analysis.path", analysis.path, {"graphs": [Causal()], "source": 1, "target": 2, "n": 4}),
+    Door("analysis.diameter", analysis.diameter, {"graph": Causal(), "n": 4}),
+    Door("analysis.components", analysis.components, {"graphs": [Causal()], "n": 4}),
+    Door("analysis.bottlenecks", analysis.bottlenecks, {"graphs": [Causal()], "n": 4}),
+    Door("analysis.peak_alive", analysis.peak_alive, {"graph": Causal(), "n": 4}),
+    Door("analysis.cost", analysis.cost, {
+        "graphs": Causal(), "n": 4, "dim": 8, "heads": 2, "kv_heads": None, "dtype": torch.float32, "cache": True,
+        "seconds": True, "device": "cpu",
+    }),
+    Door("analysis.compare", analysis.compare, {
+        "a": Causal(), "b": Window(1, 0), "n": 4, "dim": 8, "heads": 2, "kv_heads": None, "dtype": torch.float32,
+        "device": "cpu",
+    }),
     Door("draw.connectivity", attngraph.draw.connectivity, {
         "graph": Causal(), "n": 6, "m": 6, "labels": None, "key_labels": None, "title": None,
     }),

@@ -1,6 +1,6 @@
-"""What a notebook shows of a graph as the last line of a cell: a picture, and facts that are found at once.
+"""What a notebook shows of a graph or a plan as the last line of a cell: a picture, and facts that are found at once.
 
-A graph knows of no pictures: Jupyter asks it for `_repr_html_`, which is given to it here.
+They know of no pictures: Jupyter asks them for `_repr_html_`, which is given to them here.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from attngraph import analysis
-from attngraph.analysis import FAR
+from attngraph.analysis.layers import FAR
 from attngraph.draw.cells import listed
 from attngraph.draw.pictures import frame, matrix_axes, show_graph
 from attngraph.graph import algebra, listing
 from attngraph.graph.base import Graph, at_size, defines
 from attngraph.graph.patterns import Causal
+from attngraph.planning.planner import Plan
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -53,6 +54,12 @@ def graph_page(graph: Graph) -> str:
     n = NODES if graph.size[0] is None else graph.size[0]
     m = n if graph.size[1] is None else graph.size[1]
     return page(str(graph), graph_facts(graph, n, m), graph_picture(graph, n, m))
+
+
+def plan_page(plan: Plan) -> str:
+    """A plan: its graph's picture, the facts, and how it runs."""
+    n, m = plan.call.num_queries, plan.call.num_keys
+    return page(repr(plan), graph_facts(plan.graph, n, m), graph_picture(plan.graph, n, m), plan.explain())
 
 
 def graph_picture(graph: Graph, n: int, m: int) -> Figure | None:
@@ -129,3 +136,4 @@ def _is_quick(graph: Graph, n: int, m: int, most: int = LISTED) -> bool:
 
 
 setattr(Graph, "_repr_html_", graph_page)  # noqa: B010  a graph itself knows of no pictures
+setattr(Plan, "_repr_html_", plan_page)  # noqa: B010  nor does a plan

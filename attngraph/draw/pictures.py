@@ -325,9 +325,10 @@ def receptive_field(
         labels: names for the nodes.
     """
     from attngraph import analysis
+    from attngraph.analysis.layers import stack
     from attngraph.draw.figure import LARGEST, inches, set_names
 
-    graphs, n = analysis.stack(graphs, n)
+    graphs, n = stack(graphs, n)
     names = _names(n, n, labels, None)
     node = _node(node, n, names and names[1], labels)
     rows = [analysis.receptive_field(graphs[depth:], node, n) for depth in range(len(graphs), -1, -1)]

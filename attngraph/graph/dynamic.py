@@ -75,16 +75,21 @@ class Chooser(NamedTuple):
 IN_TORCH = Chooser()
 
 
+def not_known(graph: Graph) -> ValueError:
+    """What is asked before the data of a graph whose edges queries and keys choose."""
+    return ValueError(
+        f"the edges of {graph} are not known before the data: graph.resolve(q, k) gives the graph of these queries and "
+        f"keys"
+    )
+
+
 class _Choice(Graph):
     """Of each query, or block of queries, the keys or blocks of keys with the highest scores."""
 
     _is_choice = True
 
     def contains(self, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        raise ValueError(
-            f"the edges of {self} are not known before the data: graph.resolve(q, k) gives the graph of these queries "
-            f"and keys"
-        )
+        raise not_known(self)
 
     def _found_by_listing(self):
         return False

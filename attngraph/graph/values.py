@@ -92,7 +92,7 @@ def check_found(graph: Graph, q_idx: Tensor, kv_idx: Tensor, found: Tensor) -> T
     if not isinstance(found, Tensor) or found.dtype != torch.bool:
         kind = found.dtype if isinstance(found, Tensor) else type(found).__name__
         raise TypeError(f"contains of {type(graph).__name__} must return a bool tensor (got {kind}); use == < & |")
-    pairs = torch.broadcast_shapes(q_idx.shape, kv_idx.shape)
+    pairs = torch.broadcast_tensors(q_idx, kv_idx)[0].shape  # torch.broadcast_shapes loads sympy, half a second
     shape = pairs if graph.heads is None else (graph.heads, *pairs)
     try:
         return found.expand(shape)

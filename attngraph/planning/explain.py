@@ -20,7 +20,7 @@ def explain(plan: Plan) -> str:
         f"{graph}: {call.num_queries:,} queries, {call.num_keys:,} keys, {_edges(plan)} "
         f"({plan.edges / max(pairs, 1):.2%} of all pairs)",
         f"{call.heads} heads of dimension {call.head_dim}, {_options(plan)} on {call.device}; "
-        f"layouts of {_bytes(plan.nbytes)}",
+        f"layouts of {memory(plan.nbytes)}",
         "",
         f"{'part':16}{'heads':>6}{'edges':>16}{'pairs computed':>18}{'GFLOP':>10}{'bytes':>10}{'expected':>12}   why",
     ]
@@ -30,7 +30,7 @@ def explain(plan: Plan) -> str:
         nodes = 2 * (call.num_queries + call.num_keys)
         moved = getattr(part.layout, "nbytes", 0) + int(call.number_bytes * call.mean_dim) * heads * nodes
         lines.append(
-            f"{part.backend.label:16}{heads:6}{part.edges:16,}{part.pairs:18,}{flops / 1e9:10.2f}{_bytes(moved):>10}"
+            f"{part.backend.label:16}{heads:6}{part.edges:16,}{part.pairs:18,}{flops / 1e9:10.2f}{memory(moved):>10}"
             f"{time(part.seconds):>12}   {part.why}"
         )
     lines += ["", "asked:"]
@@ -72,7 +72,8 @@ def time(seconds: float) -> str:
     return f"{seconds * 1e3:,.3g} ms" if seconds < 1 else f"{seconds:,.3g} s"
 
 
-def _bytes(size: float) -> str:
+def memory(size: float) -> str:
+    """A number of bytes, for people."""
     for unit in ("B", "KiB", "MiB"):
         if size < 1024:
             return f"{size:.4g} {unit}"

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from attngraph import cache
 from attngraph.arguments import checked
-from attngraph.draw import notebook
 from attngraph.graph.base import Graph, at_size, require_ints
 from attngraph.graph.dynamic import alike
 from attngraph.graph.edge_list import EdgeList
@@ -165,12 +164,6 @@ class Plan:
         other = replace(_made(self.graph, call, "auto", costs=self.costs), stands_for=self.stands_for)
         times = other.seconds / max(self.seconds, 1e-9)
         return f"{explain.explain(other)}\nexpected to take {times:.2f} times as long as this plan's own call"
-
-    def _repr_html_(self) -> str:
-        """In a notebook: the graph's picture, its facts, and how it runs."""
-        n, m = self.call.num_queries, self.call.num_keys
-        facts, picture = notebook.graph_facts(self.graph, n, m), notebook.graph_picture(self.graph, n, m)
-        return notebook.page(repr(self), facts, picture, self.explain())
 
     def __repr__(self) -> str:
         parts = ", ".join(f"{part.backend.name} {part.edges:,}" for part in self.parts)

@@ -32,7 +32,8 @@ from attngraph import nn as nn
 from attngraph.attention import attend
 from attngraph.bias import Alibi, EdgeBias, RelativeBias
 from attngraph.comparison import Comparison, compare
-from attngraph.generation.sampling import generate
+from attngraph.generation.decoding import generate, stream
+from attngraph.generation.kv_cache import KVCache
 from attngraph.graph.algebra import Empty, Full
 from attngraph.graph.base import Graph
 from attngraph.graph.compose import Batched, Beside, Blocks, Disjoint, PerHead
@@ -96,6 +97,7 @@ __all__ = [
     "Global",
     "Graph",
     "Identity",
+    "KVCache",
     "LeakyReLU",
     "NamedGraph",
     "Neighborhood",
@@ -128,6 +130,7 @@ __all__ = [
     "plan",
     "radius_graph",
     "record",
+    "stream",
     "to_block_mask",
     "to_networkx",
     "to_scipy_sparse_matrix",

@@ -1,6 +1,6 @@
 """Decoding from language models."""
 
+from attngraph.generation.decoding import Scored, generate, stream
 from attngraph.generation.kv_cache import KVCache
-from attngraph.generation.sampling import generate
 
-__all__ = ["KVCache", "generate"]
+__all__ = ["KVCache", "Scored", "generate", "stream"]

@@ -38,7 +38,7 @@ def search(
         scores = logits.log_softmax(-1)
         if seen is not None:
             scores = sampling.penalized(scores, seen)
-        scores = (running[:, :, None] + scores.view(batch, beams, -1)).flatten(1)
+        scores = (running[:, :, None] + scores.view(batch, beams, vocab_size)).flatten(1)
         scores, best = scores.where(live[:, None], -torch.inf).topk(kept)
         beam, token = best // vocab_size, best % vocab_size
         new = torch.cat([text.new.view(batch, beams, step)[first, beam], token[..., None]], dim=2)

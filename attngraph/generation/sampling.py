@@ -109,7 +109,7 @@ def _sequence(stop: int | Sequence[int]) -> tuple[int, ...]:
     for token in sequence:
         if isinstance(token, bool) or not isinstance(token, int):
             raise TypeError(f"{wanted} (got {shown(token)} in it)")
-        if token < 0:
+        if not 0 <= token < 2**63:
             raise ValueError(f"{wanted}, which are 0 or more (got {token})")
     if not sequence:
         raise ValueError(f"{wanted}, each of at least one (got an empty one)")

@@ -29,8 +29,8 @@ Draft = Callable[[Tensor, int], Proposal]
 """From the text so far, int64 (N,), and a depth to what may follow, in no path longer than the depth."""
 
 
-@checked
 @torch.no_grad()
+@checked
 def speculate(
     model: nn.Module,
     tokens: Tensor,

@@ -43,7 +43,9 @@ def search(
         beam, token = best // vocab_size, best % vocab_size
         new = torch.cat([text.new.view(batch, beams, step)[first, beam], token[..., None]], dim=2)
         ends = stop.ends(new) if step + 1 < count else torch.ones_like(token, dtype=torch.bool)
-        finished.add(new[:, :beams], scores[:, :beams].where(ends[:, :beams], -torch.inf) / (step + 1) ** length_penalty)
+        finished.add(
+            new[:, :beams], scores[:, :beams].where(ends[:, :beams], -torch.inf) / (step + 1) ** length_penalty
+        )
         if step + 1 == count:
             break
         running, best = scores.masked_fill(ends, -torch.inf).topk(beams)
@@ -74,7 +76,7 @@ class Finished:
         self.tokens, self.lengths = tokens.take_along_dim(best[..., None], 1), lengths.gather(1, best)
 
     def best(self, count: int) -> tuple[Tensor, Tensor]:
-        """The first so many of each row, filled up with their last token to the longest: (B · count, T), (B · count,)."""
+        """The first so many of each row, filled up to the longest with their last token; and their scores, (B · count,)."""
         tokens, lengths = self.tokens[:, :count].flatten(0, 1), self.lengths[:, :count].flatten()
         place = torch.arange(int(lengths.max()) if len(lengths) else 0, device=tokens.device)
         return tokens.gather(1, torch.minimum(place, lengths[:, None] - 1)), self.scores[:, :count].flatten()

@@ -53,8 +53,8 @@ def generate(
     Names that transformers has mean what they mean there, in its order: penalty, temperature, top_k, top_p, min_p.
 
     Args:
-        model: tokens (B, N) → logits (B, N, V); with a mask, it also takes `attention_mask=`. Or an encoder–decoder, with
-            a `source`, whose target tokens continue.
+        model: tokens (B, N) → logits (B, N, V); with a mask, it also takes `attention_mask=`. With a `source`, an
+            encoder–decoder, whose target is continued.
         attention_mask: bool or integers 0 and 1, (B, N), True or 1 for real tokens: prompts of different lengths are
             padded on the left. Each is continued as if it were alone.
         context: how many of the last tokens the model is shown; by default all.
@@ -64,8 +64,8 @@ def generate(
         min_p: sample only from tokens at least so likely, as a share of the likeliest one's probability.
         repetition_penalty: divides the logits above 0 of tokens that the row has, and multiplies those below (Keskar et
             al. 2019).
-        stop: a token after which a row ends, or a list of tokens and of sequences of new tokens. What has ended is filled
-            up with its last token, and the result is as long as its longest row.
+        stop: a token after which a row ends, or a list of tokens and of sequences of new tokens. What has ended is
+            filled up with its last token, and the result is as long as its longest row.
         num_beams: above 1, the likeliest text is searched for by keeping so many at each step; nothing is sampled.
         length_penalty: of beams: a text's score is its log-probability / length ** length_penalty.
         num_return_sequences: of beams: so many of the best texts of each row, one after the other.

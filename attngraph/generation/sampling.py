@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from attngraph.graph.base import require_ints
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How a token is drawn from logits: penalty, temperature, top_k, top_p and min_p, in this order (see `generate`)."""
+    """How a token is drawn from logits: penalty, temperature, top_k, top_p, min_p, in this order (see `generate`)."""
 
     temperature: float = 1.0
     top_k: int | None = None
@@ -102,10 +103,7 @@ class Stop:
 def _sequence(stop: int | Sequence[int]) -> tuple[int, ...]:
     """A token, or a sequence of them, as a sequence."""
     wanted = "stop must be a token, or a list of tokens and of lists of tokens"
-    if isinstance(stop, Sequence) and not isinstance(stop, str):
-        sequence = tuple(stop)
-    else:
-        sequence = (stop,)
+    sequence = tuple(stop) if isinstance(stop, list | tuple | range) else (cast(int, stop),)
     for token in sequence:
         if isinstance(token, bool) or not isinstance(token, int):
             raise TypeError(f"{wanted} (got {shown(token)} in it)")

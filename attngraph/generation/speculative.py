@@ -1,4 +1,4 @@
-"""Speculative decoding: a cheap guess proposes how a text goes on, and one pass of the model says how far it is right."""
+"""Speculative decoding: a cheap guess proposes how a text goes on; one pass of the model says how far it is right."""
 
 from __future__ import annotations
 

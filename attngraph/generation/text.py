@@ -98,7 +98,7 @@ class Text:
     def _call(self, first: int, **options: Any) -> Tensor:
         """The logits of a model that is shown the tokens from this one on."""
         tokens, mask, memory = self._tokens[:, first : self.length], self._mask, self._memory
-        model = _plain(self.model) if options else self.model  # a step is too short for a compiled one
+        model: Any = _plain(self.model) if options else self.model  # a step is too short for a compiled one
         function = model if memory is None else model.decode
         if self._keeps_logits:
             options["logits_to_keep"] = 1
@@ -130,7 +130,12 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 def require_tokens(tokens: Tensor) -> None:
     """Raise unless these are the tokens of prompts."""
-    if not isinstance(tokens, Tensor) or tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
+    if (
+        not isinstance(tokens, Tensor)
+        or tokens.is_floating_point()
+        or tokens.is_complex()
+        or tokens.dtype == torch.bool
+    ):
         got = tokens.dtype if isinstance(tokens, Tensor) else f"a {type(tokens).__name__}"
         raise TypeError(f"tokens must be a tensor of integers (got {got})")
     if tokens.ndim != 2 or tokens.shape[1] == 0:

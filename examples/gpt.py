@@ -397,8 +397,8 @@ def sample(args: argparse.Namespace) -> str:
 def continued(args: argparse.Namespace, model: nn.Module, prompt: Tensor) -> Iterator[Tensor]:
     """The new tokens, as they are made, of a model that has learned to see `context` tokens at once.
 
-    Where nodes hear by their distance alone, each may hear the last `context` nodes, and a cache of these is all that is
-    needed: the loss is the same (1.492 nats, and 1.489 of the last tokens alone). Else the last tokens are shown.
+    Where nodes hear by their distance alone, each may hear the last `context` nodes, and a cache of these is all that
+    is needed: the loss is the same (1.492 nats, and 1.489 of the last tokens alone). Else the last tokens are shown.
     """
 
     def begin(model: nn.Module, **options: Any) -> Iterator[Tensor]:

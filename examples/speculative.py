@@ -1,13 +1,13 @@
 """Decode several tokens at a pass: guesses are the nodes of a tree, and one pass of the model verifies them all.
 
-    python examples/speculative.py                                   with the model of `make demo`, trained if it isn't there
-    python examples/speculative.py --name mine --prompt "ROMEO:"     with that of another run of examples/gpt.py
+    python examples/speculative.py                                  the model of `make demo`, trained if it isn't there
+    python examples/speculative.py --name mine --prompt "ROMEO:"    that of another run of examples/gpt.py
 
-A model takes little longer for ten tokens than for one. So something cheap guesses how the text goes on, several ways at
-a time: a `Tree`, in which each node hears the text and its own ancestors. One pass of the model gives the likeliest token
-after each node, and the longest path that agrees with it is text (SpecInfer, Miao et al. 2024). Whatever is guessed, the
-text is the one that the model says alone; a good guess saves passes. Two guesses are tried: what followed the last
-characters where they stood before (prompt lookup), and a smaller model's likeliest continuations.
+A model takes little longer for ten tokens than for one. So something cheap guesses how the text goes on, several ways
+at a time: a `Tree`, in which each node hears the text and its own ancestors. One pass of the model gives the likeliest
+token after each node, and the longest path that agrees with it is text (SpecInfer, Miao et al. 2024). Whatever is
+guessed, the text is the one that the model says alone; a good guess saves passes. Two guesses are tried: what followed
+the last characters where they stood before (prompt lookup), and a smaller model's likeliest continuations.
 
 It prints how long each takes, and leaves runs/NAME-draft, the smaller model, and tree.png, its first guess, in there.
 """
@@ -61,7 +61,7 @@ def trained(args: argparse.Namespace, name: str, *more: str) -> argparse.Namespa
 
 
 def load(run: argparse.Namespace) -> GPT:
-    """The model of a run, of which each node hears as many as it has learned to see at once, and a cache forgets others."""
+    """The model of a run, whose nodes hear as many as it has learned to see at once, so that a cache forgets others."""
     model = GPT.load(Path(run.runs) / run.name)
     model.transformer.graphs = [graph & Window(run.context - 1, 0) for graph in model.transformer.graphs]
     return model

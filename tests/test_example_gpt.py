@@ -205,7 +205,7 @@ def test_a_finished_run_goes_on_from_a_prompt(tmp_path, text, capsys, more):
 
 
 def test_a_prompt_needs_a_run_that_is_there(tmp_path, text, capsys):
-    _, folder = run(tmp_path, text)
+    run(tmp_path, text)
     again = ["--runs", str(tmp_path / "runs"), "--name"]
     for given, message in {
         ("nobody", "--sample", "the"): "nothing to resume",

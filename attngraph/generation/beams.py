@@ -76,7 +76,7 @@ class Finished:
         self.tokens, self.lengths = tokens.take_along_dim(best[..., None], 1), lengths.gather(1, best)
 
     def best(self, count: int) -> tuple[Tensor, Tensor]:
-        """The first so many of each row, filled up to the longest with their last token, and their scores (B · count,)."""
+        """The first so many of each row, filled up with their last token to the longest; and (B · count,) scores."""
         tokens, lengths = self.tokens[:, :count].flatten(0, 1), self.lengths[:, :count].flatten()
         place = torch.arange(int(lengths.max()) if len(lengths) else 0, device=tokens.device)
         return tokens.gather(1, torch.minimum(place, lengths[:, None] - 1)), self.scores[:, :count].flatten()

@@ -74,7 +74,7 @@ def speculate(
     text = tokens.new_empty(longest, dtype=torch.int64)
     text[:prompt] = tokens[0]
     length = prompt
-    with evaluating(model):
+    with evaluating(list(model.modules())):
         new = _likeliest(model(tokens, cache=cache, logits_to_keep=1)[0], 0)
         while True:
             for token in new:
@@ -153,6 +153,7 @@ class DraftModel:
             require_ints(1, branches=each)
         self.model, self.branches = model, tuple(branches)
         self.cache = KVCache(model, max_length)
+        self._modules = list(model.modules())
 
     @torch.no_grad()
     def __call__(self, text: Tensor, depth: int) -> Proposal:
@@ -160,7 +161,7 @@ class DraftModel:
         tokens: list[int] = []
         parents: list[int] = []
         level: Sequence[int] = [-1]
-        with evaluating(self.model):
+        with evaluating(self._modules):
             logits = self.model(text[None, self.cache.length :], cache=self.cache, logits_to_keep=1)[0]
             for count in self.branches[:depth]:
                 if tokens:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -53,6 +53,7 @@ class Text:
         self._tokens = tokens.new_empty(len(tokens), count + new, dtype=torch.int64)
         self._tokens[:, :count] = tokens[:, front:]
         self._mask = None if mask is None else nn.functional.pad(mask[:, front:], (0, new), value=True)
+        self._modules = list(model.modules())
         self._keeps_logits = "logits_to_keep" in _parameters(model, source)
         self._cache = KVCache(model, shown) if use_cache and shown and _takes_cache(model, source) else None
         self._entry = torch.arange(len(tokens), device=tokens.device)  # of which entry of the batch each row is
@@ -60,7 +61,7 @@ class Text:
         if source is not None:
             if len(source) != len(tokens):
                 raise ValueError(f"source must have the batch of tokens, {len(tokens)} (got {len(source)})")
-            with evaluating(model):
+            with evaluating(self._modules):
                 self._memory = cast(Any, model).encode(source, attention_mask=source_attention_mask)
         elif source_attention_mask is not None:
             raise ValueError("source_attention_mask is of use only with a source")
@@ -105,7 +106,7 @@ class Text:
         goes_on = "cache" in options and first > 0  # a cache that knows what is padding, and the memory
         if mask is not None and not goes_on:
             options["attention_mask" if memory is None else "decoder_attention_mask"] = mask[:, first : self.length]
-        with evaluating(self.model):
+        with evaluating(self._modules):
             if memory is None:
                 return function(tokens, **options)[:, -1].float()
             if not goes_on:
@@ -116,9 +117,9 @@ class Text:
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Without dropout; afterwards each of the model's modules is as it was."""
-    training = [module for module in model.modules() if module.training]
+def evaluating(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Without dropout; afterwards each of the modules is as it was."""
+    training = [module for module in modules if module.training]
     for module in training:
         module.training = False
     try:

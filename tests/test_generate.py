@@ -499,7 +499,7 @@ def test_of_no_rows_come_none(num_beams):
 # ---------------------------------------------------------------------------------------------------- transformers
 
 
-DECODERS = [("gpt2", 4), ("llama", 8), ("qwen2", 3)]
+DECODERS = [("gpt2", 4), ("llama", 8), ("qwen2", 3), ("t5", 3)]
 CASES = [(family, number) for family, count in DECODERS for number in range(count)]
 EVERY = [pytest.param(*case, marks=[] if case[1] < 2 else pytest.mark.slow) for case in CASES]
 
@@ -524,16 +524,16 @@ def checkpoint(tmp_path_factory):
     return load
 
 
-def both(theirs, ours, source=None, *, count, num_beams=1, stop=None, cached=True, **how):
+def both(theirs, ours, translates=False, *, count, num_beams=1, stop=None, cached=True, **how):
     """What either gives, with what follows the end cut off, and the scores of beams."""
     prompt = torch.randint(2, 37, (3, 5), generator=torch.Generator().manual_seed(3))
     right = theirs.generate(
         prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=count, do_sample=False, num_beams=num_beams,
-        eos_token_id=stop, pad_token_id=0, use_cache=cached and source is None, return_dict_in_generate=True,
-        output_scores=True, **({} if source is None else {"decoder_start_token_id": 0}), **how,
+        eos_token_id=stop, pad_token_id=0, use_cache=cached and not translates, return_dict_in_generate=True,
+        output_scores=True, **({"decoder_start_token_id": 0} if translates else {}), **how,
     )  # fmt: skip
     how |= {"stop": stop, "num_beams": num_beams, "return_scores": True, "use_cache": cached, "temperature": 0}
-    if source is None:
+    if not translates:
         found, begin = generate(ours, prompt, count, **how), 5
     else:
         found, begin = generate(ours, torch.zeros(3, 1, dtype=torch.int64), count, source=prompt, **how), 1
@@ -551,7 +551,7 @@ def test_the_likeliest_tokens_are_those_of_transformers(checkpoint, family, numb
     theirs, ours = checkpoint(family, number)
     cached = (getattr(theirs.config, "rope_parameters", None) or {}).get("rope_type") not in ("dynamic", "longrope")
     for how in ({}, {"stop": [7, 9, 11]}, {"repetition_penalty": 1.3}):
-        (found, right), _ = both(theirs, ours, count=10, cached=cached, **how)
+        (found, right), _ = both(theirs, ours, family == "t5", count=10, cached=cached, **how)
         assert found == right
 
 
@@ -559,12 +559,11 @@ def test_the_likeliest_tokens_are_those_of_transformers(checkpoint, family, numb
 @pytest.mark.parametrize(("family", "number"), [("gpt2", 0), ("llama", 0), ("qwen2", 2), ("t5", 0), ("t5", 1)])
 def test_beams_are_those_of_transformers(checkpoint, family, number, num_beams):
     theirs, ours = checkpoint(family, number)
-    source = family == "t5" or None
     for how in (
         {}, {"stop": 7}, {"stop": [7, 9, 11], "length_penalty": 0.0}, {"stop": [7, 9, 11], "length_penalty": 2.0},
         {"stop": [7, 9], "repetition_penalty": 1.3},
     ):  # fmt: skip
-        (found, right), scores = both(theirs, ours, source, count=8, num_beams=num_beams, **how)
+        (found, right), scores = both(theirs, ours, family == "t5", count=8, num_beams=num_beams, **how)
         assert found == right
         torch.testing.assert_close(*scores, atol=2e-3, rtol=1e-3)
 

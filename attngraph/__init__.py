@@ -19,8 +19,9 @@ In and out  from_ and to_: edge_index, networkx, scipy_sparse_matrix, dense, fun
 Attention   attend, with the biases Alibi, RelativeBias, EdgeBias,
             and the scores Additive, SoftCap, LeakyReLU, Temperature
 Plans       plan, Plan, Costs, calibrate: how it runs; compare: beside others; cache: what is kept
-Modules     nn (Attention, Transformer), models (GPT, Encoder, EncoderDecoder, ViT, DecisionTransformer), generate;
+Modules     nn (Attention, Transformer), models (GPT, Encoder, EncoderDecoder, ViT, DecisionTransformer);
             save and load of each model; record: its attention weights; attngraph.hf: checkpoints of Hugging Face
+Decoding    generate, stream, speculate; KVCache: what a model keeps of its text
 Questions   analysis (causality, leaks, receptive fields, cost and what a cache holds), draw (pictures)
 """
 
@@ -32,7 +33,9 @@ from attngraph import nn as nn
 from attngraph.attention import attend
 from attngraph.bias import Alibi, EdgeBias, RelativeBias
 from attngraph.comparison import Comparison, compare
-from attngraph.generation import KVCache, generate
+from attngraph.generation.decoding import generate, stream
+from attngraph.generation.kv_cache import KVCache
+from attngraph.generation.speculative import speculate
 from attngraph.graph.algebra import Empty, Full
 from attngraph.graph.base import Graph
 from attngraph.graph.compose import Batched, Beside, Blocks, Disjoint, PerHead
@@ -73,7 +76,7 @@ from attngraph.planning.calibrate import calibrate
 from attngraph.planning.costs import Costs
 from attngraph.planning.planner import Plan, plan
 
-__version__ = "0.6.0"
+__version__ = "0.7.0"
 
 __all__ = [
     "Additive",
@@ -129,6 +132,8 @@ __all__ = [
     "plan",
     "radius_graph",
     "record",
+    "speculate",
+    "stream",
     "to_block_mask",
     "to_networkx",
     "to_scipy_sparse_matrix",

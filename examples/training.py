@@ -551,8 +551,7 @@ def fit(args: argparse.Namespace, task: Task) -> tuple[float, Metrics]:
     print(f"training  {args.steps} steps of {per_step:,} {task.unit} on {task.device}, {args.dtype}")
     steppers = optimizers(model, args)
     peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in steppers]
-    free = {*task.free, *LATER}
-    shape, first = task.identity | {name: value for name, value in vars(args).items() if name not in free}, 0
+    shape, first = agreed(args, task.identity, task.free), 0
     if args.resume:
         if not (folder / MODEL).exists():
             raise SystemExit(
@@ -615,6 +614,11 @@ def fit(args: argparse.Namespace, task: Task) -> tuple[float, Metrics]:
             known = "" if math.isnan(score) else f"{name} {score:.3f}, "  # nan: not evaluated yet
             bar.set_postfix_str(f"loss {loss:.3f}, {known}{speed:,.0f} {task.unit}/s", refresh=False)
     return (evaluated(task) if math.isnan(score) else score), metrics  # resumed at the end
+
+
+def agreed(args: argparse.Namespace, identity: dict, free: tuple[str, ...]) -> dict:
+    """What a checkpoint must agree in: an identity, and the settings that are not free."""
+    return identity | {name: value for name, value in vars(args).items() if name not in {*free, *LATER}}
 
 
 def evaluated(task: Task) -> float:

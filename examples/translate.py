@@ -22,7 +22,7 @@ from babel.dates import format_date
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from attngraph import Full, draw, record
+from attngraph import Full, draw, generate, record
 from attngraph.models import EncoderDecoder
 from attngraph.nn import Recording, TokenEmbedding, TransformerConfig
 
@@ -139,31 +139,31 @@ def build(args: argparse.Namespace) -> EncoderDecoder:
     )
 
 
-@torch.no_grad()
 def greedy(model: EncoderDecoder, texts: list[str], device: torch.device) -> list[str]:
     """The likeliest next character, ten times."""
     source, mask = (part.to(device) for part in SOURCE.encode(texts))
-    memory = model.encode(source, attention_mask=mask)
-    target = torch.full((len(texts), 1), START, device=device)
-    for _ in range(LENGTH):
-        logits = model.decode(memory, target, attention_mask=mask)
-        target = torch.cat([target, logits[:, -1:].argmax(-1)], dim=1)
+    begin = torch.full((len(texts), 1), START, device=device)
+    target = generate(model, begin, LENGTH, temperature=0, source=source, source_attention_mask=mask)
     return [TARGET.decode(row) for row in target[:, 1:].tolist()]
 
 
-@torch.no_grad()
 def beam_search(model: EncoderDecoder, text: str, width: int, device: torch.device) -> list[tuple[str, float]]:
     """The `width` likeliest translations that are found by keeping as many at each step, with their log-probability."""
     source, mask = (part.to(device) for part in SOURCE.encode([text]))
-    memory = model.encode(source, attention_mask=mask)
-    target, score = torch.full((1, 1), START, device=device), torch.zeros(1, device=device)
-    for _ in range(LENGTH):
-        beams = len(target)
-        logits = model.decode(memory.expand(beams, -1, -1), target, attention_mask=mask.expand(beams, -1))
-        paths = (score[:, None] + logits[:, -1].float().log_softmax(-1)).flatten()
-        score, best = paths.topk(min(width, len(paths)))
-        target = torch.cat([target[best // len(TARGET)], best[:, None] % len(TARGET)], dim=1)
-    return [(TARGET.decode(row), float(each)) for row, each in zip(target[:, 1:].tolist(), score, strict=True)]
+    target, scores = generate(
+        model,
+        torch.full((1, 1), START, device=device),
+        LENGTH,
+        temperature=0,
+        num_beams=width,
+        length_penalty=0.0,
+        num_return_sequences=width,
+        source=source,
+        source_attention_mask=mask,
+        return_scores=True,
+    )
+    scores = scores.view(len(target), -1).sum(1)  # of a single beam, they are those of its characters
+    return [(TARGET.decode(row), float(score)) for row, score in zip(target[:, 1:].tolist(), scores, strict=True)]
 
 
 @torch.no_grad()

@@ -21,7 +21,7 @@ import training
 from safetensors import safe_open
 from safetensors.torch import load_file, save
 
-from attngraph import Causal, Window
+from attngraph import Causal, Prefix, Window
 from attngraph.models import GPT
 from attngraph.nn import TransformerConfig
 
@@ -186,6 +186,60 @@ def test_resuming_with_other_settings_is_an_error(tmp_path, text, capsys):
     with pytest.raises(SystemExit):
         gpt.settings([*again[:-1], "--name", "nobody", "--resume"])
     assert "nothing to resume" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("more", ["", "--model bigram", "--tokenizer byte", "--graph Causal()&Prefix(2)"])
+def test_a_finished_run_goes_on_from_a_prompt(tmp_path, text, capsys, more):
+    """Without training, and with nothing of the run changed; what it says is what the end of a run samples."""
+    _, folder = run(tmp_path, text, *more.split())
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    again = ["--runs", str(tmp_path / "runs"), "--name", "run"]
+    capsys.readouterr()
+    said = gpt.sample(gpt.settings([*again, "--sample", "the lazy "]))
+    assert said.startswith("the lazy ")
+    assert said in capsys.readouterr().out
+    assert len(said.encode()) >= 29  # 20 tokens, as the run sampled
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    gpt.train(gpt.settings([*again, "--resume", "--prompt", "the lazy "]))
+    assert (folder / "sample.txt").read_text() == said
+
+
+def test_a_prompt_needs_a_run_that_is_there(tmp_path, text, capsys):
+    run(tmp_path, text)
+    again = ["--runs", str(tmp_path / "runs"), "--name"]
+    for given, message in {
+        ("nobody", "--sample", "the"): "nothing to resume",
+        ("run", "--sample", ""): "--prompt must have at least one character",
+        ("run", "--sample", "1.5"): "argument --sample: invalid int value: '1.5'",
+        ("run", "--sample", "-3"): "--sample must be 0 or more",
+        ("run", "--sample", "the", "--width", "32"): "--width was 16 (got 32)",
+    }.items():
+        with pytest.raises(SystemExit):
+            gpt.settings([*again, *given])
+        assert message in capsys.readouterr().err
+    with pytest.raises(SystemExit, match=r"every character of the prompt \(not: \['ß'\]\)"):
+        gpt.sample(gpt.settings([*again, "run", "--sample", "ß"]))
+    text.write_text(TEXT.replace("fox", "ox"))
+    with pytest.raises(SystemExit, match=r"is not the text that the run was trained on"):
+        gpt.sample(gpt.settings([*again, "run", "--sample", "the"]))
+
+
+def test_a_sample_appears_as_it_is_made(capsys):
+    """A character of several bytes, when it is whole."""
+    shown, tokens = [], gpt.Bytes()
+
+    def made():
+        for number in "né→".encode():
+            yield torch.tensor([number])
+            shown.append(capsys.readouterr().out)
+
+    assert gpt.tell(tokens, torch.tensor([[ord("a")]]), made()) == "ané→"
+    assert shown == ["an", "", "é", "", "", "→"]
+
+
+def test_a_graph_of_distances_needs_a_window_alone():
+    assert gpt.goes_by_distance(Causal() & Window(4, 0), 9)
+    assert not gpt.goes_by_distance(Causal() & (Window(4, 0) | Prefix(2)), 9)
 
 
 SAVE = """
@@ -589,4 +643,4 @@ def test_a_disk_that_fills_at_the_pictures_leaves_the_weights(tmp_path, text, mo
     with pytest.raises(SystemExit, match=r"loss.png can't be written .*No space left"):
         run(tmp_path, text)
     left = sorted(path.name for path in (tmp_path / "runs" / "run").iterdir())
-    assert left == ["config.json", "metrics.csv", "model.safetensors", "optimizer-8.safetensors", "sample.txt"]
+    assert left == ["config.json", "metrics.csv", "model.safetensors", "optimizer-8.safetensors"]

@@ -14,6 +14,7 @@ from pathlib import Path
 import bert
 import mlp_is_attention
 import pytest
+import speculative
 import torch
 import training
 import translate
@@ -262,6 +263,22 @@ def test_custom_learns_on_a_graph_of_ones_own(tmp_path, monkeypatch, capsys, sou
     assert int(last.split("%")[0].split()[-1]) >= 65
     assert (tmp_path / "runs" / "custom" / "karate.png").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["runs"]
+
+
+def test_speculation_gives_the_same_text_in_fewer_passes(tmp_path, capsys):
+    text = tmp_path / "text.txt"
+    text.write_text(speculative.REPETITIVE * 40)
+    tiny = f"--steps 60 --evaluate-every 60 --context 32 --layers 2 --width 32 --text {text} --dtype float32"
+    arguments = ["--runs", str(tmp_path), "--options", tiny, "--sample", "60", "--repeats", "1"]
+    found = speculative.main(speculative.settings(arguments))
+    alone, lookup, small = found.values()
+    assert torch.equal(alone.tokens, lookup.tokens)
+    assert torch.equal(alone.tokens, small.tokens)
+    assert alone.passes == 60
+    assert lookup.passes < 30
+    assert small.passes < 60
+    assert (tmp_path / "gpt-draft" / "tree.png").exists()
+    assert capsys.readouterr().out.count("the same text") == 3
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in EXAMPLES.glob("*.py") if path.stem != "training"))

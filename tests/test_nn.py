@@ -3,7 +3,6 @@
 import copy
 import dataclasses
 import re
-from functools import partial
 
 import pytest
 import torch
@@ -21,9 +20,8 @@ from attngraph import (
     Prefix,
     Window,
     attend,
-    generate,
 )
-from attngraph.models import GPT, EncoderDecoder
+from attngraph.models import GPT
 from attngraph.nn import (
     Attention,
     Block,
@@ -287,35 +285,6 @@ def test_tied_heads_share_their_weights():
     assert untied.head.weight is not untied.embedding.weight
 
 
-def test_generate_samples_by_its_settings():
-    torch.manual_seed(0)
-    model = shaken(GPT(config(position="rotary"), 17))
-    prompt = torch.randint(17, (3, 4))
-    greedy = generate(model, prompt, 8, temperature=0)
-    assert greedy.shape == (3, 12)
-    assert torch.equal(greedy[:, :4], prompt)
-    for step in range(4, 12):
-        assert torch.equal(model(greedy[:, :step])[:, -1].argmax(-1), greedy[:, step])
-    assert torch.equal(generate(model, prompt, 8, top_k=1), greedy)
-    assert torch.equal(generate(model, prompt, 8, top_p=1e-9), greedy)
-    runs = [generate(model, prompt, 8, generator=torch.Generator().manual_seed(1)) for _ in range(2)]
-    assert torch.equal(*runs)
-    assert not torch.equal(runs[0], greedy)
-    assert torch.equal(
-        generate(model, prompt, 8, context=4, temperature=0)[:, 5],
-        model(generate(model, prompt, 1, context=4, temperature=0)[:, -4:])[:, -1].argmax(-1),
-    )
-
-
-def test_top_p_keeps_the_smallest_set():
-    from attngraph.generation.sampling import _truncated
-
-    logits = torch.tensor([[0.5, 0.25, 0.15, 0.1]]).log()
-    assert (_truncated(logits, None, 0.7) > -torch.inf).tolist() == [[True, True, False, False]]
-    assert (_truncated(logits, None, 0.76) > -torch.inf).tolist() == [[True, True, True, False]]
-    assert (_truncated(logits, 3, None) > -torch.inf).tolist() == [[True, True, True, False]]
-
-
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -341,27 +310,12 @@ def test_top_p_keeps_the_smallest_set():
         (lambda: rotate(torch.ones(3, 2), torch.ones(3, 1), torch.ones(3, 1)), "of the dimension of x, 2"),
         (lambda: FeedForward(4, 8, activation="x"), "activation must be one of"),
         (lambda: GPT(config(max_length=4), 17)(torch.zeros(1, 5, dtype=torch.int64)), "4 learned positions but got 5"),
-        (lambda: generate(nn.Identity(), torch.zeros(1, 0).long(), 1), "at least one token"),
-        (lambda: generate(nn.Identity(), torch.zeros(1, 1).long(), 1, temperature=-1), "temperature must be 0 or more"),
-        (lambda: generate(nn.Identity(), torch.zeros(1, 1).long(), 1, top_k=0), "top_k must be 1 or more"),
-        (lambda: generate(nn.Identity(), torch.zeros(1, 1).long(), 1, top_p=1.5), "top_p must be a probability"),
     ],
 )
 def test_bad_input_is_an_error(make, message):
     with pytest.raises((TypeError, ValueError)) as error:
         make()
     assert message in str(error.value)
-
-
-@pytest.mark.parametrize("wrap", [copy.copy, partial(torch.compile, backend="eager")], ids=["plain", "compiled"])
-def test_generate_says_which_models_it_takes(wrap):
-    model = wrap(EncoderDecoder(config(), config(cross=True), 17))
-    with pytest.raises(
-        TypeError, match=r"got a EncoderDecoder, .*'target'\); .*beam search, is in examples/translate.py"
-    ):
-        generate(model, torch.zeros(1, 2).long(), 3)
-    for other in (wrap(nn.Embedding(17, 17)), torch.fx.symbolic_trace(nn.Embedding(17, 17))):
-        assert generate(other, torch.zeros(1, 2).long(), 3).shape == (1, 5)
 
 
 def test_gradients_flow_through_checkpointing():

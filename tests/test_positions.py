@@ -5,11 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from modules import POSITIONS, SCALINGS, config
-from torch import nn
 
-from attngraph import Causal, Disjoint, Documents, Full, Prefix, Window, generate
+from attngraph import Causal, Disjoint, Documents, Full, Prefix, Window
 from attngraph.models import GPT, DecisionTransformer, Encoder, EncoderDecoder, ViT
-from attngraph.nn import LearnedPositions, Transformer, TransformerConfig
+from attngraph.nn import LearnedPositions, Transformer
 
 GIVEN = ("learned", "sinusoidal", "rotary", *SCALINGS)  # positions that can be given
 SWITCHES = [{}, {"num_kv_heads": 1, "norm": "rms"}, {"norm_order": "post", "embed_norm": True, "final_norm": False}]
@@ -161,20 +160,6 @@ def test_a_patch_keeps_its_place_whatever_is_masked(position):
             assert (model(images, attention_mask=mask)[row] - right).abs().max() < 1e-10
 
 
-@pytest.mark.parametrize("position", [*POSITIONS, *SCALINGS])
-@given(LENGTHS, st.sampled_from(SWITCHES), st.integers(0, 5), st.sampled_from([None, 3, 8]))
-@settings(max_examples=max(3, settings().max_examples // 20))
-def test_a_prompt_is_continued_as_if_it_were_alone(position, lengths, switches, new, context):
-    model = shaken(GPT(config(position, **switches), 17), torch.float64)
-    rows = [tokens(length, seed) for seed, length in enumerate(lengths)]
-    batch, mask = padded(rows, "left")
-    found = generate(model, batch, new, attention_mask=mask, context=context, temperature=0)
-    assert torch.equal(found[:, : batch.shape[1]], batch)
-    for row, continued in zip(rows, found, strict=True):
-        alone = generate(model, row[None], new, context=context, temperature=0)[0]
-        assert torch.equal(continued[len(continued) - len(alone) :], alone)
-
-
 def test_a_hole_takes_its_place():
     """As in transformers' BERT: only padding in front takes none."""
     model = shaken(Encoder(config("learned"), 17), torch.float64)
@@ -240,92 +225,6 @@ def test_positions_are_refused_where_they_would_not_be_read():
             model(x, memory=memory, memory_positions=torch.arange(3))
     with pytest.raises(ValueError, match="of use only with a memory"):
         Transformer(config("rotary"), Full())(x, memory_positions=torch.arange(3))
-
-
-# ---------------------------------------------------------------------------------------------------------- generate
-
-
-class Fixed(nn.Module):
-    """The same logits whatever it is shown."""
-
-    def __init__(self, logits):
-        super().__init__()
-        self.logits, self.inner = logits, nn.Dropout()
-        self.inner.eval()
-
-    def forward(self, tokens):
-        assert not self.training
-        return self.logits.expand(*tokens.shape, -1)
-
-
-NAN, INF = float("nan"), float("inf")
-PROMPT = torch.zeros(2, 3, dtype=torch.int64)
-
-
-@pytest.mark.parametrize("temperature", [0, 1.0])
-@pytest.mark.parametrize("logits", [[0.0, NAN], [INF, 0.0], [-INF, -INF], [NAN, NAN]], ids=str)
-def test_no_token_comes_of_logits_that_are_none(logits, temperature):
-    model = Fixed(torch.tensor(logits))
-    with pytest.raises(ValueError, match=r"logits must be finite .new token 1 got"):
-        generate(model, PROMPT, 2, temperature=temperature)
-    assert model.training  # as it was, with what is inside
-    assert not model.inner.training
-
-
-def test_a_model_is_left_as_it_was():
-    model = Fixed(torch.tensor([0.0, 1.0]))
-    generate(model, PROMPT, 2)
-    assert (model.training, model.inner.training) == (True, False)
-
-
-@pytest.mark.parametrize("temperature", [1e-40, 1e-6, 1e30])
-def test_any_temperature_gives_tokens(temperature):
-    found = generate(Fixed(torch.tensor([0.0, 50.0, -INF])), PROMPT, 4, temperature=temperature)
-    assert (found[:, 3:] < 2).all()
-    assert temperature > 1 or (found[:, 3:] == 1).all()
-
-
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32])
-def test_tokens_of_any_integer_kind_are_continued(dtype):
-    found = generate(Fixed(torch.arange(400.0)), PROMPT.to(dtype), 1, temperature=0)
-    assert (found[:, -1] == 399).all()
-
-
-@pytest.mark.parametrize(
-    ("error", "message", "options"),
-    [
-        (TypeError, "tokens must be a tensor of integers (got torch.float32)", {"tokens": torch.zeros(1, 2)}),
-        (TypeError, "tokens must be a tensor (got a list)", {"tokens": [[1, 2]]}),
-        (TypeError, "(got torch.bool)", {"tokens": torch.ones(1, 2) > 0}),
-        (ValueError, "at least one token each (got (1, 0))", {"tokens": torch.zeros(1, 0).long()}),
-        (ValueError, "at least one token each (got (3,))", {"tokens": torch.zeros(3).long()}),
-        (ValueError, "max_new_tokens must be 0 or more (got -1)", {"max_new_tokens": -1}),
-        (TypeError, "max_new_tokens must be an int (got 1.5)", {"max_new_tokens": 1.5}),
-        (ValueError, "context must be 1 or more (got 0)", {"context": 0}),
-        (ValueError, "context must be 1 or more (got -3)", {"context": -3}),
-        (ValueError, "temperature must be 0 or more (got nan)", {"temperature": NAN}),
-        (ValueError, "temperature must be 0 or more (got inf)", {"temperature": INF}),
-        (ValueError, "top_p must be a probability above 0 (got nan)", {"top_p": NAN}),
-        (TypeError, "top_k must be an int or None (got 2.0)", {"top_k": 2.0}),
-        (ValueError, "pad prompts on the left", {"attention_mask": torch.tensor([[1, 1, 1], [1, 1, 0]])}),
-        (ValueError, "of shape (2, 3)", {"attention_mask": torch.ones(2, 4).long()}),
-        (ValueError, "8 learned positions, and would be shown 9 tokens: context=8 shows", {"max_new_tokens": 7}),
-    ],
-)
-def test_what_can_not_be_continued_is_told_at_once(error, message, options):
-    model = GPT(TransformerConfig(embed_dim=8, num_layers=1, num_heads=1, max_length=8), 17)
-    with pytest.raises(error) as raised:
-        generate(**{"model": model, "tokens": PROMPT, "max_new_tokens": 2, **options})
-    assert message in str(raised.value)
-
-
-def test_as_many_tokens_as_there_are_positions():
-    """The last token that is sampled is shown to nobody; padding in front takes no places."""
-    model = GPT(TransformerConfig(embed_dim=8, num_layers=1, num_heads=1, max_length=8), 17)
-    assert generate(model, PROMPT, 6).shape == (2, 9)
-    mask = torch.tensor([[0, 0, 1], [0, 1, 1]])
-    assert generate(model, PROMPT, 7, attention_mask=mask).shape == (2, 10)
-    assert generate(model, PROMPT, 12, context=8).shape == (2, 15)
 
 
 @pytest.mark.parametrize("position", [*POSITIONS, *SCALINGS])

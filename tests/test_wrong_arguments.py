@@ -12,7 +12,8 @@ from wrong_arguments import WRONG, Door, faults
 
 import attngraph
 import attngraph.hf
-from attngraph import Causal, Window, analysis, attend, comparison, generate, plan
+from attngraph import Causal, KVCache, Window, analysis, attend, comparison, generate, plan, speculate, stream
+from attngraph.generation import DraftModel, PromptLookup
 from attngraph.models import GPT, DecisionTransformer, Encoder, EncoderDecoder, ViT
 from attngraph.nn import Attention, FeedForward, Transformer, TransformerConfig
 
@@ -76,8 +77,25 @@ DOORS = [
     Door("Temperature", attngraph.Temperature, {"value": torch.ones(2), "of": "dot"}, {}, ("of",)),
     Door("generate", generate, {
         "model": gpt, "tokens": tokens, "max_new_tokens": 2, "attention_mask": None, "context": None,
-        "temperature": 1.0, "top_k": None, "top_p": None, "generator": None,
+        "temperature": 1.0, "top_k": None, "top_p": None, "min_p": None, "repetition_penalty": None, "stop": None,
+        "num_beams": 1, "length_penalty": 1.0, "num_return_sequences": 1, "generator": None, "use_cache": True,
+        "source": None, "source_attention_mask": None, "return_scores": False,
     }),
+    Door("generate from a source", generate, {
+        "model": translator, "tokens": tokens, "max_new_tokens": 2, "source": tokens, "source_attention_mask": None,
+        "num_beams": 2,
+    }, {"source": "source|tokens", "source_attention_mask": "attention_mask"}),
+    Door("stream", stream, {
+        "model": gpt, "tokens": tokens, "max_new_tokens": 2, "attention_mask": None, "context": None,
+        "temperature": 1.0, "top_k": None, "top_p": None, "min_p": None, "repetition_penalty": None, "stop": None,
+        "generator": None, "use_cache": True, "source": None, "source_attention_mask": None, "return_scores": False,
+    }),
+    Door("speculate", speculate, {
+        "model": gpt, "tokens": tokens[:1], "max_new_tokens": 2, "draft": None, "stop": None,
+    }, {}, ("draft",)),
+    Door("KVCache", KVCache, {"model": gpt, "max_length": 9, "rotary": "absolute"}),
+    Door("PromptLookup", PromptLookup, {"length": 4, "ngram": 2}),
+    Door("DraftModel", DraftModel, {"model": gpt, "max_length": 9, "branches": (2, 1)}),
     Door("TransformerConfig", TransformerConfig, {
         **CONFIG, "num_kv_heads": None, "head_dim": None, "hidden_dim": None, "activation": "gelu", "gated": False,
         "norm": "layer", "norm_eps": 1e-5, "norm_order": "pre", "embed_norm": False, "final_norm": True, "bias": ("q",),

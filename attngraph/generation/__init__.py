@@ -1,6 +1,7 @@
 """Decoding from language models."""
 
+from attngraph.generation.decoding import Scored, generate, stream
 from attngraph.generation.kv_cache import KVCache
-from attngraph.generation.sampling import generate
+from attngraph.generation.speculative import DraftModel, PromptLookup, Proposal, speculate
 
-__all__ = ["KVCache", "generate"]
+__all__ = ["DraftModel", "KVCache", "PromptLookup", "Proposal", "Scored", "generate", "speculate", "stream"]

@@ -209,6 +209,15 @@ def test_a_window_takes_its_width_and_sinks_stay():
     assert cache.nbytes == 2 * 2 * (40 + 4 + 40 + 10) * 4 * 8
 
 
+@pytest.mark.parametrize("kv_heads", [4, 2])
+@pytest.mark.parametrize("graph", GRAPHS_OF_ANY_SIZE, ids=lambda graph: str(graph)[:60])
+def test_cost_knows_the_bytes_before(graph, kv_heads):
+    cache = check(gpt(graph, num_kv_heads=kv_heads), tokens(1, 30), 3)
+    graphs = graph if isinstance(graph, list) else [graph] * 2
+    known = analysis.cost(graphs, 30, dim=16, heads=4, kv_heads=kv_heads, dtype=torch.float64, cache=True)
+    assert known.cache_bytes == cache.nbytes
+
+
 def test_memory_stays_flat():
     model, sizes = gpt(WINDOW).float(), set()
     cache = KVCache(model, 2000)

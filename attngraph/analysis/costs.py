@@ -66,16 +66,23 @@ def peak_alive(graph: Graph, n: int | None = None) -> int:
     """The most keys that a cache has to hold at once while n nodes are decoded one by one; where heads have each their
     own graph, keys that any of them needs.
 
-    Key j is alive at query t where j ≤ t ≤ `last_reader` of j.
+    Key j is alive from query j, its own, to its `last_reader`.
 
     >>> peak_alive(Causal() & (Window(256, 0) | Prefix(4)), 100_000), peak_alive(Causal(), 100_000)
     (261, 100000)
     """
     last = last_reader(graph, n)
-    kept = (last >= torch.arange(len(last))).nonzero()[:, 0]
-    end = int(last.max()) + 2 if len(last) else 0
-    change = torch.bincount(kept, minlength=end) - torch.bincount(last[kept] + 1, minlength=end)
-    return int(change.cumsum(0).amax()) if len(kept) else 0
+    born = torch.arange(len(last))
+    return most_at_once(born, torch.maximum(last, born))
+
+
+def most_at_once(born: Tensor, last: Tensor) -> int:
+    """Of keys that are alive from one query to another, each int64 (keys,), how many are at most at the same."""
+    if not len(born):
+        return 0
+    end = int(last.max()) + 2
+    change = torch.bincount(born, minlength=end) - torch.bincount(last + 1, minlength=end)
+    return int(change.cumsum(0).amax())
 
 
 class Cost(NamedTuple):

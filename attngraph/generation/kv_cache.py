@@ -122,6 +122,8 @@ class KVCache:
         """The batch's rows with these numbers, int64 (B,), in the place of all: what beam search asks for."""
         if self._tree is not None:
             raise RuntimeError("reorder needs a cache without a tree that waits to be accepted: cache.accept([])")
+        if torch.equal(rows, torch.arange(self._batch, device=rows.device)):
+            return
         for group in (group for layer in self.every_layer for group in layer.groups):
             group.keys, group.values = group.keys[rows], group.values[rows]
         for track in self._tracks:

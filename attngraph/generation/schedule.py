@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from attngraph.analysis import last_reader
+from attngraph.analysis.costs import most_at_once
 from attngraph.graph.base import Graph, at_size
 from attngraph.graph.counting import runs
 
@@ -37,21 +38,21 @@ class Schedule:
         return at_size(self.graph)[2]
 
     @cached_property
+    def born(self) -> Tensor:
+        """The query from which on each key is there, int64 (num_keys,)."""
+        return (torch.arange(self.num_keys) - self.memory).clamp(min=0)
+
+    @cached_property
     def last(self) -> np.ndarray:
         """The last query for which each key is kept, int64 (num_keys,): its last reader, but at least its own node."""
-        born = np.maximum(np.arange(self.num_keys) - self.memory, 0)
         if not _is_quick(self.graph):
             return np.full(self.num_keys, self.length - 1)
-        return np.maximum(last_reader(self.graph).numpy(), born)
+        return torch.maximum(last_reader(self.graph), self.born).numpy()
 
     @cached_property
     def capacity(self) -> int:
         """How many keys are alive at once, at most: so many slots there are."""
-        ends = np.bincount(self.last + 1, minlength=self.length + 1)[: self.length]
-        born = np.zeros(self.length, dtype=np.int64)
-        born[0] += self.memory
-        born[: self.num_keys - self.memory] += 1
-        return int((born - ends).cumsum().max())
+        return most_at_once(self.born, torch.from_numpy(self.last))
 
     @cached_property
     def _taken(self) -> tuple[np.ndarray, np.ndarray]:

@@ -552,10 +552,12 @@ class Transformer(nn.Module):
                     nn.init.zeros_(linear.weight)
 
 
-@torch.compiler.disable
-def _uncompiled(model: nn.Module, *arguments: Any, **options: Any) -> Tensor:
-    """What a model makes of these, outside of a program that is being compiled."""
+def _called(model: nn.Module, *arguments: Any, **options: Any) -> Tensor:
     return model(*arguments, **options)
+
+
+_uncompiled: Callable[..., Tensor] = torch.compiler.disable(_called)
+"""What a model makes of these, outside of the program that is being compiled."""
 
 
 def _is_list(graph: object) -> bool:

@@ -7,18 +7,22 @@ from __future__ import annotations
 
 import time
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import gelu, scaled_dot_product_attention
 
-from attngraph import Causal, KVCache, Prefix, Window
+from attngraph import Causal, KVCache, Prefix, Window, analysis, generate, hf
 from attngraph.models import GPT
 from attngraph.nn import TransformerConfig
 from attngraph.nn.positions import rotate
 from benchmarks.experiment import Goal
 from benchmarks.measure import Progress, isolated, ratios
+from benchmarks.page import number
 
 DEMO = {"embed_dim": 128, "num_layers": 4, "num_heads": 4}  # the GPT of `make demo`
 GPT2 = {"embed_dim": 768, "num_layers": 12, "num_heads": 12, "activation": "gelu_tanh"}  # of 124M parameters
@@ -124,3 +128,122 @@ def stream(options: Namespace) -> Iterator[Goal]:
     yield Goal(text + "different sizes of the cache, in bytes", 1, reached, at_most=True)
     reached = found.get("failure") or found["ratio"]
     yield Goal(text + "time of the last 1,000 over the second 1,000", 1.1, reached, at_most=True)
+
+
+# ---------------------------------------------------------------------------------------------- beside transformers
+
+
+def in_turns(calls: dict[str, Callable[[], object]], turns: int, progress: Progress, limit: float) -> dict:
+    """Seconds of each call in each turn."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _turn in range(turns):
+        for name, call in calls.items():
+            progress({}, limit)
+            start = time.perf_counter()
+            call()
+            times[name].append(time.perf_counter() - start)
+    return times
+
+
+def theirs(sizes: dict, vocab_size: int, length: int) -> Any:
+    """A GPT-2 of transformers of these sizes, in float32."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(
+        vocab_size=vocab_size, n_positions=length, n_embd=sizes["embed_dim"], n_layer=sizes["num_layers"],
+        n_head=sizes["num_heads"], bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    return GPT2LMHeadModel(config).eval()
+
+
+def continued(model: Any, prompt: Tensor, new: int, kind: str | None, **options: Any) -> Tensor:
+    """By the generate of transformers, to the end, with a cache of this kind."""
+    with torch.inference_mode():
+        return model.generate(
+            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=new, min_new_tokens=new, pad_token_id=0,
+            eos_token_id=None, cache_implementation=kind, **options,
+        )  # fmt: skip
+
+
+CACHES = {"DynamicCache": None, "StaticCache": "static"}
+
+
+def tokens_alone(progress: Progress, batch: int, with_none: bool) -> dict:
+    """New tokens from one, sampled: with our cache, without, and by transformers."""
+    torch.manual_seed(0)
+    ours, other = GPT(TransformerConfig(**DEMO), vocab_size=65).eval(), theirs(DEMO, 65, NEW + 1)
+    prompt = torch.zeros(batch, 1, dtype=torch.int64)
+    calls: dict[str, Callable[[], object]] = {"ours": lambda: generate(ours, prompt, NEW, temperature=0.8)}
+    for name, kind in CACHES.items():
+        options = {"do_sample": True, "temperature": 0.8, "top_k": 0}
+        calls[name] = partial(continued, other, prompt, NEW, kind, **options)
+    for call in calls.values():  # warm up
+        progress({}, 600.0)
+        call()
+    times = in_turns(calls, 3, progress, 600.0)
+    found = {name: ratios(times[name], times["ours"])[1] for name in CACHES}
+    found["tokens/s"] = batch * NEW / sorted(times["ours"])[1]
+    if with_none:
+        without = in_turns(
+            {"": lambda: generate(ours, prompt, NEW, temperature=0.8, use_cache=False)}, 1, progress, 1200.0
+        )
+        found["without"] = without[""][0] / sorted(times["ours"])[1]
+    return found
+
+
+def tokens(options: Namespace) -> Iterator[Goal]:
+    for batch in (1, 16):
+        found = isolated(tokens_alone, batch, batch == 1, seconds=1200.0, gib=options.memory)
+        text = f"{named(DEMO)}, {NEW:,} sampled tokens after one, batch {batch}: times as fast as "
+        note = "" if "failure" in found else f"{number(found['tokens/s'], '.3g')} tokens/s"
+        if batch == 1:
+            yield Goal(text + "without a cache", 40, found.get("failure") or found["without"], note=note)
+        for name in CACHES:
+            yield Goal(f"{text}transformers, {name}", 1.5, found.get("failure") or found[name], note=note)
+
+
+def gpt2_alone(progress: Progress, dtype: torch.dtype) -> dict:
+    """A long prompt and some tokens, greedy, by the same weights: ours over that of transformers."""
+    torch.manual_seed(0)
+    prompt = torch.randint(50257, (1, 1024))
+    other = theirs(GPT2, 50257, 1152).to(dtype)
+    with TemporaryDirectory() as folder:
+        progress({}, 600.0)
+        other.save_pretrained(folder)
+        ours = hf.load(folder, dtype=dtype)
+        calls: dict[str, Callable[[], object]] = {"ours": lambda: generate(ours, prompt, 128, temperature=0)}
+        calls |= {name: partial(continued, other, prompt, 128, kind, do_sample=False) for name, kind in CACHES.items()}
+        found = {name: call() for name, call in calls.items()}
+        same = all(torch.equal(found["ours"], each) for each in found.values())
+        times = in_turns(calls, 3, progress, 600.0)
+    return {
+        **{name: ratios(times[name], times["ours"])[1] for name in CACHES},
+        "tokens/s": 128 / sorted(times["ours"])[1],
+        "same": same,
+    }
+
+
+def gpt2(options: Namespace) -> Iterator[Goal]:
+    for dtype in (torch.float32, torch.bfloat16):
+        found = isolated(gpt2_alone, dtype, seconds=1200.0, gib=options.memory)
+        text = f"GPT-2, 124M, {str(dtype)[6:]}, a prompt of 1,024 tokens and 128 new: times as fast as transformers, "
+        note = "" if "failure" in found else f"{number(found['tokens/s'], '.3g')} tokens/s with the prompt's time; "
+        note += "" if "failure" in found else ("the same tokens" if found["same"] else "tokens differ by rounding")
+        for name in CACHES:
+            yield Goal(text + name, 1.2, found.get("failure") or found[name], note=note)
+
+
+def receptive_field_alone(progress: Progress) -> dict:
+    graph = Window(256, 0) | Prefix(4)
+    analysis.receptive_field([graph] * 24, 999_999, 1_000_000)
+    times = in_turns({"": lambda: analysis.receptive_field([graph] * 24, 999_999, 1_000_000)}, 5, progress, 60.0)
+    return {"ms": 1000 * sorted(times[""])[2]}
+
+
+def questions(options: Namespace) -> Iterator[Goal]:
+    found = isolated(receptive_field_alone, seconds=600.0, gib=options.memory)
+    text = "receptive_field of Window(256, 0) | Prefix(4), N = 1,000,000, 24 layers: ms"
+    yield Goal(text, 50, found.get("failure") or found["ms"], at_most=True)
+
+
+SECTIONS = {"cache": by_hand, "stream": stream, "tokens": tokens, "gpt2": gpt2, "questions": questions}

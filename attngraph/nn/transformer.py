@@ -556,7 +556,7 @@ def _called(model: nn.Module, *arguments: Any, **options: Any) -> Tensor:
     return model(*arguments, **options)
 
 
-_uncompiled: Callable[..., Tensor] = torch.compiler.disable(_called)
+_uncompiled = cast(Callable[..., Tensor], torch.compiler.disable(_called))
 """What a model makes of these, outside of the program that is being compiled."""
 
 

@@ -229,6 +229,7 @@ def test_as_many_tokens_as_there_are_positions():
 # -------------------------------------------------------------------------------------------------- with a cache
 
 
+@pytest.mark.share(5)
 @pytest.mark.parametrize("context", [None, 7])
 @pytest.mark.parametrize("graph", GRAPHS, ids=str)
 @pytest.mark.parametrize("position", POSITIONS)
@@ -600,6 +601,7 @@ def test_a_source_of_another_batch_is_told():
 REPEATED = torch.tensor([[1, 2, 3, 4, 5] * 4])
 
 
+@pytest.mark.share(3)
 @pytest.mark.parametrize("graph", GRAPHS, ids=str)
 @pytest.mark.parametrize("position", ["rotary", "alibi", "relative", "none"])
 def test_speculation_is_greedy(graph, position):

@@ -49,7 +49,7 @@ class Fixed(nn.Module):
         self.logits, self.inner = logits, nn.Dropout()
         self.inner.eval()
 
-    def forward(self, tokens):
+    def forward(self, tokens, attention_mask=None):
         assert not self.training
         return self.logits.expand(*tokens.shape, -1)
 
@@ -224,6 +224,17 @@ def test_as_many_tokens_as_there_are_positions():
     mask = torch.tensor([[0, 0, 1], [0, 1, 1]])
     assert generate(model, PROMPT, 7, attention_mask=mask).shape == (2, 10)
     assert generate(model, PROMPT, 12, context=8).shape == (2, 15)
+
+
+def test_padding_has_not_been_said():
+    model, prompt, mask = (
+        Fixed(torch.tensor([1.0, 1.1, -9.0])),
+        torch.tensor([[1, 0], [0, 1]]),
+        torch.tensor([[0, 1]] * 2),
+    )
+    for num_beams in (1, 2):
+        how = {"attention_mask": mask, "temperature": 0, "repetition_penalty": 4.0, "num_beams": num_beams}
+        assert generate(model, prompt, 1, **how)[:, 2].tolist() == [1, 0]
 
 
 # -------------------------------------------------------------------------------------------------- with a cache
@@ -467,7 +478,7 @@ def test_enough_beams_find_the_likeliest_text(use_cache):
 
 
 @pytest.mark.parametrize("stop", [None, 3, [3, [5, 5], [2, 7, 1]]], ids=str)
-@pytest.mark.parametrize("length_penalty", [1.0, -0.5])
+@pytest.mark.parametrize("length_penalty", [1.0, 3.0, -0.5])
 def test_beams_of_a_row_are_its_own(stop, length_penalty):
     model, (batch, mask) = gpt("learned"), prompts(6, 2, 4)
     how = {

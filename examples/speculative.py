@@ -7,7 +7,8 @@ A model takes little longer for ten tokens than for one. So something cheap gues
 at a time: a `Tree`, in which each node hears the text and its own ancestors. One pass of the model gives the likeliest
 token after each node, and the longest path that agrees with it is text (SpecInfer, Miao et al. 2024). Whatever is
 guessed, the text is the one that the model says alone; a good guess saves passes. Two guesses are tried: what followed
-the last characters where they stood before (prompt lookup), and a smaller model's likeliest continuations.
+the last characters where they stood before (prompt lookup), and a smaller model's likeliest continuations. Of models as
+small as these a pass takes much the same time, so the smaller one saves passes alone; a lookup costs nothing.
 
 It prints how long each takes, and leaves runs/NAME-draft, the smaller model, and tree.png, its first guess, in there.
 """

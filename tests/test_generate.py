@@ -49,7 +49,7 @@ class Fixed(nn.Module):
         self.logits, self.inner = logits, nn.Dropout()
         self.inner.eval()
 
-    def forward(self, tokens):
+    def forward(self, tokens, attention_mask=None):
         assert not self.training
         return self.logits.expand(*tokens.shape, -1)
 
@@ -226,9 +226,18 @@ def test_as_many_tokens_as_there_are_positions():
     assert generate(model, PROMPT, 12, context=8).shape == (2, 15)
 
 
+def test_padding_has_not_been_said():
+    model, prompt = Fixed(torch.tensor([1.0, 1.1, -9.0])), torch.tensor([[1, 0], [0, 1], [2, 2]])
+    mask = torch.tensor([[0, 1], [0, 1], [1, 1]])
+    for num_beams in (1, 2):
+        how = {"attention_mask": mask, "temperature": 0, "repetition_penalty": 4.0, "num_beams": num_beams}
+        assert generate(model, prompt, 1, **how)[:, 2].tolist() == [1, 0, 1]
+
+
 # -------------------------------------------------------------------------------------------------- with a cache
 
 
+@pytest.mark.share(5)
 @pytest.mark.parametrize("context", [None, 7])
 @pytest.mark.parametrize("graph", GRAPHS, ids=str)
 @pytest.mark.parametrize("position", POSITIONS)
@@ -465,8 +474,8 @@ def test_enough_beams_find_the_likeliest_text(use_cache):
         torch.testing.assert_close(scores[3 * row : 3 * row + 3].double(), best.values, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("stop", [None, 3, [3, [5, 5], [2, 7, 1]]], ids=str)
-@pytest.mark.parametrize("length_penalty", [1.0, -0.5])
+@pytest.mark.parametrize("stop", [None, 3, [3, [5, 5], [2, 7, 1]], list(range(12))], ids=str)
+@pytest.mark.parametrize("length_penalty", [1.0, 3.0, -0.5])
 def test_beams_of_a_row_are_its_own(stop, length_penalty):
     model, (batch, mask) = gpt("learned"), prompts(6, 2, 4)
     how = {
@@ -600,6 +609,7 @@ def test_a_source_of_another_batch_is_told():
 REPEATED = torch.tensor([[1, 2, 3, 4, 5] * 4])
 
 
+@pytest.mark.share(3)
 @pytest.mark.parametrize("graph", GRAPHS, ids=str)
 @pytest.mark.parametrize("position", ["rotary", "alibi", "relative", "none"])
 def test_speculation_is_greedy(graph, position):

@@ -272,8 +272,8 @@ class KVCache:
 
     # ------------------------------------------------------------------------------------------- then the other nodes
 
-    def begin(self, x: Tensor, tree: Tree | None = None) -> Tensor:
-        """A call with new nodes x (B, T, embed_dim) → their positions, (T,) or (B, T)."""
+    def begin(self, x: Tensor, tree: Tree | None = None) -> None:
+        """A call with new nodes x (B, T, embed_dim) begins."""
         count = x.shape[-2]
         self._require(x, count if tree is None else int(depths(tree).max()) + 1)
         if tree is not None and len(tree.parents) != count:
@@ -286,24 +286,25 @@ class KVCache:
             raise ValueError(f"the cache is of a batch of {self._batch} (got one of {x.shape[0]})")
         for track in self._tracks:
             track.begin(self._nodes, count, tree)
-        step = torch.arange(count, device=x.device) if tree is None else depths(tree).to(x.device)
-        nodes = self._nodes[:, None] if isinstance(self._nodes, Tensor) else self._nodes
-        positions = nodes + step
+
+    def positions(self, x: Tensor) -> Tensor:
+        """Of the new nodes: (T,) or (B, T)."""
+        track = self._tracks[0]
+        step = torch.arange(track.count, device=x.device) if track.tree is None else depths(track.tree).to(x.device)
+        positions = self._nodes[:, None] + step if isinstance(self._nodes, Tensor) else self._nodes + step
         return positions if self._front is None else positions - self._front
 
-    def rotation(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """cos and sin of these positions; those of the next nodes of all rows are made some time before."""
-        rotary = cast(Rotary, self.transformer.position)
-        if isinstance(self._nodes, Tensor) or self._front is not None or positions.device.type == "meta":
-            return rotary(positions, dtype)
+    def rotation(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin of rotary positions of the new nodes; where all rows are alike, made some time before."""
+        dtype, rotary = torch.promote_types(x.dtype, torch.float32), cast(Rotary, self.transformer.position)
+        if isinstance(self._nodes, Tensor) or self._front is not None or self._tracks[0].tree is not None:
+            return rotary(self.positions(x), dtype)
         first, count = self._nodes, self._tracks[0].count
         start, cos, sin = self._ahead
         if not (start <= first and first + count <= start + len(cos) and cos.dtype == dtype):
             start = first
-            cos, sin = rotary(torch.arange(first, first + max(count, AHEAD), device=positions.device), dtype)
+            cos, sin = rotary(torch.arange(first, first + max(count, AHEAD), device=x.device), dtype)
             self._ahead = start, cos, sin
-        if self._tracks[0].tree is not None:
-            return cos[positions - start], sin[positions - start]
         return cos.narrow(0, first - start, count), sin.narrow(0, first - start, count)
 
     def end(self, tree: Tree | None = None) -> None:
@@ -331,10 +332,14 @@ class KVCache:
 
     def _commit(self, path: Tensor | None) -> None:
         """The new nodes are in the text: all, or those of a path through their tree."""
-        waiting = {track for track in self._tracks if track.brings_keys and (path is not None or track.is_beside)}
-        found = {track: track.commit(path) for track in waiting}
-        for group in (group for layer in self._layers for group in layer.groups if group.track in waiting):
-            group.commit(path, *found[group.track])
+        found = {
+            track: track.commit(path)
+            for track in self._tracks
+            if track.brings_keys and (path is not None or track.is_beside)
+        }
+        if found:
+            for group in (group for layer in self._layers for group in layer.groups if group.track in found):
+                group.commit(path, *found[group.track])
         count = self._tracks[0].count if path is None else len(path)
         self._nodes, self.length, self._tree = self._nodes + count, self.length + count, None
 

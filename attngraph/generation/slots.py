@@ -252,7 +252,7 @@ class HeadGroup:
         write, used, mask, heard, rotary = self.track.step(bias, q)
         if k is not None and v is not None:
             self._put(k, v, write)
-        keys, values = self.keys[:, :, :used], self.values[:, :, :used]
+        keys, values = self.keys.narrow(2, 0, used), self.values.narrow(2, 0, used)
         if heard is not None:
             keys, values = keys.index_select(2, heard), values.index_select(2, heard)
         elif self.beside is not None:
@@ -269,8 +269,8 @@ class HeadGroup:
         if write is None:
             self.beside = k, v
         elif isinstance(write, int):
-            stop = write + k.shape[2]
-            self.keys[:, :, write:stop], self.values[:, :, write:stop] = k, v
+            self.keys.narrow(2, write, k.shape[2]).copy_(k)
+            self.values.narrow(2, write, k.shape[2]).copy_(v)
         else:
             row = torch.arange(len(write), device=write.device)
             self.keys[row, :, write], self.values[row, :, write] = k[:, :, 0], v[:, :, 0]

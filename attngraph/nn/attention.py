@@ -121,12 +121,12 @@ class Attention(nn.Module):
         require_vectors("x", x, self.query.in_features)
         if memory is not None:
             require_vectors("memory", memory, self.key.in_features)
+        if cache is not None:
+            return self._from_cache(x, memory, cache, graph, rotary, bias, attention_mask)
         if rotary is not None and not (
             isinstance(rotary, tuple | list) and [isinstance(side, Tensor) for side in rotary] == [True, True]
         ):
             raise TypeError(f"rotary must be two tensors, (cos, sin), as Rotary gives them (got {shown(rotary)})")
-        if cache is not None:
-            return self._from_cache(x, memory, cache, graph, rotary, bias, attention_mask)
         start = None if rotary is None else query_offset(graph)
         q, k, v = self.project(x, x if memory is None else memory, rotary, start)
         dropout_p = self.dropout if self.training else 0.0
@@ -152,7 +152,7 @@ class Attention(nn.Module):
         rotary = None if cache.turns else rotary
         k, v = (None, None) if cache.holds_all else self.keys_and_values(x if memory is None else memory, rotary)
         q = self.queries(x, rotary)
-        q = q if v is None else q.to(v.dtype)
+        q = q if v is None or q.dtype == v.dtype else q.to(v.dtype)
         out = cache.attend(q, k, v, graph, bias=bias, attention_mask=attention_mask, scoring=self.scoring)
         return self.out(out.transpose(-3, -2).flatten(-2))
 
@@ -172,23 +172,27 @@ class Attention(nn.Module):
 
     def queries(self, x: Tensor, rotary: Rotation | None = None, start: int | None = None) -> Tensor:
         """The queries (B, H, N, D) of x; of cos and sin, they have those from `start` on, by default the last."""
-        q = self.query(x).unflatten(-1, (self.num_heads, -1)).transpose(-3, -2)
+        q = self.query(x).reshape(*x.shape[:-1], self.num_heads, self.head_dim).transpose(-3, -2)
         if self.query_norm is not None:  # in the gains' precision, also under autocast
             q = self.query_norm(q.to(self.query_norm.weight.dtype))
         if rotary is not None:
-            first = rotary[0].shape[-2] - q.shape[-2] if start is None else start
-            q = rotate(q, *(side.narrow(-2, first, q.shape[-2]) for side in rotary))
+            count, queries = rotary[0].shape[-2], q.shape[-2]
+            if count != queries:
+                first = count - queries if start is None else start
+                rotary = rotary[0].narrow(-2, first, queries), rotary[1].narrow(-2, first, queries)
+            q = rotate(q, *rotary)
         return q
 
     def keys_and_values(self, memory: Tensor, rotary: Rotation | None = None) -> tuple[Tensor, Tensor]:
         """The keys and values (B, Hkv, M, D) of the memory, which may be x itself."""
-        k = self.key(memory).unflatten(-1, (self.num_kv_heads, -1)).transpose(-3, -2)
-        v = self.value(memory).unflatten(-1, (self.num_kv_heads, -1)).transpose(-3, -2)
+        heads = *memory.shape[:-1], self.num_kv_heads, self.head_dim
+        k = self.key(memory).reshape(heads).transpose(-3, -2)
+        v = self.value(memory).reshape(heads).transpose(-3, -2)
         if self.key_norm is not None:
             k = self.key_norm(k.to(self.key_norm.weight.dtype))
         if rotary is not None:
             k = rotate(k, *rotary)
-        return k.to(v.dtype), v
+        return k if k.dtype == v.dtype else k.to(v.dtype), v
 
     def extra_repr(self) -> str:
         """What `print(layer)` says of it."""

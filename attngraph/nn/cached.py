@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor, nn
 
 from attngraph.graph.base import Graph
@@ -66,12 +65,16 @@ class Cached(Protocol):
         """A prompt ends."""
         ...
 
-    def begin(self, x: Tensor, tree: Tree | None) -> Tensor:
-        """A call with new nodes begins → their positions."""
+    def begin(self, x: Tensor, tree: Tree | None) -> None:
+        """A call with new nodes begins."""
         ...
 
-    def rotation(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """cos and sin of these positions, of rotary ones."""
+    def positions(self, x: Tensor) -> Tensor:
+        """Those of its nodes."""
+        ...
+
+    def rotation(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin of these, where they are rotary."""
         ...
 
     def end(self, tree: Tree | None) -> None:

@@ -90,7 +90,9 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
             f"rotate needs cos and sin of the dimension of x, {dim}, as Rotary gives them "
             f"(got {cos.shape[-1]} and {sin.shape[-1]})"
         )
-    return torch.addcmul(x * cos.to(x.dtype), x.roll(dim // 2, -1), sin.to(x.dtype))
+    if cos.dtype != x.dtype:
+        cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+    return torch.addcmul(x * cos, x.roll(dim // 2, -1), sin)
 
 
 class AlibiPositions(nn.Module):

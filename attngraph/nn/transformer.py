@@ -322,8 +322,8 @@ class Transformer(nn.Module):
                 memory_attention_mask=memory_attention_mask, cache=cache, tree=tree,
             )  # fmt: skip
         if cache is not None or tree is not None:
-            given = (graph, bias, positions, memory_positions)
-            self._check_cached(cache, tree, attention_mask, any(each is not None for each in given))
+            is_given = not (graph is bias is positions is memory_positions is None)
+            self._check_cached(cache, tree, attention_mask, is_given)
         if cache is not None and len(pieces := cache.pieces(x.shape[-2])) > 1:
             if not (memory is attention_mask is None):
                 raise ValueError(
@@ -391,10 +391,11 @@ class Transformer(nn.Module):
 
     def _goes_on(self, x: Tensor, cache: Cached, tree: Tree | None) -> Tensor:
         """The same of nodes after those that a cache holds."""
-        positions = cache.begin(x, tree)
+        cache.begin(x, tree)
         if self.config.position == "rotary":
-            placed = x, cache.rotation(positions, torch.promote_types(x.dtype, torch.float32)), None
+            placed = x, cache.rotation(x), None
         else:
+            positions = cache.positions(x)
             placed = self._with_positions(x, positions, positions)
         x = self._through(x, placed, self.graphs, (None,) * len(self.graphs), cache.layers)
         cache.end(tree)

@@ -23,6 +23,7 @@ from attngraph import (
     Window,
     analysis,
     from_function,
+    record,
 )
 from attngraph.generation.schedule import Schedule
 from attngraph.models import GPT, EncoderDecoder
@@ -383,8 +384,14 @@ def test_a_refused_call_leaves_the_cache_as_it_was():
     torch.testing.assert_close(found, model(text)[:, 5:], atol=1e-12, rtol=0)
 
 
-def test_gradients_and_dropout_are_refused():
+def test_gradients_dropout_and_weights_are_refused():
     model = gpt(Causal(), dropout=0.1)
+    with (
+        torch.no_grad(),
+        record(model),
+        pytest.raises(ValueError, match="weights are not known in a call with a cache"),
+    ):
+        model(tokens(2, 3), cache=KVCache(model, 3))
     with pytest.raises(RuntimeError, match=r"torch.no_grad\(\)"):
         model(tokens(1, 3), cache=KVCache(model, 3))
     with torch.no_grad(), pytest.raises(RuntimeError, match=r"model.eval\(\)"):

@@ -122,6 +122,11 @@ class Attention(nn.Module):
         if memory is not None:
             require_vectors("memory", memory, self.key.in_features)
         if cache is not None:
+            if return_weights:
+                raise ValueError(
+                    "weights are not known in a call with a cache (return_weights=True, or record): run the whole text "
+                    "without one, generate(…, use_cache=False)"
+                )
             return self._from_cache(x, memory, cache, graph, rotary, bias, attention_mask)
         if rotary is not None and not (
             isinstance(rotary, tuple | list) and [isinstance(side, Tensor) for side in rotary] == [True, True]

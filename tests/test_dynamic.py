@@ -315,7 +315,10 @@ def test_in_a_model(graph, position, tmp_path):
     assert torch.equal(GPT.load(tmp_path).eval()(tokens), whole)
     with record(model) as recorded:
         model(tokens)
-    assert recorded[1].weights.isfinite().all()
+    edges, weights = recorded[1].of(head=1)  # the nodes of all entries, one after the other
+    found = torch.zeros(60).index_add_(0, edges[1], weights)
+    torch.testing.assert_close(found, torch.ones(60))
+    assert recorded[1].edge_index.shape[1] == recorded[1].weights.shape[-1]
 
 
 # --------------------------------------------------------------------------------------------- what is told

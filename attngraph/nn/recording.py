@@ -16,6 +16,7 @@ from attngraph.arguments import checked, shown
 from attngraph.draw import notebook
 from attngraph.draw.pictures import Names, of_head, weights_of_edges, weights_sheet
 from attngraph.graph.base import Graph
+from attngraph.graph.positions import query_offset
 from attngraph.nn.attention import Attention
 from attngraph.nn.padding import rolled
 from attngraph.nn.transformer import Block, Transformer
@@ -41,7 +42,7 @@ class Recorded:
     layer: int
     """The number of the layer, from 0."""
     graph: Graph
-    """Who may hear whom."""
+    """Who may hear whom; of a graph that queries and keys choose, that of this call, as `graph.resolve` gives it."""
     num_queries: int
     num_keys: int
     heads: tuple[int, ...]
@@ -333,6 +334,11 @@ def _listening(module: Attention, keep: Callable[..., None]) -> Iterator[None]:
     def telling(
         x: Tensor, graph: Any, memory: Tensor | None = None, *, return_weights: bool = False, **options: Any
     ) -> Tensor | tuple[Tensor, Tensor]:
+        if isinstance(graph, Graph) and graph._unresolved:
+            rotary = options.get("rotary")
+            start = None if rotary is None else query_offset(graph)
+            q, k, _ = module.project(x, x if memory is None else memory, rotary, start)
+            graph = graph.resolve(q, k, options.get("attention_mask"))
         out, weights = forward(x, graph, memory, return_weights=True, **options)
         keep(weights, graph, x, x if memory is None else memory, options.get("attention_mask"))
         return (out, weights) if return_weights else out

@@ -44,8 +44,8 @@ class ByHand:
         self.rotary = model.transformer.position(torch.arange(length))
         self.length = 0
 
-    def pieces(self, count: int) -> list[int]:
-        return [count]
+    def pieces(self, x: Tensor, tree: None) -> list[int]:
+        return [x.shape[-2]]
 
     def begin(self, x: Tensor, tree: None) -> None:
         for layer in self.layers:

@@ -668,3 +668,30 @@ def test_what_can_not_be_speculated_is_told():
             speculate(**{"model": model, "tokens": REPEATED, "max_new_tokens": 4, **options})
         assert message in str(error.value)
     assert torch.equal(speculate(model, REPEATED, 0), REPEATED)
+
+
+def test_what_was_found_by_trying():
+    """Fewer texts than asked for, tiny temperatures, drafts of other texts, what is counted in an error."""
+    torch.manual_seed(0)
+    model = GPT(TransformerConfig(embed_dim=16, num_layers=1, num_heads=2), 5).eval()
+    prompt = torch.tensor([[1, 2, 3]])
+    with pytest.raises(ValueError, match="at most the 5 texts that were found"):
+        generate(model, prompt, 1, num_beams=6, num_return_sequences=6)
+    assert generate(model, prompt, 0, num_beams=2, num_return_sequences=2).shape == (2, 3)
+    found = generate(model, prompt, 4, temperature=1e-46)
+    assert torch.equal(found, generate(model, prompt, 4, temperature=0))
+    draft = DraftModel(model, max_length=40, branches=(9, 2))
+    for text in (torch.arange(5), torch.arange(4), torch.arange(4).flip(0), torch.arange(7) % 5):
+        alone = DraftModel(model, max_length=40, branches=(9, 2))
+        assert draft(text, 2) == alone(text, 2)
+    with pytest.raises(TypeError, match="draft must return a Proposal"):
+        speculate(model, prompt, 9, draft=lambda text, depth: None)
+    calls = []
+
+    def broken(logits):
+        calls.append(1)
+        return logits if len(calls) < 2 else logits * torch.nan
+
+    model.head.register_forward_hook(lambda *given: broken(given[-1]))
+    with pytest.raises(ValueError, match="new token 2"):
+        speculate(model, prompt, 9)

@@ -3,12 +3,16 @@
 The oracle is the model itself, run on the whole text without a cache, in float64.
 """
 
+import copy
+
 import pytest
 import torch
 from graphs import GRAPHS
 
 from attngraph import (
+    Batched,
     Causal,
+    Chunks,
     Documents,
     EdgeList,
     Full,
@@ -279,7 +283,7 @@ def test_saved_and_restored(tmp_path, is_padded):
     for start in range(9, 30, 3):
         wanted = model(text[:, start : start + 3], cache=cache)
         assert torch.equal(model(text[:, start : start + 3], cache=again), wanted)
-    with pytest.raises(ValueError, match="same config and graphs"):
+    with pytest.raises(ValueError, match="same config, dtype and graphs"):
         KVCache.load(tmp_path / "cache.safetensors", gpt(WINDOW))
     (tmp_path / "other").write_bytes(b"x")
     with pytest.raises(ValueError, match="can't be read"):
@@ -312,6 +316,90 @@ def test_positions_among_the_keys_that_are_kept():
     torch.testing.assert_close(found, model.head(model.transformer.final_norm(x)), atol=1e-12, rtol=0)
 
 
+@torch.no_grad()
+def test_kept_positions_of_heads_with_graphs_of_their_own():
+    model, text = gpt(PerHead([Causal(), WINDOW, WINDOW, WINDOW])), tokens(1, 30)
+    one, two = KVCache(model, 30, rotary="kept"), KVCache(model, 30, rotary="kept")
+    torch.testing.assert_close(model(text, cache=one), stepped(model, two, text, 1), atol=1e-12, rtol=0)
+    with pytest.raises(ValueError, match="a tree can't be given with rotary='kept'"):
+        model(text[:, :2], cache=one, tree=Tree([-1, -1]))
+    cache = KVCache(model, 20, rotary="kept")
+    with pytest.raises(ValueError, match="room for max_length=20 nodes"):
+        model(text, cache=cache)
+    assert cache.length == 0
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_rotary_frequencies_by_length_within_what_was_trained(kind):
+    scaling = {"rope_type": kind, "factor": 4.0, "original_max_position_embeddings": 300}
+    if kind == "longrope":
+        scaling |= {"short_factor": [1.0, 1.1], "long_factor": [2.0, 3.0]}
+    check(gpt(Causal(), rotary_scaling=scaling), tokens(1, 290), 10)
+
+
+@pytest.mark.parametrize("graph", [Causal() & Chunks(5), Documents([13, 17]) & Causal(), WINDOW], ids=str)
+@torch.no_grad()
+def test_trees_of_one_node(graph):
+    model, text = gpt(graph), tokens(1, 30)
+    cache, whole = KVCache(model, 30), model(text)
+    model(text[:, :9], cache=cache)
+    for place in range(9, 30):
+        found = model(text[:, place : place + 1], cache=cache, tree=Tree([-1]))
+        torch.testing.assert_close(found, whole[:, place : place + 1], atol=1e-12, rtol=0)
+        cache.accept([0])
+
+
+@pytest.mark.parametrize("cross", [True, False])
+@torch.no_grad()
+def test_a_tree_hears_a_memory(cross):
+    decoder = config(cross=cross)
+    model = randomized(EncoderDecoder(config(), decoder, VOCAB, decoder_graph=WINDOW, memory_graph=Window(4, 4)))
+    text, nodes = tokens(1, 8), tokens(1, 14)[:, 8:]
+    memory, cache = model.encode(tokens(1, 12)), KVCache(model, 20)
+    model.decode(memory, text, cache=cache)
+    found = model.decode(memory, nodes, cache=cache, tree=Tree([-1, -1, 0, 0, 2, 1]))
+    for path in ([0, 2, 4], [0, 3], [1, 5]):
+        whole = model.decode(memory, torch.cat([text, nodes[:, path]], dim=1))
+        torch.testing.assert_close(found[:, path], whole[:, 8:], atol=1e-12, rtol=0)
+
+
+@torch.no_grad()
+def test_a_copy_goes_on_by_itself():
+    model, text = gpt([WINDOW, FOUR]), tokens(2, 20)
+    cache = KVCache(model, 20)
+    model(text[:, :8], cache=cache)
+    other, rest = copy.deepcopy(cache), tokens(2, 32)[:, 20:]
+    found = stepped_on(model, cache, text[:, 8:])
+    torch.testing.assert_close(found, model(text)[:, 8:], atol=1e-12, rtol=0)
+    whole = model(torch.cat([text[:, :8], rest], dim=1))
+    torch.testing.assert_close(stepped_on(model, other, rest), whole[:, 8:], atol=1e-12, rtol=0)
+
+
+def stepped_on(model, cache, text):
+    return torch.cat([model(text[:, i : i + 1], cache=cache) for i in range(text.shape[1])], dim=1)
+
+
+@torch.no_grad()
+def test_a_file_of_another_dtype_or_kind_is_refused(tmp_path):
+    model = gpt(WINDOW)
+    cache = KVCache(model, 20)
+    model(tokens(2, 8), cache=cache)
+    cache.save(tmp_path / "cache")
+    with pytest.raises(ValueError, match="same config, dtype and graphs"):
+        KVCache.load(tmp_path / "cache", gpt(WINDOW).float())
+    model.save(tmp_path)
+    for path in (tmp_path / "model.safetensors", tmp_path):
+        with pytest.raises(ValueError, match=r"was not written by|can't be read"):
+            KVCache.load(path, model)
+    own = randomized(Transformer(config(cross=True), Causal()))
+    x = torch.randn(2, 9, 16, dtype=torch.float64)
+    cache = KVCache(own, 9)
+    own(x[:, :4], memory=x, memory_graph=Prefix(2), cache=cache)
+    cache.save(tmp_path / "own")
+    again = KVCache.load(tmp_path / "own", own)
+    assert torch.equal(own(x[:, 4:], cache=again), own(x[:, 4:], cache=cache))
+
+
 # ---------------------------------------------------------------------------------------------------------- bad input
 
 
@@ -337,6 +425,7 @@ def test_positions_among_the_keys_that_are_kept():
             ),
             "change with the length of texts of more than 8 nodes",
         ),
+        (lambda: KVCache(gpt(Batched([Causal().sized(9, 9), WINDOW.sized(9, 9)])), 9), "one for all rows of a batch"),
         (lambda: KVCache(torch.nn.Linear(2, 2), 5), "must be a Transformer, or have one"),
     ],
 )
@@ -369,6 +458,11 @@ def test_a_refused_call_leaves_the_cache_as_it_was():
         (lambda: model(text[:, 5:6] + VOCAB, cache=cache), "tokens must be from 0 to 10"),
         (lambda: model(text[:, 5:7], cache=cache, tree=Tree([-1, 0])), "a tree continues one text"),
         (lambda: cache.accept([0]), "goes on from a call with tree="),
+        (lambda: cache.reorder(torch.tensor([True, False])), "numbers of rows"),
+        (lambda: cache.reorder(torch.tensor([[0, 1]])), "numbers of rows"),
+        (lambda: cache.reorder(torch.tensor(0)), "numbers of rows"),
+        (lambda: cache.reorder(torch.tensor([0, -1])), "rows must be from 0 to 1"),
+        (lambda: cache.reorder(torch.tensor([0, 2])), "rows must be from 0 to 1"),
     ]:
         with pytest.raises((ValueError, RuntimeError), match=message):
             call()
@@ -396,6 +490,18 @@ def test_gradients_dropout_and_weights_are_refused():
         model(tokens(1, 3), cache=KVCache(model, 3))
     with torch.no_grad(), pytest.raises(RuntimeError, match=r"model.eval\(\)"):
         model.train()(tokens(1, 3), cache=KVCache(model, 3))
+
+
+@torch.no_grad()
+def test_graphs_that_changed_are_noticed():
+    model, text = gpt(WINDOW), tokens(1, 8)
+    cache = KVCache(model, 8)
+    model(text[:, :3], cache=cache)
+    model.transformer.graphs = WINDOW  # the same
+    model(text[:, 3:4], cache=cache)
+    model.transformer.graphs = Causal()
+    with pytest.raises(RuntimeError, match="graphs have changed"):
+        model(text[:, 4:5], cache=cache)
 
 
 def test_a_tree_waits_to_be_accepted():

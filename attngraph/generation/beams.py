@@ -77,6 +77,9 @@ class Finished:
 
     def best(self, count: int) -> tuple[Tensor, Tensor]:
         """The first so many of each row, filled up with their last token to the longest; and (B · count,) scores."""
+        there = int((self.scores > -torch.inf).sum(1).min()) if len(self.scores) else count
+        if there < count:
+            raise ValueError(f"num_return_sequences must be at most the {there} texts that were found (got {count})")
         tokens, lengths = self.tokens[:, :count].flatten(0, 1), self.lengths[:, :count].flatten()
         place = torch.arange(int(lengths.max()) if len(lengths) else 0, device=tokens.device)
         return tokens.gather(1, torch.minimum(place, lengths[:, None] - 1)), self.scores[:, :count].flatten()

@@ -116,7 +116,10 @@ def generate(
         source_attention_mask=source_attention_mask,
     )
     tokens = tokens.long()
-    if num_beams > 1 and max_new_tokens:
+    if num_beams > 1 and not max_new_tokens:
+        tokens = tokens.repeat_interleave(num_return_sequences, 0)
+        new, scores = tokens[:, :0], torch.zeros(len(tokens), device=tokens.device)
+    elif num_beams > 1:
         new, scores = search(text, max_new_tokens, num_beams, num_return_sequences, ends, length_penalty, sampling)
         tokens = tokens.repeat_interleave(num_return_sequences, 0)
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
@@ -22,15 +23,18 @@ from attngraph.graph.base import Graph, bind, require_ints
 from attngraph.graph.compose import Beside
 from attngraph.graph.edge_list import EdgeList
 from attngraph.graph.patterns import Tree
-from attngraph.graph.text import write
-from attngraph.models.saved import HEADER, write_whole
+from attngraph.graph.text import read, write
+from attngraph.models.saved import EDGES, readable, write_whole
+from attngraph.nn.checks import require_range
 from attngraph.nn.computed import GraphFunction, name_of
 from attngraph.nn.padding import padding_in_front
 from attngraph.nn.positions import Rotary
 from attngraph.nn.rope import TRAINED, Rope
 from attngraph.nn.transformer import Transformer
+from attngraph.packing import entries_of
 
 AHEAD = 256  # positions for which cos and sin are made at once
+HEADER = "attngraph.KVCache"  # its name in a file's metadata
 FORMAT = 1  # of files: others are refused
 
 
@@ -86,6 +90,7 @@ class KVCache:
                 f"cache, use_cache=False, each step computes all again"
             )
         self.max_length, self.rotary = max_length, rotary
+        self._told = self.transformer.graphs
         self.graphs = tuple(decodable(graph, layer, max_length) for layer, graph in enumerate(self.transformer.graphs))
         self.length = 0
         """How many nodes the cache has seen, padding included."""
@@ -122,6 +127,9 @@ class KVCache:
         """The batch's rows with these numbers, int64 (B,), in the place of all: what beam search asks for."""
         if self._tree is not None:
             raise RuntimeError("reorder needs a cache without a tree that waits to be accepted: cache.accept([])")
+        if rows.dtype != torch.int64 or rows.ndim != 1:
+            raise ValueError(f"rows must be numbers of rows, int64 (B,) (got {rows.dtype}, {tuple(rows.shape)})")
+        require_range(f"rows must be from 0 to {self._batch - 1}", self._batch - 1, rows)
         if torch.equal(rows, torch.arange(self._batch, device=rows.device)):
             return
         for group in (group for layer in self.every_layer for group in layer.groups):
@@ -139,22 +147,27 @@ class KVCache:
 
         if not self.length or self._tree is not None:
             raise RuntimeError("a cache is saved after its prompt, and when no tree waits to be accepted")
+        graph, memory = self._memory
+        listed: list[EdgeList] = []
+        text = write(graph, listed)
+        readable(graph, text, lambda text: read(text, [each.given for each in listed]))
         tensors = {"nodes": torch.as_tensor(self._nodes), **self._tensors()}
         if self._front is not None:
             tensors["front"] = self._front
         header = {
             "format": FORMAT, "max_length": self.max_length, "rotary": self.rotary, "length": self.length,
-            "batch": self._batch, "memory": self._memory[1], "model": self._digest(),
+            "batch": self._batch, "memory": memory, "memory_graph": text, "model": self._digest(),
         }  # fmt: skip
+        tensors |= {f"{EDGES}{number}": each.given for number, each in enumerate(listed)}
         file = {name: tensor.contiguous() for name, tensor in tensors.items()}
         write_whole(Path(path), lambda new: save_file(file, new, {HEADER: json.dumps(header)}))
 
     @classmethod
     @checked
     def load(cls, path: str | os.PathLike, model: nn.Module, *, device: torch.device | str = "cpu") -> KVCache:
-        """The cache that `save` wrote, of the same model: its weights can't be compared, but its config and graphs are.
+        """The cache that `save` wrote, of the same model: its config, dtype and graphs are compared, not its weights.
 
-        Raises ValueError for a file of another kind, or of a model with another config or other graphs.
+        Raises ValueError for a file of another kind, or of a model with another config, dtype or other graphs.
         """
         from safetensors import SafetensorError, safe_open
 
@@ -162,17 +175,18 @@ class KVCache:
             with safe_open(path, framework="pt", device=str(device)) as opened:
                 header = json.loads((opened.metadata() or {}).get(HEADER, "null"))
                 tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  it is no dict
-        except SafetensorError as error:
+        except FileNotFoundError:
+            raise
+        except (SafetensorError, OSError) as error:
             raise ValueError(f"{path} can't be read: {error}") from None
         if not header or header.get("format") != FORMAT:
             raise ValueError(f"{path} was not written by KVCache.save of this version")
         found = cls(model, header["max_length"], rotary=header["rotary"])
-        plain = getattr(model, "_orig_mod", model)
-        memory_graph = getattr(plain, "memory_graph", None)
-        found._layers = [CachedLayer(found._rotary) for _ in found.graphs]
-        found._tracks = found._lay_out(Full() if memory_graph is None else memory_graph, header["memory"])
         if header["model"] != found._digest():
-            raise ValueError(f"{path} must be of a model with the same config and graphs (it is of another)")
+            raise ValueError(f"{path} must be of a model with the same config, dtype and graphs (it is of another)")
+        edges = [tensors[name] for name in sorted(tensors, key=len) if name.startswith(EDGES)]
+        found._layers = [CachedLayer(found._rotary) for _ in found.graphs]
+        found._tracks = found._lay_out(read(header["memory_graph"], edges), header["memory"])
         nodes = tensors["nodes"]
         found._nodes = nodes if nodes.ndim else int(nodes)
         found._front, found._batch, found.length = tensors.get("front"), header["batch"], header["length"]
@@ -192,11 +206,20 @@ class KVCache:
     def _digest(self) -> str:
         """What tells models with other configs or graphs apart."""
         listed: list[EdgeList] = []
-        texts = [write(graph, listed) for graph in (*self.graphs, self._memory[0])]
-        found = hashlib.sha256(repr((self.transformer.config, texts)).encode())
+        texts = [write(graph, listed) for graph in self.graphs]
+        dtype = next(self.transformer.parameters()).dtype
+        found = hashlib.sha256(repr((self.transformer.config, dtype, texts)).encode())
         for edges in listed:
             found.update(edges.given.numpy().tobytes())
         return found.hexdigest()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> KVCache:
+        """A copy that goes on by itself, of the same model."""
+        memo |= {id(shared): shared for shared in (self.transformer, *(track.schedule for track in self._tracks))}
+        other = KVCache.__new__(KVCache)
+        memo[id(self)] = other
+        other.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return other
 
     # --------------------------------------------------------------- what a Transformer asks of it: first the prompt
 
@@ -303,7 +326,9 @@ class KVCache:
         start, cos, sin = self._ahead
         if not (start <= first and first + count <= start + len(cos) and cos.dtype == dtype):
             start = first
-            cos, sin = rotary(torch.arange(first, first + max(count, AHEAD), device=x.device), dtype)
+            cos, sin = rotary(
+                torch.arange(first, min(first + max(count, AHEAD), self.max_length), device=x.device), dtype
+            )
             self._ahead = start, cos, sin
         return cos.narrow(0, first - start, count), sin.narrow(0, first - start, count)
 
@@ -318,12 +343,22 @@ class KVCache:
         """One for each layer, for its attention."""
         return self._layers
 
-    def pieces(self, count: int) -> list[int]:
-        """In how many calls so many new nodes are given: one, unless keys are turned by their places among others."""
-        if self._rotary is None or self.length:
-            return [count] if self._rotary is None else [1] * count
-        first = min(int(Schedule(graph, self.max_length, 0).last.min()) + 1 for graph in dict.fromkeys(self.graphs))
-        return [min(count, first), *[1] * (count - first)]
+    def pieces(self, x: Tensor, tree: Tree | None) -> list[int]:
+        """In how many calls new nodes are given: one, unless keys are turned by their places among others."""
+        count = x.shape[-2]
+        if self._rotary is None:
+            return [count]
+        if tree is not None:
+            raise ValueError("a tree can't be given with rotary='kept': its nodes have no places among the keys")
+        self._require(x, count)
+        if self.length:
+            return [1] * count
+        config, first = self.transformer.config, count
+        for graph in dict.fromkeys(self.graphs):
+            for part, *_ in head_groups(graph, config.num_heads, config.num_kv_heads or config.num_heads):
+                schedule = Schedule(part.sized(self.max_length, self.max_length), self.max_length, 0)
+                first = min(first, int(schedule.last.min()) + 1)
+        return [first, *[1] * (count - first)]
 
     @property
     def _rotary(self) -> Rotary | None:
@@ -349,6 +384,10 @@ class KVCache:
             raise RuntimeError("a cache keeps no gradients: call the model under torch.no_grad()")
         if self.transformer.training and self.transformer.config.dropout:
             raise RuntimeError("a cache is of a model without dropout: model.eval()")
+        if self.transformer.graphs is not self._told and self.transformer.graphs != self._told:
+            raise RuntimeError(
+                "the model's graphs have changed since the cache was made: make another, KVCache(model, …)"
+            )
         if not count:
             raise ValueError("a call with a cache needs at least one new node (got none)")
         if self.length + count > self.max_length:
@@ -379,6 +418,11 @@ def decodable(graph: Graph | GraphFunction, layer: int, length: int) -> Graph:
             f"the graph of layer {layer} is a function of what the layer reads, {name_of(graph)}, which a cache does "
             f"not hold: use_cache=False computes all again for each node"
         )
+    if _differs_by_entry(graph):
+        raise ValueError(
+            f"the graph of layer {layer} must be one for all rows of a batch (got {graph}): give each row a cache of "
+            f"its own, or use_cache=False, which computes all again for each node"
+        )
     if graph._unresolved:
         raise ValueError(
             f"the graph of layer {layer}, {graph}, is chosen by queries and keys, so that no key can be forgotten nor "
@@ -397,6 +441,11 @@ def decodable(graph: Graph | GraphFunction, layer: int, length: int) -> Graph:
             f"{query} hears key {key} (analysis.leaks); use_cache=False computes all again for each node"
         )
     return cut(None, bind(graph, n, m).sized(n, m), length)
+
+
+def _differs_by_entry(graph: Graph) -> bool:
+    """Whether entries of a batch have graphs of their own."""
+    return entries_of(graph) is not None or any(map(_differs_by_entry, graph._children))
 
 
 def cut(own: Graph | GraphFunction | None, graph: Graph, count: int) -> Graph:

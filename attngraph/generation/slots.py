@@ -135,7 +135,8 @@ class Track:
         assert isinstance(self.nodes, int)
         node, schedule = self.nodes, self.schedule
         write, used = self._place()
-        if self.count == 1 and bias is None and self.rotary is None and write is not None and schedule.is_whole[node]:
+        is_plain = self.count == 1 and self.tree is None and bias is None and self.rotary is None
+        if is_plain and write is not None and schedule.is_whole[node]:
             return Step(write, used)
         keys = torch.from_numpy(self._held(node)[:used])
         new = self._new_nodes(torch.device("cpu")) + schedule.memory
@@ -216,7 +217,7 @@ class Track:
     def _allowed(self, queries: Tensor, keys: Tensor, write: int | Tensor | None) -> Tensor:
         """Which queries hear which keys, -1 for none: bool (…, T, keys), heads first where they differ."""
         allowed = self.schedule.graph.contains(queries, keys.clamp(min=0)) & (keys >= 0)
-        if self.tree is not None:
+        if self.tree is not None and self.brings_keys:
             first = allowed.shape[-1] - self.count if write is None else write
             assert isinstance(first, int)
             allowed[..., first : first + self.count] &= self.tree.mask(device=allowed.device)

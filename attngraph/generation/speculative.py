@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from attngraph.arguments import checked
+from attngraph.arguments import checked, shown
 from attngraph.generation.kv_cache import KVCache
 from attngraph.generation.sampling import Stop, require_finite
 from attngraph.generation.text import evaluating, require_tokens
@@ -64,6 +64,8 @@ def speculate(
     require_ints(0, max_new_tokens=max_new_tokens)
     if not max_new_tokens:
         return tokens.long()
+    if callable(getattr(model, "decode", None)):
+        raise TypeError(f"model must be one from tokens to logits (got a {type(model).__name__}, which needs a source)")
     ends, prompt = Stop(stop), tokens.shape[1]
     longest = prompt + max_new_tokens
     cache = KVCache(model, max_length=longest - 1)
@@ -82,13 +84,15 @@ def speculate(
                 length += 1
                 if length == longest or ends.ends(text[prompt:length]):
                     return text[None, :length]
-            new = _verified(model, cache, text[:length], draft, longest - length - 1)
+            new = _verified(model, cache, text[:length], draft, longest - length - 1, length - prompt)
 
 
-def _verified(model: nn.Module, cache: KVCache, text: Tensor, draft: Draft, depth: int) -> list[int]:
+def _verified(model: nn.Module, cache: KVCache, text: Tensor, draft: Draft, depth: int, step: int) -> list[int]:
     """The next tokens, at least one, by one pass over the text's last token, which the cache lacks, and a proposal."""
-    tokens, parents = draft(text, depth) if depth else ([], [])
-    step = len(text)
+    proposal = draft(text, depth) if depth else Proposal([], [])
+    if not isinstance(proposal, tuple) or len(proposal) != 2:
+        raise TypeError(f"draft must return a Proposal, (tokens, parents) (got {shown(proposal)})")
+    tokens, parents = proposal
     if not tokens:
         return _likeliest(model(text[None, -1:], cache=cache)[0], step)
     nodes = torch.cat([text[-1:], torch.tensor(tokens, device=text.device)])
@@ -152,12 +156,16 @@ class DraftModel:
         for each in branches:
             require_ints(1, branches=each)
         self.model, self.branches = model, tuple(branches)
-        self.cache = KVCache(model, max_length)
+        self.cache, self._text = KVCache(model, max_length), torch.empty(0, dtype=torch.int64)
         self._modules = list(model.modules())
 
     @torch.no_grad()
     def __call__(self, text: Tensor, depth: int) -> Proposal:
-        """A tree of at most so many levels. The text goes on from that of the call before."""
+        """A tree of at most so many levels. What the text has in common with that of the call before is kept."""
+        held = self.cache.length
+        if len(text) <= held or not torch.equal(text[:held], self._text[:held]):  # another text
+            self.cache = KVCache(self.model, self.cache.max_length)
+        self._text = text.clone()
         tokens: list[int] = []
         parents: list[int] = []
         level: Sequence[int] = [-1]
@@ -168,6 +176,7 @@ class DraftModel:
                     nodes = torch.tensor([tokens], device=text.device)
                     logits = self.model(nodes, cache=self.cache, tree=Tree(parents))[0, level[0] :]
                     self.cache.accept([])
+                count = min(count, logits.shape[-1])
                 best = logits.topk(count).indices.tolist()
                 first = len(tokens)
                 for parent, children in zip(level, best, strict=True):

@@ -364,7 +364,7 @@ class Documents(Graph):
         return torch.tensor([0, *accumulate(self.lengths)], device="cpu")
 
     def _document(self, index: Tensor) -> Tensor:
-        return torch.bucketize(index, self.starts[1:].to(index.device), right=True)
+        return torch.bucketize(index.contiguous(), self.starts[1:].to(index.device), right=True)
 
     def contains(self, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         return self._document(q_idx) == self._document(kv_idx)

@@ -50,8 +50,8 @@ class Cached(Protocol):
         """One for each layer of the model."""
         ...
 
-    def pieces(self, count: int) -> list[int]:
-        """In how many calls so many nodes are given."""
+    def pieces(self, x: Tensor, tree: Tree | None) -> list[int]:
+        """In how many calls new nodes are given."""
         ...
 
     def start(self, x: Tensor) -> tuple[Graph, ...]:

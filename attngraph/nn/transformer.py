@@ -324,7 +324,7 @@ class Transformer(nn.Module):
         if cache is not None or tree is not None:
             is_given = not (graph is bias is positions is memory_positions is None)
             self._check_cached(cache, tree, attention_mask, is_given)
-        if cache is not None and len(pieces := cache.pieces(x.shape[-2])) > 1:
+        if cache is not None and len(pieces := cache.pieces(x, tree)) > 1:
             if not (memory is attention_mask is None):
                 raise ValueError(
                     f"positions among the keys that are kept need a prompt without padding or memory, or of at most "

@@ -5,7 +5,6 @@ Sections of `benchmarks.goals`: python -m benchmarks.goals --section cache --sec
 
 from __future__ import annotations
 
-import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -21,7 +20,7 @@ from attngraph.models import GPT
 from attngraph.nn import TransformerConfig
 from attngraph.nn.positions import rotate
 from benchmarks.experiment import Goal
-from benchmarks.measure import Progress, isolated, ratios
+from benchmarks.measure import Progress, isolated, now, ratios
 from benchmarks.page import number
 
 DEMO = {"embed_dim": 128, "num_layers": 4, "num_heads": 4}  # the GPT of `make demo`
@@ -126,9 +125,9 @@ def by_hand_alone(progress: Progress, length: int, steps: int) -> dict:
     found = {}
     for place in range(length, length + steps):
         for name, call in calls.items():
-            start = time.perf_counter()
+            start = now()
             found[name] = call(text[:, place : place + 1])
-            times[name].append(time.perf_counter() - start)
+            times[name].append(now() - start)
     for logits in found.values():
         torch.testing.assert_close(logits, found["ours"], atol=1e-5, rtol=1e-4)
     return {name: ratios(times["ours"][20:], times[name][20:])[1] for name in ("hand", "written")}
@@ -160,10 +159,10 @@ def stream_alone(progress: Progress, count: int) -> dict:
     sizes, times = set(), []
     for _ in range(count // 1000):
         progress({}, 300.0)
-        start = time.perf_counter()
+        start = now()
         for _ in range(1000):
             token = model(token, cache=cache)[:, -1:].argmax(-1)
-        times.append(time.perf_counter() - start)
+        times.append(now() - start)
         sizes.add(cache.nbytes)
     return {"ratio": times[-1] / times[1], "sizes": sorted(sizes)}
 
@@ -186,9 +185,9 @@ def in_turns(calls: dict[str, Callable[[], object]], turns: int, progress: Progr
     for _turn in range(turns):
         for name, call in calls.items():
             progress({}, limit)
-            start = time.perf_counter()
+            start = now()
             call()
-            times[name].append(time.perf_counter() - start)
+            times[name].append(now() - start)
     return times
 
 

@@ -316,7 +316,7 @@ class Transformer(nn.Module):
                 ancestors and what the cache holds, until `cache.accept` says which of them is the text.
         """
         if cache is not None and torch.compiler.is_compiling():  # each step has other numbers, which it would write in
-            return _uncompiled(
+            return torch.compiler.disable()(_called)(
                 self, x, graph, bias=bias, positions=positions, attention_mask=attention_mask, memory=memory,
                 memory_graph=memory_graph, memory_positions=memory_positions,
                 memory_attention_mask=memory_attention_mask, cache=cache, tree=tree,
@@ -554,11 +554,8 @@ class Transformer(nn.Module):
 
 
 def _called(model: nn.Module, *arguments: Any, **options: Any) -> Tensor:
+    """What a model makes of these."""
     return model(*arguments, **options)
-
-
-_uncompiled = cast(Callable[..., Tensor], torch.compiler.disable(_called))
-"""What a model makes of these, outside of the program that is being compiled."""
 
 
 def _is_list(graph: object) -> bool:

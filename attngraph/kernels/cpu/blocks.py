@@ -143,7 +143,6 @@ def forward_part(job, parts, tensors, visits, scale_log2):
             count = min(TILE, high - at)
             gather(q, visits.query, at, count, head_dim, rows)
             transpose(rows, 0, head_dim, q_t)
-            scale_by(q_t, 0, TILE * head_dim, scale_log2)
             gather(out, visits.query, at, count, value_dim, acc)
             gather_numbers(all_max, visits.query, at, count, first, row_max)
             gather_numbers(all_sum, visits.query, at, count, first, row_sum)
@@ -153,7 +152,7 @@ def forward_part(job, parts, tensors, visits, scale_log2):
                     continue
                 load_visits(visits, at, count, tile * TILE, real, by_query, by_key)
                 product(p, k, tile * TILE * head_dim, q_t, head_dim, by_key)
-                online_softmax(p, by_key, None, row_max, row_sum, alpha)
+                online_softmax(p, by_key, None, scale_log2, row_max, row_sum, alpha)
                 scale_rows(acc, 0, value_dim, alpha)
                 add_product(acc, 0, p, 1, TILE, v, tile * TILE * value_dim, value_dim, by_query)
             scatter(acc, visits.query, at, count, value_dim, out)
@@ -161,7 +160,8 @@ def forward_part(job, parts, tensors, visits, scale_log2):
             scatter_numbers(row_sum, visits.query, at, count, first, all_sum)
     for x in range(stop - first):
         has_edge = all_sum[x] != 0
-        lse[first + x] = (all_max[x] + math.log2(all_sum[x])) * LN_2 if has_edge else -np.inf
+        log2 = all_max[x] * scale_log2 + math.log2(all_sum[x]) if has_edge else -np.inf
+        lse[first + x] = log2 * LN_2
         scale_by(out, (first + x) * value_dim, value_dim, 1 / all_sum[x] if has_edge else 0.0)
 
 

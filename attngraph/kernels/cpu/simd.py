@@ -265,13 +265,18 @@ def _polynomial(builder, coefficients, r):
     return series
 
 
-def _exp2(builder, x):
-    """2^x; 0 below the least power."""
-    form = _format(x)
-    r, exponent = _split_exponent(builder, x)
+def _exp2(builder, x, factor=None):
+    """2^x, or 2^(x · factor); 0 below the least power."""
+    form, mantissa_bits = _format(x), _format(x).mantissa_bits
+    factor = _same(x, 1.0) if factor is None else factor
+    to_integer = _same(x, 1.5 * 2**mantissa_bits)  # a number plus it has the rounded number in its last bits
+    shifted = fma(builder, x, factor, to_integer)
+    integer = builder.fsub(shifted, to_integer)
+    r = fma(builder, x, factor, builder.fneg(integer))
+    exponent = builder.shl(builder.bitcast(shifted, _ints(x)), _same_bits(x, mantissa_bits))
     series = builder.bitcast(_polynomial(builder, form.exp2, r), _ints(x))
     scaled = builder.bitcast(builder.add(series, exponent), x.type)
-    return builder.select(builder.fcmp_unordered(">", x, _same(x, form.least_power)), scaled, _same(x, 0.0))
+    return builder.select(builder.fcmp_unordered(">", integer, _same(x, form.least_power)), scaled, _same(x, 0.0))
 
 
 @intrinsic
@@ -289,9 +294,9 @@ def exp2(typing, x):
 
 
 @intrinsic
-def exp2_unclamped(typing, x):
-    """2^x as of `exp2`, also for x > 0; where that is infinite, anything."""
-    return x(x), lambda context, builder, sig, args: _exp2(builder, args[0])
+def exp2_scaled(typing, x, factor):
+    """2^(x · factor) as of `exp2`, also where that is above 1; where it is infinite, anything."""
+    return x(x, factor), lambda context, builder, sig, args: _exp2(builder, *args)
 
 
 def _size(builder, x):

@@ -16,8 +16,7 @@ from attngraph.kernels.cpu.simd import (
     LANES,
     TILE,
     broadcast,
-    exp2,
-    exp2_unclamped,
+    exp2_scaled,
     load,
     maximum,
     store,
@@ -25,8 +24,6 @@ from attngraph.kernels.cpu.simd import (
     where_positive,
 )
 from attngraph.kernels.cpu.tiles_scores import (
-    NO_BIAS,
-    NO_TRANSFORM,
     SOFTMAX,
     Place,
     draw_kept,
@@ -80,15 +77,15 @@ def of_edges(bits, r, c, value, other):
 
 
 @inner
-def online_softmax(s, bits, kept, row_max, row_sum, alpha):
-    """Exponents s (keys, queries) to p = 2^(s - row_max), in place; alpha is what earlier sums are worth now.
+def online_softmax(s, bits, kept, scale_log2, row_max, row_sum, alpha):
+    """Scores s (keys, queries) to p = 2^(scale · (s - row_max)), in place; alpha is what earlier sums are worth now.
 
     row_max, row_sum and alpha (queries,): row_sum is updated, out is left to the caller. row_max follows the largest
-    exponent where that exceeds it by more than MAX_EXCESS: until then no p is too large, and alpha is 1. bits is None
-    where all pairs are edges. Of those that are not kept, p counts in row_sum, and is 0 after; kept is None where all
-    are.
+    score where p would exceed 2^MAX_EXCESS: until then no p is too large, and alpha is 1. bits is None where all pairs
+    are edges. Of those that are not kept, p counts in row_sum, and is 0 after; kept is None where all are.
     """
     zero, masked, excess = broadcast(s, 0), broadcast(s, masked_score(s)), broadcast(s, MAX_EXCESS)
+    factor = broadcast(s, scale_log2)
     for c in range(0, TILE, LANES):
         old_max = load(row_max, c)
         max_a, max_b = old_max, old_max  # two chains: each comparison waits for the one before
@@ -96,11 +93,11 @@ def online_softmax(s, bits, kept, row_max, row_sum, alpha):
             max_a = maximum(of_edges(bits, r, c, load(s, r * TILE + c), masked), max_a)
             max_b = maximum(of_edges(bits, r + 1, c, load(s, (r + 1) * TILE + c), masked), max_b)
         largest = maximum(max_a, max_b)
-        new_max = where_positive(largest - old_max - excess, largest, old_max)
-        rescale = exp2(old_max - new_max)
+        new_max = where_positive((largest - old_max) * factor - excess, largest, old_max)
+        rescale = exp2_scaled(old_max - new_max, factor)
         sums = load(row_sum, c) * rescale
         for r in range(TILE):
-            p = of_edges(bits, r, c, exp2_unclamped(load(s, r * TILE + c) - new_max), zero)
+            p = of_edges(bits, r, c, exp2_scaled(load(s, r * TILE + c) - new_max, factor), zero)
             sums = sums + p
             if kept is not None:
                 p = where(kept[r], c, p, zero)
@@ -125,15 +122,10 @@ def forward_rows(job, pieces, tensors, tiles, scoring):
     row_max, row_sum, alpha = aligned(TILE, lse), aligned(TILE, lse), aligned(TILE, lse)
     by_query, by_key = np.empty(TILE, np.uint64), np.empty(TILE, np.uint64)
     scratch, dropout = new_scratch(scoring, lse), scoring.dropout
-    products_are_scores = (
-        scoring.normalize == SOFTMAX and scoring.bias.kind == NO_BIAS and scoring.transform == NO_TRANSFORM
-    )
     for row in range(pieces[piece], pieces[piece + 1]):
         acc, acc_at = sums(out, row * value_size, wide_out)
         q_i, q_at = widened(q, row * key_size, key_size, wide_k)
         transpose(q_i, q_at, head_dim, q_t)
-        if products_are_scores:
-            scale_by(q_t, 0, key_size, scoring.factor)
         fill_zero(acc, acc_at, value_size)
         for r in range(TILE):
             row_max[r], row_sum[r] = masked_score(lse), 0
@@ -150,14 +142,12 @@ def forward_rows(job, pieces, tensors, tiles, scoring):
                 if dropout.is_on:
                     draw_kept(scratch.kept, by_key, dropout, place, False)
             if scoring.normalize == SOFTMAX:
-                if not products_are_scores and scoring.factor != 1:
-                    scale_by(p, 0, TILE * TILE, scoring.factor)
                 if dropout.is_on:
-                    online_softmax(p, by_key, scratch.kept, row_max, row_sum, alpha)
+                    online_softmax(p, by_key, scratch.kept, scoring.factor, row_max, row_sum, alpha)
                 elif tiles.mask[tile] < 0 and real == ALL_BITS:
-                    online_softmax(p, None, None, row_max, row_sum, alpha)
+                    online_softmax(p, None, None, scoring.factor, row_max, row_sum, alpha)
                 else:
-                    online_softmax(p, by_key, None, row_max, row_sum, alpha)
+                    online_softmax(p, by_key, None, scoring.factor, row_max, row_sum, alpha)
                 if tile > tiles.start[row]:
                     scale_rows(acc, acc_at, value_dim, alpha)
             else:
@@ -167,7 +157,8 @@ def forward_rows(job, pieces, tensors, tiles, scoring):
         if scoring.normalize == SOFTMAX:
             for r in range(TILE):
                 has_edge = row_sum[r] != 0
-                lse[row * TILE + r] = (row_max[r] + math.log2(row_sum[r])) * LN_2 if has_edge else -np.inf
+                log2 = row_max[r] * scoring.factor + math.log2(row_sum[r]) if has_edge else -np.inf
+                lse[row * TILE + r] = log2 * LN_2
                 alpha[r] = dropout.factor / row_sum[r] if has_edge else 0.0
             scale_rows(acc, acc_at, value_dim, alpha)
         else:

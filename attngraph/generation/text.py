@@ -106,7 +106,7 @@ class Text:
         goes_on = "cache" in options and first > 0  # a cache that knows what is padding, and the memory
         if mask is not None and not goes_on:
             options["attention_mask" if memory is None else "decoder_attention_mask"] = mask[:, first : self.length]
-        with evaluating(self._modules):
+        with evaluating(self._modules), torch.inference_mode("cache" in options):
             if memory is None:
                 return function(tokens, **options)[:, -1].float()
             if not goes_on:

@@ -61,7 +61,7 @@ class Sampling:
 
     def kept(self, logits: Tensor) -> Tensor:
         """Logits (B, V) by temperature, their highest 0, with -inf for tokens that are not to be drawn."""
-        logits = (logits - logits.amax(-1, keepdim=True)) / max(self.temperature, torch.finfo(logits.dtype).tiny)
+        logits = (logits - logits.amax(-1, keepdim=True)) / max(float(self.temperature), torch.finfo(logits.dtype).tiny)
         if self.top_k is not None and self.top_k < logits.shape[-1]:
             top = logits.topk(self.top_k)  # of equal logits too, no more than k
             logits = torch.full_like(logits, -torch.inf).scatter(1, top.indices, top.values)

@@ -267,7 +267,7 @@ def _polynomial(builder, coefficients, r):
 
 def _exp2(builder, x, factor=None):
     """2^x, or 2^(x · factor); 0 below the least power."""
-    form, mantissa_bits = _format(x), _format(x).mantissa_bits
+    form, mantissa_bits, is_plain = _format(x), _format(x).mantissa_bits, factor is None
     factor = _same(x, 1.0) if factor is None else factor
     to_integer = _same(x, 1.5 * 2**mantissa_bits)  # a number plus it has the rounded number in its last bits
     shifted = fma(builder, x, factor, to_integer)
@@ -276,7 +276,8 @@ def _exp2(builder, x, factor=None):
     exponent = builder.shl(builder.bitcast(shifted, _ints(x)), _same_bits(x, mantissa_bits))
     series = builder.bitcast(_polynomial(builder, form.exp2, r), _ints(x))
     scaled = builder.bitcast(builder.add(series, exponent), x.type)
-    return builder.select(builder.fcmp_unordered(">", integer, _same(x, form.least_power)), scaled, _same(x, 0.0))
+    power = x if is_plain else integer
+    return builder.select(builder.fcmp_unordered(">", power, _same(x, form.least_power)), scaled, _same(x, 0.0))
 
 
 @intrinsic

@@ -164,6 +164,8 @@ WARNED: Cache[bool] = Cache(max_entries=64)
 """Arguments of `attend` of whose cost a warning has told."""
 COMPILED = CompiledPrograms(max_entries=1024)
 """Number → graph or plan, for compiled programs; and text with numbers → the graph that a program makes of them."""
+EDGES_OF_LAYERS: Cache[Any] = Cache(max_entries=16, max_bytes=1 << 30)
+"""(fingerprint of an edge_index, sizes) → its edges as PyG's layers take them, with their plans."""
 EDGE_INDEX: WeakIdKeyDictionary = WeakIdKeyDictionary()
 """A tensor `edge_index` that lives → its numbers, as a fingerprint, and its graphs by what was asked for."""
 
@@ -173,6 +175,7 @@ _NAMED: dict[str, Cache[Any]] = {
     "masks": MASKS,
     "edges": EDGES,
     "edge values": COLUMNS,
+    "edges of layers": EDGES_OF_LAYERS,
     "calls": CALLS,
     "costs": COSTS,
     "warnings": WARNED,
@@ -185,7 +188,7 @@ def cache_info() -> dict[str, CacheInfo]:
 
     >>> from attngraph import cache
     >>> sorted(cache.cache_info())
-    ['calls', 'compiled programs', 'costs', 'edge values', 'edges', 'masks', 'plans', 'plans on a GPU', 'warnings']
+    ['calls', 'compiled programs', 'costs', 'edge values', 'edges', 'edges of layers', 'masks', 'plans', 'plans on a GPU', 'warnings']
     """
     return {name: each.info() for name, each in _NAMED.items()}
 

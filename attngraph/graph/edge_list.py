@@ -336,9 +336,20 @@ def _code_of(rows: Tensor, m: int, entries: int) -> Tensor:
 
 def fingerprint(given: Tensor) -> tuple[int, ...]:
     """What changes with the numbers of a tensor of integers: its shape, and their sum with weights that look random."""
-    weights = torch.arange(1, given.numel() + 1, device=given.device).mul_(-0x61C8864680B583EB)  # the golden ratio's
-    weights ^= weights >> 29
-    return *given.shape, int(weights.mul_(given.reshape(-1)).sum())
+    flat, weights = given.reshape(-1), _weights(BLOCK, given.device)
+    whole = flat.numel() // BLOCK * BLOCK
+    sums = (flat[:whole].view(-1, BLOCK) * weights).sum(1)
+    total = (sums * _weights(len(sums), given.device)).sum() + (flat[whole:] * weights[: flat.numel() - whole]).sum()
+    return *given.shape, int(total)
+
+
+BLOCK = 1 << 14  # numbers that share their weights with those of other blocks, which are weighted in turn
+
+
+def _weights(count: int, device: torch.device) -> Tensor:
+    """int64 (count,), odd or even at random."""
+    weights = torch.arange(1, count + 1, device=device).mul_(-0x61C8864680B583EB)  # the golden ratio's
+    return weights.bitwise_xor_(weights >> 29)
 
 
 def _mixed(code: Tensor, seed: int) -> Tensor:

@@ -1,0 +1,165 @@
+"""PyG's attention layers on the kernels of `attend`: constructors, parameters and results are PyG's own."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch_geometric.nn as pyg
+from torch import Tensor
+from torch_geometric.utils import scatter
+
+from attngraph.kernels.scoring import Additive, LeakyReLU
+from attngraph.pyg.attending import Attending, Attention
+
+
+def _by_head(linear: Any, heads: int, features: Tensor) -> Tensor:
+    """The map of edge features for each head: (H, C, F)."""
+    return linear.weight.view(heads, -1, features.shape[1]).to(features.dtype)
+
+
+def _dropout(layer: Any) -> float:
+    return float(layer.dropout) if layer.training else 0.0
+
+
+class TransformerConv(Attending, pyg.TransformerConv):
+    """PyG's `TransformerConv` (Shi et al. 2021), of which no message of an edge is held: E × H × C numbers in PyG.
+
+    Features of edges stay (E, edge_dim): q · (k + We) = q · k + (Wᵀq) · e, and Σ w (v + We) = Σ w v + W Σ w e.
+    """
+
+    @property
+    def needs_edge_attr(self) -> bool:
+        """Whether a call without features of its edges is an error."""
+        return self.edge_dim is not None
+
+    def attention(self, arguments: dict[str, Any], edge_attr: Tensor | None) -> Attention:
+        q, k, v = arguments["query"], arguments["key"], arguments["value"]
+        options = {"scale": 1 / math.sqrt(self.out_channels), "dropout_p": _dropout(self)}
+        if edge_attr is None or self.lin_edge is None:
+            return Attention(q, k, v, options)
+        edge_attr = edge_attr.view(-1, 1) if edge_attr.ndim == 1 else edge_attr
+        each = _by_head(self.lin_edge, self.heads, edge_attr)
+        return Attention(q, k, v, options, edge_attr=edge_attr, to_key=each, to_value=each)
+
+    def attend(self, asked: Attention, edge_index: Any, size: Any) -> Tensor:
+        out = Attending.attend(self, asked, edge_index, size)
+        self._alpha = self._weights
+        return out
+
+
+class GATConv(Attending, pyg.GATConv):
+    """PyG's `GATConv` (Veličković et al. 2018): the score of an edge is LeakyReLU(a·x_i + b·x_j + c·e_ij).
+
+    It is a dot product of two numbers, (a·x_i, 1) · (1, b·x_j), and a bias of the edges.
+    """
+
+    needs_edge_dim = False
+
+    def attention(self, arguments: dict[str, Any], edge_attr: Tensor | None) -> Attention:
+        (of_source, of_target), (v, _) = arguments["alpha"], arguments["x"]
+        of_target = torch.zeros_like(of_source) if of_target is None else of_target
+        q = torch.stack([of_target, torch.ones_like(of_target)], -1)
+        k = torch.stack([torch.ones_like(of_source), of_source], -1)
+        score = LeakyReLU(self.negative_slope, of="dot")
+        options = {"score": score, "scale": 1.0, "dropout_p": _dropout(self)}
+        if edge_attr is None or self.lin_edge is None:
+            return Attention(q, k, v, options)
+        edge_attr = edge_attr.view(-1, 1) if edge_attr.ndim == 1 else edge_attr
+        each = (_by_head(self.lin_edge, self.heads, edge_attr) * self.att_edge[0, :, :, None]).sum(1)  # (H, F)
+        return Attention(q, k, v, options, edge_scores=edge_attr @ each.T)
+
+
+class GATv2Conv(Attending, pyg.GATv2Conv):
+    """PyG's `GATv2Conv` (Brody et al. 2022): the score of an edge is a · LeakyReLU(x_i + x_j + We_ij)."""
+
+    def attention(self, arguments: dict[str, Any], edge_attr: Tensor | None) -> Attention:
+        v, q = arguments["x"]
+        score = Additive(self.att[0], "leaky_relu", self.negative_slope)
+        options = {"score": score, "dropout_p": _dropout(self)}
+        if edge_attr is None:
+            return Attention(q, v, v, options)
+        edge_attr = edge_attr.view(-1, 1) if edge_attr.ndim == 1 else edge_attr
+        return Attention(q, v, v, options, edge_attr=edge_attr, to_key=_by_head(self.lin_edge, self.heads, edge_attr))
+
+
+class AGNNConv(Attending, pyg.AGNNConv):
+    """PyG's `AGNNConv` (Thekumparampil et al. 2018): the score of an edge is β cos(x_i, x_j)."""
+
+    def attention(self, arguments: dict[str, Any], edge_attr: Tensor | None) -> Attention:
+        x, x_norm = arguments["x"][:, None], arguments["x_norm"][:, None]
+        return Attention(x_norm * self.beta, x_norm, x, {"scale": 1.0})
+
+    def attend(self, asked: Attention, edge_index: Any, size: Any) -> Tensor:
+        return Attending.attend(self, asked, edge_index, size)[:, 0]
+
+
+class SuperGATConv(Attending, pyg.SuperGATConv):
+    """PyG's `SuperGATConv` (Kim and Oh 2021) with attention_type="SD": the score of an edge is
+    LeakyReLU(x_i · x_j / √C). With "MX", messages are sent as in PyG.
+    """
+
+    def has_none(self) -> str | None:
+        return None if self.attention_type == "SD" else 'attention_type="MX" makes scores that no kernel knows'
+
+    def attention(self, arguments: dict[str, Any], edge_attr: Tensor | None) -> Attention:
+        x, score = arguments["x"], LeakyReLU(self.negative_slope, of="dot")
+        options = {"score": score, "scale": 1 / math.sqrt(self.out_channels), "dropout_p": _dropout(self)}
+        return Attention(x, x, x, options)
+
+
+class HGTConv(Attending, pyg.HGTConv):
+    """PyG's `HGTConv` (Hu et al. 2020): the score of an edge is p_r x_i · x_j / √D, in which p_r is of its type."""
+
+    def attention(self, arguments: dict[str, Any], edge_attr: Tensor | None) -> Attention:
+        return Attention(arguments["q"], arguments["k"], arguments["v"], {})
+
+    def propagate(self, edge_index: Any, size: Any = None, **kwargs: Any) -> Any:
+        """A source is of one type of edges, so that its key may have the factor p_r of these."""
+        if self.falls_back() is not None:
+            return Attending.propagate(self, edge_index, size, **kwargs)
+        k, factor = kwargs["k"], kwargs.pop("edge_attr")
+        factor = scatter(factor, edge_index[0], 0, k.shape[0], "mean")
+        out = Attending.propagate(self, edge_index, size, **{**kwargs, "k": k * factor[..., None]})
+        return out.flatten(1)
+
+
+class GraphAttention(TransformerConv):
+    """`TransformerConv` on many sets of features, each (N, C), that share one graph: x (B, N, C) → (B, N, H · C).
+
+    Features of edges, (E, edge_dim), are shared too; weights are (B, E, H). With x (N, C) it is `TransformerConv`.
+    """
+
+    _entries: int | None = None
+    """While a call runs: how many sets of features there are."""
+
+    def forward(self, x: Any, edge_index: Any, *args: Any, **kwargs: Any) -> Any:
+        """x (B, N, C), or a pair (B, M, C), (B, N, C)."""
+        sides = x if isinstance(x, tuple | list) else (x,)
+        if {side.ndim for side in sides} != {3}:
+            return super().forward(x, edge_index, *args, **kwargs)
+        if len({len(side) for side in sides}) != 1:
+            raise ValueError(f"x must be as many sets of sources as of targets (got {[len(side) for side in sides]})")
+        if (reason := self.falls_back()) is not None:
+            raise ValueError(f"GraphAttention takes features (B, N, C) where it attends, but {reason}")
+        self._entries = len(sides[0])
+        try:
+            flat = tuple(side.flatten(0, 1) for side in sides)
+            result = super().forward(flat if len(flat) > 1 else flat[0], edge_index, *args, **kwargs)
+        finally:
+            self._entries = None
+        out, *weights = result if isinstance(result, tuple) else (result,)
+        out = out.unflatten(0, (len(sides[0]), -1))
+        return (out, *weights) if weights else out
+
+    def attention(self, arguments: dict[str, Any], edge_attr: Tensor | None) -> Attention:
+        asked = super().attention(arguments, edge_attr)
+        if self._entries is None:
+            return asked
+        q, k, v = (side.unflatten(0, (self._entries, -1)) for side in asked[:3])
+        return asked._replace(q=q, k=k, v=v)
+
+    def attend(self, asked: Attention, edge_index: Any, size: Any) -> Tensor:
+        out = super().attend(asked, edge_index, size)
+        return out if self._entries is None else out.flatten(0, 1)

@@ -5,37 +5,18 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from typing import Any, ClassVar, NamedTuple, cast
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 from torch_geometric.nn import MessagePassing
 
-from attngraph.attention import attend
-from attngraph.bias import EdgeBias
-from attngraph.edge_features import EdgeFeatures
+from attngraph.pyg.along import Attention, attend_along
 from attngraph.pyg.checks import check
-from attngraph.pyg.edges import Edges, columns_of, values_of
+from attngraph.pyg.edges import columns_of, values_of
 
 HOOKS = ("propagate", "message", "aggregate", "message_and_aggregate", "edge_update")
 METHODS = ("message", "aggregate", "update", "edge_update", "message_and_aggregate")
-
-
-class Attention(NamedTuple):
-    """What a layer asks of `attend`, of one set of features: q (…, N, H, D), k and v (…, M, H, ·)."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    options: dict[str, Any]
-    edge_scores: Tensor | None = None
-    """Added to the scores of the edges, as they were given: (E, H)."""
-    edge_attr: Tensor | None = None
-    """Features of the edges, as they were given: (E, F)."""
-    to_key: Tensor | None = None
-    """What makes a part of their keys of them: (H, D, F)."""
-    to_value: Tensor | None = None
-    """And of their values: (H, Dv, F)."""
 
 
 class Pending(NamedTuple):
@@ -53,8 +34,8 @@ class Attending(MessagePassing):
 
     of: ClassVar[Any]
     """PyG's own layer."""
-    signature: ClassVar[inspect.Signature]
-    """That of its `forward`."""
+    names: ClassVar[tuple[str, ...]]
+    """The arguments of its `forward`."""
     needs_edge_dim: ClassVar[bool] = True
     """Whether edge features are an error in a layer that was made for none; else they are left out, as in PyG."""
     _wants_weights: bool = False
@@ -71,13 +52,16 @@ class Attending(MessagePassing):
                 setattr(cls, place, own)
         if cls.__bases__[0] is Attending:
             cls.of = cls.__bases__[1]
-            cls.signature = inspect.signature(cls.of.forward)
+            cls.names = tuple(inspect.signature(cls.of.forward).parameters)[1:]
             cls.forward = functools.wraps(cls.of.forward)(Attending.__dict__["forward"])
 
     # ---------------------------------------------------------------------------------------- what each layer says
 
-    def attention(self, arguments: dict[str, Any], edge_attr: Tensor | None) -> Attention:
-        """The attention that stands for the messages which PyG would make of these arguments of `propagate`."""
+    def attention(self, arguments: dict[str, Any], edge_attr: Tensor | None, num_targets: int | None) -> Attention:
+        """The attention that stands for the messages which PyG would make of these arguments of `propagate`.
+
+        edge_attr (E, F); num_targets where the call says it.
+        """
         raise NotImplementedError
 
     def has_none(self) -> str | None:
@@ -88,13 +72,15 @@ class Attending(MessagePassing):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As PyG's."""
-        call = self.signature.bind(self, *args, **kwargs).arguments
+        call = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        if len(args) > len(self.names):
+            return self.of.forward(self, *args, **kwargs)  # which tells of the error
         check(self, call)
         if call.get("return_attention_weights") is False:  # None in PyG: any bool there asks for weights
             call["return_attention_weights"] = None
         self._wants_weights = bool(call.get("return_attention_weights"))
         try:
-            result = self.of.forward(**call)
+            result = self.of.forward(self, **call)
             if isinstance(result, tuple) and isinstance(result[1], tuple) and isinstance(result[1][1], Pending):
                 result = result[0], (result[1][0], self._weights)
             return result
@@ -114,7 +100,7 @@ class Attending(MessagePassing):
         if self.aggr not in ("add", "sum"):
             return f"it takes the {self.aggr} of what comes, which is no attention"
         for name in METHODS:
-            if name in vars(self) or getattr(type(self), name) is not getattr(self.of, name):
+            if name in self.__dict__ or getattr(type(self), name) is not getattr(self.of, name):
                 return f"it has a {name}() of its own"
         return self.has_none()
 
@@ -131,31 +117,24 @@ class Attending(MessagePassing):
             return MessagePassing.propagate(self, edge_index, size=size, **kwargs)
         self._check_input(edge_index, size)
         arguments = {**kwargs, **pending.arguments} if isinstance(pending, Pending) else kwargs
+        size = size if is_plain(edge_index) else (edge_index.size(1), edge_index.size(0))
+        if self.flow == "target_to_source":
+            arguments = {name: x[::-1] if isinstance(x, tuple) else x for name, x in arguments.items()}
+            size = None if size is None else size[::-1]
         edge_attr = arguments.get("edge_attr")
         edge_attr = values_of(edge_index) if edge_attr is None else edge_attr
-        return self.attend(self.attention(arguments, edge_attr), edge_index, size)
+        edge_attr = edge_attr[:, None] if edge_attr is not None and edge_attr.ndim == 1 else edge_attr
+        asked = self.attention(arguments, edge_attr, None if size is None else size[1])
+        for name, side, said in zip(("source", "target"), (asked.k, asked.q), size or (None, None), strict=True):
+            if said is not None and said != side.shape[-3]:
+                raise ValueError(f"size must be (num_sources, num_targets) (got {size} for {side.shape[-3]} {name}s in x)")
+        return self.attend(asked, columns_of(edge_index, self.flow))
 
-    @torch.compiler.disable
-    def attend(self, asked: Attention, edge_index: Any, size: Any) -> Tensor:
-        """Along these edges: (…, N, H, Dv)."""
-        num_sources, num_targets = sizes(asked, size)
-        edges = Edges.between(columns_of(edge_index, self.flow), num_sources, num_targets)
-        q, k, v = (x if x.ndim == 4 else x[None] for x in asked[:3])
-        q, k, v = (x.transpose(1, 2) for x in (q, edges.of_sources(k), edges.of_sources(v)))
-        options = dict(asked.options)
-        if asked.edge_scores is not None:
-            options["bias"] = EdgeBias.sorted(edges.sorted(asked.edge_scores).T)
-        if asked.edge_attr is not None:
-            features = edges.sorted(asked.edge_attr)
-            options["edge_features"] = EdgeFeatures.sorted(features, to_key=asked.to_key, to_value=asked.to_value)
-        if not self._wants_weights:
-            out = cast(Tensor, attend(q, k, v, edges.graph, **options))
-        else:
-            out, weights = cast("tuple[Tensor, Tensor]", attend(q, k, v, edges.graph, return_weights=True, **options))
-            weights = edges.as_given(weights.transpose(1, 2))
-            self._weights = weights if asked.q.ndim == 4 else weights[0]
-        out = out.transpose(1, 2).contiguous()
-        return out if asked.q.ndim == 4 else out[0]
+    def attend(self, asked: Attention, columns: Tensor) -> Tensor:
+        """Along these edges, (2, E): (…, N, H, Dv)."""
+        out, weights = attend_along(asked, columns, self._wants_weights)
+        self._weights = weights if self._wants_weights else None
+        return out
 
     def __prepare_scriptable__(self) -> Any:
         """For TorchScript, PyG's own layer with the same parameters."""
@@ -169,12 +148,3 @@ class Attending(MessagePassing):
 def is_plain(edge_index: Any) -> bool:
     """Whether it is a tensor of node numbers, rather than a sparse matrix."""
     return isinstance(edge_index, Tensor) and edge_index.layout == torch.strided
-
-
-def sizes(asked: Attention, size: Any) -> tuple[int, int]:
-    """How many sources and targets there are; `size` is (num_sources, num_targets), or None."""
-    found = asked.k.shape[-3], asked.q.shape[-3]
-    for name, said, is_so in zip(("source", "target"), size or (None, None), found, strict=True):
-        if said is not None and said != is_so:
-            raise ValueError(f"size must be (num_sources, num_targets) (got {tuple(size)} for {is_so} {name} nodes in x)")
-    return found

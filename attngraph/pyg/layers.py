@@ -10,8 +10,9 @@ import torch_geometric.nn as pyg
 from torch import Tensor
 from torch_geometric.utils import scatter
 
-from attngraph.kernels.scoring import Additive, LeakyReLU
-from attngraph.pyg.attending import Attending, Attention
+from attngraph.pyg.along import Attention
+from attngraph.pyg.attending import Attending
+from attngraph.pyg.edges import columns_of
 
 
 def _by_head(linear: Any, heads: int, features: Tensor) -> Tensor:
@@ -34,17 +35,16 @@ class TransformerConv(Attending, pyg.TransformerConv):
         """Whether a call without features of its edges is an error."""
         return self.edge_dim is not None
 
-    def attention(self, arguments: dict[str, Any], edge_attr: Tensor | None) -> Attention:
+    def attention(self, arguments: dict[str, Any], edge_attr: Tensor | None, num_targets: int | None) -> Attention:
         q, k, v = arguments["query"], arguments["key"], arguments["value"]
-        options = {"scale": 1 / math.sqrt(self.out_channels), "dropout_p": _dropout(self)}
+        asked = Attention(q, k, v, scale=1 / math.sqrt(self.out_channels), dropout_p=_dropout(self))
         if edge_attr is None or self.lin_edge is None:
-            return Attention(q, k, v, options)
-        edge_attr = edge_attr.view(-1, 1) if edge_attr.ndim == 1 else edge_attr
+            return asked
         each = _by_head(self.lin_edge, self.heads, edge_attr)
-        return Attention(q, k, v, options, edge_attr=edge_attr, to_key=each, to_value=each)
+        return asked._replace(edge_attr=edge_attr, to_key=each, to_value=each)
 
-    def attend(self, asked: Attention, edge_index: Any, size: Any) -> Tensor:
-        out = Attending.attend(self, asked, edge_index, size)
+    def attend(self, asked: Attention, columns: Tensor) -> Tensor:
+        out = Attending.attend(self, asked, columns)
         self._alpha = self._weights
         return out
 
@@ -57,42 +57,41 @@ class GATConv(Attending, pyg.GATConv):
 
     needs_edge_dim = False
 
-    def attention(self, arguments: dict[str, Any], edge_attr: Tensor | None) -> Attention:
+    def attention(self, arguments: dict[str, Any], edge_attr: Tensor | None, num_targets: int | None) -> Attention:
         (of_source, of_target), (v, _) = arguments["alpha"], arguments["x"]
-        of_target = torch.zeros_like(of_source) if of_target is None else of_target
+        if of_target is None:
+            count = len(of_source) if num_targets is None else num_targets
+            of_target = of_source.new_zeros(count, self.heads)
         q = torch.stack([of_target, torch.ones_like(of_target)], -1)
         k = torch.stack([torch.ones_like(of_source), of_source], -1)
-        score = LeakyReLU(self.negative_slope, of="dot")
-        options = {"score": score, "scale": 1.0, "dropout_p": _dropout(self)}
+        asked = Attention(q, k, v, score="leaky_relu", slope=self.negative_slope, dropout_p=_dropout(self))
         if edge_attr is None or self.lin_edge is None:
-            return Attention(q, k, v, options)
-        edge_attr = edge_attr.view(-1, 1) if edge_attr.ndim == 1 else edge_attr
+            return asked
         each = (_by_head(self.lin_edge, self.heads, edge_attr) * self.att_edge[0, :, :, None]).sum(1)  # (H, F)
-        return Attention(q, k, v, options, edge_scores=edge_attr @ each.T)
+        return asked._replace(edge_scores=edge_attr @ each.T)
 
 
 class GATv2Conv(Attending, pyg.GATv2Conv):
     """PyG's `GATv2Conv` (Brody et al. 2022): the score of an edge is a · LeakyReLU(x_i + x_j + We_ij)."""
 
-    def attention(self, arguments: dict[str, Any], edge_attr: Tensor | None) -> Attention:
+    def attention(self, arguments: dict[str, Any], edge_attr: Tensor | None, num_targets: int | None) -> Attention:
         v, q = arguments["x"]
-        score = Additive(self.att[0], "leaky_relu", self.negative_slope)
-        options = {"score": score, "dropout_p": _dropout(self)}
+        options = {"slope": self.negative_slope, "dropout_p": _dropout(self), "weight": self.att[0]}
+        asked = Attention(q, v, v, score="additive", **options)
         if edge_attr is None:
-            return Attention(q, v, v, options)
-        edge_attr = edge_attr.view(-1, 1) if edge_attr.ndim == 1 else edge_attr
-        return Attention(q, v, v, options, edge_attr=edge_attr, to_key=_by_head(self.lin_edge, self.heads, edge_attr))
+            return asked
+        return asked._replace(edge_attr=edge_attr, to_key=_by_head(self.lin_edge, self.heads, edge_attr))
 
 
 class AGNNConv(Attending, pyg.AGNNConv):
     """PyG's `AGNNConv` (Thekumparampil et al. 2018): the score of an edge is β cos(x_i, x_j)."""
 
-    def attention(self, arguments: dict[str, Any], edge_attr: Tensor | None) -> Attention:
+    def attention(self, arguments: dict[str, Any], edge_attr: Tensor | None, num_targets: int | None) -> Attention:
         x, x_norm = arguments["x"][:, None], arguments["x_norm"][:, None]
-        return Attention(x_norm * self.beta, x_norm, x, {"scale": 1.0})
+        return Attention(x_norm * self.beta, x_norm, x)
 
-    def attend(self, asked: Attention, edge_index: Any, size: Any) -> Tensor:
-        return Attending.attend(self, asked, edge_index, size)[:, 0]
+    def attend(self, asked: Attention, columns: Tensor) -> Tensor:
+        return Attending.attend(self, asked, columns)[:, 0]
 
 
 class SuperGATConv(Attending, pyg.SuperGATConv):
@@ -103,24 +102,24 @@ class SuperGATConv(Attending, pyg.SuperGATConv):
     def has_none(self) -> str | None:
         return None if self.attention_type == "SD" else 'attention_type="MX" makes scores that no kernel knows'
 
-    def attention(self, arguments: dict[str, Any], edge_attr: Tensor | None) -> Attention:
-        x, score = arguments["x"], LeakyReLU(self.negative_slope, of="dot")
-        options = {"score": score, "scale": 1 / math.sqrt(self.out_channels), "dropout_p": _dropout(self)}
-        return Attention(x, x, x, options)
+    def attention(self, arguments: dict[str, Any], edge_attr: Tensor | None, num_targets: int | None) -> Attention:
+        x, scale = arguments["x"], 1 / math.sqrt(self.out_channels)
+        return Attention(x, x, x, scale, "leaky_relu", self.negative_slope, _dropout(self))
 
 
 class HGTConv(Attending, pyg.HGTConv):
     """PyG's `HGTConv` (Hu et al. 2020): the score of an edge is p_r x_i · x_j / √D, in which p_r is of its type."""
 
-    def attention(self, arguments: dict[str, Any], edge_attr: Tensor | None) -> Attention:
-        return Attention(arguments["q"], arguments["k"], arguments["v"], {})
+    def attention(self, arguments: dict[str, Any], edge_attr: Tensor | None, num_targets: int | None) -> Attention:
+        q, k, v = arguments["q"], arguments["k"], arguments["v"]
+        return Attention(q, k, v, 1 / math.sqrt(q.shape[2]))
 
     def propagate(self, edge_index: Any, size: Any = None, **kwargs: Any) -> Any:
         """A source is of one type of edges, so that its key may have the factor p_r of these."""
         if self.falls_back() is not None:
             return Attending.propagate(self, edge_index, size, **kwargs)
         k, factor = kwargs["k"], kwargs.pop("edge_attr")
-        factor = scatter(factor, edge_index[0], 0, k.shape[0], "mean")
+        factor = scatter(factor, columns_of(edge_index, self.flow)[0], 0, k.shape[0], "mean")
         out = Attending.propagate(self, edge_index, size, **{**kwargs, "k": k * factor[..., None]})
         return out.flatten(1)
 
@@ -153,13 +152,13 @@ class GraphAttention(TransformerConv):
         out = out.unflatten(0, (len(sides[0]), -1))
         return (out, *weights) if weights else out
 
-    def attention(self, arguments: dict[str, Any], edge_attr: Tensor | None) -> Attention:
-        asked = super().attention(arguments, edge_attr)
+    def attention(self, arguments: dict[str, Any], edge_attr: Tensor | None, num_targets: int | None) -> Attention:
+        asked = super().attention(arguments, edge_attr, num_targets)
         if self._entries is None:
             return asked
         q, k, v = (side.unflatten(0, (self._entries, -1)) for side in asked[:3])
         return asked._replace(q=q, k=k, v=v)
 
-    def attend(self, asked: Attention, edge_index: Any, size: Any) -> Tensor:
-        out = super().attend(asked, edge_index, size)
+    def attend(self, asked: Attention, columns: Tensor) -> Tensor:
+        out = super().attend(asked, columns)
         return out if self._entries is None else out.flatten(0, 1)

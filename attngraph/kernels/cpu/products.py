@@ -20,7 +20,15 @@ import torch
 from torch import Tensor
 
 from attngraph.kernels.contract import Adjacency, CSRLayout
-from attngraph.kernels.cpu.csr import edges_of, flat_nodes, neighbors_of_4, nodes_first, sum_pieces, unit_ranges
+from attngraph.kernels.cpu.csr import (
+    edges_of,
+    flat_nodes,
+    neighbors_of_4,
+    next_4,
+    nodes_first,
+    sum_pieces,
+    unit_ranges,
+)
 from attngraph.kernels.cpu.exp import exp
 from attngraph.kernels.cpu.gather import Neighbors, Vector, gather_add, gather_dot, gather_sum
 from attngraph.kernels.cpu.launch import InThreads, in_threads
@@ -63,7 +71,7 @@ def edges_of_4(edge, e, last):
     """The numbers of the edges e … e + 3, in edge_index order; past the last edge, the last one again."""
     if len(edge):
         return neighbors_of_4(edge, e, last, 0)
-    return e, min(e + 1, last), min(e + 2, last), min(e + 3, last)
+    return next_4(e, last, 0)
 
 
 @lru_cache

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch_geometric.nn import MessagePassing
@@ -41,7 +41,7 @@ class Accelerated(NamedTuple):
 
 @checked
 def accelerate(model: torch.nn.Module) -> Accelerated:
-    """Let the attention layers of a PyG model attend by this library's kernels, in place, with the parameters they have.
+    """Let the attention layers of a PyG model attend by this library's kernels: in place, with their parameters.
 
     A layer becomes the class of the same name of `attngraph.pyg`; it stays a PyG layer, of the same state, and may be
     trained, saved and explained as before. Layers that are no attention, or whose class is not PyG's own, are left.
@@ -61,7 +61,7 @@ def accelerate(model: torch.nn.Module) -> Accelerated:
         module.__class__ = new
         for method in ("propagate", "edge_updater"):  # PyG sets them on a layer that was explained
             vars(module).pop(method, None)
-        reason = module.falls_back()
+        reason = cast(Any, module).falls_back()
         if reason is None or getattr(module, "explain", None):
             changed[name] = new.__name__
         else:

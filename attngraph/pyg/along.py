@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -113,7 +115,7 @@ def edge_attention_backward(
 ) -> list[Tensor]:  # fmt: skip
     """The gradients of all tensors, of those that are there: attention is computed once more for them."""
     sides = [q, k, v, weight, edge_scores, edge_attr, to_key, to_value]
-    with torch.enable_grad():
+    with torch.enable_grad(), _differentiable():
         sides = [None if side is None else side.detach().requires_grad_() for side in sides]
         q, k, v, *rest = cast(Any, sides)
         asked = Attention(q, k, v, scale, score, slope, dropout_p, *rest)
@@ -122,12 +124,24 @@ def edge_attention_backward(
         found = zip(results, (dout, dweights), strict=True)
         outputs, gradients = zip(*(pair for pair in found if pair[0].requires_grad), strict=True)
         found = torch.autograd.grad(outputs, given, gradients, allow_unused=True)
-    return [torch.zeros_like(side) if own is None else own.clone() for side, own in zip(given, found, strict=True)]
+    return [
+        side.new_zeros(side.shape) if own is None else own.contiguous().clone()
+        for side, own in zip(given, found, strict=True)
+    ]
 
 
 @edge_attention_backward.register_fake
 def _(dout, dweights, columns, wants_weights, seed, q, k, v, scale, score, slope, dropout_p, *rest):
-    return [torch.empty_like(side) for side in (q, k, v, *rest) if side is not None]
+    return [side.new_empty(side.shape) for side in (q, k, v, *rest) if side is not None]
+
+
+@contextmanager
+def _differentiable() -> Iterator[None]:
+    """An operator runs below autograd: back to where torch remembers what leads to its results."""
+    with torch._C._PreserveDispatchKeyGuard():
+        for key in (torch._C.DispatchKey.AutogradFunctionality, torch._C.DispatchKey.ADInplaceOrView):
+            torch._C._dispatch_tls_set_dispatch_key_excluded(key, False)
+        yield
 
 
 def _generator(seed: Tensor | None) -> torch.Generator | None:

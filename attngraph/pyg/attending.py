@@ -45,7 +45,7 @@ class Attending(MessagePassing):
 
     def __init_subclass__(cls, **kwargs: Any):
         super().__init_subclass__(**kwargs)
-        # PyG writes a `propagate` for each class that has none of its own, and comes back to the old one by these names.
+        # PyG writes a `propagate` for each class that has none of its own, and keeps the old one by these names.
         for name in ("propagate", "edge_updater"):
             own = cls.__dict__.get(name, Attending.__dict__[name])
             for place in (name, f"_orig_{name}", f"_jinja_{name}"):
@@ -91,7 +91,7 @@ class Attending(MessagePassing):
         """Why messages are sent as in PyG, which holds a vector for each; None where attention takes their place."""
         if self.explain:
             return "an explainer looks at its messages"
-        if torch.jit.is_tracing():
+        if torch._C._get_tracing_state() is not None:
             return "it is traced"
         if any(getattr(self, f"_{name}_forward{kind}_hooks") for name in HOOKS for kind in ("", "_pre")):
             return "hooks look at its messages"
@@ -107,28 +107,34 @@ class Attending(MessagePassing):
     def edge_updater(self, edge_index: Any, size: Any = None, **kwargs: Any) -> Any:
         """In layers that make weights before messages: put off until both are known."""
         if self.falls_back() is not None or (self._wants_weights and not is_plain(edge_index)):
-            return MessagePassing.edge_updater(self, edge_index, size=size, **kwargs)
+            return MessagePassing.edge_updater(self, edge_index, size=size, **self._for_messages(kwargs))
         return Pending(kwargs)
 
     def propagate(self, edge_index: Any, size: Any = None, **kwargs: Any) -> Any:
         """Attention along the edges: (N, H, D)."""
         pending = kwargs.get("alpha")
         if self.falls_back() is not None or (isinstance(pending, Tensor) and "x" in kwargs):
-            return MessagePassing.propagate(self, edge_index, size=size, **kwargs)
+            return MessagePassing.propagate(self, edge_index, size=size, **self._for_messages(kwargs))
         self._check_input(edge_index, size)
         arguments = {**kwargs, **pending.arguments} if isinstance(pending, Pending) else kwargs
         size = size if is_plain(edge_index) else (edge_index.size(1), edge_index.size(0))
-        if self.flow == "target_to_source":
-            arguments = {name: x[::-1] if isinstance(x, tuple) else x for name, x in arguments.items()}
-            size = None if size is None else size[::-1]
+        size = size if self.flow == "source_to_target" else None
         edge_attr = arguments.get("edge_attr")
         edge_attr = values_of(edge_index) if edge_attr is None else edge_attr
         edge_attr = edge_attr[:, None] if edge_attr is not None and edge_attr.ndim == 1 else edge_attr
         asked = self.attention(arguments, edge_attr, None if size is None else size[1])
         for name, side, said in zip(("source", "target"), (asked.k, asked.q), size or (None, None), strict=True):
             if said is not None and said != side.shape[-3]:
-                raise ValueError(f"size must be (num_sources, num_targets) (got {size} for {side.shape[-3]} {name}s in x)")
+                raise ValueError(
+                    f"size must be (num_sources, num_targets) (got {size} for {side.shape[-3]} {name}s in x)"
+                )
         return self.attend(asked, columns_of(edge_index, self.flow))
+
+    def _for_messages(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """A pair is of sources and targets, whatever the flow; PyG's slow path takes it by rows of edge_index."""
+        if self.flow == "source_to_target":
+            return arguments
+        return {name: x[::-1] if isinstance(x, tuple) else x for name, x in arguments.items()}
 
     def attend(self, asked: Attention, columns: Tensor) -> Tensor:
         """Along these edges, (2, E): (…, N, H, Dv)."""

@@ -1,4 +1,4 @@
-"""What PyG's layers are given as `edge_index`, as a graph: edges between the nodes of two sides, some of them parallel."""
+"""What PyG's layers are given as `edge_index`, as a graph: edges between two sides, some of them parallel."""
 
 from __future__ import annotations
 

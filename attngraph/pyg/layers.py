@@ -135,7 +135,7 @@ class GraphAttention(TransformerConv):
 
     def forward(self, x: Any, edge_index: Any, *args: Any, **kwargs: Any) -> Any:
         """x (B, N, C), or a pair (B, M, C), (B, N, C)."""
-        sides = x if isinstance(x, tuple | list) else (x,)
+        sides: tuple[Tensor, ...] = tuple(x) if isinstance(x, tuple | list) else (x,)
         if {side.ndim for side in sides} != {3}:
             return super().forward(x, edge_index, *args, **kwargs)
         if len({len(side) for side in sides}) != 1:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch_geometric.nn as pyg
@@ -12,8 +12,8 @@ from torch.nn import functional as F
 from attngraph.arguments import checked
 from attngraph.attention import attend
 from attngraph.graph.base import Graph
-from attngraph.graph.patterns import Documents
 from attngraph.graph.edge_list import of_sorted
+from attngraph.graph.patterns import Documents
 
 
 @checked
@@ -78,7 +78,7 @@ class GPSConv(pyg.GPSConv):
         if self.falls_back() is not None:
             return super().forward(x, edge_index, batch, **kwargs)
         graph = Documents((len(x),)) if batch is None else from_batch(batch)
-        out = self._with(x, multihead(self.attn, x, x, graph), self.norm2, batch)
+        out = self._with(x, multihead(cast(torch.nn.MultiheadAttention, self.attn), x, x, graph), self.norm2, batch)
         if self.conv is not None:
             out = self._with(x, self.conv(x, edge_index, **kwargs), self.norm1, batch) + out
         out = out + self.mlp(out)

@@ -9,7 +9,7 @@ alone. GPT, BERT, the encoder–decoder and ViT are one Transformer that differs
 >>> attend(q, k, v, graph).shape
 torch.Size([1, 8, 1024, 64])
 
-Graphs      Full Empty Identity Causal Window Prefix Global Strided Chunks Random, of any size
+Graphs      Full Empty Identity Causal Window Prefix Global Strided Chunks Random Expander, of any size
             Documents Tree Neighborhood Axial ShiftedWindows EdgeList, which know theirs
             TopK BlockTopK, whose edges queries and keys choose
             | & - ^ ~ .T @ of them; Disjoint, Batched, Beside, Blocks, PerHead of them; `Graph` has the views, and
@@ -41,6 +41,7 @@ from attngraph.graph.base import Graph
 from attngraph.graph.compose import Batched, Beside, Blocks, Disjoint, PerHead
 from attngraph.graph.dynamic import BlockTopK, TopK
 from attngraph.graph.edge_list import EdgeList
+from attngraph.graph.expander import Expander
 from attngraph.graph.grids import Axial, Neighborhood, ShiftedWindows
 from attngraph.graph.patterns import (
     Causal,
@@ -95,6 +96,7 @@ __all__ = [
     "EdgeBias",
     "EdgeList",
     "Empty",
+    "Expander",
     "Full",
     "Global",
     "Graph",

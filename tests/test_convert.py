@@ -95,7 +95,7 @@ def test_weights_of_networkx_are_those_of_its_matrix(kind):
     theirs = kind()
     theirs.add_nodes_from(names)
     theirs.add_weighted_edges_from([(u, v, chance.random()) for u, v in pairs], "strength")
-    graph, nodes, values = from_networkx(theirs, weight="strength")
+    graph, nodes, values = from_networkx(theirs, edge_attr="strength")
     assert nodes == names
     key, query = graph.edge_index()
     matrix = torch.from_numpy(networkx.to_numpy_array(theirs, weight="strength")).float()
@@ -106,10 +106,10 @@ def test_weights_of_networkx_are_those_of_its_matrix(kind):
     for bias in (EdgeBias.of(graph, values), EdgeBias.of(graph.edge_index(), values), EdgeBias.sorted(values)):
         torch.testing.assert_close(attend(q, k, v, graph, bias=bias), expected)
 
-    again = to_networkx(graph, nodes=nodes, values=values, weight="strength")
+    again = to_networkx(graph, nodes=nodes, weights=values, edge_attr="strength")
     assert list(again) == names
     assert from_networkx(again, names).graph == graph
-    torch.testing.assert_close(from_networkx(again, weight="strength").values, values)
+    torch.testing.assert_close(from_networkx(again, edge_attr="strength").values, values)
 
 
 def test_names_and_numbers_of_networkx():
@@ -117,21 +117,21 @@ def test_names_and_numbers_of_networkx():
     assert (nodes, values) == ([0, 1, 2], None)
     turned = from_networkx(networkx.path_graph(["x", "y", "z"]), nodelist=["z", "y", "x"])
     assert turned == (graph, ["z", "y", "x"], None)
-    assert from_networkx(networkx.Graph(), weight="weight").values.shape == (0,)
+    assert from_networkx(networkx.Graph(), edge_attr="weight").values.shape == (0,)
     part = networkx.Graph()
     part.add_edge("a", "b", weight=1)
     part.add_edge("b", "c")
     with pytest.raises(
-        ValueError, match=r"weight must be an attribute of every edge .*\('b', 'c'\) lacks.*set_edge_attr"
+        ValueError, match=r"edge_attr must be an attribute of every edge .*\('b', 'c'\) lacks.*setdefault"
     ):
-        from_networkx(part, weight="weight")
+        from_networkx(part, edge_attr="weight")
     part.edges["b", "c"]["weight"] = "much"
-    with pytest.raises(TypeError, match=r"weight must be an attribute that is a number .got 'much'"):
-        from_networkx(part, weight="weight")
+    with pytest.raises(TypeError, match=r"edge_attr must be an attribute that is a number .got 'much'"):
+        from_networkx(part, edge_attr="weight")
     with pytest.raises(ValueError, match="nodes must name each of 3 nodes once"):
         to_networkx(graph, nodes="aab")
-    with pytest.raises(ValueError, match=r"values must have shape \(4,\), one for each edge .got \(3,\)"):
-        to_networkx(graph, values=torch.ones(3))
+    with pytest.raises(ValueError, match=r"weights must have shape \(4,\), one for each edge, or .*got \(3,\)"):
+        to_networkx(graph, weights=torch.ones(3))
     q, k, v = torch.randn(3, 1, 1, 3, 4)
     for use in (lambda: attend(q, k, v, turned), lambda: Transformer(CONFIG, turned)):
         with pytest.raises(TypeError, match=r"did you mean its .graph"):

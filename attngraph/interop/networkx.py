@@ -45,6 +45,10 @@ class NamedGraph(NamedTuple):
     @property
     def bias(self) -> EdgeBias | None:
         """One attribute of the edges, added to their scores: ``attend(q, k, v, made.graph, bias=made.bias)``."""
+        if self.values is not None and self.values.ndim > 1:
+            raise ValueError(
+                f"a bias is one number for each edge (got {self.values.shape[1]} attributes): edge_attr with one name"
+            )
         return None if self.values is None else EdgeBias.of(self.graph, self.values)
 
 

@@ -28,11 +28,11 @@ class Expander(Graph):
     fewer keys, too.
 
     >>> Expander(2).mask(5, 5).int()
-    tensor([[0, 1, 0, 0, 1],
-            [1, 0, 0, 1, 0],
+    tensor([[0, 0, 1, 1, 0],
             [0, 0, 0, 1, 1],
-            [0, 1, 1, 0, 0],
-            [1, 0, 1, 0, 0]], dtype=torch.int32)
+            [1, 0, 0, 0, 1],
+            [1, 1, 0, 0, 0],
+            [0, 1, 1, 0, 0]], dtype=torch.int32)
     """
 
     degree: int

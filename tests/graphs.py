@@ -185,6 +185,7 @@ GRAPHS = [
         lambda i, j: (i < 1 and j < 2) or (5 <= i < 10 and 4 <= j < 8 and j - 4 <= i - 5 and SMALL[i - 5, j - 4]),
     ),
     Case(Blocks(Causal(), 3), 7, 8, lambda i, j: j // 3 <= i // 3),
+    Case(Blocks(Expander(4, seed=3), 2), 21, 22, lambda i, j: bool(EXPANDER[i // 2, j // 2])),
     Case(
         Blocks(EdgeList(list(zip(*EDGES, strict=True)), (7, 6)), (2, 3), 13, 17) - Causal(),
         13,

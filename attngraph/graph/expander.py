@@ -21,11 +21,12 @@ class Expander(Graph):
     """A random regular graph, in which few steps lead everywhere: Exphormer's (Shirzad et al. 2023).
 
     The union of degree / 2 random cycles, each through all nodes: i and j hear each other if they are next to each
-    other on one of them. So it is symmetric, connected, without self-loops, and every node hears `degree` others, but
-    where two cycles share an edge: there are about two such edges for each two cycles, at any number of nodes. Its
-    second eigenvalue is near 2·√(degree - 1), the least possible (Friedman 2008). It is the same on every device and
-    in every run. The number of nodes arrives with the tensors; of fewer queries than keys they are the first, and of
-    fewer keys, too.
+    other on one of them. So it is symmetric and connected, without self-loops, and every node hears `degree` others but
+    where two cycles share an edge: any two share about two, at any number of nodes. Its second eigenvalue is near
+    2·√(degree - 1), the least possible (Friedman 2008). It is the same on every device and in every run.
+
+    The number of nodes arrives with the tensors, as any size does. Where there are fewer queries than keys, or fewer
+    keys than queries, they are the first of the nodes. Exphormer is ``(graph | Expander(4)).with_global_nodes(1)``.
 
     >>> Expander(2).mask(5, 5).int()
     tensor([[0, 0, 1, 1, 0],

@@ -9,7 +9,7 @@ alone. GPT, BERT, the encoder–decoder and ViT are one Transformer that differs
 >>> attend(q, k, v, graph).shape
 torch.Size([1, 8, 1024, 64])
 
-Graphs      Full Empty Identity Causal Window Prefix Global Strided Chunks Random, of any size
+Graphs      Full Empty Identity Causal Window Prefix Global Strided Chunks Random Expander, of any size
             Documents Tree Neighborhood Axial ShiftedWindows EdgeList, which know theirs
             TopK BlockTopK, whose edges queries and keys choose
             | & - ^ ~ .T @ of them; Disjoint, Batched, Beside, Blocks, PerHead of them; `Graph` has the views, and
@@ -42,6 +42,7 @@ from attngraph.graph.base import Graph
 from attngraph.graph.compose import Batched, Beside, Blocks, Disjoint, PerHead
 from attngraph.graph.dynamic import BlockTopK, TopK
 from attngraph.graph.edge_list import EdgeList
+from attngraph.graph.expander import Expander
 from attngraph.graph.grids import Axial, Neighborhood, ShiftedWindows
 from attngraph.graph.patterns import (
     Causal,
@@ -77,7 +78,7 @@ from attngraph.planning.calibrate import calibrate
 from attngraph.planning.costs import Costs
 from attngraph.planning.planner import Plan, plan
 
-__version__ = "0.7.0"
+__version__ = "0.8.0"
 
 __all__ = [
     "Additive",
@@ -97,6 +98,7 @@ __all__ = [
     "EdgeFeatures",
     "EdgeList",
     "Empty",
+    "Expander",
     "Full",
     "Global",
     "Graph",

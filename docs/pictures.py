@@ -37,6 +37,7 @@ GRAPHS = {
     "shifted": ("ShiftedWindows((4, 6), 2, 1)", 24),
     "tree": ("Tree([-1, 0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7])", 16),
     "random": ("Random(3, seed=1)", 16),
+    "expander": ("Expander(4)", 16),
     "sinks": ("Causal() & (Window(4, 0) | Prefix(2))", 16),
     "sparse-transformer": ("Causal() & (Window(3, 0) | Strided(4))", 16),
     "bigbird": ("Window(1, 1) | Global([0, 1]) | Random(2)", 16),

@@ -20,6 +20,7 @@ from attngraph import (
     Documents,
     EdgeList,
     Empty,
+    Expander,
     Full,
     Global,
     Graph,
@@ -79,6 +80,7 @@ KARATE = networkx.karate_club_graph()
 EDGES = [(0, 3), (4, 3), (4, 0), (2, 2), (1, 5)]  # (key, query)
 PARENTS = [-1, 0, 0, 1, 1, 2, -1, 6]
 RANDOM, SMALL = Random(3, seed=7).mask(9, 11), Random(2, seed=1).mask(5, 4)
+EXPANDER = Expander(4, seed=3).mask(11, 11)
 
 
 def ancestor(i, j):
@@ -134,6 +136,12 @@ GRAPHS = [
     Case(Tree([]), 0, 0, lambda i, j: True),
     Case(Random(3, seed=7), 9, 11, lambda i, j: bool(RANDOM[i, j])),
     Case(Random(9), 3, 4, lambda i, j: True),
+    Case(Expander(4, seed=3), 11, 11, lambda i, j: bool(EXPANDER[i, j])),
+    Case(Expander(4, seed=3), 7, 11, lambda i, j: bool(EXPANDER[i, j])),
+    Case(Expander(4, seed=3), 11, 7, lambda i, j: bool(EXPANDER[i, j])),
+    Case(Expander(2), 3, 3, lambda i, j: i != j),
+    Case(Expander(4), 1, 1, lambda i, j: False),
+    Case(Expander(0), 3, 3, lambda i, j: False),
     Case(Random(0), 3, 4, lambda i, j: False),
     Case(EdgeList(list(zip(*EDGES, strict=True)), (7, 6)), 7, 6, lambda i, j: (j, i) in EDGES),
     Case(EdgeList([[0, 0, 1], [2, 2, 0]], 3), 3, 3, lambda i, j: (j, i) in {(0, 2), (1, 0)}),
@@ -148,6 +156,9 @@ GRAPHS = [
     Case((Random(3, seed=7) | Causal()) - Identity(), 9, 11, lambda i, j: (RANDOM[i, j] or j <= i) and i != j),
     Case((Causal() & Window(2, 0)).T, 7, 5, lambda i, j: i <= j and j - 2 <= i),
     Case(Random(3, seed=7).T, 11, 9, lambda i, j: bool(RANDOM[j, i])),
+    Case((Expander(4, seed=3) | Causal()) - Identity(), 11, 11, lambda i, j: EXPANDER[i, j] or j < i),
+    Case(Expander(4, seed=3).rows(2, 6), 4, 11, lambda i, j: bool(EXPANDER[i + 2, j])),
+    Case(Expander(4, seed=3).with_global_nodes(1), 12, 9, lambda i, j: i < 1 or j < 1 or bool(EXPANDER[i - 1, j - 1])),
     Case(Window(1, 0) @ Window(0, 1), 5, 5, lambda i, j: any(i - 1 <= k <= i and k <= j <= k + 1 for k in range(5))),
     Case(
         EdgeList([[0, 3], [1, 2]], (4, 5)) @ EdgeList([[1, 0], [0, 3]], (5, 3)),
@@ -174,6 +185,7 @@ GRAPHS = [
         lambda i, j: (i < 1 and j < 2) or (5 <= i < 10 and 4 <= j < 8 and j - 4 <= i - 5 and SMALL[i - 5, j - 4]),
     ),
     Case(Blocks(Causal(), 3), 7, 8, lambda i, j: j // 3 <= i // 3),
+    Case(Blocks(Expander(4, seed=3), 2), 21, 22, lambda i, j: bool(EXPANDER[i // 2, j // 2])),
     Case(
         Blocks(EdgeList(list(zip(*EDGES, strict=True)), (7, 6)), (2, 3), 13, 17) - Causal(),
         13,

@@ -20,6 +20,7 @@ from attngraph import (
     Disjoint,
     Documents,
     EdgeList,
+    Expander,
     Full,
     Identity,
     Neighborhood,
@@ -50,6 +51,7 @@ def listed(rng):
     return rng.choice([
         lambda: EdgeList(pairs, N),
         lambda: Random(rng.randrange(4), seed=rng.randrange(99)),
+        lambda: Expander(2 * rng.randrange(3), seed=rng.randrange(99)),
         lambda: Tree([rng.randrange(-1, node) for node in range(N)]),
         lambda: EdgeList(pairs[:, :9], N) @ EdgeList(pairs[:, 9:], N),
     ])()  # fmt: skip

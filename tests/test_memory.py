@@ -13,6 +13,7 @@ from attngraph import (
     Chunks,
     Documents,
     EdgeList,
+    Expander,
     Full,
     Global,
     Graph,
@@ -49,9 +50,10 @@ LARGE = 10**9
 ANY_SIZE = [
     Full(), Identity(), Causal(), Window(3, 3), Window(10**6, 0, 3), Prefix(9), Global([0, 7]), Strided(3),
     Strided(10**8), Chunks(64), Chunks(3, 1), Random(8), Random(10**9), Causal() & Chunks(64), Causal() & Random(8),
-    ~Random(3), Causal() - Random(3), Random(3) @ Random(3), Window(1, 0) @ Window(1, 0), Own(), Own() & Window(3, 0),
-    from_function(lambda q, k: q > k), PerHead([Causal(), Random(3)]), Random(3).T, Causal().rows(10**5, 2 * 10**5),
-    Causal().with_global_nodes(10), (Causal() | Random(2)) ^ Strided(7), Own() | Causal(),
+    Expander(8), ~Random(3), Causal() - Random(3), Random(3) @ Random(3), Window(1, 0) @ Window(1, 0), Own(),
+    Own() & Window(3, 0), from_function(lambda q, k: q > k), PerHead([Causal(), Random(3)]), Random(3).T,
+    Causal().rows(10**5, 2 * 10**5), Causal().with_global_nodes(10), (Causal() | Random(2)) ^ Strided(7),
+    Own() | Causal(),
 ]  # fmt: skip
 OF_THEIR_SIZE = [
     Documents([10**5]), Documents([10**9]), Causal() & Documents([10**5, 3]), Neighborhood((1000, 1000), 9),

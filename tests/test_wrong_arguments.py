@@ -157,6 +157,7 @@ DOORS = [
         attngraph.Prefix: {"length": 2}, attngraph.Global: {"nodes": (0, 2)}, attngraph.Strided: {"stride": 2},
         attngraph.Chunks: {"chunk": 3, "offset": 0}, attngraph.Documents: {"lengths": (2, 3)},
         attngraph.Tree: {"parents": (-1, 0, 0)}, attngraph.Random: {"degree": 2, "seed": 0},
+        attngraph.Expander: {"degree": 2, "seed": 0},
         attngraph.Axial: {"shape": (2, 3)}, attngraph.Neighborhood: {"shape": (2, 3), "radius": 1, "dilation": 1},
         attngraph.ShiftedWindows: {"shape": (4, 4), "window": 2, "shift": 1},
         attngraph.EdgeList: {"edge_index": torch.tensor([[0, 1], [1, 2]]), "size": 3},
@@ -189,14 +190,19 @@ DOORS = [
         "edge_index": torch.tensor([[0, 1], [1, 2]]), "num_nodes": 3, "size": None,
     }, {"num_nodes": "num_nodes|size|num_queries", "size": "size|num_nodes|num_sources"}),
     Door("from_networkx", attngraph.from_networkx, {
-        "G": networkx.path_graph(3), "nodelist": [0, 1, 2], "weight": None,
+        "G": networkx.path_graph(3), "nodelist": [0, 1, 2], "edge_attr": None,
     }),
+    Door("from_networkx of two sides", attngraph.from_networkx, {
+        "G": networkx.path_graph(3), "nodelist": None, "top": [0, 2], "bottom": [1], "bipartite": False,
+    }, {"top": "top|bottom|bipartite", "bottom": "top|bottom|bipartite"}),
     Door("to_networkx", attngraph.to_networkx, {
-        "graph": Causal(), "n": 3, "m": 3, "nodes": "abc", "values": None, "weight": "weight",
+        "graph": Causal(), "n": 3, "m": 3, "nodes": "abc", "weights": None, "edge_attr": "weight", "reduce": "mean",
     }),
     Door("collate", attngraph.collate, {"samples": [(torch.randn(3, 2), Causal().sized(3, 3))]}),
     Door("from_scipy_sparse_matrix", attngraph.from_scipy_sparse_matrix, {"matrix": scipy.sparse.eye_array(3)}),
-    Door("to_scipy_sparse_matrix", attngraph.to_scipy_sparse_matrix, {"graph": Causal(), "n": 3, "m": 3}),
+    Door("to_scipy_sparse_matrix", attngraph.to_scipy_sparse_matrix, {
+        "graph": Causal(), "n": 3, "m": 3, "weights": None, "format": "coo", "array": False,
+    }),
     Door("to_block_mask", attngraph.to_block_mask, {"graph": Causal(), "n": 130, "m": 130}),
     Door("analysis.is_causal", analysis.is_causal, {"graph": Causal(), "n": 4}),
     Door("analysis.leaks", analysis.leaks, {"graphs": [Causal()], "n": 4}),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, cast
 
@@ -312,7 +313,9 @@ class Blocks(Graph):
         return None not in self.graph.size or self.graph._unbound
 
     def _bind(self, n, m):
-        return self._map(bind, *self._in_all(*common_size(lambda: f"graph {self} and its size", self.size, (n, m))))
+        n, m = common_size(lambda: f"graph {self} and its size", self.size, (n, m))
+        bound = self._map(bind, *self._in_all(n, m))
+        return self if bound is self else replace(bound, num_queries=n, num_keys=m)  # the last blocks may be smaller
 
     def _in_blocks(self, boxes: Boxes) -> Boxes:
         """The blocks that boxes touch."""

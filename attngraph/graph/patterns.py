@@ -284,8 +284,7 @@ class Random(Graph):
 
     def _check(self):
         require_ints(0, degree=self.degree)
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
-            raise TypeError(f"seed must be an int (got {self.seed!r})")
+        require_seed(self.seed)
         if self.num_keys is not None:
             require_ints(0, num_keys=self.num_keys)
 
@@ -310,7 +309,7 @@ class Random(Graph):
         """The key that a query hears in a stretch of the keys."""
         keys = cast(int, self.num_keys)
         start, stop = stretch * keys // self.degree, (stretch + 1) * keys // self.degree
-        return start + _hash(_hash(query, self.seed) + stretch, 0) % (stop - start).clamp(min=1)
+        return start + hashed(hashed(query, self.seed) + stretch, 0) % (stop - start).clamp(min=1)
 
     def _found_by_listing(self):
         return True
@@ -329,7 +328,13 @@ class Random(Graph):
         return n * min(self.degree, m)
 
 
-def _hash(x: Tensor, seed: int) -> Tensor:
+def require_seed(seed: int) -> None:
+    """Raise unless it is an int, of any size."""
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"seed must be an int (got {seed!r})")
+
+
+def hashed(x: Tensor, seed: int) -> Tensor:
     """Non-negative 62-bit hashes of int64 numbers: SplitMix64's finaliser (Steele et al. 2014), in wrapping int64."""
     x = x + ((seed + 1) * 0x9E3779B97F4A7C15 + (1 << 63)) % (1 << 64) - (1 << 63)
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):

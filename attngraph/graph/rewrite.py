@@ -25,6 +25,7 @@ from attngraph.graph.algebra import (
 from attngraph.graph.base import Graph
 from attngraph.graph.compose import Disjoint
 from attngraph.graph.edge_list import EdgeList
+from attngraph.graph.expander import Expander
 from attngraph.graph.patterns import Causal, Chunks, Global, Identity, Prefix, Random, Strided, Window
 
 EMPTY, FULL = Empty(), Full()
@@ -45,8 +46,8 @@ def _rewritten(graph: Graph) -> Graph | None:
             return reduce(or_, [~part for part in graphs])
         case Transpose(Transpose(a)):  # a.T.T -> a
             return a
-        case Transpose(Full() | Empty() | Identity() | Global() | Strided() | Chunks() as a):  # a.T -> a, if symmetric
-            return a
+        case Transpose(Full() | Empty() | Identity() | Global() | Strided() | Chunks() | Expander() as a):
+            return a  # a.T -> a, if symmetric
         case Transpose(Window(left, right, dilation)):  # Window(l, r).T -> Window(r, l)
             return Window(right, left, dilation)
         case Transpose(Causal(offset)):  # Causal(o).T -> ~Causal(-1 - o)
@@ -57,7 +58,7 @@ def _rewritten(graph: Graph) -> Graph | None:
             return a._map(Transpose)  # (a op b).T -> a.T op b.T
         case Window(0, 0):  # Window(0, 0) -> Identity()
             return Identity()
-        case Prefix(0) | Global(()) | Random(0):  # -> Empty()
+        case Prefix(0) | Global(()) | Random(0) | Expander(0):  # -> Empty()
             return EMPTY
         case Strided(1):  # Strided(1) -> Full()
             return FULL

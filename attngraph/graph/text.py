@@ -11,7 +11,7 @@ from torch import Tensor
 
 from attngraph import cache
 from attngraph.arguments import checked
-from attngraph.graph import algebra, compose, dynamic, edge_list, grids, patterns
+from attngraph.graph import algebra, compose, dynamic, edge_list, expander, grids, patterns
 from attngraph.graph.base import MAX_TERMS_WRITTEN, Graph
 from attngraph.graph.edge_list import EdgeList
 
@@ -20,7 +20,7 @@ DEEPEST = 190  # nested operations; Python's own parser takes 200 brackets
 
 NAMES = {
     name: kind
-    for module in (patterns, grids, edge_list, compose, dynamic)
+    for module in (patterns, expander, grids, edge_list, compose, dynamic)
     for name, kind in vars(module).items()
     if isinstance(kind, type) and kind.__module__ == module.__name__ and issubclass(kind, Graph) and name[0] != "_"
 } | {"Full": algebra.Full, "Empty": algebra.Empty}

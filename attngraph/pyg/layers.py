@@ -144,8 +144,8 @@ class GraphAttention(TransformerConv):
             raise ValueError(f"GraphAttention takes features (B, N, C) where it attends, but {reason}")
         self._entries = len(sides[0])
         try:
-            flat = tuple(side.flatten(0, 1) for side in sides)
-            result = super().forward(flat if len(flat) > 1 else flat[0], edge_index, *args, **kwargs)
+            flat = [side.flatten(0, 1) for side in sides]
+            result = super().forward(tuple(flat) if len(flat) > 1 else flat[0], edge_index, *args, **kwargs)
         finally:
             self._entries = None
         out, *weights = result if isinstance(result, tuple) else (result,)

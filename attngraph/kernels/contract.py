@@ -38,6 +38,45 @@ class ScoreBias(NamedTuple):
                 return self.values
 
 
+class EdgeTerms(NamedTuple):
+    """What is added to the key and to the value of an edge with features e: K e and V e."""
+
+    values: Tensor
+    """e, (B or 1, E, F), in edge_index order."""
+    to_key: Tensor | None
+    """K, (Hkv, D, F); None: nothing is added."""
+    to_value: Tensor | None
+    """V, (Hkv, Dv, F); None: nothing is added."""
+
+    @property
+    def key_dim(self) -> int:
+        """F, or 0 where nothing is added to keys."""
+        return 0 if self.to_key is None else self.values.shape[2]
+
+    @property
+    def value_dim(self) -> int:
+        """The same of values."""
+        return 0 if self.to_value is None else self.values.shape[2]
+
+    def to(self, dtype: torch.dtype) -> EdgeTerms:
+        """In another precision."""
+        return EdgeTerms(*(side if side is None else side.to(dtype) for side in self))
+
+    def over_pairs(self, mask: Tensor) -> EdgeTerms:
+        """With values (B or 1, N, M, F), those of the edges where the mask (N, M) is True."""
+        values = self.values.new_zeros(len(self.values), *mask.shape, self.values.shape[2])
+        values[:, mask] = self.values
+        return self._replace(values=values)
+
+    def added_to(self, vectors: Tensor, matrix: Tensor | None, part: int | slice = slice(None)) -> Tensor:
+        """vectors (B, Hkv, E, D) of the edges, or of a part of them, with what K or V makes of their features."""
+        if matrix is None:
+            return vectors
+        values = self.values[:, part]
+        with torch.autocast(values.device.type, enabled=False):
+            return vectors + values[:, None] @ matrix.mT
+
+
 class Transform(NamedTuple):
     """An elementwise function of the scores after scale and bias.
 

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from attngraph.kernels.contract import Adjacency, CSRLayout
+from attngraph.kernels.contract import Adjacency, CSRLayout, EdgeTerms
 from attngraph.kernels.cpu.csr import edges_of, flat_nodes, neighbors_of_4, nodes_first, sum_pieces, unit_ranges
 from attngraph.kernels.cpu.exp import exp
 from attngraph.kernels.cpu.gather import (
@@ -37,7 +37,7 @@ from attngraph.kernels.memory import empty, zeros
 
 DOT = -1
 OWN = (0, 1, 2, 3)  # the places of the vectors of four edges in scratch memory
-SUMS = 64  # sums for the gradient of K, of consecutive units each: so many, whatever the number of threads
+SUMS = 64  # for the gradient of K, of consecutive units each: about so many, whatever the number of threads
 
 
 class Activation(NamedTuple):
@@ -63,7 +63,7 @@ class Features(NamedTuple):
 
     values: np.ndarray  # e (B or 1, E, F), in edge_index order
     to_key: np.ndarray  # K (F, H, D)
-    count: int  # F
+    dim: int  # F
     stride: int  # E, from batch entry to batch entry, or 0
 
 
@@ -126,12 +126,11 @@ def _forward_kernel(head_dim: int) -> InThreads:
                         for h in range(heads):
                             x_i, y_j = Vector(x, row * width + h * head_dim), Neighbors(y, nodes, width, h * head_dim)
                             gather_sum(z, h * 4 * head_dim, x_i, y_j, head_dim)
-                        if features.count:
-                            numbers = edges_of_4(edges.edge, e, hi - 1, batch * features.stride)
-                            e_ij = Neighbors(features.values, numbers, features.count, 0)
-                            for h in range(heads):
-                                to_key = Rows(features.to_key, width, h * head_dim)
-                                gather_product(z, h * 4 * head_dim, e_ij, to_key, features.count, head_dim)
+                        of_entry = edges_of_4(edges.edge, e, hi - 1, batch * features.stride)
+                        e_ij = Neighbors(features.values, of_entry, features.dim, 0)
+                        for h in range(heads if features.dim else 0):
+                            to_key = Rows(features.to_key, width, h * head_dim)
+                            gather_product(z, h * 4 * head_dim, e_ij, to_key, features.dim, head_dim)
                         transform(z, slopes, 4 * width, activation.kind, activation.value)
                         for h in range(heads):
                             z_j = Neighbors(z, OWN, head_dim, h * 4 * head_dim)
@@ -155,7 +154,7 @@ def _backward_kernel(head_dim: int) -> InThreads:
         x, y, heads, is_dot = pairs.x, pairs.y, pairs.heads, activation.kind == DOT
         width, four, units = heads * head_dim, np.empty((heads, 4), x.dtype), len(edges.units)
         z, slopes, pieces = np.empty(4 * width, x.dtype), np.empty(4 * width, x.dtype), sums.pieces
-        of_edge, (place, batch) = np.empty(features.count + 3, x.dtype), divmod(job, batches)
+        of_edge, (place, batch) = np.empty(features.dim + 3, x.dtype), divmod(job, batches)
         for unit in range(ranges[place], ranges[place + 1]):
             first, stop, begin, end = edges.units[unit]
             for i in range(first, stop):
@@ -180,10 +179,10 @@ def _backward_kernel(head_dim: int) -> InThreads:
                         x_i, y_j = Vector(x, row * width + h * head_dim), Neighbors(y, nodes, width, h * head_dim)
                         gather_sum(z, h * 4 * head_dim, x_i, y_j, head_dim)
                     of_entry = edges_of_4(edges.edge, e, hi - 1, batch * features.stride)
-                    e_ij = Neighbors(features.values, of_entry, features.count, 0)
-                    for h in range(heads if features.count else 0):
+                    e_ij = Neighbors(features.values, of_entry, features.dim, 0)
+                    for h in range(heads if features.dim else 0):
                         to_key = Rows(features.to_key, width, h * head_dim)
-                        gather_product(z, h * 4 * head_dim, e_ij, to_key, features.count, head_dim)
+                        gather_product(z, h * 4 * head_dim, e_ij, to_key, features.dim, head_dim)
                     transform(z, slopes, 4 * width, activation.kind, activation.value)
                     for h in range(heads):
                         dx_h = Vector(dx, to * width + h * head_dim)
@@ -194,29 +193,22 @@ def _backward_kernel(head_dim: int) -> InThreads:
                         z_j = Neighbors(z, OWN, head_dim, h * 4 * head_dim)
                         gather_add(dweight_h, Vector(four, h * 4), z_j, head_dim)
                     for h in range(heads if len(sums.features.dto_key) else 0):
-                        dto_key = Rows(sums.features.dto_key, width, job * features.count * width + h * head_dim)
+                        dto_key = Rows(sums.features.dto_key, width, job * features.dim * width + h * head_dim)
                         slopes_j = Neighbors(slopes, OWN, head_dim, h * 4 * head_dim)
-                        gather_outer(dto_key, e_ij, Vector(four, h * 4), slopes_j, features.count, head_dim)
+                        gather_outer(dto_key, e_ij, Vector(four, h * 4), slopes_j, features.dim, head_dim)
                     for t in range(min(4, hi - e) if len(sums.features.dvalues) else 0):
                         of_edge[:] = x.dtype.type(0)
                         for h in range(heads):
                             slopes_j = Vector(slopes, (h * 4 + t) * head_dim)
-                            for f in range(0, features.count, 4):
-                                rows = next_4(f, features.count - 1, 0)
+                            for f in range(0, features.dim, 4):
+                                rows = next_4(f, features.dim - 1, 0)
                                 to_key = Neighbors(sums.features.weighted, rows, width, h * head_dim)
                                 gather_dot(of_edge, f, four[h, t], slopes_j, to_key, head_dim)
-                        place_of_edge = (batch * dscores.shape[1] + numbers[t]) * features.count
-                        for f in range(features.count):
+                        place_of_edge = (batch * dscores.shape[1] + numbers[t]) * features.dim
+                        for f in range(features.dim):
                             sums.features.dvalues[place_of_edge + f] = of_edge[f]
 
     return backward_units
-
-
-class EdgeFeatures(NamedTuple):
-    """e (B or 1, E, F) in edge_index order, and K (H, D, F)."""
-
-    values: Tensor
-    to_key: Tensor
 
 
 def products(
@@ -229,13 +221,13 @@ def products(
     negative_slope: float,
     lse: Tensor | None = None,
     by_head: bool = True,
-    features: EdgeFeatures | None = None,
+    features: EdgeTerms | None = None,
 ) -> Tensor:
     """q (B, H, N, D), k (B, Hkv, M, D), weight (H, D) → the score of each edge: (B, H, E), in edge_index order.
 
     activation "": scale · q_i · k_j, and weight is None; "tanh", "leaky_relu" or "relu": scale · Σ_d weight_d ·
-    activation(q_id + k_jd), with features of k_j + K e_ij. float32 or float64. With lse (B, H, N), finite: exp(score -
-    lse) of its query.
+    activation(q_id + k_jd), where the features of the edges may add K e_ij to k_j. float32 or float64. With lse (B, H,
+    N), finite: exp(score - lse) of its query.
 
     By head, they lie in memory as they are told; else as (B, E, H), for what reads those of all heads at once.
     """
@@ -244,10 +236,9 @@ def products(
     E = len(adjacency.neighbor)
     scores = empty(B, H, E, like=q).transpose(1, 2) if by_head else empty(B, E, H, like=q)
     of_queries = q.new_empty(0, 0) if lse is None else nodes_first(lse[..., None]).to(q.dtype).flatten(2).flatten(0, 1)
-    pairs, edges = _pairs(x, y, weight), edges_of(adjacency)
+    pairs, edges, of_edges = _pairs(x, y, weight), edges_of(adjacency), _features(features, x)
     rule, factor, stored = _activation(activation, negative_slope, q), scalar(scale, q), scores.numpy()
     kernel, ranges = _forward_kernel(head_dim), unit_ranges(len(adjacency.units))
-    of_edges = _features(features, q)
     kernel((len(ranges) - 1) * B, ranges, B, pairs, of_edges, edges, rule, factor, of_queries.numpy(), stored)
     return scores.transpose(1, 2)
 
@@ -261,12 +252,12 @@ def products_backward(
     scale: float,
     activation: str,
     negative_slope: float,
-    features: EdgeFeatures | None = None,
+    features: EdgeTerms | None = None,
     needs: tuple[bool, bool] = (True, True),
 ) -> tuple[Tensor | None, ...]:
-    """dproducts (B, H, E) → dq, dk and, of an activation, dweight; of features, those of values and to_key besides.
+    """dproducts (B, H, E) → dq, dk and, of an activation, dweight; of features, dvalues and dto_key too.
 
-    Of the last two, those that are needed.
+    `needs` says which of the last two are needed; the other one is None.
     """
     H, Hkv = q.shape[1], k.shape[1]
     x, y = nodes_first(q), _of_query_heads(k, H)
@@ -290,67 +281,71 @@ class _Backward(NamedTuple):
     weight: Tensor | None
     activation: Activation
     scale: float
-    features: EdgeFeatures | None
+    features: EdgeTerms | None
     needs: tuple[bool, bool]
 
     def of_nodes(self, x: Tensor, y: Tensor, adjacency: Adjacency, of_queries: bool) -> tuple[Tensor, Sums]:
-        """scale · Σ_j dproduct · (y_j, or activation'), (B, nodes, H, D), and what else queries sum up."""
+        """scale · Σ_j dproduct · (y_j, or activation'), (B, nodes, H, D); and, of queries, what else is summed up."""
         (B, n, H, D), units = x.shape, len(adjacency.units)
         dx, piece_dx = zeros(B, n, H, D, like=x), x.new_zeros(B, adjacency.num_pieces, H, D)
         dweight = x.new_zeros(B, units, H, D) if of_queries and self.weight is not None else x.new_zeros(0, 0, H, D)
         edges, pairs, dscores = edges_of(adjacency), _pairs(x, y, self.weight), self.dproducts.to(x.dtype).numpy()
-        ranges = unit_ranges(units, None if self.features is None else SUMS)
-        jobs, factor = (len(ranges) - 1) * B, scalar(self.scale, x)
-        of_features = self._feature_sums(x, jobs) if of_queries else _no_sums(x)
-        sums = Sums(*flat_nodes(dx, piece_dx, dweight), adjacency.num_pieces, of_features)
-        kernel, given = _backward_kernel(D), _features(self.features, x)
+        ranges = unit_ranges(units, max(1, SUMS // max(1, B)) if of_queries and self.features is not None else None)
+        jobs, factor, of_edges = (len(ranges) - 1) * B, scalar(self.scale, x), _features(self.features, x)
+        sums = Sums(
+            *flat_nodes(dx, piece_dx, dweight), adjacency.num_pieces, self._feature_sums(x, jobs if of_queries else 0)
+        )
+        kernel = _backward_kernel(D)
 
-        kernel(jobs, ranges, B, pairs, given, edges, self.activation, factor, dscores, sums)
+        kernel(jobs, ranges, B, pairs, of_edges, edges, self.activation, factor, dscores, sums)
         if adjacency.num_pieces:
             sum_pieces(adjacency.pieces.numpy(), dx.numpy(), piece_dx.numpy())
         return dx, sums
 
     def _feature_sums(self, x: Tensor, jobs: int) -> FeatureSums:
-        """Those that are needed, for x (B, nodes, H, D)."""
-        found = _no_sums(x)
-        if self.features is None or self.weight is None:
-            return found
-        (H, D, F), E = self.features.to_key.shape, self.features.values.shape[1]
-        if self.needs[0]:
-            weighted = _by_feature(self.features.to_key.detach() * self.weight.detach()[..., None], x)
-            found = found._replace(dvalues=zeros(len(x) * E * F, like=x).numpy(), weighted=weighted)
-        return found._replace(dto_key=zeros(jobs * F * H * D, like=x).numpy()) if self.needs[1] else found
+        """Those that are needed, for x (B, nodes, H, D), made by so many jobs."""
+        dvalues = weighted = dto_key = x.new_empty(0).numpy()
+        if self.features is not None and jobs:
+            (_, E, F), (_, _, H, D) = self.features.values.shape, x.shape
+            if self.needs[0]:
+                dvalues = zeros(len(x) * E * F, like=x).numpy()
+                weighted = _by_feature(self.features, x, self.weight)
+            if self.needs[1]:
+                dto_key = zeros(jobs * F * H * D, like=x).numpy()
+        return FeatureSums(dvalues, weighted, dto_key)
 
     def of_features(self, sums: FeatureSums) -> tuple[Tensor | None, Tensor | None]:
-        """The gradients of values and to_key, of those that are needed."""
-        assert self.features is not None and self.weight is not None
-        (values, to_key), dvalues, dto_key = self.features, None, None
+        """dvalues and dto_key, where they are needed."""
+        assert self.features is not None
+        assert self.features.to_key is not None
+        assert self.weight is not None  # of dot products, rows know the features
+        (_, E, F), (Hkv, D, _), H = self.features.values.shape, self.features.to_key.shape, len(self.weight)
+        dvalues = dto_key = None
         if self.needs[0]:
-            dvalues = torch.from_numpy(sums.dvalues).view(-1, *values.shape[1:]).sum_to_size(values.shape)
+            dvalues = (
+                torch.from_numpy(sums.dvalues).view(len(self.dproducts), E, F).sum_to_size(self.features.values.shape)
+            )
         if self.needs[1]:
-            H, D, F = to_key.shape
-            summed = sums.dto_key.reshape(-1, F, H, D).sum(0, dtype=np.float64)
-            dto_key = torch.from_numpy(summed).to(self.weight.dtype).permute(1, 2, 0) * self.weight.detach()[..., None]
+            summed = torch.from_numpy(sums.dto_key.reshape(-1, F, H, D).sum(0, dtype=np.float64))
+            by_head = (summed * self.weight.detach()).permute(1, 2, 0)
+            dto_key = by_head.unflatten(0, (Hkv, H // Hkv)).sum(1).to(self.weight.dtype)
         return dvalues, dto_key
 
 
-def _no_sums(x: Tensor) -> FeatureSums:
-    """Where no gradients of features are needed."""
-    return FeatureSums(*(x.new_empty(0).numpy() for _ in FeatureSums._fields))
-
-
-def _features(features: EdgeFeatures | None, x: Tensor) -> Features:
-    """As the kernels take them, in the dtype of x."""
+def _features(features: EdgeTerms | None, x: Tensor) -> Features:
+    """As the kernels take them, for x (B, nodes, H, D)."""
     if features is None:
         return Features(x.new_empty(0).numpy(), x.new_empty(0).numpy(), 0, 0)
     B, E, F = features.values.shape
-    values = features.values.detach().to(x.dtype).flatten().numpy()
-    return Features(values, _by_feature(features.to_key.detach(), x), F, E if B > 1 else 0)
+    return Features(features.values.detach().to(x.dtype).flatten().numpy(), _by_feature(features, x), F, E * (B > 1))
 
 
-def _by_feature(to_key: Tensor, x: Tensor) -> np.ndarray:
-    """to_key (H, D, F) as a flat (F, H, D), in the dtype of x."""
-    return to_key.to(x.dtype).permute(2, 0, 1).flatten().numpy()
+def _by_feature(features: EdgeTerms, x: Tensor, weight: Tensor | None = None) -> np.ndarray:
+    """K, or its product with the weight, as (F, H, D), flat."""
+    assert features.to_key is not None
+    to_key = features.to_key.detach().to(x.dtype)
+    of_heads = to_key.repeat_interleave(x.shape[2] // len(to_key), 0).permute(2, 0, 1)
+    return (of_heads if weight is None else of_heads * weight.detach()).flatten().numpy()
 
 
 def _of_query_heads(k: Tensor, heads: int) -> Tensor:

@@ -16,7 +16,7 @@ Graphs      Full Empty Identity Causal Window Prefix Global Strided Chunks Rando
             how to add one
 In and out  from_ and to_: edge_index, networkx, scipy_sparse_matrix, dense, function, block_mask; parse, parse_list
             knn_graph, radius_graph: of points; collate: samples with graphs of their own as a batch of a DataLoader
-Attention   attend, with the biases Alibi, RelativeBias, EdgeBias,
+Attention   attend, with the biases Alibi, RelativeBias, EdgeBias, with EdgeFeatures,
             and the scores Additive, SoftCap, LeakyReLU, Temperature
 Plans       plan, Plan, Costs, calibrate: how it runs; compare: beside others; cache: what is kept
 Modules     nn (Attention, Transformer), models (GPT, Encoder, EncoderDecoder, ViT, DecisionTransformer);
@@ -33,6 +33,7 @@ from attngraph import nn as nn
 from attngraph.attention import attend
 from attngraph.bias import Alibi, EdgeBias, RelativeBias
 from attngraph.comparison import Comparison, compare
+from attngraph.edge_features import EdgeFeatures
 from attngraph.generation.decoding import generate, stream
 from attngraph.generation.kv_cache import KVCache
 from attngraph.generation.speculative import speculate
@@ -93,6 +94,7 @@ __all__ = [
     "Disjoint",
     "Documents",
     "EdgeBias",
+    "EdgeFeatures",
     "EdgeList",
     "Empty",
     "Full",

@@ -14,6 +14,7 @@ from torch.autograd import forward_ad
 from attngraph import cache
 from attngraph.arguments import checked, shown
 from attngraph.bias import Bias, DenseBias, kind_of, placed
+from attngraph.edge_features import EdgeFeatures, check_features, edge_terms
 from attngraph.graph.algebra import Empty
 from attngraph.graph.base import Graph
 from attngraph.graph.dynamic import Folded, may_fold, settled
@@ -56,6 +57,7 @@ class _Options(TypedDict, total=False):
     normalize: Normalizer
     sinks: Tensor | None
     reduce: Reduction | None
+    edge_features: EdgeFeatures | None
     backend: str
 
 
@@ -92,6 +94,7 @@ def attend(
     score: Score = "dot",
     normalize: Normalizer = "softmax",
     sinks: Tensor | None = None,
+    edge_features: EdgeFeatures | None = None,
     backend: str = "auto",
     return_lse: bool = False,
     return_weights: bool = False,
@@ -124,6 +127,8 @@ def attend(
             (B, H, E), which may have numbers for each head, (H, 1).
         sinks: a logit for each head (H,), which takes weight and gives no value: w_i = softmax_j over the scores and
             it (gpt-oss, Xiao et al. 2024). Differentiable. `return_lse` includes it.
+        edge_features: `EdgeFeatures`, which are added to the key and the value of each edge by linear maps: k_ij = k_j
+            + K e_ij, v_ij = v_j + V e_ij. Differentiable; no vectors of all edges and heads are made.
         backend: "auto", "reference", "edges", "dense", "tiles", "rows" or "steps". What it can't do is an error.
         return_lse: also return log Σ_j exp(score_ij) (B, H, N), -inf where a query hears nobody. Differentiable.
         return_weights: also return w before dropout, (B, H, E) in `edge_index` order.
@@ -146,7 +151,8 @@ def attend(
         TypeError: an argument of the wrong kind.
     """
     kind = None
-    if bias is attention_mask is generator is sinks is reduce is None and return_lse is return_weights is False:
+    plain = bias is attention_mask is generator is sinks is reduce is edge_features is None
+    if plain and return_lse is return_weights is False:
         kind = _kind(q, k, v, graph, scale, dropout_p, score, normalize, backend)
         if kind is not None and (known := cache.CALLS.get(kind)) is not None:
             call, request = known
@@ -162,7 +168,7 @@ def attend(
     if isinstance(graph, Graph) and graph._unresolved and isinstance(q, Tensor) and not len(q):
         graph = Empty()  # nobody is there to choose
     if isinstance(graph, Graph) and graph._unresolved:
-        of_all_heads = bias is None and not return_weights and _is_same_for_heads(score, normalize)
+        of_all_heads = bias is edge_features is None and not return_weights and _is_same_for_heads(score, normalize)
         of_all_heads = of_all_heads and (scale is None or (isinstance(scale, Real) and scale > 0))  # else q is turned
         sizes = [side.shape[2] for side in (q, k) if isinstance(side, Tensor) and side.ndim == 4]
         if len(sizes) == 2 and backend == "auto" and not torch.compiler.is_compiling():
@@ -173,6 +179,8 @@ def attend(
     if batch is not None:
         q, k, v, attention_mask, added = _packed(q, k, v, attention_mask, added, graph)
     _check(q, k, v, graph, added, attention_mask, scale, score, normalize, dropout_p, generator, sinks)
+    if edge_features is not None:
+        check_features(edge_features, q, k, v)
     if not (type(backend) is str and type(return_lse) is bool and type(return_weights) is bool):
         backend, return_lse, return_weights = _options(backend, return_lse, return_weights)
     _check_returned(normalize, sinks, return_lse, return_weights, reduce)
@@ -183,9 +191,13 @@ def attend(
         q, factor = _signed(q, factor)
     if added is not None:
         added = placed(added, graph.graph if isinstance(graph, Plan) else graph, q, k)
+    terms = None
+    if edge_features is not None:
+        terms = edge_terms(edge_features, graph.graph if isinstance(graph, Plan) else graph, q, k)
     dropout = None if dropout_p == 0 else Dropout(float(dropout_p), _seed(q, generator))
     needs_lse = return_lse or sinks is not None or (return_weights and normalize == "softmax")
-    request = Request(factor, score, normalize, dropout, needs_lse, return_weights and reduce is None, attention_mask)
+    makes_weights = return_weights and reduce is None
+    request = Request(factor, score, normalize, dropout, needs_lse, makes_weights, attention_mask, terms)
     call = _call(q, k, v, added, request)
     if kind is not None and dropout is None and batch is None and not (unbatched or is_turned):
         cache.CALLS.keep(kind, (call, request))
@@ -306,7 +318,8 @@ def _call(q: Tensor, k: Tensor, v: Tensor, bias: Bias | None, request: Request) 
     return Call(
         n, m, heads, kv_heads, dim, value_dim, q.dtype, q.device, kind_of(bias), score_name(request.score),
         normalizer_name(request.normalize), request.attention_mask is not None, request.dropout is not None,
-        request.return_weights, _transform(q, k, v), _is_traced(q), return_lse=request.return_lse,
+        request.return_weights, _transform(q, k, v), _is_traced(q), key_features=request.key_features,
+        value_features=request.value_features, return_lse=request.return_lse,
     )  # fmt: skip
 
 

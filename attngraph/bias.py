@@ -175,13 +175,8 @@ class EdgeBias:
 
         Raises ValueError for an edge that is given twice, and for values that are not one for each edge.
         """
-        given = edges if isinstance(edges, EdgeList) else of_edge_index(edges, None)
+        given = given_once(edges)
         count = given.position.shape[0]
-        if count != given.code.shape[0]:
-            raise ValueError(
-                f"values must be of edges that are each given once (got {count} columns for {given.code.shape[0]} "
-                f"edges): torch_geometric.utils.coalesce(edge_index, values, reduce='sum') makes them one"
-            )
         if not values.is_floating_point():
             raise TypeError(f"values must be floating-point numbers (got {values.dtype})")
         if not 1 <= values.ndim <= 3 or values.shape[-1] != count:
@@ -206,6 +201,18 @@ class EdgeBias:
         if edge is None or self.edges != "sorted":
             raise TypeError("EdgeBias must know the numbers of the edges it is asked for, in edge_index order")
         return self.values[..., edge]
+
+
+def given_once(edges: Tensor | Sequence[Sequence[int]] | EdgeList) -> EdgeList:
+    """The edges of which values are given, if each is there once."""
+    given = edges if isinstance(edges, EdgeList) else of_edge_index(edges, None)
+    if given.position.shape[0] != given.code.shape[0]:
+        raise ValueError(
+            f"values must be of edges that are each given once (got {given.position.shape[0]} columns for "
+            f"{given.code.shape[0]} edges): torch_geometric.utils.coalesce(edge_index, values, reduce='sum') makes "
+            f"them one"
+        )
+    return given
 
 
 @dataclass(frozen=True, eq=False)
@@ -320,7 +327,7 @@ def aligned(bias: EdgeBias, graph: Graph, q: Tensor, k: Tensor) -> EdgeBias:
     values, fill = bias.values, bias.fill
     self_loops = fill if bias.self_loops is None else bias.self_loops
     order = given.order.to(values.device)
-    place = columns(graph, q.shape[2], k.shape[2], given, q, fill is not None, self_loops is not None)
+    place = columns(graph, q.shape[2], k.shape[2], given, q, fill is not None, self_loops is not None, "EdgeBias")
     if self_loops is not None:  # two columns more, for what has no value
         count = values.shape[-1]
         order, values = torch.cat([order, order.new_tensor([count, count + 1])]), pad(values, (0, 2))

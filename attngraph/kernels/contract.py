@@ -60,7 +60,8 @@ class EdgeTerms(NamedTuple):
 
     def to(self, dtype: torch.dtype) -> EdgeTerms:
         """In another precision."""
-        return EdgeTerms(*(side if side is None else side.to(dtype) for side in self))
+        to_key, to_value = (side if side is None else side.to(dtype) for side in (self.to_key, self.to_value))
+        return EdgeTerms(self.values.to(dtype), to_key, to_value)
 
     def over_pairs(self, mask: Tensor) -> EdgeTerms:
         """With values (B or 1, N, M, F), those of the edges where the mask (N, M) is True."""

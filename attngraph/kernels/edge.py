@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from attngraph.kernels.contract import Dropout
+from attngraph.kernels.contract import Dropout, EdgeTerms
 from attngraph.kernels.dropout import keep_factor, kept
 from attngraph.kernels.scoring import Elementwise, Score, normalizer, parts_of
 
@@ -34,22 +34,33 @@ def _like(found: object, shape: tuple[int, ...], wanted: str) -> Tensor:
 CHUNK_NUMBERS = 1 << 23  # of the vectors of those edges that are gathered at a time
 
 
-def streamed(score: Callable[[Tensor, Tensor], Tensor], q: Tensor, k: Tensor, query: Tensor, key: Tensor) -> Tensor:
-    """score(q_i, k_j) of each edge, (B, H, E), over a part of the edges at a time; the backward pass runs them again.
+def streamed(
+    score: Callable[[Tensor, Tensor], Tensor],
+    q: Tensor,
+    k: Tensor,
+    query: Tensor,
+    key: Tensor,
+    features: EdgeTerms | None = None,
+) -> Tensor:
+    """score(q_i, k_ij) of each edge, (B, H, E), over a part of the edges at a time; the backward pass runs them again.
 
     A program that is being compiled takes all edges at once, and its compiler sees to the memory.
     """
     group, edges = q.shape[1] // k.shape[1], query.shape[0]
 
-    def of_part(q: Tensor, k: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return scores_by(score, q[:, :, query], k[:, :, key].repeat_interleave(group, dim=1))
+    def of_part(q: Tensor, k: Tensor, query: Tensor, key: Tensor, part: slice) -> Tensor:
+        k_j = k[:, :, key]
+        if features is not None:
+            k_j = features.added_to(k_j, features.to_key, part).to(k.dtype)
+        return scores_by(score, q[:, :, query], k_j.repeat_interleave(group, dim=1))
 
     if torch.compiler.is_compiling():
-        return of_part(q, k, query, key)
+        return of_part(q, k, query, key, slice(None))
     step = max(1, CHUNK_NUMBERS // max(1, q.shape[0] * q.shape[1] * q.shape[3]))
     if edges <= step:
-        return of_part(q, k, query, key)
-    parts = zip(query.split(step), key.split(step), strict=True)
+        return of_part(q, k, query, key, slice(None))
+    slices = [slice(first, first + step) for first in range(0, edges, step)]
+    parts = zip(query.split(step), key.split(step), slices, strict=True)
     return torch.cat([checkpoint(of_part, q, k, *part, use_reentrant=False) for part in parts], -1)  # type: ignore
 
 
@@ -67,6 +78,7 @@ def edges(
     dropout: Dropout | None,
     score: Score,
     normalize: str | Elementwise,
+    features: EdgeTerms | None,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """q (B, H, N, D), k and v (B, Hkv, M, ·), edges (E,), member (H | 0, E), bias (…, E) → out, lse, weights (B, H, E).
 
@@ -76,8 +88,10 @@ def edges(
     dtype = torch.promote_types(q.dtype, torch.float32)
     group = q.shape[1] // k.shape[1]
     q_i = q.to(dtype)[:, :, query]  # (B, H, E, D)
-    k_j = k.to(dtype)[:, :, key].repeat_interleave(group, dim=1)
-    v_j = v.to(dtype)[:, :, key].repeat_interleave(group, dim=1)
+    k_j, v_j = k.to(dtype)[:, :, key], v.to(dtype)[:, :, key]
+    if features is not None:
+        k_j, v_j = features.added_to(k_j, features.to_key), features.added_to(v_j, features.to_value)
+    k_j, v_j = k_j.repeat_interleave(group, dim=1), v_j.repeat_interleave(group, dim=1)
     parts, heads = parts_of(score), torch.arange(q.shape[1], device=q.device)[:, None]
     scores = scores_by(parts.function, q_i, k_j) * scale
     if bias is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from attngraph.kernels.contract import Dropout, GraphMask, PairBias
+from attngraph.kernels.contract import Dropout, EdgeTerms, GraphMask, PairBias
 from attngraph.kernels.dropout import keep_factor, kept
 from attngraph.kernels.scoring import Elementwise, Score, normalizer, parts_of
 
@@ -33,6 +33,7 @@ def reference(
     dropout: Dropout | None,
     score: Score,
     normalize: str | Elementwise,
+    features: EdgeTerms | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Every node holds a query, a key and a value; each query node collects from the key nodes that it hears.
 
@@ -40,14 +41,20 @@ def reference(
     lse (B, H, N), weights (B, H, N, M), in float64.
     """
     parts, weights_of = parts_of(score), softmax if normalize == "softmax" else normalizer(normalize)
-    q, k, v = (x.double().repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (q, k, v))
-    (B, H, N, D), M = q.shape, k.shape[2]
+    (B, H, N, D), M, group = q.shape, k.shape[2], q.shape[1] // k.shape[1]
+    q, k, v = q.double(), k.double(), v.double()
     out, lse, weights = v.new_zeros(B, H, N, v.shape[3]), q.new_full((B, H, N), -torch.inf), q.new_zeros(B, H, N, M)
     adjacency = graph.mask(N, M, q.device).expand(H, N, M)
     edge = adjacency.any(0).flatten().cumsum(0).view(N, M) - 1  # its number in edge_index order
+    if features is not None:
+        features = features.to(torch.float64).over_pairs(adjacency.any(0))
 
     for i in range(N):
-        scores = parts.function(q[:, :, [i]].expand(B, H, M, D), k) * scale  # every key answers the query of node i
+        k_i, v_i = k, v
+        if features is not None:
+            k_i, v_i = features.added_to(k, features.to_key, i), features.added_to(v, features.to_value, i)
+        k_i, v_i = k_i.repeat_interleave(group, dim=1), v_i.repeat_interleave(group, dim=1)
+        scores = parts.function(q[:, :, [i]].expand(B, H, M, D), k_i) * scale  # every key answers the query of node i
         for h in range(H):
             j = adjacency[h, i].nonzero()[:, 0]  # but it hears only its in-neighbours; with none, all sums are empty
             s = scores[:, h, j]
@@ -64,5 +71,5 @@ def reference(
             if dropout is not None:
                 batch = torch.arange(B, device=q.device)[:, None]
                 p = p * kept(dropout, batch, j.new_tensor(h), j.new_tensor(i), j) * keep_factor(dropout.p)
-            out[:, h, i] = (p[..., None] * v[:, h, j]).sum(1)
+            out[:, h, i] = (p[..., None] * v_i[:, h, j]).sum(1)
     return out, lse, weights

@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from attngraph.kernels.contract import BiasKind, Dropout
+from attngraph.kernels.contract import BiasKind, Dropout, EdgeTerms
 from attngraph.kernels.scoring import ANY_FUNCTION, NORMALIZER_NAMES, Elementwise, Score, ScoreParts, parts_of
 
 Transform = Literal["torch.func", "forward-mode"]
@@ -42,6 +42,10 @@ class Call(NamedTuple):
     """Whether torch.compile traces the call, or its tensors have no numbers."""
     part: bool = False
     """Whether the backend runs some of the edges or heads, beside others."""
+    key_features: int = 0
+    """The dimension of the features of edges that are added to keys; 0 where there are none."""
+    value_features: int = 0
+    """The same of values."""
     return_lse: bool = False
     """The last, as one plan serves both."""
 
@@ -53,13 +57,20 @@ class Call(NamedTuple):
     @property
     def mean_dim(self) -> float:
         """The dimension for which costs are known, as those of vectors whose keys and values have one dimension."""
-        return (self.head_dim + self.value_dim) / 2
+        return (self.head_dim + self.key_features + self.value_dim + self.value_features) / 2
+
+    @property
+    def edge_features(self) -> bool:
+        """Whether edges have features."""
+        return bool(self.key_features or self.value_features)
 
     @property
     def after_scores(self) -> Call:
         """What is left once the scores of the edges are made, or their weights by a function: see `planning.steps`."""
         normalize = "none" if self.normalize == ANY_FUNCTION else self.normalize
-        return self._replace(head_dim=0, bias="edge", score="dot", normalize=normalize, return_weights=False)
+        return self._replace(
+            head_dim=0, key_features=0, bias="edge", score="dot", normalize=normalize, return_weights=False
+        )
 
 
 class Request(NamedTuple):
@@ -73,11 +84,22 @@ class Request(NamedTuple):
     return_weights: bool = False
     attention_mask: Tensor | None = None
     """bool (B, M): False for keys that nobody hears."""
+    edge_features: EdgeTerms | None = None
 
     @property
     def parts(self) -> ScoreParts:
         """The score taken apart."""
         return parts_of(self.score)
+
+    @property
+    def key_features(self) -> int:
+        """As in a `Call`."""
+        return 0 if self.edge_features is None else self.edge_features.key_dim
+
+    @property
+    def value_features(self) -> int:
+        """The same of values."""
+        return 0 if self.edge_features is None else self.edge_features.value_dim
 
     @property
     def generic(self) -> dict:
@@ -88,6 +110,7 @@ class Request(NamedTuple):
             "score": self.score,
             "normalize": self.normalize,
             "dropout": self.dropout,
+            "features": self.edge_features,
         }
 
 

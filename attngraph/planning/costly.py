@@ -19,7 +19,8 @@ LEAST_SECONDS = 0.02  # below, a call costs too little to speak of
 
 def plain_call(call: Call) -> Call:
     """The same without what costs more."""
-    return call._replace(score="dot", normalize="softmax", dropout=False, return_weights=False, transform=None)
+    plain = call._replace(score="dot", normalize="softmax", dropout=False, return_weights=False, transform=None)
+    return plain._replace(key_features=0, value_features=0)
 
 
 def warn_if_costly(plan: Plan, plain_seconds: Callable[[], float]) -> None:

@@ -35,7 +35,7 @@ from attngraph.kernels.scoring import (
 )
 from attngraph.planning import backends, explain
 from attngraph.planning.backends import BACKENDS, Backend, kernel_for
-from attngraph.planning.backends.base import only_fused_attention
+from attngraph.planning.backends.base import NO_EDGE_FEATURES, only_fused_attention
 from attngraph.planning.call import Call, normalizer_name
 from attngraph.planning.candidates import Choice, Part, groups_of_heads, heads_may_part, seconds_of
 from attngraph.planning.costly import plain_call, warn_if_costly
@@ -191,6 +191,7 @@ def plan(
     score: Score = "dot",
     normalize: str | Elementwise = "softmax",
     return_weights: bool = False,
+    edge_features: int = 0,
     reorder: bool | None = None,
     costs: Costs | None = None,
 ) -> Plan:
@@ -209,6 +210,7 @@ def plan(
         dropout: whether weights will be dropped.
         score, normalize: as in `attend`; "a function" stands for one of your own.
         return_weights: whether weights will be asked for.
+        edge_features: the F of the `EdgeFeatures` that edges will have, or 0.
         reorder: whether the nodes of an EdgeList may be put into another order, so that its edges lie closer together;
             None is where it pays (SciPy's reverse Cuthill–McKee).
         costs: how fast the machine is; by default see `Costs.here`.
@@ -221,14 +223,14 @@ def plan(
         MemoryError: layouts that need more memory than there is, before they are made.
     """
     require_ints(1, heads=heads)
-    require_ints(0, head_dim=head_dim)
+    require_ints(0, head_dim=head_dim, edge_features=edge_features)
     if not dtype.is_floating_point:
         raise TypeError(f"dtype of a plan must be a floating-point torch.dtype (got {dtype!r})")
     _, n, m = at_size(graph, n, m)
     call = Call(
         n, m, heads, heads, head_dim, head_dim, dtype, _definite(torch.device(device)), bias,
         score=_name("score", score), normalize=_name("normalize", normalize), padding=padding, dropout=dropout,
-        return_weights=return_weights,
+        return_weights=return_weights, key_features=edge_features, value_features=edge_features,
     )  # fmt: skip
     if not graph._unresolved:
         return _made(graph, call, backend, reorder, costs)
@@ -283,7 +285,8 @@ def without_plan(graph: Graph | Plan, call: Call, name: str) -> Backend | None:
 def traced(graph: Graph | Plan, call: Call, name: str) -> Backend | None:
     """The backend of a call that is being compiled, where sizes are symbols; None: an operator that looks up a plan."""
     if isinstance(graph, Plan):
-        reason = only_fused_attention(call) or (None if name == "auto" else "it has chosen its backends")
+        reason = only_fused_attention(call) or (NO_EDGE_FEATURES if call.edge_features else None)
+        reason = reason or (None if name == "auto" else "it has chosen its backends")
         if reason is not None:
             raise ValueError(f"a plan can't run this call in a compiled program ({reason}); the graph itself can")
         if not torch.compiler.is_compiling():  # else when the program runs
@@ -339,6 +342,9 @@ def fitted(plan: Plan, call: Call, name: str = "auto") -> Plan:
     if call.bias not in (None, plan.call.bias):
         made = f"the plan was made for bias={plan.call.bias!r}"
         raise ValueError(f"{made} (got one of kind {call.bias!r}): plan(…, bias={call.bias!r})")
+    if call.edge_features and not plan.call.edge_features:
+        F = max(call.key_features, call.value_features)
+        raise ValueError(f"the plan was made for edges without features: plan(…, edge_features={F})")
     if name != "auto":
         raise ValueError(f"a plan has chosen its backends: leave out backend={name!r}, or plan(…, backend={name!r})")
     plan.require_unchanged()
@@ -406,7 +412,7 @@ def _made(graph: Graph, call: Call, name: str, reorder: bool | None = None, cost
         parts, candidates, notes = [], {}, []
         for choice, (_, heads) in zip(choices, groups, strict=True):
             numbers = None
-            if heads is not None and call.bias == "edge":
+            if heads is not None and (call.bias == "edge" or call.edge_features):
                 numbers = edges_of_heads(graph, n, m, torch.device("cpu")).member[heads[0]].nonzero()[:, 0]
             parts += [replace(part, heads=heads, edge_numbers=numbers) for part in choice.parts()]
             notes += [note for note in choice.notes if note not in notes]

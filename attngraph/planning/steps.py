@@ -18,11 +18,13 @@ from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from attngraph.bias import Alibi, Bias, DenseBias, EdgeBias, RelativeBias, Shifted, over_edges
+from attngraph.edge_features import check_edge_terms
 from attngraph.graph.base import Graph
 from attngraph.graph.text import pack, unpack
+from attngraph.kernels.contract import EdgeTerms
 from attngraph.kernels.edge import streamed, weights_by
 from attngraph.kernels.memory import apart
-from attngraph.kernels.scoring import Additive, dot
+from attngraph.kernels.scoring import PAIR_FUNCTIONS, Additive, dot
 from attngraph.planning.backends import makes_products, products_of, products_of_tiles
 from attngraph.planning.backends.base import Results
 from attngraph.planning.call import Request
@@ -50,7 +52,7 @@ def in_steps(
     edges = edges_of_heads(_own(graph), q.shape[2], k.shape[2], q.device)
     by_head = not isinstance(graph, Plan) or graph.reads_by_head
     given, weights = edge_scores(q, k, edges, graph, bias, request, by_head=by_head), None
-    own = request._replace(scale=1.0, score="dot", return_weights=False)
+    own = request._replace(scale=1.0, score="dot", return_weights=False, edge_features=_of_values(request))
     if not isinstance(request.normalize, str):
         given = weights = _where_heard(weights_by(request.normalize, given), edges, request)
         own = own._replace(normalize="none")
@@ -74,6 +76,12 @@ def edge_weights(
     return _weights(q, k, lse, edges, graph, bias, request).to(q.dtype)
 
 
+def _of_values(request: Request) -> EdgeTerms | None:
+    """The features of edges that are left once their scores are made."""
+    features = request.edge_features
+    return None if features is None or features.to_value is None else features._replace(to_key=None)
+
+
 def _own(graph: Graph | Plan) -> Graph:
     """The graph itself, or that of a plan."""
     return graph.graph if isinstance(graph, Plan) else graph
@@ -90,7 +98,7 @@ def _weights(
     heads: Tensor | None = None,
 ) -> Tensor:
     """As `edge_weights`, in at least float32; `heads` as in `edge_scores`."""
-    plain = bias is None and request.score == "dot" and request.normalize == "softmax"
+    plain = bias is None and request.score == "dot" and request.normalize == "softmax" and not request.key_features
     if plain and lse is not None and _has_kernel(q, k):  # in one pass
         known = lse.masked_fill(lse == -torch.inf, 0)
         weights = _Products.apply(q, k, None, known, "", 0.0, float(request.scale), _dots(q, k, graph), edges, True)
@@ -111,7 +119,7 @@ def reduced_weights(
     """
     n, m, heads, group = q.shape[2], k.shape[2], q.shape[1], q.shape[1] // k.shape[1]
     edges = edges_of_heads(_own(graph), n, m, q.device)
-    apart_by_head = request.parts.pair == "dot" and _own(graph).heads is None
+    apart_by_head = request.parts.pair == "dot" and _own(graph).heads is None and not request.key_features
 
     def of_heads(q: Tensor, k: Tensor, lse: Tensor | None, bias: Bias | None, first: Tensor) -> Tensor:
         weights = _weights(q, k, lse, edges, graph, bias, request, first)
@@ -228,7 +236,12 @@ def edge_scores(
     pair, transforms = request.parts
     exact = torch.promote_types(q.dtype, torch.float32)
     with torch.autocast(q.device.type, enabled=False):
-        scores = _pair_scores(pair, q, k, edges, graph, request.scale, by_head).to(exact)
+        if (features := request.edge_features) is not None and features.to_key is not None:
+            check_edge_terms(features, len(edges.query))
+            function = PAIR_FUNCTIONS[pair] if isinstance(pair, str) else pair
+            scores = streamed(function, q.to(exact), k.to(exact), edges.query, edges.key, features) * request.scale
+        else:
+            scores = _pair_scores(pair, q, k, edges, graph, request.scale, by_head).to(exact)
         if bias is not None:
             scores = scores + over_edges(bias, q, k, edges.query, edges.key).to(exact)
         heads = torch.arange(q.shape[1], device=q.device)[:, None] if heads is None else heads

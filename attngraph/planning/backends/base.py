@@ -42,6 +42,8 @@ class Backend(ABC):
     """Whether keys may be of dimension 0, so that scores are their bias alone."""
     takes_half: ClassVar[bool] = False
     """Whether it takes bfloat16 and float16 as they are on a CPU, where others are given float32."""
+    takes_edge_features: ClassVar[bool] = False
+    """Whether it adds features of edges to their keys and values."""
     makes_products: ClassVar[bool] = False
     """Whether its layouts are tiles that `kernels.cpu.tiles_products` reads."""
     reads_by_head: ClassVar[bool] = True
@@ -161,6 +163,8 @@ class KernelBackend(Backend):
     def supports(self, call: Call) -> str | None:
         if (reason := only_fused_attention(call)) is not None:
             return reason
+        if call.edge_features and not self.takes_edge_features:
+            return NO_EDGE_FEATURES
         if self.device not in (None, call.device.type):
             return f"it runs on a {'GPU' if self.device == 'cuda' else 'CPU'}, not on {call.device}"
         if self.package is None:
@@ -228,6 +232,7 @@ def width_factor(call: Call) -> float:
 DROPOUT_FACTOR, ELEMENTWISE_FACTOR = 1.25, 1.15
 
 
+NO_EDGE_FEATURES = "it has no edge features"
 INSTALLED = {name: find_spec(name) is not None for name in ("numba", "scipy", "triton")}
 """Which packages that a backend may need are there."""
 INSTALL = {"numba": "'attngraph[cpu]'", "triton": "triton"}  # what to install for each

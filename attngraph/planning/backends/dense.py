@@ -12,7 +12,7 @@ from attngraph.graph.base import Graph
 from attngraph.graph.patterns import Causal
 from attngraph.kernels import dense as kernels
 from attngraph.kernels.contract import Modifiers
-from attngraph.planning.backends.base import Backend, Gradients, Results, width_factor
+from attngraph.planning.backends.base import NO_EDGE_FEATURES, Backend, Gradients, Results, width_factor
 from attngraph.planning.call import Call, Request
 from attngraph.planning.costs import Costs
 from attngraph.planning.edge_set import EdgeSet, closed_form
@@ -37,6 +37,8 @@ class Dense(Backend):
             return f"it has no normalize={call.normalize!r}"
         if call.transform == "forward-mode":
             return "PyTorch's kernels have no forward-mode derivatives"
+        if call.edge_features:
+            return NO_EDGE_FEATURES
         if call.part and call.bias is not None:
             return "it has no bias as one of several parts"
         if call.part and call.padding:

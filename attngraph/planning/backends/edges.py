@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from attngraph.bias import Bias, over_edges
+from attngraph.edge_features import check_edge_terms
 from attngraph.graph.base import Graph
 from attngraph.kernels.contract import Modifiers
 from attngraph.kernels.edge import edges as gathered
@@ -22,6 +23,7 @@ class Edges(Backend):
     """See `kernels.edge`. Every score, normaliser, dropout and transform; memory for E · H · D numbers."""
 
     name = "edges"
+    takes_edge_features = True
 
     def supports(self, call: Call) -> str | None:
         return "it runs all edges at once" if call.part else None
@@ -30,7 +32,7 @@ class Edges(Backend):
         return costs.gather_s_per_call
 
     def estimate(self, edges: EdgeSet, call: Call, costs: Costs) -> float:
-        numbers = 2 * call.head_dim + call.value_dim
+        numbers = 2 * (call.head_dim + call.key_features) + call.value_dim + call.value_features
         per_edge = costs.gather_s_per_edge + costs.gather_s_per_edge_dim * numbers * width_factor(call)
         return edges.count * call.heads * per_edge + costs.gather_s_per_call
 
@@ -49,6 +51,8 @@ class Edges(Backend):
         self, q: Tensor, k: Tensor, v: Tensor, layout: EdgesOfHeads, bias: Bias | None, request: Request
     ) -> Results:
         of_edges = None if bias is None else over_edges(bias, q, k, layout.query, layout.key)
+        if request.edge_features is not None:
+            check_edge_terms(request.edge_features, len(layout.query))
         return gathered(q, k, v, layout.query, layout.key, layout.member, bias=of_edges, **request.generic)
 
     def describe(self, edges: EdgeSet, layout: Any, call: Call) -> str:

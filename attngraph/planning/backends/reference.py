@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from attngraph.bias import Bias, DenseBias, EdgeBias, check_edge_bias, over_pairs
+from attngraph.edge_features import check_edge_terms
 from attngraph.graph.base import Graph, at_size
 from attngraph.graph.listing import count_edges
 from attngraph.kernels.contract import Modifiers
@@ -24,6 +25,7 @@ class Reference(Backend):
     """See `kernels.reference`. Every score, normaliser and bias; all derivatives; memory for all pairs."""
 
     name = "reference"
+    takes_edge_features = True
 
     def supports(self, call: Call) -> str | None:
         if call.part:
@@ -44,6 +46,8 @@ class Reference(Backend):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, layout: Graph, bias: Bias | None, request: Request) -> Results:
         n, m = q.shape[2], k.shape[2]
+        if request.edge_features is not None:
+            check_edge_terms(request.edge_features, count_edges(*at_size(layout, n, m)))
         if isinstance(bias, EdgeBias):
             check_edge_bias(bias, count_edges(*at_size(layout, n, m)), q)
         elif bias is not None:

@@ -21,6 +21,7 @@ class Steps(Backend):
     """See `planning.steps`. Every score and normaliser; memory for E · H numbers."""
 
     name = "steps"
+    takes_edge_features = True
 
     def supports(self, call: Call) -> str | None:
         if call.part:
@@ -36,7 +37,7 @@ class Steps(Backend):
 
     def estimate(self, edges: EdgeSet, call: Call, costs: Costs) -> float:
         numbers = edges.count * call.heads * call.head_dim
-        if call.score != ANY_FUNCTION:  # half of what rows do
+        if call.score != ANY_FUNCTION and not call.key_features:  # half of what rows do
             activations = ACTIVATION_FACTOR * costs.row_s_per_edge_dim * numbers if call.score == "additive" else 0.0
             return rows_seconds(edges, call._replace(value_dim=0), costs) + activations * width_factor(call)
         per_edge = costs.gather_s_per_edge + costs.gather_s_per_edge_dim * 2 * call.head_dim

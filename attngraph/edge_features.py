@@ -141,8 +141,14 @@ def check_edge_terms(terms: EdgeTerms, count: int) -> None:
     """Raise unless there are features for each of so many edges."""
     if torch.compiler.is_compiling():
         torch._check(terms.values.shape[1] == count)
-    elif terms.values.shape[1] != count:
+    else:
+        require_edges(terms.values, count)
+
+
+def require_edges(values: Tensor, count: int) -> None:
+    """Raise unless features (B or 1, E, F) are those of so many edges."""
+    if values.shape[1] != count:
         raise ValueError(
             f"EdgeFeatures must have values for each of the graph's {count} edges, in edge_index order (got "
-            f"{terms.values.shape[1]}); EdgeFeatures.of(edge_index, values, …) takes them in another order"
+            f"{values.shape[1]}); EdgeFeatures.of(edge_index, values, …) takes them in another order"
         )

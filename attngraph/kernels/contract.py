@@ -105,6 +105,32 @@ class Dropout(NamedTuple):
     """int64 (H,), on the device of q: the numbers that the heads at hand have among those of the call. None: 0, 1, …"""
 
 
+class EdgeVectors(NamedTuple):
+    """Vectors e of the edges, the same for all heads, beside their keys and values: these are [k_j ‖ e] and [v_j ‖ e].
+
+    So of keys (B, Hkv, M, D) and values (B, Hkv, M, Dv), q is (B, H, N, D + F) and out (B, H, N, Dv + F).
+    """
+
+    values: Tensor
+    """e, (B or 1, E, F), in edge_index order."""
+    in_keys: bool
+    """Whether they are beside the keys; else q is (B, H, N, D)."""
+    in_values: bool
+    """Whether they are beside the values; else out is (B, H, N, Dv)."""
+    needs_grad: bool = False
+    """Whether a backward pass is asked for their gradient."""
+
+    @property
+    def key_dim(self) -> int:
+        """F, or 0 where they are not beside the keys."""
+        return self.values.shape[2] if self.in_keys else 0
+
+    @property
+    def value_dim(self) -> int:
+        """The same of values."""
+        return self.values.shape[2] if self.in_values else 0
+
+
 class Modifiers(NamedTuple):
     """What is done to the products q · k: they become scores s, weights w, and weights of which some are dropped.
 
@@ -118,11 +144,27 @@ class Modifiers(NamedTuple):
     transform: Transform | None = None
     normalize: Normalizer = "softmax"
     dropout: Dropout | None = None
+    edges: EdgeVectors | None = None
 
     @property
     def is_plain(self) -> bool:
         """Whether nothing but the scale is asked for."""
-        return self[1:] == (None, None, None, "softmax", None)
+        return self[1:] == (None, None, None, "softmax", None, None)
+
+    @property
+    def edge_dims(self) -> tuple[int, int]:
+        """How many numbers of each edge stand beside its key, and beside its value."""
+        return (0, 0) if self.edges is None else (self.edges.key_dim, self.edges.value_dim)
+
+
+class Gradients(NamedTuple):
+    """What a backward pass gives: those of q, k and v, and of the values of a bias and of edges where asked for."""
+
+    dq: Tensor
+    dk: Tensor
+    dv: Tensor
+    dbias: Tensor | None = None
+    dedges: Tensor | None = None
 
 
 # --------------------------------------------------------------------------------------------- of the reference

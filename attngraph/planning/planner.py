@@ -35,7 +35,7 @@ from attngraph.kernels.scoring import (
 )
 from attngraph.planning import backends, explain
 from attngraph.planning.backends import BACKENDS, Backend, kernel_for
-from attngraph.planning.backends.base import NO_EDGE_FEATURES, only_fused_attention
+from attngraph.planning.backends.base import only_fused_attention
 from attngraph.planning.call import Call, normalizer_name
 from attngraph.planning.candidates import Choice, Part, groups_of_heads, heads_may_part, seconds_of
 from attngraph.planning.costly import plain_call, warn_if_costly
@@ -285,8 +285,7 @@ def without_plan(graph: Graph | Plan, call: Call, name: str) -> Backend | None:
 def traced(graph: Graph | Plan, call: Call, name: str) -> Backend | None:
     """The backend of a call that is being compiled, where sizes are symbols; None: an operator that looks up a plan."""
     if isinstance(graph, Plan):
-        reason = only_fused_attention(call) or (NO_EDGE_FEATURES if call.edge_features else None)
-        reason = reason or (None if name == "auto" else "it has chosen its backends")
+        reason = only_fused_attention(call) or (None if name == "auto" else "it has chosen its backends")
         if reason is not None:
             raise ValueError(f"a plan can't run this call in a compiled program ({reason}); the graph itself can")
         if not torch.compiler.is_compiling():  # else when the program runs

@@ -34,6 +34,12 @@ def neighbors_of_4(neighbor, e, last, base):
 
 
 @compiled
+def next_4(e, last, base):
+    """base plus e … e + 3; past the last, the last one again."""
+    return base + e, base + min(e + 1, last), base + min(e + 2, last), base + min(e + 3, last)
+
+
+@compiled
 def max_degree(start, unit):
     """The most edges that a unit takes of one of its nodes."""
     first, stop, begin, end = unit

@@ -163,6 +163,29 @@ def gather_add(typing, acc, weights, neighbors, width):
 
 
 @intrinsic(prefer_literal=True)
+def scatter_add(typing, neighbors, scale, weights, x, width):
+    """neighbors[t, d] += scale · weights[t] · x[d], t < 4, one after the other, d < width.
+
+    neighbors are `Neighbors`, weights and x are a `Vector`; width is a constant.
+    """
+    dtype = x.types[0].dtype
+
+    def generate(context, builder, signature, args):
+        rows, align = _neighbors(context, builder, neighbors, args[0]), dtype.bitwidth // 8
+        first_weight, vector = _vector(context, builder, weights, args[2]), _vector(context, builder, x, args[3])
+        factors = [builder.fmul(args[1], builder.load(builder.gep(first_weight, [SIZE(t)]))) for t in range(4)]
+        for first, part in _parts(dtype, width):
+            side = builder.load(vector_pointer(builder, vector, first, part), align=align)
+            for factor, row in zip(factors, rows, strict=True):
+                target = vector_pointer(builder, row, first, part)
+                total = fma(builder, splat(builder, factor, part), side, builder.load(target, align=align))
+                builder.store(total, target, align=align)
+        return context.get_dummy_value()
+
+    return types.void(neighbors, dtype, weights, x, width), generate
+
+
+@intrinsic(prefer_literal=True)
 def gather_sum(typing, sums, at, x, neighbors, width):
     """sums[at + t · width + d] = x[d] + neighbors[t, d], t < 4, d < width.
 

@@ -19,7 +19,15 @@ import torch
 from torch import Tensor
 
 from attngraph.kernels.contract import Adjacency, CSRLayout, EdgeTerms
-from attngraph.kernels.cpu.csr import edges_of, flat_nodes, neighbors_of_4, nodes_first, sum_pieces, unit_ranges
+from attngraph.kernels.cpu.csr import (
+    edges_of,
+    flat_nodes,
+    neighbors_of_4,
+    next_4,
+    nodes_first,
+    sum_pieces,
+    unit_ranges,
+)
 from attngraph.kernels.cpu.exp import exp
 from attngraph.kernels.cpu.gather import (
     Neighbors,
@@ -83,12 +91,6 @@ class Sums(NamedTuple):
     dweight: np.ndarray  # sums of dscore · activation, (B · units, H, D), or empty
     pieces: int
     features: FeatureSums
-
-
-@compiled
-def next_4(e, last, base):
-    """base plus e … e + 3; past the last, the last one again."""
-    return base + e, base + min(e + 1, last), base + min(e + 2, last), base + min(e + 3, last)
 
 
 @compiled

@@ -5,6 +5,9 @@ Of size E·H, the forward pass stores nothing and the backward pass two numbers:
 for dq, leaves w and ds of each edge to a walk along those of each key, for dk and dv. No two threads add to one number:
 two runs give the same bits. Nodes come first in memory: q is (B, N, H, D). The edges of a node are taken in blocks of
 four, whose scores lie together: (blocks, H, 4).
+
+Vectors e of the edges (`EdgeVectors`) are more numbers of their keys and values, which lie in another place: what is
+gathered along an edge is [k_j ‖ e] and [v_j ‖ e].
 """
 
 # pyright: reportCallIssue=false, reportArgumentType=false
@@ -28,11 +31,12 @@ from attngraph.kernels.cpu.csr import (
     flat_nodes,
     max_degree,
     neighbors_of_4,
+    next_4,
     nodes_first,
     sum_pieces,
     unit_ranges,
 )
-from attngraph.kernels.cpu.gather import Neighbors, Vector, gather_add, gather_dot, prefetch, transpose_4x4
+from attngraph.kernels.cpu.gather import Neighbors, Vector, gather_add, gather_dot, prefetch, scatter_add, transpose_4x4
 from attngraph.kernels.cpu.launch import InThreads, in_threads
 from attngraph.kernels.cpu.score_bias import NO_BIAS, add_bias, bias_gradient, bias_table, mask
 from attngraph.kernels.cpu.weights import (
@@ -58,11 +62,14 @@ CHUNK_EDGES = 64  # edges of a node whose neighbours stay in the cache between t
 
 
 class ForwardTensors(NamedTuple):
-    """q (B, N, H, D), k and v (B, M, Hkv, ·); out (B · N, H, Dv), lse (B · N, H); the same for pieces of nodes."""
+    """q (B, N, H, D), k and v (B, M, Hkv, ·), vectors of the edges (B or 1, E, F); out (B · N, H, Dv), lse (B · N, H);
+    the same for pieces of nodes. Dimensions of q and out are those with the vectors of edges.
+    """
 
     q: np.ndarray
     k: np.ndarray
     v: np.ndarray
+    of_edges: np.ndarray
     out: np.ndarray
     lse: np.ndarray
     piece_out: np.ndarray
@@ -70,18 +77,19 @@ class ForwardTensors(NamedTuple):
 
 
 class BackwardTensors(NamedTuple):
-    """q and dout (B, N, H, ·), k and v (B, M, Hkv, ·); lse and delta (B · N, H)."""
+    """q and dout (B, N, H, ·), k and v (B, M, Hkv, ·), vectors of the edges as above; lse and delta (B · N, H)."""
 
     q: np.ndarray
     k: np.ndarray
     v: np.ndarray
+    of_edges: np.ndarray
     dout: np.ndarray
     lse: np.ndarray
     delta: np.ndarray
     weights: np.ndarray  # flat, (B, E + 1, 2, H): p, or w · kept, and ds of each edge, and zeros
 
 
-class Gradients(NamedTuple):
+class Sums(NamedTuple):
     """What a backward kernel fills: dq alone, or dk and dv, (B · nodes, heads, ·); the same for pieces of nodes."""
 
     dx: np.ndarray
@@ -104,16 +112,18 @@ def dropout_factors(factors, edges, batch, i, first, count, rule):
 
 
 @lru_cache
-def _forward_kernel(head_dim: int, value_dim: int, plain: bool) -> InThreads:
+def _forward_kernel(head_dim: int, value_dim: int, key_features: int, value_features: int, plain: bool) -> InThreads:
     """The kernel for these dimensions, compiled once and kept on disk; plain: for a softmax alone.
 
     Each job is a range of units of one batch entry.
     """
+    q_dim, out_dim = head_dim + key_features, value_dim + value_features
 
     @in_threads(**OPTIONS)
     def forward_units(job, ranges, tensors, edges, bias, rule, scale):
-        q, k, v = tensors.q, tensors.k, tensors.v
+        q, k, v, of_edges = tensors.q, tensors.k, tensors.v, tensors.of_edges
         place, batch = divmod(job, len(q))
+        first_edge = batch * len(edges.neighbor) if len(of_edges) > 1 else 0
         (_, n, heads, _), (_, m, key_heads, _) = q.shape, k.shape
         group, pieces, last = heads // key_heads, len(tensors.piece_lse) // len(q), len(edges.neighbor) - 1
         for unit in range(ranges[place], ranges[place + 1]):
@@ -134,17 +144,21 @@ def _forward_kernel(head_dim: int, value_dim: int, plain: bool) -> InThreads:
                     scores[y] = zero
                 if bias.kind != NO_BIAS:
                     add_bias(scores, bias, edges, batch, i, lo, hi - lo)
-                for e in range(lo, hi if head_dim else lo, 4):
+                for e in range(lo, hi if q_dim else lo, 4):
                     nodes, at = neighbors_of_4(edges.neighbor, e, hi - 1, batch * m), (e - lo) * heads
+                    e_j = Neighbors(of_edges, next_4(e, hi - 1, first_edge), key_features, 0)
                     coming = neighbors_of_4(edges.neighbor, min(e + AHEAD, last), last, batch * m)
                     for g in range(group):
                         for hk in range(key_heads):
                             h = hk * group + g
                             prefetch(Neighbors(k, coming, key_heads * head_dim, hk * head_dim), head_dim)
                             prefetch(Neighbors(v, coming, key_heads * value_dim, hk * value_dim), value_dim)
-                            q_i = Vector(q, ((batch * n + i) * heads + h) * head_dim)
+                            q_i = Vector(q, ((batch * n + i) * heads + h) * q_dim)
                             k_j = Neighbors(k, nodes, key_heads * head_dim, hk * head_dim)
                             gather_dot(scores, at + h * 4, scale, q_i, k_j, head_dim)
+                            if key_features:
+                                q_i = Vector(q, ((batch * n + i) * heads + h) * q_dim + head_dim)
+                                gather_dot(scores, at + h * 4, scale, q_i, e_j, key_features)
                 if not plain:
                     transform(scores, slopes, blocks * heads * 4, rule.transform, rule.value)
                 if plain or rule.normalize == SOFTMAX:
@@ -158,12 +172,16 @@ def _forward_kernel(head_dim: int, value_dim: int, plain: bool) -> InThreads:
                     multiply(scores, factors, blocks * heads * 4)
                 for e in range(lo, hi, 4):
                     nodes, at = neighbors_of_4(edges.neighbor, e, hi - 1, batch * m), (e - lo) * heads
+                    e_j = Neighbors(of_edges, next_4(e, hi - 1, first_edge), value_features, 0)
                     for g in range(group):
                         for hk in range(key_heads):
                             h = hk * group + g
-                            acc_i, p = Vector(acc, (row * heads + h) * value_dim), Vector(scores, at + h * 4)
+                            acc_i, p = Vector(acc, (row * heads + h) * out_dim), Vector(scores, at + h * 4)
                             v_j = Neighbors(v, nodes, key_heads * value_dim, hk * value_dim)
                             gather_add(acc_i, p, v_j, value_dim)
+                            if value_features:
+                                acc_i = Vector(acc, (row * heads + h) * out_dim + value_dim)
+                                gather_add(acc_i, p, e_j, value_features)
 
     return forward_units
 
@@ -194,18 +212,19 @@ def merge_pieces(pieces, count, n, out, lse, piece_out, piece_lse):
 def forward(q: Tensor, k: Tensor, v: Tensor, layout: CSRLayout, modifiers: Modifiers) -> tuple[Tensor, Tensor]:
     """q (B, H, N, D), k and v (B, Hkv, M, ·), float32 or float64 → out (B, H, N, Dv), lse (B, H, N).
 
-    A query without edges has out 0 and lse -inf; normalisers other than softmax have no lse: 0.
+    A query without edges has out 0 and lse -inf; normalisers other than softmax have no lse: 0. With vectors of edges,
+    q has their dimension more than k, and out than v.
     """
-    (B, H, N, head_dim), value_dim, adjacency = q.shape, v.shape[3], layout.by_query
-    q, k, v = nodes_first(q), nodes_first(k), nodes_first(v)
+    (B, H, N, _), adjacency, edge_dims = q.shape, layout.by_query, modifiers.edge_dims
+    q, k, v, head_dim, value_dim = nodes_first(q), nodes_first(k), nodes_first(v), k.shape[3], v.shape[3]
     is_softmax = modifiers.normalize == "softmax"
-    out, lse = zeros(B, N, H, value_dim, like=q), q.new_full((B, N, H), -torch.inf if is_softmax else 0)
-    piece_out = out.new_zeros(B, adjacency.num_pieces, H, value_dim)
+    out, lse = zeros(B, N, H, value_dim + edge_dims[1], like=q), q.new_full((B, N, H), -torch.inf if is_softmax else 0)
+    piece_out = out.new_zeros(B, adjacency.num_pieces, *out.shape[2:])
     piece_lse = lse.new_full((B, adjacency.num_pieces, H), -torch.inf)
     results = flat_nodes(out, lse, piece_out, piece_lse)
-    tensors, edges = ForwardTensors(q.numpy(), k.numpy(), v.numpy(), *results), edges_of(adjacency)
+    tensors = ForwardTensors(*arrays(q, k, v, _vectors(modifiers, q)), *results)
     table, rule, factor = bias_table(modifiers, q), weighting(modifiers, q), scalar(modifiers.scale, q)
-    kernel = _forward_kernel(head_dim, value_dim, is_plain(modifiers))
+    kernel, edges = _forward_kernel(head_dim, value_dim, *edge_dims, is_plain(modifiers)), edges_of(adjacency)
 
     ranges = unit_ranges(len(adjacency.units))
     kernel((len(ranges) - 1) * B, ranges, tensors, edges, table, rule, factor)
@@ -214,6 +233,12 @@ def forward(q: Tensor, k: Tensor, v: Tensor, layout: CSRLayout, modifiers: Modif
     elif adjacency.num_pieces:
         merge_pieces(adjacency.pieces.numpy(), adjacency.num_pieces, N, *results)
     return out.transpose(1, 2), lse.transpose(1, 2)
+
+
+def _vectors(modifiers: Modifiers, q: Tensor) -> Tensor:
+    """The vectors of the edges, (B or 1, E, F), or nothing."""
+    edges = modifiers.edges
+    return q.new_empty(0, 0, 0) if edges is None else edges.values.detach().to(q.dtype).contiguous()
 
 
 # ------------------------------------------------------------------------------------------------- backward
@@ -254,16 +279,18 @@ def keep_weights(kept, at, scores, ds, count, heads):
 
 
 @lru_cache
-def _queries_kernel(head_dim: int, value_dim: int, plain: bool) -> InThreads:
-    """The kernel of dq = scale · Σ ds k, and of w and ds of each edge; plain: for a softmax alone.
+def _queries_kernel(head_dim: int, value_dim: int, key_features: int, value_features: int, plain: bool) -> InThreads:
+    """The kernel of dq = scale · Σ ds k, of w and ds of each edge, and of de = Σ scale · ds q + w dout over the heads.
 
-    Each job is a range of units of one batch entry.
+    plain: for a softmax alone. Each job is a range of units of one batch entry.
     """
+    q_dim, out_dim, features = head_dim + key_features, value_dim + value_features, key_features or value_features
 
     @in_threads(**OPTIONS)
-    def backward_queries(job, ranges, tensors, gradients, edges, bias, rule, scale):
-        q, k, v, dout = tensors.q, tensors.k, tensors.v, tensors.dout
+    def backward_queries(job, ranges, tensors, gradients, edges, bias, rule, scale, de):
+        q, k, v, dout, of_edges = tensors.q, tensors.k, tensors.v, tensors.dout, tensors.of_edges
         place, batch = divmod(job, len(q))
+        first_edge = batch * len(edges.neighbor) if len(of_edges) > 1 else 0
         (_, n, heads, _), (_, m, key_heads, _), num_edges = q.shape, k.shape, len(edges.neighbor)
         group, pieces = heads // key_heads, len(gradients.piece_dx) // len(q)
         zero, one, is_softmax = q.dtype.type(0), q.dtype.type(1), plain or rule.normalize == SOFTMAX
@@ -292,19 +319,26 @@ def _queries_kernel(head_dim: int, value_dim: int, plain: bool) -> InThreads:
                         add_bias(scores, bias, edges, batch, i, chunk, count)
                     for e in range(chunk, chunk + count, 4):
                         four, at = neighbors_of_4(edges.neighbor, e, hi - 1, batch * m), (e - chunk) * heads
+                        e_j = Neighbors(of_edges, next_4(e, hi - 1, first_edge), features, 0)
                         coming = neighbors_of_4(edges.neighbor, min(e + AHEAD, num_edges - 1), num_edges - 1, batch * m)
                         for g in range(group):
                             for hk in range(key_heads):
                                 h = hk * group + g
                                 prefetch(Neighbors(k, coming, key_heads * head_dim, hk * head_dim), head_dim)
                                 prefetch(Neighbors(v, coming, key_heads * value_dim, hk * value_dim), value_dim)
-                                q_i = Vector(q, (q_row * heads + h) * head_dim)
+                                q_i = Vector(q, (q_row * heads + h) * q_dim)
                                 k_j = Neighbors(k, four, key_heads * head_dim, hk * head_dim)
                                 if head_dim:
                                     gather_dot(scores, at + h * 4, scale, q_i, k_j, head_dim)
-                                dout_i = Vector(dout, (q_row * heads + h) * value_dim)
+                                dout_i = Vector(dout, (q_row * heads + h) * out_dim)
                                 v_j = Neighbors(v, four, key_heads * value_dim, hk * value_dim)
                                 gather_dot(ds, at + h * 4, one, dout_i, v_j, value_dim)
+                                if key_features:
+                                    q_i = Vector(q, (q_row * heads + h) * q_dim + head_dim)
+                                    gather_dot(scores, at + h * 4, scale, q_i, e_j, key_features)
+                                if value_features:
+                                    dout_i = Vector(dout, (q_row * heads + h) * out_dim + value_dim)
+                                    gather_dot(ds, at + h * 4, one, dout_i, e_j, value_features)
                     if not plain:
                         transform(scores, slopes, numbers, rule.transform, rule.value)
                     if is_softmax and (count % 4 or len(bias.real)):
@@ -322,16 +356,31 @@ def _queries_kernel(head_dim: int, value_dim: int, plain: bool) -> InThreads:
                             dropout_factors(factors, edges, batch, i, chunk, count, rule)
                         weights_backward(scores, ds, minus_delta, slopes, factors, numbers, is_softmax)
                     keep_weights(tensors.weights, batch * (num_edges + 1) + chunk, scores, ds, count, heads)
-                    for e in range(chunk, chunk + count if head_dim else chunk, 4):
+                    for e in range(chunk, chunk + count if q_dim else chunk, 4):
                         four, at = neighbors_of_4(edges.neighbor, e, hi - 1, batch * m), (e - chunk) * heads
+                        e_j = Neighbors(of_edges, next_4(e, hi - 1, first_edge), features, 0)
                         for g in range(group):
                             for hk in range(key_heads):
                                 h = hk * group + g
-                                dq_i = Vector(dx, (row * heads + h) * head_dim)
+                                dq_i = Vector(dx, (row * heads + h) * q_dim)
                                 k_j = Neighbors(k, four, key_heads * head_dim, hk * head_dim)
                                 gather_add(dq_i, Vector(ds, at + h * 4), k_j, head_dim)
+                                if key_features:
+                                    dq_i = Vector(dx, (row * heads + h) * q_dim + head_dim)
+                                    gather_add(dq_i, Vector(ds, at + h * 4), e_j, key_features)
+                    if features and len(de):
+                        for e in range(chunk, chunk + count, 4):
+                            at, of_four = (e - chunk) * heads, next_4(e, hi - 1, batch * num_edges)
+                            de_j = Neighbors(de, of_four, features, 0)
+                            for h in range(heads):
+                                if key_features:
+                                    q_i = Vector(q, (q_row * heads + h) * q_dim + head_dim)
+                                    scatter_add(de_j, scale, Vector(ds, at + h * 4), q_i, key_features)
+                                if value_features:
+                                    dout_i = Vector(dout, (q_row * heads + h) * out_dim + value_dim)
+                                    scatter_add(de_j, one, Vector(scores, at + h * 4), dout_i, value_features)
                 for h in range(heads):
-                    for d in range(head_dim):
+                    for d in range(q_dim):
                         dx[row, h, d] *= scale
 
     return backward_queries
@@ -347,8 +396,9 @@ def kept_of_4(edge, e, stop, base, none):
 
 
 @lru_cache
-def _keys_kernel(head_dim: int, value_dim: int) -> InThreads:
+def _keys_kernel(head_dim: int, value_dim: int, key_features: int, value_features: int) -> InThreads:
     """The kernel of dk = scale · Σ ds q and dv = Σ w dout, for these dimensions; jobs as above."""
+    q_dim, out_dim = head_dim + key_features, value_dim + value_features
 
     @in_threads(**OPTIONS)
     def backward_keys(job, ranges, tensors, gradients, edges, scale):
@@ -374,18 +424,18 @@ def _keys_kernel(head_dim: int, value_dim: int) -> InThreads:
                     for g in range(group):
                         for hk in range(key_heads):
                             h = hk * group + g
-                            prefetch(Neighbors(q, coming, heads * head_dim, h * head_dim), head_dim)
-                            prefetch(Neighbors(dout, coming, heads * value_dim, h * value_dim), value_dim)
+                            prefetch(Neighbors(q, coming, heads * q_dim, h * q_dim), head_dim)
+                            prefetch(Neighbors(dout, coming, heads * out_dim, h * out_dim), value_dim)
                             dv_j, w = (
                                 Vector(dv, (row * key_heads + hk) * value_dim),
                                 Neighbors(weights, kept, 2 * heads, h),
                             )
-                            gather_add(dv_j, w, Neighbors(dout, four, heads * value_dim, h * value_dim), value_dim)
+                            gather_add(dv_j, w, Neighbors(dout, four, heads * out_dim, h * out_dim), value_dim)
                             dk_j, ds = (
                                 Vector(dk, (row * key_heads + hk) * head_dim),
                                 Neighbors(weights, kept, 2 * heads, heads + h),
                             )
-                            gather_add(dk_j, ds, Neighbors(q, four, heads * head_dim, h * head_dim), head_dim)
+                            gather_add(dk_j, ds, Neighbors(q, four, heads * q_dim, h * q_dim), head_dim)
                 for h in range(key_heads):
                     for d in range(head_dim):
                         dk[row, h, d] *= scale
@@ -404,8 +454,8 @@ def backward(
     layout: CSRLayout,
     modifiers: Modifiers,
     bias_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """What these edges add to dq, dk, dv and, where asked for, to the gradient of the bias's values.
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """What these edges add to dq, dk, dv and, where asked for, to the gradients of the bias's and the edges' values.
 
     out (B, H, N, Dv) and lse (B, H, N) are those of all the edges of each query: with w = exp(s - lse),
     dw = kept / (1 - p) · dout · v and Δ = Σ_d dout · out - dlse, ds = transform' · w · (dw - Δ); of other normalisers,
@@ -414,19 +464,23 @@ def backward(
     lse = lse.masked_fill(lse == -torch.inf, torch.inf)  # p = 0 where there are no edges
     lse, dout, plain = lse.detach().transpose(1, 2).contiguous(), nodes_first(dout), is_plain(modifiers)
     q, k, v, delta = nodes_first(q), nodes_first(k), nodes_first(v), _delta(out, dout, dlse)
-    (B, _, H, head_dim), value_dim, adjacency = q.shape, v.shape[3], layout.by_query
+    (B, _, H, _), adjacency, of_edges = q.shape, layout.by_query, _vectors(modifiers, q)
+    dims = k.shape[3], v.shape[3], *modifiers.edge_dims
     weights = empty(B, len(adjacency.neighbor) + 1, 2, H, like=q)
     weights[:, -1] = 0
-    tensors = BackwardTensors(*arrays(q, k, v, dout), *flat_nodes(lse, delta), weights.view(-1).numpy())
+    tensors = BackwardTensors(*arrays(q, k, v, of_edges, dout), *flat_nodes(lse, delta), weights.view(-1).numpy())
     table, rule, factor = bias_table(modifiers, q), weighting(modifiers, q), scalar(modifiers.scale, q)
 
     dq, dk, dv = zeros(*q.shape, like=q), zeros(*k.shape, like=q), zeros(*v.shape, like=q)
-    of_queries, of_keys = _queries_kernel(head_dim, value_dim, plain), _keys_kernel(head_dim, value_dim)
-    _add_up(of_queries, tensors, adjacency, (dq, q.new_empty(0, 0, 0, 0)), (table, rule, factor))
+    needs_edges = modifiers.edges is not None and modifiers.edges.needs_grad
+    de = zeros(B if needs_edges else 0, *of_edges.shape[1:], like=q)
+    of_queries, of_keys = _queries_kernel(*dims, plain), _keys_kernel(*dims)
+    _add_up(of_queries, tensors, adjacency, (dq, q.new_empty(0, 0, 0, 0)), (table, rule, factor, de.numpy()))
     _add_up(of_keys, tensors, layout.numbered, (dk, dv), (factor,))
     bias = modifiers.bias if bias_grad else None
     dbias = None if bias is None else bias_gradient(bias, table, weights, adjacency)
-    return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2), dbias
+    dedges = de.sum_to_size(of_edges.shape) if needs_edges else None
+    return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2), dbias, dedges
 
 
 def _add_up(
@@ -436,9 +490,7 @@ def _add_up(
     pieces = [x.new_zeros(x.shape[0], adjacency.num_pieces, *x.shape[2:]) for x in results]
     pairs = [x for pair in zip(results, pieces, strict=True) for x in pair]
     ranges = unit_ranges(len(adjacency.units))
-    kernel(
-        (len(ranges) - 1) * len(tensors.q), ranges, tensors, Gradients(*flat_nodes(*pairs)), edges_of(adjacency), *more
-    )
+    kernel((len(ranges) - 1) * len(tensors.q), ranges, tensors, Sums(*flat_nodes(*pairs)), edges_of(adjacency), *more)
     if adjacency.num_pieces:
         for result, of_pieces in zip(results, pieces, strict=True):
             if len(result):

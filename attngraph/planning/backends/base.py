@@ -15,13 +15,12 @@ from torch import Tensor
 from attngraph.bias import Bias
 from attngraph.graph.base import Graph
 from attngraph.kernels.available import why_not
-from attngraph.kernels.contract import Modifiers
+from attngraph.kernels.contract import Gradients, Modifiers
 from attngraph.kernels.scoring import FUSED_SCORES, NORMALIZER_NAMES
 from attngraph.planning.call import Call, Request
 from attngraph.planning.costs import Costs
 from attngraph.planning.edge_set import EdgeSet, Tiling
 
-Gradients = tuple[Tensor, Tensor, Tensor, Tensor | None]
 Results = tuple[Tensor, Tensor | None, Tensor | None]
 
 
@@ -85,7 +84,7 @@ class Backend(ABC):
         modifiers: Modifiers,
         bias_grad: bool,
     ) -> Gradients:
-        """What these edges add to (dq, dk, dv, dbias), from the final out and lse of each query.
+        """What these edges add to the gradients, from the final out and lse of each query.
 
         With p = exp(s - lse) and Δ = Σ dout · out - dlse: dv = pᵀ dout, ds = p ∘ (dout vᵀ - Δ), dq = scale · ds k,
         dk = scale · dsᵀ q, dbias = ds. Without it, torch differentiates `forward`.
@@ -191,7 +190,7 @@ class KernelBackend(Backend):
     def backward(self, q, k, v, out, lse, dout, dlse, layout, modifiers, bias_grad) -> Gradients:
         sides = q, k, v, out, lse, dout, dlse
         with current(q.device):
-            return self.kernels.backward(*sides, layout, modifiers, bias_grad)
+            return Gradients(*self.kernels.backward(*sides, layout, modifiers, bias_grad))
 
 
 def current(device: torch.device) -> AbstractContextManager[object]:

@@ -11,8 +11,8 @@ from attngraph.bias import Bias, over_pairs
 from attngraph.graph.base import Graph
 from attngraph.graph.patterns import Causal
 from attngraph.kernels import dense as kernels
-from attngraph.kernels.contract import Modifiers
-from attngraph.planning.backends.base import NO_EDGE_FEATURES, Backend, Gradients, Results, width_factor
+from attngraph.kernels.contract import Gradients, Modifiers
+from attngraph.planning.backends.base import NO_EDGE_FEATURES, Backend, Results, width_factor
 from attngraph.planning.call import Call, Request
 from attngraph.planning.costs import Costs
 from attngraph.planning.edge_set import EdgeSet, closed_form
@@ -85,7 +85,7 @@ class Dense(Backend):
         return kernels.forward(q, k, v, layout, modifiers)
 
     def backward(self, q, k, v, out, lse, dout, dlse, layout, modifiers, bias_grad) -> Gradients:
-        return kernels.backward(q, k, v, out, lse, dout, dlse, layout, modifiers, bias_grad)
+        return Gradients(*kernels.backward(q, k, v, out, lse, dout, dlse, layout, modifiers, bias_grad))
 
     @staticmethod
     def _is_plain(call: Call) -> bool:

@@ -7,8 +7,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from attngraph.kernels.contract import Modifiers
-from attngraph.planning.backends.base import Gradients, KernelBackend, width_factor
+from attngraph.kernels.contract import Gradients, Modifiers
+from attngraph.planning.backends.base import KernelBackend, width_factor
 from attngraph.planning.call import Call
 from attngraph.planning.costs import Costs
 from attngraph.planning.edge_set import EdgeSet, Tiling

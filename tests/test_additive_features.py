@@ -150,11 +150,11 @@ def test_nothing_of_all_edges_and_dimensions_is_held():
     graph, edges = from_edge_index(edge_index, n), edge_index.shape[1]
     shapes = [(1, heads, n, width)] * 3 + [(heads, width), (edges, F), (heads, width, F), (heads, width, F)]
     inputs = [torch.randn(shape, generator=chance).requires_grad_() for shape in shapes]
-    results(inputs, graph, "leaky_relu", to_value=False)  # kernels are compiled
+    results(inputs, graph, "leaky_relu")  # kernels are compiled
 
     tracemalloc.start()  # NumPy's arrays, in which kernels have their results
     with Largest() as largest:
-        results(inputs, graph, "leaky_relu", to_value=False)
+        results(inputs, graph, "leaky_relu")
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     of_edges = 4 * edges * width  # bytes of vectors of all edges, of one head

@@ -7,7 +7,7 @@ from hypothesis import event, given, strategies
 
 pytest.importorskip("numba")
 
-from attngraph import (  # noqa: E402
+from attngraph import (
     Additive,
     Batched,
     Causal,

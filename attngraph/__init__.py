@@ -77,7 +77,7 @@ from attngraph.planning.calibrate import calibrate
 from attngraph.planning.costs import Costs
 from attngraph.planning.planner import Plan, plan
 
-__version__ = "0.7.0"
+__version__ = "0.8.0"
 
 __all__ = [
     "Additive",

@@ -100,6 +100,26 @@ def prefetch(typing, neighbors, width):
     return types.void(neighbors, width), generate
 
 
+def _add_dots(builder, dtype, target, scale, data):
+    """target[t] += scale · Σ_d x[d] · y_t[d], t < 4, d < width, summed over data: ([x, y_0, …, y_3], width)."""
+    data = [(sides, first, part) for sides, width in data for first, part in _parts(dtype, width)]
+    align, lanes = dtype.bitwidth // 8, max([4, *(1 << (part - 1).bit_length() for *_, part in data)])
+    sums = [ir.Constant(ir.VectorType(target.type.pointee, lanes), None)] * 4
+    for rows, first, part in data:
+        sides = [builder.load(vector_pointer(builder, side, first, part), align=align) for side in rows]
+        if part < lanes:
+            zero, widen = ir.Constant(sides[0].type, None), [min(lane, part) for lane in range(lanes)]
+            sides = [shuffle(builder, side, zero, widen) for side in sides]
+        sums = [fma(builder, sides[0], side, part_sum) for side, part_sum in zip(sides[1:], sums, strict=True)]
+    total = _add_pairs(builder, _add_pairs(builder, *sums[:2]), _add_pairs(builder, *sums[2:]))
+    while total.type.count > 4:
+        evens = range(0, total.type.count, 2)
+        halves = [shuffle(builder, total, total, [lane + odd for lane in evens]) for odd in (0, 1)]
+        total = builder.fadd(*halves)
+    four, factor = vector_pointer(builder, target, 0, 4), splat(builder, scale, 4)
+    builder.store(fma(builder, factor, total, builder.load(four, align=align)), four, align=align)
+
+
 @intrinsic(prefer_literal=True)
 def gather_dot(typing, scores, at, scale, x, neighbors, width):
     """scores[at + t] += scale · Σ_d x[d] · neighbors[t, d], t < 4, d < width.
@@ -109,27 +129,26 @@ def gather_dot(typing, scores, at, scale, x, neighbors, width):
     dtype = x.types[0].dtype
 
     def generate(context, builder, signature, args):
-        data = [_vector(context, builder, x, args[3]), *_neighbors(context, builder, neighbors, args[4])]
-        parts = _parts(dtype, width)
-        align, lanes = dtype.bitwidth // 8, max([4, *(1 << (part - 1).bit_length() for _, part in parts)])
-        sums = [ir.Constant(ir.VectorType(data[0].type.pointee, lanes), None)] * 4
-        for first, part in parts:
-            sides = [builder.load(vector_pointer(builder, side, first, part), align=align) for side in data]
-            if part < lanes:
-                zero, widen = ir.Constant(sides[0].type, None), [min(lane, part) for lane in range(lanes)]
-                sides = [shuffle(builder, side, zero, widen) for side in sides]
-            sums = [fma(builder, sides[0], side, part_sum) for side, part_sum in zip(sides[1:], sums, strict=True)]
-        total = _add_pairs(builder, _add_pairs(builder, *sums[:2]), _add_pairs(builder, *sums[2:]))
-        while total.type.count > 4:
-            evens = range(0, total.type.count, 2)
-            halves = [shuffle(builder, total, total, [lane + odd for lane in evens]) for odd in (0, 1)]
-            total = builder.fadd(*halves)
-        target = vector_pointer(builder, pointer(context, builder, scores, *args[:2]), 0, 4)
-        factor = splat(builder, args[2], 4)
-        builder.store(fma(builder, factor, total, builder.load(target, align=align)), target, align=align)
+        rows = [_vector(context, builder, x, args[3]), *_neighbors(context, builder, neighbors, args[4])]
+        _add_dots(builder, dtype, pointer(context, builder, scores, *args[:2]), args[2], [(rows, width)])
         return context.get_dummy_value()
 
     return types.void(scores, types.intp, dtype, x, neighbors, width), generate
+
+
+@intrinsic(prefer_literal=True)
+def gather_dots(typing, scores, at, scale, x, neighbors, width, x_e, edges, width_e):
+    """The same, of [x ‖ x_e] and [neighbors ‖ edges], whose parts lie apart."""
+    dtype = x.types[0].dtype
+
+    def generate(context, builder, signature, args):
+        rows = [_vector(context, builder, x, args[3]), *_neighbors(context, builder, neighbors, args[4])]
+        more = [_vector(context, builder, x_e, args[6]), *_neighbors(context, builder, edges, args[7])]
+        target = pointer(context, builder, scores, *args[:2])
+        _add_dots(builder, dtype, target, args[2], [(rows, width), (more, width_e)])
+        return context.get_dummy_value()
+
+    return types.void(scores, types.intp, dtype, x, neighbors, width, x_e, edges, width_e), generate
 
 
 @intrinsic(prefer_literal=True)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from irregular import learned, small_pieces, some_mask  # noqa: F401 (a fixture)
 
+from attngraph.kernels.contract import EdgeTerms
 from attngraph.kernels.scoring import Additive, dot
 from attngraph.planning.layouts.csr import CSR
 
@@ -102,3 +103,73 @@ def test_vectors_without_width_give_zero():
     assert (found == 0).all()
     assert dq.shape == (2, 4, N, 0)
     assert dk.shape == (2, 2, M, 0)
+
+
+# ------------------------------------------------------------------------------------------------ features of edges
+
+
+def features(mask=MASK, Hkv=2, entries=1, F=7, width=5, dtype=torch.float64):
+    """Of the edges of a mask, for keys of so many heads."""
+    values, to_key = learned(entries, int(mask.sum()), F, seed=4), learned(Hkv, width, F, seed=5)
+    return EdgeTerms(values.detach().to(dtype).requires_grad_(), to_key.detach().to(dtype).requires_grad_(), None)
+
+
+def featured_results(q, k, weight, activation, given, mask=MASK, needs=(True, True)):
+    """The products, dq, dk, dweight, dvalues and dto_key."""
+    layout = CSR.from_edges(*mask.nonzero().unbind(1), *mask.shape)
+    found = products(q, k, weight, layout, 0.4, activation, 0.2, features=given)
+    dproducts = learned(*found.shape, seed=7).detach().to(q.dtype)
+    return [found, *products_backward(dproducts, q, k, weight, layout, 0.4, activation, 0.2, given, needs)]
+
+
+def expected_featured_results(q, k, weight, activation, given, mask=MASK):
+    query, key = mask.nonzero().unbind(1)
+    k_ij = k[:, :, key] + torch.einsum("hdf,bef->bhed", given.to_key, given.values)
+    found = 0.4 * Additive(weight, activation)(q[:, :, query], k_ij.repeat_interleave(q.shape[1] // k.shape[1], 1))
+    inputs = [q, k, weight, given.values, given.to_key]
+    return [found.detach(), *torch.autograd.grad((found * learned(*found.shape, seed=7).detach()).sum(), inputs)]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("activation", ACTIVATIONS[1:])
+def test_features_of_edges_equal_those_added_to_keys_in_every_gradient(activation, shape):
+    sides = tensors(activation, *shape)
+    for entries in {1, shape[0]}:
+        given = features(Hkv=shape[2], entries=entries)
+        found = featured_results(*sides, activation, given)
+        assert_close(found, expected_featured_results(*sides, activation, given), 1e-13)
+
+
+@pytest.mark.parametrize(("F", "width"), [(1, 33), (4, 1), (16, 16), (19, 50), (130, 7)])
+def test_any_number_of_features_is_right_in_float32(F, width):
+    sides = tensors("tanh", 2, 4, 2, width=width)
+    given = features(F=F, width=width)
+    found = featured_results(*(side.float() for side in sides), "tanh", given.to(torch.float32))
+    assert_close(found, expected_featured_results(*sides, "tanh", given), 5e-6)
+
+
+@pytest.mark.parametrize("needs", [(False, True), (True, False), (False, False)])
+def test_gradients_of_features_are_made_where_they_are_needed(needs):
+    sides, given = tensors("relu", 2, 4, 2), features()
+    *_, dvalues, dto_key = featured_results(*sides, "relu", given, needs=needs)
+    assert (dvalues is not None, dto_key is not None) == needs
+
+
+def test_features_of_a_graph_without_edges_have_gradients_of_zero():
+    for n, m in [(0, 0), (0, 4), (4, 5)]:
+        none = torch.zeros(n, m, dtype=torch.bool)
+        *_, dvalues, dto_key = featured_results(*tensors("tanh", 2, 4, 2, n, m), "tanh", features(none), none)
+        assert dvalues.shape == (1, 0, 7)
+        assert (dto_key == 0).all()
+        assert dto_key.shape == (2, 5, 7)
+
+
+def test_any_number_of_threads_gives_the_same_bits_with_features():
+    mask = some_mask(300, 280)
+    sides = [side.float() for side in tensors("leaky_relu", 2, 4, 2, 300, 280)]
+    given, runs = features(mask, dtype=torch.float32), []
+    for threads in (1, 2, 3, 3):
+        torch.set_num_threads(threads)
+        runs.append(featured_results(*sides, "leaky_relu", given, mask))
+    for run in runs[1:]:
+        assert all(torch.equal(one, other) for one, other in zip(runs[0], run, strict=True))

@@ -47,13 +47,14 @@ RECORDED = recorded(model=gpt)[0]
 DOORS = [
     Door("attend", attend, {
         "q": q, "k": k, "v": v, "graph": Causal(), "bias": None, "attention_mask": None, "scale": 0.5, "dropout_p": 0.0,
-        "generator": None, "score": "dot", "normalize": "softmax", "sinks": None, "reduce": None, "backend": "auto",
+        "generator": None, "score": "dot", "normalize": "softmax", "sinks": None, "reduce": None, "edge_features": None,
+        "backend": "auto",
         "return_lse": False, "return_weights": False,
     }, {"normalize": "normalize|return_lse"}, ("score", "normalize")),
     Door("plan", plan, {
         "graph": Causal(), "n": 6, "m": 6, "heads": 2, "head_dim": 4, "dtype": torch.float32, "device": "cpu",
         "backend": "auto", "bias": None, "padding": False, "dropout": False, "score": "dot", "normalize": "softmax",
-        "return_weights": False, "reorder": None, "costs": None,
+        "return_weights": False, "edge_features": 0, "reorder": None, "costs": None,
     }),
     Door("Plan.explain", plan(Causal(), 6).explain, {
         "dropout_p": 0.1, "score": "dot", "normalize": "softmax", "padding": False, "return_weights": False,
@@ -71,6 +72,13 @@ DOORS = [
         "edges": torch.tensor([[0, 1, 2], [1, 2, 2]]), "values": torch.zeros(3), "self_loops": None, "fill": 0.0,
     }, {"edges": "edges|edge_index", "values": "values|EdgeBias"}),
     Door("EdgeBias.sorted", attngraph.EdgeBias.sorted, {"values": torch.zeros(3)}),
+    Door("EdgeFeatures", attngraph.EdgeFeatures.of, {
+        "edges": torch.tensor([[0, 1, 2], [1, 2, 2]]), "values": torch.zeros(3, 2), "to_key": torch.zeros(2, 4, 2),
+        "to_value": torch.zeros(2, 4, 2),
+    }, {"edges": "edges|edge_index"}),
+    Door("EdgeFeatures.sorted", attngraph.EdgeFeatures.sorted, {
+        "values": torch.zeros(3, 2), "to_key": torch.zeros(2, 4, 2), "to_value": None,
+    }),
     Door("Additive", attngraph.Additive, {"weight": torch.zeros(4), "activation": torch.tanh}),
     Door("SoftCap", attngraph.SoftCap, {"cap": 30.0, "of": "dot"}, {}, ("of",)),
     Door("LeakyReLU", attngraph.LeakyReLU, {"negative_slope": 0.2, "of": "dot"}, {}, ("of",)),

@@ -47,6 +47,8 @@ class EdgeTerms(NamedTuple):
     """K, (Hkv, D, F); None: nothing is added."""
     to_value: Tensor | None
     """V, (Hkv, Dv, F); None: nothing is added."""
+    needs_grad: bool = False
+    """Whether a backward pass is asked for the gradient of e."""
 
     @property
     def key_dim(self) -> int:
@@ -61,7 +63,7 @@ class EdgeTerms(NamedTuple):
     def to(self, dtype: torch.dtype) -> EdgeTerms:
         """In another precision."""
         to_key, to_value = (side if side is None else side.to(dtype) for side in (self.to_key, self.to_value))
-        return EdgeTerms(self.values.to(dtype), to_key, to_value)
+        return EdgeTerms(self.values.to(dtype), to_key, to_value, self.needs_grad)
 
     def over_pairs(self, mask: Tensor) -> EdgeTerms:
         """With values (B or 1, N, M, F), those of the edges where the mask (N, M) is True."""
@@ -105,32 +107,6 @@ class Dropout(NamedTuple):
     """int64 (H,), on the device of q: the numbers that the heads at hand have among those of the call. None: 0, 1, …"""
 
 
-class EdgeVectors(NamedTuple):
-    """Vectors e of the edges, the same for all heads, beside their keys and values: these are [k_j ‖ e] and [v_j ‖ e].
-
-    So of keys (B, Hkv, M, D) and values (B, Hkv, M, Dv), q is (B, H, N, D + F) and out (B, H, N, Dv + F).
-    """
-
-    values: Tensor
-    """e, (B or 1, E, F), in edge_index order."""
-    in_keys: bool
-    """Whether they are beside the keys; else q is (B, H, N, D)."""
-    in_values: bool
-    """Whether they are beside the values; else out is (B, H, N, Dv)."""
-    needs_grad: bool = False
-    """Whether a backward pass is asked for their gradient."""
-
-    @property
-    def key_dim(self) -> int:
-        """F, or 0 where they are not beside the keys."""
-        return self.values.shape[2] if self.in_keys else 0
-
-    @property
-    def value_dim(self) -> int:
-        """The same of values."""
-        return self.values.shape[2] if self.in_values else 0
-
-
 class Modifiers(NamedTuple):
     """What is done to the products q · k: they become scores s, weights w, and weights of which some are dropped.
 
@@ -144,27 +120,24 @@ class Modifiers(NamedTuple):
     transform: Transform | None = None
     normalize: Normalizer = "softmax"
     dropout: Dropout | None = None
-    edges: EdgeVectors | None = None
+    edges: EdgeTerms | None = None
 
     @property
     def is_plain(self) -> bool:
         """Whether nothing but the scale is asked for."""
         return self[1:] == (None, None, None, "softmax", None, None)
 
-    @property
-    def edge_dims(self) -> tuple[int, int]:
-        """How many numbers of each edge stand beside its key, and beside its value."""
-        return (0, 0) if self.edges is None else (self.edges.key_dim, self.edges.value_dim)
-
 
 class Gradients(NamedTuple):
-    """What a backward pass gives: those of q, k and v, and of the values of a bias and of edges where asked for."""
+    """What a backward pass gives."""
 
     dq: Tensor
     dk: Tensor
     dv: Tensor
     dbias: Tensor | None = None
-    dedges: Tensor | None = None
+    """Of the values of a bias, where asked for."""
+    dedges: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
+    """Of `EdgeTerms`: e where asked for, K and V where there are any."""
 
 
 # --------------------------------------------------------------------------------------------- of the reference

@@ -6,6 +6,7 @@ until then; a compiled program has the handle of its graph, and its operators lo
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -22,7 +23,6 @@ from attngraph.kernels.contract import (
     BiasKind,
     Dropout,
     EdgeTerms,
-    EdgeVectors,
     Gradients,
     Modifiers,
     ScoreBias,
@@ -47,7 +47,7 @@ def run(q: Tensor, k: Tensor, v: Tensor, bias: Bias | None, request: Request, pl
     q, k = (q, k) if plan.takes_no_dims else _with_dims(q, k)
     by_torch = plan.parts and not plan.parts[0].backend.merges  # it differentiates the forward pass
     if by_torch or not torch.is_grad_enabled():
-        return _merged(q, k, v, bias, request, lambda *sides: _forward_call(*sides, plan=plan))
+        return _merged(q, k, v, bias, request, lambda *sides: _forward_call(_Sides(*sides[:-1]), sides[-1], plan))
     return _merged(q, k, v, bias, request, lambda *sides: _Attention.apply(*sides, plan))
 
 
@@ -64,6 +64,35 @@ def _with_dims(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
     return (q, k) if q.shape[3] else (pad(q, (0, 1)), pad(k, (0, 1)))
 
 
+Terms = tuple[Tensor | None, Tensor | None, Tensor | None]  # those of `EdgeTerms`, e, K and V, or nothing
+
+
+class _Sides(NamedTuple):
+    """The tensors of a call; the first seven have gradients."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    values: Tensor | None  # of the bias
+    e: Tensor | None  # of `EdgeTerms`, with the next two
+    to_key: Tensor | None
+    to_value: Tensor | None
+    attention_mask: Tensor | None
+    seed: Tensor | None
+
+    @property
+    def differentiable(self) -> tuple[Tensor | None, ...]:
+        """Those that have gradients."""
+        return self[:NUM_GRADIENTS]
+
+    def with_differentiable(self, sides: Sequence[Tensor | None]) -> _Sides:
+        """With these in their place."""
+        return _Sides(*[*sides, *self[NUM_GRADIENTS:]])  # type: ignore[arg-type]
+
+
+NUM_SIDES, NUM_GRADIENTS = len(_Sides._fields), 7
+
+
 class _Options(NamedTuple):
     """The `Modifiers` of a call that are no tensors, as the operators of compiled programs take them."""
 
@@ -73,58 +102,41 @@ class _Options(NamedTuple):
     value: float  # of the transform
     normalize: str
     dropout_p: float
-    in_keys: bool  # whether vectors of edges are beside the keys
-    in_values: bool  # and beside the values
 
-    def modifiers(
-        self, values: Tensor | None, of_edges: Tensor | None, attention_mask: Tensor | None, seed: Tensor | None
-    ) -> Modifiers:
+    def modifiers(self, sides: _Sides) -> Modifiers:
         """With the tensors."""
+        values, seed = sides.values, sides.seed
         bias: Any = ScoreBias(self.kind, values) if self.kind and values is not None else None  # type: ignore[arg-type]
         transform: Any = Transform(self.transform, self.value) if self.transform else None  # type: ignore[arg-type]
         dropout = None if seed is None else Dropout(self.dropout_p, seed)
-        edges = None if of_edges is None else EdgeVectors(of_edges, self.in_keys, self.in_values)
-        return Modifiers(self.scale, bias, attention_mask, transform, self.normalize, dropout, edges)  # type: ignore[arg-type]
+        edges = None if sides.e is None else EdgeTerms(sides.e, sides.to_key, sides.to_value)
+        return Modifiers(self.scale, bias, sides.attention_mask, transform, self.normalize, dropout, edges)  # type: ignore[arg-type]
 
 
 def _merged(q: Tensor, k: Tensor, v: Tensor, bias: Bias | None, request: Request, attention: Any) -> Results:
-    """`attention`(q, k, v, values, of_edges, attention_mask, seed, options) → out, lse, with what stands outside of it:
-    what a bias adds to all keys, and the linear maps of features of edges.
-    """
+    """`attention`(*sides, options) → out, lse, with what a bias adds to all keys."""
+    e, to_key, to_value = (None, None, None) if request.edge_features is None else request.edge_features[:3]
     if not (value_dim := v.shape[3]):
-        v = pad(v, (0, 1))
-    features, dtype, of_features = request.edge_features, q.dtype, None
-    if features is not None:  # q · (k + K e) = q · k + (Kᵀ q) · e, and Σ w (v + V e) = Σ w v + V Σ w e
-        q, k, v = (_exact(side, side) for side in (q, k, v))
-        of_features = None if features.to_key is None else _mapped(q, features.to_key)
+        v, to_value = pad(v, (0, 1)), None
     of_keys, of_query = score_bias(bias, q, k)
     transform, normalize, dropout = request.parts.transform, str(request.normalize), request.dropout
     if of_query is not None and (transform is not None or normalize != "softmax"):  # as one more number of each vector
         q = torch.cat([q, (of_query / request.scale).to(q.dtype).expand(*q.shape[:3], 1)], 3)
         k, of_query = pad(k, (0, 1), value=1.0), None
-    q = q if of_features is None else torch.cat([q, of_features], 3)
+    if to_key is not None:  # nothing is added to what keys have more
+        to_key = pad(to_key, (0, 0, 0, k.shape[3] - to_key.shape[1]))
     kind, values = ("", None) if of_keys is None else (of_keys.kind, _exact(of_keys.values, q))
     kind_of_transform, value = ("", 0.0) if transform is None else transform
     seed, dropout_p = (None, 0.0) if dropout is None else (dropout.seed, dropout.p)
-    in_keys, in_values = bool(request.key_features), bool(request.value_features)
-    options = _Options(kind, float(request.scale), kind_of_transform, value, normalize, dropout_p, in_keys, in_values)
-    of_edges = None if features is None else features.values
-    out, lse = attention(q, k, v, values, of_edges, request.attention_mask, seed, options)
-    if features is not None and features.to_value is not None:
-        out, sums = out.split([v.shape[3], request.value_features], 3)
-        out = out[..., :value_dim] + _mapped(sums, features.to_value.mT)
-    out = (out if value_dim else out[..., :0]).to(dtype)
+    options = _Options(kind, float(request.scale), kind_of_transform, value, normalize, dropout_p)
+    e = None if to_key is to_value is None else e
+    out, lse = attention(*_Sides(q, k, v, values, e, to_key, to_value, request.attention_mask, seed), options)
+    out = out if value_dim else out[..., :0]
     if of_query is not None:  # the same for all keys of a query: its weights do not change
         finite = of_query.masked_fill(of_query == -torch.inf, 0)
         out = out.masked_fill(of_query == -torch.inf, 0) + (0 * finite).to(q.dtype)  # NaN where it is NaN or inf
         lse = lse + _exact(of_query[..., 0], q)
     return out, lse, None
-
-
-def _mapped(x: Tensor, matrix: Tensor) -> Tensor:
-    """x (B, H, N, D) times the matrix (Hkv, D, F) of its key head: (B, H, N, F)."""
-    with _without_autocast(x.device.type):
-        return x @ matrix.repeat_interleave(x.shape[1] // len(matrix), 0)
 
 
 def _exact(x: Tensor, q: Tensor) -> Tensor:
@@ -139,93 +151,82 @@ class _Attention(torch.autograd.Function):
     """Attention by a plan, which it holds for its backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, q, k, v, values, of_edges, attention_mask, seed, options, plan) -> tuple[Tensor, Tensor]:
-        out, lse = _forward_call(q, k, v, values, of_edges, attention_mask, seed, options, plan)
+    def forward(ctx: Any, *given: Any) -> tuple[Tensor, Tensor]:
+        *sides, ctx.options, ctx.plan = given
+        out, lse = _forward_call(_Sides(*sides), ctx.options, ctx.plan)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(q, k, v, values, of_edges, attention_mask, seed, out, lse)
-        ctx.options, ctx.plan = options, plan
+        ctx.save_for_backward(*sides, out, lse)
         return out, lse
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any):
         dout, dlse = grad_outputs
-        q, k, v, values, of_edges, attention_mask, seed, out, lse = ctx.saved_tensors
-        dout = torch.zeros_like(out) if dout is None else dout
-        given, needed = (q, k, v, values, of_edges, attention_mask, seed, ctx.options, ctx.plan), ctx.needs_input_grad
+        *sides, out, lse = ctx.saved_tensors
+        dout, needed = torch.zeros_like(out) if dout is None else dout, ctx.needs_input_grad
+        given = _Sides(*sides), ctx.options, ctx.plan
         if torch.is_grad_enabled():  # create_graph=True
-            gradients = _differentiable_gradients(dout, dlse, *given, needed[:5])
+            gradients = _differentiable_gradients(dout, dlse, *given, needed[:NUM_GRADIENTS])
         else:
-            gradients = _backward_call(dout, dlse, out, lse, *given, needed[3], needed[4])
+            *gradients, dedges = _backward_call((dout, dlse, out, lse), *given, needed[3], needed[4])
+            gradients += dedges
         return *gradients, None, None, None, None
 
 
-def _differentiable_gradients(
-    dout, dlse, q, k, v, values, of_edges, attention_mask, seed, options, plan: Plan, needs_grad
-):
-    """The gradients of q, k, v, values and of_edges, gathered along the edges: differentiable again and again."""
+def _differentiable_gradients(dout, dlse, sides: _Sides, options: _Options, plan: Plan, needs_grad):
+    """The gradients of the sides, gathered along the edges: they can be differentiated again and again."""
     plan.require_unchanged()
+    q, k = sides.q, sides.k
     layout = edges_of_heads(plan.graph, q.shape[2], k.shape[2], q.device)
-    q, k, v, values, of_edges = apart(q, k, v, values, of_edges)
+    own = apart(*sides.differentiable)
     with _without_autocast(q.device.type):
-        q_, k_, v_, values_, of_edges_ = _kernel_precision(None, q, k, v, values, of_edges)
-        modifiers = options.modifiers(values_, of_edges_, attention_mask, seed)
-        k_, v_, terms, bias = *_with_terms(k_, v_, modifiers.edges), None
+        exact = sides.with_differentiable(_kernel_precision(None, *own))
+        modifiers, bias = options.modifiers(exact), None
         if modifiers.bias is not None:
             bias = EdgeBias.sorted(modifiers.bias.over_edges(layout.query, layout.key, q.shape[2]))
         score = {"": "dot", "softcap": SoftCap(options.value or 1.0), "leaky_relu": LeakyReLU(options.value)}
         request = Request(
             options.scale, score[options.transform], options.normalize, modifiers.dropout,
-            return_lse=True, attention_mask=attention_mask, edge_features=terms,
+            return_lse=True, attention_mask=sides.attention_mask, edge_features=modifiers.edges,
         )  # fmt: skip
-        out, lse, _ = BACKENDS["edges"].attend(q_, k_, v_, layout, bias, request)
+        out, lse, _ = BACKENDS["edges"].attend(*exact[:3], layout, bias, request)
     found = (out, dout), (lse, dlse)
     results = [(part, grad.to(part.dtype)) for part, grad in found if part is not None and grad is not None]
     results = [(part, gradient) for part, gradient in results if part.requires_grad]
-    sides = [side for side, needed in zip((q, k, v, values, of_edges), needs_grad, strict=True) if needed]
+    asked = [side for side, needed in zip(own, needs_grad, strict=True) if needed]
     outs, gradients = zip(*results, strict=True)
-    found = iter(torch.autograd.grad(outs, sides, gradients, create_graph=True, allow_unused=True))
+    found = iter(torch.autograd.grad(outs, asked, gradients, create_graph=True, allow_unused=True))
     return [next(found) if needed else None for needed in needs_grad]
 
 
-def _with_terms(k: Tensor, v: Tensor, edges: EdgeVectors | None) -> tuple[Tensor, Tensor, EdgeTerms | None]:
-    """Keys [k ‖ e] and values [v ‖ e] as [k ‖ 0] and [v ‖ 0], to which maps add e."""
-    if edges is None:
-        return k, v, None
-    padded, maps = [], []
-    for side, dim in ((k, edges.key_dim), (v, edges.value_dim)):
-        ones = torch.eye(dim, dtype=side.dtype, device=side.device)
-        padded.append(pad(side, (0, dim)))
-        maps.append(pad(ones, (0, 0, side.shape[3], 0)).expand(side.shape[1], -1, -1) if dim else None)
-    return *padded, EdgeTerms(edges.values, *maps)
-
-
-def _forward_call(
-    q, k, v, values, of_edges, attention_mask, seed, options: _Options, plan: Plan
-) -> tuple[Tensor, Tensor]:
+def _forward_call(sides: _Sides, options: _Options, plan: Plan) -> tuple[Tensor, Tensor]:
     """In the precision of the kernels, and back."""
-    if options.kind == "edge":
-        require_edge_count(values, plan.edge_values)
-    if of_edges is not None:
-        require_edges(of_edges, plan.edge_values)
+    q = sides.q
+    if options.kind == "edge" and sides.values is not None:
+        require_edge_count(sides.values, plan.edge_values)
+    if sides.e is not None:
+        require_edges(sides.e, plan.edge_values)
     with _without_autocast(q.device.type):
-        q_, k_, v_, values_, of_edges_ = _kernel_precision(plan, q, k, v, values, of_edges)
-        out, lse = _forward(plan, q_, k_, v_, options.modifiers(values_, of_edges_, attention_mask, seed))
+        exact = sides.with_differentiable(_kernel_precision(plan, *sides.differentiable))
+        out, lse = _forward(plan, *exact[:3], options.modifiers(exact))
     return _laid_out(out.to(q.dtype), q), lse.contiguous()
 
 
 def _backward_call(
-    dout, dlse, out, lse, q, k, v, values, of_edges, attention_mask, seed, options: _Options, plan, bias_grad, edge_grad
+    results: tuple, sides: _Sides, options: _Options, plan: Plan, bias_grad: bool, edge_grad: bool
 ) -> Gradients:
-    """The gradients; of the values of a bias and of edges where asked for, else None."""
-    with _without_autocast(q.device.type):
-        q_, k_, v_, values_, of_edges_, dout_, out_ = _kernel_precision(plan, q, k, v, values, of_edges, dout, out)
-        modifiers = options.modifiers(values_, of_edges_, attention_mask, seed)
+    """The gradients, from (dout, dlse, out, lse); of the values of a bias and of e only where asked for."""
+    dout, dlse, out, lse = results
+    with _without_autocast(dout.device.type):
+        *own, dout_, out_ = _kernel_precision(plan, *sides.differentiable, dout, out)
+        exact = sides.with_differentiable(own)
+        modifiers = options.modifiers(exact)
         if modifiers.edges is not None:
             modifiers = modifiers._replace(edges=modifiers.edges._replace(needs_grad=edge_grad))
-        dq, dk, dv, dbias, dedges = _backward(plan, q_, k_, v_, out_, lse, dout_, dlse, modifiers, bias_grad)
-    dq, dk, dv = (_laid_out(part.to(q.dtype), side) for part, side in ((dq, q), (dk, k), (dv, v)))
-    dbias, dedges = (x if x is None else x.to(side.dtype) for x, side in ((dbias, values), (dedges, of_edges)))
-    return Gradients(dq, dk, dv, dbias, dedges)
+        dq, dk, dv, dbias, dedges = _backward(plan, *exact[:3], out_, lse, dout_, dlse, modifiers, bias_grad)
+    dq, dk, dv = (_laid_out(part.to(side.dtype), side) for part, side in zip((dq, dk, dv), sides[:3], strict=True))
+    found = zip((dbias, *dedges), sides[3:NUM_GRADIENTS], strict=True)
+    dbias, *dedges = (x if x is None or side is None else x.to(side.dtype) for x, side in found)
+    return Gradients(dq, dk, dv, dbias, (dedges[0], dedges[1], dedges[2]))
 
 
 def _without_autocast(device: str) -> AbstractContextManager[object]:
@@ -262,25 +263,23 @@ class _Known(NamedTuple):
     folded: Folded | None
 
     @staticmethod
-    def of(
-        pack: tuple[str, list[Tensor], str], sides: tuple[Tensor, ...], options: _Options, mask: Any, features: int
-    ) -> _Known:
-        """From the text and tensors that name the graph, and q, k, v, and the dimension of vectors of edges."""
-        (graph, tensors, name), folded = pack, None
+    def of(pack: tuple[str, list[Tensor], str], sides: _Sides, options: _Options) -> _Known:
+        """From the text and tensors that name the graph."""
+        (graph, tensors, name), folded, mask = pack, None, sides.attention_mask
         found = unpack(graph, tensors)
         if isinstance(found, Graph) and found._unresolved and name == "auto":
-            found = settled(found, sides[0].shape[2], sides[1].shape[2])
+            found = settled(found, sides.q.shape[2], sides.k.shape[2])
         if isinstance(found, Graph) and found._unresolved:
-            folded = Folded.of(found, sides[0], sides[1], mask, chooser_for(sides[0]))
-            mask = folded.mask(mask, sides[1])
-            sides = folded.queries(sides[0]), folded.keys(sides[1]), folded.keys(sides[2])
-        q, k, v = sides
+            folded = Folded.of(found, sides.q, sides.k, mask, chooser_for(sides.q))
+            sides = _folded(sides, folded)
+        q, k, v, *_ = sides
+        features = [0 if matrix is None else matrix.shape[2] for matrix in (sides.to_key, sides.to_value)]
         bias: BiasKind | None = options.kind or None  # type: ignore[assignment]
         call = Call(
             q.shape[2], k.shape[2], q.shape[1], k.shape[1], k.shape[3], v.shape[3],
             q.dtype, q.device, bias, options.transform or "dot", options.normalize,
             padding=mask is not None, dropout=options.dropout_p > 0, part=True,  # whatever runs, forward and backward
-            key_features=features * options.in_keys, value_features=features * options.in_values,
+            key_features=features[0], value_features=features[1],
         )  # fmt: skip
         if folded is not None:
             return _Known(planned_once(folded.graph, call, name), folded)
@@ -289,63 +288,63 @@ class _Known(NamedTuple):
 
 @torch.library.custom_op("attngraph::attend_forward", mutates_args=())
 def attend_forward(
-    q: Tensor, k: Tensor, v: Tensor, values: Tensor | None, of_edges: Tensor | None, attention_mask: Tensor | None,
-    seed: Tensor | None, kind: str, scale: float, transform: str, value: float, normalize: str, dropout_p: float,
-    in_keys: bool, in_values: bool, graph: str, tensors: list[Tensor], name: str,
+    q: Tensor, k: Tensor, v: Tensor, values: Tensor | None, e: Tensor | None, to_key: Tensor | None,
+    to_value: Tensor | None, attention_mask: Tensor | None, seed: Tensor | None,
+    kind: str, scale: float, transform: str, value: float, normalize: str, dropout_p: float,
+    graph: str, tensors: list[Tensor], name: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """q (B, H, N, D), k and v (B, Hkv, M, ·), values and kind of a `ScoreBias`, … → out (B, H, N, Dv), lse."""
-    options = _Options(kind, scale, transform, value, normalize, dropout_p, in_keys, in_values)
-    plan, folded = _Known.of((graph, tensors, name), (q, k, v), options, attention_mask, _dim(of_edges))
+    options = _Options(kind, scale, transform, value, normalize, dropout_p)
+    sides = _Sides(q, k, v, values, e, to_key, to_value, attention_mask, seed)
+    plan, folded = _Known.of((graph, tensors, name), sides, options)
     if folded is None:
-        return _forward_call(q, k, v, values, of_edges, attention_mask, seed, options, plan)
-    sides = folded.queries(q), folded.keys(k), folded.keys(v)
-    out, lse = _forward_call(*sides, values, None, folded.mask(attention_mask, k), seed, options, plan)
+        return _forward_call(sides, options, plan)
+    out, lse = _forward_call(_folded(sides, folded), options, plan)
     return folded.of_queries(out, q.shape[2]).contiguous(), folded.of_queries(lse, q.shape[2]).contiguous()
 
 
+def _folded(sides: _Sides, folded: Folded) -> _Sides:
+    """Those of all heads and entries as one."""
+    mask = folded.mask(sides.attention_mask, sides.k)
+    q, k, v = folded.queries(sides.q), folded.keys(sides.k), folded.keys(sides.v)
+    return sides._replace(q=q, k=k, v=v, attention_mask=mask)
+
+
 @attend_forward.register_fake
-def _(q, k, v, values, of_edges, attention_mask, seed, *rest):
-    *_, in_values, _, _, _ = rest
-    out = like(q, v.shape[3] + (_dim(of_edges) if in_values else 0))
-    return out, q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
+def _(q, k, v, *rest):
+    return like(q, v.shape[3]), q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
 
 
 @torch.library.custom_op("attngraph::attend_backward", mutates_args=())
 def attend_backward(
     dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor,
-    q: Tensor, k: Tensor, v: Tensor, values: Tensor | None, of_edges: Tensor | None, attention_mask: Tensor | None,
-    seed: Tensor | None, kind: str, scale: float, transform: str, value: float, normalize: str, dropout_p: float,
-    in_keys: bool, in_values: bool, graph: str, tensors: list[Tensor], name: str, bias_grad: bool, edge_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """The gradients of q, k, v and, where asked for, of the bias's and the edges' values; else an empty tensor."""
-    options = _Options(kind, scale, transform, value, normalize, dropout_p, in_keys, in_values)
-    plan, folded = _Known.of((graph, tensors, name), (q, k, v), options, attention_mask, _dim(of_edges))
+    q: Tensor, k: Tensor, v: Tensor, values: Tensor | None, e: Tensor | None, to_key: Tensor | None,
+    to_value: Tensor | None, attention_mask: Tensor | None, seed: Tensor | None,
+    kind: str, scale: float, transform: str, value: float, normalize: str, dropout_p: float,
+    graph: str, tensors: list[Tensor], name: str, bias_grad: bool, edge_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """The gradients of q, k, v, the bias's values with bias_grad, e with edge_grad, K and V; else empty tensors."""
+    options, results = _Options(kind, scale, transform, value, normalize, dropout_p), (dout, dlse, out, lse)
+    sides = _Sides(q, k, v, values, e, to_key, to_value, attention_mask, seed)
+    plan, folded = _Known.of((graph, tensors, name), sides, options)
     if folded is not None:
-        results = folded.queries(dout), dlse if dlse is None else folded.queries(dlse), folded.queries(out)
-        sides = *results, folded.queries(lse), folded.queries(q), folded.keys(k), folded.keys(v), values, None
-        dq, dk, dv, *_ = _backward_call(*sides, folded.mask(attention_mask, k), seed, options, plan, False, False)
+        results = [side if side is None else folded.queries(side) for side in results]
+        dq, dk, dv, *_ = _backward_call(tuple(results), _folded(sides, folded), options, plan, False, False)
         dq, dk, dv = folded.of_queries(dq, q.shape[2]), folded.sum_of_keys(dk, k), folded.sum_of_keys(dv, v)
-        return dq.contiguous(), dk.contiguous(), dv.contiguous(), q.new_empty(0), q.new_empty(0)
-    sides = dout, dlse, out, lse, q, k, v, values, of_edges, attention_mask, seed
-    dq, dk, dv, *others = _backward_call(*sides, options, plan, bias_grad, edge_grad)
-    dbias, dedges = (q.new_empty(0) if side is None else side.contiguous() for side in others)
-    return dq, dk, dv, dbias, dedges
+        of_values = (None,) * 4
+    else:
+        dq, dk, dv, dbias, dedges = _backward_call(results, sides, options, plan, bias_grad, edge_grad)
+        of_values = dbias, *dedges
+    dbias, de, dto_key, dto_value = (q.new_empty(0) if side is None else side.contiguous() for side in of_values)
+    return dq.contiguous(), dk.contiguous(), dv.contiguous(), dbias, de, dto_key, dto_value
 
 
 @attend_backward.register_fake
-def _(dout, dlse, out, lse, q, k, v, values, of_edges, attention_mask, seed, *rest):
-    others = [
-        q.new_empty(side.shape if asked else 0) for side, asked in zip((values, of_edges), rest[-2:], strict=True)
-    ]
-    return *(like(side, side.shape[3]) for side in (q, k, v)), *others
-
-
-def _dim(of_edges: Tensor | None) -> int:
-    """Of the vectors of edges."""
-    return 0 if of_edges is None else of_edges.shape[2]
-
-
-NUM_SIDES = 7  # tensors among the inputs, before the options: q, k, v, values, of_edges, attention_mask, seed
+def _(dout, dlse, out, lse, q, k, v, values, e, to_key, to_value, attention_mask, seed, *rest):
+    bias_grad, edge_grad = rest[-2:]
+    asked = values if bias_grad else None, e if edge_grad else None, to_key, to_value
+    of_values = [q.new_empty(0 if side is None else side.shape) for side in asked]
+    return *(like(side, side.shape[3]) for side in (q, k, v)), *of_values
 
 
 def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -359,12 +358,11 @@ def _gradients(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple:
     out, lse, *saved = ctx.saved_tensors
     sides, tensors, (graph, name) = saved[:NUM_SIDES], saved[NUM_SIDES:], ctx.graph
     dout = torch.zeros_like(out) if dout is None else dout
-    asked = ctx.needs_input_grad[3:5]
-    options = *ctx.options, graph, tensors, name, *asked
-    dq, dk, dv, *of_values = attend_backward(dout, dlse, out, lse, *sides, *options)
-    of_values = [side if wanted else None for side, wanted in zip(of_values, asked, strict=True)]
-    others = [None] * (NUM_SIDES - 5 + len(ctx.options) + 1)
-    return dq, dk, dv, *of_values, *others, [None] * len(tensors), None
+    asked = ctx.needs_input_grad[:NUM_GRADIENTS]
+    gradients = attend_backward(dout, dlse, out, lse, *sides, *ctx.options, graph, tensors, name, *asked[3:5])
+    gradients = [side if wanted else None for side, wanted in zip(gradients, asked, strict=True)]
+    others = [None] * (NUM_SIDES - NUM_GRADIENTS + len(ctx.options) + 1)
+    return *gradients, *others, [None] * len(tensors), None
 
 
 def _not_twice(ctx: Any, *gradients: Tensor) -> None:
@@ -390,7 +388,7 @@ def _forward(plan: Plan, q, k, v, modifiers: Modifiers) -> tuple[Tensor, Tensor]
     exact = torch.promote_types(q.dtype, torch.float32)
     out = lse = None
     if not parts or parts[0].heads:  # else the first part's results are the first sums
-        out = q.new_zeros(*q.shape[:3], v.shape[3] + modifiers.edge_dims[1], dtype=exact)
+        out = q.new_zeros(*q.shape[:3], v.shape[3], dtype=exact)
         lse = q.new_full(q.shape[:3], -torch.inf, dtype=exact)
     for part in parts:
         view = _View(part, q, k)
@@ -416,13 +414,13 @@ def _backward(plan: Plan, q, k, v, out, lse, dout, dlse, modifiers: Modifiers, b
     parts, bias = _parts(plan, q, k), modifiers.bias
     if len(parts) == 1 and parts[0].is_all:
         return parts[0].backend.backward(q, k, v, out, lse, dout, dlse, parts[0].layout, modifiers, bias_grad)
-    exact, totals, dbias, dedges = torch.promote_types(q.dtype, torch.float32), None, None, None
+    exact, totals, dbias = torch.promote_types(q.dtype, torch.float32), None, None
     if not parts or parts[0].heads:
         totals = [torch.zeros_like(side, dtype=exact) for side in (q, k, v)]
     if bias_grad and bias is not None:
         dbias = torch.zeros_like(bias.values, dtype=torch.promote_types(bias.values.dtype, torch.float32))
-    if modifiers.edges is not None and modifiers.edges.needs_grad:
-        dedges = torch.zeros_like(modifiers.edges.values)
+    terms = (None, None, None) if modifiers.edges is None else modifiers.edges[:3]
+    de, dto_key, dto_value = (x if x is None else torch.zeros_like(x) for x in terms)
     for part in parts:
         view = _View(part, q, k)
         part_out, part_lse, part_dout = (view.queries(side) for side in (out, lse, dout))
@@ -440,11 +438,10 @@ def _backward(plan: Plan, q, k, v, out, lse, dout, dlse, modifiers: Modifiers, b
                 total.index_add_(1, own, side) if part.heads else total.add_(side)
         if dbias is not None and bias is not None and part_dbias is not None:
             view.add_bias_gradient(dbias, bias.kind, part_dbias)
-        if dedges is not None and part_dedges is not None:
-            dedges.index_add_(1, view.edges, part_dedges) if view.edges is not None else dedges.add_(part_dedges)
+        view.add_edge_gradients((de, dto_key, dto_value), part_dedges)
     assert totals is not None
     dq, dk, dv = totals
-    return Gradients(dq, dk, dv, dbias, dedges)
+    return Gradients(dq, dk, dv, dbias, (de, dto_key, dto_value))
 
 
 class _View:
@@ -484,10 +481,16 @@ class _View:
         dropout = modifiers.dropout
         if dropout is not None and self.part.heads:
             dropout = dropout._replace(heads=self.heads)
-        edges = modifiers.edges
-        if edges is not None and self.edges is not None:
-            edges = edges._replace(values=edges.values.index_select(1, self.edges))
-        return modifiers._replace(bias=self._bias(modifiers.bias), attention_mask=mask, dropout=dropout, edges=edges)
+        bias, edges = self._bias(modifiers.bias), self._terms(modifiers.edges)
+        return modifiers._replace(bias=bias, attention_mask=mask, dropout=dropout, edges=edges)
+
+    def _terms(self, terms: EdgeTerms | None) -> EdgeTerms | None:
+        """Those of this part's heads and edges."""
+        if terms is None or not self.part.heads:
+            return terms
+        to_key, to_value = (x if x is None else x[self.key_heads] for x in (terms.to_key, terms.to_value))
+        values = terms.values if self.edges is None else terms.values.index_select(1, self.edges)
+        return terms._replace(values=values, to_key=to_key, to_value=to_value)
 
     def _bias(self, bias: ScoreBias | None) -> ScoreBias | None:
         """The values of this part's heads and edges."""
@@ -508,3 +511,10 @@ class _View:
             total.index_add_(axis, self.heads, gradient)
         else:
             total += gradient
+
+    def add_edge_gradients(self, totals: Terms, gradients: Terms) -> None:
+        """Add the gradients of `EdgeTerms` to those of all heads and edges."""
+        places = (1, self.edges), (0, self.key_heads), (0, self.key_heads)
+        for total, gradient, (axis, own) in zip(totals, gradients, places, strict=True):
+            if total is not None and gradient is not None:
+                total.add_(gradient) if own is None else total.index_add_(axis, own, gradient)

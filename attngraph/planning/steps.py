@@ -24,7 +24,7 @@ from attngraph.graph.text import pack, unpack
 from attngraph.kernels.contract import EdgeTerms
 from attngraph.kernels.edge import streamed, weights_by
 from attngraph.kernels.memory import apart
-from attngraph.kernels.scoring import PAIR_FUNCTIONS, Additive, dot
+from attngraph.kernels.scoring import Additive, dot
 from attngraph.planning.backends import makes_products, products_of, products_of_tiles
 from attngraph.planning.backends.base import Results
 from attngraph.planning.call import Request
@@ -101,7 +101,8 @@ def _weights(
     plain = bias is None and request.score == "dot" and request.normalize == "softmax" and not request.key_features
     if plain and lse is not None and _has_kernel(q, k):  # in one pass
         known = lse.masked_fill(lse == -torch.inf, 0)
-        weights = _Products.apply(q, k, None, known, "", 0.0, float(request.scale), _dots(q, k, graph), edges, True)
+        options = "", 0.0, float(request.scale)
+        weights = _Products.apply(q, k, None, known, None, None, options, _dots(q, k, graph), edges, True)
         return _where_heard(weights, edges, request)
     scores = edge_scores(q, k, edges, graph, bias, request, heads)
     if request.normalize == "softmax":
@@ -236,12 +237,10 @@ def edge_scores(
     pair, transforms = request.parts
     exact = torch.promote_types(q.dtype, torch.float32)
     with torch.autocast(q.device.type, enabled=False):
-        if (features := request.edge_features) is not None and features.to_key is not None:
+        features = request.edge_features if request.key_features else None
+        if features is not None:
             check_edge_terms(features, len(edges.query))
-            function = PAIR_FUNCTIONS[pair] if isinstance(pair, str) else pair
-            scores = streamed(function, q.to(exact), k.to(exact), edges.query, edges.key, features) * request.scale
-        else:
-            scores = _pair_scores(pair, q, k, edges, graph, request.scale, by_head).to(exact)
+        scores = _pair_scores(pair, q, k, features, edges, graph, request.scale, by_head).to(exact)
         if bias is not None:
             scores = scores + over_edges(bias, q, k, edges.query, edges.key).to(exact)
         heads = torch.arange(q.shape[1], device=q.device)[:, None] if heads is None else heads
@@ -251,7 +250,14 @@ def edge_scores(
 
 
 def _pair_scores(
-    pair: Any, q: Tensor, k: Tensor, edges: EdgesOfHeads, graph: Graph | Plan, scale: float, by_head: bool
+    pair: Any,
+    q: Tensor,
+    k: Tensor,
+    features: EdgeTerms | None,
+    edges: EdgesOfHeads,
+    graph: Graph | Plan,
+    scale: float,
+    by_head: bool,
 ) -> Tensor:
     """scale · what each pair makes of its vectors, (B, H, E): by a kernel where there is one."""
     weight, activation, slope, function = None, "", 0.0, dot if pair == "dot" else pair
@@ -260,16 +266,18 @@ def _pair_scores(
     if isinstance(pair, Additive):
         weight = pair.weight.expand(q.shape[1], q.shape[3])
         activation, slope = pair.fused or "a function", pair.negative_slope
-    known = pair == "dot" or (isinstance(pair, Additive) and pair.fused is not None)
+    fused = isinstance(pair, Additive) and pair.fused is not None
+    known = pair == "dot" or fused if features is None else fused and q.device.type == "cpu"
     options = activation, slope, float(scale)
+    values, to_key = (None, None) if features is None else (features.values, features.to_key)
     if known and torch.compiler.is_compiling() and makes_products(q):
-        return products(q, k, weight, edges.query, *options, *pack(_own(graph)))
+        return products(q, k, weight, values, to_key, edges.query, *options, *pack(_own(graph)))
     if known and _has_kernel(q, k):
         layout = _dots(q, k, graph) if weight is None else csr_of_heads(_own(graph), q.shape[2], k.shape[2], q.device)
-        return _Products.apply(q, k, weight, None, *options, layout, edges, by_head)
-    if q.dtype in (torch.float16, torch.bfloat16) and pair == "dot":
+        return _Products.apply(q, k, weight, None, values, to_key, options, layout, edges, by_head)
+    if q.dtype in (torch.float16, torch.bfloat16) and (pair == "dot" or features is not None):
         q, k = q.float(), k.float()
-    return streamed(function, q, k, edges.query, edges.key) * scale
+    return streamed(function, q, k, edges.query, edges.key, features) * scale
 
 
 def _is_transformed() -> bool:
@@ -296,36 +304,45 @@ def _dots(q: Tensor, k: Tensor, graph: Graph | Plan) -> CSR | Tiles:
 class _Products(torch.autograd.Function):
     """`products` of a kernel: q (B, H, N, D), k (B, Hkv, M, D), weight (H, D) or None → (B, H, E).
 
-    With lse (B, H, N), w = exp(product - lse); then dproduct = w · dw, and dlse = -Σ_j w_ij dw_ij.
+    With lse (B, H, N), w = exp(product - lse); then dproduct = w · dw, and dlse = -Σ_j w_ij dw_ij. With values (B or 1,
+    E, F) and to_key (Hkv, D, F), k_ij = k_j + K e_ij.
     """
 
     @staticmethod
-    def forward(ctx: Any, q, k, weight, lse, activation, slope, scale, layout: CSR | Tiles, edges, by_head: bool):
-        found = _products(q, k, weight, layout, activation, slope, scale, lse, by_head)
-        ctx.save_for_backward(q, k, weight, lse, None if lse is None else found)
-        ctx.options, ctx.layout, ctx.edges = (activation, slope, scale), layout, edges
+    def forward(ctx: Any, q, k, weight, lse, values, to_key, options, layout: CSR | Tiles, edges, by_head: bool):
+        found = _products(q, k, weight, _of_keys(values, to_key), layout, *options, lse=lse, by_head=by_head)
+        ctx.save_for_backward(q, k, weight, lse, values, to_key, None if lse is None else found)
+        ctx.options, ctx.layout, ctx.edges = options, layout, edges
         return found
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any):
-        (q, k, weight, lse, weights), (grad,) = ctx.saved_tensors, grad_outputs
+        (q, k, weight, lse, values, to_key, weights), (grad,) = ctx.saved_tensors, grad_outputs
+        sides, needed = (q, k, weight, lse, values, to_key), ctx.needs_input_grad[:6]
         if torch.is_grad_enabled():  # create_graph=True
-            sides, needed = (q, k, weight, lse), ctx.needs_input_grad[:4]
             gradients = _differentiable_gradients(grad, sides, needed, ctx.options, ctx.edges)
         else:
             dproducts = grad if weights is None else grad * weights
             dlse = None if lse is None else -_sum_by_query(dproducts, ctx.edges.query, lse.shape[2])
-            gradients = *_products_backward(dproducts, q, k, weight, ctx.layout, *ctx.options), dlse
-        return *gradients, None, None, None, None, None, None
+            features = _of_keys(values, to_key)
+            found = _products_backward(dproducts, q, k, weight, features, ctx.layout, *ctx.options, needs=needed[4:])
+            gradients = *found[:3], dlse, *found[3:]
+        return *gradients, None, None, None, None
+
+
+def _of_keys(values: Tensor | None, to_key: Tensor | None) -> EdgeTerms | None:
+    """Features of edges that are added to their keys, if there are some."""
+    return None if values is None else EdgeTerms(values, to_key, None)
 
 
 def _differentiable_gradients(grad, sides, needs_grad, options: tuple, edges: EdgesOfHeads) -> list[Any]:
-    """The gradients of q, k, weight and lse, along all edges at once: they can be differentiated again."""
+    """The gradients of the sides of `_Products`, along all edges at once: they can be differentiated again."""
     activation, slope, scale = options
-    q, k, weight, lse = sides = apart(*sides)
-    function = dot if weight is None else Additive(weight, activation, slope)
-    k_of_heads = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
-    found = function(q[:, :, edges.query], k_of_heads[:, :, edges.key]) * scale
+    q, k, weight, lse, values, to_key = sides = apart(*sides)
+    function, features = dot if weight is None else Additive(weight, activation, slope), _of_keys(values, to_key)
+    k_of_edges = k[:, :, edges.key] if features is None else features.added_to(k[:, :, edges.key], to_key)
+    k_of_heads = k_of_edges.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+    found = function(q[:, :, edges.query], k_of_heads) * scale
     found = found if lse is None else (found - _at(lse, edges.query)).exp()
     asked = [side for side, needed in zip(sides, needs_grad, strict=True) if needed]
     gradients = iter(torch.autograd.grad(found, asked, grad.to(found.dtype), create_graph=True))
@@ -333,24 +350,33 @@ def _differentiable_gradients(grad, sides, needs_grad, options: tuple, edges: Ed
 
 
 def _products(
-    q: Tensor, k: Tensor, weight: Tensor | None, layout: CSR | Tiles, activation: str, slope: float, scale: float,
-    lse: Tensor | None = None, by_head: bool = True,
+    q: Tensor, k: Tensor, weight: Tensor | None, features: EdgeTerms | None, layout: CSR | Tiles,
+    activation: str, slope: float, scale: float, lse: Tensor | None = None, by_head: bool = True,
 ) -> Tensor:  # fmt: skip
     q, k = (side.detach() if q.device.type == "cuda" else side.detach().to(_exact(side)) for side in (q, k))
     weight = None if weight is None else weight.detach().to(q.dtype)
     if isinstance(layout, Tiles):
         return products_of_tiles().products(q, k, layout, scale, lse)
-    return products_of(q).products(q, k, weight, layout, scale, activation, slope, lse, by_head)
+    more = {} if features is None else {"features": features}
+    return products_of(q).products(q, k, weight, layout, scale, activation, slope, lse, by_head, **more)
 
 
-def _products_backward(grad, q, k, weight, layout: CSR | Tiles, activation: str, slope: float, scale: float):
+def _products_backward(
+    grad: Tensor, q: Tensor, k: Tensor, weight: Tensor | None, features: EdgeTerms | None, layout: CSR | Tiles,
+    activation: str, slope: float, scale: float, needs: tuple[bool, ...] = (True, True),
+) -> tuple[Any, ...]:  # fmt: skip
+    """The gradients of q, k, weight, values and to_key, of the last two those that are needed."""
     q_, k_ = (side.detach() if q.device.type == "cuda" else side.detach().to(_exact(side)) for side in (q, k))
     weight_ = None if weight is None else weight.detach().to(q_.dtype)
     if isinstance(layout, Tiles):
         dq, dk = products_of_tiles().products_backward(grad, q_, k_, layout, scale)
-        return dq.to(q.dtype), dk.to(k.dtype), None
-    dq, dk, dweight = products_of(q).products_backward(grad, q_, k_, weight_, layout, scale, activation, slope)
-    return dq.to(q.dtype), dk.to(k.dtype), None if weight is None else dweight.to(weight.dtype)
+        return dq.to(q.dtype), dk.to(k.dtype), None, None, None
+    more = {} if features is None else {"features": features, "needs": needs}
+    dq, dk, dweight, *dfeatures = products_of(q).products_backward(
+        grad, q_, k_, weight_, layout, scale, activation, slope, **more
+    )
+    dweight = None if weight is None else dweight.to(weight.dtype)
+    return dq.to(q.dtype), dk.to(k.dtype), dweight, *(dfeatures or (None, None))
 
 
 def _exact(x: Tensor) -> torch.dtype:
@@ -362,51 +388,53 @@ def _exact(x: Tensor) -> torch.dtype:
 
 @torch.library.custom_op("attngraph::products", mutates_args=())
 def products(
-    q: Tensor, k: Tensor, weight: Tensor | None, query: Tensor, activation: str, slope: float, scale: float,
-    graph: str, tensors: list[Tensor],
+    q: Tensor, k: Tensor, weight: Tensor | None, values: Tensor | None, to_key: Tensor | None, query: Tensor,
+    activation: str, slope: float, scale: float, graph: str, tensors: list[Tensor],
 ) -> Tensor:  # fmt: skip
     """As `_Products`, in a program that is being compiled: `query` (E,) says how many edges there are."""
     layout = csr_of_heads(unpack(graph, tensors), q.shape[2], k.shape[2], q.device)
-    return _products(q, k, weight, layout, activation, slope, scale).contiguous()
+    return _products(q, k, weight, _of_keys(values, to_key), layout, activation, slope, scale).contiguous()
 
 
 @products.register_fake
-def _(q, k, weight, query, *rest):
+def _(q, k, weight, values, to_key, query, *rest):
     return q.new_empty(*q.shape[:2], query.shape[0], dtype=_exact(q))
 
 
 @torch.library.custom_op("attngraph::products_backward", mutates_args=())
 def products_backward(
-    grad: Tensor, q: Tensor, k: Tensor, weight: Tensor | None, activation: str, slope: float, scale: float,
-    graph: str, tensors: list[Tensor],
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """The gradients of q, k and weight, which is empty where there is none."""
-    layout = csr_of_heads(unpack(graph, tensors), q.shape[2], k.shape[2], q.device)
-    dq, dk, dweight = _products_backward(grad.contiguous(), q, k, weight, layout, activation, slope, scale)
-    return dq.contiguous(), dk.contiguous(), q.new_empty(0) if dweight is None else dweight.contiguous()
+    grad: Tensor, q: Tensor, k: Tensor, weight: Tensor | None, values: Tensor | None, to_key: Tensor | None,
+    activation: str, slope: float, scale: float, graph: str, tensors: list[Tensor], needs: list[bool],
+) -> list[Tensor]:  # fmt: skip
+    """The gradients of q, k, weight, values and to_key, of the last two if needed; each empty where there is none."""
+    layout, features = csr_of_heads(unpack(graph, tensors), q.shape[2], k.shape[2], q.device), _of_keys(values, to_key)
+    given = q, k, weight, features, layout, activation, slope, scale, tuple(needs)
+    gradients = _products_backward(grad.contiguous(), *given)
+    return [q.new_empty(0) if gradient is None else gradient.contiguous() for gradient in gradients]
 
 
 @products_backward.register_fake
-def _(grad, q, k, weight, *rest):
-    return (
-        q.new_empty(q.shape),
-        k.new_empty(k.shape),
-        q.new_empty(0) if weight is None else weight.new_empty(weight.shape),
-    )
+def _(grad, q, k, weight, values, to_key, activation, slope, scale, graph, tensors, needs):
+    sides = q, k, weight, values if needs[0] else None, to_key if needs[1] else None
+    return [q.new_empty(0) if side is None else side.new_empty(side.shape) for side in sides]
 
 
 def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    q, k, weight, _, *ctx.options, ctx.graph, tensors = inputs
-    ctx.save_for_backward(q, k, weight, *tensors)
+    *sides, _, activation, slope, scale, ctx.graph, tensors = inputs
+    ctx.options = activation, slope, scale
+    ctx.save_for_backward(*sides, *tensors)
 
 
 def _gradients(ctx: Any, grad: Tensor) -> tuple:
-    q, k, weight, *tensors = ctx.saved_tensors
-    dq, dk, dweight = products_backward(grad, q, k, weight, *ctx.options, ctx.graph, tensors)
-    return dq, dk, None if weight is None else dweight, None, None, None, None, None, [None] * len(tensors)
+    sides, tensors = ctx.saved_tensors[:5], list(ctx.saved_tensors[5:])
+    needs = [bool(needed) for needed in ctx.needs_input_grad[3:5]]
+    found = products_backward(grad, *sides, *ctx.options, ctx.graph, tensors, needs)
+    is_made = [*(side is not None for side in sides[:3]), *needs]
+    gradients = [gradient if made else None for gradient, made in zip(found, is_made, strict=True)]
+    return *gradients, None, None, None, None, None, [None] * len(tensors)
 
 
-def _not_twice(ctx: Any, *gradients: Tensor) -> None:
+def _not_twice(ctx: Any, *gradients: Any) -> None:
     raise RuntimeError("compiled programs can be differentiated once; attend outside of torch.compile again and again")
 
 

@@ -68,9 +68,12 @@ def sort_by_key(keys, start):
     return order
 
 
-def unit_ranges(units: int) -> np.ndarray:
-    """The units in consecutive ranges, one for each job, as where each begins, and the end: int64 (ranges + 1,)."""
-    size = max(1, units // (JOBS_PER_THREAD * torch.get_num_threads()))
+def unit_ranges(units: int, jobs: int | None = None) -> np.ndarray:
+    """The units in consecutive ranges, one for each job, as where each begins, and the end: int64 (ranges + 1,).
+
+    Less than twice as many as `jobs`, by default some for each thread.
+    """
+    size = max(1, units // (jobs or JOBS_PER_THREAD * torch.get_num_threads()))
     return np.array([*range(0, units, size), units])
 
 

@@ -44,6 +44,14 @@ class Neighbors(NamedTuple):
     offset: int
 
 
+class Rows(NamedTuple):
+    """The rows of a matrix within a flat array: row c begins at c · stride + offset."""
+
+    data: Any
+    stride: int
+    offset: int
+
+
 def _vector(context, builder, kind, vector):
     """A pointer to the first number of a `Vector`."""
     array, offset = builder.extract_value(vector, 0), builder.extract_value(vector, 1)
@@ -55,6 +63,12 @@ def _neighbors(context, builder, kind, neighbors):
     array, nodes, stride, offset = (builder.extract_value(neighbors, place) for place in range(4))
     firsts = [builder.mul(builder.extract_value(nodes, t), stride) for t in range(4)]
     return [pointer(context, builder, kind.types[0], array, builder.add(first, offset)) for first in firsts]
+
+
+def _rows(context, builder, kind, rows):
+    """A pointer to the first number of `Rows`, and their stride."""
+    array, stride, offset = (builder.extract_value(rows, place) for place in range(3))
+    return pointer(context, builder, kind.types[0], array, offset), stride
 
 
 def _parts(dtype, width):
@@ -86,6 +100,26 @@ def prefetch(typing, neighbors, width):
     return types.void(neighbors, width), generate
 
 
+def _add_dots(builder, dtype, target, scale, data):
+    """target[t] += scale · Σ_d x[d] · y_t[d], t < 4, d < width, summed over data: ([x, y_0, …, y_3], width)."""
+    data = [(sides, first, part) for sides, width in data for first, part in _parts(dtype, width)]
+    align, lanes = dtype.bitwidth // 8, max([4, *(1 << (part - 1).bit_length() for *_, part in data)])
+    sums = [ir.Constant(ir.VectorType(target.type.pointee, lanes), None)] * 4
+    for rows, first, part in data:
+        sides = [builder.load(vector_pointer(builder, side, first, part), align=align) for side in rows]
+        if part < lanes:
+            zero, widen = ir.Constant(sides[0].type, None), [min(lane, part) for lane in range(lanes)]
+            sides = [shuffle(builder, side, zero, widen) for side in sides]
+        sums = [fma(builder, sides[0], side, part_sum) for side, part_sum in zip(sides[1:], sums, strict=True)]
+    total = _add_pairs(builder, _add_pairs(builder, *sums[:2]), _add_pairs(builder, *sums[2:]))
+    while total.type.count > 4:
+        evens = range(0, total.type.count, 2)
+        halves = [shuffle(builder, total, total, [lane + odd for lane in evens]) for odd in (0, 1)]
+        total = builder.fadd(*halves)
+    four, factor = vector_pointer(builder, target, 0, 4), splat(builder, scale, 4)
+    builder.store(fma(builder, factor, total, builder.load(four, align=align)), four, align=align)
+
+
 @intrinsic(prefer_literal=True)
 def gather_dot(typing, scores, at, scale, x, neighbors, width):
     """scores[at + t] += scale · Σ_d x[d] · neighbors[t, d], t < 4, d < width.
@@ -95,27 +129,26 @@ def gather_dot(typing, scores, at, scale, x, neighbors, width):
     dtype = x.types[0].dtype
 
     def generate(context, builder, signature, args):
-        data = [_vector(context, builder, x, args[3]), *_neighbors(context, builder, neighbors, args[4])]
-        parts = _parts(dtype, width)
-        align, lanes = dtype.bitwidth // 8, max([4, *(1 << (part - 1).bit_length() for _, part in parts)])
-        sums = [ir.Constant(ir.VectorType(data[0].type.pointee, lanes), None)] * 4
-        for first, part in parts:
-            sides = [builder.load(vector_pointer(builder, side, first, part), align=align) for side in data]
-            if part < lanes:
-                zero, widen = ir.Constant(sides[0].type, None), [min(lane, part) for lane in range(lanes)]
-                sides = [shuffle(builder, side, zero, widen) for side in sides]
-            sums = [fma(builder, sides[0], side, part_sum) for side, part_sum in zip(sides[1:], sums, strict=True)]
-        total = _add_pairs(builder, _add_pairs(builder, *sums[:2]), _add_pairs(builder, *sums[2:]))
-        while total.type.count > 4:
-            evens = range(0, total.type.count, 2)
-            halves = [shuffle(builder, total, total, [lane + odd for lane in evens]) for odd in (0, 1)]
-            total = builder.fadd(*halves)
-        target = vector_pointer(builder, pointer(context, builder, scores, *args[:2]), 0, 4)
-        factor = splat(builder, args[2], 4)
-        builder.store(fma(builder, factor, total, builder.load(target, align=align)), target, align=align)
+        rows = [_vector(context, builder, x, args[3]), *_neighbors(context, builder, neighbors, args[4])]
+        _add_dots(builder, dtype, pointer(context, builder, scores, *args[:2]), args[2], [(rows, width)])
         return context.get_dummy_value()
 
     return types.void(scores, types.intp, dtype, x, neighbors, width), generate
+
+
+@intrinsic(prefer_literal=True)
+def gather_dots(typing, scores, at, scale, x, neighbors, width, x_e, edges, width_e):
+    """The same, of [x ‖ x_e] and [neighbors ‖ edges], whose parts lie apart."""
+    dtype = x.types[0].dtype
+
+    def generate(context, builder, signature, args):
+        rows = [_vector(context, builder, x, args[3]), *_neighbors(context, builder, neighbors, args[4])]
+        more = [_vector(context, builder, x_e, args[6]), *_neighbors(context, builder, edges, args[7])]
+        target = pointer(context, builder, scores, *args[:2])
+        _add_dots(builder, dtype, target, args[2], [(rows, width), (more, width_e)])
+        return context.get_dummy_value()
+
+    return types.void(scores, types.intp, dtype, x, neighbors, width, x_e, edges, width_e), generate
 
 
 @intrinsic(prefer_literal=True)
@@ -192,6 +225,84 @@ def gather_sum(typing, sums, at, x, neighbors, width):
         return context.get_dummy_value()
 
     return types.void(sums, types.intp, x, neighbors, width), generate
+
+
+def _in_registers(dtype, width):
+    """`_parts`, as many at a time as four sums of each of them stay in registers."""
+    parts = _parts(dtype, width)
+    return [parts[first : first + 2] for first in range(0, len(parts), 2)]
+
+
+@intrinsic(prefer_literal=True)
+def gather_product(typing, sums, at, x, rows, count, width):
+    """sums[at + t · width + d] += Σ_c x[t, c] · rows[c, d], t < 4, c < count, d < width.
+
+    x are `Neighbors`, rows are `Rows`; sums are flat, width is a constant.
+    """
+    dtype = x.types[0].dtype
+
+    def generate(context, builder, signature, args):
+        count = args[4]
+        target = pointer(context, builder, sums, *args[:2])
+        targets = [builder.gep(target, [SIZE(t * width.literal_value)]) for t in range(4)]
+        firsts, (row, row_stride) = _neighbors(context, builder, x, args[2]), _rows(context, builder, rows, args[3])
+        align = dtype.bitwidth // 8
+        for parts in _in_registers(dtype, width):
+            places = [[vector_pointer(builder, first, *part) for part in parts] for first in targets]
+            totals = [
+                [cgutils.alloca_once_value(builder, builder.load(place, align=align)) for place in of_edge]
+                for of_edge in places
+            ]
+            with cgutils.for_range(builder, count) as loop:
+                own = builder.gep(row, [builder.mul(loop.index, row_stride)])
+                vectors = [builder.load(vector_pointer(builder, own, *part), align=align) for part in parts]
+                for first, of_edge in zip(firsts, totals, strict=True):
+                    factor = builder.load(builder.gep(first, [loop.index]))
+                    for vector, total, (_, lanes) in zip(vectors, of_edge, parts, strict=True):
+                        found = fma(builder, splat(builder, factor, lanes), vector, builder.load(total))
+                        builder.store(found, total)
+            for of_edge, found in zip(places, totals, strict=True):
+                for place, total in zip(of_edge, found, strict=True):
+                    builder.store(builder.load(total), place, align=align)
+        return context.get_dummy_value()
+
+    return types.void(sums, types.intp, x, rows, types.intp, width), generate
+
+
+@intrinsic(prefer_literal=True)
+def gather_outer(typing, rows, x, weights, neighbors, count, width):
+    """rows[c, d] += Σ_t x[t, c] · weights[t] · neighbors[t, d], t < 4, c < count, d < width.
+
+    rows are `Rows`, x and neighbors `Neighbors`, weights a `Vector`; width is a constant.
+    """
+    dtype = neighbors.types[0].dtype
+
+    def generate(context, builder, signature, args):
+        row, row_stride = _rows(context, builder, rows, args[0])
+        firsts, sides = _neighbors(context, builder, x, args[1]), _neighbors(context, builder, neighbors, args[3])
+        first_weight, count = _vector(context, builder, weights, args[2]), args[4]
+        factors = [builder.load(builder.gep(first_weight, [SIZE(t)])) for t in range(4)]
+        align = dtype.bitwidth // 8
+        for parts in _in_registers(dtype, width):
+            scaled = []
+            for factor, side in zip(factors, sides, strict=True):
+                vectors = [builder.load(vector_pointer(builder, side, *part), align=align) for part in parts]
+                scaled.append([builder.fmul(splat(builder, factor, v.type.count), v) for v in vectors])
+            with cgutils.for_range(builder, count) as loop:
+                own = builder.gep(row, [builder.mul(loop.index, row_stride)])
+                places = [vector_pointer(builder, own, *part) for part in parts]
+                totals = [builder.load(place, align=align) for place in places]
+                for first, of_edge in zip(firsts, scaled, strict=True):
+                    factor = builder.load(builder.gep(first, [loop.index]))
+                    totals = [
+                        fma(builder, splat(builder, factor, vector.type.count), vector, total)
+                        for vector, total in zip(of_edge, totals, strict=True)
+                    ]
+                for place, total in zip(places, totals, strict=True):
+                    builder.store(total, place, align=align)
+        return context.get_dummy_value()
+
+    return types.void(rows, x, weights, neighbors, types.intp, width), generate
 
 
 @intrinsic

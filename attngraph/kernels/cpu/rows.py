@@ -6,8 +6,9 @@ for dq, leaves w and ds of each edge to a walk along those of each key, for dk a
 two runs give the same bits. Nodes come first in memory: q is (B, N, H, D). The edges of a node are taken in blocks of
 four, whose scores lie together: (blocks, H, 4).
 
-Vectors e of the edges (`EdgeVectors`) are more numbers of their keys and values, which lie in another place: what is
-gathered along an edge is [k_j ‖ e] and [v_j ‖ e].
+Features e of the edges (`EdgeTerms`) are more numbers of their keys and values: the kernels gather [k_j ‖ e] and
+[v_j ‖ e], and K and V are products outside of them, as q · (k + K e) = [q ‖ Kᵀ q] · [k ‖ e] and Σ w (v + V e) = Σ w v +
+V Σ w e.
 """
 
 # pyright: reportCallIssue=false, reportArgumentType=false
@@ -23,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from attngraph.kernels.contract import Adjacency, CSRLayout, Modifiers
+from attngraph.kernels.contract import Adjacency, CSRLayout, Gradients, Modifiers
 from attngraph.kernels.cpu.csr import (
     JOBS_PER_THREAD,
     arrays,
@@ -36,8 +37,18 @@ from attngraph.kernels.cpu.csr import (
     sum_pieces,
     unit_ranges,
 )
-from attngraph.kernels.cpu.gather import Neighbors, Vector, gather_add, gather_dot, prefetch, scatter_add, transpose_4x4
+from attngraph.kernels.cpu.gather import (
+    Neighbors,
+    Vector,
+    gather_add,
+    gather_dot,
+    gather_dots,
+    prefetch,
+    scatter_add,
+    transpose_4x4,
+)
 from attngraph.kernels.cpu.launch import InThreads, in_threads
+from attngraph.kernels.cpu.maps import add_mapped, map_gradient, mapped
 from attngraph.kernels.cpu.score_bias import NO_BIAS, add_bias, bias_gradient, bias_table, mask
 from attngraph.kernels.cpu.weights import (
     OPTIONS,
@@ -62,40 +73,48 @@ CHUNK_EDGES = 64  # edges of a node whose neighbours stay in the cache between t
 
 
 class ForwardTensors(NamedTuple):
-    """q (B, N, H, D), k and v (B, M, Hkv, ·), vectors of the edges (B or 1, E, F); out (B · N, H, Dv), lse (B · N, H);
-    the same for pieces of nodes. Dimensions of q and out are those with the vectors of edges.
+    """q (B, N, H, D), k and v (B, M, Hkv, ·); out (B · N, H, Dv), lse (B · N, H); the same for pieces of nodes.
+
+    Of features: e (B or 1, E, F), Kᵀ q (B, N, H, F), sums Σ w e (B · N, H, F).
     """
 
     q: np.ndarray
     k: np.ndarray
     v: np.ndarray
-    of_edges: np.ndarray
+    e: np.ndarray
+    q_e: np.ndarray
     out: np.ndarray
+    sums: np.ndarray
     lse: np.ndarray
     piece_out: np.ndarray
+    piece_sums: np.ndarray
     piece_lse: np.ndarray
 
 
 class BackwardTensors(NamedTuple):
-    """q and dout (B, N, H, ·), k and v (B, M, Hkv, ·), vectors of the edges as above; lse and delta (B · N, H)."""
+    """q and dout (B, N, H, ·), k and v (B, M, Hkv, ·); lse and delta (B · N, H); of features e, Kᵀ q and Vᵀ dout."""
 
     q: np.ndarray
     k: np.ndarray
     v: np.ndarray
-    of_edges: np.ndarray
     dout: np.ndarray
+    e: np.ndarray
+    q_e: np.ndarray
+    dout_e: np.ndarray
     lse: np.ndarray
     delta: np.ndarray
     weights: np.ndarray  # flat, (B, E + 1, 2, H): p, or w · kept, and ds of each edge, and zeros
 
 
 class Sums(NamedTuple):
-    """What a backward kernel fills: dq alone, or dk and dv, (B · nodes, heads, ·); the same for pieces of nodes."""
+    """What a backward kernel fills, (B · nodes, heads, ·): dk and dv, or dq, Σ scale · ds e, Σ w e; and of pieces."""
 
     dx: np.ndarray
     piece_dx: np.ndarray
     dx_v: np.ndarray
     piece_dx_v: np.ndarray
+    sums: np.ndarray
+    piece_sums: np.ndarray
 
 
 @compiled
@@ -117,13 +136,13 @@ def _forward_kernel(head_dim: int, value_dim: int, key_features: int, value_feat
 
     Each job is a range of units of one batch entry.
     """
-    q_dim, out_dim = head_dim + key_features, value_dim + value_features
+    has_products = head_dim + key_features > 0
 
     @in_threads(**OPTIONS)
     def forward_units(job, ranges, tensors, edges, bias, rule, scale):
-        q, k, v, of_edges = tensors.q, tensors.k, tensors.v, tensors.of_edges
+        q, k, v = tensors.q, tensors.k, tensors.v
         place, batch = divmod(job, len(q))
-        first_edge = batch * len(edges.neighbor) if len(of_edges) > 1 else 0
+        first_edge = batch * len(edges.neighbor) if len(tensors.e) > 1 else 0
         (_, n, heads, _), (_, m, key_heads, _) = q.shape, k.shape
         group, pieces, last = heads // key_heads, len(tensors.piece_lse) // len(q), len(edges.neighbor) - 1
         for unit in range(ranges[place], ranges[place + 1]):
@@ -138,27 +157,30 @@ def _forward_kernel(head_dim: int, value_dim: int, key_features: int, value_feat
                 blocks = (hi - lo + 3) // 4
                 if unit < pieces:
                     acc, lse, row = tensors.piece_out, tensors.piece_lse, batch * pieces + unit
+                    sums = tensors.piece_sums
                 else:
                     acc, lse, row = tensors.out, tensors.lse, batch * n + i
+                    sums = tensors.sums
                 for y in range(blocks * heads * 4):
                     scores[y] = zero
                 if bias.kind != NO_BIAS:
                     add_bias(scores, bias, edges, batch, i, lo, hi - lo)
-                for e in range(lo, hi if q_dim else lo, 4):
+                for e in range(lo, hi if has_products else lo, 4):
                     nodes, at = neighbors_of_4(edges.neighbor, e, hi - 1, batch * m), (e - lo) * heads
-                    e_j = Neighbors(of_edges, next_4(e, hi - 1, first_edge), key_features, 0)
+                    e_j = Neighbors(tensors.e, next_4(e, hi - 1, first_edge), key_features, 0)
                     coming = neighbors_of_4(edges.neighbor, min(e + AHEAD, last), last, batch * m)
                     for g in range(group):
                         for hk in range(key_heads):
                             h = hk * group + g
                             prefetch(Neighbors(k, coming, key_heads * head_dim, hk * head_dim), head_dim)
                             prefetch(Neighbors(v, coming, key_heads * value_dim, hk * value_dim), value_dim)
-                            q_i = Vector(q, ((batch * n + i) * heads + h) * q_dim)
+                            q_i = Vector(q, ((batch * n + i) * heads + h) * head_dim)
                             k_j = Neighbors(k, nodes, key_heads * head_dim, hk * head_dim)
-                            gather_dot(scores, at + h * 4, scale, q_i, k_j, head_dim)
                             if key_features:
-                                q_i = Vector(q, ((batch * n + i) * heads + h) * q_dim + head_dim)
-                                gather_dot(scores, at + h * 4, scale, q_i, e_j, key_features)
+                                q_e = Vector(tensors.q_e, ((batch * n + i) * heads + h) * key_features)
+                                gather_dots(scores, at + h * 4, scale, q_i, k_j, head_dim, q_e, e_j, key_features)
+                            else:
+                                gather_dot(scores, at + h * 4, scale, q_i, k_j, head_dim)
                 if not plain:
                     transform(scores, slopes, blocks * heads * 4, rule.transform, rule.value)
                 if plain or rule.normalize == SOFTMAX:
@@ -172,22 +194,21 @@ def _forward_kernel(head_dim: int, value_dim: int, key_features: int, value_feat
                     multiply(scores, factors, blocks * heads * 4)
                 for e in range(lo, hi, 4):
                     nodes, at = neighbors_of_4(edges.neighbor, e, hi - 1, batch * m), (e - lo) * heads
-                    e_j = Neighbors(of_edges, next_4(e, hi - 1, first_edge), value_features, 0)
+                    e_j = Neighbors(tensors.e, next_4(e, hi - 1, first_edge), value_features, 0)
                     for g in range(group):
                         for hk in range(key_heads):
                             h = hk * group + g
-                            acc_i, p = Vector(acc, (row * heads + h) * out_dim), Vector(scores, at + h * 4)
+                            acc_i, p = Vector(acc, (row * heads + h) * value_dim), Vector(scores, at + h * 4)
                             v_j = Neighbors(v, nodes, key_heads * value_dim, hk * value_dim)
                             gather_add(acc_i, p, v_j, value_dim)
                             if value_features:
-                                acc_i = Vector(acc, (row * heads + h) * out_dim + value_dim)
-                                gather_add(acc_i, p, e_j, value_features)
+                                gather_add(Vector(sums, (row * heads + h) * value_features), p, e_j, value_features)
 
     return forward_units
 
 
 @compiled
-def merge_pieces(pieces, count, n, out, lse, piece_out, piece_lse):
+def merge_pieces(pieces, count, n, out, sums, lse, piece_out, piece_sums, piece_lse):
     """The softmax of each heavy node from those of its pieces, in fixed order."""
     zero = out.dtype.type(0)
     for batch in range(len(lse) // max(n, 1)):
@@ -203,42 +224,77 @@ def merge_pieces(pieces, count, n, out, lse, piece_out, piece_lse):
                     row_sum += weight
                     for d in range(out.shape[2]):
                         out[row, h, d] += weight * piece_out[x, h, d]
+                    for d in range(sums.shape[2]):
+                        sums[row, h, d] += weight * piece_sums[x, h, d]
                 if row_sum != zero:
                     lse[row, h] = lse_max + math.log(row_sum)
                     for d in range(out.shape[2]):
                         out[row, h, d] /= row_sum
+                    for d in range(sums.shape[2]):
+                        sums[row, h, d] /= row_sum
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, layout: CSRLayout, modifiers: Modifiers) -> tuple[Tensor, Tensor]:
     """q (B, H, N, D), k and v (B, Hkv, M, ·), float32 or float64 → out (B, H, N, Dv), lse (B, H, N).
 
-    A query without edges has out 0 and lse -inf; normalisers other than softmax have no lse: 0. With vectors of edges,
-    q has their dimension more than k, and out than v.
+    A query without edges has out 0 and lse -inf; normalisers other than softmax have no lse: 0.
     """
-    (B, H, N, _), adjacency, edge_dims = q.shape, layout.by_query, modifiers.edge_dims
-    q, k, v, head_dim, value_dim = nodes_first(q), nodes_first(k), nodes_first(v), k.shape[3], v.shape[3]
+    (B, H, N, head_dim), value_dim, adjacency = q.shape, v.shape[3], layout.by_query
+    q, k, v, features = nodes_first(q), nodes_first(k), nodes_first(v), _Features.of(modifiers, q.dtype)
     is_softmax = modifiers.normalize == "softmax"
-    out, lse = zeros(B, N, H, value_dim + edge_dims[1], like=q), q.new_full((B, N, H), -torch.inf if is_softmax else 0)
-    piece_out = out.new_zeros(B, adjacency.num_pieces, *out.shape[2:])
+    out, lse = zeros(B, N, H, value_dim, like=q), q.new_full((B, N, H), -torch.inf if is_softmax else 0)
+    sums = zeros(B, N, H, features.value_dim, like=q)
+    piece_out, piece_sums = (x.new_zeros(B, adjacency.num_pieces, *x.shape[2:]) for x in (out, sums))
     piece_lse = lse.new_full((B, adjacency.num_pieces, H), -torch.inf)
-    results = flat_nodes(out, lse, piece_out, piece_lse)
-    tensors = ForwardTensors(*arrays(q, k, v, _vectors(modifiers, q)), *results)
+    results = flat_nodes(out, sums, lse, piece_out, piece_sums, piece_lse)
+    tensors = ForwardTensors(*arrays(q, k, v, features.e, features.of_queries(q)), *results)
     table, rule, factor = bias_table(modifiers, q), weighting(modifiers, q), scalar(modifiers.scale, q)
-    kernel, edges = _forward_kernel(head_dim, value_dim, *edge_dims, is_plain(modifiers)), edges_of(adjacency)
+    kernel, edges = _forward_kernel(head_dim, value_dim, *features.dims, is_plain(modifiers)), edges_of(adjacency)
 
     ranges = unit_ranges(len(adjacency.units))
     kernel((len(ranges) - 1) * B, ranges, tensors, edges, table, rule, factor)
     if adjacency.num_pieces and not is_softmax:
         sum_pieces(adjacency.pieces.numpy(), out.numpy(), piece_out.numpy())
+        sum_pieces(adjacency.pieces.numpy(), sums.numpy(), piece_sums.numpy())
     elif adjacency.num_pieces:
         merge_pieces(adjacency.pieces.numpy(), adjacency.num_pieces, N, *results)
+    if features.to_value is not None:
+        add_mapped(out, sums, features.to_value.mT)
     return out.transpose(1, 2), lse.transpose(1, 2)
 
 
-def _vectors(modifiers: Modifiers, q: Tensor) -> Tensor:
-    """The vectors of the edges, (B or 1, E, F), or nothing."""
-    edges = modifiers.edges
-    return q.new_empty(0, 0, 0) if edges is None else edges.values.detach().to(q.dtype).contiguous()
+class _Features(NamedTuple):
+    """Features of the edges and their maps, as `EdgeTerms`; of none, e is empty."""
+
+    e: Tensor
+    to_key: Tensor | None
+    to_value: Tensor | None
+
+    @staticmethod
+    def of(modifiers: Modifiers, dtype: torch.dtype) -> _Features:
+        """In this precision."""
+        if (terms := modifiers.edges) is None:
+            return _Features(torch.empty(0, 0, 0, dtype=dtype), None, None)
+        maps = [side if side is None else side.detach().to(dtype) for side in (terms.to_key, terms.to_value)]
+        return _Features(terms.values.detach().to(dtype).contiguous(), *maps)
+
+    @property
+    def dims(self) -> tuple[int, int]:
+        """How many numbers stand beside each key, and beside each value."""
+        return 0 if self.to_key is None else self.e.shape[2], self.value_dim
+
+    @property
+    def value_dim(self) -> int:
+        """The second."""
+        return 0 if self.to_value is None else self.e.shape[2]
+
+    def of_queries(self, q: Tensor) -> Tensor:
+        """Kᵀ q, (B, N, H, F), of q (B, N, H, D); nothing where there is no K."""
+        return q.new_empty(0, 0, 0, 0) if self.to_key is None else mapped(q, self.to_key)
+
+    def of_results(self, dout: Tensor) -> Tensor:
+        """Vᵀ dout, the same."""
+        return dout.new_empty(0, 0, 0, 0) if self.to_value is None else mapped(dout, self.to_value)
 
 
 # ------------------------------------------------------------------------------------------------- backward
@@ -284,11 +340,11 @@ def _queries_kernel(head_dim: int, value_dim: int, key_features: int, value_feat
 
     plain: for a softmax alone. Each job is a range of units of one batch entry.
     """
-    q_dim, out_dim, features = head_dim + key_features, value_dim + value_features, key_features or value_features
+    has_products, features = head_dim + key_features > 0, key_features or value_features
 
     @in_threads(**OPTIONS)
     def backward_queries(job, ranges, tensors, gradients, edges, bias, rule, scale, de):
-        q, k, v, dout, of_edges = tensors.q, tensors.k, tensors.v, tensors.dout, tensors.of_edges
+        q, k, v, dout, of_edges = tensors.q, tensors.k, tensors.v, tensors.dout, tensors.e
         place, batch = divmod(job, len(q))
         first_edge = batch * len(edges.neighbor) if len(of_edges) > 1 else 0
         (_, n, heads, _), (_, m, key_heads, _), num_edges = q.shape, k.shape, len(edges.neighbor)
@@ -303,8 +359,10 @@ def _queries_kernel(head_dim: int, value_dim: int, key_features: int, value_feat
             for i in range(first, stop):
                 lo, hi = max(edges.start[i], begin), min(edges.start[i + 1], end)
                 dx, row, q_row = gradients.dx, batch * n + i, batch * n + i
+                dx_e, sums = gradients.dx_v, gradients.sums
                 if unit < pieces:
                     dx, row = gradients.piece_dx, batch * pieces + unit
+                    dx_e, sums = gradients.piece_dx_v, gradients.piece_sums
                 for chunk in range(lo, hi, CHUNK_EDGES):
                     count = min(hi - chunk, CHUNK_EDGES)
                     blocks, numbers = (count + 3) // 4, (count + 3) // 4 * heads * 4
@@ -326,19 +384,22 @@ def _queries_kernel(head_dim: int, value_dim: int, key_features: int, value_feat
                                 h = hk * group + g
                                 prefetch(Neighbors(k, coming, key_heads * head_dim, hk * head_dim), head_dim)
                                 prefetch(Neighbors(v, coming, key_heads * value_dim, hk * value_dim), value_dim)
-                                q_i = Vector(q, (q_row * heads + h) * q_dim)
+                                q_i = Vector(q, (q_row * heads + h) * head_dim)
                                 k_j = Neighbors(k, four, key_heads * head_dim, hk * head_dim)
-                                if head_dim:
-                                    gather_dot(scores, at + h * 4, scale, q_i, k_j, head_dim)
-                                dout_i = Vector(dout, (q_row * heads + h) * out_dim)
-                                v_j = Neighbors(v, four, key_heads * value_dim, hk * value_dim)
-                                gather_dot(ds, at + h * 4, one, dout_i, v_j, value_dim)
                                 if key_features:
-                                    q_i = Vector(q, (q_row * heads + h) * q_dim + head_dim)
-                                    gather_dot(scores, at + h * 4, scale, q_i, e_j, key_features)
+                                    q_e = Vector(tensors.q_e, (q_row * heads + h) * key_features)
+                                    gather_dots(scores, at + h * 4, scale, q_i, k_j, head_dim, q_e, e_j, key_features)
+                                elif head_dim:
+                                    gather_dot(scores, at + h * 4, scale, q_i, k_j, head_dim)
+                                dout_i = Vector(dout, (q_row * heads + h) * value_dim)
+                                v_j = Neighbors(v, four, key_heads * value_dim, hk * value_dim)
                                 if value_features:
-                                    dout_i = Vector(dout, (q_row * heads + h) * out_dim + value_dim)
-                                    gather_dot(ds, at + h * 4, one, dout_i, e_j, value_features)
+                                    dout_e = Vector(tensors.dout_e, (q_row * heads + h) * value_features)
+                                    gather_dots(
+                                        ds, at + h * 4, one, dout_i, v_j, value_dim, dout_e, e_j, value_features
+                                    )
+                                else:
+                                    gather_dot(ds, at + h * 4, one, dout_i, v_j, value_dim)
                     if not plain:
                         transform(scores, slopes, numbers, rule.transform, rule.value)
                     if is_softmax and (count % 4 or len(bias.real)):
@@ -356,32 +417,37 @@ def _queries_kernel(head_dim: int, value_dim: int, key_features: int, value_feat
                             dropout_factors(factors, edges, batch, i, chunk, count, rule)
                         weights_backward(scores, ds, minus_delta, slopes, factors, numbers, is_softmax)
                     keep_weights(tensors.weights, batch * (num_edges + 1) + chunk, scores, ds, count, heads)
-                    for e in range(chunk, chunk + count if q_dim else chunk, 4):
+                    for e in range(chunk, chunk + count if has_products or features else chunk, 4):
                         four, at = neighbors_of_4(edges.neighbor, e, hi - 1, batch * m), (e - chunk) * heads
                         e_j = Neighbors(of_edges, next_4(e, hi - 1, first_edge), features, 0)
                         for g in range(group):
                             for hk in range(key_heads):
                                 h = hk * group + g
-                                dq_i = Vector(dx, (row * heads + h) * q_dim)
+                                dq_i = Vector(dx, (row * heads + h) * head_dim)
                                 k_j = Neighbors(k, four, key_heads * head_dim, hk * head_dim)
                                 gather_add(dq_i, Vector(ds, at + h * 4), k_j, head_dim)
                                 if key_features:
-                                    dq_i = Vector(dx, (row * heads + h) * q_dim + head_dim)
-                                    gather_add(dq_i, Vector(ds, at + h * 4), e_j, key_features)
+                                    dq_e = Vector(dx_e, (row * heads + h) * key_features)
+                                    gather_add(dq_e, Vector(ds, at + h * 4), e_j, key_features)
+                                if value_features:
+                                    sum_i = Vector(sums, (row * heads + h) * value_features)
+                                    gather_add(sum_i, Vector(scores, at + h * 4), e_j, value_features)
                     if features and len(de):
                         for e in range(chunk, chunk + count, 4):
                             at, of_four = (e - chunk) * heads, next_4(e, hi - 1, batch * num_edges)
                             de_j = Neighbors(de, of_four, features, 0)
                             for h in range(heads):
                                 if key_features:
-                                    q_i = Vector(q, (q_row * heads + h) * q_dim + head_dim)
-                                    scatter_add(de_j, scale, Vector(ds, at + h * 4), q_i, key_features)
+                                    q_e = Vector(tensors.q_e, (q_row * heads + h) * key_features)
+                                    scatter_add(de_j, scale, Vector(ds, at + h * 4), q_e, key_features)
                                 if value_features:
-                                    dout_i = Vector(dout, (q_row * heads + h) * out_dim + value_dim)
-                                    scatter_add(de_j, one, Vector(scores, at + h * 4), dout_i, value_features)
+                                    dout_e = Vector(tensors.dout_e, (q_row * heads + h) * value_features)
+                                    scatter_add(de_j, one, Vector(scores, at + h * 4), dout_e, value_features)
                 for h in range(heads):
-                    for d in range(q_dim):
+                    for d in range(head_dim):
                         dx[row, h, d] *= scale
+                    for d in range(key_features):
+                        dx_e[row, h, d] *= scale
 
     return backward_queries
 
@@ -396,9 +462,8 @@ def kept_of_4(edge, e, stop, base, none):
 
 
 @lru_cache
-def _keys_kernel(head_dim: int, value_dim: int, key_features: int, value_features: int) -> InThreads:
+def _keys_kernel(head_dim: int, value_dim: int) -> InThreads:
     """The kernel of dk = scale · Σ ds q and dv = Σ w dout, for these dimensions; jobs as above."""
-    q_dim, out_dim = head_dim + key_features, value_dim + value_features
 
     @in_threads(**OPTIONS)
     def backward_keys(job, ranges, tensors, gradients, edges, scale):
@@ -424,18 +489,18 @@ def _keys_kernel(head_dim: int, value_dim: int, key_features: int, value_feature
                     for g in range(group):
                         for hk in range(key_heads):
                             h = hk * group + g
-                            prefetch(Neighbors(q, coming, heads * q_dim, h * q_dim), head_dim)
-                            prefetch(Neighbors(dout, coming, heads * out_dim, h * out_dim), value_dim)
+                            prefetch(Neighbors(q, coming, heads * head_dim, h * head_dim), head_dim)
+                            prefetch(Neighbors(dout, coming, heads * value_dim, h * value_dim), value_dim)
                             dv_j, w = (
                                 Vector(dv, (row * key_heads + hk) * value_dim),
                                 Neighbors(weights, kept, 2 * heads, h),
                             )
-                            gather_add(dv_j, w, Neighbors(dout, four, heads * out_dim, h * out_dim), value_dim)
+                            gather_add(dv_j, w, Neighbors(dout, four, heads * value_dim, h * value_dim), value_dim)
                             dk_j, ds = (
                                 Vector(dk, (row * key_heads + hk) * head_dim),
                                 Neighbors(weights, kept, 2 * heads, heads + h),
                             )
-                            gather_add(dk_j, ds, Neighbors(q, four, heads * q_dim, h * q_dim), head_dim)
+                            gather_add(dk_j, ds, Neighbors(q, four, heads * head_dim, h * head_dim), head_dim)
                 for h in range(key_heads):
                     for d in range(head_dim):
                         dk[row, h, d] *= scale
@@ -454,8 +519,8 @@ def backward(
     layout: CSRLayout,
     modifiers: Modifiers,
     bias_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """What these edges add to dq, dk, dv and, where asked for, to the gradients of the bias's and the edges' values.
+) -> Gradients:
+    """What these edges add to the gradients.
 
     out (B, H, N, Dv) and lse (B, H, N) are those of all the edges of each query: with w = exp(s - lse),
     dw = kept / (1 - p) · dout · v and Δ = Σ_d dout · out - dlse, ds = transform' · w · (dw - Δ); of other normalisers,
@@ -464,27 +529,38 @@ def backward(
     lse = lse.masked_fill(lse == -torch.inf, torch.inf)  # p = 0 where there are no edges
     lse, dout, plain = lse.detach().transpose(1, 2).contiguous(), nodes_first(dout), is_plain(modifiers)
     q, k, v, delta = nodes_first(q), nodes_first(k), nodes_first(v), _delta(out, dout, dlse)
-    (B, _, H, _), adjacency, of_edges = q.shape, layout.by_query, _vectors(modifiers, q)
-    dims = k.shape[3], v.shape[3], *modifiers.edge_dims
+    (B, N, H, head_dim), value_dim, adjacency = q.shape, v.shape[3], layout.by_query
+    features = _Features.of(modifiers, q.dtype)
     weights = empty(B, len(adjacency.neighbor) + 1, 2, H, like=q)
     weights[:, -1] = 0
-    tensors = BackwardTensors(*arrays(q, k, v, of_edges, dout), *flat_nodes(lse, delta), weights.view(-1).numpy())
+    of_edges = features.e, features.of_queries(q), features.of_results(dout)
+    tensors = BackwardTensors(*arrays(q, k, v, dout, *of_edges), *flat_nodes(lse, delta), weights.view(-1).numpy())
     table, rule, factor = bias_table(modifiers, q), weighting(modifiers, q), scalar(modifiers.scale, q)
 
     dq, dk, dv = zeros(*q.shape, like=q), zeros(*k.shape, like=q), zeros(*v.shape, like=q)
-    needs_edges = modifiers.edges is not None and modifiers.edges.needs_grad
-    de = zeros(B if needs_edges else 0, *of_edges.shape[1:], like=q)
-    of_queries, of_keys = _queries_kernel(*dims, plain), _keys_kernel(*dims)
-    _add_up(of_queries, tensors, adjacency, (dq, q.new_empty(0, 0, 0, 0)), (table, rule, factor, de.numpy()))
-    _add_up(of_keys, tensors, layout.numbered, (dk, dv), (factor,))
+    dq_e, sums = (zeros(B, N, H, dim, like=q) for dim in features.dims)
+    de = zeros(B if modifiers.edges and modifiers.edges.needs_grad else 0, *features.e.shape[1:], like=q)
+    kernel, none = _queries_kernel(head_dim, value_dim, *features.dims, plain), q.new_empty(0, 0, 0, 0)
+    _add_up(kernel, tensors, adjacency, (dq, dq_e, sums), (table, rule, factor, de.numpy()))
+    _add_up(_keys_kernel(head_dim, value_dim), tensors, layout.numbered, (dk, dv, none), (factor,))
     bias = modifiers.bias if bias_grad else None
     dbias = None if bias is None else bias_gradient(bias, table, weights, adjacency)
-    dedges = de.sum_to_size(of_edges.shape) if needs_edges else None
-    return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2), dbias, dedges
+    dto_key = dto_value = None
+    if features.to_key is not None:
+        add_mapped(dq, dq_e, features.to_key.mT)
+        dto_key = map_gradient(q, dq_e, features.to_key)
+    if features.to_value is not None:
+        dto_value = map_gradient(dout, sums, features.to_value)
+    dedges = de.sum_to_size(features.e.shape) if len(de) else None, dto_key, dto_value
+    return Gradients(dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2), dbias, dedges)
 
 
 def _add_up(
-    kernel: InThreads, tensors: BackwardTensors, adjacency: Adjacency, results: tuple[Tensor, Tensor], more: tuple
+    kernel: InThreads,
+    tensors: BackwardTensors,
+    adjacency: Adjacency,
+    results: tuple[Tensor, Tensor, Tensor],
+    more: tuple,
 ) -> None:
     """A kernel for each unit and batch entry; its sums, and those of pieces, into results (B, nodes, heads, ·)."""
     pieces = [x.new_zeros(x.shape[0], adjacency.num_pieces, *x.shape[2:]) for x in results]

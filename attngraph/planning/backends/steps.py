@@ -15,6 +15,7 @@ from attngraph.planning.costs import Costs
 from attngraph.planning.edge_set import EdgeSet
 
 ACTIVATION_FACTOR = 12  # of an additive score: how much longer an activation takes than a product with a number
+FEATURE_FACTOR = 0.25  # and of each feature of an edge, whose products with K share what they read
 
 
 class Steps(Backend):
@@ -36,10 +37,10 @@ class Steps(Backend):
         return costs.row_s_per_call
 
     def estimate(self, edges: EdgeSet, call: Call, costs: Costs) -> float:
-        numbers = edges.count * call.heads * call.head_dim
-        if call.score != ANY_FUNCTION and not call.key_features:  # half of what rows do
-            activations = ACTIVATION_FACTOR * costs.row_s_per_edge_dim * numbers if call.score == "additive" else 0.0
-            return rows_seconds(edges, call._replace(value_dim=0), costs) + activations * width_factor(call)
+        if _by_kernel(call):  # half of what rows do
+            per_number = ACTIVATION_FACTOR + FEATURE_FACTOR * call.key_features if call.score == "additive" else 0.0
+            more = per_number * costs.row_s_per_edge_dim * edges.count * call.heads * call.head_dim
+            return rows_seconds(edges, call._replace(value_dim=0, value_features=0), costs) + more * width_factor(call)
         per_edge = costs.gather_s_per_edge + costs.gather_s_per_edge_dim * 2 * call.head_dim
         return edges.count * call.heads * per_edge * width_factor(call)
 
@@ -56,5 +57,12 @@ class Steps(Backend):
         return True
 
     def describe(self, edges: EdgeSet, layout: Any, call: Call) -> str:
-        scores = "a part of the edges at a time" if call.score == ANY_FUNCTION else "by a kernel"
+        scores = "by a kernel" if _by_kernel(call) else "a part of the edges at a time"
         return f"scores of the edges first, {scores}; then attention by them"
+
+
+def _by_kernel(call: Call) -> bool:
+    """Whether scores are made by a kernel."""
+    if call.score == ANY_FUNCTION:
+        return False
+    return not call.key_features or (call.score == "additive" and call.device.type == "cpu")

@@ -22,7 +22,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from attngraph.kernels.cpu.simd import SIZE, fma, pointer, shuffle, splat, vector_pointer
+from attngraph.kernels.cpu.simd import SIZE, fma, pointer, register_bits, shuffle, splat, vector_pointer
 
 CACHE_LINE = 64  # bytes
 BYTES, INT = ir.IntType(8).as_pointer(), ir.IntType(32)
@@ -227,10 +227,10 @@ def gather_sum(typing, sums, at, x, neighbors, width):
     return types.void(sums, types.intp, x, neighbors, width), generate
 
 
-def _in_registers(dtype, width):
-    """`_parts`, as many at a time as four sums of each of them stay in registers."""
-    parts = _parts(dtype, width)
-    return [parts[first : first + 2] for first in range(0, len(parts), 2)]
+def _in_registers(context, dtype, width):
+    """`_parts`, as many at a time as four sums of each of them take half of the registers."""
+    parts, at_once = _parts(dtype, width), max(1, register_bits(context) // 2 // (4 * 8 * CACHE_LINE))
+    return [parts[first : first + at_once] for first in range(0, len(parts), at_once)]
 
 
 @intrinsic(prefer_literal=True)
@@ -247,7 +247,7 @@ def gather_product(typing, sums, at, x, rows, count, width):
         targets = [builder.gep(target, [SIZE(t * width.literal_value)]) for t in range(4)]
         firsts, (row, row_stride) = _neighbors(context, builder, x, args[2]), _rows(context, builder, rows, args[3])
         align = dtype.bitwidth // 8
-        for parts in _in_registers(dtype, width):
+        for parts in _in_registers(context, dtype, width):
             places = [[vector_pointer(builder, first, *part) for part in parts] for first in targets]
             totals = [
                 [cgutils.alloca_once_value(builder, builder.load(place, align=align)) for place in of_edge]
@@ -283,7 +283,7 @@ def gather_outer(typing, rows, x, weights, neighbors, count, width):
         first_weight, count = _vector(context, builder, weights, args[2]), args[4]
         factors = [builder.load(builder.gep(first_weight, [SIZE(t)])) for t in range(4)]
         align = dtype.bitwidth // 8
-        for parts in _in_registers(dtype, width):
+        for parts in _in_registers(context, dtype, width):
             scaled = []
             for factor, side in zip(factors, sides, strict=True):
                 vectors = [builder.load(vector_pointer(builder, side, *part), align=align) for part in parts]

@@ -191,6 +191,30 @@ def scatter_add(typing, neighbors, scale, weights, x, width):
 
 
 @intrinsic(prefer_literal=True)
+def add_map(typing, y, x, matrix, rows, columns):
+    """y[f] += Σ_d x[d] · matrix[d, f], d < rows, f < columns, both constants; all three are a `Vector`."""
+    dtype = y.types[0].dtype
+
+    def generate(context, builder, signature, args):
+        kinds = zip((y, x, matrix), args[:3], strict=True)
+        target, vector, first_row = (_vector(context, builder, kind, side) for kind, side in kinds)
+        align, width = dtype.bitwidth // 8, columns.literal_value
+        for first, part in _parts(dtype, columns):
+            zero = ir.Constant(ir.VectorType(target.type.pointee, part), None)
+            # Four sums, none of which waits for another.
+            sums = [builder.load(vector_pointer(builder, target, first, part), align=align), zero, zero, zero]
+            for d in range(rows.literal_value):
+                factor = splat(builder, builder.load(builder.gep(vector, [SIZE(d)])), part)
+                row = builder.load(vector_pointer(builder, first_row, d * width + first, part), align=align)
+                sums[d % 4] = fma(builder, factor, row, sums[d % 4])
+            total = builder.fadd(builder.fadd(*sums[:2]), builder.fadd(*sums[2:]))
+            builder.store(total, vector_pointer(builder, target, first, part), align=align)
+        return context.get_dummy_value()
+
+    return types.void(y, x, matrix, rows, columns), generate
+
+
+@intrinsic(prefer_literal=True)
 def gather_sum(typing, sums, at, x, neighbors, width):
     """sums[at + t · width + d] = x[d] + neighbors[t, d], t < 4, d < width.
 

@@ -46,6 +46,7 @@ from attngraph.kernels.cpu.gather import (
     gather_dots,
     prefetch,
     scatter_add,
+    scatter_adds,
     transpose_4x4,
 )
 from attngraph.kernels.cpu.launch import InThreads, in_threads
@@ -440,12 +441,14 @@ def _queries_kernel(head_dim: int, value_dim: int, key_features: int, value_feat
                             at, of_four = (e - chunk) * heads, next_4(e, hi - 1, batch * num_edges)
                             de_j = Neighbors(de, of_four, features, 0)
                             for h in range(heads):
-                                if key_features:
-                                    x_e = Vector(q_e, h * key_features)
-                                    scatter_add(de_j, scale, Vector(ds, at + h * 4), x_e, key_features)
-                                if value_features:
-                                    x_e = Vector(dout_e, h * value_features)
-                                    scatter_add(de_j, one, Vector(scores, at + h * 4), x_e, value_features)
+                                of_key, of_value = Vector(q_e, h * key_features), Vector(dout_e, h * value_features)
+                                ds_h, w_h = Vector(ds, at + h * 4), Vector(scores, at + h * 4)
+                                if key_features and value_features:
+                                    scatter_adds(de_j, scale, ds_h, of_key, w_h, of_value, features)
+                                elif key_features:
+                                    scatter_add(de_j, scale, ds_h, of_key, features)
+                                else:
+                                    scatter_add(de_j, one, w_h, of_value, features)
                 for h in range(heads):
                     if key_features:
                         dq_i, dq_e = Vector(dx, (row * heads + h) * head_dim), (row * heads + h) * key_features

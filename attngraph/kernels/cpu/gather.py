@@ -333,9 +333,7 @@ def gather_outer(typing, rows, x, weights, neighbors, count, width):
     def generate(context, builder, signature, args):
         row, row_stride = _rows(context, builder, rows, args[0])
         firsts, sides = _neighbors(context, builder, x, args[1]), _neighbors(context, builder, neighbors, args[3])
-        first_weight, count = _vector(context, builder, weights, args[2]), args[4]
-        factors = [builder.load(builder.gep(first_weight, [SIZE(t)])) for t in range(4)]
-        align = dtype.bitwidth // 8
+        factors, count, align = _factors(context, builder, weights, args[2]), args[4], dtype.bitwidth // 8
         for parts in _in_registers(context, dtype, width):
             scaled = []
             for factor, side in zip(factors, sides, strict=True):

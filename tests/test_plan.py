@@ -271,7 +271,8 @@ def test_the_operators_pass_opcheck():
     features = [torch.randn(shape, requires_grad=True) for shape in ((1, len(query), 3), (4, 8, 3), (4, 8, 3))]
     torch.library.opcheck(attend_forward, (q, k, v, None, *features, None, None, *PLAIN, *pack(MIXED), "rows"))
     for weight, activation in ((None, ""), (torch.randn(4, 8, requires_grad=True), "tanh")):
-        torch.library.opcheck(products, (q, k, weight, query, activation, 0.2, 0.3, *pack(MIXED)))
+        torch.library.opcheck(products, (q, k, weight, None, None, query, activation, 0.2, 0.3, *pack(MIXED)))
+    torch.library.opcheck(products, (q, k, weight, *features[:2], query, "tanh", 0.2, 0.3, *pack(MIXED)))
 
 
 @pytest.mark.parametrize("backend", ["tiles", "rows"])

@@ -198,7 +198,8 @@ def _forward_kernel(head_dim: int, value_dim: int, key_features: int, value_feat
                 if not plain and rule.drops:
                     dropout_factors(factors, edges, batch, i, lo, hi - lo, rule)
                     multiply(scores, factors, blocks * heads * 4)
-                sums[:] = zero
+                if value_features:
+                    sums[:] = zero
                 for e in range(lo, hi, 4):
                     nodes, at = neighbors_of_4(edges.neighbor, e, hi - 1, batch * m), (e - lo) * heads
                     e_j = Neighbors(tensors.e, next_4(e, hi - 1, first_edge), value_features, 0)
@@ -357,7 +358,8 @@ def _queries_kernel(head_dim: int, value_dim: int, key_features: int, value_feat
                 if unit < pieces:
                     dx, row = gradients.piece_dx, batch * pieces + unit
                     dx_e, sums = gradients.piece_dx_v, gradients.piece_sums
-                q_e[:], dout_e[:] = zero, zero
+                if features:
+                    q_e[:], dout_e[:] = zero, zero
                 for h in range(heads if features else 0):
                     x_i, matrix = (
                         Vector(q, (q_row * heads + h) * head_dim),

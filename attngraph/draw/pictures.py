@@ -307,6 +307,29 @@ def _limits(values: Tensor, colors: str | Colormap, quantile: float = 1.0) -> tu
 
 
 @checked
+def explanation(
+    explanation: Any, *, labels: Names | None = None, ax: Axes | None = None, title: str = "what explains the result"
+) -> Figure:
+    """How much each edge counts in an `Explanation` of PyG, its `edge_mask`, as a picture like that of `attention`.
+
+    Args:
+        explanation: also what its `get_explanation_subgraph()` gives.
+        labels: a name for each node.
+
+    Raises:
+        TypeError: what has no `edge_mask`.
+    """
+    edges, mask = (getattr(explanation, name, None) for name in ("edge_index", "edge_mask"))
+    if not (isinstance(edges, Tensor) and isinstance(mask, Tensor)):
+        raise TypeError(
+            f"explanation must have an edge_index and an edge_mask (got {shown(explanation)}): make the Explainer with "
+            'edge_mask_type="object"'
+        )
+    n = int(explanation.num_nodes)
+    return weights_of_edges(_weights(mask, edges), edges, n, n, labels=labels, ax=ax, title=title)
+
+
+@checked
 def receptive_field(
     graphs: Graph | Sequence[Graph],
     node: object,

@@ -4,13 +4,13 @@
     python examples/nodes.py --layer GATv2Conv            or GATConv
     python examples/nodes.py --nodes 50000 --seeds 1      a larger graph
 
-The graph is a stochastic block model: most of a node's edges lead into its own community, the others anywhere. A
-node's features are those of its community beneath noise that hides them: what helps is to listen to others. Half of
-the nodes are trained on, all at once, and the other half are told. For each seed both models begin with the same
-parameters; the second is a copy of the first after one line, `attngraph.pyg.accelerate(model)`.
+The graph is a stochastic block model: a third of a node's edges stay within its own community, the others lead
+anywhere. A node's features are those of its community, hidden in noise; the mean of many neighbours tells more. Each
+step trains on a half of the nodes, and the other half is the test. For each seed both models begin with the same
+parameters: the second is a copy of the first, after one line, `attngraph.pyg.accelerate(model)`.
 
-It prints the accuracy and the wall time of both, planning and evaluation included, and leaves nodes.png, the graph. What
-Numba compiles once for a machine, half a minute, is told apart.
+It prints the accuracy and the wall time of both, planning and evaluation included, and leaves nodes.png, the graph.
+What Numba compiles once for a machine is told apart.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def settings(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--nodes", type=int, default=10_000, help="of the graph")
     add("--degree", type=int, default=30, help="neighbours of a node, about")
     add("--classes", type=int, default=10, help="communities, of the same size")
-    add("--inside", type=float, default=0.3, help="share of the edges that stay within a community for sure")
+    add("--inside", type=float, default=0.3, help="share of the edges that are drawn within a community; the others anywhere")
     add("--noise", type=float, default=5.0, help="of the features, beside 1 for what they tell")
     add("--width", type=int, default=128, help="features of a node within the model")
     add("--heads", type=int, default=4, help="of each layer")

@@ -268,7 +268,7 @@ def test_custom_learns_on_a_graph_of_ones_own(tmp_path, monkeypatch, capsys, sou
 
 @pytest.mark.parametrize("layer", nodes.LAYERS)
 def test_a_model_of_pyg_tells_the_same_nodes_when_it_is_accelerated(tmp_path, capsys, layer):
-    small = "--nodes 300 --degree 20 --classes 3 --width 16 --heads 2 --seeds 1 --noise 1"
+    small = "--nodes 300 --degree 20 --classes 3 --width 32 --heads 2 --seeds 1 --noise 1 --epochs 30"
     found = nodes.main(nodes.settings([*small.split(), "--layer", layer, "--out", str(tmp_path)]))
     (pyg,), (ours,) = found.values()
     assert ours.accuracy == pytest.approx(pyg.accuracy, abs=3)

@@ -44,7 +44,7 @@ def settings(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--nodes", type=int, default=10_000, help="of the graph")
     add("--degree", type=int, default=30, help="neighbours of a node, about")
     add("--classes", type=int, default=10, help="communities, of the same size")
-    add("--inside", type=float, default=0.3, help="share of the edges that are drawn within a community; the others anywhere")
+    add("--inside", type=float, default=0.3, help="share of the edges drawn within a community; others anywhere")
     add("--noise", type=float, default=5.0, help="of the features, beside 1 for what they tell")
     add("--width", type=int, default=128, help="features of a node within the model")
     add("--heads", type=int, default=4, help="of each layer")

@@ -10,7 +10,7 @@ import torch
 from graphs import GRAPHS
 from matplotlib.figure import Figure
 from matplotlib.image import imread
-from torch_geometric.explain import Explanation
+from torch_geometric.explain import Explanation, HeteroExplanation
 
 from attngraph import (
     Causal,
@@ -464,3 +464,8 @@ def test_an_explanation_of_pyg_has_its_mask_at_query_and_key():
     torch.testing.assert_close(shown(found), expected, equal_nan=True)
     with pytest.raises(TypeError, match='edge_mask_type="object"'):
         draw.explanation(Explanation(edge_index=edge_index))
+    typed = HeteroExplanation()
+    typed["author"].num_nodes, typed["paper"].num_nodes = 4, 3
+    typed["author", "writes", "paper"].update({"edge_index": edge_index, "edge_mask": mask})
+    found = draw.explanation(typed["author", "writes", "paper"], labels=list("abc"))
+    torch.testing.assert_close(shown(found), expected[:3], equal_nan=True)

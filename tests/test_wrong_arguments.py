@@ -2,13 +2,13 @@
 
 from functools import partial
 from tempfile import TemporaryDirectory
-from types import SimpleNamespace
 
 import networkx
 import pytest
 import scipy.sparse
 import torch
 from matplotlib.figure import Figure
+from torch_geometric.explain import Explanation
 from wrong_arguments import WRONG, Door, faults
 
 import attngraph
@@ -247,8 +247,8 @@ DOORS = [
         "title": "",
     }, {"n": "n|weights", "m": "m|weights", "graph": "graph|weights"}),
     Door("draw.explanation", attngraph.draw.explanation, {
-        "explanation": SimpleNamespace(edge_index=torch.eye(2).long(), edge_mask=torch.ones(2), num_nodes=2),
-        "labels": None, "title": "",
+        "explanation": Explanation(edge_index=torch.eye(2).long(), edge_mask=torch.ones(2), num_nodes=2),
+        "labels": None, "key_labels": None, "title": "",
     }),
     Door("pyg.accelerate", attngraph.pyg.accelerate, {"model": torch.nn.Linear(1, 1)}),
     Door("pyg.from_batch", attngraph.pyg.from_batch, {"batch": torch.tensor([0, 0, 1])}),

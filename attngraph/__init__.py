@@ -20,7 +20,8 @@ Attention   attend, with the biases Alibi, RelativeBias, EdgeBias, with EdgeFeat
             and the scores Additive, SoftCap, LeakyReLU, Temperature
 Plans       plan, Plan, Costs, calibrate: how it runs; compare: beside others; cache: what is kept
 Modules     nn (Attention, Transformer), models (GPT, Encoder, EncoderDecoder, ViT, DecisionTransformer);
-            save and load of each model; record: its attention weights; attngraph.hf: checkpoints of Hugging Face
+            save and load of each model; record: its attention weights; attngraph.hf: checkpoints of Hugging Face;
+            attngraph.pyg: PyG's attention layers, and accelerate, for a model that has them
 Decoding    generate, stream, speculate; KVCache: what a model keeps of its text
 Questions   analysis (causality, leaks, receptive fields, cost and what a cache holds), draw (pictures)
 """

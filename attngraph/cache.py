@@ -188,7 +188,8 @@ def cache_info() -> dict[str, CacheInfo]:
 
     >>> from attngraph import cache
     >>> sorted(cache.cache_info())
-    ['calls', 'compiled programs', 'costs', 'edge values', 'edges', 'edges of layers', 'masks', 'plans', 'plans on a GPU', 'warnings']
+    ['calls', 'compiled programs', 'costs', 'edge values', 'edges', 'edges of layers', 'masks',
+     'plans', 'plans on a GPU', 'warnings']
     """
     return {name: each.info() for name, each in _NAMED.items()}
 

@@ -28,7 +28,7 @@ ELSEWHERE = {  # where in the site a page lies that is not in docs/
 LINK = re.compile(r"(?<=\]\()(?!\w+:|#)([^)#\s]+)")  # the path of a relative link
 DOCTEST = re.compile(r"^>>> .*\n(?:.+\n)*", re.MULTILINE)
 CODE_IN_TABLE = re.compile(r"(?<=[| ])`[^`\n]*\\\|[^`\n]*`")  # where GitHub wants a backslash, and Python-Markdown none
-TOGETHER = re.compile(r"^( +)(\w+), (\w+): (.*)\n", re.MULTILINE)  # an argument line that speaks of two
+TOGETHER = re.compile(r"^( +)((?:\w+, )+\w+): (.*)\n", re.MULTILINE)  # an argument line that speaks of several
 SHIM = "https://unpkg.com/iframe-worker/shim"  # what the theme loads
 LANGUAGES = {".py": "python", ".toml": "toml", ".json": "json", ".yml": "yaml"}
 
@@ -111,4 +111,10 @@ class Docstrings(griffe.Extension):
     def on_object(self, *, obj: griffe.Object, **options: Any) -> None:
         if obj.docstring:
             text = DOCTEST.sub(r"```pycon\n\g<0>```\n", obj.docstring.value + "\n")
-            obj.docstring.value = TOGETHER.sub(r"\1\2: \4\n\1\3: \4\n", text)
+            obj.docstring.value = TOGETHER.sub(_apart, text)
+
+
+def _apart(line: re.Match[str]) -> str:
+    """A line for each of the arguments that are described together."""
+    indent, names, text = line.groups()
+    return "".join(f"{indent}{name}: {text}\n" for name in names.split(", "))

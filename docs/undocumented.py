@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from types import ModuleType
 
 import attngraph
-from attngraph import analysis, draw, hf, models, nn
+from attngraph import analysis, draw, hf, models, nn, pyg
 
-MODULES = (attngraph, nn, models, hf, analysis, draw)
+MODULES = (attngraph, nn, models, hf, analysis, draw, pyg)
 
 
 def public(module: ModuleType) -> Iterator[tuple[str, str | None]]:

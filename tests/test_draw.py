@@ -10,6 +10,7 @@ import torch
 from graphs import GRAPHS
 from matplotlib.figure import Figure
 from matplotlib.image import imread
+from torch_geometric.explain import Explanation, HeteroExplanation
 
 from attngraph import (
     Causal,
@@ -453,3 +454,18 @@ def test_what_was_recorded_draws_itself():
     sheet = recorded.draw()
     assert [ax.get_title() for ax in sheet.axes] == ["0.0", "0.1", "1.0", "1.1"]
     assert [ax.get_title() for ax in recorded[1].draw().axes] == ["1.0", "1.1"]
+
+
+def test_an_explanation_of_pyg_has_its_mask_at_query_and_key():
+    edge_index, mask = torch.tensor([[3, 0, 1], [0, 1, 2]]), torch.tensor([0.5, 0.25, 1.0])
+    found = draw.explanation(Explanation(edge_index=edge_index, edge_mask=mask, num_nodes=4))
+    expected = torch.full((4, 4), torch.nan, dtype=torch.float64)
+    expected[edge_index[1], edge_index[0]] = mask.double()
+    torch.testing.assert_close(shown(found), expected, equal_nan=True)
+    with pytest.raises(TypeError, match='edge_mask_type="object"'):
+        draw.explanation(Explanation(edge_index=edge_index))
+    typed = HeteroExplanation()
+    typed["author"].num_nodes, typed["paper"].num_nodes = 4, 3
+    typed["author", "writes", "paper"].update({"edge_index": edge_index, "edge_mask": mask})
+    found = draw.explanation(typed["author", "writes", "paper"], labels=list("abc"))
+    torch.testing.assert_close(shown(found), expected[:3], equal_nan=True)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import bert
 import mlp_is_attention
+import nodes
 import pytest
 import speculative
 import torch
@@ -263,6 +264,19 @@ def test_custom_learns_on_a_graph_of_ones_own(tmp_path, monkeypatch, capsys, sou
     assert int(last.split("%")[0].split()[-1]) >= 65
     assert (tmp_path / "runs" / "custom" / "karate.png").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["runs"]
+
+
+@pytest.mark.parametrize("layer", nodes.LAYERS)
+def test_a_model_of_pyg_tells_the_same_nodes_when_it_is_accelerated(tmp_path, capsys, layer):
+    small = "--nodes 300 --degree 20 --classes 3 --width 32 --heads 2 --seeds 1 --noise 1 --epochs 30"
+    found = nodes.main(nodes.settings([*small.split(), "--layer", layer, "--out", str(tmp_path)]))
+    (pyg,), (ours,) = found.values()
+    assert ours.accuracy == pytest.approx(pyg.accuracy, abs=3)
+    assert ours.accuracy > 60
+    assert (tmp_path / "nodes.png").exists()
+    told = capsys.readouterr().out
+    assert f"first: {layer}\nlast: {layer}" in told
+    assert "times as fast" in told
 
 
 def test_speculation_gives_the_same_text_in_fewer_passes(tmp_path, capsys):

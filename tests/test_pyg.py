@@ -443,6 +443,7 @@ def test_accelerate_tells_what_it_changed_and_why_not():
     assert list(state) == list(model.state_dict())
     again = ours.accelerate(model)
     assert again.changed == {}
+    assert str(ours.accelerate(theirs.GATConv(4, 4))) == "model: GATConv"
 
 
 @pytest.mark.parametrize("kind", ["GAT", "GPS"])

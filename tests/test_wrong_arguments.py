@@ -8,10 +8,12 @@ import pytest
 import scipy.sparse
 import torch
 from matplotlib.figure import Figure
+from torch_geometric.explain import Explanation
 from wrong_arguments import WRONG, Door, faults
 
 import attngraph
 import attngraph.hf
+import attngraph.pyg
 from attngraph import Causal, KVCache, Window, analysis, attend, comparison, generate, plan, speculate, stream
 from attngraph.generation import DraftModel, PromptLookup
 from attngraph.models import GPT, DecisionTransformer, Encoder, EncoderDecoder, ViT
@@ -244,6 +246,12 @@ DOORS = [
         "weights": torch.ones(21), "graph": Causal(), "n": 6, "m": 6, "head": None, "labels": None, "key_labels": None,
         "title": "",
     }, {"n": "n|weights", "m": "m|weights", "graph": "graph|weights"}),
+    Door("draw.explanation", attngraph.draw.explanation, {
+        "explanation": Explanation(edge_index=torch.eye(2).long(), edge_mask=torch.ones(2), num_nodes=2),
+        "labels": None, "key_labels": None, "title": "",
+    }),
+    Door("pyg.accelerate", attngraph.pyg.accelerate, {"model": torch.nn.Linear(1, 1)}),
+    Door("pyg.from_batch", attngraph.pyg.from_batch, {"batch": torch.tensor([0, 0, 1])}),
     Door("draw.receptive_field", attngraph.draw.receptive_field, {
         "graphs": [Causal()], "node": 2, "n": 6, "labels": None, "title": None,
     }),

@@ -307,6 +307,37 @@ def _limits(values: Tensor, colors: str | Colormap, quantile: float = 1.0) -> tu
 
 
 @checked
+def explanation(
+    explanation: Any,
+    *,
+    labels: Names | None = None,
+    key_labels: Names | None = None,
+    ax: Axes | None = None,
+    title: str = "what explains the result",
+) -> Figure:
+    """How much each edge counts in an `Explanation` of PyG, its `edge_mask`, as a picture like that of `attention`.
+
+    Args:
+        explanation: also what its `get_explanation_subgraph()` gives; of a `HeteroExplanation`, one type of edges:
+            ``explanation["author", "writes", "paper"]``.
+        labels: a name for each target.
+        key_labels: a name for each source, by default the same where there are as many.
+
+    Raises:
+        TypeError: what has no `edge_mask`.
+    """
+    edges, mask = (getattr(explanation, name, None) for name in ("edge_index", "edge_mask"))
+    if not (isinstance(edges, Tensor) and isinstance(mask, Tensor)):
+        raise TypeError(
+            f"explanation must have an edge_index and an edge_mask (got {shown(explanation)}): make the Explainer with "
+            'edge_mask_type="object"; of a HeteroExplanation, give one type of edges'
+        )
+    m, n = explanation.size()
+    mask = _weights(mask, edges)
+    return weights_of_edges(mask, edges, n, m, labels=labels, key_labels=key_labels, ax=ax, title=title)
+
+
+@checked
 def receptive_field(
     graphs: Graph | Sequence[Graph],
     node: object,

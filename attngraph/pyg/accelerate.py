@@ -35,8 +35,8 @@ class Accelerated(NamedTuple):
     """The layers that are what they were, and why."""
 
     def __str__(self) -> str:
-        lines = [f"{name}: {what}" for name, what in self.changed.items()]
-        return "\n".join([*lines, *(f"{name} is left: {why}" for name, why in self.left.items())])
+        lines = [f"{name or 'model'}: {what}" for name, what in self.changed.items()]
+        return "\n".join([*lines, *(f"{name or 'model'} is left: {why}" for name, why in self.left.items())])
 
 
 @checked

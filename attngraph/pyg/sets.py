@@ -24,7 +24,7 @@ def from_batch(batch: Tensor) -> Documents:
         batch: of each node the graph to which it belongs, ascending, int64 (N,), as ``Data.batch``.
 
     >>> from_batch(torch.tensor([0, 0, 0, 2, 2]))
-    Documents((3, 0, 2))
+    Documents([3, 0, 2])
 
     Raises ValueError for a batch that is not sorted: its nodes do not lie one graph after the other.
     """

@@ -120,6 +120,7 @@ def test_backends_agree_with_the_reference(
         weighted = [part.masked_fill(part == -torch.inf, 0) for part in results]
         total = sum((part * torch.linspace(-1, 2, part.numel()).view_as(part)).sum() for part in weighted)
         asked = [side for side in given if side is not None]
+        total = total + sum(0 * side.sum() for side in asked)  # of no queries the reference makes nothing of them
         return results, torch.autograd.grad(total, asked, allow_unused=True, materialize_grads=True)
 
     (found, gradients), (expected, right) = run(backend), run("reference")
@@ -264,3 +265,52 @@ def test_a_compiled_program(backend):
     gradients = [torch.autograd.grad(one.square().sum(), tensors) for one in (found, expected)]
     for one, other in zip(*gradients, strict=True):
         torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("normalize", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("width", [1, 7, 24])
+def test_nodes_of_many_edges_and_any_width(normalize, width):
+    """A query with more edges than a unit of work takes, and features of less and more than a vector register."""
+    far = torch.stack([torch.arange(2500), torch.zeros(2500, dtype=torch.int64)])
+    some = torch.randint(2500, (2, 4000), generator=torch.Generator().manual_seed(0))
+    graph = from_edge_index(torch.cat([far, some], 1).unique(dim=1), 2500)
+    generator = torch.Generator().manual_seed(1)
+    shapes = [(2, H, 2500, D), (2, HKV, 2500, D), (2, HKV, 2500, DV), (graph.num_edges(), width)]
+    shapes += [(HKV, D, width), (HKV, DV, width)]
+    given = [torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_() for shape in shapes]
+
+    def run(backend):
+        q, k, v, e, to_key, to_value = given
+        features = EdgeFeatures.sorted(e, to_key=to_key, to_value=to_value)
+        out = attend(q, k, v, graph, edge_features=features, normalize=normalize, scale=0.1, backend=backend)
+        return [out, *torch.autograd.grad((out * torch.linspace(-1, 2, out.numel()).view_as(out)).sum(), given)]
+
+    for one, other in zip(run("rows"), run("edges"), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-9, rtol=1e-9)
+
+
+@pytest.mark.parametrize("dims", [(0, 5), (8, 0)], ids=str)
+def test_heads_of_no_numbers(dims):
+    graph, generator = Window(2, 1), torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, H, 9, dim, generator=generator, dtype=torch.float64) for dim in (dims[0], *dims))
+    e = torch.randn(count_of(graph, 9, 9), F, generator=generator, dtype=torch.float64)
+    to_key, to_value = (torch.randn(H, dim, F, generator=generator, dtype=torch.float64) for dim in dims)
+    features = EdgeFeatures.sorted(e, to_key=to_key, to_value=to_value)
+    expected = attend(q, k, v, graph, edge_features=features, backend="reference")
+    for backend in ("auto", "rows", "edges"):
+        torch.testing.assert_close(attend(q, k, v, graph, edge_features=features, backend=backend), expected)
+
+
+def test_two_runs_give_the_same_bits():
+    graph, (q, k, v) = Random(20, 1), sides(300, 300, dtype=torch.float32)
+    given = features_of(count_of(graph, 300, 300))
+    tensors = [side.float().requires_grad_() for side in (q, k, v, given.values, given.to_key, given.to_value)]
+    found = []
+    for threads in (1, 2):
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        features = EdgeFeatures.sorted(tensors[3], to_key=tensors[4], to_value=tensors[5])
+        out = attend(*tensors[:3], graph, edge_features=features, backend="rows")
+        found.append([out, *torch.autograd.grad(out.square().sum(), tensors)])
+        torch.set_num_threads(before)
+    assert all(torch.equal(one, other) for one, other in zip(found[0][:5], found[1][:5], strict=True))

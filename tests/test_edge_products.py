@@ -111,15 +111,15 @@ def test_vectors_without_width_give_zero():
 def features(mask=MASK, Hkv=2, entries=1, F=7, width=5, dtype=torch.float64):
     """Of the edges of a mask, for keys of so many heads."""
     values, to_key = learned(entries, int(mask.sum()), F, seed=4), learned(Hkv, width, F, seed=5)
-    return EdgeTerms(values.detach().to(dtype).requires_grad_(), to_key.detach().to(dtype).requires_grad_(), None)
+    return EdgeTerms(*(side.detach().to(dtype).requires_grad_() for side in (values, to_key)), None, needs_grad=True)
 
 
-def featured_results(q, k, weight, activation, given, mask=MASK, needs=(True, True)):
+def featured_results(q, k, weight, activation, given, mask=MASK):
     """The products, dq, dk, dweight, dvalues and dto_key."""
     layout = CSR.from_edges(*mask.nonzero().unbind(1), *mask.shape)
     found = products(q, k, weight, layout, 0.4, activation, 0.2, features=given)
     dproducts = learned(*found.shape, seed=7).detach().to(q.dtype)
-    return [found, *products_backward(dproducts, q, k, weight, layout, 0.4, activation, 0.2, given, needs)]
+    return [found, *products_backward(dproducts, q, k, weight, layout, 0.4, activation, 0.2, given)]
 
 
 def expected_featured_results(q, k, weight, activation, given, mask=MASK):
@@ -148,11 +148,11 @@ def test_any_number_of_features_is_right_in_float32(F, width):
     assert_close(found, expected_featured_results(*sides, "tanh", given), 5e-6)
 
 
-@pytest.mark.parametrize("needs", [(False, True), (True, False), (False, False)])
-def test_gradients_of_features_are_made_where_they_are_needed(needs):
+def test_the_gradient_of_features_is_made_where_it_is_asked_for():
     sides, given = tensors("relu", 2, 4, 2), features()
-    *_, dvalues, dto_key = featured_results(*sides, "relu", given, needs=needs)
-    assert (dvalues is not None, dto_key is not None) == needs
+    *_, dvalues, dto_key = featured_results(*sides, "relu", given._replace(needs_grad=False))
+    assert dvalues is None
+    torch.testing.assert_close(dto_key, featured_results(*sides, "relu", given)[-1], rtol=0, atol=0)
 
 
 def test_features_of_a_graph_without_edges_have_gradients_of_zero():

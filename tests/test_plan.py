@@ -262,14 +262,17 @@ PLAIN = "", 0.3, "", 0.0, "softmax", 0.0  # bias, scale, transform and its value
 def test_the_operators_pass_opcheck():
     q, k, v = (side.float().detach().requires_grad_() for side in tensors(40, 40, dim=8, value_dim=8))
     for backend in ("tiles", "rows", "auto"):
-        torch.library.opcheck(attend_forward, (q, k, v, None, None, None, *PLAIN, *pack(MIXED), backend))
+        torch.library.opcheck(attend_forward, (q, k, v, *[None] * 6, *PLAIN, *pack(MIXED), backend))
     slopes = torch.randn(4, 79, requires_grad=True)
     seed, padding = torch.tensor(7), torch.rand(2, 40) < 0.8
     modified = "offset", 0.3, "softcap", 2.0, "sigmoid", 0.1
-    torch.library.opcheck(attend_forward, (q, k, v, slopes, padding, seed, *modified, *pack(MIXED), "tiles"))
-    query = MIXED.edge_index(40, 40)[1]
+    sides, query = (q, k, v, slopes, *[None] * 3, padding, seed), MIXED.edge_index(40, 40)[1]
+    torch.library.opcheck(attend_forward, (*sides, *modified, *pack(MIXED), "tiles"))
+    features = [torch.randn(shape, requires_grad=True) for shape in ((1, len(query), 3), (4, 8, 3), (4, 8, 3))]
+    torch.library.opcheck(attend_forward, (q, k, v, None, *features, None, None, *PLAIN, *pack(MIXED), "rows"))
     for weight, activation in ((None, ""), (torch.randn(4, 8, requires_grad=True), "tanh")):
-        torch.library.opcheck(products, (q, k, weight, query, activation, 0.2, 0.3, *pack(MIXED)))
+        torch.library.opcheck(products, (q, k, weight, None, None, query, activation, 0.2, 0.3, *pack(MIXED)))
+    torch.library.opcheck(products, (q, k, weight, *features[:2], query, "tanh", 0.2, 0.3, *pack(MIXED)))
 
 
 @pytest.mark.parametrize("backend", ["tiles", "rows"])

@@ -78,7 +78,7 @@ def edges(
     dropout: Dropout | None,
     score: Score,
     normalize: str | Elementwise,
-    features: EdgeTerms | None,
+    features: EdgeTerms | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """q (B, H, N, D), k and v (B, Hkv, M, ·), edges (E,), member (H | 0, E), bias (…, E) → out, lse, weights (B, H, E).
 

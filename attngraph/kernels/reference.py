@@ -33,7 +33,7 @@ def reference(
     dropout: Dropout | None,
     score: Score,
     normalize: str | Elementwise,
-    features: EdgeTerms | None,
+    features: EdgeTerms | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Every node holds a query, a key and a value; each query node collects from the key nodes that it hears.
 

@@ -57,6 +57,8 @@ def _reason(call: Call) -> tuple[str, str] | None:
         return "score=a function of a dot product", "SoftCap and LeakyReLU alone run in the kernels of attention"
     if call.normalize == ANY_FUNCTION:
         return "normalize=a function", "those with names run in the kernels: sigmoid, none, relu, squared_relu"
+    if call.edge_features:
+        return "edge_features", "rows on a CPU, with Numba, add them without vectors of all edges and heads"
     if call.dropout:
         return "dropout_p", "backend='auto' drops weights in its kernels"
     if call.score == "additive":

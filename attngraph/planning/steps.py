@@ -324,15 +324,15 @@ class _Products(torch.autograd.Function):
         else:
             dproducts = grad if weights is None else grad * weights
             dlse = None if lse is None else -_sum_by_query(dproducts, ctx.edges.query, lse.shape[2])
-            features = _of_keys(values, to_key)
-            found = _products_backward(dproducts, q, k, weight, features, ctx.layout, *ctx.options, needs=needed[4:])
+            features = _of_keys(values, to_key, needed[4])
+            found = _products_backward(dproducts, q, k, weight, features, ctx.layout, *ctx.options)
             gradients = *found[:3], dlse, *found[3:]
         return *gradients, None, None, None, None
 
 
-def _of_keys(values: Tensor | None, to_key: Tensor | None) -> EdgeTerms | None:
+def _of_keys(values: Tensor | None, to_key: Tensor | None, needs_grad: bool = False) -> EdgeTerms | None:
     """Features of edges that are added to their keys, if there are some."""
-    return None if values is None else EdgeTerms(values, to_key, None)
+    return None if values is None else EdgeTerms(values, to_key, None, needs_grad)
 
 
 def _differentiable_gradients(grad, sides, needs_grad, options: tuple, edges: EdgesOfHeads) -> list[Any]:
@@ -363,18 +363,17 @@ def _products(
 
 def _products_backward(
     grad: Tensor, q: Tensor, k: Tensor, weight: Tensor | None, features: EdgeTerms | None, layout: CSR | Tiles,
-    activation: str, slope: float, scale: float, needs: tuple[bool, ...] = (True, True),
+    activation: str, slope: float, scale: float,
 ) -> tuple[Any, ...]:  # fmt: skip
-    """The gradients of q, k, weight, values and to_key, of the last two those that are needed."""
+    """The gradients of q, k, weight, values and to_key, that of values where asked for."""
     q_, k_ = (side.detach() if q.device.type == "cuda" else side.detach().to(_exact(side)) for side in (q, k))
     weight_ = None if weight is None else weight.detach().to(q_.dtype)
     if isinstance(layout, Tiles):
         dq, dk = products_of_tiles().products_backward(grad, q_, k_, layout, scale)
         return dq.to(q.dtype), dk.to(k.dtype), None, None, None
-    more = {} if features is None else {"features": features, "needs": needs}
-    dq, dk, dweight, *dfeatures = products_of(q).products_backward(
-        grad, q_, k_, weight_, layout, scale, activation, slope, **more
-    )
+    more = {} if features is None else {"features": features}
+    given = grad, q_, k_, weight_, layout, scale, activation, slope
+    dq, dk, dweight, *dfeatures = products_of(q).products_backward(*given, **more)
     dweight = None if weight is None else dweight.to(weight.dtype)
     return dq.to(q.dtype), dk.to(k.dtype), dweight, *(dfeatures or (None, None))
 
@@ -404,18 +403,18 @@ def _(q, k, weight, values, to_key, query, *rest):
 @torch.library.custom_op("attngraph::products_backward", mutates_args=())
 def products_backward(
     grad: Tensor, q: Tensor, k: Tensor, weight: Tensor | None, values: Tensor | None, to_key: Tensor | None,
-    activation: str, slope: float, scale: float, graph: str, tensors: list[Tensor], needs: list[bool],
+    activation: str, slope: float, scale: float, graph: str, tensors: list[Tensor], values_grad: bool,
 ) -> list[Tensor]:  # fmt: skip
-    """The gradients of q, k, weight, values and to_key, of the last two if needed; each empty where there is none."""
-    layout, features = csr_of_heads(unpack(graph, tensors), q.shape[2], k.shape[2], q.device), _of_keys(values, to_key)
-    given = q, k, weight, features, layout, activation, slope, scale, tuple(needs)
-    gradients = _products_backward(grad.contiguous(), *given)
+    """The gradients of q, k, weight, values and to_key; each empty where there is none, or none is asked for."""
+    layout = csr_of_heads(unpack(graph, tensors), q.shape[2], k.shape[2], q.device)
+    features = _of_keys(values, to_key, values_grad)
+    gradients = _products_backward(grad.contiguous(), q, k, weight, features, layout, activation, slope, scale)
     return [q.new_empty(0) if gradient is None else gradient.contiguous() for gradient in gradients]
 
 
 @products_backward.register_fake
-def _(grad, q, k, weight, values, to_key, activation, slope, scale, graph, tensors, needs):
-    sides = q, k, weight, values if needs[0] else None, to_key if needs[1] else None
+def _(grad, q, k, weight, values, to_key, activation, slope, scale, graph, tensors, values_grad):
+    sides = q, k, weight, values if values_grad else None, to_key
     return [q.new_empty(0) if side is None else side.new_empty(side.shape) for side in sides]
 
 
@@ -427,10 +426,8 @@ def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:
 
 def _gradients(ctx: Any, grad: Tensor) -> tuple:
     sides, tensors = ctx.saved_tensors[:5], list(ctx.saved_tensors[5:])
-    needs = [bool(needed) for needed in ctx.needs_input_grad[3:5]]
-    found = products_backward(grad, *sides, *ctx.options, ctx.graph, tensors, needs)
-    is_made = [*(side is not None for side in sides[:3]), *needs]
-    gradients = [gradient if made else None for gradient, made in zip(found, is_made, strict=True)]
+    found = products_backward(grad, *sides, *ctx.options, ctx.graph, tensors, ctx.needs_input_grad[3])
+    gradients = [gradient if asked else None for gradient, asked in zip(found, ctx.needs_input_grad, strict=False)]
     return *gradients, None, None, None, None, None, [None] * len(tensors)
 
 

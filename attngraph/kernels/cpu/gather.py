@@ -22,7 +22,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from attngraph.kernels.cpu.simd import SIZE, fma, pointer, shuffle, splat, vector_pointer
+from attngraph.kernels.cpu.simd import SIZE, fma, pointer, register_bits, shuffle, splat, vector_pointer
 
 CACHE_LINE = 64  # bytes
 BYTES, INT = ir.IntType(8).as_pointer(), ir.IntType(32)
@@ -181,6 +181,26 @@ def gather_add(typing, acc, weights, neighbors, width):
     return types.void(acc, weights, neighbors, width), generate
 
 
+def _add_to_rows(builder, dtype, rows, width, terms):
+    """rows[t][d] += Σ factors[t] · x[d], t < 4, one after the other, d < width, over terms: (factors, x)."""
+    align = dtype.bitwidth // 8
+    for first, part in _parts(dtype, width):
+        sides = [builder.load(vector_pointer(builder, x, first, part), align=align) for _, x in terms]
+        for t, row in enumerate(rows):
+            target = vector_pointer(builder, row, first, part)
+            total = builder.load(target, align=align)
+            for (factors, _), side in zip(terms, sides, strict=True):
+                total = fma(builder, splat(builder, factors[t], part), side, total)
+            builder.store(total, target, align=align)
+
+
+def _factors(context, builder, weights, value, scale=None):
+    """Four numbers of a `Vector`, times the scale."""
+    first = _vector(context, builder, weights, value)
+    numbers = [builder.load(builder.gep(first, [SIZE(t)])) for t in range(4)]
+    return numbers if scale is None else [builder.fmul(scale, number) for number in numbers]
+
+
 @intrinsic(prefer_literal=True)
 def scatter_add(typing, neighbors, scale, weights, x, width):
     """neighbors[t, d] += scale · weights[t] · x[d], t < 4, one after the other, d < width.
@@ -190,18 +210,51 @@ def scatter_add(typing, neighbors, scale, weights, x, width):
     dtype = x.types[0].dtype
 
     def generate(context, builder, signature, args):
-        rows, align = _neighbors(context, builder, neighbors, args[0]), dtype.bitwidth // 8
-        first_weight, vector = _vector(context, builder, weights, args[2]), _vector(context, builder, x, args[3])
-        factors = [builder.fmul(args[1], builder.load(builder.gep(first_weight, [SIZE(t)]))) for t in range(4)]
-        for first, part in _parts(dtype, width):
-            side = builder.load(vector_pointer(builder, vector, first, part), align=align)
-            for factor, row in zip(factors, rows, strict=True):
-                target = vector_pointer(builder, row, first, part)
-                total = fma(builder, splat(builder, factor, part), side, builder.load(target, align=align))
-                builder.store(total, target, align=align)
+        rows = _neighbors(context, builder, neighbors, args[0])
+        factors, vector = _factors(context, builder, weights, args[2], args[1]), _vector(context, builder, x, args[3])
+        _add_to_rows(builder, dtype, rows, width, [(factors, vector)])
         return context.get_dummy_value()
 
     return types.void(neighbors, dtype, weights, x, width), generate
+
+
+@intrinsic(prefer_literal=True)
+def scatter_adds(typing, neighbors, scale, weights, x, others, y, width):
+    """neighbors[t, d] += scale · weights[t] · x[d] + others[t] · y[d], as above."""
+    dtype = x.types[0].dtype
+
+    def generate(context, builder, signature, args):
+        rows = _neighbors(context, builder, neighbors, args[0])
+        first = _factors(context, builder, weights, args[2], args[1]), _vector(context, builder, x, args[3])
+        second = _factors(context, builder, others, args[4]), _vector(context, builder, y, args[5])
+        _add_to_rows(builder, dtype, rows, width, [first, second])
+        return context.get_dummy_value()
+
+    return types.void(neighbors, dtype, weights, x, others, y, width), generate
+
+
+@intrinsic(prefer_literal=True)
+def add_map(typing, y, x, matrix, rows, columns):
+    """y[f] += Σ_d x[d] · matrix[d, f], d < rows, f < columns, both constants; all three are a `Vector`."""
+    dtype = y.types[0].dtype
+
+    def generate(context, builder, signature, args):
+        kinds = zip((y, x, matrix), args[:3], strict=True)
+        target, vector, first_row = (_vector(context, builder, kind, side) for kind, side in kinds)
+        align, width = dtype.bitwidth // 8, columns.literal_value
+        for first, part in _parts(dtype, columns):
+            zero = ir.Constant(ir.VectorType(target.type.pointee, part), None)
+            # Four sums, none of which waits for another.
+            sums = [builder.load(vector_pointer(builder, target, first, part), align=align), zero, zero, zero]
+            for d in range(rows.literal_value):
+                factor = splat(builder, builder.load(builder.gep(vector, [SIZE(d)])), part)
+                row = builder.load(vector_pointer(builder, first_row, d * width + first, part), align=align)
+                sums[d % 4] = fma(builder, factor, row, sums[d % 4])
+            total = builder.fadd(builder.fadd(*sums[:2]), builder.fadd(*sums[2:]))
+            builder.store(total, vector_pointer(builder, target, first, part), align=align)
+        return context.get_dummy_value()
+
+    return types.void(y, x, matrix, rows, columns), generate
 
 
 @intrinsic(prefer_literal=True)
@@ -227,10 +280,10 @@ def gather_sum(typing, sums, at, x, neighbors, width):
     return types.void(sums, types.intp, x, neighbors, width), generate
 
 
-def _in_registers(dtype, width):
-    """`_parts`, as many at a time as four sums of each of them stay in registers."""
-    parts = _parts(dtype, width)
-    return [parts[first : first + 2] for first in range(0, len(parts), 2)]
+def _in_registers(context, dtype, width):
+    """`_parts`, as many at a time as four sums of each of them take half of the registers."""
+    parts, at_once = _parts(dtype, width), max(1, register_bits(context) // 2 // (4 * 8 * CACHE_LINE))
+    return [parts[first : first + at_once] for first in range(0, len(parts), at_once)]
 
 
 @intrinsic(prefer_literal=True)
@@ -247,7 +300,7 @@ def gather_product(typing, sums, at, x, rows, count, width):
         targets = [builder.gep(target, [SIZE(t * width.literal_value)]) for t in range(4)]
         firsts, (row, row_stride) = _neighbors(context, builder, x, args[2]), _rows(context, builder, rows, args[3])
         align = dtype.bitwidth // 8
-        for parts in _in_registers(dtype, width):
+        for parts in _in_registers(context, dtype, width):
             places = [[vector_pointer(builder, first, *part) for part in parts] for first in targets]
             totals = [
                 [cgutils.alloca_once_value(builder, builder.load(place, align=align)) for place in of_edge]
@@ -280,10 +333,8 @@ def gather_outer(typing, rows, x, weights, neighbors, count, width):
     def generate(context, builder, signature, args):
         row, row_stride = _rows(context, builder, rows, args[0])
         firsts, sides = _neighbors(context, builder, x, args[1]), _neighbors(context, builder, neighbors, args[3])
-        first_weight, count = _vector(context, builder, weights, args[2]), args[4]
-        factors = [builder.load(builder.gep(first_weight, [SIZE(t)])) for t in range(4)]
-        align = dtype.bitwidth // 8
-        for parts in _in_registers(dtype, width):
+        factors, count, align = _factors(context, builder, weights, args[2]), args[4], dtype.bitwidth // 8
+        for parts in _in_registers(context, dtype, width):
             scaled = []
             for factor, side in zip(factors, sides, strict=True):
                 vectors = [builder.load(vector_pointer(builder, side, *part), align=align) for part in parts]

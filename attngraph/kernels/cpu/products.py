@@ -255,16 +255,12 @@ def products_backward(
     activation: str,
     negative_slope: float,
     features: EdgeTerms | None = None,
-    needs: tuple[bool, bool] = (True, True),
 ) -> tuple[Tensor | None, ...]:
-    """dproducts (B, H, E) → dq, dk and, of an activation, dweight; of features, dvalues and dto_key too.
-
-    `needs` says which of the last two are needed; the other one is None.
-    """
+    """dproducts (B, H, E) → dq, dk and, of an activation, dweight; of features, dvalues if asked for, and dto_key."""
     H, Hkv = q.shape[1], k.shape[1]
     x, y = nodes_first(q), _of_query_heads(k, H)
     rule = _activation(activation, negative_slope, q)
-    call = _Backward(dproducts.detach().transpose(1, 2), weight, rule, scale, features, needs)
+    call = _Backward(dproducts.detach().transpose(1, 2), weight, rule, scale, features)
     dq, sums = call.of_nodes(x, y, layout.by_query, True)
     dk, _ = call.of_nodes(y, x, layout.numbered, False)
     # By NumPy, whose sums do not depend on the number of threads.
@@ -277,14 +273,13 @@ def products_backward(
 
 
 class _Backward(NamedTuple):
-    """dproducts (B, E, H), weight (H, D), the activation, the scale, and the features whose gradients are needed."""
+    """dproducts (B, E, H), weight (H, D), the activation, the scale and the features of edges."""
 
     dproducts: Tensor
     weight: Tensor | None
     activation: Activation
     scale: float
     features: EdgeTerms | None
-    needs: tuple[bool, bool]
 
     def of_nodes(self, x: Tensor, y: Tensor, adjacency: Adjacency, of_queries: bool) -> tuple[Tensor, Sums]:
         """scale · Σ_j dproduct · (y_j, or activation'), (B, nodes, H, D); and, of queries, what else is summed up."""
@@ -305,33 +300,29 @@ class _Backward(NamedTuple):
         return dx, sums
 
     def _feature_sums(self, x: Tensor, jobs: int) -> FeatureSums:
-        """Those that are needed, for x (B, nodes, H, D), made by so many jobs."""
+        """Those that are asked for, for x (B, nodes, H, D), made by so many jobs."""
         dvalues = weighted = dto_key = x.new_empty(0).numpy()
         if self.features is not None and jobs:
             (_, E, F), (_, _, H, D) = self.features.values.shape, x.shape
-            if self.needs[0]:
+            dto_key = zeros(jobs * F * H * D, like=x).numpy()
+            if self.features.needs_grad:
                 dvalues = zeros(len(x) * E * F, like=x).numpy()
                 weighted = _by_feature(self.features, x, self.weight)
-            if self.needs[1]:
-                dto_key = zeros(jobs * F * H * D, like=x).numpy()
         return FeatureSums(dvalues, weighted, dto_key)
 
-    def of_features(self, sums: FeatureSums) -> tuple[Tensor | None, Tensor | None]:
-        """dvalues and dto_key, where they are needed."""
+    def of_features(self, sums: FeatureSums) -> tuple[Tensor | None, Tensor]:
+        """dvalues, where asked for, and dto_key."""
         assert self.features is not None
         assert self.features.to_key is not None
         assert self.weight is not None  # of dot products, rows know the features
         (_, E, F), (Hkv, D, _), H = self.features.values.shape, self.features.to_key.shape, len(self.weight)
-        dvalues = dto_key = None
-        if self.needs[0]:
-            dvalues = (
-                torch.from_numpy(sums.dvalues).view(len(self.dproducts), E, F).sum_to_size(self.features.values.shape)
-            )
-        if self.needs[1]:
-            summed = torch.from_numpy(sums.dto_key.reshape(-1, F, H, D).sum(0, dtype=np.float64))
-            by_head = (summed * self.weight.detach()).permute(1, 2, 0)
-            dto_key = by_head.unflatten(0, (Hkv, H // Hkv)).sum(1).to(self.weight.dtype)
-        return dvalues, dto_key
+        summed = torch.from_numpy(sums.dto_key.reshape(-1, F, H, D).sum(0, dtype=np.float64))
+        by_head = (summed * self.weight.detach()).permute(1, 2, 0)
+        dto_key = by_head.unflatten(0, (Hkv, H // Hkv)).sum(1).to(self.weight.dtype)
+        if not self.features.needs_grad:
+            return None, dto_key
+        of_entries = torch.from_numpy(sums.dvalues).view(len(self.dproducts), E, F)
+        return of_entries.sum_to_size(self.features.values.shape), dto_key
 
 
 def _features(features: EdgeTerms | None, x: Tensor) -> Features:

@@ -6,9 +6,9 @@ for dq, leaves w and ds of each edge to a walk along those of each key, for dk a
 two runs give the same bits. Nodes come first in memory: q is (B, N, H, D). The edges of a node are taken in blocks of
 four, whose scores lie together: (blocks, H, 4).
 
-Features e of the edges (`EdgeTerms`) are more numbers of their keys and values: the kernels gather [k_j ‖ e] and
-[v_j ‖ e], and K and V are products outside of them, as q · (k + K e) = [q ‖ Kᵀ q] · [k ‖ e] and Σ w (v + V e) = Σ w v +
-V Σ w e.
+Features e of the edges (`EdgeTerms`) are more numbers of their keys and values: of an edge, [k_j ‖ e] and [v_j ‖ e] are
+gathered, and K and V are applied once for each query, as q · (k + K e) = [q ‖ Kᵀ q] · [k ‖ e] and Σ w (v + V e) =
+Σ w v + V Σ w e.
 """
 
 # pyright: reportCallIssue=false, reportArgumentType=false
@@ -40,15 +40,16 @@ from attngraph.kernels.cpu.csr import (
 from attngraph.kernels.cpu.gather import (
     Neighbors,
     Vector,
+    add_map,
     gather_add,
     gather_dot,
     gather_dots,
     prefetch,
     scatter_add,
+    scatter_adds,
     transpose_4x4,
 )
 from attngraph.kernels.cpu.launch import InThreads, in_threads
-from attngraph.kernels.cpu.maps import add_mapped, map_gradient, mapped
 from attngraph.kernels.cpu.score_bias import NO_BIAS, add_bias, bias_gradient, bias_table, mask
 from attngraph.kernels.cpu.weights import (
     OPTIONS,
@@ -75,32 +76,32 @@ CHUNK_EDGES = 64  # edges of a node whose neighbours stay in the cache between t
 class ForwardTensors(NamedTuple):
     """q (B, N, H, D), k and v (B, M, Hkv, ·); out (B · N, H, Dv), lse (B · N, H); the same for pieces of nodes.
 
-    Of features: e (B or 1, E, F), Kᵀ q (B, N, H, F), sums Σ w e (B · N, H, F).
+    Of features: e (B or 1, E, F), K (Hkv, D, F), Vᵀ (Hkv, F, Dv).
     """
 
     q: np.ndarray
     k: np.ndarray
     v: np.ndarray
     e: np.ndarray
-    q_e: np.ndarray
+    to_key: np.ndarray
+    from_value: np.ndarray
     out: np.ndarray
-    sums: np.ndarray
     lse: np.ndarray
     piece_out: np.ndarray
-    piece_sums: np.ndarray
     piece_lse: np.ndarray
 
 
 class BackwardTensors(NamedTuple):
-    """q and dout (B, N, H, ·), k and v (B, M, Hkv, ·); lse and delta (B · N, H); of features e, Kᵀ q and Vᵀ dout."""
+    """q and dout (B, N, H, ·), k and v (B, M, Hkv, ·); lse and delta (B · N, H); of features e, K, Kᵀ and V."""
 
     q: np.ndarray
     k: np.ndarray
     v: np.ndarray
     dout: np.ndarray
     e: np.ndarray
-    q_e: np.ndarray
-    dout_e: np.ndarray
+    to_key: np.ndarray
+    from_key: np.ndarray
+    to_value: np.ndarray
     lse: np.ndarray
     delta: np.ndarray
     weights: np.ndarray  # flat, (B, E + 1, 2, H): p, or w · kept, and ds of each edge, and zeros
@@ -151,20 +152,25 @@ def _forward_kernel(head_dim: int, value_dim: int, key_features: int, value_feat
             row_max, row_sum = np.empty(heads * 4, q.dtype), np.empty(heads * 4, q.dtype)
             rest = 0 if plain else size
             slopes, factors = np.empty(rest, q.dtype), np.empty(rest + 4, q.dtype)
+            q_e, sums = np.empty(heads * key_features, q.dtype), np.empty(heads * value_features, q.dtype)
             first, stop, begin, end = edges.units[unit]
             for i in range(first, stop):
                 lo, hi = max(edges.start[i], begin), min(edges.start[i + 1], end)
                 blocks = (hi - lo + 3) // 4
                 if unit < pieces:
                     acc, lse, row = tensors.piece_out, tensors.piece_lse, batch * pieces + unit
-                    sums = tensors.piece_sums
                 else:
                     acc, lse, row = tensors.out, tensors.lse, batch * n + i
-                    sums = tensors.sums
                 for y in range(blocks * heads * 4):
                     scores[y] = zero
                 if bias.kind != NO_BIAS:
                     add_bias(scores, bias, edges, batch, i, lo, hi - lo)
+                if key_features:
+                    q_e[:] = zero
+                    for h in range(heads):
+                        q_i = Vector(q, ((batch * n + i) * heads + h) * head_dim)
+                        matrix = Vector(tensors.to_key, h // group * head_dim * key_features)
+                        add_map(Vector(q_e, h * key_features), q_i, matrix, head_dim, key_features)
                 for e in range(lo, hi if has_products else lo, 4):
                     nodes, at = neighbors_of_4(edges.neighbor, e, hi - 1, batch * m), (e - lo) * heads
                     e_j = Neighbors(tensors.e, next_4(e, hi - 1, first_edge), key_features, 0)
@@ -177,8 +183,8 @@ def _forward_kernel(head_dim: int, value_dim: int, key_features: int, value_feat
                             q_i = Vector(q, ((batch * n + i) * heads + h) * head_dim)
                             k_j = Neighbors(k, nodes, key_heads * head_dim, hk * head_dim)
                             if key_features:
-                                q_e = Vector(tensors.q_e, ((batch * n + i) * heads + h) * key_features)
-                                gather_dots(scores, at + h * 4, scale, q_i, k_j, head_dim, q_e, e_j, key_features)
+                                x_e = Vector(q_e, h * key_features)
+                                gather_dots(scores, at + h * 4, scale, q_i, k_j, head_dim, x_e, e_j, key_features)
                             else:
                                 gather_dot(scores, at + h * 4, scale, q_i, k_j, head_dim)
                 if not plain:
@@ -192,6 +198,8 @@ def _forward_kernel(head_dim: int, value_dim: int, key_features: int, value_feat
                 if not plain and rule.drops:
                     dropout_factors(factors, edges, batch, i, lo, hi - lo, rule)
                     multiply(scores, factors, blocks * heads * 4)
+                if value_features:
+                    sums[:] = zero
                 for e in range(lo, hi, 4):
                     nodes, at = neighbors_of_4(edges.neighbor, e, hi - 1, batch * m), (e - lo) * heads
                     e_j = Neighbors(tensors.e, next_4(e, hi - 1, first_edge), value_features, 0)
@@ -202,13 +210,20 @@ def _forward_kernel(head_dim: int, value_dim: int, key_features: int, value_feat
                             v_j = Neighbors(v, nodes, key_heads * value_dim, hk * value_dim)
                             gather_add(acc_i, p, v_j, value_dim)
                             if value_features:
-                                gather_add(Vector(sums, (row * heads + h) * value_features), p, e_j, value_features)
+                                gather_add(Vector(sums, h * value_features), p, e_j, value_features)
+                if value_features:
+                    for h in range(heads):
+                        acc_i, matrix = (
+                            Vector(acc, (row * heads + h) * value_dim),
+                            Vector(tensors.from_value, h // group * value_dim * value_features),
+                        )
+                        add_map(acc_i, Vector(sums, h * value_features), matrix, value_features, value_dim)
 
     return forward_units
 
 
 @compiled
-def merge_pieces(pieces, count, n, out, sums, lse, piece_out, piece_sums, piece_lse):
+def merge_pieces(pieces, count, n, out, lse, piece_out, piece_lse):
     """The softmax of each heavy node from those of its pieces, in fixed order."""
     zero = out.dtype.type(0)
     for batch in range(len(lse) // max(n, 1)):
@@ -224,14 +239,10 @@ def merge_pieces(pieces, count, n, out, sums, lse, piece_out, piece_sums, piece_
                     row_sum += weight
                     for d in range(out.shape[2]):
                         out[row, h, d] += weight * piece_out[x, h, d]
-                    for d in range(sums.shape[2]):
-                        sums[row, h, d] += weight * piece_sums[x, h, d]
                 if row_sum != zero:
                     lse[row, h] = lse_max + math.log(row_sum)
                     for d in range(out.shape[2]):
                         out[row, h, d] /= row_sum
-                    for d in range(sums.shape[2]):
-                        sums[row, h, d] /= row_sum
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, layout: CSRLayout, modifiers: Modifiers) -> tuple[Tensor, Tensor]:
@@ -243,11 +254,11 @@ def forward(q: Tensor, k: Tensor, v: Tensor, layout: CSRLayout, modifiers: Modif
     q, k, v, features = nodes_first(q), nodes_first(k), nodes_first(v), _Features.of(modifiers, q.dtype)
     is_softmax = modifiers.normalize == "softmax"
     out, lse = zeros(B, N, H, value_dim, like=q), q.new_full((B, N, H), -torch.inf if is_softmax else 0)
-    sums = zeros(B, N, H, features.value_dim, like=q)
-    piece_out, piece_sums = (x.new_zeros(B, adjacency.num_pieces, *x.shape[2:]) for x in (out, sums))
+    piece_out = out.new_zeros(B, adjacency.num_pieces, H, value_dim)
     piece_lse = lse.new_full((B, adjacency.num_pieces, H), -torch.inf)
-    results = flat_nodes(out, sums, lse, piece_out, piece_sums, piece_lse)
-    tensors = ForwardTensors(*arrays(q, k, v, features.e, features.of_queries(q)), *results)
+    results = flat_nodes(out, lse, piece_out, piece_lse)
+    of_edges = features.e, features.to_key, features.to_value.mT.contiguous()
+    tensors = ForwardTensors(*arrays(q, k, v, *of_edges), *results)
     table, rule, factor = bias_table(modifiers, q), weighting(modifiers, q), scalar(modifiers.scale, q)
     kernel, edges = _forward_kernel(head_dim, value_dim, *features.dims, is_plain(modifiers)), edges_of(adjacency)
 
@@ -255,46 +266,29 @@ def forward(q: Tensor, k: Tensor, v: Tensor, layout: CSRLayout, modifiers: Modif
     kernel((len(ranges) - 1) * B, ranges, tensors, edges, table, rule, factor)
     if adjacency.num_pieces and not is_softmax:
         sum_pieces(adjacency.pieces.numpy(), out.numpy(), piece_out.numpy())
-        sum_pieces(adjacency.pieces.numpy(), sums.numpy(), piece_sums.numpy())
     elif adjacency.num_pieces:
         merge_pieces(adjacency.pieces.numpy(), adjacency.num_pieces, N, *results)
-    if features.to_value is not None:
-        add_mapped(out, sums, features.to_value.mT)
     return out.transpose(1, 2), lse.transpose(1, 2)
 
 
 class _Features(NamedTuple):
-    """Features of the edges and their maps, as `EdgeTerms`; of none, e is empty."""
+    """Features of the edges and their maps, as `EdgeTerms`; what is not there is empty."""
 
     e: Tensor
-    to_key: Tensor | None
-    to_value: Tensor | None
+    to_key: Tensor
+    to_value: Tensor
 
     @staticmethod
     def of(modifiers: Modifiers, dtype: torch.dtype) -> _Features:
         """In this precision."""
-        if (terms := modifiers.edges) is None:
-            return _Features(torch.empty(0, 0, 0, dtype=dtype), None, None)
-        maps = [side if side is None else side.detach().to(dtype) for side in (terms.to_key, terms.to_value)]
-        return _Features(terms.values.detach().to(dtype).contiguous(), *maps)
+        none = torch.empty(0, 0, 0, dtype=dtype)
+        terms = (None, None, None) if modifiers.edges is None else modifiers.edges[:3]
+        return _Features(*(none if side is None else side.detach().to(dtype).contiguous() for side in terms))
 
     @property
     def dims(self) -> tuple[int, int]:
         """How many numbers stand beside each key, and beside each value."""
-        return 0 if self.to_key is None else self.e.shape[2], self.value_dim
-
-    @property
-    def value_dim(self) -> int:
-        """The second."""
-        return 0 if self.to_value is None else self.e.shape[2]
-
-    def of_queries(self, q: Tensor) -> Tensor:
-        """Kᵀ q, (B, N, H, F), of q (B, N, H, D); nothing where there is no K."""
-        return q.new_empty(0, 0, 0, 0) if self.to_key is None else mapped(q, self.to_key)
-
-    def of_results(self, dout: Tensor) -> Tensor:
-        """Vᵀ dout, the same."""
-        return dout.new_empty(0, 0, 0, 0) if self.to_value is None else mapped(dout, self.to_value)
+        return self.to_key.shape[2], self.to_value.shape[2]
 
 
 # ------------------------------------------------------------------------------------------------- backward
@@ -355,6 +349,7 @@ def _queries_kernel(head_dim: int, value_dim: int, key_features: int, value_feat
             scores, ds, rest = np.empty(size, q.dtype), np.empty(size, q.dtype), 0 if plain else size
             minus_lse, minus_delta = np.empty(rest, q.dtype), np.empty(rest, q.dtype)
             slopes, factors = np.empty(rest, q.dtype), np.ones(rest + 4, q.dtype)
+            q_e, dout_e = np.empty(heads * key_features, q.dtype), np.empty(heads * value_features, q.dtype)
             first, stop, begin, end = edges.units[unit]
             for i in range(first, stop):
                 lo, hi = max(edges.start[i], begin), min(edges.start[i + 1], end)
@@ -363,6 +358,19 @@ def _queries_kernel(head_dim: int, value_dim: int, key_features: int, value_feat
                 if unit < pieces:
                     dx, row = gradients.piece_dx, batch * pieces + unit
                     dx_e, sums = gradients.piece_dx_v, gradients.piece_sums
+                if features:
+                    q_e[:], dout_e[:] = zero, zero
+                for h in range(heads if features else 0):
+                    x_i, matrix = (
+                        Vector(q, (q_row * heads + h) * head_dim),
+                        Vector(tensors.to_key, h // group * head_dim * key_features),
+                    )
+                    add_map(Vector(q_e, h * key_features), x_i, matrix, head_dim, key_features)
+                    x_i, matrix = (
+                        Vector(dout, (q_row * heads + h) * value_dim),
+                        Vector(tensors.to_value, h // group * value_dim * value_features),
+                    )
+                    add_map(Vector(dout_e, h * value_features), x_i, matrix, value_dim, value_features)
                 for chunk in range(lo, hi, CHUNK_EDGES):
                     count = min(hi - chunk, CHUNK_EDGES)
                     blocks, numbers = (count + 3) // 4, (count + 3) // 4 * heads * 4
@@ -387,17 +395,15 @@ def _queries_kernel(head_dim: int, value_dim: int, key_features: int, value_feat
                                 q_i = Vector(q, (q_row * heads + h) * head_dim)
                                 k_j = Neighbors(k, four, key_heads * head_dim, hk * head_dim)
                                 if key_features:
-                                    q_e = Vector(tensors.q_e, (q_row * heads + h) * key_features)
-                                    gather_dots(scores, at + h * 4, scale, q_i, k_j, head_dim, q_e, e_j, key_features)
+                                    x_e = Vector(q_e, h * key_features)
+                                    gather_dots(scores, at + h * 4, scale, q_i, k_j, head_dim, x_e, e_j, key_features)
                                 elif head_dim:
                                     gather_dot(scores, at + h * 4, scale, q_i, k_j, head_dim)
                                 dout_i = Vector(dout, (q_row * heads + h) * value_dim)
                                 v_j = Neighbors(v, four, key_heads * value_dim, hk * value_dim)
                                 if value_features:
-                                    dout_e = Vector(tensors.dout_e, (q_row * heads + h) * value_features)
-                                    gather_dots(
-                                        ds, at + h * 4, one, dout_i, v_j, value_dim, dout_e, e_j, value_features
-                                    )
+                                    x_e = Vector(dout_e, h * value_features)
+                                    gather_dots(ds, at + h * 4, one, dout_i, v_j, value_dim, x_e, e_j, value_features)
                                 else:
                                     gather_dot(ds, at + h * 4, one, dout_i, v_j, value_dim)
                     if not plain:
@@ -437,13 +443,19 @@ def _queries_kernel(head_dim: int, value_dim: int, key_features: int, value_feat
                             at, of_four = (e - chunk) * heads, next_4(e, hi - 1, batch * num_edges)
                             de_j = Neighbors(de, of_four, features, 0)
                             for h in range(heads):
-                                if key_features:
-                                    q_e = Vector(tensors.q_e, (q_row * heads + h) * key_features)
-                                    scatter_add(de_j, scale, Vector(ds, at + h * 4), q_e, key_features)
-                                if value_features:
-                                    dout_e = Vector(tensors.dout_e, (q_row * heads + h) * value_features)
-                                    scatter_add(de_j, one, Vector(scores, at + h * 4), dout_e, value_features)
+                                of_key, of_value = Vector(q_e, h * key_features), Vector(dout_e, h * value_features)
+                                ds_h, w_h = Vector(ds, at + h * 4), Vector(scores, at + h * 4)
+                                if key_features and value_features:
+                                    scatter_adds(de_j, scale, ds_h, of_key, w_h, of_value, features)
+                                elif key_features:
+                                    scatter_add(de_j, scale, ds_h, of_key, features)
+                                else:
+                                    scatter_add(de_j, one, w_h, of_value, features)
                 for h in range(heads):
+                    if key_features:
+                        dq_i, dq_e = Vector(dx, (row * heads + h) * head_dim), (row * heads + h) * key_features
+                        matrix = Vector(tensors.from_key, h // group * head_dim * key_features)
+                        add_map(dq_i, Vector(dx_e, dq_e), matrix, key_features, head_dim)
                     for d in range(head_dim):
                         dx[row, h, d] *= scale
                     for d in range(key_features):
@@ -533,7 +545,7 @@ def backward(
     features = _Features.of(modifiers, q.dtype)
     weights = empty(B, len(adjacency.neighbor) + 1, 2, H, like=q)
     weights[:, -1] = 0
-    of_edges = features.e, features.of_queries(q), features.of_results(dout)
+    of_edges = features.e, features.to_key, features.to_key.mT.contiguous(), features.to_value
     tensors = BackwardTensors(*arrays(q, k, v, dout, *of_edges), *flat_nodes(lse, delta), weights.view(-1).numpy())
     table, rule, factor = bias_table(modifiers, q), weighting(modifiers, q), scalar(modifiers.scale, q)
 
@@ -546,11 +558,10 @@ def backward(
     bias = modifiers.bias if bias_grad else None
     dbias = None if bias is None else bias_gradient(bias, table, weights, adjacency)
     dto_key = dto_value = None
-    if features.to_key is not None:
-        add_mapped(dq, dq_e, features.to_key.mT)
-        dto_key = map_gradient(q, dq_e, features.to_key)
-    if features.to_value is not None:
-        dto_value = map_gradient(dout, sums, features.to_value)
+    if features.dims[0]:
+        dto_key = _map_gradient(q, dq_e, features.to_key)
+    if features.dims[1]:
+        dto_value = _map_gradient(dout, sums, features.to_value)
     dedges = de.sum_to_size(features.e.shape) if len(de) else None, dto_key, dto_value
     return Gradients(dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2), dbias, dedges)
 
@@ -571,6 +582,14 @@ def _add_up(
         for result, of_pieces in zip(results, pieces, strict=True):
             if len(result):
                 sum_pieces(adjacency.pieces.numpy(), result.numpy(), of_pieces.numpy())
+
+
+def _map_gradient(x: Tensor, dresult: Tensor, matrices: Tensor) -> Tensor:
+    """The gradient of the matrices (Hkv, D, F), from that (B, N, H, F) of what they make of x (B, N, H, D)."""
+    gradient, group = torch.zeros_like(matrices), x.shape[2] // len(matrices)
+    for h in range(x.shape[2]):
+        gradient[h // group].addmm_(x[:, :, h].flatten(0, 1).T, dresult[:, :, h].flatten(0, 1))
+    return gradient
 
 
 def _delta(out: Tensor, dout: Tensor, dlse: Tensor | None) -> Tensor:

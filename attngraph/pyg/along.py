@@ -67,11 +67,11 @@ def _attend(
         found = attend(q, k, v, edges.graph, return_weights=True, **options)
         out, weights = cast("tuple[Tensor, Tensor]", found)
         weights = edges.as_given(weights.transpose(1, 2))
-        weights = weights if asked.q.ndim == 4 else weights[0]
+        weights = weights if asked.q.ndim == 4 else weights.squeeze(0)
     else:
         out = cast(Tensor, attend(q, k, v, edges.graph, **options))
     out = out.transpose(1, 2).contiguous()
-    return (out if asked.q.ndim == 4 else out[0]), weights
+    return (out if asked.q.ndim == 4 else out.squeeze(0)), weights  # whose gradient is a view, unlike that of out[0]
 
 
 def _score(asked: Attention) -> Score:

@@ -72,9 +72,10 @@ class Attending(MessagePassing):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As PyG's."""
-        call = {**dict(zip(self.names, args, strict=False)), **kwargs}
-        if len(args) > len(self.names):
+        call = dict(zip(self.names, args, strict=False))
+        if len(args) > len(self.names) or call.keys() & kwargs.keys():
             return self.of.forward(self, *args, **kwargs)  # which tells of the error
+        call |= kwargs
         check(self, call)
         if call.get("return_attention_weights") is False:  # None in PyG: any bool there asks for weights
             call["return_attention_weights"] = None

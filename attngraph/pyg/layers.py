@@ -91,7 +91,7 @@ class AGNNConv(Attending, pyg.AGNNConv):
         return Attention(x_norm * self.beta, x_norm, x)
 
     def attend(self, asked: Attention, columns: Tensor) -> Tensor:
-        return Attending.attend(self, asked, columns)[:, 0]
+        return Attending.attend(self, asked, columns).squeeze(1)
 
 
 class SuperGATConv(Attending, pyg.SuperGATConv):

@@ -47,7 +47,7 @@ def multihead(attention: torch.nn.MultiheadAttention, x: Tensor, y: Tensor, grap
     sides = zip((x, y, y), weight.chunk(3), biases, strict=True)
     q, k, v = (F.linear(side, w, b).view(1, -1, heads, attention.head_dim).transpose(1, 2) for side, w, b in sides)
     out = attend(q, k, v, graph, dropout_p=attention.dropout if attention.training else 0.0)
-    return attention.out_proj(out.transpose(1, 2).flatten(2)[0])
+    return attention.out_proj(out.transpose(1, 2).flatten(2).squeeze(0))
 
 
 def lacks(attention: Any) -> str | None:

@@ -35,7 +35,8 @@ def module_classes():
     """Every subclass of nn.Module that attngraph defines and that has a forward."""
     found = set()
     for info in pkgutil.walk_packages(attngraph.__path__, "attngraph."):
-        if info.name.startswith(("attngraph.__main__", "attngraph.kernels.")):
+        # Layers of attngraph.pyg are made and called as PyG's own: see test_pyg.
+        if info.name.startswith(("attngraph.__main__", "attngraph.kernels.", "attngraph.pyg")):
             continue
         for value in vars(importlib.import_module(info.name)).values():
             own = inspect.isclass(value) and issubclass(value, nn.Module) and value.__module__.startswith("attngraph.")

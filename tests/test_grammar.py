@@ -73,7 +73,7 @@ def test_what_is_no_graph_is_told(text, message, capfd):
     with pytest.raises(ValueError) as error:
         parse(text)
     assert message in str(error.value)
-    assert len(str(error.value)) < 600
+    assert len(str(error.value)) < 640
     assert time.perf_counter() - start < 10
     assert "run" not in capfd.readouterr().out
 

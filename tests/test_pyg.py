@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 
 import pytest
@@ -302,6 +304,75 @@ def saved(thing):
     return buffer
 
 
+@pytest.mark.parametrize("name", LAYERS)
+def test_edge_features_of_any_width_and_their_hooks(name):
+    edge_index, x = edges(20, 20, 70, "once"), torch.randn(20, 8)
+    attr = torch.randn(edge_index.shape[1], 3)
+    layer = getattr(ours, name)(8, 4, edge_dim=-1)
+    expected = layer(x, edge_index, attr)
+    assert layer.lin_edge.weight.shape == (4, 3)
+    torch.testing.assert_close(layer(x, edge_index, attr), expected)
+    layer.lin_edge.register_forward_hook(lambda module, inputs, out: 2 * out)
+    plain = layer._as_pyg()
+    torch.testing.assert_close(layer(x, edge_index, attr), plain(x, edge_index, attr))
+    assert not torch.allclose(plain(x, edge_index, attr), expected)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_forward_has_the_signature_of_its_layer(name):
+    forward = getattr(ours, name).forward
+    assert inspect.signature(forward) == inspect.signature(getattr(theirs, name).forward)
+    assert forward.__qualname__ == f"{name}.forward"
+
+
+@pytest.mark.slow
+def test_layers_are_exported():
+    edge_index, x, layer = edges(20, 20, 70, "once"), torch.randn(20, 8), ours.TransformerConv(8, 4).eval()
+    program = torch.export.export(layer, (x, edge_index)).module()
+    torch.testing.assert_close(program(x, edge_index), layer(x, edge_index))
+
+
+@pytest.mark.parametrize("name", ["GATConv", "GATv2Conv"])
+def test_messages_along_sparse_matrices_have_gradients(name):
+    layers, plain = pair(name, 8, 4, heads=2), edges(20, 20, 70, "once")
+    adjacency = to_torch_coo_tensor(plain, size=(20, 20)).t().coalesce()
+    x = torch.randn(20, 8, dtype=torch.float64)
+    results = []
+    for layer in layers:
+        out, (_, weights) = layer(x, adjacency, return_attention_weights=True)
+        results.append(torch.autograd.grad(out.square().sum() + weights.square().sum(), list(layer.parameters())))
+    assert_same(*map(list, results))
+    for layer in layers:
+        layer.register_message_forward_hook(lambda *given: None)
+    assert_same(*(found(layer, x, adjacency) for layer in layers))
+
+
+def test_threads_share_a_layer():
+    layer, edge_index, x = ours.GATConv(8, 4), edges(20, 20, 70, "once"), torch.randn(20, 8)
+    expected = layer(x, edge_index, return_attention_weights=True)[1][1]
+
+    def run(turn):
+        out = layer(x, edge_index, return_attention_weights=bool(turn % 2))
+        return torch.equal(out[1][1], expected) if turn % 2 else isinstance(out, Tensor)
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(run, range(100)))
+
+
+@pytest.mark.parametrize("name", ["TransformerConv", "GATConv", "GATv2Conv", "AGNNConv"])
+def test_autocast_and_dropping_all(name):
+    args = () if name == "AGNNConv" else (8, 4)
+    layers, edge_index, x = pair(name, *args, dtype=torch.float32), edges(20, 20, 70, "once"), torch.randn(20, 8)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        a, b = (layer(x, edge_index) for layer in layers)
+    assert a.dtype == b.dtype
+    torch.testing.assert_close(a, b, rtol=5e-2, atol=5e-2)
+    if name != "AGNNConv":
+        for layer in layers:
+            layer.dropout = 1.0
+        torch.testing.assert_close(*(layer(x, edge_index) for layer in layers))
+
+
 def test_torchscript_is_of_pyg_s_layer():
     class Model(torch.nn.Module):
         def __init__(self):
@@ -482,7 +553,7 @@ WRONG = [
         (torch.randn(5, 8), torch.randn(3, 8)), TWO, size=(5, 4)), ValueError, "size must be"),
     (lambda: ours.TransformerConv(8, 4)(torch.randn(5, 8), TWO.float()), ValueError, "integer"),
     (lambda: ours.TransformerConv(8, 4)(torch.randn(5, 8), TWO[0]), ValueError, "edge_index"),
-    (lambda: ours.GraphAttention(8, 4)((torch.randn(2, 5, 8), torch.randn(3, 5, 8)), TWO), ValueError, "as many sets"),
+    (lambda: ours.GraphAttention(8, 4)((torch.randn(2, 5, 8), torch.randn(3, 5, 8)), TWO), ValueError, "one B"),
     (lambda: ours.from_batch(torch.tensor([1, 0])), ValueError, "ascending"),
     (lambda: ours.from_batch(torch.tensor([[0, 1]])), ValueError, "batch must be"),
 ]  # fmt: skip

@@ -331,12 +331,12 @@ def attend_backward(
         results = [side if side is None else folded.queries(side) for side in results]
         dq, dk, dv, *_ = _backward_call(tuple(results), _folded(sides, folded), options, plan, False, False)
         dq, dk, dv = folded.of_queries(dq, q.shape[2]), folded.sum_of_keys(dk, k), folded.sum_of_keys(dv, v)
-        of_values = (None,) * 4
+        dq, dk, dv, of_values = dq.contiguous(), dk.contiguous(), dv.contiguous(), (None,) * 4
     else:
         dq, dk, dv, dbias, dedges = _backward_call(results, sides, options, plan, bias_grad, edge_grad)
         of_values = dbias, *dedges
     dbias, de, dto_key, dto_value = (q.new_empty(0) if side is None else side.contiguous() for side in of_values)
-    return dq.contiguous(), dk.contiguous(), dv.contiguous(), dbias, de, dto_key, dto_value
+    return dq, dk, dv, dbias, de, dto_key, dto_value
 
 
 @attend_backward.register_fake

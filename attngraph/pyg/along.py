@@ -40,7 +40,14 @@ class Attention(NamedTuple):
     """And of their values: (H, Dv, F)."""
 
 
-def attend_along(asked: Attention, columns: Tensor, wants_weights: bool) -> tuple[Tensor, Tensor]:
+def weights_along(asked: Attention, columns: Tensor) -> Tensor:
+    """The weights before dropout, (…, E, H), as the edges were given: of values of no numbers."""
+    own = asked._replace(v=asked.v[..., :0], to_value=None, dropout_p=0.0)
+    own = own._replace(edge_attr=None) if own.to_key is None else own
+    return attend_along(own, columns, True)[1]
+
+
+def attend_along(asked: Attention, columns: Tensor, wants_weights: bool = False) -> tuple[Tensor, Tensor]:
     """Along edges (2, E) → out (…, N, H, Dv), and weights (…, E, H) as the edges were given: (0,) unless wanted."""
     if not torch.compiler.is_compiling():
         return _attend(asked, columns, wants_weights)
@@ -52,7 +59,8 @@ def _attend(
     asked: Attention, columns: Tensor, wants_weights: bool, generator: torch.Generator | None = None
 ) -> tuple[Tensor, Tensor]:
     edges = Edges.between(columns, asked.k.shape[-3], asked.q.shape[-3])
-    sides = asked.q, edges.of_sources(asked.k), edges.of_sources(asked.v)
+    dtype = torch.promote_types(torch.promote_types(asked.q.dtype, asked.k.dtype), asked.v.dtype)
+    sides = asked.q.to(dtype), edges.of_sources(asked.k.to(dtype)), edges.of_sources(asked.v.to(dtype))
     q, k, v = ((side if side.ndim == 4 else side[None]).transpose(1, 2) for side in sides)
     options: dict[str, Any] = {"scale": asked.scale, "dropout_p": asked.dropout_p, "score": _score(asked)}
     if generator is not None:
@@ -63,13 +71,14 @@ def _attend(
         features = edges.sorted(asked.edge_attr)
         options["edge_features"] = EdgeFeatures.sorted(features, to_key=asked.to_key, to_value=asked.to_value)
     weights = q.new_empty(0)
-    if wants_weights:
-        found = attend(q, k, v, edges.graph, return_weights=True, **options)
-        out, weights = cast("tuple[Tensor, Tensor]", found)
-        weights = edges.as_given(weights.transpose(1, 2))
-        weights = weights if asked.q.ndim == 4 else weights.squeeze(0)
-    else:
-        out = cast(Tensor, attend(q, k, v, edges.graph, **options))
+    with torch.autocast(q.device.type, enabled=False):  # what the layer made under it decides, as in PyG
+        if wants_weights:
+            found = attend(q, k, v, edges.graph, return_weights=True, **options)
+            out, weights = cast("tuple[Tensor, Tensor]", found)
+            weights = edges.as_given(weights.transpose(1, 2))
+            weights = weights if asked.q.ndim == 4 else weights.squeeze(0)
+        else:
+            out = cast(Tensor, attend(q, k, v, edges.graph, **options))
     out = out.transpose(1, 2).contiguous()
     return (out if asked.q.ndim == 4 else out.squeeze(0)), weights  # whose gradient is a view, unlike that of out[0]
 

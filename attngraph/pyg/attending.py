@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import UninitializedParameter
 from torch_geometric.nn import MessagePassing
 
-from attngraph.pyg.along import Attention, attend_along
+from attngraph.pyg.along import Attention, attend_along, weights_along
 from attngraph.pyg.checks import check
 from attngraph.pyg.edges import columns_of, values_of
 
@@ -19,10 +20,19 @@ HOOKS = ("propagate", "message", "aggregate", "message_and_aggregate", "edge_upd
 METHODS = ("message", "aggregate", "update", "edge_update", "message_and_aggregate")
 
 
-class Pending(NamedTuple):
-    """In place of weights that PyG makes before it sends messages by them: they are made with these, later."""
+class Pending:
+    """In place of weights, which PyG makes before it sends messages by them: made if somebody asks for them."""
 
-    arguments: dict[str, Any]
+    def __init__(self, arguments: dict[str, Any]):
+        self.arguments = arguments  # of `edge_updater`
+        self.asked: Attention | None = None
+        self.columns: Tensor | None = None
+
+    def weights(self) -> Tensor:
+        """Those of the attention that took the place of the messages, (E, H) as the edges were given."""
+        assert self.asked is not None
+        assert self.columns is not None
+        return weights_along(self.asked, self.columns)
 
 
 class Attending(MessagePassing):
@@ -38,10 +48,6 @@ class Attending(MessagePassing):
     """The arguments of its `forward`."""
     needs_edge_dim: ClassVar[bool] = True
     """Whether edge features are an error in a layer that was made for none; else they are left out, as in PyG."""
-    _wants_weights: bool = False
-    """While a call runs that asks for weights."""
-    _weights: Tensor | None = None
-    """And what they are, (E, H) as the edges were given."""
 
     def __init_subclass__(cls, **kwargs: Any):
         super().__init_subclass__(**kwargs)
@@ -53,7 +59,7 @@ class Attending(MessagePassing):
         if cls.__bases__[0] is Attending:
             cls.of = cls.__bases__[1]
             cls.names = tuple(inspect.signature(cls.of.forward).parameters)[1:]
-            cls.forward = functools.wraps(cls.of.forward)(Attending.__dict__["forward"])
+            cls.forward = _forward_of(cls.of)
 
     # ---------------------------------------------------------------------------------------- what each layer says
 
@@ -79,14 +85,12 @@ class Attending(MessagePassing):
         check(self, call)
         if call.get("return_attention_weights") is False:  # None in PyG: any bool there asks for weights
             call["return_attention_weights"] = None
-        self._wants_weights = bool(call.get("return_attention_weights"))
-        try:
-            result = self.of.forward(self, **call)
-            if isinstance(result, tuple) and isinstance(result[1], tuple) and isinstance(result[1][1], Pending):
-                result = result[0], (result[1][0], self._weights)
-            return result
-        finally:
-            self._wants_weights, self._weights = False, None
+        if not torch.compiler.is_compiling() and self._is_for_pyg(call):
+            return self._as_pyg().forward(**call)
+        result = self.of.forward(self, **call)
+        if isinstance(result, tuple) and isinstance(result[1], tuple) and isinstance(result[1][1], Pending):
+            return result[0], (result[1][0], result[1][1].weights())
+        return result
 
     def falls_back(self) -> str | None:
         """Why messages are sent as in PyG, which holds a vector for each; None where attention takes their place."""
@@ -100,24 +104,43 @@ class Attending(MessagePassing):
             return f"its messages are made in {self.decomposed_layers} parts"
         if self.aggr not in ("add", "sum"):
             return f"it takes the {self.aggr} of what comes, which is no attention"
+        if getattr(self, "dropout", 0) == 1 and self.training:
+            return "it drops all weights"
+        linear = getattr(self, "lin_edge", None)
+        if linear is not None and not is_lazy(linear) and (linear._forward_hooks or linear._forward_pre_hooks):
+            return "hooks look at what it makes of edge features"
+        if (name := self._own_method()) is not None:
+            return f"it has a {name}() of its own"
+        return self.has_none()
+
+    def _own_method(self) -> str | None:
+        """What PyG's layer would do otherwise."""
         for name in METHODS:
             if name in self.__dict__ or getattr(type(self), name) is not getattr(self.of, name):
-                return f"it has a {name}() of its own"
-        return self.has_none()
+                return name
+        return None
+
+    def _is_for_pyg(self, call: dict[str, Any]) -> bool:
+        """Whether PyG's own layer serves a call: if messages are asked for, or weights in a sparse matrix."""
+        if self._own_method() is not None:
+            return False
+        wants_sparse = bool(call.get("return_attention_weights")) and not is_plain(call.get("edge_index"))
+        sides = self.flow == "target_to_source" and isinstance(call.get("x"), tuple | list)
+        return wants_sparse or sides or self.falls_back() is not None
 
     def edge_updater(self, edge_index: Any, size: Any = None, **kwargs: Any) -> Any:
         """In layers that make weights before messages: put off until both are known."""
-        if self.falls_back() is not None or (self._wants_weights and not is_plain(edge_index)):
+        if self.falls_back() is not None:
             return MessagePassing.edge_updater(self, edge_index, size=size, **self._for_messages(kwargs))
         return Pending(kwargs)
 
     def propagate(self, edge_index: Any, size: Any = None, **kwargs: Any) -> Any:
         """Attention along the edges: (N, H, D)."""
-        pending = kwargs.get("alpha")
-        if self.falls_back() is not None or (isinstance(pending, Tensor) and "x" in kwargs):
+        if self.falls_back() is not None:
             return MessagePassing.propagate(self, edge_index, size=size, **self._for_messages(kwargs))
+        pending = kwargs.get("alpha", Pending({}))
         self._check_input(edge_index, size)
-        arguments = {**kwargs, **pending.arguments} if isinstance(pending, Pending) else kwargs
+        arguments = {**kwargs, **pending.arguments}
         size = size if is_plain(edge_index) else (edge_index.size(1), edge_index.size(0))
         size = size if self.flow == "source_to_target" else None
         edge_attr = arguments.get("edge_attr")
@@ -129,7 +152,8 @@ class Attending(MessagePassing):
                 raise ValueError(
                     f"size must be (num_sources, num_targets) (got {size} for {side.shape[-3]} {name}s in x)"
                 )
-        return self.attend(asked, columns_of(edge_index, self.flow))
+        pending.asked, pending.columns = asked, columns_of(edge_index, self.flow)
+        return self.attend(pending)
 
     def _for_messages(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """A pair is of sources and targets, whatever the flow; PyG's slow path takes it by rows of edge_index."""
@@ -137,19 +161,40 @@ class Attending(MessagePassing):
             return arguments
         return {name: x[::-1] if isinstance(x, tuple) else x for name, x in arguments.items()}
 
-    def attend(self, asked: Attention, columns: Tensor) -> Tensor:
-        """Along these edges, (2, E): (…, N, H, Dv)."""
-        out, weights = attend_along(asked, columns, self._wants_weights)
-        self._weights = weights if self._wants_weights else None
-        return out
+    def attend(self, pending: Pending) -> Tensor:
+        """Along the edges that are known now: (…, N, H, Dv)."""
+        assert pending.asked is not None
+        assert pending.columns is not None
+        return attend_along(pending.asked, pending.columns)[0]
 
-    def __prepare_scriptable__(self) -> Any:
-        """For TorchScript, PyG's own layer with the same parameters."""
+    def _as_pyg(self) -> Any:
+        """PyG's own layer with the same parameters and hooks."""
         plain = copy.copy(self)
         plain.__class__, plain.inspector = self.of, copy.copy(self.inspector)
         plain.inspector._cls = self.of  # whose source PyG reads
-        plain._set_jittable_templates(raise_on_error=True)
+        plain._set_jittable_templates()
+        for name in ("propagate", "edge_updater"):
+            plain.__dict__.pop(name, None)
+        if self.explain or self.decomposed_layers > 1:  # as PyG does when it is told so
+            plain.propagate = MessagePassing.propagate.__get__(plain)
         return plain
+
+    __prepare_scriptable__ = _as_pyg  # for TorchScript
+
+
+def _forward_of(layer: Any) -> Any:
+    """A `forward` with the arguments and the text of a layer's own."""
+
+    @functools.wraps(layer.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return Attending.forward(self, *args, **kwargs)
+
+    return forward
+
+
+def is_lazy(linear: Any) -> bool:
+    """Whether a linear map of PyG waits for its first input to know its size."""
+    return isinstance(linear.weight, UninitializedParameter)
 
 
 def is_plain(edge_index: Any) -> bool:

@@ -49,7 +49,7 @@ class Edges:
             if least < 0 or most >= count:
                 raise IndexError(
                     f"edge_index must name {name} nodes from 0 to {count - 1}, as there are {count} of them (got "
-                    f"{least} … {most})"
+                    f"{least} … {most}): x must have a row for each node"
                 )
         graph = EdgeList(columns, (num_targets, num_sources))
         if len(graph.code) == columns.shape[1]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch_geometric.nn as pyg
@@ -11,12 +11,14 @@ from torch import Tensor
 from torch_geometric.utils import scatter
 
 from attngraph.pyg.along import Attention
-from attngraph.pyg.attending import Attending
+from attngraph.pyg.attending import Attending, Pending, is_lazy
 from attngraph.pyg.edges import columns_of
 
 
 def _by_head(linear: Any, heads: int, features: Tensor) -> Tensor:
     """The map of edge features for each head: (H, C, F)."""
+    if is_lazy(linear):
+        linear(features[:1])
     return linear.weight.view(heads, -1, features.shape[1]).to(features.dtype)
 
 
@@ -43,10 +45,9 @@ class TransformerConv(Attending, pyg.TransformerConv):
         each = _by_head(self.lin_edge, self.heads, edge_attr)
         return asked._replace(edge_attr=edge_attr, to_key=each, to_value=each)
 
-    def attend(self, asked: Attention, columns: Tensor) -> Tensor:
-        out = Attending.attend(self, asked, columns)
-        self._alpha = self._weights
-        return out
+    def attend(self, pending: Pending) -> Tensor:
+        self._alpha = cast(Any, pending)  # which PyG's forward returns, if weights are asked for
+        return Attending.attend(self, pending)
 
 
 class GATConv(Attending, pyg.GATConv):
@@ -90,8 +91,8 @@ class AGNNConv(Attending, pyg.AGNNConv):
         x, x_norm = arguments["x"][:, None], arguments["x_norm"][:, None]
         return Attention(x_norm * self.beta, x_norm, x)
 
-    def attend(self, asked: Attention, columns: Tensor) -> Tensor:
-        return Attending.attend(self, asked, columns).squeeze(1)
+    def attend(self, pending: Pending) -> Tensor:
+        return Attending.attend(self, pending).squeeze(1)
 
 
 class SuperGATConv(Attending, pyg.SuperGATConv):
@@ -136,10 +137,14 @@ class GraphAttention(TransformerConv):
     def forward(self, x: Any, edge_index: Any, *args: Any, **kwargs: Any) -> Any:
         """x (B, N, C), or a pair (B, M, C), (B, N, C)."""
         sides: tuple[Tensor, ...] = tuple(x) if isinstance(x, tuple | list) else (x,)
-        if {side.ndim for side in sides} != {3}:
+        if not any(isinstance(side, Tensor) and side.ndim == 3 for side in sides):
             return super().forward(x, edge_index, *args, **kwargs)
-        if len({len(side) for side in sides}) != 1:
-            raise ValueError(f"x must be as many sets of sources as of targets (got {[len(side) for side in sides]})")
+        shapes = [tuple(side.shape) if isinstance(side, Tensor) else None for side in sides]
+        channels = self.in_channels if isinstance(self.in_channels, tuple | list) else [self.in_channels] * len(sides)
+        for shape, wanted in zip(shapes, channels, strict=False):
+            fits = shape is not None and len(shape) == 3 and wanted in (-1, shape[2]) and shape[0] == len(sides[0]) > 0
+            if not fits:
+                raise ValueError(f"x must be (B, num_nodes, {wanted}), of one B above 0 on both sides (got {shapes})")
         if (reason := self.falls_back()) is not None:
             raise ValueError(f"GraphAttention takes features (B, N, C) where it attends, but {reason}")
         self._entries = len(sides[0])
@@ -159,6 +164,6 @@ class GraphAttention(TransformerConv):
         q, k, v = (side.unflatten(0, (self._entries, -1)) for side in asked[:3])
         return asked._replace(q=q, k=k, v=v)
 
-    def attend(self, asked: Attention, columns: Tensor) -> Tensor:
-        out = super().attend(asked, columns)
+    def attend(self, pending: Pending) -> Tensor:
+        out = super().attend(pending)
         return out if self._entries is None else out.flatten(0, 1)

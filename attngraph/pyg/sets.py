@@ -33,10 +33,14 @@ def from_batch(batch: Tensor) -> Documents:
 
 def _counts(batch: Tensor, num_graphs: int | None) -> Tensor:
     """How many nodes each graph has."""
-    if batch.ndim != 1 or batch.is_floating_point():
-        raise ValueError(f"batch must be the number of the graph of each node, int64 (N,) (got {tuple(batch.shape)})")
-    if not bool((batch[1:] >= batch[:-1]).all()):
-        raise ValueError("batch must be ascending, the nodes one graph after the other (got others): data.sort()")
+    if batch.ndim != 1 or batch.dtype not in (torch.int32, torch.int64):
+        got = f"{batch.dtype}, shape {tuple(batch.shape)}"
+        raise ValueError(f"batch must be the number of the graph of each node, int64 (N,) (got {got})")
+    if not bool((batch[1:] >= batch[:-1]).all() and (batch[:1] >= 0).all()):
+        raise ValueError(
+            "batch must be ascending from 0 on, the nodes one graph after the other (got others): order = "
+            "batch.argsort(stable=True), then x[order] and batch[order]"
+        )
     return batch.bincount(minlength=num_graphs or 0)
 
 

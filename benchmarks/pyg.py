@@ -5,10 +5,11 @@ Sections of `benchmarks.goals`: python -m benchmarks.goals --section pyg --secti
 
 from __future__ import annotations
 
+import copy
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -60,6 +61,19 @@ def contestants(name: str, depth: int) -> dict[str, nn.Module]:
     models = {peer: Net(getattr(module, kind), edge_dim, depth) for peer, module in (("PyG", theirs), ("ours", ours))}
     models["ours"].load_state_dict(models["PyG"].state_dict())
     return {**models, "PyG compiled": torch.compile(models["PyG"], dynamic=True)}
+
+
+def without_attention(model: nn.Module) -> nn.Module:
+    """The same model, in which each node hears its own value: what no attention, however fast, could go below."""
+    found = copy.deepcopy(model)
+
+    def attend(pending: Any) -> Tensor:
+        q, k, v, *_ = pending.asked
+        return v[: len(q)] + 0 * (q.mean() + k.mean())  # with the gradients of all
+
+    for layer in cast(Any, found).layers:
+        layer.attend = attend
+    return found
 
 
 def step(model: nn.Module, x: Tensor, target: Tensor, *edges: Tensor) -> float:
@@ -162,6 +176,7 @@ def new_alone(progress: Progress, name: str, make: Callable[[int], list[Tensor]]
     models = contestants(name, depth)
     for seed in range(3):
         agree(models, *make(seed))
+    models["without attention"] = without_attention(models["ours"])
     batches = {peer: iter([make(3 + turn) for turn in range(repeats)]) for peer in models}
     runs = {peer: lambda model=model, own=batches[peer]: step(model, *next(own)) for peer, model in models.items()}
     return over_ours(in_turn(runs, repeats))
@@ -174,7 +189,9 @@ def new_goals(options: Namespace, make: Callable, depth: int, setting: str, want
         for peer in PEERS:
             text, least = f"{name}, {setting}: times as fast as {peer}", wanted if peer == "PyG" else 1
             own = {"ours_ms": found.get("ours_ms"), "theirs_ms": found.get(f"{peer}_ms")}
-            yield Goal(text, least, found.get("failure") or found["times"][peer][1], **own)
+            least_ms = found.get("without attention_ms")
+            note = "" if least_ms is None else f"without any attention, ours would take {least_ms[1]:.0f} ms"
+            yield Goal(text, least, found.get("failure") or found["times"][peer][1], note=note, **own)
 
 
 def molecules_goals(options: Namespace) -> Iterator[Goal]:

@@ -253,6 +253,18 @@ def test_explainers_see_what_they_see_of_pyg(name, algorithm):
     assert masks[0].abs().sum() > 0
 
 
+@pytest.mark.parametrize("kind", ["MX", "SD"])
+def test_supergat_s_loss(kind):
+    layers, edge_index = pair("SuperGATConv", 8, 4, heads=2, attention_type=kind), edges(20, 20, 70, "once")
+    negative, x = edges(20, 20, 30, "parallel"), torch.randn(20, 8, dtype=torch.float64)
+    results = []
+    for layer in layers:
+        out = layer(x, edge_index, neg_edge_index=negative)
+        results.append([out.detach(), layer.get_attention_loss().detach()])
+        assert results[-1][1] > 0
+    assert_same(*results)
+
+
 def test_hooks_and_methods_of_ones_own_see_every_message():
     edge_index, x, seen = edges(20, 20, 70, "once"), torch.randn(20, 8), []
     layer = ours.GATConv(8, 4, heads=2)

@@ -86,7 +86,12 @@ class Attending(MessagePassing):
         if call.get("return_attention_weights") is False:  # None in PyG: any bool there asks for weights
             call["return_attention_weights"] = None
         if not torch.compiler.is_compiling() and self._is_for_pyg(call):
-            return self._as_pyg().forward(**call)
+            plain = self._as_pyg()
+            before = dict(plain.__dict__)
+            result = plain.forward(**call)
+            made = {name: x for name, x in plain.__dict__.items() if x is not before.get(name)}
+            self.__dict__.update(made)  # what PyG's layer keeps of a call, such as SuperGATConv for its loss
+            return result
         result = self.of.forward(self, **call)
         if isinstance(result, tuple) and isinstance(result[1], tuple) and isinstance(result[1][1], Pending):
             return result[0], (result[1][0], result[1][1].weights())

@@ -50,7 +50,7 @@ class Net(nn.Module):
         return self.classes(x)
 
 
-def contestants(name: str, depth: int) -> dict[str, nn.Module]:
+def contestants(name: str, depth: int, dynamic: bool | None = None) -> dict[str, nn.Module]:
     """A model of PyG's layers, the same compiled, and one of ours, of one state."""
     import torch_geometric.nn as theirs
 
@@ -60,7 +60,7 @@ def contestants(name: str, depth: int) -> dict[str, nn.Module]:
     torch.manual_seed(0)
     models = {peer: Net(getattr(module, kind), edge_dim, depth) for peer, module in (("PyG", theirs), ("ours", ours))}
     models["ours"].load_state_dict(models["PyG"].state_dict())
-    return {**models, "PyG compiled": torch.compile(models["PyG"], dynamic=True)}
+    return {**models, "PyG compiled": torch.compile(models["PyG"], dynamic=dynamic)}
 
 
 def without_attention(model: nn.Module) -> nn.Module:
@@ -173,7 +173,7 @@ def neighborhood(seed: int) -> list[Tensor]:
 def new_alone(progress: Progress, name: str, make: Callable[[int], list[Tensor]], depth: int, repeats: int) -> dict:
     """Steps on graphs that no contestant has seen before: sorting, planning and all that a first call takes."""
     progress({}, 1800.0)
-    models = contestants(name, depth)
+    models = contestants(name, depth, dynamic=True)  # sizes are new at each step
     for seed in range(3):
         agree(models, *make(seed))
     models["without attention"] = without_attention(models["ours"])

@@ -119,7 +119,7 @@ class Attending(MessagePassing):
         return self.has_none()
 
     def _own_method(self) -> str | None:
-        """What PyG's layer would do otherwise."""
+        """A method by which a subclass, or this layer alone, does what PyG's layer does otherwise; None without."""
         for name in METHODS:
             if name in self.__dict__ or getattr(type(self), name) is not getattr(self.of, name):
                 return name

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 # ---------------------------------------------------------------------------------------------------------- settings
 
-PLACE = ("name", "runs", "resume")  # where a run is; the others are kept in its config.json
+PLACE = ("name", "runs", "resume", "quick")  # where a run is; the others are kept in its config.json
 FREE = (*PLACE, "draw_attention")  # of a run that is resumed
 LATER = ("steps", "device")  # may be others when a run goes on: more steps, on another device
 MOST = 2**31 - 1  # of any number
@@ -68,14 +68,20 @@ class Parser(argparse.ArgumentParser):
     """A command line; of a run that is resumed, the `free` settings may be others."""
 
     free: tuple[str, ...] = FREE
+    quick: Mapping[str, Any] = MappingProxyType({})  # the defaults under --quick
     reading: Path | None = None  # the file that the arguments are from
 
     def error(self, message: str) -> NoReturn:
         super().error(message if self.reading is None else f"{self.reading}: {message}")
 
 
-def parser_of(doc: str | None, free: tuple[str, ...] = (), **defaults: Any) -> Parser:
-    """A command line, described by `doc`, with the settings that all runs have and these defaults."""
+def parser_of(
+    doc: str | None,
+    free: tuple[str, ...] = (),
+    quick: Mapping[str, Any] = MappingProxyType({}),
+    **defaults: Any,
+) -> Parser:
+    """A command line, described by `doc`, with what all runs have, and these defaults; or `quick` ones, by --quick."""
     parser = Parser(description=doc, epilog=GRAPHS, formatter_class=Help, allow_abbrev=False)
     anew = ", ".join(f"--{name.replace('_', '-')}" for name in ("device", *free))
     add = parser.add_argument
@@ -83,6 +89,9 @@ def parser_of(doc: str | None, free: tuple[str, ...] = (), **defaults: Any) -> P
     add("--runs", default="runs", help="where runs are kept; else only downloads are, in the user's cache")
     resume = f"go on from the run's checkpoint, by its own settings; others may be {anew}, and --steps, if more"
     add("--resume", action="store_true", help=resume)
+    if quick:
+        short = ", ".join(f"--{name.replace('_', '-')} {value}" for name, value in quick.items())
+        add("--quick", action="store_true", help=f"seconds, enough to see what happens: as {short}")
     add("--batch", type=int, help="examples in each forward pass")
     add("--accumulate", type=int, default=1, help="forward passes for each step")
     add("--steps", type=int, help="of the optimiser; the rates fall to 0 at the last")
@@ -99,13 +108,16 @@ def parser_of(doc: str | None, free: tuple[str, ...] = (), **defaults: Any) -> P
     add("--evaluate-every", type=int, help="steps between evaluations and checkpoints")
     add("--draw-attention", metavar="LAYER.HEAD", help="whose attention is drawn, from 0, as in 2.3")
     parser.set_defaults(**defaults)
-    parser.free = (*FREE, *LATER, *free)
+    parser.free, parser.quick = (*FREE, *LATER, *free), quick
     return parser
 
 
 def parsed(parser: Parser, arguments: list[str] | None) -> argparse.Namespace:
     """The settings; those of the run that is to go on, if it is to. What can't be is told before anything begins."""
     given = parser.parse_args(arguments)
+    if parser.quick and given.quick:
+        parser.set_defaults(**parser.quick)
+        given = parser.parse_args(arguments)
     if given.resume:
         unset = argparse.Namespace(**dict.fromkeys(vars(given)))
         given = resumed(given, vars(parser.parse_args(arguments, unset)), parser)
@@ -644,6 +656,41 @@ def interruptible() -> Iterator[list[int]]:
         yield stopped
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+# ----------------------------------------------------------------------------------------------------------- outcomes
+
+
+class Outcome(NamedTuple):
+    """What an example reached, beside what it is to be compared with."""
+
+    metric: str
+    """What is measured, with its unit: "values right [%]"."""
+    figure: float
+    baselines: Mapping[str, float]
+    """The same of others, by what they are: "Causal() & Window(7, 0)", "ridge regression"."""
+    graph: str
+    """The one line that differs."""
+    edges: int
+    """Of all layers, for one example."""
+    seconds: float
+    """Of training."""
+    picture: str
+    """The file in the run's folder that shows it best."""
+    lower_is_better: bool = False
+
+
+OUTCOME = "outcome.json"
+
+
+def tell(folder: Path, outcome: Outcome) -> dict[str, Any]:
+    """Print the figure with its baselines below it, keep it as outcome.json, and return it as that."""
+    print(f"{outcome.metric:40}{outcome.figure:10.4g}   {outcome.graph}, {outcome.edges:,} edges")
+    for name, figure in outcome.baselines.items():
+        print(f"{'':40}{figure:10.4g}   {name}")
+    kept = {**outcome._asdict(), "baselines": dict(outcome.baselines)}
+    write_whole(folder / OUTCOME, lambda path: path.write_text(json.dumps(kept, indent=2)))
+    return kept
 
 
 # ---------------------------------------------------------------------------------------------------------- pictures

@@ -1,4 +1,4 @@
-"""python -m attngraph: show and explain a graph; train a small GPT, as examples/gpt.py does; measure this machine."""
+"""python -m attngraph: show and explain a graph; train a small GPT, list the examples; measure this machine."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from attngraph.planning.calibrate import calibrate
 from attngraph.planning.planner import plan
 
 USAGE = """usage: python -m attngraph demo [options of examples/gpt.py]
+       python -m attngraph examples [options of examples/lecture.py]
        python -m attngraph show GRAPH --size N [--layers L] [--dim D --heads H --kv-heads K --dtype float32]
        python -m attngraph explain GRAPH --size N [--dim D --heads H --dtype float32]
        python -m attngraph calibrate [cuda]
@@ -23,6 +24,7 @@ USAGE = """usage: python -m attngraph demo [options of examples/gpt.py]
     python -m attngraph demo            a few minutes on a CPU; what it leaves is in runs/gpt
     python -m attngraph demo --graph "Causal() & Window(16, 0)" --name local
     python -m attngraph demo --help
+    python -m attngraph examples        what there is, in the order of the lecture; --help has how to run them
     python -m attngraph show "Causal() & (Window(64, 0) | Prefix(4))" --size 1024 --layers 6
                                         edges, causality, receptive fields, cache: what can be known before training
     python -m attngraph explain "Causal() & (Window(64, 0) | Prefix(4))" --size 1024
@@ -81,7 +83,7 @@ def main(arguments: list[str]) -> None:
     if arguments and arguments[0] in ("show", "explain"):
         ask(arguments[0], arguments[1:])
         return
-    if arguments[:1] != ["demo"]:
+    if arguments[:1] not in (["demo"], ["examples"]):
         asked = arguments[:1] in (["-h"], ["--help"])
         unknown = "" if asked or not arguments else f"not a command: {' '.join(arguments)}\n\n"
         print(unknown + USAGE, file=sys.stdout if asked else sys.stderr)
@@ -89,8 +91,9 @@ def main(arguments: list[str]) -> None:
     here = Path(__file__).parent
     examples = next(place for place in (here / "examples", here.parent / "examples") if (place / "gpt.py").exists())
     sys.path.insert(0, str(examples))
-    sys.argv = ["python -m attngraph demo", *arguments[1:]]
-    runpy.run_path(str(examples / "gpt.py"), run_name="__main__")
+    command, *options = arguments
+    sys.argv = [f"python -m attngraph {command}", *(options or (["--list"] if command == "examples" else []))]
+    runpy.run_path(str(examples / {"demo": "gpt.py", "examples": "lecture.py"}[command]), run_name="__main__")
 
 
 if __name__ == "__main__":

@@ -5,9 +5,9 @@
     python examples/bert.py --graph "Window(8, 8)" --against "Window(16, 0)"       as many edges, on one side or both
 
 The text, its tokens, the model and the pictures are those of examples/gpt.py. Everything is left in runs/NAME:
-config.json, metrics.csv, accuracy.png, connectivity.png, attention.png, heads.png, filled.txt, and the model, for
-GPT.load and for --resume, model.safetensors and optimizer-STEP.safetensors; and in runs/NAME-against what the other
-graph led to.
+config.json, metrics.csv, accuracy.png, connectivity.png, attention.png, heads.png, filled.txt, outcome.json,
+and the model, for GPT.load and for --resume, model.safetensors and optimizer-STEP.safetensors; and in runs/NAME-against
+what the other graph led to.
 """
 
 from __future__ import annotations
@@ -29,7 +29,10 @@ from attngraph.models import GPT
 
 def settings(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line: gpt.py's model, another graph, and how much is masked."""
-    parser = training.parser_of(__doc__, free=("text", "against"), name="bert", batch=32, steps=600, evaluate_every=150)
+    quick = {"steps": 100, "layers": 2}
+    parser = training.parser_of(
+        __doc__, free=("text", "against"), quick=quick, name="bert", batch=32, steps=600, evaluate_every=150
+    )
     add = parser.add_argument
     add("--text", type=os.path.abspath, help="UTF-8 text; by default tiny Shakespeare, or the text that Python ships")
     add("--tokenizer", default="char", help="char, byte, or the path of a tokenizer.json")
@@ -105,7 +108,9 @@ def train(args: argparse.Namespace) -> dict:
             f"{score:.2f}% of the masked characters of the whole validation text right, after {metrics.seconds:.0f} s"
         )
         report(Path(args.runs) / args.name, args, model.eval(), corpus, tokens, metrics, device)
-    return {"validation_accuracy": score, "seconds": metrics.seconds}
+    commonest = 100 * float((corpus.validation == corpus.training.mode().values).float().mean())
+    edges = training.edges_of(model.transformer.graphs, args.context)
+    return {"validation_accuracy": score, "seconds": metrics.seconds, "commonest": commonest, "edges": edges}
 
 
 def report(
@@ -137,6 +142,7 @@ def report(
 def main(args: argparse.Namespace) -> dict:
     """Both graphs, if there are two."""
     figures = train(args)
+    others = {"the commonest character": figures["commonest"]}
     if args.against:
         name = f"{args.name}-against"
         begun = args.resume and (Path(args.runs) / name / training.MODEL).exists()  # or the first was stopped before
@@ -145,6 +151,10 @@ def main(args: argparse.Namespace) -> dict:
         figures["against"] = train(other)["validation_accuracy"]
         better = figures["validation_accuracy"] - figures["against"]
         print(f"{args.graph} is right {better:.1f} points more often than {args.against}")
+        others = {args.against: figures["against"], **others}
+    score, seconds, edges = (figures[name] for name in ("validation_accuracy", "seconds", "edges"))
+    told = training.Outcome("masked characters right [%]", score, others, args.graph, edges, seconds, "accuracy.png")
+    training.tell(Path(args.runs) / args.name, told)
     return figures
 
 

@@ -9,8 +9,8 @@
     python examples/gpt.py --name mine --sample "ROMEO:"              the run's model goes on from a prompt; no training
 
 Everything is left in runs/NAME: config.json, metrics.csv, loss.png, connectivity.png, attention.png, heads.png,
-sample.txt; and model.safetensors, which GPT.load("runs/NAME") reads, with optimizer-STEP.safetensors, which --resume
-needs too.
+sample.txt, outcome.json; and model.safetensors, which GPT.load("runs/NAME") reads, with optimizer-STEP.safetensors,
+which --resume needs too.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ from attngraph.nn import TransformerConfig
 
 def settings(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line. What is not given is the demo's recipe."""
-    parser = training.parser_of(__doc__, free=FREE, name="gpt", batch=16, steps=725, evaluate_every=145)
+    quick = {"steps": 120, "context": 64, "layers": 2, "sample": 200}
+    parser = training.parser_of(__doc__, free=FREE, quick=quick, name="gpt", batch=16, steps=725, evaluate_every=145)
     add = parser.add_argument
     add("--text", type=os.path.abspath, help="UTF-8 text; by default tiny Shakespeare, or the text that Python ships")
     add("--tokenizer", default="char", help="char, byte, or the path of a tokenizer.json")
@@ -225,6 +226,22 @@ class Corpus:
             yield self.validation[None, whole:-1], self.validation[None, whole + 1 :]
 
 
+def loss_of_pairs(corpus: Corpus, vocab_size: int) -> float:
+    """The validation loss in nats a token of what the training text's pairs of tokens tell.
+
+    p(b | a) = (count(a, b) + p(b)) / (count(a) + 1): smoothed by single tokens, which count as one more pair.
+    """
+    training, validation = corpus.training, corpus.validation
+    single = (training.bincount(minlength=vocab_size) + 1.0) / (len(training) + vocab_size)
+    before = training[:-1].bincount(minlength=vocab_size)
+    pairs, counts = (training[:-1] * vocab_size + training[1:]).unique(return_counts=True)
+    wanted = validation[:-1] * vocab_size + validation[1:]
+    place = torch.searchsorted(pairs, wanted).clamp(max=len(pairs) - 1)
+    seen = torch.where(pairs[place] == wanted, counts[place], 0)
+    chance = (seen + single[validation[1:]]) / (before[validation[:-1]] + 1)
+    return float(-chance.double().log().mean())
+
+
 # ------------------------------------------------------------------------------------------------------------- model
 
 
@@ -331,7 +348,15 @@ def train(args: argparse.Namespace) -> dict:
         validation, metrics = training.fit(args, task)
         found = f"validation loss {validation:.4f} nats a token over the whole validation text"
         print(f"{found}, after {metrics.seconds:.0f} s")
-        report(Path(args.runs) / args.name, args, model, corpus, tokens, prompt, metrics)
+        folder = Path(args.runs) / args.name
+        report(folder, args, model, corpus, tokens, prompt, metrics)
+        others = {"counts of pairs of tokens": loss_of_pairs(corpus, len(tokens))}
+        edges = training.edges_of(model.transformer.graphs, args.context) if isinstance(model, GPT) else 0
+        told = training.Outcome(
+            "validation loss [nats a token]", validation, others, args.graph, edges, metrics.seconds, "loss.png", True
+        )
+        training.tell(folder, told)
+        print(training.left_in(folder))
     return {"validation_loss": validation, "seconds": metrics.seconds, "parameters": parameters, "source": source}
 
 
@@ -362,7 +387,6 @@ def report(
     sample = tell(tokens, prompt, continued(args, model, prompt))
     print(f"\n{'-' * 80}")
     training.write_whole(folder / "sample.txt", lambda path: path.write_text(sample, encoding="utf-8"))
-    print(training.left_in(folder))
 
 
 @torch.no_grad()

@@ -1,6 +1,6 @@
 """Any MLP is attention: over keys that do not depend on the data, with an elementwise normaliser. Exactly.
 
-    python examples/mlp_is_attention.py        how far the two are from each other, for three MLPs; it writes no file
+    python examples/mlp_is_attention.py        how far the two are from each other, for three MLPs
 
 A hidden unit is a key node. Its input weights are its key, its output weights are its value; a data point asks with
 itself as the query, the score is the unit's pre-activation, and where softmax would stand is the activation:
@@ -13,11 +13,15 @@ All data points hear all units: the graph is Full(). A pruned unit is a missing 
 from __future__ import annotations
 
 import argparse
+import time
+from itertools import pairwise
+from pathlib import Path
 
 import torch
+import training
 from torch import Tensor, nn
 
-from attngraph import Full, Graph, attend
+from attngraph import Full, Graph, attend, draw
 
 
 def as_attention(mlp: nn.Sequential, x: Tensor, graph: Graph = Full()) -> Tensor:  # noqa: B008  a graph is a value
@@ -52,22 +56,46 @@ def largest_difference(mlp: nn.Sequential, x: Tensor) -> tuple[float, float]:
     return float((out - expected).detach().abs().max()), of_gradients
 
 
-if __name__ == "__main__":
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+MLPS = {
+    "GELU, one hidden layer": (20, nn.GELU(), 80, 20),
+    "ReLU, three hidden layers": (20, nn.ReLU(), 50, 40, 30, 7),
+    "tanh, two hidden layers": (20, nn.Tanh(), 50, 40, 7),
+}
+
+
+def main(args: argparse.Namespace) -> dict:
+    """Three MLPs in float64; beside them, what softmax would make of the same keys and values."""
+    folder, worst, other = args.runs / args.name, 0.0, 0.0
     torch.manual_seed(0)
-    torch.set_default_dtype(torch.float64)
-    for name, mlp in {
-        "GELU, one hidden layer": nn.Sequential(nn.Linear(20, 80), nn.GELU(), nn.Linear(80, 20)),
-        "ReLU, three hidden layers": nn.Sequential(
-            nn.Linear(20, 50), nn.ReLU(), nn.Linear(50, 40), nn.ReLU(), nn.Linear(40, 30), nn.ReLU(), nn.Linear(30, 7)
-        ),
-        "tanh and SiLU, without biases": nn.Sequential(
-            nn.Linear(20, 50, bias=False),
-            nn.Tanh(),
-            nn.Linear(50, 40, bias=False),
-            nn.SiLU(),
-            nn.Linear(40, 7, bias=False),
-        ),
-    }.items():
-        out, gradients = largest_difference(mlp, torch.randn(100, 20))
+    begin = time.perf_counter()
+    for name, (first, activation, *rest) in MLPS.items():
+        linear = [nn.Linear(*pair) for pair in pairwise([first, *rest])]
+        layers = [each for layer in linear for each in (layer, activation)][:-1]
+        mlp, x = nn.Sequential(*layers).double(), torch.randn(100, first, dtype=torch.float64)
+        out, gradients = largest_difference(mlp, x)
         print(f"{name:32} outputs differ by {out:.1e}, gradients by {gradients:.1e}")
+        worst = max(worst, out, gradients)
+        with torch.no_grad():
+            weights = nn.Sequential(*(nn.Softmax(1) if layer is activation else layer for layer in layers))
+            other = max(other, float((weights(x) - mlp(x)).abs().max()))
+    folder.mkdir(parents=True, exist_ok=True)
+    picture = draw.connectivity(Full(), 10, 80, title="10 data points hear 80 hidden units")
+    training.save_picture(picture, folder / "connectivity.png")
+    others = {"softmax in the place of the activation": other}
+    seconds = time.perf_counter() - begin
+    metric = "largest difference from the MLP"
+    return training.tell(
+        folder, training.Outcome(metric, worst, others, "Full()", 100 * 80, seconds, "connectivity.png", True)
+    )
+
+
+def settings(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="where runs are kept (default: %(default)s)")
+    parser.add_argument("--name", default="mlp_is_attention", help="the run's folder below --runs")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    main(settings())

@@ -683,6 +683,12 @@ class Outcome(NamedTuple):
 OUTCOME = "outcome.json"
 
 
+def edges_of(graphs: Iterable[Graph], nodes: int) -> int:
+    """Of all layers; of a graph that the data choose, those that any queries and keys choose."""
+    sides = {graph: torch.randn(2, *([] if graph.heads is None else [graph.heads]), nodes, 8) for graph in graphs}
+    return sum(graph.resolve(*sides[graph]).num_edges(nodes, nodes) for graph in graphs)
+
+
 def tell(folder: Path, outcome: Outcome) -> dict[str, Any]:
     """Print the figure with its baselines below it, keep it as outcome.json, and return it as that."""
     print(f"{outcome.metric:40}{outcome.figure:10.4g}   {outcome.graph}, {outcome.edges:,} edges")

@@ -8,7 +8,8 @@
     python examples/vit.py --data cifar10 --patch 4 --width 192 --layers 6      where it can be had
 
 Everything is left in runs/NAME: config.json, metrics.csv, accuracy.png, connectivity.png, heads.png, attention.png if
-there is a CLS node, and the model, for ViT.load and for --resume: model.safetensors and optimizer-STEP.safetensors.
+there is a CLS node, outcome.json, and the model, for ViT.load and for --resume: model.safetensors and
+optimizer-STEP.safetensors.
 """
 
 from __future__ import annotations
@@ -36,10 +37,13 @@ if TYPE_CHECKING:
 # ---------------------------------------------------------------------------------------------------------- settings
 
 
+QUICK = {"steps": 150, "layers": 2}
+
+
 def settings(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line. What is not given is the recipe for digits."""
     parser = training.parser_of(
-        __doc__, free=("folder",), name="vit", batch=128, steps=1000, evaluate_every=250, warmup=50
+        __doc__, free=("folder",), quick=QUICK, name="vit", batch=128, steps=1000, evaluate_every=250, warmup=50
     )
     add = parser.add_argument
     add("--data", default="digits", choices=["digits", "mnist", "cifar10"], help="images to learn from")
@@ -208,15 +212,29 @@ def train(args: argparse.Namespace) -> dict:
         )
         training.save_picture(curve, folder / "accuracy.png")
         training.save_picture(draw.connectivity(model.transformer.graphs, nodes), folder / "connectivity.png")
-        images = test_images[:8]
+        shown = test_images[:8]
         with torch.no_grad(), record(model) as recorded:
-            guess = model(((images - mean) / deviation).to(device)).argmax(-1).tolist()
+            guess = model(((shown - mean) / deviation).to(device)).argmax(-1).tolist()
         training.save_picture(recorded.draw(), folder / "heads.png")
         if args.pool == "cls":
             grid, chosen = model.patches.grid, training.chosen_head(args)
-            training.save_picture(attention_map(recorded, grid, images, guess, chosen), folder / "attention.png")
+            training.save_picture(attention_map(recorded, grid, shown, guess, chosen), folder / "attention.png")
+        nearest = {"the nearest training image": nearest_image(images, classes, test_images, test_classes)}
+        best = "attention.png" if args.pool == "cls" else "accuracy.png"
+        training.tell(
+            folder,
+            training.Outcome("test images right [%]", score, nearest, args.graph, edges, metrics.seconds, best),
+        )
         print(training.left_in(folder))
     return {"test_accuracy": score, "seconds": metrics.seconds, "parameters": parameters, "edges": edges}
+
+
+def nearest_image(images: Tensor, classes: Tensor, test_images: Tensor, test_classes: Tensor) -> float:
+    """How many test images are of the class of the training image whose pixels are nearest, in percent."""
+    known, right = images.flatten(1), 0
+    for batch, targets in zip(test_images.flatten(1).split(500), test_classes.split(500), strict=True):
+        right += int((classes[torch.cdist(batch, known).argmin(1)] == targets).sum())
+    return 100 * right / len(test_classes)
 
 
 # --------------------------------------------------------------------------------------------------- what it learned

@@ -59,7 +59,14 @@ def test_a_run_leaves_what_it_promises(tmp_path, text, capsys):
     figures, folder = run(tmp_path, text, "--steps", 40, "--graph", "Causal() & (Window(4, 0) | Prefix(2)), Causal()")
     left = {path.name for path in folder.iterdir()}
     pictures = {"loss.png", "connectivity.png", "attention.png", "heads.png"}
-    files = {"config.json", "metrics.csv", "model.safetensors", "optimizer-40.safetensors", "sample.txt"}
+    files = {
+        "config.json",
+        "metrics.csv",
+        "model.safetensors",
+        "optimizer-40.safetensors",
+        "sample.txt",
+        "outcome.json",
+    }
     assert left == pictures | files
     rows = table(folder)
     assert [int(row["step"]) for row in rows] == list(range(1, 41))

@@ -1,4 +1,4 @@
-"""Writes what is measured, from benchmarks/results, into README.md, docs/measured.md and results/gpu.md.
+"""Writes what is measured into README.md, docs/measured.md, results/gpu.md and examples/README.md.
 
 python -m benchmarks.readme
 """
@@ -12,8 +12,10 @@ from benchmarks import compilers, dynamic, examples, floors, goals, gpu, overhea
 from benchmarks.experiment import Records
 from benchmarks.internals import explained
 from benchmarks.measure import RESULTS
+from benchmarks.page import prose
 
 ROOT = Path(__file__).parent.parent
+LECTURE = ROOT / "examples" / "README.md"
 README, MEASURED, GPU = ROOT / "README.md", ROOT / "docs" / "measured.md", RESULTS / "gpu.md"
 PICTURES = ROOT / "docs" / "pictures" / "measured"
 MARKS = {
@@ -75,6 +77,21 @@ def on_a_gpu() -> str:
     return "\n".join([*lines, *floors.render(records, link), *gpu.render(records, link)])
 
 
+def lecture() -> str:
+    """A page: the examples, in the order of the lecture."""
+    text = """
+        The lecture that this project comes from says that all of this is one thing: nodes that send messages along
+        edges, and what distinguishes the systems is who may hear whom. Each example is one file, read from top to
+        bottom: a model, its graph and a task of minutes on two cores. It prints its figure beside what that is to be
+        compared with, and leaves its pictures in `runs/`; `--graph` changes who hears whom, `--quick` takes seconds,
+        `--resume` goes on. `make lecture` runs all of them in their quick form and leaves `runs/lecture/index.html`;
+        `python -m attngraph examples` lists them. The figures are of whole runs, the mean of the seeds in brackets.
+    """
+    head = ["# The whole lecture", "", *prose(text)]
+    last = "Written by `python -m benchmarks.readme` from what `python -m benchmarks.examples` recorded."
+    return "\n".join([*head, *examples.page(Records(RESULTS)), last, ""])
+
+
 def written(text: str) -> str:
     """The README with its figures, and the plan that it shows, up to date."""
     plan = explained(Window(256, 0) | Prefix(4) | Random(8), 65_536, heads=8, head_dim=64)
@@ -88,6 +105,7 @@ def written(text: str) -> str:
 def main() -> None:
     README.write_text(written(README.read_text(encoding="utf-8")), encoding="utf-8")
     GPU.write_text(on_a_gpu(), encoding="utf-8")
+    LECTURE.write_text(lecture(), encoding="utf-8")
     PICTURES.mkdir(parents=True, exist_ok=True)
     for old in PICTURES.glob("*.png"):
         old.unlink()

@@ -127,6 +127,7 @@ def test_the_readme_quotes_the_recorded_figures():
     text = readme.README.read_text(encoding="utf-8")
     assert readme.written(text) == text, "python -m benchmarks.readme"
     assert readme.on_a_gpu() == readme.GPU.read_text(encoding="utf-8"), "python -m benchmarks.readme"
+    assert readme.lecture() == readme.LECTURE.read_text(encoding="utf-8"), "python -m benchmarks.readme"
     assert readme.measured() == readme.MEASURED.read_text(encoding="utf-8"), "python -m benchmarks.readme"
 
 

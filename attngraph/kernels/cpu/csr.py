@@ -51,10 +51,11 @@ def max_degree(start, unit):
 
 @compiled
 def sum_pieces(pieces, result, of_pieces):
-    """Each heavy node's sum over its pieces, in fixed order: result (B, nodes, ·, ·), of_pieces (B, pieces, ·, ·)."""
+    """Each heavy node's sum over its pieces, in fixed order: result (B, nodes, ·, ·) of of_pieces (B, pieces, ·, ·)."""
     for batch in range(len(result)):
         for node, first, stop in pieces:
-            for x in range(first, stop):
+            result[batch, node] = of_pieces[batch, first]
+            for x in range(first + 1, stop):
                 result[batch, node] += of_pieces[batch, x]
 
 

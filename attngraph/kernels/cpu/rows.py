@@ -26,7 +26,6 @@ from torch import Tensor
 
 from attngraph.kernels.contract import Adjacency, CSRLayout, Gradients, Modifiers
 from attngraph.kernels.cpu.csr import (
-    JOBS_PER_THREAD,
     arrays,
     edges_of,
     flat_nodes,
@@ -92,7 +91,9 @@ class ForwardTensors(NamedTuple):
 
 
 class BackwardTensors(NamedTuple):
-    """q and dout (B, N, H, ·), k and v (B, M, Hkv, ·); lse and delta (B · N, H); of features e, K, Kᵀ and V."""
+    """q and dout (B, N, H, ·), k and v (B, M, Hkv, ·); out (B · N, H, Dv), lse and dlse (B · N, H), or of no heads; of
+    features e, K, Kᵀ and V.
+    """
 
     q: np.ndarray
     k: np.ndarray
@@ -102,8 +103,9 @@ class BackwardTensors(NamedTuple):
     to_key: np.ndarray
     from_key: np.ndarray
     to_value: np.ndarray
+    out: np.ndarray
     lse: np.ndarray
-    delta: np.ndarray
+    dlse: np.ndarray
     weights: np.ndarray  # flat, (B, E + 1, 2, H): p, or w · kept, and ds of each edge, and zeros
 
 
@@ -116,6 +118,14 @@ class Sums(NamedTuple):
     piece_dx_v: np.ndarray
     sums: np.ndarray
     piece_sums: np.ndarray
+
+
+@compiled
+def clear(x, row, heads, width):
+    """Zeros into x[row, :heads, :width]: a sum begins."""
+    for h in range(heads):
+        for d in range(width):
+            x[row, h, d] = x.dtype.type(0)
 
 
 @compiled
@@ -161,6 +171,7 @@ def _forward_kernel(head_dim: int, value_dim: int, key_features: int, value_feat
                     acc, lse, row = tensors.piece_out, tensors.piece_lse, batch * pieces + unit
                 else:
                     acc, lse, row = tensors.out, tensors.lse, batch * n + i
+                clear(acc, row, heads, value_dim)
                 for y in range(blocks * heads * 4):
                     scores[y] = zero
                 if bias.kind != NO_BIAS:
@@ -229,6 +240,7 @@ def merge_pieces(pieces, count, n, out, lse, piece_out, piece_lse):
     for batch in range(len(lse) // max(n, 1)):
         for node, first, stop in pieces:
             row = batch * n + node
+            clear(out, row, *out.shape[1:])
             for h in range(lse.shape[1]):
                 lse_max, row_sum = -np.inf, zero
                 for x in range(batch * count + first, batch * count + stop):
@@ -253,8 +265,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor, layout: CSRLayout, modifiers: Modif
     (B, H, N, head_dim), value_dim, adjacency = q.shape, v.shape[3], layout.by_query
     q, k, v, features = nodes_first(q), nodes_first(k), nodes_first(v), _Features.of(modifiers, q.dtype)
     is_softmax = modifiers.normalize == "softmax"
-    out, lse = zeros(B, N, H, value_dim, like=q), q.new_full((B, N, H), -torch.inf if is_softmax else 0)
-    piece_out = out.new_zeros(B, adjacency.num_pieces, H, value_dim)
+    out, lse = empty(B, N, H, value_dim, like=q), q.new_full((B, N, H), -torch.inf if is_softmax else 0)
+    piece_out = out.new_empty(B, adjacency.num_pieces, H, value_dim)
     piece_lse = lse.new_full((B, adjacency.num_pieces, H), -torch.inf)
     results = flat_nodes(out, lse, piece_out, piece_lse)
     of_edges = features.e, features.to_key, features.to_value.mT.contiguous()
@@ -294,14 +306,14 @@ class _Features(NamedTuple):
 # ------------------------------------------------------------------------------------------------- backward
 
 
-@in_threads(**OPTIONS)
-def compute_delta(job, size, out, dout, delta):
-    """delta, which holds dlse, to Σ_d out · dout - dlse, of so many vectors a job."""
-    for x in range(job * size, min((job + 1) * size, len(delta))):
-        total = delta.dtype.type(0)
+@compiled
+def compute_delta(delta, out, dout, dlse):
+    """delta (heads,) = Σ_d out · dout - dlse, of out and dout (heads, Dv) of a query; dlse may be of no heads."""
+    for h in range(len(delta)):
+        total = -dlse[h] if len(dlse) else delta.dtype.type(0)
         for d in range(out.shape[1]):
-            total += out[x, d] * dout[x, d]
-        delta[x] = total - delta[x]
+            total += out[h, d] * dout[h, d]
+        delta[h] = total
 
 
 @compiled
@@ -348,7 +360,7 @@ def _queries_kernel(head_dim: int, value_dim: int, key_features: int, value_feat
             size = (min(max_degree(edges.start, edges.units[unit]), CHUNK_EDGES) + 3) // 4 * heads * 4
             scores, ds, rest = np.empty(size, q.dtype), np.empty(size, q.dtype), 0 if plain else size
             minus_lse, minus_delta = np.empty(rest, q.dtype), np.empty(rest, q.dtype)
-            slopes, factors = np.empty(rest, q.dtype), np.ones(rest + 4, q.dtype)
+            slopes, factors, delta = np.empty(rest, q.dtype), np.ones(rest + 4, q.dtype), np.empty(heads, q.dtype)
             q_e, dout_e = np.empty(heads * key_features, q.dtype), np.empty(heads * value_features, q.dtype)
             first, stop, begin, end = edges.units[unit]
             for i in range(first, stop):
@@ -358,7 +370,11 @@ def _queries_kernel(head_dim: int, value_dim: int, key_features: int, value_feat
                 if unit < pieces:
                     dx, row = gradients.piece_dx, batch * pieces + unit
                     dx_e, sums = gradients.piece_dx_v, gradients.piece_sums
+                clear(dx, row, heads, head_dim)
+                compute_delta(delta, tensors.out[q_row], dout[batch, i], tensors.dlse[q_row])
                 if features:
+                    clear(dx_e, row, heads, key_features)
+                    clear(sums, row, heads, value_features)
                     q_e[:], dout_e[:] = zero, zero
                 for h in range(heads if features else 0):
                     x_i, matrix = (
@@ -376,11 +392,11 @@ def _queries_kernel(head_dim: int, value_dim: int, key_features: int, value_feat
                     blocks, numbers = (count + 3) // 4, (count + 3) // 4 * heads * 4
                     if plain:
                         same_in_blocks(scores, tensors.lse[q_row], blocks)
-                        same_in_blocks(ds, tensors.delta[q_row], blocks)
+                        same_in_blocks(ds, delta, blocks)
                     else:
                         scores[:], ds[:] = zero, zero
                         same_in_blocks(minus_lse, tensors.lse[q_row], blocks)
-                        same_in_blocks(minus_delta, tensors.delta[q_row], blocks)
+                        same_in_blocks(minus_delta, delta, blocks)
                     if bias.kind != NO_BIAS:
                         add_bias(scores, bias, edges, batch, i, chunk, count)
                     for e in range(chunk, chunk + count, 4):
@@ -491,6 +507,8 @@ def _keys_kernel(head_dim: int, value_dim: int) -> InThreads:
                 dk, dv, row = gradients.dx, gradients.dx_v, batch * m + j
                 if unit < pieces:
                     dk, dv, row = gradients.piece_dx, gradients.piece_dx_v, batch * pieces + unit
+                clear(dk, row, key_heads, head_dim)
+                clear(dv, row, key_heads, value_dim)
                 for e in range(lo, hi, 4):
                     four, ahead = neighbors_of_4(edges.neighbor, e, hi - 1, batch * n), min(e + AHEAD, num_edges - 1)
                     kept = kept_of_4(edges.edge, e, hi, first_kept, none)
@@ -539,18 +557,18 @@ def backward(
     which have no lse, ds = transform' · normalize' · dw. dlse may be None.
     """
     lse = lse.masked_fill(lse == -torch.inf, torch.inf)  # p = 0 where there are no edges
-    lse, dout, plain = lse.detach().transpose(1, 2).contiguous(), nodes_first(dout), is_plain(modifiers)
-    q, k, v, delta = nodes_first(q), nodes_first(k), nodes_first(v), _delta(out, dout, dlse)
+    lse, dlse = (x.detach().transpose(1, 2).contiguous() for x in (lse, lse[:, :0] if dlse is None else dlse))
+    q, k, v, out, dout, plain = *(nodes_first(x) for x in (q, k, v, out, dout)), is_plain(modifiers)
     (B, N, H, head_dim), value_dim, adjacency = q.shape, v.shape[3], layout.by_query
     features = _Features.of(modifiers, q.dtype)
     weights = empty(B, len(adjacency.neighbor) + 1, 2, H, like=q)
     weights[:, -1] = 0
     of_edges = features.e, features.to_key, features.to_key.mT.contiguous(), features.to_value
-    tensors = BackwardTensors(*arrays(q, k, v, dout, *of_edges), *flat_nodes(lse, delta), weights.view(-1).numpy())
+    tensors = BackwardTensors(*arrays(q, k, v, dout, *of_edges), *flat_nodes(out, lse, dlse), weights.view(-1).numpy())
     table, rule, factor = bias_table(modifiers, q), weighting(modifiers, q), scalar(modifiers.scale, q)
 
-    dq, dk, dv = zeros(*q.shape, like=q), zeros(*k.shape, like=q), zeros(*v.shape, like=q)
-    dq_e, sums = (zeros(B, N, H, dim, like=q) for dim in features.dims)
+    dq, dk, dv = (empty(*x.shape, like=q) for x in (q, k, v))
+    dq_e, sums = (empty(B, N, H, dim, like=q) for dim in features.dims)
     de = zeros(B if modifiers.edges and modifiers.edges.needs_grad else 0, *features.e.shape[1:], like=q)
     kernel, none = _queries_kernel(head_dim, value_dim, *features.dims, plain), q.new_empty(0, 0, 0, 0)
     _add_up(kernel, tensors, adjacency, (dq, dq_e, sums), (table, rule, factor, de.numpy()))
@@ -574,7 +592,7 @@ def _add_up(
     more: tuple,
 ) -> None:
     """A kernel for each unit and batch entry; its sums, and those of pieces, into results (B, nodes, heads, ·)."""
-    pieces = [x.new_zeros(x.shape[0], adjacency.num_pieces, *x.shape[2:]) for x in results]
+    pieces = [x.new_empty(x.shape[0], adjacency.num_pieces, *x.shape[2:]) for x in results]
     pairs = [x for pair in zip(results, pieces, strict=True) for x in pair]
     ranges = unit_ranges(len(adjacency.units))
     kernel((len(ranges) - 1) * len(tensors.q), ranges, tensors, Sums(*flat_nodes(*pairs)), edges_of(adjacency), *more)
@@ -590,13 +608,3 @@ def _map_gradient(x: Tensor, dresult: Tensor, matrices: Tensor) -> Tensor:
     for h in range(x.shape[2]):
         gradient[h // group].addmm_(x[:, :, h].flatten(0, 1).T, dresult[:, :, h].flatten(0, 1))
     return gradient
-
-
-def _delta(out: Tensor, dout: Tensor, dlse: Tensor | None) -> Tensor:
-    """Δ of each query and head, (B, N, H); dout (B, N, H, Dv)."""
-    out = nodes_first(out)
-    delta = out.new_zeros(out.shape[:3]) if dlse is None else dlse.detach().transpose(1, 2).contiguous().clone()
-    of_rows = out.view(-1, out.shape[3]).numpy(), dout.view(-1, out.shape[3]).numpy(), delta.view(-1).numpy()
-    step = max(1, delta.numel() // (JOBS_PER_THREAD * torch.get_num_threads()))
-    compute_delta(-(-delta.numel() // step), step, *of_rows)
-    return delta

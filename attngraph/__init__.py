@@ -40,7 +40,7 @@ from attngraph.generation.kv_cache import KVCache
 from attngraph.generation.speculative import speculate
 from attngraph.graph.algebra import Empty, Full
 from attngraph.graph.base import Graph
-from attngraph.graph.compose import Batched, Beside, Blocks, Disjoint, PerHead
+from attngraph.graph.compose import Batched, Beside, Blocks, Disjoint, PerHead, above
 from attngraph.graph.dynamic import BlockTopK, TopK
 from attngraph.graph.edge_list import EdgeList
 from attngraph.graph.expander import Expander
@@ -79,7 +79,7 @@ from attngraph.planning.calibrate import calibrate
 from attngraph.planning.costs import Costs
 from attngraph.planning.planner import Plan, plan
 
-__version__ = "0.8.0"
+__version__ = "0.9.0"
 
 __all__ = [
     "Additive",
@@ -120,6 +120,7 @@ __all__ = [
     "TopK",
     "Tree",
     "Window",
+    "above",
     "attend",
     "calibrate",
     "collate",

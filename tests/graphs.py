@@ -33,6 +33,7 @@ from attngraph import (
     Strided,
     Tree,
     Window,
+    above,
     from_function,
 )
 
@@ -193,6 +194,7 @@ GRAPHS = [
         lambda i, j: (j // 3, i // 2) in EDGES and j > i,
     ),
     Case(Beside(Prefix(1).sized(None, 2), Causal()), 4, 6, lambda i, j: j < 1 or (j >= 2 and j - 2 <= i)),
+    Case(above(Full().sized(2, None), Causal()), 6, 4, lambda i, j: i < 2 or j <= i - 2),
     Case(Beside(Random(3, 7).sized(9, 11), Identity()), 9, 15, lambda i, j: RANDOM[i, j] if j < 11 else i == j - 11),
     Case(
         Blocks(EdgeList([[0, 1, 1, 0, 1], [0, 1, 3, 4, 5]], (6, 2)), (16, 64), 90, 120) & Causal(),

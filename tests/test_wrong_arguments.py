@@ -174,6 +174,7 @@ DOORS = [
         attngraph.Disjoint: {"graphs": [Causal().sized(2, 2), Causal()]},
         attngraph.Batched: {"graphs": [Causal().sized(2, 2), Causal().sized(3, 3)]},
         attngraph.Beside: {"a": Causal().sized(2, 2), "b": Causal()},
+        attngraph.above: {"a": Causal().sized(2, 2), "b": Causal()},
         attngraph.PerHead: {"graphs": [Causal(), Causal()]},
         attngraph.Blocks: {"graph": Causal(), "block": 2}, attngraph.TopK: {"k": 2},
         attngraph.BlockTopK: {"block": 4, "k": 2, "queries": 2, "causal": True},

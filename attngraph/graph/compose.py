@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor
 
+from attngraph.arguments import checked
 from attngraph.graph.algebra import Empty, Sized, normal_graphs
 from attngraph.graph.base import Graph, Size, bind, common_size, require_ints
 from attngraph.graph.boxes import PARTIAL, Boxes, SideBySide, require_memory
@@ -253,6 +254,29 @@ class Beside(Graph):
     def _bind(self, n, m):
         keys = self._first
         return Beside(bind(self.a, n, keys), bind(self.b, n, None if m is None else max(m - keys, 0)))
+
+
+@checked
+def above(a: Graph, b: Graph) -> Graph:
+    """The queries of a, then the queries of b, of the same keys: `Beside(a.T, b.T).T`, rows where that has columns.
+
+    Its n_a + n_b queries are one call: notes and tokens that read the same text, say, each by a graph of its own.
+    a must know how many queries it has.
+
+    >>> from attngraph import Causal, Full
+    >>> above(Full().sized(1, None), Causal()).mask(4, 3).int()
+    tensor([[1, 1, 1],
+            [1, 0, 0],
+            [1, 1, 0],
+            [1, 1, 1]], dtype=torch.int32)
+    """
+    common_size(lambda: "the graphs of above(a, b)", (None, a.size[1]), (None, b.size[1]))
+    if a.size[0] is None:
+        raise ValueError(
+            f"above(a, b) must know where the queries of b begin: a, {a}, has size {a.size}; "
+            f"give it a number of queries, a.sized(num_queries, None)"
+        )
+    return Beside(a.T, b.T).T
 
 
 class Blocks(Graph):

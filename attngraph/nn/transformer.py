@@ -75,7 +75,7 @@ class TransformerConfig:
         relative_bidirectional: of relative positions: whether keys before and after the query have numbers of their
             own.
         cross: a phase in which the nodes hear a memory, between hearing each other and computing. Without it, a
-            memory is heard beside the nodes themselves, in one phase.
+            memory is heard beside the nodes themselves, in one phase, and normalised as they are.
         dropout: of weights, hidden features and what each phase adds: the probability with which a number is dropped.
         init: "gpt2": N(0, 0.02²), divided by √(2·layers) where the residual stream is written to. "zero": there it
             starts at 0.
@@ -219,11 +219,14 @@ class Block(nn.Module):
         `bias`, `attention_mask` and `rotary` are as in `Attention`; a function in the place of `graph` is given what
         the attention reads, in a pre-norm block the normalised x. Of a config with `cross`, `memory_graph` (by default
         `Full()`) and `memory_attention_mask` are those of the memory's phase; without, the keys are memory and nodes in
-        one, and `graph` and `attention_mask` are of these.
+        one, normalised alike, and `graph` and `attention_mask` are of these.
         """
 
+        def as_read(memory: Tensor) -> Tensor:
+            return self.attention_norm(memory) if self.config.norm_order == "pre" else memory
+
         def communicate(h: Tensor) -> Tensor:
-            keys = None if memory is None or self.config.cross else torch.cat([memory, h], dim=-2)
+            keys = None if memory is None or self.config.cross else torch.cat([as_read(memory), h], dim=-2)
             options = {"bias": bias, "attention_mask": attention_mask, "rotary": rotary, "cache": cache}
             return self.attention(h, graph_of(graph, h), keys, **options)
 

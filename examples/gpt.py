@@ -2,6 +2,7 @@
 
     python examples/gpt.py                                            the demo: tiny Shakespeare, a few minutes on a CPU
     python examples/gpt.py --text my.txt --name mine                  your own text
+    python examples/gpt.py --shards shards                            a big one, as tokens in files (tokenizer.py)
     python examples/gpt.py --graph "Causal() & (Window(64, 0) | Prefix(4))"      who may hear whom
     python examples/gpt.py --graph "Causal() & Window(16, 0), Causal() & Window(16, 0), Causal(), Causal()"  by layer
     python examples/gpt.py --name mine --resume                       go on where it stopped, bit for bit
@@ -18,6 +19,7 @@ from __future__ import annotations
 import argparse
 import copy
 import hashlib
+import json
 import os
 import urllib.request
 from collections.abc import Iterator
@@ -25,6 +27,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import training
 from torch import Tensor, nn
@@ -44,6 +47,7 @@ def settings(arguments: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--text", type=os.path.abspath, help="UTF-8 text; by default tiny Shakespeare, or the text that Python ships")
     add("--tokenizer", default="char", help="char, byte, or the path of a tokenizer.json")
+    add("--shards", type=os.path.abspath, help="in the place of a text, the folder that tokenizer.py --shards has made")
     add("--model", default="gpt", choices=["gpt", "bigram"], help="bigram: the baseline that knows one character")
     add("--graph", default="Causal()", help="who hears whom; one for each layer, separated by commas")
     add("--layers", type=int, default=4, help="of the Transformer")
@@ -65,6 +69,8 @@ def settings(arguments: list[str] | None = None) -> argparse.Namespace:
         training.require_heads(given, parser, even=True)
     if given.top_p is not None and not 0 < given.top_p <= 1:
         parser.error(f"--top-p must be a probability above 0 (got {given.top_p})")
+    if given.shards and (given.text or given.tokenizer != "char"):
+        parser.error("--shards are of a text and its tokens: give neither --text nor --tokenizer with them")
     if not given.prompt:
         parser.error("--prompt must have at least one character")
     return given
@@ -84,7 +90,7 @@ class Sample(argparse.Action):
 
 
 ONLY_SAMPLE = "only a sample"  # how a run is resumed
-FREE = ("text", "prompt", "sample", "temperature", "top_k", "top_p")  # of a run that is resumed
+FREE = ("text", "shards", "prompt", "sample", "temperature", "top_k", "top_p")  # of a run that is resumed
 
 
 # -------------------------------------------------------------------------------------------------------------- text
@@ -242,6 +248,45 @@ def loss_of_pairs(corpus: Corpus, vocab_size: int) -> float:
     return float(-chance.double().log().mean())
 
 
+class Shards(Corpus):
+    """Tokens in files, as tokenizer.py --shards writes them, which are mapped: what is not looked at is not read."""
+
+    def __init__(self, folder: Path, context: int, most: int = 1 << 20):
+        """`training` and `validation` are the first `most` tokens of each."""
+        try:
+            told = json.loads((folder / "shards.json").read_text(encoding="utf-8"))
+            files = {
+                part: [np.load(folder / name, mmap_mode="r") for name in told[part]["files"]]
+                for part in ("training", "validation")
+            }
+            self.bytes_a_token = told["validation"]["bytes"] / max(told["validation"]["tokens"], 1)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise SystemExit(
+                f"--shards must be a folder that tokenizer.py --shards has made (got {folder}: {error})"
+            ) from None
+        self.files, self.context = [file for file in files["training"] if len(file) > context], context
+        self.begins = np.cumsum([0, *(len(file) - context for file in self.files)])
+        self.training, self.validation = (
+            torch.from_numpy(np.concatenate([file[:most] for file in part])[:most].astype(np.int64))
+            for part in files.values()
+        )
+        if not self.files or len(self.validation) < 2:
+            raise SystemExit(
+                f"a context of {context} needs more tokens than {folder} has in a file; take a shorter one"
+            )
+
+    def batch(self, size: int, seed: int) -> tuple[Tensor, Tensor]:
+        """The same of random files, the longer the more often; no piece is of two."""
+        generator = torch.Generator().manual_seed(seed)
+        places = torch.randint(int(self.begins[-1]), (size,), generator=generator).numpy()
+        chosen = np.searchsorted(self.begins, places, side="right") - 1
+        rows = []
+        for number, start in zip(chosen, places - self.begins[chosen], strict=True):
+            rows.append(self.files[number][start : start + self.context + 1].astype(np.int64))
+        pieces = torch.from_numpy(np.stack(rows))
+        return pieces[:, :-1], pieces[:, 1:]
+
+
 # ------------------------------------------------------------------------------------------------------------- model
 
 
@@ -301,11 +346,18 @@ class Begun(NamedTuple):
 
 def begun(args: argparse.Namespace) -> Begun:
     """The text, and a model before its first step."""
-    text, source = read_text(args.text)
-    if not text.strip():
-        raise SystemExit(f"{source} is empty; there is nothing to learn")
-    tokens = tokenizer(args.tokenizer, text)
-    corpus = Corpus(tokens.encode(text), args.context)
+    if args.shards:
+        source, corpus = args.shards, Shards(Path(args.shards), args.context)
+        tokens = Subwords(f"{args.shards}/tokenizer.json")
+        content = Path(args.shards, "shards.json").read_bytes()
+        print(f"tokens    {source}: {int(corpus.begins[-1]):,} places to begin at, {len(tokens)} different tokens")
+    else:
+        text, source = read_text(args.text)
+        if not text.strip():
+            raise SystemExit(f"{source} is empty; there is nothing to learn")
+        tokens, content = tokenizer(args.tokenizer, text), text.encode()
+        corpus = Corpus(tokens.encode(text), args.context)
+        print(f"text      {source}: {len(text):,} characters, {len(tokens)} different tokens")
     torch.manual_seed(args.seed)
     device = training.best_device(args.device)
     try:
@@ -313,9 +365,8 @@ def begun(args: argparse.Namespace) -> Begun:
     except ValueError as error:
         raise SystemExit(str(error)) from None
     prompt = torch.tensor([tokens.encode(args.prompt)], device=device)
-    identity = {"vocab_size": len(tokens), "text_hash": hashlib.sha256(text.encode()).hexdigest()[:16]}
+    identity = {"vocab_size": len(tokens), "text_hash": hashlib.sha256(content).hexdigest()[:16]}
     changed = {"text_hash": f"{source} is not the text that the run was trained on, or changed since"}
-    print(f"text      {source}: {len(text):,} characters, {len(tokens)} different tokens")
     return Begun(source, corpus, tokens, prompt, model, identity, changed)
 
 

@@ -200,7 +200,7 @@ def report(
     graphs = model.transformer.graphs
     training.save_picture(draw.connectivity(graphs, args.pairs), folder / "connectivity.png")
     for name, errors in {"pairs seen": torch.arange(args.pairs), f"{args.graph}, trained": found, **others}.items():
-        print(f"{name:40}" + "".join(f"{float(each):8.3g}" for each in errors))
+        print(f"{name:40}" + "".join(f"{float(each):9.3g}" for each in errors))
     edges = training.edges_of(graphs, args.pairs)
     others.pop("least squares")  # of as many pairs as features, its mean error has no bound
     return training.Outcome(

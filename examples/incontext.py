@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 def settings(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    quick = {"steps": 300, "problems": 1000}
+    quick = {"steps": 200, "batch": 128, "problems": 1000}
     parser = training.parser_of(
         __doc__, free=("against",), name="incontext", quick=quick, batch=256, steps=1000, evaluate_every=250,
         optimizer="adamw", lr=0.003, warmup=50, dtype="float32",

@@ -619,7 +619,8 @@ def fit(args: argparse.Namespace, task: Task) -> tuple[float, Metrics]:
     try:
         if folder.exists() and not args.resume and not own.rank:
             print(f"kept      the run that was there before as {set_aside(folder)}")
-        folder.mkdir(parents=True, exist_ok=True)
+        if not own.rank:
+            folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise SystemExit(f"{folder} can't be written ({error}); choose another --runs or --name") from None
     settings = {name: value for name, value in vars(args).items() if name not in PLACE}
@@ -642,7 +643,7 @@ def fit(args: argparse.Namespace, task: Task) -> tuple[float, Metrics]:
                 for group, lr in zip(optimizer.param_groups, peak, strict=True):
                     group["lr"] = lr * factor
             torch.manual_seed(args.seed + step + own.rank * MOST)  # of dropout: a resumed run takes the same chances
-            loss = torch.zeros((), device=task.device)
+            loss = 0.0
             for part in range(own.rank * each, (own.rank + 1) * each):
                 with autocast(task.device, args.dtype):
                     part_loss = task.loss(step * args.accumulate + part) / args.accumulate

@@ -15,7 +15,7 @@ QUICK = incontext.settings(["--quick"])
 
 @pytest.mark.slow
 def test_it_learns_from_the_pairs_that_it_hears(tmp_path):
-    arguments = ["--quick", "--runs", str(tmp_path), "--steps", "200"]
+    arguments = ["--quick", "--runs", str(tmp_path)]
     told = incontext.main(incontext.settings(arguments))
     assert told["figure"] < 1.2 < told["baselines"]["the last pair alone: Identity() at best"]
     assert told["figure"] < told["baselines"]["4 steps of gradient descent"]

@@ -109,7 +109,7 @@ def regression(options: Namespace) -> Iterator[Goal]:
 
 
 TOKENS = (256, 512, 1024, 2048)
-WIDTH, LAYERS, CONTEXT, BATCH, STEPS = 96, 4, 128, 1536, 600  # the context in bytes, the batch in tokens
+WIDTH, LAYERS, CONTEXT, BATCH, STEPS = 96, 4, 128, 1536, 250  # the context in bytes, the batch in tokens
 
 
 def subwords(options: Namespace) -> Iterator[Goal]:

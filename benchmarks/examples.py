@@ -7,6 +7,7 @@ lecture.json: examples/README.md is made of it by `python -m benchmarks.readme`.
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 import statistics
@@ -16,8 +17,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import bert
+import gpt
+import gradient_descent
+import incontext
 import lecture
 import mlp_is_attention
+import tokenizer
 import torch
 import training
 import translate
@@ -71,7 +76,83 @@ def exact(options: Namespace) -> Iterator[Goal]:
     yield Goal("mlp_is_attention.py: largest difference of outputs and gradients", 1e-12, worst, at_most=True)
 
 
-SECTIONS = {"exact": exact, "digits": digits, "dates": dates, "masked": masked}
+def of_seed(name: str, seed: int) -> list[str]:
+    """The run of an example that has this seed."""
+    return ["--name", f"{name}-{seed}", "--seed", str(seed)]
+
+
+def descent(options: Namespace) -> Iterator[Goal]:
+    """`gradient_descent.py` on problems of three seeds."""
+    found = []
+    for seed in SEEDS:
+        given = gradient_descent.settings(["--runs", options.runs, *of_seed("gradient_descent", seed)])
+        found.append(gradient_descent.main(given))
+    worst = max(each["figure"] for each in found)
+    text = "gradient_descent.py: largest difference of 50 untrained layers from 50 steps, the worst of three seeds"
+    others = "; ".join(f"{name} {figure:.2g}" for name, figure in found[0]["baselines"].items())
+    yield Goal(text, 1e-12, worst, at_most=True, note=others)
+
+
+def regression(options: Namespace) -> Iterator[Goal]:
+    """`incontext.py`, of three seeds, beside ridge regression."""
+    found = []
+    for seed in SEEDS:
+        given = incontext.settings(["--runs", options.runs, *of_seed("incontext", seed)])
+        found.append(incontext.main(given))
+    overall, last, seconds = ([each[name] for each in found] for name in ("figure", "last", "seconds"))
+    others = "; ".join(f"{name} {figure:.3g}" for name, figure in found[0]["baselines"].items() if figure != 1)
+    for place, each, wanted in (("of all numbers of pairs", overall, 1.1), ("at the last of 7 pairs", last, 1.15)):
+        text = f"incontext.py: error over ridge regression's, {place}, the worst of three seeds"
+        note = ", ".join(f"{figure:.3f}" for figure in each) + (f"; {others}" if each is overall else "")
+        yield Goal(text, wanted, max(each), at_most=True, note=note)
+    yield Goal("incontext.py: seconds of training, the slowest of three", 180, max(seconds), at_most=True)
+
+
+TOKENS = (256, 512, 1024, 2048)
+WIDTH, LAYERS, CONTEXT, BATCH, STEPS = 96, 4, 128, 1536, 250  # the context in bytes, the batch in tokens
+
+
+def subwords(options: Namespace) -> Iterator[Goal]:
+    """`tokenizer.py`'s tokens under small GPTs that see as many bytes at once, and multiply as many numbers in all."""
+    reached: dict[int, float] = {}
+    for count in TOKENS:
+        shards = Path(options.runs, f"shards-{count}")
+        name = "tokenizer" if count == 512 else f"tokens-{count}"
+        given = ["--runs", options.runs, "--name", name, "--tokens", str(count), "--shards", str(shards)]
+        made = tokenizer.main(tokenizer.settings(given))
+        if count == 512:
+            yield Goal("tokenizer.py, 512 tokens: seconds of learning", 11, made["seconds"], at_most=True)
+        context = round(CONTEXT / made["figure"])
+        steps = round(STEPS * products(CONTEXT, 256) / products(context, count))
+        found = []
+        for seed in SEEDS:
+            given = {
+                "shards": shards, "layers": LAYERS, "width": WIDTH, "context": context, "steps": steps, "seed": seed,
+                "batch": round(BATCH / context), "evaluate-every": steps, "sample": 0, "runs": options.runs,
+                "name": f"on-{count}-{seed}",
+            }  # fmt: skip
+            nats = gpt.train(gpt.settings([f"--{name}={value}" for name, value in given.items()]))["validation_loss"]
+            found.append(nats / gpt.Shards(shards, context).bytes_a_token / math.log(2))
+        reached[count] = statistics.mean(found)
+        text = f"gpt.py on {count:,} tokens of tokenizer.py, at the compute of bytes: bits a byte, mean of three seeds"
+        note = f"{', '.join(f'{each:.3f}' for each in found)}; {steps} steps, {context} tokens at once"
+        yield Goal(text, reached[256], reached[count], at_most=True, note=note)
+
+
+def products(context: int, vocabulary: int) -> int:
+    """Multiplications for a token: of the layers' matrices, of causal attention, and of the head."""
+    return LAYERS * (12 * WIDTH**2 + WIDTH * context) + WIDTH * vocabulary
+
+
+SECTIONS = {
+    "exact": exact,
+    "digits": digits,
+    "dates": dates,
+    "masked": masked,
+    "descent": descent,
+    "regression": regression,
+    "subwords": subwords,
+}
 
 
 def run(options: Namespace) -> Iterator[Figures]:

@@ -2,6 +2,8 @@
 
     python examples/gpt.py                                            the demo: tiny Shakespeare, a few minutes on a CPU
     python examples/gpt.py --text my.txt --name mine                  your own text
+    python examples/gpt.py --shards shards                            a big one, as tokens in files (tokenizer.py)
+    torchrun --nproc-per-node 8 examples/gpt.py --preset gpt2 --shards shards         GPT-2 (124M), as nanoGPT trains it
     python examples/gpt.py --graph "Causal() & (Window(64, 0) | Prefix(4))"      who may hear whom
     python examples/gpt.py --graph "Causal() & Window(16, 0), Causal() & Window(16, 0), Causal(), Causal()"  by layer
     python examples/gpt.py --name mine --resume                       go on where it stopped, bit for bit
@@ -18,6 +20,7 @@ from __future__ import annotations
 import argparse
 import copy
 import hashlib
+import json
 import os
 import urllib.request
 from collections.abc import Iterator
@@ -25,6 +28,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import training
 from torch import Tensor, nn
@@ -44,7 +48,10 @@ def settings(arguments: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--text", type=os.path.abspath, help="UTF-8 text; by default tiny Shakespeare, or the text that Python ships")
     add("--tokenizer", default="char", help="char, byte, or the path of a tokenizer.json")
-    add("--model", default="gpt", choices=["gpt", "bigram"], help="bigram: the baseline that knows one character")
+    add("--shards", type=os.path.abspath, help="in the place of a text, the folder that tokenizer.py --shards has made")
+    models = "gpt2: as in Radford et al. 2019 and nanoGPT; bigram: the baseline that knows one character"
+    add("--model", default="gpt", choices=["gpt", "gpt2", "bigram"], help=models)
+    add("--preset", choices=list(PRESETS), help="other defaults: gpt2, nanoGPT's GPT-2 of 124 million parameters")
     add("--graph", default="Causal()", help="who hears whom; one for each layer, separated by commas")
     add("--layers", type=int, default=4, help="of the Transformer")
     add("--heads", type=int, default=4, help="of attention, in each layer")
@@ -59,12 +66,19 @@ def settings(arguments: list[str] | None = None) -> argparse.Namespace:
         type=float,
         help="sample of the likeliest that have this probability together; by default of all",
     )
+    whole = "tokens of the validation text that are evaluated, at most; by default all, of shards the first million"
+    add("--validate", type=int, help=whole)
+    preset = parser.parse_known_args(arguments)[0].preset
+    parser.set_defaults(**PRESETS.get(preset, {}))
     given = training.parsed(parser, arguments)
     training.require_at_least(given, parser, layers=1, heads=1, width=1, context=1, sample=0, temperature=0, top_k=1)
-    if given.model == "gpt":
+    training.require_at_least(given, parser, validate=2)
+    if given.model != "bigram":
         training.require_heads(given, parser, even=True)
     if given.top_p is not None and not 0 < given.top_p <= 1:
         parser.error(f"--top-p must be a probability above 0 (got {given.top_p})")
+    if given.shards and (given.text or given.tokenizer != "char"):
+        parser.error("--shards are of a text and its tokens: give neither --text nor --tokenizer with them")
     if not given.prompt:
         parser.error("--prompt must have at least one character")
     return given
@@ -83,8 +97,16 @@ class Sample(argparse.Action):
             parser.error(f"argument --sample: invalid int value: {values!r}")
 
 
+PRESETS: dict[str, dict[str, Any]] = {
+    "gpt2": {
+        "model": "gpt2", "layers": 12, "heads": 12, "width": 768, "context": 1024, "batch": 12, "accumulate": 40,
+        "steps": 600_000, "warmup": 2000, "optimizer": "adamw", "lr": 6e-4, "adamw_lr": 6e-4, "weight_decay": 0.1,
+        "evaluate_every": 1000,
+    },
+}  # fmt: skip
+
 ONLY_SAMPLE = "only a sample"  # how a run is resumed
-FREE = ("text", "prompt", "sample", "temperature", "top_k", "top_p")  # of a run that is resumed
+FREE = ("text", "shards", "validate", "prompt", "sample", "temperature", "top_k", "top_p")  # of a run that is resumed
 
 
 # -------------------------------------------------------------------------------------------------------------- text
@@ -197,12 +219,12 @@ def tokenizer(kind: str, text: str) -> Tokenizer:
 
 
 class Corpus:
-    """Tokens, the last tenth of them for validation."""
+    """Tokens, the last tenth of them for validation, or the first `most` of that."""
 
-    def __init__(self, tokens: list[int], context: int):
+    def __init__(self, tokens: list[int], context: int, most: int | None = None):
         everything = torch.tensor(tokens, dtype=torch.int64)
         cut = int(0.9 * len(everything))
-        self.training, self.validation, self.context = everything[:cut], everything[cut:], context
+        self.training, self.validation, self.context = everything[:cut], everything[cut:][:most], context
         if len(self.training) <= context or len(self.validation) < 2:
             raise SystemExit(
                 f"the text is too short: a context of {context} needs {context + 1} tokens to train and 2 to validate "
@@ -242,6 +264,45 @@ def loss_of_pairs(corpus: Corpus, vocab_size: int) -> float:
     return float(-chance.double().log().mean())
 
 
+class Shards(Corpus):
+    """Tokens in files, as tokenizer.py --shards writes them, which are mapped: what is not looked at is not read."""
+
+    def __init__(self, folder: Path, context: int, most: int = 1_000_000):
+        """`training` and `validation` are the first `most` tokens of each."""
+        try:
+            told = json.loads((folder / "shards.json").read_text(encoding="utf-8"))
+            files = {
+                part: [np.load(folder / name, mmap_mode="r") for name in told[part]["files"]]
+                for part in ("training", "validation")
+            }
+            self.bytes_a_token = told["validation"]["bytes"] / max(told["validation"]["tokens"], 1)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise SystemExit(
+                f"--shards must be a folder that tokenizer.py --shards has made (got {folder}: {error})"
+            ) from None
+        self.files, self.context = [file for file in files["training"] if len(file) > context], context
+        self.begins = np.cumsum([0, *(len(file) - context for file in self.files)])
+        self.training, self.validation = (
+            torch.from_numpy(np.concatenate([file[:most] for file in part])[:most].astype(np.int64))
+            for part in files.values()
+        )
+        if not self.files or len(self.validation) < 2:
+            raise SystemExit(
+                f"a context of {context} needs more tokens than {folder} has in a file; take a shorter one"
+            )
+
+    def batch(self, size: int, seed: int) -> tuple[Tensor, Tensor]:
+        """The same of random files, the longer the more often; no piece is of two."""
+        generator = torch.Generator().manual_seed(seed)
+        places = torch.randint(int(self.begins[-1]), (size,), generator=generator).numpy()
+        chosen = np.searchsorted(self.begins, places, side="right") - 1
+        rows = []
+        for number, start in zip(chosen, places - self.begins[chosen], strict=True):
+            rows.append(self.files[number][start : start + self.context + 1].astype(np.int64))
+        pieces = torch.from_numpy(np.stack(rows))
+        return pieces[:, :-1], pieces[:, 1:]
+
+
 # ------------------------------------------------------------------------------------------------------------- model
 
 
@@ -250,6 +311,15 @@ def build(args: argparse.Namespace, vocab_size: int) -> nn.Module:
         table = nn.Embedding(vocab_size, vocab_size)  # row: this token; column: the log-odds of the next
         nn.init.zeros_(table.weight)
         return table
+    graph = training.layer_graphs(args.graph, args.layers)
+    if args.model == "gpt2":
+        config = TransformerConfig(
+            embed_dim=args.width, num_layers=args.layers, num_heads=args.heads, bias=(), position="learned",
+            max_length=args.context, dropout=args.dropout,
+        )  # fmt: skip
+        return GPT(
+            config, -(-vocab_size // 64) * 64, graph
+        )  # nanoGPT's 50,304 of 50,257, which a GPU multiplies faster
     config = TransformerConfig(
         embed_dim=args.width,
         num_layers=args.layers,
@@ -262,7 +332,7 @@ def build(args: argparse.Namespace, vocab_size: int) -> nn.Module:
         dropout=args.dropout,
         init="zero",
     )
-    return GPT(config, vocab_size, training.layer_graphs(args.graph, args.layers), tied=False)
+    return GPT(config, vocab_size, graph, tied=False)
 
 
 def loss_of(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
@@ -301,21 +371,28 @@ class Begun(NamedTuple):
 
 def begun(args: argparse.Namespace) -> Begun:
     """The text, and a model before its first step."""
-    text, source = read_text(args.text)
-    if not text.strip():
-        raise SystemExit(f"{source} is empty; there is nothing to learn")
-    tokens = tokenizer(args.tokenizer, text)
-    corpus = Corpus(tokens.encode(text), args.context)
+    if args.shards:
+        source, corpus = args.shards, Shards(Path(args.shards), args.context, args.validate or 1_000_000)
+        tokens = Subwords(f"{args.shards}/tokenizer.json")
+        content = Path(args.shards, "shards.json").read_bytes()
+        print(f"tokens    {source}: {int(corpus.begins[-1]):,} places to begin at, {len(tokens)} different tokens")
+    else:
+        text, source = read_text(args.text)
+        if not text.strip():
+            raise SystemExit(f"{source} is empty; there is nothing to learn")
+        tokens, content = tokenizer(args.tokenizer, text), text.encode()
+        corpus = Corpus(tokens.encode(text), args.context, args.validate)
+        print(f"text      {source}: {len(text):,} characters, {len(tokens)} different tokens")
     torch.manual_seed(args.seed)
+    training.join(args.device)
     device = training.best_device(args.device)
     try:
         model = build(args, len(tokens)).to(device)
     except ValueError as error:
         raise SystemExit(str(error)) from None
     prompt = torch.tensor([tokens.encode(args.prompt)], device=device)
-    identity = {"vocab_size": len(tokens), "text_hash": hashlib.sha256(text.encode()).hexdigest()[:16]}
+    identity = {"vocab_size": len(tokens), "text_hash": hashlib.sha256(content).hexdigest()[:16]}
     changed = {"text_hash": f"{source} is not the text that the run was trained on, or changed since"}
-    print(f"text      {source}: {len(text):,} characters, {len(tokens)} different tokens")
     return Begun(source, corpus, tokens, prompt, model, identity, changed)
 
 
@@ -348,6 +425,8 @@ def train(args: argparse.Namespace) -> dict:
         validation, metrics = training.fit(args, task)
         found = f"validation loss {validation:.4f} nats a token over the whole validation text"
         print(f"{found}, after {metrics.seconds:.0f} s")
+        if training.processes().rank:
+            return {"validation_loss": validation}
         folder = Path(args.runs) / args.name
         report(folder, args, model, corpus, tokens, prompt, metrics)
         others = {"counts of pairs of tokens": loss_of_pairs(corpus, len(tokens))}

@@ -13,6 +13,7 @@ import json
 import math
 import os
 import signal
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -22,6 +23,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import torch
+import torch.distributed
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -93,7 +95,7 @@ def parser_of(
         short = ", ".join(f"--{name.replace('_', '-')} {value}" for name, value in quick.items())
         add("--quick", action="store_true", help=f"seconds, enough to see what happens: as {short}")
     add("--batch", type=int, help="examples in each forward pass")
-    add("--accumulate", type=int, default=1, help="forward passes for each step")
+    add("--accumulate", type=int, default=1, help="forward passes for each step, of all processes that torchrun starts")
     add("--steps", type=int, help="of the optimiser; the rates fall to 0 at the last")
     add("--optimizer", default="muon", choices=["muon", "adamw"], help="for the matrices; vectors always have AdamW")
     add("--lr", type=float, default=None, help="peak rate of the matrices; by default 0.02 for muon, 0.001 for adamw")
@@ -125,6 +127,8 @@ def parsed(parser: Parser, arguments: list[str] | None) -> argparse.Namespace:
     require_at_least(given, parser, **least, batch=1, accumulate=1, steps=1, evaluate_every=1, seed=-MOST)
     if given.dropout >= 1:
         parser.error(f"--dropout must be a probability below 1 (got {given.dropout})")
+    if given.accumulate % (count := processes().count):
+        parser.error(f"--accumulate must be a multiple of the {count} processes (got {given.accumulate})")
     if given.device not in ("auto", "cpu", "mps") and not given.device.startswith("cuda"):
         parser.error(f"--device must be auto, cpu, cuda or mps (got {given.device})")
     chosen_head(given, parser)
@@ -371,6 +375,9 @@ def save_picture(figure: Figure, path: Path) -> None:
 def only_run(args: argparse.Namespace) -> Iterator[None]:
     """Nobody else writes to the run's folder meanwhile: a second run of its name, new or resumed, is refused."""
     folder = Path(args.runs) / args.name
+    if processes().rank:  # it writes nothing
+        yield
+        return
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         lock = open(folder.with_name(f".{folder.name}.lock"), "a+")  # noqa: SIM115  closed below
@@ -553,11 +560,48 @@ class Task(NamedTuple):
     changed: Mapping[str, str] = MappingProxyType({})  # sentences for what of the identity is another
 
 
+class Processes(NamedTuple):
+    """Those that train one model together, each on its own part of every step's batches."""
+
+    rank: int
+    """Which of them this is; the first alone writes and tells."""
+    count: int
+
+
+def processes() -> Processes:
+    """As torchrun has started them; else this one alone."""
+    return Processes(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
+
+
+def join(device: str) -> Processes:
+    """Let the processes that torchrun has started know each other, each on a GPU of its own where there are any."""
+    own = processes()
+    if own.count > 1 and not torch.distributed.is_initialized():
+        on_gpu = best_device(device).type == "cuda"
+        if on_gpu:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.distributed.init_process_group("nccl" if on_gpu else "gloo")
+        if own.rank:
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115  to the end
+    return own
+
+
+def summed(tensors: list[Tensor]) -> None:
+    """Each becomes its sum over the processes: of parts of a gradient, the whole."""
+    flat = torch.cat([tensor.flatten().float() for tensor in tensors])
+    torch.distributed.all_reduce(flat)
+    for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+        tensor.copy_(part.view_as(tensor))
+
+
 def fit(args: argparse.Namespace, task: Task) -> tuple[float, Metrics]:
     """Train, with a progress bar; leave config, metrics and checkpoints in the run's folder. The last score."""
-    folder, model = Path(args.runs) / args.name, task.model
+    folder, model, own = Path(args.runs) / args.name, task.model, join(args.device)
     if args.dtype == "auto":
         args.dtype = faster_dtype(task.loss, model, task.device)
+    if own.count > 1:  # which may differ in what is faster
+        torch.distributed.broadcast_object_list(chosen := [args.dtype])
+        args.dtype = chosen[0]
     parameters = sum(p.numel() for p in model.parameters())
     per_step = args.accumulate * task.per_batch
     print(f"training  {args.steps} steps of {per_step:,} {task.unit} on {task.device}, {args.dtype}")
@@ -570,36 +614,45 @@ def fit(args: argparse.Namespace, task: Task) -> tuple[float, Metrics]:
                 f"nothing to resume: {folder / MODEL} does not exist; the run stopped before its first checkpoint"
             )
         first = load_checkpoint(folder, model, steppers, shape, task.changed)
+    if own.count > 1:
+        torch.distributed.barrier()  # what there was has been read
     try:
-        if folder.exists() and not args.resume:
+        if folder.exists() and not args.resume and not own.rank:
             print(f"kept      the run that was there before as {set_aside(folder)}")
-        folder.mkdir(parents=True, exist_ok=True)
+        if not own.rank:
+            folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise SystemExit(f"{folder} can't be written ({error}); choose another --runs or --name") from None
     settings = {name: value for name, value in vars(args).items() if name not in PLACE}
     config = json.dumps(
         {"settings": settings, "parameters": parameters, **task.record, "attngraph": attngraph.__version__}, indent=2
     )
-    write_whole(folder / "config.json", lambda path: path.write_text(config))
+    if not own.rank:
+        write_whole(folder / "config.json", lambda path: path.write_text(config))
     metrics = Metrics(folder / "metrics.csv", task.unit, task.score, first)
     before = metrics.seconds
     begin = time.perf_counter() - before
 
     score = math.nan
-    bar = tqdm(range(first, args.steps), initial=first, total=args.steps, unit="step", dynamic_ncols=True)
+    steps, each = range(first, args.steps), args.accumulate // own.count
+    bar = tqdm(steps, initial=first, total=args.steps, unit="step", dynamic_ncols=True, disable=own.rank > 0)
     with interruptible() as stopped:
         for step in bar:
             factor = rate(step, args)
             for optimizer, peak in zip(steppers, peaks, strict=True):
                 for group, lr in zip(optimizer.param_groups, peak, strict=True):
                     group["lr"] = lr * factor
-            torch.manual_seed(args.seed + step)  # of dropout: a resumed run takes the same chances
+            torch.manual_seed(args.seed + step + own.rank * MOST)  # of dropout: a resumed run takes the same chances
             loss = 0.0
-            for part in range(args.accumulate):
+            for part in range(own.rank * each, (own.rank + 1) * each):
                 with autocast(task.device, args.dtype):
                     part_loss = task.loss(step * args.accumulate + part) / args.accumulate
                 part_loss.backward()
                 loss += part_loss.detach()
+            if own.count > 1:
+                stops = torch.tensor(float(bool(stopped)), device=task.device)
+                summed([p.grad for p in model.parameters() if p.grad is not None] + [loss, stops])
+                stopped += [0] * int(stops)  # all of them, if any
             norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip or math.inf)
             for optimizer in steppers:
                 optimizer.step()
@@ -616,7 +669,7 @@ def fit(args: argparse.Namespace, task: Task) -> tuple[float, Metrics]:
                 step=done, seconds=f"{seconds:.3f}", training_loss=loss, rate=factor, gradient_norm=float(norm),
                 **{task.unit: done * per_step, task.score: new_score},
             )  # fmt: skip
-            if evaluates or stopped:
+            if (evaluates or stopped) and not own.rank:
                 metrics.save()
                 save_checkpoint(folder, model, steppers, done, shape)
             if stopped:

@@ -348,6 +348,7 @@ def test_a_model_made_here_is_one_of_a_family(family, case, model, tmp_path):
         (GPT(switches(**LLAMA_SWITCHES, qk_norm=True), 37), "llama", "llama has qk_norm=False, not True"),
         (GPT(switches(**GPT2_SWITCHES, norm="rms"), 37), "gpt2", "gpt2 has norm='layer', not 'rms'"),
         (GPT(switches(**GPT2_SWITCHES, score="additive"), 37), None, "score='dot', not 'additive'"),
+        (GPT(switches(**GPT2_SWITCHES, normalize="relu"), 37), None, "normalize='softmax', not 'relu'"),
         (GPT(switches(**{**GPT2_SWITCHES, "activation": "squared_relu"}), 37), "gpt2", "(got 'squared_relu')"),
         (GPT(switches(**LLAMA_SWITCHES, dropout=0.1), 37), "llama", "llama has dropout=0.0, not 0.1"),
         (GPT(switches(position="alibi"), 37), None, "gpt2 has position='learned', not 'alibi'"),

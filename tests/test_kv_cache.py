@@ -118,7 +118,12 @@ def test_positions_and_grouped_heads(position, kv_heads, graph):
     check(gpt(graph, position=position, num_kv_heads=kv_heads, **length), tokens(1, 30), 3, at_once=5)
 
 
-@pytest.mark.parametrize("options", [{"score": "additive"}, {"qk_norm": True}, {"norm_order": "post"}, {"scale": 0.7}])
+OTHERS = [{"score": "additive"}, {"qk_norm": True}, {"norm_order": "post"}, {"scale": 0.7}, {"norm": "none"}]
+OTHERS += [{"normalize": name} for name in ("sigmoid", "none", "relu", "squared_relu")]
+OTHERS += [{"normalize": name, "score": "additive"} for name in ("none", "relu")]
+
+
+@pytest.mark.parametrize("options", OTHERS, ids=str)
 def test_other_switches(options):
     check(gpt(WINDOW, **options), tokens(2, 20), 3)
     check(gpt(FOUR, **options), tokens(2, 20), 3)

@@ -186,6 +186,28 @@ def test_a_score_may_be_additive():
     close(layer(x, Causal()), layer.out((weights @ v).transpose(1, 2).flatten(2)))
 
 
+NORMALIZERS = {
+    "softmax": lambda scores, heard: scores.masked_fill(~heard, -torch.inf).softmax(-1),
+    "sigmoid": lambda scores, heard: scores.sigmoid() * heard,
+    "none": lambda scores, heard: scores * heard,
+    "relu": lambda scores, heard: scores.relu() * heard,
+    "squared_relu": lambda scores, heard: scores.relu().square() * heard,
+}
+
+
+@pytest.mark.parametrize("normalize", NORMALIZERS)
+def test_weights_are_what_the_normaliser_makes_of_scores(normalize):
+    switches = {"normalize": normalize, "norm": "none", "scale": 0.3, "position": "none", "bias": (), "init": "zero"}
+    model = shaken(Transformer(config(num_layers=1, **switches), Causal()))
+    layer, x = model.layers[0].attention, vectors(2, 5, 24)
+    q, k, v = layer.project(x, x)
+    weights = NORMALIZERS[normalize](0.3 * q @ k.mT, Causal().mask(5, 5))
+    said = layer.out((weights @ v).transpose(1, 2).flatten(2))
+    close(layer(x, Causal()), said)
+    close(layer(x, Causal(), return_weights=True)[1], weights[..., Causal().mask(5, 5)])
+    close(model(x), x + said + model.layers[0].feedforward(x + said))  # without a norm
+
+
 @pytest.mark.parametrize("kind", ["linear", "dynamic", "yarn", "llama3", "longrope"])
 @pytest.mark.parametrize("length", [5, 40])
 def test_rotary_scalings_are_those_of_transformers(kind, length):
@@ -266,6 +288,9 @@ def test_padding_of_the_source_takes_no_places():
             ValueError, "has no place in position='alibi'",
         ),
         (lambda: config(score="cosine"), ValueError, "score must be one of 'dot', 'additive'"),
+        (lambda: config(normalize="cubed"), ValueError, "normalize must be one of 'softmax', 'sigmoid', 'none'"),
+        (lambda: Attention(8, 2, normalize="cubed"), ValueError, "normalize must be one of 'softmax', 'sigmoid'"),
+        (lambda: config(norm="batch"), ValueError, "norm must be one of 'layer', 'rms', 'none'"),
         (lambda: config(scale=(1.0,)), ValueError, "one for each of 2 layers (got 1)"),
         (lambda: Rotary(8, scaling={"rope_type": "yarn"}), ValueError, "needs factor, original_max_position"),
         (lambda: Rotary(8, scaling={"rope_type": "new"}), ValueError, "must be one of default, linear, dynamic"),

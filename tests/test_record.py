@@ -26,7 +26,9 @@ def gpt(**switches):
 TOKENS = torch.randint(11, (2, 9), generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("switches", [{}, {"score": "additive"}, {"position": "alibi"}, {"num_kv_heads": 2}])
+@pytest.mark.parametrize(
+    "switches", [{}, {"score": "additive"}, {"position": "alibi"}, {"num_kv_heads": 2}, {"normalize": "none"}]
+)
 def test_weights_are_those_of_the_reference(switches):
     model, seen = gpt(**switches), {}
     for name, module in model.named_modules():

@@ -79,9 +79,9 @@ def test_every_argument_of_a_constructor_is_kept(cls, tmp_path):
 SWITCHES = {
     "num_kv_heads": 1, "head_dim": 6, "hidden_dim": 31, "activation": "silu", "gated": True, "norm": "rms",
     "norm_eps": 1e-7, "norm_order": "post", "embed_norm": True, "final_norm": False, "bias": ("q", "ff"),
-    "qk_norm": True, "scale": (0.3, 0.1), "score": "additive", "position": "rotary", "max_length": 33,
-    "rotary_base": 123.456, "relative_buckets": 6, "relative_max_distance": None, "relative_bidirectional": False,
-    "cross": False, "dropout": 0.125, "init": "zero",
+    "qk_norm": True, "scale": (0.3, 0.1), "score": "additive", "normalize": "sigmoid", "position": "rotary",
+    "max_length": 33, "rotary_base": 123.456, "relative_buckets": 6, "relative_max_distance": None,
+    "relative_bidirectional": False, "cross": False, "dropout": 0.125, "init": "zero",
     "rotary_scaling": {"rope_type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 6},
 }  # fmt: skip
 
@@ -405,11 +405,18 @@ def test_what_a_killed_process_left_is_removed_when_it_is_old(gpt):
 
 def test_a_model_prints_its_graphs_score_and_dropout():
     config = TransformerConfig(
-        embed_dim=24, num_layers=5, num_heads=3, position="none", dropout=0.25, score="additive", scale=0.5
+        embed_dim=24,
+        num_layers=5,
+        num_heads=3,
+        position="none",
+        dropout=0.25,
+        score="additive",
+        scale=0.5,
+        normalize="relu",
     )
     model = GPT(config, 17, Causal())
     assert "graph: Causal()" in str(model)
-    assert "score=additive, scale=0.5, dropout=0.25" in str(model)
+    assert "score=additive, scale=0.5, normalize=relu, dropout=0.25" in str(model)
     model.transformer.graphs = [Window(4, 0)] * 3 + [Full(), Documents([1] * 5000)]
     text = str(model.transformer)
     assert "graph of layers 0–2: Window(4, 0)\n" in text

@@ -109,8 +109,9 @@ DOORS = [
     Door("TransformerConfig", TransformerConfig, {
         **CONFIG, "num_kv_heads": None, "head_dim": None, "hidden_dim": None, "activation": "gelu", "gated": False,
         "norm": "layer", "norm_eps": 1e-5, "norm_order": "pre", "embed_norm": False, "final_norm": True, "bias": ("q",),
-        "qk_norm": False, "scale": None, "score": "dot", "max_length": None, "rotary_base": 10000.0,
-        "rotary_scaling": None, "relative_buckets": 32, "relative_max_distance": 128, "relative_bidirectional": True,
+        "qk_norm": False, "scale": None, "score": "dot", "normalize": "softmax", "max_length": None,
+        "rotary_base": 10000.0, "rotary_scaling": None, "relative_buckets": 32,
+        "relative_max_distance": 128, "relative_bidirectional": True,
         "cross": False, "dropout": 0.0, "init": "gpt2",
     }),
     Door("Transformer", Transformer, {"config": config, "graph": Causal()}, {}, ("graph",)),
@@ -120,7 +121,7 @@ DOORS = [
     }, {}, ("graph",)),
     Door("Attention", Attention, {
         "embed_dim": 8, "num_heads": 2, "num_kv_heads": None, "head_dim": None, "memory_dim": None, "bias": ("q",),
-        "qk_norm": False, "scale": None, "score": "dot", "dropout": 0.0,
+        "qk_norm": False, "scale": None, "score": "dot", "normalize": "softmax", "dropout": 0.0,
     }),
     Door("Attention.forward", attention, {
         "x": x, "graph": Causal(), "memory": None, "bias": None, "attention_mask": None, "rotary": None,

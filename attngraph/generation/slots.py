@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from attngraph.bias import Alibi, RelativeBias
 from attngraph.generation.schedule import Schedule
 from attngraph.graph.algebra import Full
 from attngraph.graph.patterns import Tree
+from attngraph.kernels.scoring import Elementwise, normalizer
 from attngraph.nn.attention import Scoring
 from attngraph.nn.positions import Rotary, rotate
 
@@ -260,9 +261,11 @@ class HeadGroup:
             keys, values = torch.cat([keys, self.beside[0]], dim=2), torch.cat([values, self.beside[1]], dim=2)
         if rotary is not None:
             q, keys = rotate(q, *rotary[0]), rotate(keys, *rotary[1])
+        normalize = scoring.get("normalize", "softmax")
         if "score" in scoring:
-            return attend(q, keys, values, Full(), bias=mask, **scoring)
-        return over_slots(q, keys, values, mask, scoring.get("scale"))
+            options = {**scoring, "normalize": of_slots(normalize)}
+            return cast(Tensor, attend(q, keys, values, Full(), bias=mask, **options))
+        return over_slots(q, keys, values, mask, scoring.get("scale"), normalize)
 
     def _put(self, k: Tensor, v: Tensor, write: int | Tensor | None) -> None:
         """The new keys and values in their slots."""
@@ -307,8 +310,15 @@ class HeadGroup:
                 kept[:, :, write : write + len(path)] = kept.index_select(2, path.to(kept.device) + write)
 
 
-def over_slots(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
-    """softmax(scale · q kᵀ + mask) v of few queries: those of the heads that share a key head are queries of one."""
+def of_slots(normalize: str) -> str | Elementwise:
+    """A normaliser of scores that are -inf where there is no edge, of which "none" too is to make a weight of 0."""
+    return (lambda scores: scores.where(scores > -torch.inf, 0)) if normalize == "none" else normalize
+
+
+def over_slots(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, normalize: str = "softmax"
+) -> Tensor:
+    """normalize(scale · q kᵀ + mask) v of few queries: those of the heads that share a key head are queries of one."""
     heads, count = q.shape[1:3]
     shared = heads // k.shape[1]
     if shared > 1:
@@ -317,8 +327,20 @@ def over_slots(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: floa
             mask = mask.unflatten(1, (-1, shared)).flatten(2, 3)
         elif mask is not None and count > 1:
             mask = mask.repeat(1, 1, shared, 1)
-    out = scaled_dot_product_attention(q, k, v, mask, scale=scale)
+    if normalize == "softmax":
+        out = scaled_dot_product_attention(q, k, v, mask, scale=scale)
+    else:
+        out = _weighted(q, k, v, mask, scale, normalizer(of_slots(normalize)))
     return out if shared == 1 else out.unflatten(2, (shared, count)).flatten(1, 2)
+
+
+def _weighted(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, weights_of: Elementwise
+) -> Tensor:
+    """Of scores that each are a weight by themselves, in float32 or more."""
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    scores = (q.to(dtype) @ k.to(dtype).mT) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    return (weights_of(scores if mask is None else scores + mask) @ v.to(dtype)).to(v.dtype)
 
 
 def _mask(allowed: Tensor, bias: Tensor | None, like: Tensor) -> Tensor:

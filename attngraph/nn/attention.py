@@ -13,7 +13,7 @@ from attngraph.attention import attend
 from attngraph.bias import Bias
 from attngraph.graph.base import Graph, require_ints
 from attngraph.graph.positions import query_offset
-from attngraph.kernels.scoring import Additive
+from attngraph.kernels.scoring import NORMALIZER_NAMES, Additive
 from attngraph.nn.cached import CachedLayer
 from attngraph.nn.checks import require_vectors
 from attngraph.nn.positions import rotate
@@ -23,10 +23,11 @@ Rotation = tuple[Tensor, Tensor]
 
 
 class Scoring(TypedDict, total=False):
-    """How a key answers a query, as options of `attend`."""
+    """How a key answers a query, and what weight the answer gets, as options of `attend`."""
 
     scale: float | None
     score: Additive
+    normalize: str
 
 
 class Attention(nn.Module):
@@ -45,6 +46,8 @@ class Attention(nn.Module):
         scale: factor of the scores; by default 1/√head_dim.
         score: how a key answers a query: "dot", or "additive", w · tanh(q + k) with a learned w for each head (Bahdanau
             et al. 2015), which takes time and memory in proportion to the edges, and is not scaled by default.
+        normalize: how scores become weights: "softmax" over the keys that a query hears, or each by itself: "sigmoid",
+            "none" (the score is the weight: linear attention), "relu" or "squared_relu".
         dropout: probability with which a weight is dropped in training.
 
     >>> layer = Attention(64, num_heads=4)
@@ -65,6 +68,7 @@ class Attention(nn.Module):
         qk_norm: bool = False,
         scale: float | None = None,
         score: Literal["dot", "additive"] = "dot",
+        normalize: Literal["softmax", "sigmoid", "none", "relu", "squared_relu"] = "softmax",
         dropout: float = 0.0,
     ):
         super().__init__()
@@ -82,7 +86,9 @@ class Attention(nn.Module):
             raise ValueError(f"num_heads must be a multiple of num_kv_heads (got {num_heads} and {num_kv_heads})")
         if score not in ("dot", "additive"):
             raise ValueError(f"score must be dot or additive (got {score!r})")
-        self.scale, self.dropout = scale, dropout
+        if normalize not in NORMALIZER_NAMES:
+            raise ValueError(f"normalize must be one of {', '.join(NORMALIZER_NAMES)} (got {normalize!r})")
+        self.scale, self.normalize, self.dropout = scale, normalize, dropout
         self.score_weight = nn.Parameter(torch.empty(num_heads, self.head_dim)) if score == "additive" else None
         memory_dim = memory_dim or embed_dim
         self.query = nn.Linear(embed_dim, self.num_heads * self.head_dim, bias="q" in bias)
@@ -163,10 +169,11 @@ class Attention(nn.Module):
 
     @property
     def scoring(self) -> Scoring:
-        """How a key answers a query, as options of `attend`."""
+        """How a key answers a query, and what weight the answer gets, as options of `attend`."""
         if self.score_weight is None:
-            return {"scale": self.scale}
-        return {"scale": 1.0 if self.scale is None else self.scale, "score": Additive(self.score_weight)}
+            return {"scale": self.scale, "normalize": self.normalize}
+        scale = 1.0 if self.scale is None else self.scale
+        return {"scale": scale, "score": Additive(self.score_weight), "normalize": self.normalize}
 
     def project(
         self, x: Tensor, memory: Tensor, rotary: Rotation | None = None, start: int | None = None
@@ -204,4 +211,5 @@ class Attention(nn.Module):
         heads = f"num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, head_dim={self.head_dim}"
         scale = "" if self.scale is None else f", scale={self.scale:.4g}"
         score = "dot" if self.score_weight is None else "additive"
-        return f"{heads}, score={score}{scale}, dropout={self.dropout}"
+        normalize = "" if self.normalize == "softmax" else f", normalize={self.normalize}"
+        return f"{heads}, score={score}{scale}{normalize}, dropout={self.dropout}"

@@ -16,6 +16,7 @@ from attngraph.graph.algebra import Full
 from attngraph.graph.base import Graph, require_ints
 from attngraph.graph.compose import Beside
 from attngraph.graph.patterns import Tree
+from attngraph.kernels.scoring import NORMALIZER_NAMES
 from attngraph.nn.attention import Attention
 from attngraph.nn.cached import Cached, CachedLayer
 from attngraph.nn.checks import require_vectors, values_known
@@ -54,7 +55,7 @@ class TransformerConfig:
         hidden_dim: width of the feed-forward layer; by default 4 · embed_dim.
         activation: of the feed-forward layer: "gelu", "gelu_tanh", "quick_gelu", "relu", "silu" or "squared_relu".
         gated: whether the feed-forward layer multiplies what is activated by a second projection (Shazeer 2020).
-        norm: LayerNorm, or RMSNorm.
+        norm: LayerNorm, RMSNorm, or none, as in attention that is to be linear in what it hears.
         norm_eps: what norms add to the variance.
         norm_order: normalise what a block reads (pre), or the sum after it (post).
         embed_norm: normalise the embeddings before the first block, as BERT does.
@@ -63,6 +64,7 @@ class TransformerConfig:
         qk_norm: normalise the queries and keys of each head (see `Attention`).
         scale: factor of the scores, of all layers or of each; by default 1/√head_dim.
         score: how a key answers a query (see `Attention`).
+        normalize: how scores become weights: "softmax", "sigmoid", "none", "relu" or "squared_relu" (see `Attention`).
         position: how nodes know where they stand; by default "learned" where max_length is given, else "rotary" (Su
             et al. 2021), which needs an even head_dim. "none": a graph's nodes have no order but that of their edges.
         max_length: number of learned positions.
@@ -92,7 +94,7 @@ class TransformerConfig:
     hidden_dim: int | None = None
     activation: str = "gelu"
     gated: bool = False
-    norm: Literal["layer", "rms"] = "layer"
+    norm: Literal["layer", "rms", "none"] = "layer"
     norm_eps: float = 1e-5
     norm_order: Literal["pre", "post"] = "pre"
     embed_norm: bool = False
@@ -101,6 +103,7 @@ class TransformerConfig:
     qk_norm: bool = False
     scale: float | tuple[float, ...] | None = None
     score: Literal["dot", "additive"] = "dot"
+    normalize: Literal["softmax", "sigmoid", "none", "relu", "squared_relu"] = "softmax"
     position: Literal["none", "learned", "sinusoidal", "rotary", "alibi", "relative"] | None = None
     max_length: int | None = None
     rotary_base: float = 10000.0
@@ -130,10 +133,11 @@ class TransformerConfig:
             raise ValueError("learned positions need max_length, the number of positions")
         choices = {
             "activation": tuple(ACTIVATIONS),
-            "norm": ("layer", "rms"),
+            "norm": ("layer", "rms", "none"),
             "norm_order": ("pre", "post"),
             "position": ("none", *POSITIONS),
             "score": ("dot", "additive"),
+            "normalize": NORMALIZER_NAMES,
             "init": ("gpt2", "zero"),
         }
         for name, allowed in choices.items():
@@ -594,11 +598,14 @@ def _attention(config: TransformerConfig, layer: int) -> Attention:
         qk_norm=config.qk_norm,
         scale=config.scale[layer] if isinstance(config.scale, tuple) else config.scale,
         score=config.score,
+        normalize=config.normalize,
         dropout=config.dropout,
     )
 
 
 def _norm(config: TransformerConfig) -> nn.Module:
+    if config.norm == "none":
+        return nn.Identity()
     if config.norm == "rms":
         return nn.RMSNorm(config.embed_dim, config.norm_eps)
     return nn.LayerNorm(config.embed_dim, config.norm_eps, bias="norm" in config.bias)

@@ -3,6 +3,7 @@
 from attngraph.nn.attention import Attention
 from attngraph.nn.embedding import AudioEmbedding, PatchEmbedding, TokenEmbedding
 from attngraph.nn.feedforward import FeedForward
+from attngraph.nn.pooling import pool
 from attngraph.nn.positions import (
     AlibiPositions,
     LearnedPositions,
@@ -11,6 +12,7 @@ from attngraph.nn.positions import (
     SinusoidalPositions,
     rotate,
 )
+from attngraph.nn.random_walks import random_walk_positions
 from attngraph.nn.recording import Recorded, Recording
 from attngraph.nn.transformer import Block, Transformer, TransformerConfig
 
@@ -30,5 +32,7 @@ __all__ = [
     "TokenEmbedding",
     "Transformer",
     "TransformerConfig",
+    "pool",
+    "random_walk_positions",
     "rotate",
 ]

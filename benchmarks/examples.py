@@ -12,6 +12,8 @@ from collections.abc import Iterator
 
 import bert
 import mlp_is_attention
+import molecules
+import sensors
 import torch
 import translate
 import vit
@@ -61,7 +63,68 @@ def exact(options: Namespace) -> Iterator[Goal]:
     yield Goal("mlp_is_attention.py: largest difference of outputs and gradients", 1e-12, worst, at_most=True)
 
 
-SECTIONS = {"exact": exact, "digits": digits, "dates": dates, "masked": masked}
+def gaps(options: Namespace) -> Iterator[Goal]:
+    """`molecules.py`: the gap on its graph, and beside it on the bonds alone; then graphs that only positions tell."""
+    found, seconds = [], []
+    for seed in SEEDS:
+        given = ["--runs", options.runs, "--name", f"molecules-{seed}", "--seed", str(seed)]
+        if seed != SEEDS[0]:
+            given += ["--against", "bonds"]
+        seconds.append(seconds_of(lambda given=given: found.append(molecules.main(molecules.settings(given)))))
+    errors, bonds = [each["figure"] for each in found], [each["baselines"]["bonds"] for each in found]
+    others = ", ".join(f"{name} {figure:.4f}" for name, figure in found[0]["baselines"].items())
+    note = f"{', '.join(f'{each:.4f}' for each in errors)}; of the first beside {others}"
+    text = f"molecules.py, {found[0]['graph']}: error of the gap in β, mean of three seeds"
+    yield Goal(text, 0.035, statistics.mean(errors), at_most=True, note=note)
+    share = statistics.mean(errors) / statistics.mean(bonds)
+    note = f"{', '.join(f'{each:.4f}' for each in bonds)} on the bonds alone"
+    yield Goal("molecules.py: its error over that on the bonds alone", 0.6, share, at_most=True, note=note)
+    yield Goal("molecules.py: seconds with all that it is compared with", 180, seconds[0], at_most=True)
+    right, chance = [], []
+    for seed in SEEDS:
+        given = [
+            "--runs",
+            options.runs,
+            "--name",
+            f"csl-{seed}",
+            "--seed",
+            str(seed),
+            "--task",
+            "csl",
+            "--steps",
+            "150",
+        ]
+        told = molecules.main(molecules.settings(given))
+        right.append(told["figure"])
+        chance += told["baselines"].values()
+    yield Goal("molecules.py, CSL with random-walk positions: % right, the worst of three seeds", 100, min(right))
+    text = "molecules.py, CSL without positions: % right, the farthest from 10 of three seeds"
+    yield Goal(text, 10, max(chance, key=lambda each: abs(each - 10)), at_most=True)
+
+
+def fusion(options: Namespace) -> Iterator[Goal]:
+    """`sensors.py`: with both sensors, and with one as good as a model that knows no other."""
+    found, seconds = [], []
+    for seed in SEEDS:
+        given = ["--runs", options.runs, "--name", f"sensors-{seed}", "--seed", str(seed)]
+        if seed != SEEDS[0]:
+            given += ["--against", "camera", "radar"]
+        seconds.append(seconds_of(lambda given=given: found.append(sensors.main(sensors.settings(given)))))
+    both, hand = [each["figure"] for each in found], found[0]["baselines"]
+    note = f"{', '.join(f'{each:.3f}' for each in both)}; "
+    note += ", ".join(f"{name} {figure:.3f}" for name, figure in hand.items() if name.startswith("by hand"))
+    text = "sensors.py, camera and radar: error of the position in 10 m, mean of three seeds"
+    yield Goal(text, 0.27, statistics.mean(both), at_most=True, note=note)
+    for sensor in ("camera", "radar"):
+        own, alone = ([each["found"][way][sensor] for each in found] for way in ("dropped", sensor))
+        undropped = found[0]["found"]["both"][sensor]
+        note = f"{statistics.mean(own):.3f} and {statistics.mean(alone):.3f}; {undropped:.3f} where none dropped out"
+        text = f"sensors.py, the {sensor} alone: error over that of a model trained on it alone, mean of three seeds"
+        yield Goal(text, 1.05, statistics.mean(own) / statistics.mean(alone), at_most=True, note=note)
+    yield Goal("sensors.py: seconds with all that it is compared with", 180, seconds[0], at_most=True)
+
+
+SECTIONS = {"exact": exact, "digits": digits, "dates": dates, "masked": masked, "gaps": gaps, "fusion": fusion}
 
 
 def run(options: Namespace) -> Iterator[Figures]:

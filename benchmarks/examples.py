@@ -14,6 +14,7 @@ import bert
 import mlp_is_attention
 import molecules
 import sensors
+import speech
 import torch
 import translate
 import vit
@@ -79,6 +80,8 @@ def gaps(options: Namespace) -> Iterator[Goal]:
     share = statistics.mean(errors) / statistics.mean(bonds)
     note = f"{', '.join(f'{each:.4f}' for each in bonds)} on the bonds alone"
     yield Goal("molecules.py: its error over that on the bonds alone", 0.6, share, at_most=True, note=note)
+    full = found[0]["baselines"]["Full()"]
+    yield Goal("molecules.py: its error over that on all pairs, one seed", 0.6, errors[0] / full, at_most=True)
     yield Goal("molecules.py: seconds with all that it is compared with", 180, seconds[0], at_most=True)
     right, chance = [], []
     for seed in SEEDS:
@@ -124,7 +127,30 @@ def fusion(options: Namespace) -> Iterator[Goal]:
     yield Goal("sensors.py: seconds with all that it is compared with", 180, seconds[0], at_most=True)
 
 
-SECTIONS = {"exact": exact, "digits": digits, "dates": dates, "masked": masked, "gaps": gaps, "fusion": fusion}
+def spoken(options: Namespace) -> Iterator[Goal]:
+    """`speech.py`: numbers in accents that were never heard."""
+    found, seconds = [], []
+    for seed in SEEDS:
+        given = ["--runs", options.runs, "--name", f"speech-{seed}", "--seed", str(seed)]
+        if seed != SEEDS[0]:
+            given += ["--against"]
+        seconds.append(seconds_of(lambda given=given: found.append(speech.main(speech.settings(given)))))
+    note = ", ".join(f"{each['figure']:.2f}" for each in found) + "; "
+    note += ", ".join(f"{name} {figure:.2f}" for name, figure in found[0]["baselines"].items())
+    text = "speech.py: % of the digits wrong in accents never heard, mean of three seeds"
+    yield Goal(text, 1, statistics.mean(each["figure"] for each in found), at_most=True, note=note)
+    yield Goal("speech.py: seconds with all that it is compared with", 180, seconds[0], at_most=True)
+
+
+SECTIONS = {
+    "exact": exact,
+    "digits": digits,
+    "dates": dates,
+    "masked": masked,
+    "gaps": gaps,
+    "fusion": fusion,
+    "spoken": spoken,
+}
 
 
 def run(options: Namespace) -> Iterator[Figures]:

@@ -39,7 +39,7 @@ METRIC = "error of the position [10 m]"
 
 def settings(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line: who hears whom in a scene, and which sensors it has in training."""
-    quick = {"steps": 250, "against": ["both"]}
+    quick = {"steps": 400, "batch": 32, "layers": 2, "against": ["both"]}
     parser = training.parser_of(
         __doc__, ("against",), quick, name="sensors", batch=64, steps=1500, evaluate_every=500, optimizer="adamw",
         lr=0.003,
@@ -65,12 +65,8 @@ def settings(arguments: list[str] | None = None) -> argparse.Namespace:
 
 CLASSES = ("pedestrian", "cyclist", "car", "lorry")
 CLUTTER = 4  # at most, of either sensor, that isn't there
-CAMERA_BEARING, CAMERA_DISTANCE, RADAR_BEARING, RADAR_DISTANCE = (
-    0.01,
-    0.3,
-    0.1,
-    0.02,
-)  # deviations; the second is relative
+CAMERA_BEARING, CAMERA_DISTANCE = 0.01, 0.3  # standard deviations; that of the camera's distance is relative
+RADAR_BEARING, RADAR_DISTANCE = 0.1, 0.02
 FAILS = 0.3  # share of the scenes to learn from in which one of the sensors does
 NOBODY = len(CLASSES)  # the class of clutter
 READINGS = len(CLASSES) + CLUTTER
@@ -274,7 +270,7 @@ def draw_scene(model: Fusion, device: torch.device) -> Figure:
         ax.plot(*place, "o", color="#111827", ms=4)
         ax.annotate(name, place, (5, 5), textcoords="offset points", fontsize=8)
     ax.plot(*said, "x", color="#c2410c", ms=11, mew=2.5, label=f"where the {CLASSES[given.asked[0]]} is said to be")
-    ax.plot(0, 0, "^", color="#111827", ms=10)
+    ax.plot(0, 0, "^", color="#111827", ms=10, label="the car with the sensors")
     ax.plot([], [], color="#6b7280", lw=2, label="camera: bearing, and distance by size; dashed: no target")
     ax.plot([], [], color="#6b7280", lw=4, label="radar: distance, and bearing roughly")
     ax.plot([], [], "o", color="#111827", ms=4, label="where targets are")

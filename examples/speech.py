@@ -34,12 +34,13 @@ def settings(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line: who hears whom among the slices of a sound."""
     quick = {"steps": 150, "accents": 4, "evaluate_every": 150, "against": []}
     parser = training.parser_of(
-        __doc__, ("against", "say"), quick, name="speech", batch=16, steps=1200, evaluate_every=400, optimizer="adamw"
-    )
+        __doc__, ("against", "say"), quick, name="speech", batch=16, steps=900, evaluate_every=300, optimizer="adamw",
+        lr=0.002,
+    )  # fmt: skip
     add = parser.add_argument
     add("--graph", default="Full()", help="who hears whom among the slices; one for each layer, separated by commas")
     add("--against", nargs="*", default=["Window(8, 8)"], help="train the same on these too; none: alone")
-    add("--accents", type=int, default=24, help="to learn from; others test")
+    add("--accents", type=int, default=80, help="to learn from; others test")
     add("--say", default="4711", help="four digits, for the picture and sound.wav")
     add("--layers", type=int, default=2, help="of the encoder; the decoder has as many")
     add("--heads", type=int, default=4, help="of attention, in each layer")
@@ -131,7 +132,7 @@ class Said(NamedTuple):
     bounds: Tensor  # the first and the last sample of each word, int64 (B, DIGITS, 2)
 
 
-def speakers(numbers: range, variants: int = 4) -> list[list[list[np.ndarray]]]:
+def speakers(numbers: range, variants: int = 2) -> list[list[list[np.ndarray]]]:
     """By accent and digit, some sounds of it."""
     found = []
     for number in numbers:

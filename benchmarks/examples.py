@@ -22,6 +22,9 @@ import gradient_descent
 import incontext
 import lecture
 import mlp_is_attention
+import molecules
+import sensors
+import speech
 import tokenizer
 import torch
 import training
@@ -144,6 +147,84 @@ def products(context: int, vocabulary: int) -> int:
     return LAYERS * (12 * WIDTH**2 + WIDTH * context) + WIDTH * vocabulary
 
 
+def gaps(options: Namespace) -> Iterator[Goal]:
+    """`molecules.py`: the gap on its graph, and beside it on the bonds alone; then graphs that only positions tell."""
+    found, seconds = [], []
+    for seed in SEEDS:
+        given = ["--runs", options.runs, "--name", f"molecules-{seed}", "--seed", str(seed)]
+        if seed != SEEDS[0]:
+            given += ["--against", "bonds"]
+        seconds.append(seconds_of(lambda given=given: found.append(molecules.main(molecules.settings(given)))))
+    errors, bonds = [each["figure"] for each in found], [each["baselines"]["bonds"] for each in found]
+    others = ", ".join(f"{name} {figure:.4f}" for name, figure in found[0]["baselines"].items())
+    note = f"{', '.join(f'{each:.4f}' for each in errors)}; of the first beside {others}"
+    text = f"molecules.py, {found[0]['graph']}: error of the gap in β, mean of three seeds"
+    yield Goal(text, 0.035, statistics.mean(errors), at_most=True, note=note)
+    share = statistics.mean(errors) / statistics.mean(bonds)
+    note = f"{', '.join(f'{each:.4f}' for each in bonds)} on the bonds alone"
+    yield Goal("molecules.py: its error over that on the bonds alone", 0.6, share, at_most=True, note=note)
+    full = found[0]["baselines"]["Full()"]
+    yield Goal("molecules.py: its error over that on all pairs, one seed", 0.6, errors[0] / full, at_most=True)
+    yield Goal("molecules.py: seconds with all that it is compared with", 180, seconds[0], at_most=True)
+    right, chance = [], []
+    for seed in SEEDS:
+        given = [
+            "--runs",
+            options.runs,
+            "--name",
+            f"csl-{seed}",
+            "--seed",
+            str(seed),
+            "--task",
+            "csl",
+            "--steps",
+            "150",
+        ]
+        told = molecules.main(molecules.settings(given))
+        right.append(told["figure"])
+        chance += told["baselines"].values()
+    yield Goal("molecules.py, CSL with random-walk positions: % right, the worst of three seeds", 100, min(right))
+    text = "molecules.py, CSL without positions: % right, the farthest from 10 of three seeds"
+    yield Goal(text, 10, max(chance, key=lambda each: abs(each - 10)), at_most=True)
+
+
+def fusion(options: Namespace) -> Iterator[Goal]:
+    """`sensors.py`: with both sensors, and with one as good as a model that knows no other."""
+    found, seconds = [], []
+    for seed in SEEDS:
+        given = ["--runs", options.runs, "--name", f"sensors-{seed}", "--seed", str(seed)]
+        if seed != SEEDS[0]:
+            given += ["--against", "camera", "radar"]
+        seconds.append(seconds_of(lambda given=given: found.append(sensors.main(sensors.settings(given)))))
+    both, hand = [each["figure"] for each in found], found[0]["baselines"]
+    note = f"{', '.join(f'{each:.3f}' for each in both)}; "
+    note += ", ".join(f"{name} {figure:.3f}" for name, figure in hand.items() if name.startswith("by hand"))
+    text = "sensors.py, camera and radar: error of the position in 10 m, mean of three seeds"
+    yield Goal(text, 0.27, statistics.mean(both), at_most=True, note=note)
+    for sensor in ("camera", "radar"):
+        own, alone = ([each["found"][way][sensor] for each in found] for way in ("dropped", sensor))
+        undropped = found[0]["found"]["both"][sensor]
+        note = f"{statistics.mean(own):.3f} and {statistics.mean(alone):.3f}; {undropped:.3f} where none dropped out"
+        text = f"sensors.py, the {sensor} alone: error over that of a model trained on it alone, mean of three seeds"
+        yield Goal(text, 1.05, statistics.mean(own) / statistics.mean(alone), at_most=True, note=note)
+    yield Goal("sensors.py: seconds with all that it is compared with", 180, seconds[0], at_most=True)
+
+
+def spoken(options: Namespace) -> Iterator[Goal]:
+    """`speech.py`: numbers in accents that were never heard."""
+    found, seconds = [], []
+    for seed in SEEDS:
+        given = ["--runs", options.runs, "--name", f"speech-{seed}", "--seed", str(seed)]
+        if seed != SEEDS[0]:
+            given += ["--against"]
+        seconds.append(seconds_of(lambda given=given: found.append(speech.main(speech.settings(given)))))
+    note = ", ".join(f"{each['figure']:.2f}" for each in found) + "; "
+    note += ", ".join(f"{name} {figure:.2f}" for name, figure in found[0]["baselines"].items())
+    text = "speech.py: % of the digits wrong in accents never heard, mean of three seeds"
+    yield Goal(text, 1, statistics.mean(each["figure"] for each in found), at_most=True, note=note)
+    yield Goal("speech.py: seconds with all that it is compared with", 180, seconds[0], at_most=True)
+
+
 SECTIONS = {
     "exact": exact,
     "digits": digits,
@@ -152,6 +233,9 @@ SECTIONS = {
     "descent": descent,
     "regression": regression,
     "subwords": subwords,
+    "gaps": gaps,
+    "fusion": fusion,
+    "spoken": spoken,
 }
 
 

@@ -145,6 +145,16 @@ def require_at_least(given: argparse.Namespace, parser: argparse.ArgumentParser,
             parser.error(f"--{name.replace('_', '-')} must be {MOST} or less (got {value})")
 
 
+def require_graphs(given: argparse.Namespace, parser: argparse.ArgumentParser, read: Callable[[str], object]) -> None:
+    """An error unless --graph, and each of --against, can be read."""
+    for name, texts in (("graph", [given.graph]), ("against", given.against)):
+        for text in texts:
+            try:
+                read(text)
+            except ValueError as error:
+                parser.error(f"--{name}: {error}")
+
+
 def require_heads(given: argparse.Namespace, parser: argparse.ArgumentParser, even: bool = False) -> None:
     """An error unless each head has as many features, an even number where they are turned in pairs."""
     if given.width % (given.heads * (1 + even)):
@@ -750,6 +760,17 @@ def tell(folder: Path, outcome: Outcome) -> dict[str, Any]:
     kept = {**outcome._asdict(), "baselines": dict(outcome.baselines)}
     write_whole(folder / OUTCOME, lambda path: path.write_text(json.dumps(kept, indent=2)))
     return kept
+
+
+def beside(args: argparse.Namespace, train: Callable[[argparse.Namespace], dict]) -> dict[str, dict]:
+    """What `train` returns on each graph of --against, all else the same, in runs of their own: NAME-against-1, …"""
+    found = {}
+    for number, graph in enumerate(args.against, 1):
+        name = f"{args.name}-against-{number}"
+        begun = args.resume and (Path(args.runs) / name / MODEL).exists()  # or the first was stopped before
+        print(f"\nthe same model and budget under {graph}:")
+        found[graph] = train(argparse.Namespace(**{**vars(args), "graph": graph, "name": name, "resume": begun}))
+    return found
 
 
 # ---------------------------------------------------------------------------------------------------------- pictures

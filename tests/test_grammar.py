@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from attngraph import Causal, EdgeList, PerHead, Prefix, Window, parse
+from attngraph import Causal, EdgeList, PerHead, Prefix, Window, parse, parse_list
 
 
 def test_the_operators_bind_as_in_python():
@@ -81,3 +81,15 @@ def test_what_is_no_graph_is_told(text, message, capfd):
 def test_only_text_is_parsed():
     with pytest.raises(TypeError, match="text must be a string"):
         parse(Causal())
+
+
+def test_an_expression_may_name_graphs_of_the_data():
+    bonds = EdgeList([[0, 1], [1, 0]], size=2)
+    assert parse("(bonds | Window(1, 0)).with_global_nodes(1)", {"bonds": bonds}) == (
+        bonds | Window(1, 0)
+    ).with_global_nodes(1)
+    assert parse_list("bonds, bonds.T", {"bonds": bonds}) == [bonds, bonds.T]
+    with pytest.raises(ValueError, match="not part of a graph expression: 'bonds'"):
+        parse("bonds")
+    with pytest.raises(ValueError, match="names must be graphs by names of your own"):
+        parse("Causal()", {"Causal": bonds})

@@ -17,7 +17,15 @@ import attngraph.pyg
 from attngraph import Causal, KVCache, Window, analysis, attend, comparison, generate, plan, speculate, stream
 from attngraph.generation import DraftModel, PromptLookup
 from attngraph.models import GPT, DecisionTransformer, Encoder, EncoderDecoder, ViT
-from attngraph.nn import Attention, FeedForward, Transformer, TransformerConfig
+from attngraph.nn import (
+    Attention,
+    FeedForward,
+    LogMelSpectrogram,
+    Transformer,
+    TransformerConfig,
+    pool,
+    random_walk_positions,
+)
 
 q, k, v = torch.randn(3, 1, 2, 6, 4).unbind(0)
 x = torch.randn(2, 6, 8)
@@ -130,6 +138,15 @@ DOORS = [
     Door("FeedForward", FeedForward, {
         "embed_dim": 8, "hidden_dim": 16, "activation": "gelu", "gated": False, "bias": True, "dropout": 0.0,
     }),
+    Door("random_walk_positions", random_walk_positions, {"graph": GRAPH, "steps": 2, "n": 6}),
+    Door("LogMelSpectrogram", LogMelSpectrogram, {
+        "sampling_rate": 8000, "n_fft": 256, "hop_length": 128, "num_mels": 32,
+    }),
+    Door("LogMelSpectrogram.forward", LogMelSpectrogram(), {"sound": torch.zeros(1, 800)}),
+    Door("pool", pool, {"x": x, "reduce": "mean", "batch": None, "num_graphs": None, "attention_mask": None}),
+    Door("pool of packed graphs", pool, {
+        "x": x[0], "reduce": "max", "batch": torch.arange(6), "num_graphs": 6, "attention_mask": None,
+    }, {"num_graphs": "num_graphs|batch"}),
     Door("GPT", GPT, {"config": config, "vocab_size": 11, "graph": Causal(), "tied": True}, {
         "vocab_size": "vocab_size|tokens",
     }, ("graph",)),
@@ -187,8 +204,8 @@ DOORS = [
         "resolve": {"q": q, "k": k, "attention_mask": None},
         "spans": {"start": 1, "stop": 2, "n": 6, "m": 6}, "of_head": {"index": 0}, "edge_heads": {"n": 6, "m": 6},
     }.items()),
-    Door("parse", attngraph.parse, {"text": "Causal()"}, {"text": "text|expression"}),
-    Door("parse_list", attngraph.parse_list, {"text": "Causal()"}, {"text": "text|expression"}),
+    Door("parse", attngraph.parse, {"text": "Causal()", "names": {"own": Causal()}}, {"text": "text|expression"}),
+    Door("parse_list", attngraph.parse_list, {"text": "Causal()", "names": None}, {"text": "text|expression"}),
     Door("from_neighbors", attngraph.from_neighbors, {"index": torch.zeros(3, 2, dtype=torch.int64), "num_keys": 3}),
     Door("knn_graph", attngraph.knn_graph, {"x": torch.randn(5, 2), "k": 3, "loop": False, "queries": None}),
     Door("radius_graph", attngraph.radius_graph, {

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from attngraph import cache
-from attngraph.arguments import checked
+from attngraph.arguments import checked, shown
 from attngraph.graph import algebra, compose, dynamic, edge_list, expander, grids, patterns
 from attngraph.graph.base import MAX_TERMS_WRITTEN, Graph
 from attngraph.graph.edge_list import EdgeList
@@ -36,18 +36,21 @@ METHODS = ("rows", "sized", "with_global_nodes")
 
 
 @checked
-def parse(text: str) -> Graph:
+def parse(text: str, names: Mapping[str, Graph] | None = None) -> Graph:
     """The graph that an expression describes, as `repr` writes it.
 
     Graphs by name with numbers and lists as arguments, the operators ``| & - ^ ~ @``, ``.T``, ``.rows``, ``.sized``
-    and ``.with_global_nodes``; nothing else. No code runs.
+    and ``.with_global_nodes``; nothing else. No code runs. `names` are further graphs, such as those of the data, that
+    the expression may name.
 
     >>> parse("Causal() & (Window(256, 0) | Prefix(4))")
     Causal() & (Window(256, 0) | Prefix(4))
+    >>> parse("bonds | Identity()", {"bonds": EdgeList([[0, 1], [1, 0]], size=2)})
+    EdgeList([[1, 0], [0, 1]], size=(2, 2)) | Identity()
 
     Raises ValueError that says what was not understood.
     """
-    graph = _parsed(text)
+    graph = _parsed(text, names=names)
     if not isinstance(graph, Graph):
         raise ValueError(f"not a graph but {_short(repr(graph))}: {_short(text)!r}; {_HINT}")
     return graph
@@ -59,21 +62,24 @@ def written(graph: Graph) -> str:
 
 
 @checked
-def parse_list(text: str) -> list[Graph]:
-    """The graphs that expressions describe, separated by commas, as for the layers of a model.
+def parse_list(text: str, names: Mapping[str, Graph] | None = None) -> list[Graph]:
+    """The graphs that expressions describe, separated by commas, as for the layers of a model; `names` as in `parse`.
 
     >>> parse_list("Causal() & Window(8, 0), Causal()")
     [Causal() & Window(8, 0), Causal()]
     """
-    graphs = _parsed(text)
+    graphs = _parsed(text, names=names)
     graphs = [*graphs] if isinstance(graphs, list) else [graphs]
     if not graphs or not all(isinstance(graph, Graph) for graph in graphs):
         raise ValueError(f"not graphs, separated by commas: {_short(text)!r}; {_HINT}")
     return graphs
 
 
-def _parsed(text: str, tensors: Sequence[Tensor] = ()) -> Any:
+def _parsed(text: str, tensors: Sequence[Tensor] = (), names: Mapping[str, Graph] | None = None) -> Any:
     """The value of an expression: a graph, a number, or a list of them; `_0`, `_1`, … stand for tensors."""
+    for name, graph in (names or {}).items():
+        if not isinstance(graph, Graph) or name in NAMES:
+            raise ValueError(f"names must be graphs by names of your own (got {shown(graph)} as {name!r})")
     if not isinstance(text, str):
         raise TypeError(f"a graph expression is a str (got {type(text).__name__})")
     if len(text) > LONGEST:
@@ -83,19 +89,19 @@ def _parsed(text: str, tensors: Sequence[Tensor] = ()) -> Any:
     except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
         reason = error.msg if isinstance(error, SyntaxError) else "too deeply nested"
         raise ValueError(f"not a graph expression: {_short(text)!r} ({reason}); {_HINT}") from None
-    return _value(tree, text, tensors, 0)
+    return _value(tree, text, tensors, names or {}, 0)
 
 
 _HINT = f"write for example Causal() & (Window(256, 0) | Prefix(4)), of {', '.join(NAMES)}"
 
 
-def _value(node: ast.expr, text: str, tensors: Sequence[Tensor], depth: int) -> Any:
+def _value(node: ast.expr, text: str, tensors: Sequence[Tensor], names: Mapping[str, Graph], depth: int) -> Any:
     """A graph, a number or a list."""
     if depth > DEEPEST:
         raise ValueError(f"a graph expression nests at most {DEEPEST} operations: {_short(text)!r}")
 
     def inner(part):
-        return _value(part, text, tensors, depth + 1)
+        return _value(part, text, tensors, names, depth + 1)
 
     match node:
         case ast.Constant(value=int() | None as number):
@@ -117,6 +123,8 @@ def _value(node: ast.expr, text: str, tensors: Sequence[Tensor], depth: int) -> 
             return graph
         case ast.Attribute(attr="T"):
             return _graph(inner(node.value), text).T
+        case ast.Name(id=name) if name in names:
+            return names[name]
         case ast.Name(id=name) if tensors and name[0] == "_" and tensors[int(name[1:])].ndim == 0:
             return cache.COMPILED.find(tensors[int(name[1:])])
         case ast.Call(func=ast.Name(id="EdgeList"), args=[ast.Name(id=name)]) if tensors:

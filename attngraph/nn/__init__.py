@@ -3,6 +3,8 @@
 from attngraph.nn.attention import Attention
 from attngraph.nn.embedding import AudioEmbedding, PatchEmbedding, TokenEmbedding
 from attngraph.nn.feedforward import FeedForward
+from attngraph.nn.mel import LogMelSpectrogram
+from attngraph.nn.pooling import pool
 from attngraph.nn.positions import (
     AlibiPositions,
     LearnedPositions,
@@ -11,6 +13,7 @@ from attngraph.nn.positions import (
     SinusoidalPositions,
     rotate,
 )
+from attngraph.nn.random_walks import random_walk_positions
 from attngraph.nn.recording import Recorded, Recording
 from attngraph.nn.transformer import Block, Transformer, TransformerConfig
 
@@ -21,6 +24,7 @@ __all__ = [
     "Block",
     "FeedForward",
     "LearnedPositions",
+    "LogMelSpectrogram",
     "PatchEmbedding",
     "Recorded",
     "Recording",
@@ -30,5 +34,7 @@ __all__ = [
     "TokenEmbedding",
     "Transformer",
     "TransformerConfig",
+    "pool",
+    "random_walk_positions",
     "rotate",
 ]

@@ -341,9 +341,8 @@ def report(
         "bytes a token", len(unseen) / len(tokens), baselines(known, unseen, len(tokenizer)), "Causal()",
         Causal().num_edges(example, example), seconds, "tokens.png",
     ))  # fmt: skip
-    print(
-        f"{EXAMPLE:,} bytes are {example} nodes, or as many: of bytes, {Causal().num_edges(EXAMPLE, EXAMPLE):,} edges"
-    )
+    of_bytes = Causal().num_edges(EXAMPLE, EXAMPLE)
+    print(f"{EXAMPLE:,} bytes of text have {told['edges']:,} edges between tokens, {of_bytes:,} between bytes")
     print(training.left_in(folder))
     return told
 

@@ -2,7 +2,7 @@
 
     python examples/molecules.py                        bonds and a global node; beside it bonds alone, an expander, all
     python examples/molecules.py --graph "(bonds | bonds @ bonds).with_global_nodes(1)" --against    one of your own
-    python examples/molecules.py --task csl --name csl --steps 150   which circulant graph: by random walks, and without
+    python examples/molecules.py --task csl --name csl --steps 150 --walks 24   which graph, by random walks and without
 
 Molecules are random carbon skeletons; their HOMO-LUMO gap is Hückel's, of the eigenvalues of the bonds. A batch of
 molecules is one graph, side by side. The other task (Murphy et al. 2019) has graphs that message passing can't tell
@@ -34,7 +34,7 @@ METRICS = {"gap": "error of the gap [β]", "csl": "graphs right [%]"}
 
 def settings(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line: a graph that is made of each molecule's `bonds`, and others to train the same on."""
-    quick = {"steps": 200, "molecules": 600, "batch": 24, "against": ["Full()"]}
+    quick = {"steps": 300, "molecules": 1000, "against": []}
     parser = training.parser_of(
         __doc__, ("against",), quick, name="molecules", batch=32, steps=1200, evaluate_every=300, optimizer="adamw",
         lr=0.002,
@@ -133,7 +133,8 @@ def heard(expression: str, bonds: EdgeList) -> EdgeList:
 def samples(data: Data, args: argparse.Namespace) -> list[tuple[Tensor, EdgeList, Tensor]]:
     """Of each graph: its nodes, global ones in front, who hears whom, and what is asked."""
     told = features(data.adjacency, args.walks)
-    told[..., 5:] = (told[..., 5:] - told[..., 5:].mean((0, 1))) / (told[..., 5:].std((0, 1)) + 1e-3)
+    if args.walks:
+        told[..., 5:] = (told[..., 5:] - told[..., 5:].mean((0, 1))) / (told[..., 5:].std((0, 1)) + 1e-3)
     found = []
     for nodes, adjacency, target in zip(told, data.adjacency, data.target, strict=True):
         graph = heard(args.graph, from_dense(adjacency.bool()))

@@ -49,7 +49,8 @@ MOST = 2**31 - 1  # of any number
 
 GRAPHS = """graphs:
   who hears whom, as an expression that attngraph.parse reads; in a shell, between quotes
-    Causal() Full() Window(left, right) Prefix(length) Strided(stride) Chunks(chunk) Random(degree): of any size
+    Causal() Full() Window(left, right) Prefix(length) Strided(stride) Chunks(chunk)
+    ChunkEnds(chunk, length) Random(degree): of any size
     a & b, a | b, a - b, a ^ b, ~a, a.T, a @ b: combined; PerHead([a, b]): one for each head
     "a, b, c, d": one for each layer
   documented, with pictures, in docs/graphs.md and docs/algebra.md; in Python, by help(attngraph)
@@ -139,6 +140,16 @@ def require_at_least(given: argparse.Namespace, parser: argparse.ArgumentParser,
             parser.error(f"--{name.replace('_', '-')} must be {bound} or more (got {value})")
         if value is not None and value > MOST:
             parser.error(f"--{name.replace('_', '-')} must be {MOST} or less (got {value})")
+
+
+def require_graphs(given: argparse.Namespace, parser: argparse.ArgumentParser, read: Callable[[str], object]) -> None:
+    """An error unless --graph, and each of --against, can be read."""
+    for name, texts in (("graph", [given.graph]), ("against", given.against)):
+        for text in texts:
+            try:
+                read(text)
+            except ValueError as error:
+                parser.error(f"--{name}: {error}")
 
 
 def require_heads(given: argparse.Namespace, parser: argparse.ArgumentParser, even: bool = False) -> None:
@@ -691,6 +702,17 @@ def tell(folder: Path, outcome: Outcome) -> dict[str, Any]:
     kept = {**outcome._asdict(), "baselines": dict(outcome.baselines)}
     write_whole(folder / OUTCOME, lambda path: path.write_text(json.dumps(kept, indent=2)))
     return kept
+
+
+def beside(args: argparse.Namespace, train: Callable[[argparse.Namespace], dict]) -> dict[str, dict]:
+    """What `train` returns on each graph of --against, all else the same, in runs of their own: NAME-against-1, …"""
+    found = {}
+    for number, graph in enumerate(args.against, 1):
+        name = f"{args.name}-against-{number}"
+        begun = args.resume and (Path(args.runs) / name / MODEL).exists()  # or the first was stopped before
+        print(f"\nthe same model and budget under {graph}:")
+        found[graph] = train(argparse.Namespace(**{**vars(args), "graph": graph, "name": name, "resume": begun}))
+    return found
 
 
 # ---------------------------------------------------------------------------------------------------------- pictures

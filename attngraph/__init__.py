@@ -9,7 +9,8 @@ alone. GPT, BERT, the encoder–decoder and ViT are one Transformer that differs
 >>> attend(q, k, v, graph).shape
 torch.Size([1, 8, 1024, 64])
 
-Graphs      Full Empty Identity Causal Window Prefix Global Strided Chunks Random Expander, of any size
+Graphs      Full Empty Identity Causal Window Prefix Global Strided Chunks ChunkEnds Random
+            Expander, of any size
             Documents Tree Neighborhood Axial ShiftedWindows EdgeList, which know theirs
             TopK BlockTopK, whose edges queries and keys choose
             | & - ^ ~ .T @ of them; Disjoint, Batched, Beside, Blocks, PerHead of them; `Graph` has the views, and
@@ -47,6 +48,7 @@ from attngraph.graph.expander import Expander
 from attngraph.graph.grids import Axial, Neighborhood, ShiftedWindows
 from attngraph.graph.patterns import (
     Causal,
+    ChunkEnds,
     Chunks,
     Documents,
     Global,
@@ -90,6 +92,7 @@ __all__ = [
     "BlockTopK",
     "Blocks",
     "Causal",
+    "ChunkEnds",
     "Chunks",
     "Comparison",
     "Costs",

@@ -12,9 +12,12 @@ import re
 import shutil
 import statistics
 import tempfile
+import time
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import pairwise
 from pathlib import Path
+from types import ModuleType
 
 import bert
 import gpt
@@ -23,6 +26,9 @@ import incontext
 import lecture
 import mlp_is_attention
 import molecules
+import notebook
+import particles
+import recall
 import sensors
 import speech
 import tokenizer
@@ -219,6 +225,92 @@ def spoken(options: Namespace) -> Iterator[Goal]:
     yield Goal("speech.py: seconds with all that it is compared with", 180, seconds[0], at_most=True)
 
 
+def told(figures: Iterable[float]) -> str:
+    """One of each seed."""
+    return ", ".join(f"{each:.2f}" for each in figures)
+
+
+def of_seeds(found: list[dict], name: str) -> str:
+    """A figure of each seed, as a note."""
+    return told(each[name] for each in found)
+
+
+def runs(module: ModuleType, options: Namespace, *given: str) -> list[dict]:
+    """What an example's `main` returns, for each seed, and its CPU seconds."""
+    name, found = module.__name__, []
+    for seed in SEEDS:
+        arguments = ["--runs", options.runs, "--name", f"{name}-{seed}", "--seed", str(seed), *given]
+        begin = time.process_time()
+        found.append(module.main(module.settings(arguments)))
+        found[-1]["cpu"] = time.process_time() - begin
+    return found
+
+
+def of_others(found: list[dict], name: str) -> dict[str, list[float]]:
+    """A figure of each seed, by the graphs of --against."""
+    return {graph: [each["against"][graph][name] for each in found] for graph in found[0]["against"]}
+
+
+def recalled(options: Namespace) -> Iterator[Goal]:
+    """`recall.py`: connectivity that is computed from the data."""
+    found = runs(recall, options)
+    text = f"recall.py, 32 pairs, {found[0]['graph']}"
+    worst, every = min(each["right"] for each in found), found[0]["against"]["Causal()"]
+    yield Goal(f"{text}: % of the values right, the worst of three seeds", 99, worst, note=of_seeds(found, "right"))
+    yield Goal(f"{text}: edges of its layer over those of Causal()", 1 / 6, found[0]["edges"] / every["edges"], True)
+    others = of_others(found, "right")
+    note = "; ".join(f"{graph} {told(right)}" for graph, right in others.items())
+    best = max(max(right) for graph, right in others.items() if graph != "Causal()")
+    yield Goal("recall.py, 32 pairs, a window and random edges: % right, the best of three seeds", 25, best, True, note)
+    cpu = max(each["cpu"] for each in found)
+    yield Goal("recall.py: CPU seconds with all that is beside it, the slowest seed", 180, cpu, at_most=True)
+
+
+def pushed(options: Namespace) -> Iterator[Goal]:
+    """`particles.py`: the nearest of each step."""
+    found = runs(particles, options)
+    text = f"particles.py, {found[0]['graph']}, {found[0]['edges']:,} edges"
+    worst = max(each["unexplained"] for each in found)
+    note = of_seeds(found, "unexplained")
+    yield Goal(f"{text}: % of the variance unexplained, the worst of three seeds", 2.5, worst, at_most=True, note=note)
+    others = of_others(found, "unexplained")
+    ratios = [each["unexplained"] / each["against"]["Full()"]["unexplained"] for each in found]
+    text = f"{text}: unexplained variance over that of Full(), the worst of three seeds"
+    yield Goal(text, 1, max(ratios), at_most=True, note=f"Full() {told(others['Full()'])}")
+    random = others["Random(12)"]
+    yield Goal("particles.py, Random(12): % of the variance unexplained", 50, min(random), note=told(random))
+    cpu = max(each["cpu"] for each in found)
+    yield Goal("particles.py: CPU seconds with all that is beside it, the slowest seed", 180, cpu, at_most=True)
+
+
+def noted(options: Namespace) -> Iterator[Goal]:
+    """`notebook.py`: notes that later chunks hear, more and fewer, and on longer texts."""
+    found = runs(notebook, options, "--sweep", "0", "1", "2", "4")
+    text = f"notebook.py, {found[0]['graph']}"
+    worst = min(each["right"] for each in found)
+    yield Goal(f"{text}: % of the values right, the worst of three seeds", 97, worst, note=of_seeds(found, "right"))
+    by_length = {tokens: [each["lengths"][tokens] for each in found] for tokens in found[0]["lengths"]}
+    note = "; ".join(f"{tokens} tokens {told(right)}" for tokens, right in by_length.items())
+    longest = list(by_length.values())[-1]
+    yield Goal(f"{text}: % right in texts 4 times as long as those of training", 90, min(longest), note=note)
+    others = of_others(found, "right")
+    none = next(iter(others.values()))
+    note = "; ".join(f"{graph} {told(right)}" for graph, right in others.items())
+    yield Goal("notebook.py, without notes: % of the values right, the best of three seeds", 10, max(none), True, note)
+    notes = {notes: [each["notes"][notes]["right"] for each in found] for notes in found[0]["notes"]}
+    note = "; ".join(f"{number} notes {told(right)}" for number, right in notes.items())
+    means = [statistics.mean(right) for right in notes.values()]
+    least = min(after - before for before, after in pairwise(means))
+    yield Goal("notebook.py: points that more notes are better, the least from 0 to 1, 2 and 4", 0, least, note=note)
+    cpu = max(each["cpu"] for each in found)
+    yield Goal(
+        "notebook.py: CPU seconds with all that is beside it, four numbers of notes, the slowest seed",
+        360,
+        cpu,
+        at_most=True,
+    )
+
+
 SECTIONS = {
     "exact": exact,
     "digits": digits,
@@ -231,6 +323,9 @@ SECTIONS = {
     "circulants": circulants,
     "fusion": fusion,
     "spoken": spoken,
+    "recall": recalled,
+    "particles": pushed,
+    "notebook": noted,
 }
 
 

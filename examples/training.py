@@ -51,7 +51,8 @@ MOST = 2**31 - 1  # of any number
 
 GRAPHS = """graphs:
   who hears whom, as an expression that attngraph.parse reads; in a shell, between quotes
-    Causal() Full() Window(left, right) Prefix(length) Strided(stride) Chunks(chunk) Random(degree): of any size
+    Causal() Full() Window(left, right) Prefix(length) Strided(stride) Chunks(chunk)
+    ChunkEnds(chunk, length) Random(degree): of any size
     a & b, a | b, a - b, a ^ b, ~a, a.T, a @ b: combined; PerHead([a, b]): one for each head
     "a, b, c, d": one for each layer
   documented, with pictures, in docs/graphs.md and docs/algebra.md; in Python, by help(attngraph)

@@ -12,6 +12,7 @@ from graphs import GRAPHS
 
 from attngraph import (
     Causal,
+    ChunkEnds,
     Chunks,
     Documents,
     EdgeList,
@@ -154,6 +155,7 @@ def some_graph(rng, n):
         lambda: rng.choice([Full(), Empty(), Identity(), Causal()]), lambda: Causal(few - 2), lambda: Prefix(few),
         lambda: Window(few, rng.randrange(3), 1 + rng.randrange(3)), lambda: Strided(few + 1),
         lambda: Chunks(few + 1, rng.randrange(4)), lambda: Random(rng.randrange(3), seed=few), lambda: Global([few]),
+        lambda: ChunkEnds(few + 2, rng.randrange(few + 2), rng.randrange(4)),
         lambda: EdgeList([[rng.randrange(n) for _ in range(2 * few)] for _ in range(2)], size=n),
         lambda: Tree([rng.randrange(-1, node) for node in range(n)]), lambda: Documents([few % n, n - few % n]),
         lambda: from_function(lambda q, k: (q * k) % 7 == few),

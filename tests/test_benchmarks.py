@@ -7,6 +7,7 @@ from importlib import import_module
 from math import inf
 from pathlib import Path
 
+import particles
 import pytest
 import torch
 
@@ -313,14 +314,10 @@ def test_overhead_is_recorded_for_each_size(tmp_path):
     assert "| `Causal()`, N = 64 | " in "\n".join(overhead.render(Records(tmp_path), lambda name, content: name))
 
 
-def test_each_contestant_of_the_particles_learns_on_its_own_graph(monkeypatch):
-    place, charge, force = dynamic.drawn(3)
-    assert (place.shape, charge.shape, force.shape) == ((3, 64, 2), (3, 64, 1), (3, 64, 2))
-    counts = {name: of(place).num_edges(3 * 64) for name, of in dynamic.CONTESTANTS.items()}
-    assert counts["nearest"] == counts["random"] == 3 * 64 * dynamic.NEIGHBOURS
-    monkeypatch.setattr(dynamic, "TESTED", 16)
-    for name in counts:
-        found = dynamic.particles_trained(lambda *_: None, name, 0, 2)
+def test_each_contestant_of_the_particles_is_trained_as_the_example_is(monkeypatch):
+    monkeypatch.setattr(particles, "TESTED", 16)
+    for graph in dynamic.PARTICLES.values():
+        found = dynamic.trained(lambda *_: None, "particles", graph, 0, "--steps", "2")
         assert 50 < found["score"] < 300  # of hardly a training
         assert found["seconds"] > 0
 

@@ -10,6 +10,7 @@ import torch
 from attngraph import (
     Axial,
     Causal,
+    ChunkEnds,
     Chunks,
     Documents,
     EdgeList,
@@ -50,6 +51,7 @@ LARGE = 10**9
 ANY_SIZE = [
     Full(), Identity(), Causal(), Window(3, 3), Window(10**6, 0, 3), Prefix(9), Global([0, 7]), Strided(3),
     Strided(10**8), Chunks(64), Chunks(3, 1), Random(8), Random(10**9), Causal() & Chunks(64), Causal() & Random(8),
+    ChunkEnds(64, 2), ChunkEnds(3, 1), ChunkEnds(10**9, 10**8, 5), Causal() & (Chunks(64) | ChunkEnds(64, 2)),
     Expander(8), ~Random(3), Causal() - Random(3), Random(3) @ Random(3), Window(1, 0) @ Window(1, 0), Own(),
     Own() & Window(3, 0), from_function(lambda q, k: q > k), PerHead([Causal(), Random(3)]), Random(3).T,
     Causal().rows(10**5, 2 * 10**5), Causal().with_global_nodes(10), (Causal() | Random(2)) ^ Strided(7),

@@ -11,6 +11,7 @@ from test_attend import BIASES, DISTANCES, assert_equal, biases, refuses_distanc
 from attngraph import (
     Beside,
     Causal,
+    ChunkEnds,
     Chunks,
     Disjoint,
     Documents,
@@ -74,6 +75,7 @@ def graphs(draw, n, m, depth=3):
         strategies.builds(Global, strategies.lists(strategies.integers(0, 9), max_size=3)),
         strategies.builds(Strided, some),
         strategies.builds(Chunks, some, few),
+        strategies.builds(lambda rest, length, offset: ChunkEnds(rest + length, length, offset), some, few, few),
         strategies.builds(Random, few, few),
         edge_lists(n, m),
     ]

@@ -184,6 +184,7 @@ DOORS = [
         attngraph.Causal: {"offset": 0}, attngraph.Window: {"left": 2, "right": 0, "dilation": 1},
         attngraph.Prefix: {"length": 2}, attngraph.Global: {"nodes": (0, 2)}, attngraph.Strided: {"stride": 2},
         attngraph.Chunks: {"chunk": 3, "offset": 0}, attngraph.Documents: {"lengths": (2, 3)},
+        attngraph.ChunkEnds: {"chunk": 3, "length": 1, "offset": 0},
         attngraph.Tree: {"parents": (-1, 0, 0)}, attngraph.Random: {"degree": 2, "seed": 0},
         attngraph.Expander: {"degree": 2, "seed": 0},
         attngraph.Axial: {"shape": (2, 3)}, attngraph.Neighborhood: {"shape": (2, 3), "radius": 1, "dilation": 1},

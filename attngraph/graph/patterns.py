@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import cached_property
 from itertools import accumulate
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -266,6 +266,68 @@ class Chunks(Graph):
         last = first + whole * self.chunk  # where the chunk begins in which the shorter side ends
         rest_n, rest_m = (min(side - last, self.chunk) for side in (n, m))
         return first * first + whole * self.chunk**2 + rest_n * rest_m
+
+
+class ChunkEnds(Graph):
+    """Everyone hears the last `length` keys of each chunk of consecutive keys, whose borders are those of `Chunks`.
+
+    What a chunk keeps for later: with `Chunks`, the fixed pattern of the Sparse Transformer (Child et al. 2019). An
+    offset of `length` moves the same keys to the beginnings of the chunks.
+
+    >>> (Causal() & (Chunks(3) | ChunkEnds(3, 1))).mask(6, 6).int()
+    tensor([[1, 0, 0, 0, 0, 0],
+            [1, 1, 0, 0, 0, 0],
+            [1, 1, 1, 0, 0, 0],
+            [0, 0, 1, 1, 0, 0],
+            [0, 0, 1, 1, 1, 0],
+            [0, 0, 1, 1, 1, 1]], dtype=torch.int32)
+    """
+
+    chunk: int
+    length: int
+    offset: int = 0
+
+    def _check(self):
+        require_ints(1, chunk=self.chunk)
+        require_ints(0, length=self.length)
+        require_ints(None, offset=self.offset)
+        if self.length > self.chunk:
+            raise ValueError(f"length must be at most chunk (got {self.length} and {self.chunk})")
+
+    def contains(self, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        return (q_idx >= 0) & ((kv_idx - self.offset) % self.chunk >= self.chunk - self.length)
+
+    def _heard_before(self, key: int | Tensor) -> Any:
+        """How many keys are heard from the border at `offset` on, and before this one; negative on its other side."""
+        whole, rest = (key - self.offset) // self.chunk, (key - self.offset) % self.chunk
+        first = self.chunk - self.length
+        return whole * self.length + (rest - first) * (rest > first)
+
+    def _classify_boxes(self, boxes):
+        heard = self._heard_before(boxes.right) - self._heard_before(boxes.left)
+        return classify(heard == 0, heard == boxes.right - boxes.left)
+
+    def _box_pattern(self, boxes):
+        return [(boxes.left - self.offset) % self.chunk]
+
+    def _breakpoints(self, n, m):
+        if m // self.chunk > MAX_BORDERS:
+            return None
+        borders = range(self.offset % self.chunk, m + self.chunk, self.chunk)
+        return Breakpoints(columns=frozenset(borders) | frozenset(border - self.length for border in borders))
+
+    def _edges(self, n, m):
+        require_memory(self._count(n, m) * BYTES_PER_EDGE, f"to list the edges of {self} at {n} × {m}")
+        if not self.length or not m:
+            return torch.empty(2, 0, dtype=torch.int64).unbind()
+        stop = torch.arange(self.offset % self.chunk, m + self.chunk, self.chunk)
+        start = (stop - self.length).clamp(0, m)
+        count = stop.clamp(max=m) - start
+        key = torch.arange(int(count.sum())) + (start - count.cumsum(0) + count).repeat_interleave(count)
+        return torch.arange(n).repeat_interleave(len(key)), key.repeat(n)
+
+    def _count(self, n, m):
+        return n * (self._heard_before(m) - self._heard_before(0))
 
 
 class Random(Graph):

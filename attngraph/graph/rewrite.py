@@ -26,7 +26,7 @@ from attngraph.graph.base import Graph
 from attngraph.graph.compose import Disjoint
 from attngraph.graph.edge_list import EdgeList
 from attngraph.graph.expander import Expander
-from attngraph.graph.patterns import Causal, Chunks, Global, Identity, Prefix, Random, Strided, Window
+from attngraph.graph.patterns import Causal, ChunkEnds, Chunks, Global, Identity, Prefix, Random, Strided, Window
 
 EMPTY, FULL = Empty(), Full()
 
@@ -58,9 +58,11 @@ def _rewritten(graph: Graph) -> Graph | None:
             return a._map(Transpose)  # (a op b).T -> a.T op b.T
         case Window(0, 0):  # Window(0, 0) -> Identity()
             return Identity()
-        case Prefix(0) | Global(()) | Random(0) | Expander(0):  # -> Empty()
+        case Prefix(0) | Global(()) | ChunkEnds(_, 0) | Random(0) | Expander(0):  # -> Empty()
             return EMPTY
         case Strided(1):  # Strided(1) -> Full()
+            return FULL
+        case ChunkEnds(chunk, length) if chunk == length:  # ChunkEnds(c, c) -> Full()
             return FULL
         case Chunks(1):  # Chunks(1) -> Identity()
             return Identity()
@@ -80,8 +82,8 @@ def _rewritten(graph: Graph) -> Graph | None:
             return a
         case SymmetricDifference((Full(), a) | (a, Full())):  # a ^ Full() -> ~a
             return ~a
-        case QuerySlice((Full() | Empty() | Prefix()) as a):  # a.rows(i, j) -> a, if all queries are alike
-            return a
+        case QuerySlice((Full() | Empty() | Prefix() | ChunkEnds()) as a):
+            return a  # a.rows(i, j) -> a, if all queries are alike
         case QuerySlice(QuerySlice(a, start, _), more, stop):  # a.rows(i, j).rows(k, l) -> a.rows(i + k, i + l)
             return QuerySlice(a, start + more, start + stop)
         case QuerySlice(Causal(offset), start, _):  # Causal(o).rows(i, j) -> Causal(o + i)

@@ -23,7 +23,7 @@ Plans       plan, Plan, Costs, calibrate: how it runs; compare: beside others; c
 Modules     nn (Attention, Transformer), models (GPT, Encoder, EncoderDecoder, ViT, DecisionTransformer);
             save and load of each model; record: its attention weights; attngraph.hf: checkpoints of Hugging Face;
             attngraph.pyg: PyG's attention layers, and accelerate, for a model that has them
-Decoding    generate, stream, speculate; KVCache: what a model keeps of its text
+Decoding    generate, stream, speculate; KVCache: what a model keeps of its text; unmask: of masked tokens
 Questions   analysis (causality, leaks, receptive fields, cost and what a cache holds), draw (pictures)
 """
 
@@ -38,6 +38,7 @@ from attngraph.comparison import Comparison, compare
 from attngraph.edge_features import EdgeFeatures
 from attngraph.generation.decoding import generate, stream
 from attngraph.generation.kv_cache import KVCache
+from attngraph.generation.masked import unmask
 from attngraph.generation.speculative import speculate
 from attngraph.graph.algebra import Empty, Full
 from attngraph.graph.base import Graph
@@ -146,4 +147,5 @@ __all__ = [
     "to_block_mask",
     "to_networkx",
     "to_scipy_sparse_matrix",
+    "unmask",
 ]

@@ -75,6 +75,9 @@ def inputs():
     }  # fmt: skip
 
 
+ALSO = {"DecisionTransformer": ("state_dim", "action_dim")}  # one of two is required
+
+
 def _required(function):
     return [
         name
@@ -90,7 +93,8 @@ def made(cls, position="rotary", **switches):
         "decoder": config(position, cross=True, **switches),
     }  # fmt: skip
     torch.manual_seed(0)
-    module = cls(**{name: {**ARGUMENTS, **configs}[name] for name in _required(cls.__init__)})
+    takes = [*_required(cls.__init__), *ALSO.get(cls.__name__, ())]
+    module = cls(**{name: {**ARGUMENTS, **configs}[name] for name in takes})
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.copy_(0.3 * torch.randn_like(parameter) + (parameter.ndim == 1))

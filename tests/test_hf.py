@@ -359,6 +359,16 @@ def test_a_model_made_here_is_one_of_a_family(family, case, model, tmp_path):
             None,
             "pool='cls', not 'mean'",
         ),
+        (
+            DecisionTransformer(
+                switches(position="learned", max_length=40, activation="relu"),
+                num_states=5,
+                action_dim=2,
+                max_time=30,
+            ),
+            None,
+            "state_dim=5, not None",
+        ),
     ],
     ids=lambda each: each if isinstance(each, str) else None,
 )

@@ -87,6 +87,10 @@ def test_padding_of_other_models_is_heard_by_nobody():
     mask[0, :2] = False
     close(model(*sides, attention_mask=mask)[0, 2:], model(*(side[:1, 2:] for side in sides))[0])
 
+    model = shaken(DecisionTransformer(config(), num_states=17, num_actions=3, max_time=30))
+    sides = tokens(2, 6), tokens(2, 6, seed=1) % 3, sides[2], sides[3]
+    close(model(*sides, attention_mask=mask)[0, 2:], model(*(side[:1, 2:] for side in sides))[0])
+
     for pool in ("cls", "mean"):
         model = shaken(ViT(config(max_length=16 + (pool == "cls")), 5, image_size=8, patch_size=2, pool=pool))
         images, mask = vectors(2, 3, 8, 8), torch.ones(2, 16, dtype=torch.bool)
@@ -95,6 +99,28 @@ def test_padding_of_other_models_is_heard_by_nobody():
         changed[:, :, :2, 6:] += 1  # the fourth patch
         close(model(images, attention_mask=mask), model(changed, attention_mask=mask))
         assert not torch.allclose(model(images), model(changed))
+
+
+@torch.no_grad()
+def test_discrete_states_and_actions_are_the_vectors_of_one_of_so_many():
+    """A vector for each is a linear map of a one among zeros; what comes are logits, without bounds."""
+    chosen = shaken(DecisionTransformer(config(), num_states=17, num_actions=3, max_time=30))
+    vectorial = shaken(DecisionTransformer(config(), state_dim=17, action_dim=3, max_time=30, bounded=False))
+    state = {name: value for name, value in chosen.state_dict().items() if not name.startswith("embed_")}
+    assert not vectorial.load_state_dict(state, strict=False).unexpected_keys
+    for name in ("embed_state", "embed_action"):
+        getattr(vectorial, name).weight.copy_(getattr(chosen, name).weight.T)
+        getattr(vectorial, name).bias.zero_()
+    vectorial.embed_return.load_state_dict(chosen.embed_return.state_dict())
+    states, actions, returns = tokens(2, 6), tokens(2, 6, seed=1) % 3, vectors(2, 6, 1)
+    times = torch.arange(6).expand(2, 6)
+    hot = nn.functional.one_hot(states, 17).double(), nn.functional.one_hot(actions, 3).double()
+    found = chosen(states, actions, returns, times)
+    close(found, vectorial(*hot, returns, times))
+    assert found.abs().max() > 1
+    other = actions.clone()
+    other[:, -1] = (other[:, -1] + 1) % 3  # what the last step is asked for can't be heard
+    assert torch.equal(chosen(states, other, returns, times), found)
 
 
 def test_a_packed_batch_is_one_bigger_graph():
@@ -299,6 +325,32 @@ def test_padding_of_the_source_takes_no_places():
                 torch.ones(1, 3, 4), torch.ones(1, 2, 2), torch.ones(1, 3, 1), tokens(1, 3)
             ),
             ValueError, "the same batch and number of steps",
+        ),
+        (
+            lambda: DecisionTransformer(config(), num_states=5, num_actions=3, max_time=9)(
+                tokens(1, 3) % 5, tokens(1, 2) % 3, torch.ones(1, 3, 1), torch.zeros(1, 3).long()
+            ),
+            ValueError, "as in (B, T), (B, T), (B, T, 1), (B, T) (got (1, 3), (1, 2), (1, 3, 1), (1, 3))",
+        ),
+        (
+            lambda: DecisionTransformer(config(), num_states=5, num_actions=3, max_time=9)(
+                tokens(1, 3) % 5, torch.full((1, 3), 3), torch.ones(1, 3, 1), torch.zeros(1, 3).long()
+            ),
+            ValueError, "actions must be from 0 to 2",
+        ),
+        (
+            lambda: DecisionTransformer(config(), num_states=5, action_dim=3, max_time=9)(
+                torch.ones(1, 3), torch.ones(1, 3, 3), torch.ones(1, 3, 1), torch.zeros(1, 3).long()
+            ),
+            TypeError, "states must be a tensor of integers (got torch.float32)",
+        ),
+        (
+            lambda: DecisionTransformer(config(), state_dim=4, max_time=9),
+            ValueError, "(got action_dim=None, num_actions=None)",
+        ),
+        (
+            lambda: DecisionTransformer(config(), state_dim=4, num_states=4, action_dim=2, max_time=9),
+            ValueError, "and not both (got state_dim=4, num_states=4)",
         ),
     ],
 )  # fmt: skip

@@ -483,7 +483,19 @@ def test_graphs_of_functions_are_told_apart_by_their_names_alone():
 
 
 def test_decision_transformers_are_kept_whatever_they_are_made_of(tmp_path):
-    DecisionTransformer(CONFIG, state_dim=5, action_dim=2, max_time=9, bounded=False).save(tmp_path)
-    assert DecisionTransformer.load(tmp_path)._arguments() == {
-        "config": CONFIG, "state_dim": 5, "action_dim": 2, "max_time": 9, "bounded": False,
-    }  # fmt: skip
+    none = dict.fromkeys(("state_dim", "num_states", "action_dim", "num_actions"))
+    for sizes in (
+        {"state_dim": 5, "action_dim": 2, "bounded": False},
+        {"num_states": 5, "action_dim": 2, "bounded": True},
+        {"state_dim": 5, "num_actions": 2, "bounded": True},
+        {"num_states": 5, "num_actions": 2, "bounded": True},
+    ):
+        model = DecisionTransformer(CONFIG, **sizes, max_time=9).eval()
+        model.save(tmp_path)
+        again = DecisionTransformer.load(tmp_path)
+        assert again._arguments() == {"config": CONFIG, "max_time": 9, **none, **sizes}
+        states = torch.randint(5, (2, 4)) if "num_states" in sizes else torch.randn(2, 4, 5)
+        actions = torch.randint(2, (2, 4)) if "num_actions" in sizes else torch.randn(2, 4, 2)
+        inputs = states, actions, torch.randn(2, 4, 1), torch.arange(4).expand(2, 4)
+        with torch.no_grad():
+            assert torch.equal(again(*inputs), model(*inputs))

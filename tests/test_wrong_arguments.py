@@ -14,7 +14,20 @@ from wrong_arguments import WRONG, Door, faults
 import attngraph
 import attngraph.hf
 import attngraph.pyg
-from attngraph import Causal, KVCache, Window, analysis, attend, comparison, generate, plan, speculate, stream
+from attngraph import (
+    Causal,
+    Full,
+    KVCache,
+    Window,
+    analysis,
+    attend,
+    comparison,
+    generate,
+    plan,
+    speculate,
+    stream,
+    unmask,
+)
 from attngraph.generation import DraftModel, PromptLookup
 from attngraph.models import GPT, DecisionTransformer, Encoder, EncoderDecoder, ViT
 from attngraph.nn import (
@@ -33,9 +46,11 @@ tokens = torch.randint(11, (2, 6))
 CONFIG = {"embed_dim": 8, "num_layers": 1, "num_heads": 2, "position": "rotary"}
 config = TransformerConfig(**CONFIG)
 gpt, encoder = GPT(config, 11), Encoder(config, 11)
+masked = GPT(config, 11, Full())
 translator = EncoderDecoder(config, TransformerConfig(**CONFIG, cross=True), 11)
 vit = ViT(config, 3, image_size=4, patch_size=2, channels=1)
 decision = DecisionTransformer(config, state_dim=3, action_dim=2, max_time=9)
+choosing = DecisionTransformer(config, num_states=3, num_actions=2, max_time=9)
 transformer, attention = Transformer(config, Causal()), Attention(8, 2)
 
 KEPT = TemporaryDirectory()
@@ -111,6 +126,11 @@ DOORS = [
     Door("speculate", speculate, {
         "model": gpt, "tokens": tokens[:1], "max_new_tokens": 2, "draft": None, "stop": None,
     }, {}, ("draft",)),
+    Door("unmask", unmask, {
+        "model": masked, "tokens": torch.tensor([[1, 10, 10]]), "mask_token": 10, "steps": 2, "order": "confidence",
+        "remask": 0.1, "temperature": 1.0, "top_k": None, "top_p": None, "min_p": None, "attention_mask": None,
+        "generator": None,
+    }),
     Door("KVCache", KVCache, {"model": gpt, "max_length": 9, "rotary": "absolute"}),
     Door("PromptLookup", PromptLookup, {"length": 4, "ngram": 2}),
     Door("DraftModel", DraftModel, {"model": gpt, "max_length": 9, "branches": (2, 1)}),
@@ -176,9 +196,16 @@ DOORS = [
     Door("DecisionTransformer", DecisionTransformer, {
         "config": config, "state_dim": 3, "action_dim": 2, "max_time": 9, "graph": Causal(), "bounded": True,
     }, {"max_time": "max_time|timesteps"}, ("graph",)),
+    Door("DecisionTransformer of discrete states and actions", DecisionTransformer, {
+        "config": config, "num_states": 3, "num_actions": 2, "max_time": 9,
+    }, {"max_time": "max_time|timesteps"}),
     Door("DecisionTransformer.forward", decision, {
         "states": torch.randn(2, 5, 3), "actions": torch.randn(2, 5, 2), "returns": torch.randn(2, 5, 1),
         "timesteps": torch.arange(5).expand(2, 5), "bias": None, "attention_mask": None,
+    }),
+    Door("DecisionTransformer.forward of discrete states and actions", choosing, {
+        "states": torch.ones(2, 5).long(), "actions": torch.ones(2, 5).long(), "returns": torch.randn(2, 5, 1),
+        "timesteps": torch.arange(5).expand(2, 5),
     }),
     *(Door(kind.__name__, kind, arguments, ALSO) for kind, arguments in {
         attngraph.Causal: {"offset": 0}, attngraph.Window: {"left": 2, "right": 0, "dilation": 1},

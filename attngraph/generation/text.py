@@ -40,7 +40,7 @@ class Text:
         source_attention_mask: Tensor | None = None,
     ):
         require_tokens(tokens)
-        _check_takes_tokens(model, source)
+        require_takes_tokens(model, source)
         require_ints(0, max_new_tokens=new)
         if context is not None:
             require_ints(1, context=context)
@@ -166,7 +166,7 @@ def _takes_cache(model: nn.Module, source: Tensor | None) -> bool:
     return "cache" in _parameters(model, source)
 
 
-def _check_takes_tokens(model: nn.Module, source: Tensor | None) -> None:
+def require_takes_tokens(model: nn.Module, source: Tensor | None = None) -> None:
     """Raise TypeError unless tokens, and the source, are all that a model needs."""
     plain = _plain(model)
     translates = callable(getattr(plain, "encode", None)) and callable(getattr(plain, "decode", None))

@@ -131,8 +131,8 @@ def _decision(model: Any) -> dict[str, Any]:
     arguments = model._arguments()
     return {
         **_gpt2(model, "hidden_size"),
-        "state_dim": arguments["state_dim"],
-        "act_dim": arguments["action_dim"],
+        "state_dim": arguments["state_dim"] or arguments["num_states"],  # of which the family has vectors
+        "act_dim": arguments["action_dim"] or arguments["num_actions"],
         "max_ep_len": arguments["max_time"],
         "action_tanh": model.bounded,
     }

@@ -1,7 +1,7 @@
 """Every system that the lecture names, each on its graph: all examples in their quick form, and a page of what came.
 
     python examples/lecture.py                     a quarter of an hour on two cores: runs/lecture/index.html
-    python examples/lecture.py vit translate       these alone; the page keeps what it has of the others
+    python examples/lecture.py recall notebook     these alone; the page keeps what it has of the others
     python examples/lecture.py --whole vit         not in its quick form
     python examples/lecture.py --list              what there is, in the order of the lecture
 
@@ -47,7 +47,18 @@ LECTURE = (
     Entry("gpt", "Text", "tokens that hear the past: the next one is predicted", "Causal()"),
     Entry("bert", "Text", "delete the mask, and it is an encoder: what is hidden is filled in", "Full()"),
     Entry("translate", "Text", "a decoder that also hears every node of an encoder", "Causal(), and cross: Full()"),
+    Entry("tokenizer", "Text", "text becomes nodes: bytes, and the pairs of them that are frequent", "Causal()"),
+    Entry("diffusion", "Text", "“I do a draft, then I do a better draft”", "Full()"),
     Entry("vit", "Chop up everything", "an image is a set of patches", "Full()"),
+    Entry("speech", "Chop up everything", "a spectrogram is a set of slices", "Full(), then Causal() and cross"),
+    Entry("sensors", "Chop up everything", "a car's camera and radar, thrown into one set", "Full()"),
+    Entry("molecules", "Chop up everything", "graphs that are given, as bonds are", "bonds.with_global_nodes(1)"),
+    Entry("decisions", "Chop up everything", "returns, states and actions are a text, too", "Causal()"),
+    Entry("recall", "Connectivity from the data", "“the connectivity changes dynamically”", "TopK(8) & Causal()"),
+    Entry("particles", "Connectivity from the data", "the same: who is near whom", "knn_graph(place, 12)"),
+    Entry("notebook", "A notebook", "“give it a notebook”: a memory, read later", "Chunks(12) | ChunkEnds(12, 4)"),
+    Entry("gradient_descent", "The inner loop", "linear attention is gradient descent", "Prefix(n)"),
+    Entry("incontext", "The inner loop", "the same, learned: it learns while it reads", "Causal()"),
 )
 
 

@@ -193,7 +193,7 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
     def score() -> float:
         found, target = predictions(), data.target[known:]
         if args.task == "csl":
-            return 100 * float((found.argmax(1) == target).float().mean())
+            return 100 * int((found.argmax(1) == target).sum()) / len(target)
         return float((found - target).abs().mean())
 
     task = training.Task(

@@ -214,6 +214,7 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
         folder, name = Path(args.runs) / args.name, METRICS[args.task]
         training.save_picture(training.loss_curve(metrics, args.graph, "loss", name), folder / "error.png")
         training.save_picture(draw.connectivity(whole[known][1], title=args.graph), folder / "connectivity.png")
+        model.eval()
         with torch.no_grad():
             predicted = predictions() if args.task == "gap" else None
     return {"figure": figure, "seconds": metrics.seconds, "edges": edges, "predicted": predicted, "data": data}

@@ -193,7 +193,7 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
     def score() -> float:
         found, target = predictions(), data.target[known:]
         if args.task == "csl":
-            return 100 * float((found.argmax(1) == target).float().mean())
+            return 100 * int((found.argmax(1) == target).sum()) / len(target)
         return float((found - target).abs().mean())
 
     task = training.Task(
@@ -214,6 +214,7 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
         folder, name = Path(args.runs) / args.name, METRICS[args.task]
         training.save_picture(training.loss_curve(metrics, args.graph, "loss", name), folder / "error.png")
         training.save_picture(draw.connectivity(whole[known][1], title=args.graph), folder / "connectivity.png")
+        model.eval()
         with torch.no_grad():
             predicted = predictions() if args.task == "gap" else None
     return {"figure": figure, "seconds": metrics.seconds, "edges": edges, "predicted": predicted, "data": data}

@@ -203,6 +203,7 @@ def train(args: argparse.Namespace) -> dict[str, float]:
     )
     with training.only_run(args):
         _, metrics = training.fit(args, task)
+        model.eval()
         with torch.no_grad():
             found = {way: error_of(way) for way in ("both", "camera", "radar")}
         told = ", ".join(f"{way} {figure:.3f}" for way, figure in found.items())
@@ -211,7 +212,7 @@ def train(args: argparse.Namespace) -> dict[str, float]:
         training.save_picture(
             training.loss_curve(metrics, WAYS[args.training], "loss", METRIC), folder / "training.png"
         )
-        training.save_picture(draw_scene(model.eval(), device), folder / "scene.png")
+        training.save_picture(draw_scene(model, device), folder / "scene.png")
     return {**found, "seconds": metrics.seconds}
 
 

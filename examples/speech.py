@@ -124,6 +124,9 @@ def spoken(word: str, by: Accent, rng: np.random.Generator) -> np.ndarray:
     return (0.1 * edge * sound).astype(np.float32)
 
 
+Voices = list[list[list[np.ndarray]]]  # by accent and digit, some sounds of it
+
+
 class Said(NamedTuple):
     """Numbers as sound."""
 
@@ -132,16 +135,16 @@ class Said(NamedTuple):
     bounds: Tensor  # the first and the last sample of each word, int64 (B, DIGITS, 2)
 
 
-def speakers(numbers: range, variants: int = 2) -> list[list[list[np.ndarray]]]:
-    """By accent and digit, some sounds of it."""
+def speakers(accents: range, variants: int = 2) -> Voices:
+    """Who says each digit so many times, as numbered accents do."""
     found = []
-    for number in numbers:
+    for number in accents:
         by, rng = accent(number), np.random.default_rng(1000 + number)
         found.append([[spoken(word, by, rng) for _ in range(variants)] for word in WORDS])
     return found
 
 
-def numbers(voices: list[list[list[np.ndarray]]], count: int, seed: int, say: str | None = None) -> Said:
+def numbers(voices: Voices, count: int, seed: int, say: str | None = None) -> Said:
     """Words behind each other, with pauses or without, of one voice each, in noise."""
     rng = np.random.default_rng(seed)
     digits = rng.integers(10, size=(count, DIGITS))
@@ -191,7 +194,7 @@ def written(model: EncoderDecoder, sound: Tensor, device: torch.device) -> Tenso
     return generate(model, start, DIGITS, temperature=0, source=heard(sound).to(device))[:, 1:].cpu()
 
 
-def by_template(voices: list[list[list[np.ndarray]]], given: Said) -> float:
+def by_template(voices: Voices, given: Said) -> float:
     """% of digits wrong, of words that are cut out where they are: the digit whose mean spectrogram is nearest."""
 
     def picture(sound: Tensor) -> Tensor:

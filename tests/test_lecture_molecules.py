@@ -42,6 +42,7 @@ def test_an_expression_may_name_the_bonds():
         molecules.heard("Full().sized(3, 3)", bonds)
 
 
+@pytest.mark.slow
 def test_along_the_bonds_it_is_nearer_than_linear_regression_and_all_is_left(tmp_path):
     found = run(tmp_path, "--quick")
     baselines = found["baselines"]

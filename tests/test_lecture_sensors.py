@@ -51,6 +51,7 @@ def test_by_hand_the_right_echo_is_found_where_there_is_one():
     assert one < 0.05  # 0.02 in distance, and 0.01 rad at up to 3
 
 
+@pytest.mark.slow
 def test_who_never_saw_a_sensor_fail_is_lost_when_it_does(tmp_path):
     found = run(tmp_path, "--quick")["found"]
     assert found["dropped"]["camera"] < 0.97 * found["both"]["camera"]

@@ -53,6 +53,7 @@ def test_templates_know_the_voice_that_they_are_made_of():
     assert speech.by_template(voices, quiet) < 20
 
 
+@pytest.mark.slow
 def test_it_learns_and_leaves_what_it_promises(tmp_path):
     given = ["--runs", str(tmp_path), "--dtype", "float32", "--quick", "--say", "2026"]
     found = speech.main(speech.settings(given))

@@ -20,6 +20,8 @@ from pathlib import Path
 from types import ModuleType
 
 import bert
+import decisions
+import diffusion
 import gpt
 import gradient_descent
 import incontext
@@ -311,6 +313,60 @@ def noted(options: Namespace) -> Iterator[Goal]:
     )
 
 
+def shortest_paths(options: Namespace) -> Iterator[Goal]:
+    """`decisions.py`: asked for the best that the data have, and what is reached."""
+    found = []
+    for seed in SEEDS:
+        given = ["--runs", options.runs, "--name", f"decisions-{seed}", "--seed", str(seed)]
+        found.append(decisions.main(decisions.settings(given)))
+    worst = min(each["figure"] for each in found)
+    note = ", ".join(f"{each['figure']:.1f}" for each in found)
+    text = "decisions.py, 30 places, 1,000 walks: % of paths that are shortest, the worst of three seeds"
+    yield Goal(text, 95, worst, note=note)
+    yield Goal(
+        "decisions.py: paths that fail, of all three seeds", 0, sum(each["failed"] for each in found), at_most=True
+    )
+    beside = statistics.mean(each["baselines"][decisions.UNHEARD] for each in found)
+    text = "decisions.py: the same without returns, mean of three seeds"
+    steps = [each["steps"] for each in found]
+    note = ", ".join(f"{each[decisions.UNHEARD]:.1f} steps, and {each['Causal()']:.2f} with returns" for each in steps)
+    yield Goal(text, 50, beside, at_most=True, note=note)
+    yield Goal(
+        "decisions.py: seconds of training, the slowest of three", 180, max(each["seconds"] for each in found),
+        at_most=True,
+    )  # fmt: skip
+    ratios, notes = [], []
+    for seed in SEEDS:
+        given = ["--runs", options.runs, "--name", f"map-{seed}", "--seed", str(seed), "--against", ""]
+        steps = decisions.main(decisions.settings([*given, "--nodes", "60", "--walks", "300"]))["steps"]
+        data = steps["asked for, the best in the data"]
+        ratios.append(steps["Causal()"] / data)
+        notes.append(f"{steps['Causal()']:.2f} of {data:.2f}, shortest {steps['shortest']:.2f}")
+    text = "decisions.py, 60 places, 300 walks: mean steps over those of the best in the data from each start"
+    yield Goal(text, 1, max(ratios), at_most=True, note="; ".join(notes))
+
+
+def drafted(options: Namespace) -> Iterator[Goal]:
+    """`diffusion.py`, and bert.py, which learns to fill one share of holes alone."""
+    found = []
+    for seed in SEEDS:
+        given = ["--runs", options.runs, "--name", f"diffusion-{seed}", "--seed", str(seed)]
+        found.append(diffusion.main(diffusion.settings(given)))
+    worst = max(each["figure"] for each in found)
+    note = ", ".join(f"{each['figure']:.3f}, left to right {min(each['baselines'].values()):.3f}" for each in found)
+    text = "diffusion.py: bits a character at most, Full(), the worst of three seeds"
+    yield Goal(text, 2.9, worst, at_most=True, note=note)
+    seconds = max(each["seconds"] for each in found)
+    yield Goal("diffusion.py: seconds of training, the slowest of three", 180, seconds, at_most=True)
+    given = ["--runs", options.runs, "--name", "bert-beside", "--against", ""]
+    alone = bert.main(bert.settings(given))["validation_accuracy"]
+    fills = [each["filled"][0.15] for each in found]
+    text = "diffusion.py: % right of 15% masked, points below bert.py, the worst of three seeds"
+    yield Goal(
+        text, 3, alone - min(fills), at_most=True, note=f"{', '.join(f'{each:.1f}' for each in fills)}; {alone:.1f}"
+    )
+
+
 SECTIONS = {
     "exact": exact,
     "digits": digits,
@@ -326,6 +382,8 @@ SECTIONS = {
     "recall": recalled,
     "particles": pushed,
     "notebook": noted,
+    "decisions": shortest_paths,
+    "diffusion": drafted,
 }
 
 

@@ -319,7 +319,7 @@ class ChunkEnds(Graph):
     def _edges(self, n, m):
         require_memory(self._count(n, m) * BYTES_PER_EDGE, f"to list the edges of {self} at {n} × {m}")
         if not self.length or not m:
-            return torch.empty(2, 0, dtype=torch.int64).unbind()
+            return torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64)
         stop = torch.arange(self.offset % self.chunk, m + self.chunk, self.chunk)
         start = (stop - self.length).clamp(0, m)
         count = stop.clamp(max=m) - start

@@ -354,7 +354,7 @@ def path_picture(world: Map, walks: Walks, reached: Walks) -> Figure:
     walk, step = divmod(int(returns.argmax()), returns.shape[1])
     if (end := int(walks.steps[walk])) < walks.places.shape[1]:
         best = walks.places[walk, step : end + 1].tolist()
-        shown = ((f"best in the data, {end - step} steps", best, "#c2410c", ":"), *shown)
+        shown = (*shown, (f"best in the data, {end - step} steps", best, "#c2410c", ":"))
     for name, nodes, color, style in shown:
         ax.plot(*zip(*[place[node] for node in nodes], strict=True), style, color=color, lw=3, label=name, zorder=2)
     dots = ax.scatter(

@@ -2,7 +2,7 @@
 
     python examples/decisions.py                                  30 places, 1,000 walks, a minute or two
     python examples/decisions.py --nodes 60 --walks 300           a larger map, and less to learn from
-    python examples/decisions.py --name decisions --resume --steps 2000            longer
+    python examples/decisions.py --name decisions --resume --steps 3000            longer
 
 States, actions and the return to go are all nodes of one causal graph (Chen et al. 2021). The return is minus the steps
 to the goal. At each place the model is asked for the best return that the walks had from there, and for no more; its
@@ -43,7 +43,7 @@ def settings(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     quick = {"nodes": 16, "walks": 400, "longest": 40, "steps": 200, "batch": 32, "width": 32}
     parser = training.parser_of(
-        __doc__, free=("against",), quick=quick, name="decisions", batch=64, steps=600, evaluate_every=200,
+        __doc__, free=("against",), quick=quick, name="decisions", batch=64, steps=1200, evaluate_every=400,
         optimizer="adamw", lr=0.002, adamw_lr=0.01,
     )  # fmt: skip
     add = parser.add_argument
@@ -354,7 +354,7 @@ def path_picture(world: Map, walks: Walks, reached: Walks) -> Figure:
     walk, step = divmod(int(returns.argmax()), returns.shape[1])
     if (end := int(walks.steps[walk])) < walks.places.shape[1]:
         best = walks.places[walk, step : end + 1].tolist()
-        shown = ((f"best in the data, {end - step} steps", best, "#c2410c", ":"), *shown)
+        shown = (*shown, (f"best in the data, {end - step} steps", best, "#c2410c", ":"))
     for name, nodes, color, style in shown:
         ax.plot(*zip(*[place[node] for node in nodes], strict=True), style, color=color, lw=3, label=name, zorder=2)
     dots = ax.scatter(

@@ -40,13 +40,8 @@ UNSEEN = 2**40  # their seed, beyond all that a training has
 def settings(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     quick = {
-        "chunks": 4,
-        "pairs": 2,
-        "notes": 2,
-        "steps": 200,
-        "evaluate_every": 50,
-        "against": ["Causal() & Chunks(6)"],
-    }
+        "pairs": 2, "notes": 2, "steps": 160, "batch": 64, "evaluate_every": 40, "against": ["Causal() & Chunks(6)"],
+    }  # fmt: skip
     parser = training.parser_of(
         __doc__, free=("against", "sweep"), quick=quick, name="notebook", batch=32, steps=320, evaluate_every=80,
         dtype="float32",

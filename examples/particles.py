@@ -35,9 +35,10 @@ TESTED, UNSEEN = 128, 2**40  # sets to test by, and their seed, beyond all that 
 
 def settings(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
+    quick = {"steps": 150, "evaluate_every": 50, "against": ["Random(12)"]}
     parser = training.parser_of(
-        __doc__, free=("against",), quick={"steps": 100, "evaluate_every": 50}, name="particles", batch=16, steps=600,
-        evaluate_every=100, dtype="float32",
+        __doc__, free=("against",), quick=quick, name="particles", batch=16, steps=600, evaluate_every=100,
+        dtype="float32",
     )  # fmt: skip
     add = parser.add_argument
     add("--graph", default="knn_graph(place, 12, loop=True)", help="who hears whom: the nearest, or an expression")

@@ -93,7 +93,8 @@ def parser_of(
     resume = f"go on from the run's checkpoint, by its own settings; others may be {anew}, and --steps, if more"
     add("--resume", action="store_true", help=resume)
     if quick:
-        short = ", ".join(f"--{name.replace('_', '-')} {value}" for name, value in quick.items())
+        told = {name: " ".join(value) if isinstance(value, list) else value for name, value in quick.items()}
+        short = ", ".join(f"--{name.replace('_', '-')} {value}" for name, value in told.items())
         add("--quick", action="store_true", help=f"seconds, enough to see what happens: as {short}")
     add("--batch", type=int, help="examples in each forward pass")
     add("--accumulate", type=int, default=1, help="forward passes for each step, of all processes that torchrun starts")

@@ -18,11 +18,10 @@ def found(tmp_path_factory):
 
 def test_chosen_edges_recall_and_a_window_fails(found):
     told, _ = found
-    window, random, every = told["against"].values()
+    (window,), first = told["against"].values(), (Causal() & Window(1, 0)).num_edges(36, 36)
     assert told["right"] > 90
-    assert window["right"] < 15
-    assert random["right"] < 15
-    assert told["edges"] < every["edges"] / 3
+    assert window["right"] < 20
+    assert told["edges"] == first + window["edges"]  # as many
 
 
 def test_a_run_leaves_its_outcome_and_the_edges_that_were_chosen(found):
@@ -32,7 +31,7 @@ def test_a_run_leaves_its_outcome_and_the_edges_that_were_chosen(found):
     assert kept["picture"] == "edges.png"
     assert list(kept["baselines"].values()) == [each["right"] for each in told["against"].values()]
     files = {"config.json", "metrics.csv", "model.safetensors", "accuracy.png", "edges.png"}
-    for name in ("recall", "recall-against-1", "recall-against-2", "recall-against-3"):
+    for name in ("recall", "recall-against-1"):
         assert files <= {path.name for path in (runs / name).iterdir()}
 
 

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 def settings(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line: who hears whom among the slices of a sound."""
-    quick = {"steps": 150, "accents": 4, "evaluate_every": 150, "against": []}
+    quick = {"digits": 2, "steps": 350, "accents": 12, "evaluate_every": 350, "against": []}
     parser = training.parser_of(
         __doc__, ("against", "say"), quick, name="speech", batch=16, steps=900, evaluate_every=300, optimizer="adamw",
         lr=0.002,
@@ -40,23 +40,24 @@ def settings(arguments: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--graph", default="Full()", help="who hears whom among the slices; one for each layer, separated by commas")
     add("--against", nargs="*", default=["Window(8, 8)"], help="train the same on these too; none: alone")
+    add("--digits", type=int, default=4, help="of each number")
     add("--accents", type=int, default=80, help="to learn from; others test")
-    add("--say", default="4711", help="four digits, for the picture and sound.wav")
+    add("--say", help="a number for the picture and sound.wav, by default the first digits of 4711")
     add("--layers", type=int, default=2, help="of the encoder; the decoder has as many")
     add("--heads", type=int, default=4, help="of attention, in each layer")
     add("--width", type=int, default=64, help="of the nodes' vectors")
     given = training.parsed(parser, arguments)
-    training.require_at_least(given, parser, accents=1, layers=1, heads=1, width=1)
+    training.require_at_least(given, parser, digits=1, accents=1, layers=1, heads=1, width=1)
     training.require_heads(given, parser, even=True)
     training.require_graphs(given, parser, lambda graph: training.layer_graphs(graph, given.layers))
-    if len(given.say) != DIGITS or not set(given.say) <= set("0123456789"):
-        parser.error(f"--say must be {DIGITS} digits (got {given.say!r})")
+    if given.say is not None and (len(given.say) != given.digits or not set(given.say) <= set("0123456789")):
+        parser.error(f"--say must be {given.digits} digits, as --digits says (got {given.say!r})")
     return given
 
 
 # ------------------------------------------------------------------------------------------------------------- sound
 
-RATE, LONGEST, DIGITS = 8000, 3 * 8000, 4  # samples a second, and of each sound
+RATE, ROOM = 8000, 6000  # samples: a second, and for each digit
 WORDS = (
     "Z IH R OW UH", "W AH N", "T UW", "TH R IY", "F AO R", "F AA IH V", "S IH K S", "S EH V AH N", "EH IY T",
     "N AA IH N",
@@ -130,9 +131,9 @@ Voices = list[list[list[np.ndarray]]]  # by accent and digit, some sounds of it
 class Said(NamedTuple):
     """Numbers as sound."""
 
-    sound: Tensor  # (B, LONGEST)
-    digits: Tensor  # int64 (B, DIGITS)
-    bounds: Tensor  # the first and the last sample of each word, int64 (B, DIGITS, 2)
+    sound: Tensor  # (B, samples)
+    digits: Tensor  # int64 (B, digits)
+    bounds: Tensor  # the first and the last sample of each word, int64 (B, digits, 2)
 
 
 def speakers(accents: range, variants: int = 2) -> Voices:
@@ -144,24 +145,28 @@ def speakers(accents: range, variants: int = 2) -> Voices:
     return found
 
 
-def numbers(voices: Voices, count: int, seed: int, say: str | None = None) -> Said:
-    """Words behind each other, with pauses or without, of one voice each, in noise."""
-    rng = np.random.default_rng(seed)
-    digits = rng.integers(10, size=(count, DIGITS))
-    if say is not None:
-        digits[:] = [int(digit) for digit in say]
-    sound, bounds = np.zeros((count, LONGEST), np.float32), np.zeros((count, DIGITS, 2), np.int64)
+def numbers(voices: Voices, digits: np.ndarray, rng: np.random.Generator) -> Said:
+    """Numbers (count, digits), each said by one voice: words behind each other, with pauses or without, in noise."""
+    count, places = digits.shape
+    longest = places * ROOM
+    sound, bounds = np.zeros((count, longest), np.float32), np.zeros((count, places, 2), np.int64)
     for row in range(count):
         voice, begin, loud = voices[rng.integers(len(voices))], rng.integers(2000), rng.uniform(0.5, 1.5)
         for place, digit in enumerate(digits[row]):
             word = voice[digit][rng.integers(len(voice[digit]))]
-            end = min(begin + len(word), LONGEST)
+            end = min(begin + len(word), longest)
             sound[row, begin:end] += loud * word[: end - begin]
             bounds[row, place] = begin, end
-            begin = min(end + int(rng.integers(800)), LONGEST)
+            begin = min(end + int(rng.integers(800)), longest)
     noise = 10 ** rng.uniform(-3, -2, (count, 1))
     sound += (rng.normal(size=sound.shape) * noise).astype(np.float32)
     return Said(*map(torch.from_numpy, (sound, digits, bounds)))
+
+
+def any_numbers(voices: Voices, count: int, places: int, seed: int) -> Said:
+    """The same of numbers of so many digits, any of them as likely."""
+    rng = np.random.default_rng(seed)
+    return numbers(voices, rng.integers(10, size=(count, places)), rng)
 
 
 # ------------------------------------------------------------------------------------------------------------- model
@@ -181,7 +186,7 @@ def build(args: argparse.Namespace) -> EncoderDecoder:
     common = {"embed_dim": args.width, "num_layers": args.layers, "num_heads": args.heads, "dropout": args.dropout}
     return EncoderDecoder(
         TransformerConfig(position="sinusoidal", **common),
-        TransformerConfig(position="learned", max_length=DIGITS + 1, cross=True, **common),
+        TransformerConfig(position="learned", max_length=args.digits + 1, cross=True, **common),
         len(WORDS) + 1,
         source=AudioEmbedding(MEL.filters.shape[0], args.width),
         encoder_graph=training.layer_graphs(args.graph, args.layers),
@@ -189,9 +194,9 @@ def build(args: argparse.Namespace) -> EncoderDecoder:
 
 
 def written(model: EncoderDecoder, sound: Tensor, device: torch.device) -> Tensor:
-    """The likeliest digits, int64 (B, DIGITS)."""
-    start = torch.full((len(sound), 1), START, device=device)
-    return generate(model, start, DIGITS, temperature=0, source=heard(sound).to(device))[:, 1:].cpu()
+    """The likeliest digits, int64 (B, digits)."""
+    start, digits = torch.full((len(sound), 1), START, device=device), sound.shape[1] // ROOM
+    return generate(model, start, digits, temperature=0, source=heard(sound).to(device))[:, 1:].cpu()
 
 
 def by_template(voices: Voices, given: Said) -> float:
@@ -215,14 +220,14 @@ def by_template(voices: Voices, given: Said) -> float:
 def train(args: argparse.Namespace) -> dict:
     """Train, and leave the run's folder behind. Returns the last figures."""
     known, others = speakers(range(args.accents)), speakers(range(10_000, 10_000 + HELD_OUT))
-    unseen, device = numbers(others, 250, UNSEEN), training.best_device(args.device)
+    unseen, device = any_numbers(others, 250, args.digits, UNSEEN), training.best_device(args.device)
     torch.manual_seed(args.seed)
     model = build(args).to(device)
-    print(f"sounds    of {args.accents} accents, {HELD_OUT} others to test; {LONGEST / RATE:g} s each")
+    print(f"sounds    of {args.accents} accents, {HELD_OUT} others to test; {args.digits * ROOM / RATE:g} s each")
     print(f"model     {sum(p.numel() for p in model.parameters()):,} parameters, graph of slices {args.graph}")
 
     def loss(number: int) -> Tensor:
-        said = numbers(known, args.batch, args.seed + number)
+        said = any_numbers(known, args.batch, args.digits, args.seed + number)
         before = torch.cat([torch.full((args.batch, 1), START), said.digits[:, :-1]], 1)
         logits = model(heard(said.sound).to(device), before.to(device))
         return cross_entropy(logits.float().flatten(0, 1), said.digits.flatten().to(device))
@@ -249,12 +254,13 @@ def train(args: argparse.Namespace) -> dict:
         folder = Path(args.runs) / args.name
         curve = training.loss_curve(metrics, f"spoken numbers, {args.graph}", "loss [nats a digit]", "digits wrong [%]")
         training.save_picture(curve, folder / "accuracy.png")
-        said = numbers(others, 1, 7, args.say)
+        say = args.say or ("4711" * args.digits)[: args.digits]
+        said = numbers(others, np.array([[int(digit) for digit in say]]), np.random.default_rng(7))
         training.save_picture(alignment(model.eval(), said, device), folder / "alignment.png")
         training.write_whole(folder / "sound.wav", lambda path: write_sound(path, said.sound[0]))
-    slices = -(-LONGEST // 2 // MEL.hop_length)
+    slices = -(-args.digits * ROOM // 2 // MEL.hop_length)
     edges = sum(graph.num_edges(slices, slices) for graph in model.encoder.graphs)
-    edges += args.layers * DIGITS * (slices + (DIGITS + 1) / 2)
+    edges += args.layers * args.digits * (slices + (args.digits + 1) / 2)
     return {
         "figure": figure,
         "seconds": metrics.seconds,
@@ -283,7 +289,7 @@ def alignment(model: EncoderDecoder, said: Said, device: torch.device) -> Figure
         model(heard(said.sound).to(device), before.to(device))
     cross = recorded[f"decoder.layers.{len(model.decoder.layers) - 1}.cross"]
     weights = cross.weights[0].mean(0).view(cross.num_queries, cross.num_keys).cpu()
-    sheet, seconds = Figure(figsize=(8, 4.5), layout="constrained"), LONGEST / RATE
+    sheet, seconds = Figure(figsize=(8, 4.5), layout="constrained"), said.sound.shape[1] / RATE
     above, below = sheet.subplots(2, 1, sharex=True, height_ratios=[1.3, 1])
     loud = heard(said.sound)[0]
     above.imshow(loud, aspect="auto", origin="lower", extent=(0, seconds, 0, len(loud)), cmap="magma")
@@ -292,8 +298,10 @@ def alignment(model: EncoderDecoder, said: Said, device: torch.device) -> Figure
         for ax in (above, below):
             ax.axvspan(*bounds, fill=False, ec="#9ca3af", ls=":")
     above.set(ylabel="band of the mel scale", title="spoken, and where its words are")
-    below.imshow(weights, aspect="auto", extent=(0, seconds, DIGITS - 0.5, -0.5), cmap="Blues", interpolation="nearest")
-    below.set_yticks(range(DIGITS), [str(digit) for digit in digits[0].tolist()])
+    below.imshow(
+        weights, aspect="auto", extent=(0, seconds, len(weights) - 0.5, -0.5), cmap="Blues", interpolation="nearest"
+    )
+    below.set_yticks(range(len(weights)), [str(digit) for digit in digits[0].tolist()])
     below.set(xlabel="time [s]", ylabel="digit written", title="attention of each digit, last layer, mean of heads")
     return sheet
 

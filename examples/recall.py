@@ -36,7 +36,7 @@ NAMES = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+*"
 
 def settings(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    quick = {"pairs": 12, "steps": 240, "evaluate_every": 60, "against": ["Causal() & Window(7, 0)"]}
+    quick = {"pairs": 12, "steps": 300, "evaluate_every": 60, "against": ["Causal() & Window(7, 0)"]}
     parser = training.parser_of(
         __doc__, free=("against",), quick=quick, name="recall", batch=32, steps=400, evaluate_every=100,
         optimizer="adamw", lr=0.003, dtype="float32",

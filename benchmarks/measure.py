@@ -33,6 +33,11 @@ def now() -> float:
     return time.monotonic()
 
 
+def cpu_seconds() -> float:
+    """Seconds that the processors have worked for this process."""
+    return time.process_time()
+
+
 def paired(ours: Callable[[], object], theirs: Callable[[], object], repeats: int, warmup: int = 3) -> dict:
     """Times of two functions, called in turn: ratio and milliseconds, with quartiles."""
     times = in_turn({"ours": ours, "theirs": theirs}, repeats, warmup=warmup)

@@ -84,7 +84,7 @@ def as_mask(model: nn.Module, n: int, device: str) -> Callable[..., Tensor]:
     """PyTorch's attention in the place of `attend`, with the model's graph as a mask."""
     mask = model.transformer.graphs[0].mask(n, n, device)
 
-    def attention(q, k, v, graph, *, bias, attention_mask, scale, dropout_p, return_weights):
+    def attention(q, k, v, graph, *, bias, attention_mask, scale, normalize, dropout_p, return_weights):
         return scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
 
     return attention

@@ -70,7 +70,7 @@ def inputs():
     return {
         "x": _sized(2, 9, 24), "graph": Causal() & Window(3, 0), "positions": torch.arange(9), "input": _tokens(2, 9),
         "tokens": _tokens(2, 9), "source": _tokens(2, 7, seed=1), "target": _tokens(2, 9), "images": _sized(2, 3, 8, 8),
-        "features": _sized(2, 3, 10), "states": _sized(2, 5, 4), "actions": _sized(2, 5, 2),
+        "features": _sized(2, 3, 10), "sound": _sized(2, 800), "states": _sized(2, 5, 4), "actions": _sized(2, 5, 2),
         "returns": _sized(2, 5, 1), "timesteps": torch.arange(5).expand(2, 5),
     }  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""The cookbook: twenty-three recipes, each short, and each whole in itself."""
+"""The cookbook: twenty-four recipes, each short, and each whole in itself."""
 
 import doctest
 import re
@@ -10,8 +10,8 @@ PAGE = Path(__file__).parent.parent / "docs" / "cookbook.md"
 RECIPES = re.findall(r"^## (\d+\. .*?)$(.*?)(?=^## |\Z)", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
 
 
-def test_there_are_twenty_three_and_the_table_names_each():
-    assert [int(title.split(".")[0]) for title, _ in RECIPES] == list(range(1, 24))
+def test_there_are_twenty_four_and_the_table_names_each():
+    assert [int(title.split(".")[0]) for title, _ in RECIPES] == list(range(1, 25))
     anchors = re.findall(r"\[(\d+)\]\(#([\w-]+)\)", PAGE.read_text(encoding="utf-8"))
     slugs = [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title, _ in RECIPES]
     assert dict(anchors) == {slug.split("-")[0]: slug for slug in slugs}

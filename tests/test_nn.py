@@ -288,7 +288,7 @@ def test_tied_heads_share_their_weights():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: config(norm="batch"), "norm must be one of 'layer', 'rms' (got 'batch')"),
+        (lambda: config(norm="batch"), "norm must be one of 'layer', 'rms', 'none' (got 'batch')"),
         (lambda: config(position="where"), "position must be one of 'none', 'learned'"),
         (lambda: config(bias="ff"), "bias must be a list"),
         (lambda: config(num_heads=0), "num_heads must be 1 or more (got 0)"),

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch_geometric import EdgeIndex
 from torch_geometric.data import Batch, Data, HeteroData
 from torch_geometric.explain import AttentionExplainer, Explainer, GNNExplainer
+from torch_geometric.explain.algorithm.utils import clear_masks, set_masks
 from torch_geometric.loader import NeighborLoader
 from torch_geometric.nn import to_hetero
 from torch_geometric.utils import to_torch_coo_tensor, to_torch_csc_tensor, to_torch_csr_tensor
@@ -592,3 +593,117 @@ def test_parallel_edges_come_from_copies_of_their_sources():
 def test_importing_attngraph_imports_no_pyg():
     code = "import sys, attngraph; assert 'torch_geometric' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_a_layer_that_was_explained_leaves_pyg_s_class_as_it_is():
+    """Found: PyG wrote the `propagate` of its own class anew, and explained none of its layers any more."""
+    x, edge_index = torch.randn(6, 8), torch.randint(6, (2, 20))
+    for name in LAYERS:
+        for module in (ours, theirs):
+            layer, mask = getattr(module, name)(8, 4), torch.full((20,), 0.3, requires_grad=True)
+            set_masks(layer, mask, edge_index)
+            (gradient,) = torch.autograd.grad(layer(x, edge_index).sum(), mask, allow_unused=True)
+            assert gradient is not None
+            clear_masks(layer)
+        assert "MessagePassing" in getattr(theirs, name)._orig_propagate.__qualname__
+
+
+class Twice(theirs.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize(
+    "linear", [torch.nn.Linear(3, 4), Twice(3, 4, bias=False), torch.nn.Sequential(theirs.Linear(3, 4))]
+)
+def test_what_stands_in_the_place_of_lin_edge_is_called(name, linear):
+    layer = getattr(theirs, name)(8, 4, edge_dim=3)
+    layer.lin_edge = linear
+    x, edge_index, edge_attr = torch.randn(6, 8), torch.randint(6, (2, 20)), torch.randn(20, 3)
+    expected = layer(x, edge_index, edge_attr)
+    assert "more than a matrix" in str(ours.accelerate(layer))
+    torch.testing.assert_close(layer(x, edge_index, edge_attr), expected)
+
+
+def test_attention_of_a_class_of_its_own_is_called():
+    class Thrice(torch.nn.MultiheadAttention):
+        def forward(self, *args, **kwargs):
+            out, weights = super().forward(*args, **kwargs)
+            return 3 * out, weights
+
+    layer = theirs.GPSConv(8, None, heads=2).eval()
+    layer.attn = Thrice(8, 2, batch_first=True).eval()
+    x = torch.randn(6, 8)
+    expected = layer(x, torch.empty(2, 0, dtype=torch.int64))
+    assert "forward() of its own" in str(ours.accelerate(layer))
+    torch.testing.assert_close(layer(x, torch.empty(2, 0, dtype=torch.int64)), expected)
+
+
+def test_hooks_in_the_blocks_of_a_set_transformer_are_called():
+    layer, seen = ours.SetTransformerAggregation(8, heads=2), []
+    for module in (layer.encoders[0].mab, layer.pma):
+        module.register_forward_hook(lambda *_: seen.append(1))
+    layer(torch.randn(5, 8), torch.tensor([0, 0, 1, 1, 1]))
+    assert len(seen) == 2
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_an_edge_index_brings_its_sizes(name):
+    edges = torch.stack([torch.randint(20, (30,)), torch.randint(6, (30,))])
+    x, layers = (torch.randn(20, 8, dtype=torch.float64), torch.randn(6, 5, dtype=torch.float64)), pair(name, (8, 5), 4)
+    if name == "GATConv":
+        layers = pair(name, (8, 5), 4, add_self_loops=False)
+        plain, own = (layer((x[0], None), EdgeIndex(edges, sparse_size=(20, 6))) for layer in layers)
+        torch.testing.assert_close(own, plain)
+    for size in ((25, 6), (20, 9)):
+        for layer in layers:
+            with pytest.raises(ValueError):
+                layer(x, EdgeIndex(edges, sparse_size=size))
+
+
+def test_many_sets_of_features_tell_what_they_can_t():
+    x, edge_index = torch.randn(3, 6, 8), torch.randint(6, (2, 20))
+    with pytest.raises(ValueError, match="give edge_index as a tensor"):
+        ours.GraphAttention(8, 4)(x, to_torch_coo_tensor(edge_index, size=6), return_attention_weights=True)
+    with pytest.raises(ValueError, match="flow"):
+        ours.GraphAttention(8, 4, flow="target_to_source")((x, x), edge_index)
+
+
+def test_edge_features_of_no_numbers():
+    x, edge_index = torch.randn(6, 8, dtype=torch.float64), torch.randint(6, (2, 20))
+    plain, nothing = theirs.TransformerConv(8, 4, edge_dim=0).double(), torch.empty(20, 0, dtype=torch.float64)
+    expected = plain(x, edge_index, nothing)
+    ours.accelerate(plain)
+    torch.testing.assert_close(plain(x, edge_index, nothing), expected)
+
+
+X, EI, EA = torch.randn(6, 8), torch.randint(6, (2, 20)), torch.randn(20, 3)
+
+
+@pytest.mark.parametrize(
+    ("call", "kind", "message"),
+    [
+        (lambda: ours.GATConv(8, 4, edge_dim=3)(X, EI + 5, EA), IndexError, "source nodes from 0 to 5"),
+        (lambda: ours.GATv2Conv(8, 4, edge_dim=3)(X, EI - 5, EA), IndexError, "source nodes from 0 to 5"),
+        (lambda: ours.TransformerConv((8, 5), 4)(X, EI), ValueError, "must be a pair"),
+        (lambda: ours.GATConv(8, 4)(X.double(), EI), TypeError, "x must be of the dtype"),
+        (lambda: ours.GATv2Conv(8, 4)(X.tolist(), EI), (TypeError, ValueError), "x must be a tensor"),
+        (lambda: ours.GATv2Conv(8, 4, edge_dim=3)(X, EI, EA.double()), TypeError, "edge_attr must be of"),
+        (lambda: ours.GATConv(8, 4)(X, EI, size=(6, 6, 1)), ValueError, "size must be"),
+        (lambda: ours.GPSConv(8, None)(X, EI, torch.arange(5)), ValueError, "batch must be the graph"),
+        (lambda: ours.SetTransformerAggregation(8)(X, torch.arange(5)), ValueError, "index must be the graph"),
+        (lambda: ours.SetTransformerAggregation(8)(X, torch.arange(6), dim_size=2), ValueError, "6 or more"),
+    ],
+)  # fmt: skip
+def test_a_call_that_fails_tells_which_argument_it_is(call, kind, message):
+    with pytest.raises(kind, match=message):
+        call()
+
+
+def test_a_source_of_another_type_is_told():
+    metadata = (["a", "p"], [("a", "w", "p"), ("p", "c", "p")])
+    layer, x = ours.HGTConv(8, 4, metadata), {"a": torch.randn(10, 8), "p": torch.randn(5, 8)}
+    edges = {("a", "w", "p"): torch.tensor([[10], [0]]), ("p", "c", "p"): torch.tensor([[1], [0]])}
+    with pytest.raises(IndexError, match="source nodes of 'a' from 0 to 9"):
+        layer(x, edges)

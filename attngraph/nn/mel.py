@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -25,29 +26,28 @@ class LogMelSpectrogram(nn.Module):
     What an `AudioEmbedding` takes. The model has no weights to learn.
     """
 
-    window: Tensor
-    filters: Tensor
-
     @checked
     def __init__(self, sampling_rate: int = 16_000, n_fft: int = 400, hop_length: int = 160, num_mels: int = 80):
         super().__init__()
         require_ints(1, sampling_rate=sampling_rate, n_fft=n_fft, hop_length=hop_length, num_mels=num_mels)
-        self.n_fft, self.hop_length = n_fft, hop_length
-        self.register_buffer("window", torch.hann_window(n_fft), persistent=False)
-        self.register_buffer("filters", _triangles(sampling_rate, n_fft, num_mels).float(), persistent=False)
+        self.sampling_rate, self.n_fft, self.hop_length, self.num_mels = sampling_rate, n_fft, hop_length, num_mels
 
     def forward(self, sound: Tensor) -> Tensor:
-        """Samples (B, samples) from -1 to 1 → (B, num_mels, samples // hop_length)."""
+        """Samples (B, samples) from -1 to 1 → (B, num_mels, samples // hop_length), computed in float32 or float64."""
         wanted = f"sound must be a tensor of floating-point numbers (B, samples), more than {self.n_fft // 2} samples"
         if not isinstance(sound, Tensor) or not sound.is_floating_point():
             raise TypeError(f"{wanted} (got {sound.dtype if isinstance(sound, Tensor) else shown(sound)})")
         if sound.ndim != 2 or sound.shape[1] <= self.n_fft // 2:
             raise ValueError(f"{wanted} (got shape {tuple(sound.shape)})")
-        waves = torch.stft(sound, self.n_fft, self.hop_length, window=self.window, return_complex=True)
-        loud = (self.filters @ waves[..., :-1].abs().square()).clamp(min=1e-10).log10()
-        return (loud.maximum(loud.amax((1, 2), keepdim=True) - 8) + 4) / 4
+        exact = sound.to(torch.promote_types(sound.dtype, torch.float32))
+        window = torch.hann_window(self.n_fft, dtype=torch.float64).to(exact)
+        filters = _triangles(self.sampling_rate, self.n_fft, self.num_mels).to(exact)
+        waves = torch.stft(exact, self.n_fft, self.hop_length, window=window, return_complex=True)
+        loud = (filters @ waves[..., :-1].abs().square()).clamp(min=1e-10).log10()
+        return ((loud.maximum(loud.amax((1, 2), keepdim=True) - 8) + 4) / 4).to(sound.dtype)
 
 
+@lru_cache(maxsize=8)
 def _triangles(sampling_rate: int, n_fft: int, num_mels: int) -> Tensor:
     """The weight of each frequency in each band, float64 (num_mels, n_fft // 2 + 1)."""
     frequency = torch.linspace(0, sampling_rate / 2, n_fft // 2 + 1, dtype=torch.float64)

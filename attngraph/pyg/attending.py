@@ -10,13 +10,15 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 from torch.nn.parameter import UninitializedParameter
-from torch_geometric.nn import MessagePassing
+from torch_geometric import EdgeIndex
+from torch_geometric.nn import Linear, MessagePassing
 
 from attngraph.pyg.along import Attention, attend_along, weights_along
-from attngraph.pyg.checks import check
+from attngraph.pyg.checks import check, tell_more
 from attngraph.pyg.edges import columns_of, values_of
 
 HOOKS = ("propagate", "message", "aggregate", "message_and_aggregate", "edge_update")
+LINEAR = (Linear.forward, torch.nn.Linear.forward)
 METHODS = ("message", "aggregate", "update", "edge_update", "message_and_aggregate")
 
 
@@ -85,14 +87,23 @@ class Attending(MessagePassing):
         check(self, call)
         if call.get("return_attention_weights") is False:  # None in PyG: any bool there asks for weights
             call["return_attention_weights"] = None
-        if not torch.compiler.is_compiling() and self._is_for_pyg(call):
+        if torch.compiler.is_compiling():
+            return self._with_weights(self.of.forward(self, **call))
+        if self._why_pyg(call) is not None:
             plain = self._as_pyg()
             before = dict(plain.__dict__)
             result = plain.forward(**call)
             made = {name: x for name, x in plain.__dict__.items() if x is not before.get(name)}
             self.__dict__.update(made)  # what PyG's layer keeps of a call, such as SuperGATConv for its loss
             return result
-        result = self.of.forward(self, **call)
+        try:
+            return self._with_weights(self.of.forward(self, **call))
+        except (RuntimeError, IndexError, TypeError, AttributeError, ValueError):
+            tell_more(self, call)  # raises, if it can tell more
+            raise
+
+    def _with_weights(self, result: Any) -> Any:
+        """With weights in place of those that are pending."""
         if isinstance(result, tuple) and isinstance(result[1], tuple) and isinstance(result[1][1], Pending):
             return result[0], (result[1][0], result[1][1].weights())
         return result
@@ -111,9 +122,8 @@ class Attending(MessagePassing):
             return f"it takes the {self.aggr} of what comes, which is no attention"
         if getattr(self, "dropout", 0) == 1 and self.training:
             return "it drops all weights"
-        linear = getattr(self, "lin_edge", None)
-        if linear is not None and not is_lazy(linear) and (linear._forward_hooks or linear._forward_pre_hooks):
-            return "hooks look at what it makes of edge features"
+        if (reason := why_no_matrix(getattr(self, "lin_edge", None))) is not None:
+            return reason
         if (name := self._own_method()) is not None:
             return f"it has a {name}() of its own"
         return self.has_none()
@@ -125,13 +135,15 @@ class Attending(MessagePassing):
                 return name
         return None
 
-    def _is_for_pyg(self, call: dict[str, Any]) -> bool:
-        """Whether PyG's own layer serves a call: if messages are asked for, or weights in a sparse matrix."""
+    def _why_pyg(self, call: dict[str, Any]) -> str | None:
+        """Why PyG's own layer serves a call: if messages are asked for, or weights in a sparse matrix."""
         if self._own_method() is not None:
-            return False
-        wants_sparse = bool(call.get("return_attention_weights")) and not is_plain(call.get("edge_index"))
-        sides = self.flow == "target_to_source" and isinstance(call.get("x"), tuple | list)
-        return wants_sparse or sides or self.falls_back() is not None
+            return None
+        if call.get("return_attention_weights") and not is_plain(call.get("edge_index")):
+            return "weights are asked for in a sparse matrix: give edge_index as a tensor (2, num_edges)"
+        if self.flow == "target_to_source" and isinstance(call.get("x"), tuple | list):
+            return 'x is a pair, and flow="target_to_source": give edge_index.flip(0) to flow="source_to_target"'
+        return self.falls_back()
 
     def edge_updater(self, edge_index: Any, size: Any = None, **kwargs: Any) -> Any:
         """In layers that make weights before messages: put off until both are known."""
@@ -144,7 +156,10 @@ class Attending(MessagePassing):
         if self.falls_back() is not None:
             return MessagePassing.propagate(self, edge_index, size=size, **self._for_messages(kwargs))
         pending = kwargs.get("alpha", Pending({}))
-        self._check_input(edge_index, size)
+        told = self._check_input(edge_index, size)
+        size = tuple(told) if isinstance(edge_index, EdgeIndex) else size  # which brings its own
+        if size is not None and len(size) != 2:
+            raise ValueError(f"size must be (num_sources, num_targets) (got {size})")
         arguments = {**kwargs, **pending.arguments}
         size = size if is_plain(edge_index) else (edge_index.size(1), edge_index.size(0))
         size = size if self.flow == "source_to_target" else None
@@ -177,9 +192,9 @@ class Attending(MessagePassing):
         plain = copy.copy(self)
         plain.__class__, plain.inspector = self.of, copy.copy(self.inspector)
         plain.inspector._cls = self.of  # whose source PyG reads
-        plain._set_jittable_templates()
         for name in ("propagate", "edge_updater"):
-            plain.__dict__.pop(name, None)
+            plain.__dict__.pop(name, None)  # else PyG takes them for methods that its class has not written yet
+        plain._set_jittable_templates()
         if self.explain or self.decomposed_layers > 1:  # as PyG does when it is told so
             plain.propagate = MessagePassing.propagate.__get__(plain)
         return plain
@@ -195,6 +210,23 @@ def _forward_of(layer: Any) -> Any:
         return Attending.forward(self, *args, **kwargs)
 
     return forward
+
+
+def why_no_matrix(linear: Any) -> str | None:
+    """Why what a layer makes of edge features is not all in a matrix; None if it is, or there is nothing."""
+    if linear is None:
+        return None
+    if getattr(linear, "bias", None) is not None or getattr(type(linear), "forward", None) not in LINEAR:
+        return f"its lin_edge, {type(linear).__name__}, is more than a matrix"
+    if not is_lazy(linear) and (is_hooked(linear) or "forward" in vars(linear)):
+        return "hooks look at what it makes of edge features"
+    return None
+
+
+def is_hooked(module: torch.nn.Module) -> bool:
+    """Whether somebody looks at what comes into a module, or out of it."""
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return any(getattr(module, kind, None) for kind in kinds)
 
 
 def is_lazy(linear: Any) -> bool:

@@ -16,6 +16,8 @@ def check(layer: Any, call: dict[str, Any]) -> None:
     name, x, edge_attr = type(layer).__name__, call.get("x"), call.get("edge_attr")
     if "edge_index" in call:
         _check_edge_index(call["edge_index"])
+    if "edge_index_dict" in call and not torch.compiler.is_compiling():
+        _check_types(call.get("x_dict", {}), call["edge_index_dict"])
     sides = x if isinstance(x, tuple | list) else (x,)
     channels = getattr(layer, "in_channels", None)
     for side, features in enumerate(sides):
@@ -29,6 +31,50 @@ def check(layer: Any, call: dict[str, Any]) -> None:
             f"{name} was made with edge_dim={layer.edge_dim}, and needs the features of the edges: "
             f"edge_attr of shape (num_edges, {layer.edge_dim})"
         )
+
+
+def tell_more(layer: Any, call: dict[str, Any]) -> None:
+    """Raise what PyG's layer, or torch, has not told of a call that failed; nothing if all looks right."""
+    x, name = call.get("x"), type(layer).__name__
+    if x is None:
+        return
+    sides = tuple(x) if isinstance(x, tuple | list) else (x, x)
+    channels = getattr(layer, "in_channels", None)
+    if isinstance(channels, tuple | list) and isinstance(x, Tensor) and channels[0] != channels[1]:
+        raise ValueError(
+            f"x must be a pair (x_source, x_target), as {name} was made for {tuple(channels)} channels (got one tensor)"
+        )
+    if len(sides) != 2:
+        raise ValueError(f"x must be a tensor, or a pair (x_source, x_target) (got {len(sides)} parts)")
+    dtype = next((p.dtype for p in layer.parameters() if p.is_floating_point()), None)
+    for side in sides:
+        if side is not None and not isinstance(side, Tensor):
+            raise TypeError(f"x must be a tensor of features, or a pair (got {shown(side)})")
+        if isinstance(side, Tensor) and not torch.is_autocast_enabled(side.device.type) and side.dtype != dtype:
+            raise TypeError(f"x must be of the dtype of {name}'s parameters, {dtype} (got {side.dtype})")
+    edge_index = call.get("edge_index")
+    if isinstance(edge_index, Tensor) and edge_index.layout == torch.strided:
+        targets = sides[1] if sides[1] is not None else None
+        ends = edge_index if layer.flow == "source_to_target" else edge_index.flip(0)
+        for end, nodes, side in zip(("source", "target"), ends, (sides[0], targets), strict=True):
+            if isinstance(side, Tensor):
+                _check_range(f"edge_index must name {end} nodes", nodes, len(side))
+
+
+def _check_range(what: str, nodes: Tensor, count: int) -> None:
+    least, most = (0, -1) if not nodes.numel() else map(int, torch.aminmax(nodes))
+    if least < 0 or most >= count:
+        raise IndexError(f"{what} from 0 to {count - 1}, as there are {count} of them (got {least} … {most})")
+
+
+def _check_types(x_dict: Any, edge_index_dict: Any) -> None:
+    """Sources and targets of each type of edges, which PyG numbers together: one too large is a node of another."""
+    for kind, edge_index in edge_index_dict.items():
+        if not (isinstance(edge_index, Tensor) and edge_index.layout == torch.strided and len(kind) == 3):
+            continue
+        for end, side, nodes in zip(("source", "target"), (kind[0], kind[2]), edge_index, strict=True):
+            if side in x_dict:
+                _check_range(f"edge_index_dict[{kind!r}] must name {end} nodes of {side!r}", nodes, len(x_dict[side]))
 
 
 def _check_edge_index(edge_index: Any) -> None:
@@ -56,6 +102,11 @@ def _check_edges(name: str, edge_attr: Tensor, count: int, layer: Any) -> None:
         raise ValueError(f"{name} takes no edge_attr (got shape {shape}), unless it is made for it: edge_dim={width}")
     if not edge_attr.is_floating_point():
         raise TypeError(f"edge_attr must hold floating-point numbers (got {edge_attr.dtype}): edge_attr.float()")
+    weight = getattr(getattr(layer, "lin_edge", None), "weight", edge_attr)
+    if edge_attr.dtype != weight.dtype and not torch.is_autocast_enabled(edge_attr.device.type):
+        raise TypeError(
+            f"edge_attr must be of the dtype of {name}'s parameters, {weight.dtype} (got {edge_attr.dtype})"
+        )
     if edge_attr.ndim not in (1, 2) or edge_attr.shape[0] != count:
         raise ValueError(f"edge_attr must be (num_edges, edge_dim), of {count} edges (got shape {shape})")
     if layer.edge_dim is not None and layer.edge_dim > 0 and width != layer.edge_dim:

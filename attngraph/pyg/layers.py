@@ -19,7 +19,7 @@ def _by_head(linear: Any, heads: int, features: Tensor) -> Tensor:
     """The map of edge features for each head: (H, C, F)."""
     if is_lazy(linear):
         linear(features[:1])
-    return linear.weight.view(heads, -1, features.shape[1]).to(features.dtype)
+    return linear.weight.view(heads, linear.weight.shape[0] // heads, features.shape[1]).to(features.dtype)
 
 
 def _dropout(layer: Any) -> float:
@@ -40,7 +40,7 @@ class TransformerConv(Attending, pyg.TransformerConv):
     def attention(self, arguments: dict[str, Any], edge_attr: Tensor | None, num_targets: int | None) -> Attention:
         q, k, v = arguments["query"], arguments["key"], arguments["value"]
         asked = Attention(q, k, v, scale=1 / math.sqrt(self.out_channels), dropout_p=_dropout(self))
-        if edge_attr is None or self.lin_edge is None:
+        if edge_attr is None or self.lin_edge is None or not edge_attr.shape[1]:
             return asked
         each = _by_head(self.lin_edge, self.heads, edge_attr)
         return asked._replace(edge_attr=edge_attr, to_key=each, to_value=each)
@@ -79,7 +79,7 @@ class GATv2Conv(Attending, pyg.GATv2Conv):
         v, q = arguments["x"]
         options = {"slope": self.negative_slope, "dropout_p": _dropout(self), "weight": self.att[0]}
         asked = Attention(q, v, v, score="additive", **options)
-        if edge_attr is None:
+        if edge_attr is None or not edge_attr.shape[1]:
             return asked
         return asked._replace(edge_attr=edge_attr, to_key=_by_head(self.lin_edge, self.heads, edge_attr))
 
@@ -145,7 +145,8 @@ class GraphAttention(TransformerConv):
             fits = shape is not None and len(shape) == 3 and wanted in (-1, shape[2]) and shape[0] == len(sides[0]) > 0
             if not fits:
                 raise ValueError(f"x must be (B, num_nodes, {wanted}), of one B above 0 on both sides (got {shapes})")
-        if (reason := self.falls_back()) is not None:
+        call = {**dict(zip(self.names, (x, edge_index, *args), strict=False)), **kwargs}
+        if (reason := self._why_pyg(call) or self.falls_back()) is not None:
             raise ValueError(f"GraphAttention takes features (B, N, C) where it attends, but {reason}")
         self._entries = len(sides[0])
         try:

@@ -14,6 +14,12 @@ from attngraph.attention import attend
 from attngraph.graph.base import Graph
 from attngraph.graph.edge_list import of_sorted
 from attngraph.graph.patterns import Documents
+from attngraph.pyg.attending import is_hooked
+
+
+def _check_length(name: str, batch: Tensor, x: Tensor) -> None:
+    if len(batch) != len(x):
+        raise ValueError(f"{name} must be the graph of each of the {len(x)} nodes of x (got {len(batch)})")
 
 
 @checked
@@ -60,7 +66,9 @@ def lacks(attention: Any) -> str | None:
         return f"{type(attention).__name__} is no attention along edges"
     if not attention._qkv_same_embed_dim or attention.bias_k is not None or attention.add_zero_attn:
         return "kdim, vdim, add_bias_kv and add_zero_attn are not supported"
-    if attention._forward_hooks or attention._forward_pre_hooks:
+    if type(attention).forward is not torch.nn.MultiheadAttention.forward or "forward" in vars(attention):
+        return f"{type(attention).__name__} has a forward() of its own"
+    if is_hooked(attention):
         return "hooks look at its attention"
     return None
 
@@ -81,6 +89,8 @@ class GPSConv(pyg.GPSConv):
         """As PyG's."""
         if self.falls_back() is not None:
             return super().forward(x, edge_index, batch, **kwargs)
+        if batch is not None:
+            _check_length("batch", batch, x)
         graph = Documents((len(x),)) if batch is None else from_batch(batch)
         out = self._with(x, multihead(cast(torch.nn.MultiheadAttention, self.attn), x, x, graph), self.norm2, batch)
         if self.conv is not None:
@@ -106,6 +116,8 @@ class SetTransformerAggregation(pyg.aggr.SetTransformerAggregation):
     def falls_back(self) -> str | None:
         """Why it runs as PyG wrote it; None where it attends."""
         blocks = [*(encoder.mab for encoder in self.encoders), self.pma.mab]
+        if any(is_hooked(each) for each in (*self.encoders, self.pma, *blocks)):
+            return "hooks look at its blocks"
         return next((reason for block in blocks if (reason := lacks(block.attn)) is not None), None)
 
     def forward(self, x: Tensor, index: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
@@ -113,7 +125,10 @@ class SetTransformerAggregation(pyg.aggr.SetTransformerAggregation):
         if index is None or x.ndim != 2 or self.falls_back() is not None:
             return super().forward(x, index, *args, **kwargs)
         dim_size = kwargs.get("dim_size", args[1] if len(args) > 1 else None)
+        _check_length("index", index, x)
         counts = _counts(index, dim_size)
+        if dim_size is not None and len(counts) > dim_size:
+            raise ValueError(f"dim_size must be the number of graphs, {len(counts)} or more (got {dim_size})")
         graph, seeds = Documents(tuple(counts.tolist())), self.pma.seed.shape[1]
         for encoder in self.encoders:
             x = _block(encoder.mab, x, x, graph)

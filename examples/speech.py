@@ -188,7 +188,7 @@ def build(args: argparse.Namespace) -> EncoderDecoder:
         TransformerConfig(position="sinusoidal", **common),
         TransformerConfig(position="learned", max_length=args.digits + 1, cross=True, **common),
         len(WORDS) + 1,
-        source=AudioEmbedding(MEL.filters.shape[0], args.width),
+        source=AudioEmbedding(MEL.num_mels, args.width),
         encoder_graph=training.layer_graphs(args.graph, args.layers),
     )
 

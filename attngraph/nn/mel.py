@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -47,7 +46,6 @@ class LogMelSpectrogram(nn.Module):
         return ((loud.maximum(loud.amax((1, 2), keepdim=True) - 8) + 4) / 4).to(sound.dtype)
 
 
-@lru_cache(maxsize=8)
 def _triangles(sampling_rate: int, n_fft: int, num_mels: int) -> Tensor:
     """The weight of each frequency in each band, float64 (num_mels, n_fft // 2 + 1)."""
     frequency = torch.linspace(0, sampling_rate / 2, n_fft // 2 + 1, dtype=torch.float64)

@@ -78,8 +78,9 @@ def train(args: argparse.Namespace) -> dict:
     print(f"model     {sum(p.numel() for p in model.parameters()):,} parameters, graph {args.graph}")
 
     def loss(number: int) -> Tensor:
-        whole = corpus.batch(args.batch, seed=args.seed + number)[0]
-        seen, which = hidden(whole, args.masked, mask, torch.Generator().manual_seed(args.seed + number))
+        chance = training.batch_generator(args, number)
+        whole = corpus.batch(args.batch, chance)[0]
+        seen, which = hidden(whole, args.masked, mask, chance)
         return cross_entropy(model(seen.to(device))[which.to(device)].float(), whole[which].to(device))
 
     def accuracy() -> float:

@@ -219,7 +219,7 @@ def train(args: argparse.Namespace, world: Map, walks: Walks) -> Trained:
     best = best_returns(walks, args.nodes).clamp(min=-args.longest)
 
     def loss(number: int) -> Tensor:
-        batch = crops(walks, args.batch, args.context, torch.Generator().manual_seed(args.seed + number))
+        batch = crops(walks, args.batch, args.context, training.batch_generator(args, number))
         odds = log_odds(model, world, *batch)
         return cross_entropy(odds[batch.keep.to(device)], batch.actions[batch.keep].to(device))
 

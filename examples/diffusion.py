@@ -172,10 +172,11 @@ def train(args: argparse.Namespace, text: str, source: str, tokens: gpt.Tokenize
     print(f"model     {sum(p.numel() for p in model.parameters()):,} parameters, graph {args.graph}, learns {learns}")
 
     def loss(number: int) -> Tensor:
-        whole, following = corpus.batch(args.batch, seed=args.seed + number)
+        chance = training.batch_generator(args, number)
+        whole, following = corpus.batch(args.batch, chance)
         if causal:
             return gpt.loss_of(model, whole.to(device), following.to(device))
-        return bound(model, whole, mask, torch.Generator().manual_seed(args.seed + number))
+        return bound(model, whole, mask, chance)
 
     task = training.Task(
         model,

@@ -231,9 +231,8 @@ class Corpus:
                 f"(got {len(self.training)} and {len(self.validation)}); take a longer --text or a shorter --context"
             )
 
-    def batch(self, size: int, seed: int) -> tuple[Tensor, Tensor]:
+    def batch(self, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Random pieces of the training text, and what follows each token: two (size, context)."""
-        generator = torch.Generator().manual_seed(seed)
         start = torch.randint(len(self.training) - self.context, (size, 1), generator=generator)
         pieces = self.training[start + torch.arange(self.context + 1)]
         return pieces[:, :-1], pieces[:, 1:]
@@ -291,9 +290,8 @@ class Shards(Corpus):
                 f"a context of {context} needs more tokens than {folder} has in a file; take a shorter one"
             )
 
-    def batch(self, size: int, seed: int) -> tuple[Tensor, Tensor]:
+    def batch(self, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """The same of random files, the longer the more often; no piece is of two."""
-        generator = torch.Generator().manual_seed(seed)
         places = torch.randint(int(self.begins[-1]), (size,), generator=generator).numpy()
         chosen = np.searchsorted(self.begins, places, side="right") - 1
         rows = []
@@ -407,7 +405,7 @@ def train(args: argparse.Namespace) -> dict:
     print(f"model     {args.model}, {parameters:,} parameters, graph {args.graph}")
 
     def loss(number: int) -> Tensor:
-        inputs, targets = corpus.batch(args.batch, seed=args.seed + number)
+        inputs, targets = corpus.batch(args.batch, training.batch_generator(args, number))
         return loss_of(model, inputs.to(device), targets.to(device))
 
     task = training.Task(

@@ -70,9 +70,6 @@ def problems(count: int, args: argparse.Namespace, seed: int) -> tuple[Tensor, T
     return x, (x @ weights)[..., 0] + args.noise * noise
 
 
-TESTED, TUNED = 2**40, 2**41  # seeds that no batch has
-
-
 # ------------------------------------------------------------------------------------------------------------- model
 
 
@@ -124,7 +121,7 @@ def by_descent(x: Tensor, y: Tensor, steps: int, rates: Tensor) -> Tensor:
 
 def best_rates(args: argparse.Namespace) -> Tensor:
     """For each number of pairs, the rate of gradient descent that leaves the smallest error on other problems."""
-    x, y = problems(args.problems, args, TUNED)
+    x, y = problems(args.problems, args, training.TUNING_SEED)
     rates = torch.logspace(-2, 0.5, 26)
     errors = torch.stack([errors_of(by_descent(x, y, args.layers, rate.expand(args.pairs)), y) for rate in rates])
     return rates[errors.argmin(0)]
@@ -145,14 +142,14 @@ def train(args: argparse.Namespace) -> dict:
     device = training.best_device(args.device)
     torch.manual_seed(args.seed)
     model = InContext(args).to(device)
-    x, y = problems(args.problems, args, TESTED)
+    x, y = problems(args.problems, args, training.TEST_SEED)
     best = errors_of(by_regression(x, y, args.noise**2), y)
     print(f"problems  {args.pairs} pairs of {args.features} features, noise {args.noise:g}")
     print(f"model     {sum(p.numel() for p in model.parameters()):,} parameters, graph {args.graph}")
     share = (best.mean() / best).float().to(device)  # of the loss: what can be known well counts as much as what can't
 
     def loss(number: int) -> Tensor:
-        x, y = (part.to(device) for part in problems(args.batch, args, args.seed + number))
+        x, y = (part.to(device) for part in problems(args.batch, args, training.batch_seed(args, number)))
         return ((model(x, y).float() - y).square() * share).mean()
 
     def errors() -> Tensor:
@@ -185,7 +182,7 @@ def report(
 ) -> training.Outcome:
     """Pictures, and the figure beside those of other methods."""
     folder = Path(args.runs) / args.name
-    x, y = problems(args.problems, args, TESTED)
+    x, y = problems(args.problems, args, training.TEST_SEED)
     others = {
         "ridge regression, the best there is": best,
         f"{args.layers} steps of gradient descent": errors_of(by_descent(x, y, args.layers, best_rates(args)), y),

@@ -179,7 +179,7 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
         return (found if args.task == "csl" else found[:, 0] * spread + center), target.to(device)
 
     def loss(number: int) -> Tensor:
-        generator = torch.Generator().manual_seed(args.seed + number)
+        generator = training.batch_generator(args, number)
         found, target = answer(torch.randint(known, (args.batch,), generator=generator).tolist())
         if args.task == "csl":
             return cross_entropy(found, target)

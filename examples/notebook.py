@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 KEYS, VALUES = 80, 32
 BLANK = KEYS + VALUES  # what a note says
 LONGER = (1, 2, 4)  # texts to test by, in lengths of those that are trained on
-UNSEEN = 2**40  # their seed, beyond all that a training has
 
 
 def settings(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -140,11 +139,11 @@ def train(args: argparse.Namespace) -> dict:
         """Of texts whose chunks tell one pair, at first, and then of some with more, in turn."""
         step = number // args.accumulate
         pairs = 1 if step < 0.3 * args.steps else 1 + step % args.pairs
-        tokens, values = texts(args.batch, args.chunks, pairs, args, args.seed + number)
+        tokens, values = texts(args.batch, args.chunks, pairs, args, training.batch_seed(args, number))
         return cross_entropy(model(tokens.to(device)).float().flatten(0, 1), values.to(device).flatten())
 
     def right(longer: int = 1) -> float:
-        tokens, values = texts(512, longer * args.chunks, args.pairs, args, UNSEEN)
+        tokens, values = texts(512, longer * args.chunks, args.pairs, args, training.TEST_SEED)
         found = torch.cat([model(part.to(device)).argmax(-1).cpu() for part in tokens.split(64)])
         return 100 * (found == values).float().mean().item()
 

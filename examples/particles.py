@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 REACH = 0.1  # of the force: by so far it has fallen to 1 / e
 OCTAVES = 5  # of the waves that tell a place
-TESTED, UNSEEN = 128, 2**40  # sets to test by, and their seed, beyond all that a training has
+TESTED = 128  # sets to test by
 
 
 def settings(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -100,7 +100,7 @@ def train(args: argparse.Namespace) -> dict:
         embed_dim=args.width, num_layers=args.layers, num_heads=args.heads, position="none", dropout=args.dropout
     )
     model, graph = Particles(config).to(device), graph_of(args.graph)
-    unseen = sets(TESTED, args.particles, UNSEEN)
+    unseen = sets(TESTED, args.particles, training.TEST_SEED)
     unit = unseen[2].std()
     edges = args.layers * graph(unseen[0][:1]).num_edges(args.particles, args.particles)
     print(f"model     {sum(p.numel() for p in model.parameters()):,} parameters, graph {args.graph}, {edges:,} edges")
@@ -109,7 +109,7 @@ def train(args: argparse.Namespace) -> dict:
         return unit * model(place.to(device), charge.to(device), graph(place)).float().cpu()
 
     def loss(number: int) -> Tensor:
-        place, charge, force = sets(args.batch, args.particles, args.seed + number)
+        place, charge, force = sets(args.batch, args.particles, training.batch_seed(args, number))
         return (predicted(place, charge) - force).square().mean() / unit**2
 
     def unexplained() -> float:

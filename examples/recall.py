@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SYMBOLS = 64  # keys, and as many values
-UNSEEN = 2**40  # the seed of texts to test by, beyond all that a training has
 NAMES = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+*"
 
 
@@ -101,11 +100,11 @@ def train(args: argparse.Namespace) -> dict:
         """Of texts that grow for the first half of the training."""
         step = number // args.accumulate
         pairs = min(args.pairs, 4 + 2 * args.pairs * step // args.steps)
-        tokens, values = texts(args.batch, pairs, args.seed + number)
+        tokens, values = texts(args.batch, pairs, training.batch_seed(args, number))
         return cross_entropy(model(tokens.to(device)).float().flatten(0, 1), values.to(device).flatten())
 
     def right() -> float:
-        tokens, values = texts(256, args.pairs, UNSEEN)
+        tokens, values = texts(256, args.pairs, training.TEST_SEED)
         return 100 * (model(tokens.to(device)).argmax(-1).cpu() == values).float().mean().item()
 
     task = training.Task(
@@ -135,7 +134,7 @@ def edges_drawn(model: Recall, args: argparse.Namespace, device: torch.device) -
     """Whom each key that is asked hears in the second layer, of an unseen text; where its value stands is marked."""
     from matplotlib.figure import Figure
 
-    tokens, _ = texts(1, args.pairs, UNSEEN)
+    tokens, _ = texts(1, args.pairs, training.TEST_SEED)
     with record(model, layers=["second.layers.0.attention"]) as recorded:
         model(tokens.to(device))
     heard, told, nodes = recorded["second.layers.0.attention"], 2 * args.pairs, tokens.shape[1]

@@ -70,7 +70,7 @@ RADAR_BEARING, RADAR_DISTANCE = 0.1, 0.02
 FAILS = 0.3  # share of the scenes to learn from in which one of the sensors does
 NOBODY = len(CLASSES)  # the class of clutter
 READINGS = len(CLASSES) + CLUTTER
-UNSEEN = 4000, -1  # how many scenes, and their seed
+TESTED = 4000  # scenes to test by
 
 
 class Scenes(NamedTuple):
@@ -94,9 +94,8 @@ def places(polar: Tensor) -> Tensor:
     return torch.stack([distance * bearing.sin(), distance * bearing.cos()], -1)
 
 
-def scenes(count: int, seed: int) -> Scenes:
+def scenes(count: int, generator: torch.Generator) -> Scenes:
     """One target of each class, seen by both sensors, among what only one of them sees."""
-    generator = torch.Generator().manual_seed(seed)
 
     def anywhere(nodes: int) -> Tensor:
         return torch.rand(count, nodes, 2, generator=generator) * 2 + torch.tensor([-1.0, 1.0])
@@ -115,11 +114,16 @@ def scenes(count: int, seed: int) -> Scenes:
     return Scenes(camera, classes, radar, real, asked, targets)
 
 
-def working(count: int, way: str, seed: int) -> Tensor:
+def unseen_scenes() -> Scenes:
+    """Those that test."""
+    return scenes(TESTED, torch.Generator().manual_seed(training.TEST_SEED))
+
+
+def working(count: int, way: str, generator: torch.Generator | None = None) -> Tensor:
     """Which sensors, camera and radar, work in each of so many scenes: bool (count, 2)."""
     if way != "dropped":
         return torch.tensor([way != "radar", way != "camera"]).expand(count, 2)
-    chance = torch.rand(count, generator=torch.Generator().manual_seed(seed))
+    chance = torch.rand(count, generator=generator)
     return torch.stack([chance > FAILS / 2, chance < 1 - FAILS / 2], 1)
 
 
@@ -173,7 +177,7 @@ class Fusion(nn.Module):
 
 def train(args: argparse.Namespace) -> dict[str, float]:
     """Train, and leave the run's folder behind. Returns errors with both sensors, and with one of them."""
-    device, unseen = training.best_device(args.device), scenes(*UNSEEN)
+    device, unseen = training.best_device(args.device), unseen_scenes()
     torch.manual_seed(args.seed)
     model = Fusion(args).to(device)
     print(f"model     {sum(p.numel() for p in model.parameters()):,} parameters, {args.graph}, {WAYS[args.training]}")
@@ -182,12 +186,13 @@ def train(args: argparse.Namespace) -> dict[str, float]:
         return Scenes(*(part.to(device) for part in given))
 
     def loss(number: int) -> Tensor:
-        given = on_device(scenes(args.batch, args.seed + number))
-        works = working(args.batch, args.training, args.seed + number).to(device)
+        chance = training.batch_generator(args, number)
+        given = on_device(scenes(args.batch, chance))
+        works = working(args.batch, args.training, chance).to(device)
         return (model(given, works).float() - given.position()).square().sum(1).mean()
 
     def error_of(way: str) -> float:
-        return error(model(on_device(unseen), working(len(unseen.asked), way, 0).to(device)).float().cpu(), unseen)
+        return error(model(on_device(unseen), working(len(unseen.asked), way).to(device)).float().cpu(), unseen)
 
     task = training.Task(
         model,
@@ -224,7 +229,7 @@ def main(args: argparse.Namespace) -> dict:
         begun = args.resume and (Path(args.runs) / name / training.MODEL).exists()  # or the first was stopped before
         print(f"\nthe same model and budget, {WAYS[way]}:")
         found[way] = train(argparse.Namespace(**{**vars(args), "training": way, "name": name, "resume": begun}))
-    hand, own, nodes = by_hand(scenes(*UNSEEN)), found[args.training], 1 + 2 * len(CLASSES) + CLUTTER
+    hand, own, nodes = by_hand(unseen_scenes()), found[args.training], 1 + 2 * len(CLASSES) + CLUTTER
     training.save_picture(draw_errors(found, min(hand.values())), folder / "errors.png")
     baselines = hand | {f"{sensor} alone": own[sensor] for sensor in ("camera", "radar")}
     for way in args.against:
@@ -247,7 +252,7 @@ def draw_scene(model: Fusion, device: torch.device) -> Figure:
     """From above: what both sensors read, in the colour of how much the question hears it, and what it says."""
     from matplotlib.figure import Figure
 
-    given = Scenes(*(part[:1].to(device) for part in scenes(*UNSEEN)))
+    given = Scenes(*(part[:1].to(device) for part in unseen_scenes()))
     with record(model) as recorded:
         said = model(given, torch.ones(1, 2, dtype=torch.bool, device=device))[0].cpu()
     heard = recorded[-1]

@@ -63,7 +63,6 @@ WORDS = (
     "N AA IH N",
 )  # fmt: skip
 HELD_OUT = 6  # accents
-UNSEEN = 2**40  # the seed of sounds that test
 
 # Milliseconds; three formants in Hz, of vowels as Peterson and Barney (1952) measured them; how loud the voice is, how
 # loud the noise, and where it lies in Hz.
@@ -220,14 +219,14 @@ def by_template(voices: Voices, given: Said) -> float:
 def train(args: argparse.Namespace) -> dict:
     """Train, and leave the run's folder behind. Returns the last figures."""
     known, others = speakers(range(args.accents)), speakers(range(10_000, 10_000 + HELD_OUT))
-    unseen, device = any_numbers(others, 250, args.digits, UNSEEN), training.best_device(args.device)
+    unseen, device = any_numbers(others, 250, args.digits, training.TEST_SEED), training.best_device(args.device)
     torch.manual_seed(args.seed)
     model = build(args).to(device)
     print(f"sounds    of {args.accents} accents, {HELD_OUT} others to test; {args.digits * ROOM / RATE:g} s each")
     print(f"model     {sum(p.numel() for p in model.parameters()):,} parameters, graph of slices {args.graph}")
 
     def loss(number: int) -> Tensor:
-        said = any_numbers(known, args.batch, args.digits, args.seed + number)
+        said = any_numbers(known, args.batch, args.digits, training.batch_seed(args, number))
         before = torch.cat([torch.full((args.batch, 1), START), said.digits[:, :-1]], 1)
         logits = model(heard(said.sound).to(device), before.to(device))
         return cross_entropy(logits.float().flatten(0, 1), said.digits.flatten().to(device))

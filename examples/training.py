@@ -606,6 +606,21 @@ def summed(tensors: list[Tensor]) -> None:
         tensor.copy_(part.view_as(tensor))
 
 
+def batch_seed(args: argparse.Namespace, number: int) -> int:
+    """The seed of a batch: even, below 2³², and far from those of other --seeds, which would else share their batches.
+
+    Generators of torch forget all but the last 32 bits of a seed.
+    """
+    return 2 * ((args.seed * 0x9E3779B1 + number) % 2**31)
+
+
+def batch_generator(args: argparse.Namespace, number: int) -> torch.Generator:
+    return torch.Generator().manual_seed(batch_seed(args, number))
+
+
+TEST_SEED, TUNING_SEED = 1, 3  # odd, as no batch's is
+
+
 def fit(args: argparse.Namespace, task: Task) -> tuple[float, Metrics]:
     """Train, with a progress bar; leave config, metrics and checkpoints in the run's folder. The last score."""
     folder, model, own = Path(args.runs) / args.name, task.model, join(args.device)
@@ -654,7 +669,8 @@ def fit(args: argparse.Namespace, task: Task) -> tuple[float, Metrics]:
             for optimizer, peak in zip(steppers, peaks, strict=True):
                 for group, lr in zip(optimizer.param_groups, peak, strict=True):
                     group["lr"] = lr * factor
-            torch.manual_seed(args.seed + step + own.rank * MOST)  # of dropout: a resumed run takes the same chances
+            chances = batch_seed(args, step * own.count + own.rank) + 1  # of dropout: a resumed run takes the same
+            torch.manual_seed(chances)
             loss = 0.0
             for part in range(own.rank * each, (own.rank + 1) * each):
                 with autocast(task.device, args.dtype):

@@ -209,7 +209,7 @@ def train(args: argparse.Namespace) -> dict:
     print(f"model     {sum(p.numel() for p in model.parameters()):,} parameters, source graph {args.graph}")
 
     def loss(number: int) -> Tensor:
-        rng = random.Random(args.seed + number)
+        rng = random.Random(training.batch_seed(args, number))
         days = rng.choices(known, k=args.batch)
         source, mask = SOURCE.encode([written(day, rng) for day in days])
         target = TARGET.encode([f"<{day.isoformat()}" for day in days])[0].to(device)

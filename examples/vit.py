@@ -178,7 +178,7 @@ def train(args: argparse.Namespace) -> dict:
     print(f"model     {parameters:,} parameters, {nodes} nodes, graph {args.graph}, {edges:,} edges in all layers")
 
     def loss(number: int) -> Tensor:
-        generator = torch.Generator().manual_seed(args.seed + number)
+        generator = training.batch_generator(args, number)
         index = torch.randint(len(images), (args.batch,), generator=generator)
         batch = images[index] if args.distort == 0 else distorted(images[index], args.distort, generator)
         return cross_entropy(model(((batch - mean) / deviation).to(device)).float(), classes[index].to(device))

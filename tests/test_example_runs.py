@@ -1,5 +1,6 @@
 """Runs of the examples that go on: what they keep, and what is told of a text or a run that is another."""
 
+import argparse
 import json
 
 import bert
@@ -80,3 +81,15 @@ def test_a_width_that_has_no_heads_is_an_error_of_the_command_line(capsys, examp
 def test_a_bigram_has_no_heads():
     assert gpt.settings(["--model", "bigram", "--width", "36"]).width == 36
     assert vit.settings(["--width", "36"]).width == 36
+
+
+def test_no_other_seed_has_a_batch_of_this_one():
+    """A generator keeps 32 bits of its seed; what tests a model is in no batch of any."""
+    batches = {
+        seed: {training.batch_seed(argparse.Namespace(seed=seed), number) for number in range(20_000)}
+        for seed in (-3, 0, 1, 2, 3, 1336, 1337, 1338, 2**31 - 1)
+    }
+    every = [seed for found in batches.values() for seed in found]
+    assert len({*every}) == len(every) == 20_000 * len(batches)
+    assert all(0 <= seed < 2**32 for seed in every)
+    assert not {training.TEST_SEED, training.TUNING_SEED} & {*every}

@@ -11,8 +11,12 @@ def run(folder, *given):
     return sensors.main(sensors.settings(["--runs", str(folder), "--dtype", "float32", *map(str, given)]))
 
 
+def scenes(count, seed):
+    return sensors.scenes(count, torch.Generator().manual_seed(seed))
+
+
 def test_readings_are_as_good_as_each_sensor_is():
-    given = sensors.scenes(4000, 1)
+    given = scenes(4000, 1)
     count = len(sensors.CLASSES)
     camera, radar = given.camera[:, :count] - given.targets, given.radar[:, :count] - given.targets
     relative = (camera[..., 1] / given.targets[..., 1]).std()
@@ -22,7 +26,7 @@ def test_readings_are_as_good_as_each_sensor_is():
     counts = given.real.sum(2)
     assert counts.min() == count
     assert counts.max() == count + sensors.CLUTTER
-    again = sensors.scenes(4000, 1)
+    again = scenes(4000, 1)
     assert all(torch.equal(one, other) for one, other in zip(given, again, strict=True))
 
 
@@ -34,7 +38,7 @@ def test_places_are_to_the_right_and_ahead():
 def test_what_fails_is_not_heard():
     args = sensors.settings(["--layers", "1"])
     torch.manual_seed(0)
-    model, given = sensors.Fusion(args), sensors.scenes(5, 2)
+    model, given = sensors.Fusion(args), scenes(5, 2)
     other = given._replace(radar=torch.randn_like(given.radar))
     alone = torch.tensor([True, False]).expand(5, 2)
     torch.testing.assert_close(model(given, alone), model(other, alone))
@@ -42,7 +46,7 @@ def test_what_fails_is_not_heard():
 
 
 def test_by_hand_the_right_echo_is_found_where_there_is_one():
-    given = sensors.scenes(500, 3)
+    given = scenes(500, 3)
     row, kept = torch.arange(500), torch.zeros_like(given.real)
     kept[:, 0] = True
     kept[row, 1, given.asked] = True  # the radar sees what is asked for and nothing else

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from attngraph import Prefix, Random, Window
-from benchmarks import compilers, dynamic, examples, floors, goals, gpu, overhead, quality, report, train_gpt
+from benchmarks import compilers, dynamic, examples, floors, goals, gpu, outcomes, overhead, quality, report, train_gpt
 from benchmarks.experiment import Records
 from benchmarks.internals import explained
 from benchmarks.measure import RESULTS
@@ -89,7 +89,7 @@ def lecture() -> str:
     """
     head = ["# The whole lecture", "", *prose(text)]
     last = "Written by `python -m benchmarks.readme` from what `python -m benchmarks.examples` recorded."
-    return "\n".join([*head, *examples.page(Records(RESULTS)), last, ""])
+    return "\n".join([*head, *outcomes.page(Records(RESULTS)), last, ""])
 
 
 def written(text: str) -> str:

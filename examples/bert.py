@@ -17,7 +17,11 @@ import hashlib
 import os
 from pathlib import Path
 
+import checkpoints
+import command_line
 import gpt
+import optimization
+import reporting
 import torch
 import training
 from torch import Tensor
@@ -30,7 +34,7 @@ from attngraph.models import GPT
 def settings(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line: gpt.py's model, another graph, and how much is masked."""
     quick = {"steps": 100, "layers": 2}
-    parser = training.parser_of(
+    parser = command_line.parser_of(
         __doc__, free=("text", "against"), quick=quick, name="bert", batch=32, steps=600, evaluate_every=150
     )
     add = parser.add_argument
@@ -43,14 +47,14 @@ def settings(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--width", type=int, default=128, help="of the nodes' vectors")
     add("--context", type=int, default=128, help="tokens that the model sees at once")
     add("--masked", type=float, default=0.15, help="share of the tokens that are masked")
-    given = training.parsed(parser, arguments)
-    training.require_at_least(given, parser, layers=1, heads=1, width=1, context=2)
-    training.require_heads(given, parser, even=True)
+    given = command_line.parsed(parser, arguments)
+    command_line.require_at_least(given, parser, layers=1, heads=1, width=1, context=2)
+    command_line.require_heads(given, parser, even=True)
     if not 0 < given.masked < 1:
         parser.error(f"--masked must be between 0 and 1 (got {given.masked})")
     for name in ("graph", "against"):
         try:
-            _ = getattr(given, name) and training.layer_graphs(getattr(given, name), given.layers)
+            _ = getattr(given, name) and command_line.layer_graphs(getattr(given, name), given.layers)
         except ValueError as error:
             parser.error(f"--{name}: {error}")
     return given
@@ -67,7 +71,7 @@ def train(args: argparse.Namespace) -> dict:
     text, source = gpt.read_text(args.text)
     tokens = gpt.tokenizer(args.tokenizer, text)
     corpus, mask = gpt.Corpus(tokens.encode(text), args.context), len(tokens)
-    device = training.best_device(args.device)
+    device = optimization.best_device(args.device)
     torch.manual_seed(args.seed)
     try:
         model = gpt.build(argparse.Namespace(**vars(args), model="gpt"), len(tokens) + 1).to(device)
@@ -100,18 +104,21 @@ def train(args: argparse.Namespace) -> dict:
         record={"example": "bert", "source": source},
         per_batch=args.batch * args.context,
         score="validation_accuracy",
-        free=(*training.FREE, "text", "against"),
+        free=(*command_line.FREE, "text", "against"),
         changed={"text_hash": f"{source} is not the text that the run was trained on, or changed since"},
     )
-    with training.only_run(args):
+    with checkpoints.only_run(args):
         score, metrics = training.fit(args, task)
         print(
             f"{score:.2f}% of the masked characters of the whole validation text right, after {metrics.seconds:.0f} s"
         )
         report(Path(args.runs) / args.name, args, model.eval(), corpus, tokens, metrics, device)
     commonest = 100 * float((corpus.validation == corpus.training.mode().values).float().mean())
-    edges = training.edges_of(model.transformer.graphs, args.context)
-    return {"validation_accuracy": score, "seconds": metrics.seconds, "commonest": commonest, "edges": edges}
+    edges = reporting.edges_of(model.transformer.graphs, args.context)
+    return {
+        "validation_accuracy": score, "seconds": metrics.seconds, "commonest": commonest, "edges": edges,
+        "source": source,
+    }  # fmt: skip
 
 
 def report(
@@ -131,13 +138,13 @@ def report(
     characters = [tokens.decode([token]) for token in whole.tolist()]
     masked = "".join("▁" if hole else text for text, hole in zip(characters, which[0].tolist(), strict=True))
     filled = f"{masked}\n{'-' * 40}\n{''.join(tokens.decode([token]) for token in guess.tolist())}\n"
-    training.write_whole(folder / "filled.txt", lambda path: path.write_text(filled, encoding="utf-8"))
-    curve = training.loss_curve(metrics, f"masked characters, {args.graph}", "loss [nats a mask]", "masks right [%]")
-    training.save_picture(curve, folder / "accuracy.png")
+    checkpoints.write_whole(folder / "filled.txt", lambda path: path.write_text(filled, encoding="utf-8"))
+    curve = reporting.loss_curve(metrics, f"masked characters, {args.graph}", "loss [nats a mask]", "masks right [%]")
+    reporting.save_picture(curve, folder / "accuracy.png")
     graphs = model.transformer.graphs
-    training.save_picture(draw.connectivity(graphs, min(args.context, 64)), folder / "connectivity.png")
-    gpt.draw_attention(folder, model, whole[:48].to(device), tokens, training.chosen_head(args))
-    print(f"{'-' * 80}\n{filled}{'-' * 80}\n{training.left_in(folder)}")
+    reporting.save_picture(draw.connectivity(graphs, min(args.context, 64)), folder / "connectivity.png")
+    gpt.draw_attention(folder, model, whole[:48].to(device), tokens, command_line.chosen_head(args))
+    print(f"{'-' * 80}\n{filled}{'-' * 80}\n{reporting.left_in(folder)}")
 
 
 def main(args: argparse.Namespace) -> dict:
@@ -146,7 +153,7 @@ def main(args: argparse.Namespace) -> dict:
     others = {"the commonest character": figures["commonest"]}
     if args.against:
         name = f"{args.name}-against"
-        begun = args.resume and (Path(args.runs) / name / training.MODEL).exists()  # or the first was stopped before
+        begun = args.resume and (Path(args.runs) / name / checkpoints.MODEL).exists()  # or the first was stopped before
         other = argparse.Namespace(**{**vars(args), "graph": args.against, "name": name, "resume": begun})
         print(f"\nthe same model and budget under {args.against}:")
         figures["against"] = train(other)["validation_accuracy"]
@@ -154,8 +161,8 @@ def main(args: argparse.Namespace) -> dict:
         print(f"{args.graph} is right {better:.1f} points more often than {args.against}")
         others = {args.against: figures["against"], **others}
     score, seconds, edges = (figures[name] for name in ("validation_accuracy", "seconds", "edges"))
-    told = training.Outcome("masked characters right [%]", score, others, args.graph, edges, seconds, "accuracy.png")
-    training.tell(Path(args.runs) / args.name, told)
+    told = reporting.Outcome("masked characters right [%]", score, others, args.graph, edges, seconds, "accuracy.png")
+    reporting.tell(Path(args.runs) / args.name, told)
     return figures
 
 

@@ -13,8 +13,8 @@ import argparse
 import time
 from pathlib import Path
 
+import reporting
 import torch
-import training
 from torch import nn
 from torch.nn.functional import cross_entropy
 
@@ -64,7 +64,7 @@ draw.save(draw.connectivity(graph, nodes, title="the karate club"), folder / "ka
 commonest = (labels[~known] == labels[known].mode().values).float().mean()
 others = {"the side that most of the known are on": 100 * float(commonest)}
 edges, seconds = 2 * graph.num_edges(nodes, nodes), time.perf_counter() - begin
-training.tell(folder, training.Outcome(
+reporting.tell(folder, reporting.Outcome(
     "members right [%]", 100 * float(right), others, "from_networkx(club)", edges, seconds, "karate.png"
 ))  # fmt: skip
-print(training.left_in(folder))
+print(reporting.left_in(folder))

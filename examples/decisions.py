@@ -21,7 +21,11 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+import checkpoints
+import command_line
 import networkx
+import optimization
+import reporting
 import torch
 import training
 from torch import Tensor
@@ -42,7 +46,7 @@ UNHEARD = "Causal() - Prefix(1) @ Strided(3)"  # of the nodes return, state, act
 def settings(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     quick = {"nodes": 16, "walks": 400, "longest": 40, "steps": 200, "batch": 32, "width": 32}
-    parser = training.parser_of(
+    parser = command_line.parser_of(
         __doc__, free=("against",), quick=quick, name="decisions", batch=64, steps=1200, evaluate_every=400,
         optimizer="adamw", lr=0.002, adamw_lr=0.01,
     )  # fmt: skip
@@ -56,12 +60,12 @@ def settings(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--layers", type=int, default=2, help="of the Transformer")
     add("--heads", type=int, default=2, help="of attention, in each layer")
     add("--width", type=int, default=64, help="of the nodes' vectors")
-    given = training.parsed(parser, arguments)
-    training.require_at_least(given, parser, nodes=6, walks=1, longest=2, context=1, layers=1, heads=1, width=1)
-    training.require_heads(given, parser)
+    given = command_line.parsed(parser, arguments)
+    command_line.require_at_least(given, parser, nodes=6, walks=1, longest=2, context=1, layers=1, heads=1, width=1)
+    command_line.require_heads(given, parser)
     for name in ("graph", "against"):
         try:
-            _ = getattr(given, name) and training.layer_graphs(getattr(given, name), given.layers)
+            _ = getattr(given, name) and command_line.layer_graphs(getattr(given, name), given.layers)
         except ValueError as error:
             parser.error(f"--{name}: {error}")
     return given
@@ -128,7 +132,7 @@ def build(args: argparse.Namespace) -> DecisionTransformer:
     config = TransformerConfig(
         embed_dim=args.width, num_layers=args.layers, num_heads=args.heads, position="none", dropout=args.dropout
     )
-    graph = training.layer_graphs(args.graph, args.layers)
+    graph = command_line.layer_graphs(args.graph, args.layers)
     return DecisionTransformer(
         config, num_states=args.nodes, num_actions=args.nodes, max_time=args.context, graph=graph
     )
@@ -206,7 +210,7 @@ class Trained(NamedTuple):
 
 def train(args: argparse.Namespace, world: Map, walks: Walks) -> Trained:
     """Train on the walks under --graph, and leave a checkpoint in the run's folder."""
-    device = training.best_device(args.device)
+    device = optimization.best_device(args.device)
     torch.manual_seed(args.seed)
     try:
         model = build(args).to(device)
@@ -237,7 +241,7 @@ def train(args: argparse.Namespace, world: Map, walks: Walks) -> Trained:
         unit="walks",
         per_batch=args.batch,
         score="shortest_paths",
-        free=(*training.FREE, "against"),
+        free=(*command_line.FREE, "against"),
     )
     _, metrics = training.fit(args, task)
     model.eval()
@@ -258,14 +262,14 @@ def main(args: argparse.Namespace) -> dict:
     if not len(walks.steps):
         raise SystemExit(f"none of --walks {args.walks} arrives in --longest {args.longest} steps; take more of either")
     print(f"map       {args.nodes} places, {args.walks:,} random walks, of which {len(walks.steps):,} arrive")
-    with training.only_run(args):
+    with checkpoints.only_run(args):
         ours, without = train(args, world, walks), None
         if args.against:
             name = f"{args.name}-against"
-            begun = args.resume and (Path(args.runs) / name / training.MODEL).exists()  # or the first was stopped
+            begun = args.resume and (Path(args.runs) / name / checkpoints.MODEL).exists()  # or the first was stopped
             other = argparse.Namespace(**{**vars(args), "graph": args.against, "name": name, "resume": begun})
             print(f"\nthe same model and budget under {args.against}:")
-            with training.only_run(other):
+            with checkpoints.only_run(other):
                 without = train(other, world, walks)
         return report(args, world, walks, ours, without)
 
@@ -290,15 +294,15 @@ def report(args: argparse.Namespace, world: Map, walks: Walks, ours: Trained, wi
         failed = f", {int((each > args.longest).sum())} of {len(each)} fail" if (each > args.longest).any() else ""
         print(f"{each.float().mean():8.2f}   {name}{failed}")
     means = {name: float(each.float().mean()) for name, each in steps.items()}
-    curve = training.loss_curve(ours.metrics, args.graph, "loss [nats a step]", "shortest paths [%]")
-    training.save_picture(curve, folder / "accuracy.png")
-    training.save_picture(
+    curve = reporting.loss_curve(ours.metrics, args.graph, "loss [nats a step]", "shortest paths [%]")
+    reporting.save_picture(curve, folder / "accuracy.png")
+    reporting.save_picture(
         draw.connectivity(ours.model.transformer.graphs, min(3 * args.context, 24)), folder / "connectivity.png"
     )
-    training.save_picture(asked_and_reached(args, world, ours, -data, means), folder / "asked.png")
-    training.save_picture(path_picture(world, walks, ours.reached), folder / "path.png")
-    print(training.left_in(folder))
-    found = training.Outcome(
+    reporting.save_picture(asked_and_reached(args, world, ours, -data, means), folder / "asked.png")
+    reporting.save_picture(path_picture(world, walks, ours.reached), folder / "path.png")
+    print(reporting.left_in(folder))
+    found = reporting.Outcome(
         "shortest paths taken [%]",
         shortest(ours.reached, world),
         baselines,
@@ -308,7 +312,7 @@ def report(args: argparse.Namespace, world: Map, walks: Walks, ours: Trained, wi
         "path.png",
     )
     failed = int((ours.reached.steps > args.longest).sum())
-    return training.tell(folder, found) | {"steps": means, "failed": failed}
+    return reporting.tell(folder, found) | {"steps": means, "failed": failed}
 
 
 def asked_and_reached(

@@ -20,17 +20,22 @@ import argparse
 import hashlib
 import math
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import bert
+import checkpoints
+import command_line
 import gpt
+import optimization
+import reporting
 import torch
 import training
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from attngraph import analysis, draw, generate
+from attngraph import Graph, analysis, draw, generate
 from attngraph.generation import drafts
 from attngraph.models import GPT
 from attngraph.nn import TransformerConfig
@@ -38,6 +43,7 @@ from attngraph.nn import TransformerConfig
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+FEW = 0.15  # of the tokens are masked at first, at most
 ORDERS = {  # what of a draft is kept for the next
     "random order": {"order": "random"},
     "surest first": {"order": "confidence"},
@@ -48,7 +54,7 @@ ORDERS = {  # what of a draft is kept for the next
 def settings(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line: gpt.py's model, another graph, and how drafts are made."""
     quick = {"steps": 80, "evaluate_every": 40, "layers": 2, "width": 64, "context": 64, "batch": 32, "drafts": 16}
-    parser = training.parser_of(
+    parser = command_line.parser_of(
         __doc__, free=("text", "against", "drafts", "samples"), quick=quick,
         name="diffusion", batch=32, steps=1100, evaluate_every=550, adamw_lr=0.02,
     )  # fmt: skip
@@ -63,12 +69,12 @@ def settings(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--context", type=int, default=128, help="tokens that the model sees at once")
     add("--drafts", type=int, default=64, help="of each text, the last of which is kept")
     add("--samples", type=int, default=32, help="texts that are written")
-    given = training.parsed(parser, arguments)
-    training.require_at_least(given, parser, layers=1, heads=1, width=1, context=2, drafts=1, samples=1)
-    training.require_heads(given, parser, even=True)
+    given = command_line.parsed(parser, arguments)
+    command_line.require_at_least(given, parser, layers=1, heads=1, width=1, context=2, drafts=1, samples=1)
+    command_line.require_heads(given, parser, even=True)
     for name in ("graph", "against"):
         try:
-            _ = getattr(given, name) and training.layer_graphs(getattr(given, name), given.layers)
+            _ = getattr(given, name) and command_line.layer_graphs(getattr(given, name), given.layers)
         except ValueError as error:
             parser.error(f"--{name}: {error}")
     return given
@@ -92,43 +98,43 @@ def build(args: argparse.Namespace, vocab_size: int) -> GPT:
         dropout=args.dropout,
         init="zero",
     )
-    return GPT(config, vocab_size, training.layer_graphs(args.graph, args.layers), tied=False)
+    return GPT(config, vocab_size, command_line.layer_graphs(args.graph, args.layers), tied=False)
 
 
 # --------------------------------------------------------------------------------------------------------- diffusion
 
 
-def holes(shape: tuple[int, int], generator: torch.Generator) -> Tensor:
-    """Of each of B texts, from 1 to all N tokens, evenly spread over the batch: bool (B, N)."""
+def holes(shape: tuple[int, int], generator: torch.Generator, most: float = 1.0) -> Tensor:
+    """Of each of B texts, from 1 to all N tokens, or this share of them, evenly spread over the batch: bool (B, N)."""
     batch, length = shape
-    share = (torch.randperm(batch, generator=generator) + torch.rand(1, generator=generator)) / batch
+    share = most * (torch.randperm(batch, generator=generator) + torch.rand(1, generator=generator)) / batch
     count = (share * length).long().clamp(max=length - 1) + 1
     return torch.rand(shape, generator=generator).argsort(1).argsort(1) < count[:, None]
 
 
-def bound(model: GPT, whole: Tensor, mask: int, generator: torch.Generator) -> Tensor:
-    """Nats a token that a text costs at most, (B, N) → ().
+def bound(model: GPT, whole: Tensor, mask: int, generator: torch.Generator, most: float = 1.0) -> Tensor:
+    """Nats a token that a text costs at most, (B, N) → (); or that alone of its terms with few holes, up to `most`.
 
     In a random order, -log p(x) ≤ E Σᵢ -log p(xᵢ | those before it), whose terms are those of k = N … 1 masked tokens:
     N times the mean over k of the mean loss of a masked token (Uria et al. 2014, Hoogeboom et al. 2022).
     """
-    which = holes((whole.shape[0], whole.shape[1]), generator)
+    which = holes((whole.shape[0], whole.shape[1]), generator, most)
     device = model.head.weight.device
     logits = model(whole.masked_fill(which, mask).to(device))[which.to(device)].float()
     weight = (1 / which.sum(1, keepdim=True)).expand(which.shape)[which].to(device)
     return (cross_entropy(logits, whole[which].to(device), reduction="none") * weight).sum() / len(whole)
 
 
-def left_to_right(model: GPT, context: int) -> bool:
-    """Whether nobody hears what comes later: then the next token can be learned."""
-    return all(analysis.is_causal(graph, context) for graph in model.transformer.graphs)
+def left_to_right(graphs: Iterable[Graph], context: int) -> bool:
+    """Whether nobody hears what comes later: then the next token can be learned, and there is no mask."""
+    return all(analysis.is_causal(graph, context) for graph in graphs)
 
 
 @torch.no_grad()
 def nats(model: GPT, corpus: gpt.Corpus, mask: int, passes: int = 1) -> float:
     """Nats a token of the validation text; of masked tokens a bound, with the same holes for every model."""
     device = model.head.weight.device
-    if left_to_right(model, corpus.context):
+    if left_to_right(model.transformer.graphs, corpus.context):
         return gpt.evaluate(model, corpus, device)
     generator, total, count = torch.Generator().manual_seed(0), 0.0, 0
     for _ in range(passes):
@@ -160,23 +166,25 @@ class Trained(NamedTuple):
 
 def train(args: argparse.Namespace, text: str, source: str, tokens: gpt.Tokenizer, corpus: gpt.Corpus) -> Trained:
     """Train under --graph, left to right if it is causal, and leave a checkpoint in the run's folder."""
-    device, mask = training.best_device(args.device), len(tokens)
+    device, mask = optimization.best_device(args.device), len(tokens)
     torch.manual_seed(args.seed)
     try:
-        model = build(args, len(tokens) + 1).to(device)
+        graphs = command_line.layer_graphs(args.graph, args.layers)
+        causal = left_to_right(graphs if isinstance(graphs, list) else [graphs], args.context)
+        model = build(args, len(tokens) + (not causal)).to(device)
     except ValueError as error:
         raise SystemExit(str(error)) from None
-    causal = left_to_right(model, args.context)
     edges = sum(graph.num_edges(args.context, args.context) for graph in model.transformer.graphs)
     learns = "the next token" if causal else "masked tokens"
     print(f"model     {sum(p.numel() for p in model.parameters()):,} parameters, graph {args.graph}, learns {learns}")
 
     def loss(number: int) -> Tensor:
-        chance = training.batch_generator(args, number)
+        """Of few masked tokens at first, which are soon learned; of as many as there are from half of the steps on."""
+        chance, done = training.batch_generator(args, number), number / (args.accumulate * args.steps)
         whole, following = corpus.batch(args.batch, chance)
         if causal:
             return gpt.loss_of(model, whole.to(device), following.to(device))
-        return bound(model, whole, mask, chance)
+        return bound(model, whole, mask, chance, most=min(1.0, FEW + 2 * (1 - FEW) * done))
 
     task = training.Task(
         model,
@@ -186,7 +194,7 @@ def train(args: argparse.Namespace, text: str, source: str, tokens: gpt.Tokenize
         identity={"vocab_size": len(tokens), "text_hash": hashlib.sha256(text.encode()).hexdigest()[:16]},
         record={"example": "diffusion", "source": source, "edges": edges},
         per_batch=args.batch * args.context,
-        free=(*training.FREE, "text", "against", "drafts", "samples"),
+        free=(*command_line.FREE, "text", "against", "drafts", "samples"),
         changed={"text_hash": f"{source} is not the text that the run was trained on, or changed since"},
     )
     _, metrics = training.fit(args, task)
@@ -202,14 +210,14 @@ def main(args: argparse.Namespace) -> dict:
     tokens = gpt.tokenizer(args.tokenizer, text)
     corpus = gpt.Corpus(tokens.encode(text), args.context)
     print(f"text      {source}: {len(text):,} characters, {len(tokens)} different tokens and a mask")
-    with training.only_run(args):
+    with checkpoints.only_run(args):
         ours, other = train(args, text, source, tokens, corpus), None
         if args.against:
             name = f"{args.name}-against"
-            begun = args.resume and (Path(args.runs) / name / training.MODEL).exists()  # or the first was stopped
+            begun = args.resume and (Path(args.runs) / name / checkpoints.MODEL).exists()  # or the first was stopped
             against = argparse.Namespace(**{**vars(args), "graph": args.against, "name": name, "resume": begun})
             print(f"\nthe same model and budget under {args.against}:")
-            with training.only_run(against):
+            with checkpoints.only_run(against):
                 other = train(against, text, source, tokens, corpus)
         return report(args, tokens, corpus, ours, other)
 
@@ -271,7 +279,7 @@ def report(
     """Drafts and what they are worth, how well holes are filled, and the gap to left to right."""
     folder, mask = Path(args.runs) / args.name, len(tokens)
     fills = {share: filled(ours.model, corpus, mask, share) for share in (0.15, 0.5, 0.85)}
-    judge = other.model if other is not None and left_to_right(other.model, args.context) else None
+    judge = other.model if other is not None and left_to_right(other.model.transformer.graphs, args.context) else None
     texts = written(args, ours.model, mask)
     shown = sorted({*(2**power for power in range(12) if 2**power < args.drafts), args.drafts})
     found = {name: {step: judged(judge, each[step - 1], tokens) for step in shown} for name, each in texts.items()}
@@ -288,14 +296,14 @@ def report(
         for name in texts
         for step in shown
     ]
-    training.write_whole(folder / "drafts.txt", lambda path: path.write_text("\n".join(samples), encoding="utf-8"))
-    curve = training.loss_curve(ours.metrics, args.graph, "loss [nats a token]", "validation")
-    training.save_picture(curve, folder / "loss.png")
+    checkpoints.write_whole(folder / "drafts.txt", lambda path: path.write_text("\n".join(samples), encoding="utf-8"))
+    curve = reporting.loss_curve(ours.metrics, args.graph, "loss [nats a token]", "validation")
+    reporting.save_picture(curve, folder / "loss.png")
     graphs = ours.model.transformer.graphs
-    training.save_picture(draw.connectivity(graphs, min(args.context, 64)), folder / "connectivity.png")
-    training.save_picture(drafts_picture(found, beside), folder / "drafts.png")
-    print("\n".join(["-" * 80, samples[len(shown) - 1], "-" * 80, *lines, "", training.left_in(folder)]))
-    told = training.Outcome(
+    reporting.save_picture(draw.connectivity(graphs, min(args.context, 64)), folder / "connectivity.png")
+    reporting.save_picture(drafts_picture(found, beside), folder / "drafts.png")
+    print("\n".join(["-" * 80, samples[len(shown) - 1], "-" * 80, *lines, "", reporting.left_in(folder)]))
+    told = reporting.Outcome(
         "bits a character, at most",
         ours.bits,
         {} if other is None else {args.against + (", left to right" if judge else ""): other.bits},
@@ -307,7 +315,7 @@ def report(
     )
     if other is not None:
         print(f"{ours.bits - other.bits:.2f} bits a character more than under {args.against}")
-    return training.tell(folder, told) | {"filled": fills, "drafts": found, "beside": beside}
+    return reporting.tell(folder, told) | {"filled": fills, "drafts": found, "beside": beside}
 
 
 def drafts_picture(found: dict[str, dict[int, Judged]], beside: dict[str, Judged]) -> Figure:

@@ -28,7 +28,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import checkpoints
+import command_line
 import numpy as np
+import optimization
+import processes
+import reporting
 import torch
 import training
 from torch import Tensor, nn
@@ -44,7 +49,9 @@ from attngraph.nn import TransformerConfig
 def settings(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line. What is not given is the demo's recipe."""
     quick = {"steps": 120, "context": 64, "layers": 2, "sample": 200}
-    parser = training.parser_of(__doc__, free=FREE, quick=quick, name="gpt", batch=16, steps=725, evaluate_every=145)
+    parser = command_line.parser_of(
+        __doc__, free=FREE, quick=quick, name="gpt", batch=16, steps=725, evaluate_every=145
+    )
     add = parser.add_argument
     add("--text", type=os.path.abspath, help="UTF-8 text; by default tiny Shakespeare, or the text that Python ships")
     add("--tokenizer", default="char", help="char, byte, or the path of a tokenizer.json")
@@ -70,11 +77,13 @@ def settings(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--validate", type=int, help=whole)
     preset = parser.parse_known_args(arguments)[0].preset
     parser.set_defaults(**PRESETS.get(preset, {}))
-    given = training.parsed(parser, arguments)
-    training.require_at_least(given, parser, layers=1, heads=1, width=1, context=1, sample=0, temperature=0, top_k=1)
-    training.require_at_least(given, parser, validate=2)
+    given = command_line.parsed(parser, arguments)
+    command_line.require_at_least(
+        given, parser, layers=1, heads=1, width=1, context=1, sample=0, temperature=0, top_k=1
+    )
+    command_line.require_at_least(given, parser, validate=2)
     if given.model != "bigram":
-        training.require_heads(given, parser, even=True)
+        command_line.require_heads(given, parser, even=True)
     if given.top_p is not None and not 0 < given.top_p <= 1:
         parser.error(f"--top-p must be a probability above 0 (got {given.top_p})")
     if given.shards and (given.text or given.tokenizer != "char"):
@@ -140,7 +149,7 @@ def read_text(path: str | None) -> tuple[str, str]:
 
 def shakespeare() -> str:
     """Tiny Shakespeare: from the cache, or downloaded and checked against its known hash."""
-    cache = training.cached("tinyshakespeare.txt")
+    cache = checkpoints.cached("tinyshakespeare.txt")
     if cache.exists() and hashlib.sha256(cache.read_bytes()).hexdigest() == SHA256:
         return cache.read_text(encoding="utf-8")
     with urllib.request.urlopen(SHAKESPEARE, timeout=10) as answer:
@@ -149,7 +158,7 @@ def shakespeare() -> str:
         raise OSError("the download is not the known file")
     with suppress(OSError):  # no place to keep it
         cache.parent.mkdir(parents=True, exist_ok=True)
-        training.write_whole(cache, lambda path: path.write_bytes(content))
+        checkpoints.write_whole(cache, lambda path: path.write_bytes(content))
     return content.decode("utf-8")
 
 
@@ -309,7 +318,7 @@ def build(args: argparse.Namespace, vocab_size: int) -> nn.Module:
         table = nn.Embedding(vocab_size, vocab_size)  # row: this token; column: the log-odds of the next
         nn.init.zeros_(table.weight)
         return table
-    graph = training.layer_graphs(args.graph, args.layers)
+    graph = command_line.layer_graphs(args.graph, args.layers)
     if args.model == "gpt2":
         config = TransformerConfig(
             embed_dim=args.width, num_layers=args.layers, num_heads=args.heads, bias=(), position="learned",
@@ -382,8 +391,8 @@ def begun(args: argparse.Namespace) -> Begun:
         corpus = Corpus(tokens.encode(text), args.context, args.validate)
         print(f"text      {source}: {len(text):,} characters, {len(tokens)} different tokens")
     torch.manual_seed(args.seed)
-    training.join(args.device)
-    device = training.best_device(args.device)
+    processes.join(args.device)
+    device = optimization.best_device(args.device)
     try:
         model = build(args, len(tokens)).to(device)
     except ValueError as error:
@@ -416,24 +425,24 @@ def train(args: argparse.Namespace) -> dict:
         identity=identity,
         record={"example": "gpt", "source": source},
         per_batch=args.batch * args.context,
-        free=(*training.FREE, *FREE),
+        free=(*command_line.FREE, *FREE),
         changed=changed,
     )
-    with training.only_run(args):
+    with checkpoints.only_run(args):
         validation, metrics = training.fit(args, task)
         found = f"validation loss {validation:.4f} nats a token over the whole validation text"
         print(f"{found}, after {metrics.seconds:.0f} s")
-        if training.processes().rank:
+        if processes.processes().rank:
             return {"validation_loss": validation}
         folder = Path(args.runs) / args.name
         report(folder, args, model, corpus, tokens, prompt, metrics)
         others = {"counts of pairs of tokens": loss_of_pairs(corpus, len(tokens))}
-        edges = training.edges_of(model.transformer.graphs, args.context) if isinstance(model, GPT) else 0
-        told = training.Outcome(
+        edges = reporting.edges_of(model.transformer.graphs, args.context) if isinstance(model, GPT) else 0
+        told = reporting.Outcome(
             "validation loss [nats a token]", validation, others, args.graph, edges, metrics.seconds, "loss.png", True
         )
-        training.tell(folder, told)
-        print(training.left_in(folder))
+        reporting.tell(folder, told)
+        print(reporting.left_in(folder))
     return {"validation_loss": validation, "seconds": metrics.seconds, "parameters": parameters, "source": source}
 
 
@@ -451,19 +460,19 @@ def report(
 ) -> None:
     """Pictures, and a sample."""
     model.eval()
-    curve = training.loss_curve(
+    curve = reporting.loss_curve(
         metrics, f"{args.model} on {args.graph}", "loss [nats a token]", "validation, whole text"
     )
-    training.save_picture(curve, folder / "loss.png")
+    reporting.save_picture(curve, folder / "loss.png")
     if isinstance(model, GPT):
         graphs = model.transformer.graphs
-        training.save_picture(draw.connectivity(graphs, min(args.context, 64)), folder / "connectivity.png")
+        reporting.save_picture(draw.connectivity(graphs, min(args.context, 64)), folder / "connectivity.png")
         sentence = corpus.validation[: min(args.context, 48)].to(prompt.device)
-        draw_attention(folder, model, sentence, tokens, training.chosen_head(args))
+        draw_attention(folder, model, sentence, tokens, command_line.chosen_head(args))
     print("-" * 80)
     sample = tell(tokens, prompt, continued(args, model, prompt))
     print(f"\n{'-' * 80}")
-    training.write_whole(folder / "sample.txt", lambda path: path.write_text(sample, encoding="utf-8"))
+    checkpoints.write_whole(folder / "sample.txt", lambda path: path.write_text(sample, encoding="utf-8"))
 
 
 @torch.no_grad()
@@ -477,8 +486,8 @@ def draw_attention(
     layer, head = chosen or (len(recorded) - 1, most_decided)
     labels = [tokens.decode([token]) for token in sentence.tolist()]
     title = f"layer {layer}, head {head}: attention of each token"
-    training.save_picture(recorded[layer].draw(head, labels=labels, title=title), folder / "attention.png")
-    training.save_picture(recorded.draw(), folder / "heads.png")
+    reporting.save_picture(recorded[layer].draw(head, labels=labels, title=title), folder / "attention.png")
+    reporting.save_picture(recorded.draw(), folder / "heads.png")
 
 
 # ----------------------------------------------------------------------------------------------------------- samples
@@ -487,8 +496,8 @@ def draw_attention(
 def sample(args: argparse.Namespace) -> str:
     """Go on from a prompt with the model of a run, as it is."""
     run, folder = begun(args), Path(args.runs) / args.name
-    agreed = training.agreed(args, run.identity, (*training.FREE, *FREE))
-    training.load_checkpoint(folder, run.model, [], agreed, run.changed)
+    agreed = training.agreed(args, run.identity, (*command_line.FREE, *FREE))
+    checkpoints.load_checkpoint(folder, run.model, [], agreed, run.changed)
     print("-" * 80)
     text = tell(run.tokens, run.prompt, continued(args, run.model.eval(), run.prompt))
     print(f"\n{'-' * 80}")

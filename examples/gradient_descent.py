@@ -22,8 +22,9 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+import command_line
+import reporting
 import torch
-import training
 from torch import Tensor
 
 from attngraph import Graph, Prefix, draw, parse
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 
 def settings(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=training.Help, epilog=training.GRAPHS)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=command_line.Help, epilog=command_line.GRAPHS)
     add = parser.add_argument
     add("--graph", help="who hears whom; by default Prefix(--examples)")
     add("--against", nargs="*", default=["Full()"], help="other graphs, to compare; none after a bare --against")
@@ -54,7 +55,7 @@ def settings(arguments: list[str] | None = None) -> argparse.Namespace:
     given = parser.parse_args(arguments)
     given.problems = min(given.problems, 20) if given.quick else given.problems
     counts = ("layers", "examples", "questions", "features", "outputs", "problems")
-    training.require_at_least(given, parser, **dict.fromkeys(counts, 1), rate=0, noise=0)
+    command_line.require_at_least(given, parser, **dict.fromkeys(counts, 1), rate=0, noise=0)
     given.graph = given.graph or str(Prefix(given.examples))
     nodes = given.examples + given.questions
     for text in (given.graph, *given.against):
@@ -172,12 +173,12 @@ def main(args: argparse.Namespace) -> dict:
     seconds = time.perf_counter() - begin
     others = {text: difference(layers(parse(text))) for text in args.against}
     others[f"{args.graph}, with a softmax"] = difference(layers(graph, "softmax"))
-    training.save_picture(curves(args, given, found, steps), folder / "loss.png")
-    training.save_picture(draw.connectivity(graph, nodes), folder / "connectivity.png")
+    reporting.save_picture(curves(args, given, found, steps), folder / "loss.png")
+    reporting.save_picture(draw.connectivity(graph, nodes), folder / "connectivity.png")
     edges = args.layers * graph.num_edges(nodes, nodes)
     metric = "largest difference from descent"
-    told = training.Outcome(metric, difference(found), others, args.graph, edges, seconds, "loss.png", True)
-    return training.tell(folder, told)
+    told = reporting.Outcome(metric, difference(found), others, args.graph, edges, seconds, "loss.png", True)
+    return reporting.tell(folder, told)
 
 
 def curves(

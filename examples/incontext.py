@@ -20,7 +20,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import checkpoints
+import command_line
 import gradient_descent
+import optimization
+import reporting
 import torch
 import training
 from torch import Tensor, nn
@@ -35,7 +39,7 @@ if TYPE_CHECKING:
 def settings(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     quick = {"steps": 200, "batch": 128, "problems": 1000}
-    parser = training.parser_of(
+    parser = command_line.parser_of(
         __doc__, free=("against",), name="incontext", quick=quick, batch=256, steps=1000, evaluate_every=250,
         optimizer="adamw", lr=0.003, warmup=50, dtype="float32",
     )  # fmt: skip
@@ -50,12 +54,12 @@ def settings(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--pairs", type=int, default=7, help="of x and y, in each problem")
     add("--noise", type=float, default=0.5, help="standard deviation of what is added to each y")
     add("--problems", type=int, default=4000, help="that are tested")
-    given = training.parsed(parser, arguments)
-    training.require_at_least(given, parser, layers=1, heads=1, width=1, features=1, pairs=2, noise=0, problems=1)
-    training.require_heads(given, parser)
+    given = command_line.parsed(parser, arguments)
+    command_line.require_at_least(given, parser, layers=1, heads=1, width=1, features=1, pairs=2, noise=0, problems=1)
+    command_line.require_heads(given, parser)
     for text in (given.graph, *given.against):
         try:
-            training.layer_graphs(text, given.layers, (given.pairs, given.pairs))
+            command_line.layer_graphs(text, given.layers, (given.pairs, given.pairs))
         except ValueError as error:
             parser.error(f"--graph and --against: {error}")
     return given
@@ -84,7 +88,7 @@ class InContext(nn.Module):
         )  # fmt: skip
         size = args.pairs, args.pairs
         self.read = nn.Linear(2 * args.features + 1, args.width)
-        self.transformer = Transformer(config, training.layer_graphs(args.graph, args.layers, size))
+        self.transformer = Transformer(config, command_line.layer_graphs(args.graph, args.layers, size))
         self.head = nn.Linear(args.width, 1)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
@@ -139,7 +143,7 @@ def train(args: argparse.Namespace) -> dict:
     """Train, and leave the run's folder behind. Returns its outcome, and the error over ridge regression's of all
     numbers of pairs and of the last.
     """
-    device = training.best_device(args.device)
+    device = optimization.best_device(args.device)
     torch.manual_seed(args.seed)
     model = InContext(args).to(device)
     x, y = problems(args.problems, args, training.TEST_SEED)
@@ -166,9 +170,9 @@ def train(args: argparse.Namespace) -> dict:
         unit="problems",
         per_batch=args.batch,
         score="error_over_ridge",
-        free=(*training.FREE, "against"),
+        free=(*command_line.FREE, "against"),
     )
-    with training.only_run(args):
+    with checkpoints.only_run(args):
         _, metrics = training.fit(args, task)
         model.eval()
         with torch.no_grad():
@@ -179,7 +183,7 @@ def train(args: argparse.Namespace) -> dict:
 
 def report(
     args: argparse.Namespace, model: InContext, found: Tensor, best: Tensor, metrics: training.Metrics
-) -> training.Outcome:
+) -> reporting.Outcome:
     """Pictures, and the figure beside those of other methods."""
     folder = Path(args.runs) / args.name
     x, y = problems(args.problems, args, training.TEST_SEED)
@@ -189,18 +193,18 @@ def report(
         "the last pair alone: Identity() at best": errors_of(by_regression(x, y, args.noise**2, 1), y),
         "least squares": errors_of(by_regression(x, y, 0.0), y),
     }
-    training.save_picture(error_curve(args, found, others), folder / "error.png")
-    training.save_picture(
-        training.loss_curve(metrics, f"regression in context, {args.graph}", "loss", "error over ridge regression's"),
+    reporting.save_picture(error_curve(args, found, others), folder / "error.png")
+    reporting.save_picture(
+        reporting.loss_curve(metrics, f"regression in context, {args.graph}", "loss", "error over ridge regression's"),
         folder / "training.png",
     )
     graphs = model.transformer.graphs
-    training.save_picture(draw.connectivity(graphs, args.pairs), folder / "connectivity.png")
+    reporting.save_picture(draw.connectivity(graphs, args.pairs), folder / "connectivity.png")
     for name, errors in {"pairs seen": torch.arange(args.pairs), f"{args.graph}, trained": found, **others}.items():
         print(f"{name:40}" + "".join(f"{float(each):9.3g}" for each in errors))
-    edges = training.edges_of(graphs, args.pairs)
+    edges = reporting.edges_of(graphs, args.pairs)
     others.pop("least squares")  # of as many pairs as features, its mean error has no bound
-    return training.Outcome(
+    return reporting.Outcome(
         "error over ridge regression's", float(found.mean() / best.mean()),
         {name: float(each.mean() / best.mean()) for name, each in others.items()},
         args.graph, edges, metrics.seconds, "error.png", True,
@@ -230,13 +234,13 @@ def main(args: argparse.Namespace) -> dict:
     found, others = train(args), dict[str, float]()
     for number, graph in enumerate(args.against, 1):
         name = f"{args.name}-against-{number}"
-        begun = args.resume and (Path(args.runs) / name / training.MODEL).exists()  # or the first was stopped before
+        begun = args.resume and (Path(args.runs) / name / checkpoints.MODEL).exists()  # or the first was stopped before
         print(f"\nthe same model and budget on {graph}:")
         other = train(argparse.Namespace(**{**vars(args), "graph": graph, "name": name, "resume": begun}))
         others[f"trained on {graph}"] = other["overall"]
     outcome, folder = found["outcome"], Path(args.runs) / args.name
-    told = training.tell(folder, outcome._replace(baselines={**outcome.baselines, **others}))
-    print(f"at the last pair {found['last']:.3f}\n{training.left_in(folder)}")
+    told = reporting.tell(folder, outcome._replace(baselines={**outcome.baselines, **others}))
+    print(f"at the last pair {found['last']:.3f}\n{reporting.left_in(folder)}")
     return {**told, "last": found["last"]}
 
 

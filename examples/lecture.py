@@ -23,7 +23,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import training
+import checkpoints
+import command_line
+import reporting
 
 HERE = Path(__file__).parent
 
@@ -64,7 +66,7 @@ LECTURE = (
 
 def settings(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=training.Help)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=command_line.Help)
     names = [entry.name for entry in LECTURE]
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(names)}; all by default")
     parser.add_argument("--list", action="store_true", help="say what there is, and run nothing")
@@ -137,7 +139,7 @@ def page(runs: Path, failures: dict[str, str]) -> str:
 
 def outcome_of(runs: Path, name: str) -> dict[str, Any] | None:
     """What a run has left; None where there was none."""
-    path = runs / name / training.OUTCOME
+    path = runs / name / reporting.OUTCOME
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
@@ -178,7 +180,7 @@ def main(given: argparse.Namespace) -> dict[str, str]:
             beside = ", ".join(f"{figure:.4g} {name}" for name, figure in known["baselines"].items())
             figure = f"{known['metric']} {known['figure']:.4g}"
             print(f"{time.perf_counter() - begin:4.0f} s   {figure} ({beside})")
-        training.write_whole(
+        checkpoints.write_whole(
             given.runs / "index.html",
             lambda path: path.write_text(page(given.runs, failures), encoding="utf-8"),
         )

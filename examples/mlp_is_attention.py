@@ -17,8 +17,8 @@ import time
 from itertools import pairwise
 from pathlib import Path
 
+import reporting
 import torch
-import training
 from torch import Tensor, nn
 
 from attngraph import Full, Graph, attend, draw
@@ -80,12 +80,12 @@ def main(args: argparse.Namespace) -> dict:
             other = max(other, float((weights(x) - mlp(x)).abs().max()))
     folder.mkdir(parents=True, exist_ok=True)
     picture = draw.connectivity(Full(), 10, 80, title="10 data points hear 80 hidden units")
-    training.save_picture(picture, folder / "connectivity.png")
+    reporting.save_picture(picture, folder / "connectivity.png")
     others = {"softmax in the place of the activation": other}
     seconds = time.perf_counter() - begin
     metric = "largest difference from the MLP"
-    return training.tell(
-        folder, training.Outcome(metric, worst, others, "Full()", 100 * 80, seconds, "connectivity.png", True)
+    return reporting.tell(
+        folder, reporting.Outcome(metric, worst, others, "Full()", 100 * 80, seconds, "connectivity.png", True)
     )
 
 

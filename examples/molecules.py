@@ -16,7 +16,11 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import checkpoints
+import command_line
 import networkx
+import optimization
+import reporting
 import torch
 import training
 from torch import Tensor, nn
@@ -35,7 +39,7 @@ METRICS = {"gap": "error of the gap [β]", "csl": "graphs right [%]"}
 def settings(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line: a graph that is made of each molecule's `bonds`, and others to train the same on."""
     quick = {"steps": 300, "molecules": 1000, "against": []}
-    parser = training.parser_of(
+    parser = command_line.parser_of(
         __doc__, ("against",), quick, name="molecules", batch=32, steps=1200, evaluate_every=300, optimizer="adamw",
         lr=0.002,
     )  # fmt: skip
@@ -49,10 +53,10 @@ def settings(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--layers", type=int, default=4, help="of the Transformer")
     add("--heads", type=int, default=4, help="of attention, in each layer")
     add("--width", type=int, default=64, help="of the nodes' vectors")
-    given = training.parsed(parser, arguments)
-    training.require_at_least(given, parser, walks=0, molecules=50, layers=1, heads=1, width=1)
-    training.require_heads(given, parser)
-    training.require_graphs(given, parser, lambda graph: heard(graph, Identity().sized(ATOMS, ATOMS)))
+    given = command_line.parsed(parser, arguments)
+    command_line.require_at_least(given, parser, walks=0, molecules=50, layers=1, heads=1, width=1)
+    command_line.require_heads(given, parser)
+    command_line.require_graphs(given, parser, lambda graph: heard(graph, Identity().sized(ATOMS, ATOMS)))
     return given
 
 
@@ -165,7 +169,7 @@ class Reader(nn.Module):
 def train(args: argparse.Namespace) -> dict[str, Any]:
     """Train, and leave the run's folder behind. Returns the last figures."""
     data = molecules(args.molecules) if args.task == "gap" else circulants()
-    known, device = len(data.target) - data.test, training.best_device(args.device)
+    known, device = len(data.target) - data.test, optimization.best_device(args.device)
     whole = samples(data, args)
     center, spread = (data.target[:known].mean(), data.target[:known].std()) if args.task == "gap" else (0.0, 1.0)
     torch.manual_seed(args.seed)
@@ -206,14 +210,14 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
         unit="graphs",
         per_batch=args.batch,
         score="error" if args.task == "gap" else "accuracy",
-        free=(*training.FREE, "against"),
+        free=(*command_line.FREE, "against"),
     )
-    with training.only_run(args):
+    with checkpoints.only_run(args):
         figure, metrics = training.fit(args, task)
         print(f"{METRICS[args.task]} {figure:.4g}, of {data.test} unseen graphs, after {metrics.seconds:.0f} s")
         folder, name = Path(args.runs) / args.name, METRICS[args.task]
-        training.save_picture(training.loss_curve(metrics, args.graph, "loss", name), folder / "error.png")
-        training.save_picture(draw.connectivity(whole[known][1], title=args.graph), folder / "connectivity.png")
+        reporting.save_picture(reporting.loss_curve(metrics, args.graph, "loss", name), folder / "error.png")
+        reporting.save_picture(draw.connectivity(whole[known][1], title=args.graph), folder / "connectivity.png")
         model.eval()
         with torch.no_grad():
             predicted = predictions() if args.task == "gap" else None
@@ -237,19 +241,19 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     """The graph, and beside it others; of the circulant graphs, nodes that aren't told where they stand."""
     figures = train(args)
     if args.task == "gap":
-        baselines = {graph: each["figure"] for graph, each in training.beside(args, train).items()}
+        baselines = {graph: each["figure"] for graph, each in reporting.beside(args, train).items()}
         baselines |= simple(figures["data"], args.walks)
     else:
         untold = argparse.Namespace(**{**vars(args), "walks": 0, "against": [args.graph]})
-        (each,) = training.beside(untold, train).values()
+        (each,) = reporting.beside(untold, train).values()
         baselines = {"without random-walk positions": each["figure"]}
     folder = Path(args.runs) / args.name
     if args.task == "gap":
         report(folder, figures, {args.graph: figures["figure"], **baselines})
     else:
         draw_walks(folder, figures["data"], args.walks)
-    print(training.left_in(folder))
-    outcome = training.Outcome(
+    print(reporting.left_in(folder))
+    outcome = reporting.Outcome(
         METRICS[args.task],
         figures["figure"],
         baselines,
@@ -259,7 +263,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         "molecules.png" if args.task == "gap" else "walks.png",
         lower_is_better=args.task == "gap",
     )
-    return training.tell(folder, outcome)
+    return reporting.tell(folder, outcome)
 
 
 def report(folder: Path, figures: dict[str, Any], errors: dict[str, float]) -> None:
@@ -282,7 +286,7 @@ def report(folder: Path, figures: dict[str, Any], errors: dict[str, float]) -> N
     drawn = bars.barh(names, [errors[name] for name in names], color=["#9ca3af"] * (len(names) - 1) + [draw.BLUE])
     bars.bar_label(drawn, fmt="%.3f", padding=3)
     bars.set(xlabel="mean absolute error [β]", xlim=(0, 1.15 * max(errors.values())))
-    training.save_picture(sheet, folder / "molecules.png")
+    reporting.save_picture(sheet, folder / "molecules.png")
 
 
 def draw_molecule(ax: Axes, adjacency: Tensor) -> None:
@@ -306,7 +310,7 @@ def draw_walks(folder: Path, data: Data, walks: int) -> None:
     ax.set(xlabel="steps of a random walk", ylabel="probability to be back")
     draw.set_title(ax, f"circulant graphs of {NODES} nodes, each linked to the next and to the one `skip` ahead")
     ax.legend(title="skip", ncols=2)
-    training.save_picture(ax.figure, folder / "walks.png")
+    reporting.save_picture(ax.figure, folder / "walks.png")
 
 
 if __name__ == "__main__":

@@ -22,8 +22,9 @@ from pathlib import Path
 from statistics import mean
 from typing import NamedTuple
 
+import command_line
+import reporting
 import torch
-import training
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch_geometric.data import Data
@@ -38,7 +39,7 @@ LAYERS = {"TransformerConv": TransformerConv, "GATv2Conv": GATv2Conv, "GATConv":
 
 def settings(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=training.Help)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=command_line.Help)
     add = parser.add_argument
     add("--layer", default="TransformerConv", choices=LAYERS, help="PyG's attention layer")
     add("--nodes", type=int, default=10_000, help="of the graph")
@@ -53,8 +54,8 @@ def settings(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--out", type=Path, default=Path("runs/nodes"), help="where the picture goes")
     given = parser.parse_args(arguments)
     least = dict.fromkeys(("nodes", "degree", "classes", "width", "heads", "epochs", "seeds"), 1)
-    training.require_at_least(given, parser, **least)
-    training.require_heads(given, parser)
+    command_line.require_at_least(given, parser, **least)
+    command_line.require_heads(given, parser)
     return given
 
 
@@ -127,8 +128,8 @@ def main(args: argparse.Namespace) -> dict[str, list[Trained]]:
     print(f"{pyg[1] / ours[1]:.1f} times as fast")
     args.out.mkdir(parents=True, exist_ok=True)
     graph = from_edge_index(data.edge_index, num_nodes=data.num_nodes)
-    training.save_picture(draw.connectivity(graph, title="communities, one after the other"), args.out / "nodes.png")
-    print(training.left_in(args.out))
+    reporting.save_picture(draw.connectivity(graph, title="communities, one after the other"), args.out / "nodes.png")
+    print(reporting.left_in(args.out))
     return found
 
 

@@ -20,6 +20,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import checkpoints
+import command_line
+import optimization
+import reporting
 import torch
 import training
 from torch import Tensor, nn
@@ -41,8 +45,8 @@ def settings(arguments: list[str] | None = None) -> argparse.Namespace:
     quick = {
         "pairs": 2, "notes": 2, "steps": 160, "batch": 64, "evaluate_every": 40, "against": ["Causal() & Chunks(6)"],
     }  # fmt: skip
-    parser = training.parser_of(
-        __doc__, free=("against", "sweep"), quick=quick, name="notebook", batch=32, steps=320, evaluate_every=80,
+    parser = command_line.parser_of(
+        __doc__, free=("against", "sweep"), quick=quick, name="notebook", batch=32, steps=640, evaluate_every=160,
         dtype="float32",
     )  # fmt: skip
     add = parser.add_argument
@@ -55,9 +59,9 @@ def settings(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--layers", type=int, default=3, help="of the Transformer")
     add("--heads", type=int, default=4, help="of attention, in each layer")
     add("--width", type=int, default=64, help="of the nodes' vectors")
-    given = training.parsed(parser, arguments)
-    training.require_at_least(given, parser, notes=0, pairs=1, chunks=2, layers=2, heads=1, width=1)
-    training.require_heads(given, parser, even=True)
+    given = command_line.parsed(parser, arguments)
+    command_line.require_at_least(given, parser, notes=0, pairs=1, chunks=2, layers=2, heads=1, width=1)
+    command_line.require_heads(given, parser, even=True)
     if given.pairs * (LONGER[-1] * given.chunks - 1) > KEYS:
         parser.error(
             f"--pairs and --chunks must be so few that texts {LONGER[-1]} times as long need at most {KEYS} keys "
@@ -68,7 +72,7 @@ def settings(arguments: list[str] | None = None) -> argparse.Namespace:
     chunk = 2 * given.pairs + given.notes
     given.graph = given.graph or notebook_of(chunk, given.notes)
     given.against = [f"Causal() & Chunks({chunk})", "Causal()"] if given.against is None else given.against
-    training.require_graphs(given, parser, lambda text: training.layer_graphs(text, given.layers))
+    command_line.require_graphs(given, parser, lambda text: command_line.layer_graphs(text, given.layers))
     return given
 
 
@@ -107,14 +111,14 @@ class Notebook(nn.Module):
             final_norm=False, dropout=args.dropout,
         )  # fmt: skip
         rest = replace(config, num_layers=args.layers - 1, position="none", final_norm=True)
-        graphs = training.layer_graphs(args.graph, args.layers)
+        graphs = command_line.layer_graphs(args.graph, args.layers)
         graphs = graphs if isinstance(graphs, list) else [graphs] * args.layers
         self.embed, self.place = nn.Embedding(BLANK + 1, args.width), nn.Embedding(self.chunk, args.width)
         self.first, self.rest = Transformer(config, graphs[0]), Transformer(rest, graphs[1:])
         self.head = nn.Linear(args.width, VALUES)
         nn.init.normal_(self.embed.weight, std=0.1)
-        nn.init.normal_(self.place.weight, std=0.3)
         with torch.no_grad():  # notes that begin alike would all keep the same
+            nn.init.orthogonal_(self.place.weight, gain=0.3 * args.width**0.5)
             for name, parameter in self.rest.layers.named_parameters():
                 if "attention." in name:
                     parameter.mul_(5)
@@ -127,7 +131,7 @@ class Notebook(nn.Module):
 
 def train(args: argparse.Namespace) -> dict:
     """Train, and leave the run's folder behind. Returns the last figures."""
-    device = training.best_device(args.device)
+    device = optimization.best_device(args.device)
     torch.manual_seed(args.seed)
     model = Notebook(args).to(device)
     nodes = args.chunks * model.chunk
@@ -157,9 +161,9 @@ def train(args: argparse.Namespace) -> dict:
         unit="texts",
         per_batch=args.batch,
         score="right",
-        free=(*training.FREE, "against", "sweep"),
+        free=(*command_line.FREE, "against", "sweep"),
     )
-    with training.only_run(args):
+    with checkpoints.only_run(args):
         score, metrics = training.fit(args, task)
         model.eval()
         with torch.no_grad():
@@ -167,9 +171,9 @@ def train(args: argparse.Namespace) -> dict:
         each = ", ".join(f"{found:.1f}% of {tokens} tokens" for tokens, found in lengths.items())
         print(f"values of unseen texts right: {each}; after {metrics.seconds:.0f} s")
         folder = Path(args.runs) / args.name
-        curve = training.loss_curve(metrics, f"recall across chunks, {args.graph}", "loss [nats a value]", "right [%]")
-        training.save_picture(curve, folder / "accuracy.png")
-        training.save_picture(draw.connectivity(graphs, nodes), folder / "connectivity.png")
+        curve = reporting.loss_curve(metrics, f"recall across chunks, {args.graph}", "loss [nats a value]", "right [%]")
+        reporting.save_picture(curve, folder / "accuracy.png")
+        reporting.save_picture(draw.connectivity(graphs, nodes), folder / "connectivity.png")
     return {"right": score, "lengths": lengths, "edges": edges, "seconds": metrics.seconds}
 
 
@@ -196,7 +200,7 @@ def swept(args: argparse.Namespace, first: dict) -> dict[int, dict]:
         if graph == args.graph:
             found[notes] = first
             continue
-        begun = args.resume and (Path(args.runs) / name / training.MODEL).exists()
+        begun = args.resume and (Path(args.runs) / name / checkpoints.MODEL).exists()
         print(f"\n{notes} notes a chunk:")
         found[notes] = train(
             argparse.Namespace(**{**vars(args), "notes": notes, "graph": graph, "name": name, "resume": begun})
@@ -206,20 +210,20 @@ def swept(args: argparse.Namespace, first: dict) -> dict[int, dict]:
 
 def main(args: argparse.Namespace) -> dict:
     """The graph and those beside it, and how they compare."""
-    found, others = train(args), training.beside(args, train)
+    found, others = train(args), reporting.beside(args, train)
     by_notes = swept(args, found)
     folder = Path(args.runs) / args.name
     lengths = {args.graph: found["lengths"], **{graph: each["lengths"] for graph, each in others.items()}}
     trained = f"trained on {next(iter(found['lengths']))}"
     picture = lines_drawn(lengths, f"tokens of the text; {trained}", "recall across chunks")
-    training.save_picture(picture, folder / "lengths.png")
+    reporting.save_picture(picture, folder / "lengths.png")
     if by_notes:
         right = {f"{args.pairs} pairs a chunk": {notes: each["right"] for notes, each in by_notes.items()}}
         picture = lines_drawn(right, "notes of a chunk", "recall across chunks, of models trained with so many notes")
-        training.save_picture(picture, folder / "notes.png")
-    told = training.tell(
+        reporting.save_picture(picture, folder / "notes.png")
+    told = reporting.tell(
         folder,
-        training.Outcome(
+        reporting.Outcome(
             metric="values of earlier chunks right [%]",
             figure=found["right"],
             baselines={f"{graph}, {each['edges']:,} edges": each["right"] for graph, each in others.items()}
@@ -230,7 +234,7 @@ def main(args: argparse.Namespace) -> dict:
             picture="notes.png" if by_notes else "lengths.png",
         ),
     )
-    print(training.left_in(folder))
+    print(reporting.left_in(folder))
     return {**told, **found, "against": others, "notes": by_notes}
 
 

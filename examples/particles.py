@@ -18,6 +18,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import checkpoints
+import command_line
+import optimization
+import reporting
 import torch
 import training
 from torch import Tensor, nn
@@ -36,7 +40,7 @@ TESTED = 128  # sets to test by
 def settings(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     quick = {"steps": 150, "evaluate_every": 50, "against": ["Random(12)"]}
-    parser = training.parser_of(
+    parser = command_line.parser_of(
         __doc__, free=("against",), quick=quick, name="particles", batch=16, steps=600, evaluate_every=100,
         dtype="float32",
     )  # fmt: skip
@@ -49,10 +53,10 @@ def settings(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--layers", type=int, default=2, help="of the Transformer")
     add("--heads", type=int, default=4, help="of attention, in each layer")
     add("--width", type=int, default=64, help="of the nodes' vectors")
-    given = training.parsed(parser, arguments)
-    training.require_at_least(given, parser, particles=2, layers=1, heads=1, width=1)
-    training.require_heads(given, parser)
-    training.require_graphs(given, parser, graph_of)
+    given = command_line.parsed(parser, arguments)
+    command_line.require_at_least(given, parser, particles=2, layers=1, heads=1, width=1)
+    command_line.require_heads(given, parser)
+    command_line.require_graphs(given, parser, graph_of)
     return given
 
 
@@ -60,7 +64,7 @@ def graph_of(text: str) -> Callable[[Tensor], Graph]:
     """What makes a graph of places (B, N, 2): the nearest of each, or always the same."""
     if nearest := re.fullmatch(r"knn_graph\(place, (\d+)(, loop=True)?\)", text):  # the one line
         return lambda place: knn_graph(place, int(nearest[1]), loop=nearest[2] is not None)
-    graph = training.layer_graphs(text, 1)
+    graph = command_line.layer_graphs(text, 1)
     assert isinstance(graph, Graph)
     return lambda place: graph
 
@@ -94,7 +98,7 @@ class Particles(nn.Module):
 
 def train(args: argparse.Namespace) -> dict:
     """Train, and leave the run's folder behind. Returns the last figures."""
-    device = training.best_device(args.device)
+    device = optimization.best_device(args.device)
     torch.manual_seed(args.seed)
     config = TransformerConfig(
         embed_dim=args.width, num_layers=args.layers, num_heads=args.heads, position="none", dropout=args.dropout
@@ -127,22 +131,22 @@ def train(args: argparse.Namespace) -> dict:
         unit="sets",
         per_batch=args.batch,
         score="unexplained",
-        free=(*training.FREE, "against"),
+        free=(*command_line.FREE, "against"),
     )
-    with training.only_run(args):
+    with checkpoints.only_run(args):
         score, metrics = training.fit(args, task)
         print(f"{score:.2f}% of the variance of unseen accelerations unexplained, after {metrics.seconds:.0f} s")
         folder = Path(args.runs) / args.name
-        curve = training.loss_curve(
+        curve = reporting.loss_curve(
             metrics, f"accelerations, {args.graph}", "mean square over variance", "unexplained [%]"
         )
-        training.save_picture(curve, folder / "accuracy.png")
+        reporting.save_picture(curve, folder / "accuracy.png")
         model.eval()
         with torch.no_grad():
             first = [part[:1] for part in unseen]
             found = predicted(*first[:2])
         picture = forces_drawn(first[0], first[2][0], found[0], graph(first[0]), args.graph)
-        training.save_picture(picture, folder / "forces.png")
+        reporting.save_picture(picture, folder / "forces.png")
     return {"unexplained": score, "edges": edges, "seconds": metrics.seconds}
 
 
@@ -174,11 +178,11 @@ def forces_drawn(place: Tensor, force: Tensor, found: Tensor, graph: Graph, titl
 
 def main(args: argparse.Namespace) -> dict:
     """The graph and those beside it, and how they compare."""
-    found, others = train(args), training.beside(args, train)
+    found, others = train(args), reporting.beside(args, train)
     folder = Path(args.runs) / args.name
-    told = training.tell(
+    told = reporting.tell(
         folder,
-        training.Outcome(
+        reporting.Outcome(
             metric="unexplained variance [%]",
             figure=found["unexplained"],
             baselines={f"{graph}, {each['edges']:,} edges": each["unexplained"] for graph, each in others.items()},
@@ -189,7 +193,7 @@ def main(args: argparse.Namespace) -> dict:
             lower_is_better=True,
         ),
     )
-    print(training.left_in(folder))
+    print(reporting.left_in(folder))
     return {**told, **found, "against": others}
 
 

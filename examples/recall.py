@@ -18,6 +18,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import checkpoints
+import command_line
+import optimization
+import reporting
 import torch
 import training
 from torch import Tensor, nn
@@ -36,7 +40,7 @@ NAMES = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+*"
 def settings(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     quick = {"pairs": 12, "steps": 300, "evaluate_every": 60, "against": ["Causal() & Window(7, 0)"]}
-    parser = training.parser_of(
+    parser = command_line.parser_of(
         __doc__, free=("against",), quick=quick, name="recall", batch=32, steps=400, evaluate_every=100,
         optimizer="adamw", lr=0.003, dtype="float32",
     )  # fmt: skip
@@ -46,13 +50,13 @@ def settings(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--against", nargs="*", default=fixed, help="train the same on these graphs too, and compare")
     add("--pairs", type=int, default=32, help="of a key and a value, after which as many keys are asked")
     add("--width", type=int, default=64, help="of the nodes' vectors")
-    given = training.parsed(parser, arguments)
-    training.require_at_least(given, parser, pairs=1, width=2)
+    given = command_line.parsed(parser, arguments)
+    command_line.require_at_least(given, parser, pairs=1, width=2)
     if given.pairs > SYMBOLS:
         parser.error(f"--pairs must be {SYMBOLS} or less, the number of keys (got {given.pairs})")
     if given.width % 2:
         parser.error(f"--width must be even (got {given.width})")
-    training.require_graphs(given, parser, lambda text: training.layer_graphs(text, 1))
+    command_line.require_graphs(given, parser, lambda text: command_line.layer_graphs(text, 1))
     return given
 
 
@@ -88,9 +92,9 @@ def num_edges(graph: Graph, nodes: int) -> int:
 
 def train(args: argparse.Namespace) -> dict:
     """Train, and leave the run's folder behind. Returns the last figures."""
-    device = training.best_device(args.device)
+    device = optimization.best_device(args.device)
     torch.manual_seed(args.seed)
-    graph = training.layer_graphs(args.graph, 1)
+    graph = command_line.layer_graphs(args.graph, 1)
     assert isinstance(graph, Graph)
     model = Recall(args.width, graph).to(device)
     edges = num_edges(graph, 3 * args.pairs)
@@ -117,15 +121,15 @@ def train(args: argparse.Namespace) -> dict:
         unit="texts",
         per_batch=args.batch,
         score="right",
-        free=(*training.FREE, "against"),
+        free=(*command_line.FREE, "against"),
     )
-    with training.only_run(args):
+    with checkpoints.only_run(args):
         score, metrics = training.fit(args, task)
         print(f"{score:.1f}% of the values of unseen texts right, after {metrics.seconds:.0f} s")
         folder = Path(args.runs) / args.name
-        curve = training.loss_curve(metrics, f"values recalled, {args.graph}", "loss [nats a value]", "right [%]")
-        training.save_picture(curve, folder / "accuracy.png")
-        training.save_picture(edges_drawn(model.eval(), args, device), folder / "edges.png")
+        curve = reporting.loss_curve(metrics, f"values recalled, {args.graph}", "loss [nats a value]", "right [%]")
+        reporting.save_picture(curve, folder / "accuracy.png")
+        reporting.save_picture(edges_drawn(model.eval(), args, device), folder / "edges.png")
     return {"right": score, "edges": edges, "seconds": metrics.seconds}
 
 
@@ -152,12 +156,12 @@ def edges_drawn(model: Recall, args: argparse.Namespace, device: torch.device) -
 
 def main(args: argparse.Namespace) -> dict:
     """The graph and those beside it, and how they compare."""
-    found, others = train(args), training.beside(args, train)
+    found, others = train(args), reporting.beside(args, train)
     folder, nodes = Path(args.runs) / args.name, 3 * args.pairs
     first = (Causal() & Window(1, 0)).num_edges(nodes, nodes)
-    told = training.tell(
+    told = reporting.tell(
         folder,
-        training.Outcome(
+        reporting.Outcome(
             metric=f"values right of {args.pairs} [%]",
             figure=found["right"],
             baselines={f"{graph}, {first + each['edges']:,} edges": each["right"] for graph, each in others.items()},
@@ -167,7 +171,7 @@ def main(args: argparse.Namespace) -> dict:
             picture="edges.png",
         ),
     )
-    print(training.left_in(folder))
+    print(reporting.left_in(folder))
     return {**found, **told, "against": others}
 
 

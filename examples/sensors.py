@@ -16,7 +16,11 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+import checkpoints
+import command_line
 import matplotlib
+import optimization
+import reporting
 import torch
 import training
 from torch import Tensor, nn
@@ -40,7 +44,7 @@ METRIC = "error of the position [10 m]"
 def settings(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line: who hears whom in a scene, and which sensors it has in training."""
     quick = {"steps": 400, "batch": 32, "layers": 2, "against": ["both"]}
-    parser = training.parser_of(
+    parser = command_line.parser_of(
         __doc__, ("against",), quick, name="sensors", batch=64, steps=1500, evaluate_every=500, optimizer="adamw",
         lr=0.003,
     )  # fmt: skip
@@ -51,11 +55,11 @@ def settings(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--layers", type=int, default=3, help="of the Transformer")
     add("--heads", type=int, default=4, help="of attention, in each layer")
     add("--width", type=int, default=64, help="of the nodes' vectors")
-    given = training.parsed(parser, arguments)
-    training.require_at_least(given, parser, layers=1, heads=1, width=1)
-    training.require_heads(given, parser)
+    given = command_line.parsed(parser, arguments)
+    command_line.require_at_least(given, parser, layers=1, heads=1, width=1)
+    command_line.require_heads(given, parser)
     try:
-        training.layer_graphs(given.graph, given.layers)
+        command_line.layer_graphs(given.graph, given.layers)
     except ValueError as error:
         parser.error(f"--graph: {error}")
     return given
@@ -161,7 +165,7 @@ class Fusion(nn.Module):
         self.waves = SinusoidalPositions(16, base=100)  # numbers as waves, of which close ones can be told apart
         self.camera = nn.Linear(2 * 16 + len(CLASSES) + 1, args.width)
         self.radar = nn.Linear(2 * 16, args.width)
-        self.transformer = Transformer(config, training.layer_graphs(args.graph, args.layers))
+        self.transformer = Transformer(config, command_line.layer_graphs(args.graph, args.layers))
         self.head = nn.Linear(args.width, 2)
 
     def forward(self, given: Scenes, works: Tensor) -> Tensor:
@@ -177,7 +181,7 @@ class Fusion(nn.Module):
 
 def train(args: argparse.Namespace) -> dict[str, float]:
     """Train, and leave the run's folder behind. Returns errors with both sensors, and with one of them."""
-    device, unseen = training.best_device(args.device), unseen_scenes()
+    device, unseen = optimization.best_device(args.device), unseen_scenes()
     torch.manual_seed(args.seed)
     model = Fusion(args).to(device)
     print(f"model     {sum(p.numel() for p in model.parameters()):,} parameters, {args.graph}, {WAYS[args.training]}")
@@ -204,9 +208,9 @@ def train(args: argparse.Namespace) -> dict[str, float]:
         unit="scenes",
         per_batch=args.batch,
         score="error",
-        free=(*training.FREE, "against"),
+        free=(*command_line.FREE, "against"),
     )
-    with training.only_run(args):
+    with checkpoints.only_run(args):
         _, metrics = training.fit(args, task)
         model.eval()
         with torch.no_grad():
@@ -214,10 +218,10 @@ def train(args: argparse.Namespace) -> dict[str, float]:
         told = ", ".join(f"{way} {figure:.3f}" for way, figure in found.items())
         print(f"{METRIC}: {told}, after {metrics.seconds:.0f} s")
         folder = Path(args.runs) / args.name
-        training.save_picture(
-            training.loss_curve(metrics, WAYS[args.training], "loss", METRIC), folder / "training.png"
+        reporting.save_picture(
+            reporting.loss_curve(metrics, WAYS[args.training], "loss", METRIC), folder / "training.png"
         )
-        training.save_picture(draw_scene(model, device), folder / "scene.png")
+        reporting.save_picture(draw_scene(model, device), folder / "scene.png")
     return {**found, "seconds": metrics.seconds}
 
 
@@ -226,22 +230,22 @@ def main(args: argparse.Namespace) -> dict:
     found, folder = {args.training: train(args)}, Path(args.runs) / args.name
     for number, way in enumerate(args.against, 1):
         name = f"{args.name}-against-{number}"
-        begun = args.resume and (Path(args.runs) / name / training.MODEL).exists()  # or the first was stopped before
+        begun = args.resume and (Path(args.runs) / name / checkpoints.MODEL).exists()  # or the first was stopped before
         print(f"\nthe same model and budget, {WAYS[way]}:")
         found[way] = train(argparse.Namespace(**{**vars(args), "training": way, "name": name, "resume": begun}))
     hand, own, nodes = by_hand(unseen_scenes()), found[args.training], 1 + 2 * len(CLASSES) + CLUTTER
-    training.save_picture(draw_errors(found, min(hand.values())), folder / "errors.png")
+    reporting.save_picture(draw_errors(found, min(hand.values())), folder / "errors.png")
     baselines = hand | {f"{sensor} alone": own[sensor] for sensor in ("camera", "radar")}
     for way in args.against:
         heard = (way,) if way in ("camera", "radar") else ("both", "camera", "radar")
         baselines |= {f"{sensor}{' alone' * (sensor != 'both')}, {WAYS[way]}": found[way][sensor] for sensor in heard}
-    print(training.left_in(folder))
+    print(reporting.left_in(folder))
     graphs = Fusion(args).transformer.graphs
     edges = sum(graph.num_edges(nodes, nodes) for graph in graphs)
-    outcome = training.Outcome(
+    outcome = reporting.Outcome(
         METRIC, own["both"], baselines, args.graph, edges, own["seconds"], "scene.png", lower_is_better=True
     )
-    return {**training.tell(folder, outcome), "found": found}
+    return {**reporting.tell(folder, outcome), "found": found}
 
 
 # ---------------------------------------------------------------------------------------------------------- pictures

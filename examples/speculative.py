@@ -21,9 +21,11 @@ from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
+import checkpoints
+import command_line
 import gpt
+import reporting
 import torch
-import training
 from torch import Tensor
 
 from attngraph import Tree, Window, draw, generate, speculate
@@ -37,7 +39,7 @@ REPETITIVE = "".join(f"  | row {number} | value | none |\n" for number in range(
 
 def settings(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=training.Help)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=command_line.Help)
     add = parser.add_argument
     add("--name", default="gpt", help="a run of examples/gpt.py, on characters; trained if it isn't there")
     add("--runs", default="runs", help="where runs are kept")
@@ -46,7 +48,7 @@ def settings(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--repeats", type=int, default=5, help="times that each is measured; the median counts")
     add("--options", default="", help="further options for the runs that are trained, as in '--steps 100'")
     given = parser.parse_args(arguments)
-    training.require_at_least(given, parser, sample=1, repeats=1)
+    command_line.require_at_least(given, parser, sample=1, repeats=1)
     return given
 
 
@@ -56,7 +58,7 @@ def settings(arguments: list[str] | None = None) -> argparse.Namespace:
 def trained(args: argparse.Namespace, name: str, *more: str) -> argparse.Namespace:
     """The settings of a run, which is trained if it isn't there."""
     where = ["--runs", args.runs, "--name", name]
-    if not (Path(args.runs) / name / training.MODEL).exists():
+    if not (Path(args.runs) / name / checkpoints.MODEL).exists():
         gpt.train(gpt.settings([*where, *args.options.split(), *more]))
     return gpt.settings([*where, "--resume"])
 
@@ -116,8 +118,8 @@ def main(args: argparse.Namespace) -> dict[str, Decoded]:
     guess = DraftModel(draft, longest)(prompt[0], args.sample)
     labels = [repr(tokens.decode([token]))[1:-1] for token in guess.tokens]
     folder = Path(args.runs) / small.name
-    training.save_picture(draw.connectivity(Tree(guess.parents), labels=labels), folder / "tree.png")
-    print(training.left_in(folder))
+    reporting.save_picture(draw.connectivity(Tree(guess.parents), labels=labels), folder / "tree.png")
+    print(reporting.left_in(folder))
     return found
 
 

@@ -16,7 +16,11 @@ import wave
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+import checkpoints
+import command_line
 import numpy as np
+import optimization
+import reporting
 import torch
 import training
 from torch import Tensor
@@ -33,7 +37,7 @@ if TYPE_CHECKING:
 def settings(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line: who hears whom among the slices of a sound."""
     quick = {"digits": 2, "steps": 350, "accents": 12, "evaluate_every": 350, "against": []}
-    parser = training.parser_of(
+    parser = command_line.parser_of(
         __doc__, ("against", "say"), quick, name="speech", batch=16, steps=900, evaluate_every=300, optimizer="adamw",
         lr=0.002,
     )  # fmt: skip
@@ -46,10 +50,10 @@ def settings(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--layers", type=int, default=2, help="of the encoder; the decoder has as many")
     add("--heads", type=int, default=4, help="of attention, in each layer")
     add("--width", type=int, default=64, help="of the nodes' vectors")
-    given = training.parsed(parser, arguments)
-    training.require_at_least(given, parser, digits=1, accents=1, layers=1, heads=1, width=1)
-    training.require_heads(given, parser, even=True)
-    training.require_graphs(given, parser, lambda graph: training.layer_graphs(graph, given.layers))
+    given = command_line.parsed(parser, arguments)
+    command_line.require_at_least(given, parser, digits=1, accents=1, layers=1, heads=1, width=1)
+    command_line.require_heads(given, parser, even=True)
+    command_line.require_graphs(given, parser, lambda graph: command_line.layer_graphs(graph, given.layers))
     if given.say is not None and (len(given.say) != given.digits or not set(given.say) <= set("0123456789")):
         parser.error(f"--say must be {given.digits} digits, as --digits says (got {given.say!r})")
     return given
@@ -188,7 +192,7 @@ def build(args: argparse.Namespace) -> EncoderDecoder:
         TransformerConfig(position="learned", max_length=args.digits + 1, cross=True, **common),
         len(WORDS) + 1,
         source=AudioEmbedding(MEL.num_mels, args.width),
-        encoder_graph=training.layer_graphs(args.graph, args.layers),
+        encoder_graph=command_line.layer_graphs(args.graph, args.layers),
     )
 
 
@@ -219,7 +223,7 @@ def by_template(voices: Voices, given: Said) -> float:
 def train(args: argparse.Namespace) -> dict:
     """Train, and leave the run's folder behind. Returns the last figures."""
     known, others = speakers(range(args.accents)), speakers(range(10_000, 10_000 + HELD_OUT))
-    unseen, device = any_numbers(others, 250, args.digits, training.TEST_SEED), training.best_device(args.device)
+    unseen, device = any_numbers(others, 250, args.digits, training.TEST_SEED), optimization.best_device(args.device)
     torch.manual_seed(args.seed)
     model = build(args).to(device)
     print(f"sounds    of {args.accents} accents, {HELD_OUT} others to test; {args.digits * ROOM / RATE:g} s each")
@@ -245,18 +249,20 @@ def train(args: argparse.Namespace) -> dict:
         unit="sounds",
         per_batch=args.batch,
         score="digit_errors",
-        free=(*training.FREE, "against", "say"),
+        free=(*command_line.FREE, "against", "say"),
     )
-    with training.only_run(args):
+    with checkpoints.only_run(args):
         figure, metrics = training.fit(args, task)
         print(f"{figure:.2f}% of the digits in accents never heard wrong, after {metrics.seconds:.0f} s")
         folder = Path(args.runs) / args.name
-        curve = training.loss_curve(metrics, f"spoken numbers, {args.graph}", "loss [nats a digit]", "digits wrong [%]")
-        training.save_picture(curve, folder / "accuracy.png")
+        curve = reporting.loss_curve(
+            metrics, f"spoken numbers, {args.graph}", "loss [nats a digit]", "digits wrong [%]"
+        )
+        reporting.save_picture(curve, folder / "accuracy.png")
         say = args.say or ("4711" * args.digits)[: args.digits]
         said = numbers(others, np.array([[int(digit) for digit in say]]), np.random.default_rng(7))
-        training.save_picture(alignment(model.eval(), said, device), folder / "alignment.png")
-        training.write_whole(folder / "sound.wav", lambda path: write_sound(path, said.sound[0]))
+        reporting.save_picture(alignment(model.eval(), said, device), folder / "alignment.png")
+        checkpoints.write_whole(folder / "sound.wav", lambda path: write_sound(path, said.sound[0]))
     slices = -(-args.digits * ROOM // 2 // MEL.hop_length)
     edges = sum(graph.num_edges(slices, slices) for graph in model.encoder.graphs)
     edges += args.layers * args.digits * (slices + (args.digits + 1) / 2)
@@ -307,10 +313,10 @@ def alignment(model: EncoderDecoder, said: Said, device: torch.device) -> Figure
 
 def main(args: argparse.Namespace) -> dict:
     """On this graph of the slices, and on those that it is to be compared with."""
-    found, others = train(args), training.beside(args, train)
+    found, others = train(args), reporting.beside(args, train)
     folder, name = Path(args.runs) / args.name, "the nearest mean spectrogram, told where words are"
-    print(training.left_in(folder))
-    outcome = training.Outcome(
+    print(reporting.left_in(folder))
+    outcome = reporting.Outcome(
         "digits wrong, accents never heard [%]",
         found["figure"],
         {name: found["template"], **{graph: each["figure"] for graph, each in others.items()}},
@@ -320,7 +326,7 @@ def main(args: argparse.Namespace) -> dict:
         "alignment.png",
         lower_is_better=True,
     )
-    return training.tell(folder, outcome)
+    return reporting.tell(folder, outcome)
 
 
 if __name__ == "__main__":

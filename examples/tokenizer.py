@@ -28,9 +28,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+import checkpoints
+import command_line
 import gpt
 import numpy as np
-import training
+import reporting
 
 from attngraph import Causal, draw
 
@@ -42,7 +44,7 @@ Pair = tuple[int, int]
 
 def settings(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=training.Help)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=command_line.Help)
     add = parser.add_argument
     add("--text", type=Path, help="any file; by default tiny Shakespeare, or the text that Python ships")
     add("--tokens", type=int, default=512, help="how many there are, the 256 bytes among them")
@@ -53,7 +55,7 @@ def settings(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--name", default="tokenizer", help="the run's folder below --runs")
     add("--quick", action="store_true", help="as --learn 200000")
     given = parser.parse_args(arguments)
-    training.require_at_least(given, parser, tokens=256, shard_size=1, learn=1)
+    command_line.require_at_least(given, parser, tokens=256, shard_size=1, learn=1)
     given.learn = min(given.learn, 200_000) if given.quick else given.learn
     if given.tokens > 2**16:
         parser.error(f"--tokens must be 65536 or less, so that a token is two bytes (got {given.tokens})")
@@ -250,8 +252,8 @@ def write_shards(file: BinaryIO, length: int, folder: Path, tokenizer: BytePairs
         if len(tokens) or not names:
             names.append(save_shard(folder, part, len(names), tokens))
         told[part] = {"files": names, "tokens": count + len(tokens), "bytes": stop - start}
-    training.write_whole(folder / "tokenizer.json", lambda aside: aside.write_text(json.dumps(tokenizer.as_json())))
-    training.write_whole(folder / "shards.json", lambda aside: aside.write_text(json.dumps(told, indent=2)))
+    checkpoints.write_whole(folder / "tokenizer.json", lambda aside: aside.write_text(json.dumps(tokenizer.as_json())))
+    checkpoints.write_whole(folder / "shards.json", lambda aside: aside.write_text(json.dumps(told, indent=2)))
     return told
 
 
@@ -262,7 +264,7 @@ def save_shard(folder: Path, part: str, number: int, tokens: np.ndarray) -> str:
         with open(aside, "wb") as file:
             np.save(file, tokens)
 
-    training.write_whole(folder / name, save)
+    checkpoints.write_whole(folder / name, save)
     return name
 
 
@@ -328,22 +330,22 @@ def report(
         for index, (one, other) in enumerate(tokenizer.merges)
     )
     for name, content in {"tokenizer.json": json.dumps(tokenizer.as_json()), "merges.txt": table}.items():
-        training.write_whole(folder / name, lambda path, content=content: path.write_text(content, encoding="utf-8"))
+        checkpoints.write_whole(folder / name, lambda path, content=content: path.write_text(content, encoding="utf-8"))
     print("first    ", " ".join(names[256:272]))
     print("longest  ", " ".join(sorted(names[256:], key=len, reverse=True)[:8]))
     tokens = tokenizer.encode(unseen)
     if tokenizer.decode_bytes(tokens) != unseen:
         raise AssertionError("the tokens must give the text back")
-    training.save_picture(coloured(tokenizer, tokens[:1000]), folder / "tokens.png")
-    training.save_picture(length_curve(lengths), folder / "length.png")
+    reporting.save_picture(coloured(tokenizer, tokens[:1000]), folder / "tokens.png")
+    reporting.save_picture(length_curve(lengths), folder / "length.png")
     example = len(tokenizer.encode(unseen[:EXAMPLE]))
-    told = training.tell(folder, training.Outcome(
+    told = reporting.tell(folder, reporting.Outcome(
         "bytes a token", len(unseen) / len(tokens), baselines(known, unseen, len(tokenizer)), "Causal()",
         Causal().num_edges(example, example), seconds, "tokens.png",
     ))  # fmt: skip
     of_bytes = Causal().num_edges(EXAMPLE, EXAMPLE)
     print(f"{EXAMPLE:,} bytes of text have {told['edges']:,} edges between tokens, {of_bytes:,} between bytes")
-    print(training.left_in(folder))
+    print(reporting.left_in(folder))
     return told
 
 

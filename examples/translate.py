@@ -16,6 +16,10 @@ import random
 from datetime import date, timedelta
 from pathlib import Path
 
+import checkpoints
+import command_line
+import optimization
+import reporting
 import torch
 import training
 from babel.dates import format_date
@@ -31,7 +35,7 @@ from attngraph.nn import Recording, TokenEmbedding, TransformerConfig
 
 def settings(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line. What is not given is a recipe that takes a minute or two."""
-    parser = training.parser_of(
+    parser = command_line.parser_of(
         __doc__,
         free=("translate", "beam"),
         quick={"steps": 200, "evaluate_every": 100},
@@ -48,9 +52,9 @@ def settings(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--width", type=int, default=64, help="of the nodes' vectors")
     add("--beam", type=int, default=4, help="translations that are followed at a time; 1: greedy")
     add("--translate", action="append", help="a date to translate at the end; may be given several times")
-    given = training.parsed(parser, arguments)
-    training.require_at_least(given, parser, layers=1, heads=1, width=1, beam=1)
-    training.require_heads(given, parser)
+    given = command_line.parsed(parser, arguments)
+    command_line.require_at_least(given, parser, layers=1, heads=1, width=1, beam=1)
+    command_line.require_heads(given, parser)
     for text in given.translate or ():
         if not text or not SOURCE.knows(text):
             parser.error(f"--translate takes dates in characters that dates are written with (got {text!r})")
@@ -140,7 +144,7 @@ def build(args: argparse.Namespace) -> EncoderDecoder:
         TransformerConfig(cross=True, **common),
         len(TARGET),
         source=source,
-        encoder_graph=training.layer_graphs(args.graph, args.layers),
+        encoder_graph=command_line.layer_graphs(args.graph, args.layers),
         tied=False,
     )
 
@@ -199,7 +203,7 @@ def train(args: argparse.Namespace) -> dict:
     known, unseen = all_days()
     rng = random.Random(1)
     questions, answers = [written(day, rng) for day in unseen], [day.isoformat() for day in unseen]
-    device = training.best_device(args.device)
+    device = optimization.best_device(args.device)
     torch.manual_seed(args.seed)
     try:
         model = build(args).to(device)
@@ -232,18 +236,18 @@ def train(args: argparse.Namespace) -> dict:
         unit="dates",
         per_batch=args.batch,
         score="exact_match",
-        free=(*training.FREE, "translate", "beam"),
+        free=(*command_line.FREE, "translate", "beam"),
     )
-    with training.only_run(args):
+    with checkpoints.only_run(args):
         score, metrics = training.fit(args, task)
         print(f"{score:.2f}% of {len(unseen):,} unseen dates exactly right, after {metrics.seconds:.0f} s")
         report(args, model.eval(), metrics, questions[:6], device)
         others = {"the nearest of 5,000 known dates": nearest_known(known, questions, answers)}
-        edges = training.edges_of(model.encoder.graphs, len(questions[0]))
+        edges = reporting.edges_of(model.encoder.graphs, len(questions[0]))
         figures = score, others, f"{args.graph}; Causal(), cross", edges, metrics.seconds, "alignment.png"
         folder = Path(args.runs) / args.name
-        training.tell(folder, training.Outcome("unseen dates right [%]", *figures))
-        print(training.left_in(folder))
+        reporting.tell(folder, reporting.Outcome("unseen dates right [%]", *figures))
+        print(reporting.left_in(folder))
     return {"exact_match": score, "seconds": metrics.seconds}
 
 
@@ -279,11 +283,11 @@ def report(
         )
         lines.append(f"{text:40} greedy {greedy(model, [text], device)[0]}   beam {beams}")
     samples = "\n".join(lines) + "\n"
-    training.write_whole(folder / "samples.txt", lambda path: path.write_text(samples, encoding="utf-8"))
-    curve = training.loss_curve(metrics, "dates to ISO 8601", "loss [nats a character]", "unseen dates right [%]")
-    training.save_picture(curve, folder / "accuracy.png")
-    training.save_picture(draw.connectivity(model.encoder.graphs, 32), folder / "connectivity.png")
-    text, chosen = "Dienstag, den 3. März 1987", training.chosen_head(args)
+    checkpoints.write_whole(folder / "samples.txt", lambda path: path.write_text(samples, encoding="utf-8"))
+    curve = reporting.loss_curve(metrics, "dates to ISO 8601", "loss [nats a character]", "unseen dates right [%]")
+    reporting.save_picture(curve, folder / "accuracy.png")
+    reporting.save_picture(draw.connectivity(model.encoder.graphs, 32), folder / "connectivity.png")
+    text, chosen = "Dienstag, den 3. März 1987", command_line.chosen_head(args)
     recorded, result = attention(model, text, device)
     picture = draw.attention(
         alignment(recorded, chosen).flatten(),
@@ -295,8 +299,8 @@ def report(
         title=f"attention of each character of {result} to the source, "
         + ("mean of the last layer's heads" if chosen is None else f"layer {chosen[0]}, head {chosen[1]}"),
     )
-    training.save_picture(picture, folder / "alignment.png")
-    training.save_picture(recorded.draw(), folder / "heads.png")
+    reporting.save_picture(picture, folder / "alignment.png")
+    reporting.save_picture(recorded.draw(), folder / "heads.png")
     print(samples, end="")
 
 

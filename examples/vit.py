@@ -21,7 +21,11 @@ import urllib.request
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import checkpoints
+import command_line
 import numpy as np
+import optimization
+import reporting
 import torch
 import training
 from torch import Tensor
@@ -42,7 +46,7 @@ QUICK = {"steps": 150, "layers": 2}
 
 def settings(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line. What is not given is the recipe for digits."""
-    parser = training.parser_of(
+    parser = command_line.parser_of(
         __doc__, free=("folder",), quick=QUICK, name="vit", batch=128, steps=1000, evaluate_every=250, warmup=50
     )
     add = parser.add_argument
@@ -55,9 +59,9 @@ def settings(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--heads", type=int, default=4, help="of attention, in each layer")
     add("--width", type=int, default=64, help="of the nodes' vectors")
     add("--distort", type=float, default=0.7, help="how far training images are turned, scaled and moved; 0: not")
-    given = training.parsed(parser, arguments)
-    training.require_at_least(given, parser, layers=1, heads=1, width=1, patch=1, distort=0)
-    training.require_heads(given, parser)
+    given = command_line.parsed(parser, arguments)
+    command_line.require_at_least(given, parser, layers=1, heads=1, width=1, patch=1, distort=0)
+    command_line.require_heads(given, parser)
     return given
 
 
@@ -79,7 +83,7 @@ def images_of(args: argparse.Namespace) -> tuple[Tensor, Tensor, Tensor, Tensor]
         )
         training_images, test_images, training_classes, test_classes = map(torch.from_numpy, parts)
         return training_images.float(), training_classes, test_images.float(), test_classes
-    folder = Path(args.folder) if args.folder else training.cached(args.data)
+    folder = Path(args.folder) if args.folder else checkpoints.cached(args.data)
     return mnist(folder) if args.data == "mnist" else cifar10(folder)
 
 
@@ -119,7 +123,7 @@ def fetched(address: str, name: str, folder: Path) -> Path:
             reason = getattr(error, "reason", error)
             raise SystemExit(f"{name} can't be had from {address} ({reason}); put it into {folder}") from None
         folder.mkdir(parents=True, exist_ok=True)
-        training.write_whole(path, lambda aside: aside.write_bytes(content))
+        checkpoints.write_whole(path, lambda aside: aside.write_bytes(content))
         print(f"kept      {address}{name} as {path}")
     return path
 
@@ -153,7 +157,7 @@ def build(args: argparse.Namespace, images: Tensor, num_classes: int) -> ViT:
         dropout=args.dropout,
         init="zero",
     )
-    graph = training.layer_graphs(args.graph, args.layers, (patches, patches))
+    graph = command_line.layer_graphs(args.graph, args.layers, (patches, patches))
     return ViT(
         config, num_classes, image_size=(height, width), patch_size=args.patch, channels=channels, graph=graph,
         pool=args.pool,
@@ -165,7 +169,7 @@ def train(args: argparse.Namespace) -> dict:
     images, classes, test_images, test_classes = images_of(args)
     mean, deviation = images.mean(), images.std()
     num_classes = int(classes.max()) + 1
-    device = training.best_device(args.device)
+    device = optimization.best_device(args.device)
     torch.manual_seed(args.seed)
     try:
         model = build(args, images, num_classes).to(device)
@@ -199,33 +203,33 @@ def train(args: argparse.Namespace) -> dict:
         unit="images",
         per_batch=args.batch,
         score="test_accuracy",
-        free=(*training.FREE, "folder"),
+        free=(*command_line.FREE, "folder"),
     )
-    with training.only_run(args):
+    with checkpoints.only_run(args):
         score, metrics = training.fit(args, task)
         right = f"{score:.2f}% of {len(test_images):,} test images right"
         print(f"{right}, after {metrics.seconds:.0f} s, with {edges:,} edges")
         model.eval()
         folder = Path(args.runs) / args.name
-        curve = training.loss_curve(
+        curve = reporting.loss_curve(
             metrics, f"{args.data} on {args.graph}", "loss [nats an image]", "test images right [%]"
         )
-        training.save_picture(curve, folder / "accuracy.png")
-        training.save_picture(draw.connectivity(model.transformer.graphs, nodes), folder / "connectivity.png")
+        reporting.save_picture(curve, folder / "accuracy.png")
+        reporting.save_picture(draw.connectivity(model.transformer.graphs, nodes), folder / "connectivity.png")
         shown = test_images[:8]
         with torch.no_grad(), record(model) as recorded:
             guess = model(((shown - mean) / deviation).to(device)).argmax(-1).tolist()
-        training.save_picture(recorded.draw(), folder / "heads.png")
+        reporting.save_picture(recorded.draw(), folder / "heads.png")
         if args.pool == "cls":
-            grid, chosen = model.patches.grid, training.chosen_head(args)
-            training.save_picture(attention_map(recorded, grid, shown, guess, chosen), folder / "attention.png")
+            grid, chosen = model.patches.grid, command_line.chosen_head(args)
+            reporting.save_picture(attention_map(recorded, grid, shown, guess, chosen), folder / "attention.png")
         nearest = {"the nearest training image": nearest_image(images, classes, test_images, test_classes)}
         best = "attention.png" if args.pool == "cls" else "accuracy.png"
-        training.tell(
+        reporting.tell(
             folder,
-            training.Outcome("test images right [%]", score, nearest, args.graph, edges, metrics.seconds, best),
+            reporting.Outcome("test images right [%]", score, nearest, args.graph, edges, metrics.seconds, best),
         )
-        print(training.left_in(folder))
+        print(reporting.left_in(folder))
     return {"test_accuracy": score, "seconds": metrics.seconds, "parameters": parameters, "edges": edges}
 
 

@@ -14,10 +14,12 @@ import time
 import urllib.request
 from pathlib import Path
 
+import checkpoints
 import gpt
+import optimization
 import pytest
+import reporting
 import torch
-import training
 from safetensors import safe_open
 from safetensors.torch import load_file, save
 
@@ -252,7 +254,7 @@ def test_a_graph_of_distances_needs_a_window_alone():
 SAVE = """
 import sys, torch
 from pathlib import Path
-sys.path.insert(0, sys.argv[1]); import training
+sys.path.insert(0, sys.argv[1]); import checkpoints
 model = torch.nn.Linear(1000, 1000, bias=False)
 optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
 step = 0
@@ -260,7 +262,7 @@ while True:
     step += 1
     torch.nn.init.constant_(model.weight, step)
     optimizer.state[model.weight]["momentum_buffer"] = torch.full((1000, 1000), float(step))
-    training.save_checkpoint(Path(sys.argv[2]), model, [optimizer], step, {"a": 1})
+    checkpoints.save_checkpoint(Path(sys.argv[2]), model, [optimizer], step, {"a": 1})
     print(step, flush=True)
 """
 
@@ -281,7 +283,7 @@ def test_a_kill_in_the_middle_of_a_save_leaves_the_last_good_checkpoint(tmp_path
         process.wait()
         model = torch.nn.Linear(1000, 1000, bias=False)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-        step = training.load_checkpoint(tmp_path, model, [optimizer], {"a": 1})
+        step = checkpoints.load_checkpoint(tmp_path, model, [optimizer], {"a": 1})
         assert step >= max([2, *saved])
         assert (model.weight == step).all()
         assert (optimizer.state[model.weight]["momentum_buffer"] == step).all()  # of the very same step
@@ -297,7 +299,7 @@ def test_a_save_that_stops_between_its_files_leaves_the_last_good_checkpoint(tmp
         optimizer.step()
         weights = [parameter.detach().clone() for parameter in model.parameters()]
         if step == 1:
-            training.save_checkpoint(tmp_path, model, [optimizer], step, {})
+            checkpoints.save_checkpoint(tmp_path, model, [optimizer], step, {})
             kept = weights
 
     def stopped(*_, **__):
@@ -305,13 +307,13 @@ def test_a_save_that_stops_between_its_files_leaves_the_last_good_checkpoint(tmp
 
     monkeypatch.setattr(GPT, "save", stopped)
     with pytest.raises(KeyboardInterrupt):
-        training.save_checkpoint(tmp_path, model, [optimizer], 2, {})
+        checkpoints.save_checkpoint(tmp_path, model, [optimizer], 2, {})
     monkeypatch.undo()
     assert len(list(tmp_path.glob("optimizer-*"))) == 2
     again = GPT(settings, 7)
-    assert training.load_checkpoint(tmp_path, again, [optimizer_of(again)], {}) == 1
+    assert checkpoints.load_checkpoint(tmp_path, again, [optimizer_of(again)], {}) == 1
     assert all(torch.equal(one, other) for one, other in zip(again.parameters(), kept, strict=True))
-    training.save_checkpoint(tmp_path, model, [optimizer], 2, {})
+    checkpoints.save_checkpoint(tmp_path, model, [optimizer], 2, {})
     assert [path.name for path in tmp_path.glob("optimizer-*")] == ["optimizer-2.safetensors"]
 
 
@@ -324,21 +326,21 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path):
     """The kernel refuses to let files grow past a limit, as a full disk does."""
     path = tmp_path / "model.safetensors"
     small = torch.nn.Linear(10, 10)
-    training.save_checkpoint(tmp_path, small, [], 7, {})
+    checkpoints.save_checkpoint(tmp_path, small, [], 7, {})
     before = path.read_bytes()
     code = f"""
 import resource, signal, sys, torch
 from pathlib import Path
-sys.path.insert(0, {str(SCRIPT.parent)!r}); import training
+sys.path.insert(0, {str(SCRIPT.parent)!r}); import checkpoints
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-training.save_checkpoint(Path({str(tmp_path)!r}), torch.nn.Linear(1000, 1000), [], 8, {{}})
+checkpoints.save_checkpoint(Path({str(tmp_path)!r}), torch.nn.Linear(1000, 1000), [], 8, {{}})
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 1, (done.returncode, done.stderr)
     assert "what was there before is still whole" in done.stderr
     assert path.read_bytes() == before
-    assert training.load_checkpoint(tmp_path, small, [], {}) == 7
+    assert checkpoints.load_checkpoint(tmp_path, small, [], {}) == 7
     assert not [entry for entry in tmp_path.iterdir() if "partial" in entry.name]
 
 
@@ -489,7 +491,7 @@ def test_validation_predicts_every_token_once():
 def test_orthogonal_makes_all_singular_values_about_one():
     torch.manual_seed(0)
     for shape in ((3, 8, 8), (2, 20, 6), (2, 6, 20)):
-        values = torch.linalg.svdvals(training.orthogonal(torch.randn(shape)))
+        values = torch.linalg.svdvals(optimization.orthogonal(torch.randn(shape)))
         assert (values > 0.3).all()
         assert (values < 1.3).all()
 
@@ -498,7 +500,7 @@ def test_muon_is_torchs_muon_but_for_its_precision():
     torch.manual_seed(0)
     ours, theirs = (torch.nn.Parameter(torch.randn(24, 16)) for _ in range(2))
     theirs.data.copy_(ours.data)
-    tools = training.Muon([ours], lr=0.02, weight_decay=0.1), torch.optim.Muon([theirs], lr=0.02, weight_decay=0.1)
+    tools = optimization.Muon([ours], lr=0.02, weight_decay=0.1), torch.optim.Muon([theirs], lr=0.02, weight_decay=0.1)
     for _ in range(3):
         gradient = torch.randn(24, 16)
         for parameter, tool in zip((ours, theirs), tools, strict=True):
@@ -600,7 +602,7 @@ def test_a_run_is_not_begun_twice(tmp_path, text):
     """Found: the second renamed the folder, into which the first then wrote its weights."""
     _, folder = run(tmp_path, text)
     args = gpt.settings(["--runs", str(tmp_path / "runs"), "--name", "run", "--resume"])
-    with training.only_run(args):
+    with checkpoints.only_run(args):
         with pytest.raises(SystemExit, match="a run is going on in"):
             run(tmp_path, text)
         with pytest.raises(SystemExit, match="a run is going on in"):
@@ -632,7 +634,7 @@ def test_any_head_can_be_drawn_also_by_a_run_that_goes_on(tmp_path, text, monkey
     def save(figure, path):
         titles[path.name] = [ax.get_title() for ax in figure.axes if ax.get_title()]
 
-    monkeypatch.setattr(training, "save_picture", save)
+    monkeypatch.setattr(reporting, "save_picture", save)
     run(tmp_path, text, "--draw-attention", "1.0")
     assert titles["attention.png"] == ["layer 1, head 0: attention of each token"]
     assert titles["heads.png"] == ["0.0", "0.1", "1.0", "1.1"]
@@ -646,7 +648,7 @@ def test_a_disk_that_fills_at_the_pictures_leaves_the_weights(tmp_path, text, mo
         Path(path).write_bytes(b"half a picture")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(training.draw, "save", full)
+    monkeypatch.setattr(reporting.draw, "save", full)
     with pytest.raises(SystemExit, match=r"loss.png can't be written .*No space left"):
         run(tmp_path, text)
     left = sorted(path.name for path in (tmp_path / "runs" / "run").iterdir())

@@ -6,6 +6,7 @@ import json
 import bert
 import gpt
 import pytest
+import reporting
 import training
 import translate
 import vit
@@ -31,7 +32,7 @@ def test_a_run_keeps_the_head_that_it_draws(begun, monkeypatch):
     def save(figure, path):
         titles[path.name] = [ax.get_title() for ax in figure.axes if ax.get_title()]
 
-    monkeypatch.setattr(training, "save_picture", save)
+    monkeypatch.setattr(reporting, "save_picture", save)
     gpt.train(gpt.settings(begun))
     assert titles["attention.png"] == ["layer 1, head 0: attention of each token"]
     assert gpt.settings([*begun, "--draw-attention", "0.1"]).draw_attention == "0.1"

@@ -12,12 +12,12 @@ from datetime import date
 from pathlib import Path
 
 import bert
+import checkpoints
 import mlp_is_attention
 import nodes
 import pytest
 import speculative
 import torch
-import training
 import translate
 import vit
 from safetensors.torch import load_file
@@ -78,14 +78,14 @@ def test_vit_learns_digits_on_any_graph(tmp_path, graph, pool):
 def test_vit_resumes_bit_for_bit(tmp_path, monkeypatch):
     tiny = ("--layers", 1, "--width", 16, "--batch", 8, "--steps", 8, "--evaluate-every", 4)
     run(vit, tmp_path / "whole", *tiny)
-    save, saved = training.save_checkpoint, []
+    save, saved = checkpoints.save_checkpoint, []
 
     def first(*arguments):
         save(*arguments)
         saved.append(arguments)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(training, "save_checkpoint", first)
+    monkeypatch.setattr(checkpoints, "save_checkpoint", first)
     with pytest.raises(KeyboardInterrupt):
         run(vit, tmp_path / "parts", *tiny)
     monkeypatch.undo()

@@ -1,12 +1,15 @@
 """All examples of the lecture: they are there, run one after the other, and a page tells what came, failures too."""
 
+import csv
+import importlib
 import json
 import sys
 from pathlib import Path
 
+import command_line
 import lecture
 import pytest
-import training
+import reporting
 
 from attngraph.__main__ import main as command
 
@@ -24,7 +27,7 @@ def test_the_page_has_what_each_run_left(tmp_path, capsys):
     assert lecture.main(lecture.settings(["--runs", str(tmp_path), *names])) == {}
     page = (tmp_path / "index.html").read_text(encoding="utf-8")
     for name in names:
-        known = json.loads((tmp_path / name / training.OUTCOME).read_text())
+        known = json.loads((tmp_path / name / reporting.OUTCOME).read_text())
         for text in (f"{name}.py", known["graph"], f"{known['edges']:,} edges", f"{known['figure']:.4g}"):
             assert text in page
         assert all(other in page for other in known["baselines"])
@@ -58,17 +61,47 @@ def test_an_unknown_name_is_told(capsys):
 
 
 def test_what_is_told_is_kept(tmp_path, capsys):
-    given = training.Outcome("values right [%]", 99.5, {"a window": 1.5}, "TopK(8)", 768, 3.0, "edges.png")
-    assert training.tell(tmp_path, given) == json.loads((tmp_path / training.OUTCOME).read_text())
+    given = reporting.Outcome("values right [%]", 99.5, {"a window": 1.5}, "TopK(8)", 768, 3.0, "edges.png")
+    assert reporting.tell(tmp_path, given) == json.loads((tmp_path / reporting.OUTCOME).read_text())
     first, second = capsys.readouterr().out.splitlines()
     assert first.split() == ["values", "right", "[%]", "99.5", "TopK(8),", "768", "edges"]
     assert second.split() == ["1.5", "a", "window"]
 
 
 def test_the_quick_form_is_other_defaults_and_what_is_given_stays():
-    parser = training.parser_of("", quick={"steps": 5, "batch": 2}, name="x", steps=100, batch=8, evaluate_every=10)
+    parser = command_line.parser_of("", quick={"steps": 5, "batch": 2}, name="x", steps=100, batch=8, evaluate_every=10)
     parser.set_defaults(layers=1, heads=1)
-    assert training.parsed(parser, ["--quick", "--batch", "3"]).steps == 5
-    parser = training.parser_of("", quick={"steps": 5, "batch": 2}, name="x", steps=100, batch=8, evaluate_every=10)
+    assert command_line.parsed(parser, ["--quick", "--batch", "3"]).steps == 5
+    parser = command_line.parser_of("", quick={"steps": 5, "batch": 2}, name="x", steps=100, batch=8, evaluate_every=10)
     parser.set_defaults(layers=1, heads=1)
-    assert training.parsed(parser, ["--quick", "--batch", "3"]).batch == 3
+    assert command_line.parsed(parser, ["--quick", "--batch", "3"]).batch == 3
+
+
+TINY = {  # what makes each of them a matter of seconds
+    "bert": "--layers 1 --width 16 --context 16",
+    "decisions": "--quick --width 8",
+    "diffusion": "--layers 1 --width 16 --context 16 --drafts 2 --samples 2",
+    "incontext": "--layers 1 --width 16 --problems 20",
+    "molecules": "--molecules 50 --width 8 --against bonds",
+    "notebook": "--chunks 2 --pairs 1 --width 8 --notes 1 --against Causal()",
+    "particles": "--width 16 --particles 16 --against Full()",
+    "recall": "--width 16 --pairs 4 --against Causal()",
+    "sensors": "--layers 1 --width 16 --against camera",
+    "speech": "--width 16 --digits 1 --against",
+    "vit": "--layers 1 --width 16",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TINY)
+def test_every_example_goes_on_where_it_stopped(name, tmp_path):
+    module = importlib.import_module(name)
+    main = getattr(module, "main", None) or module.train
+    given = ["--runs", str(tmp_path), *TINY[name].split(), "--batch", "2", "--evaluate-every", "1", "--steps", "2"]
+    main(module.settings(given))
+    main(module.settings(["--runs", str(tmp_path), "--resume", "--steps", "3"]))
+    for metrics in tmp_path.glob("*/metrics.csv"):
+        with open(metrics, newline="", encoding="utf-8") as file:
+            assert [row["step"] for row in csv.DictReader(file)] == ["1", "2", "3"], metrics
+    assert len([*tmp_path.glob("*/metrics.csv")]) >= 1
+    assert not [*tmp_path.glob("*.1")]  # nothing was begun anew

@@ -72,6 +72,13 @@ def test_holes_are_of_every_number_alike():
     assert all(abs(counts.count(k) - 100) <= 50 for k in range(1, 9))
 
 
+def test_holes_are_few_where_few_are_asked_for():
+    chance, counts = torch.Generator().manual_seed(0), []
+    for _ in range(50):
+        counts += diffusion.holes((16, 40), chance, 0.15).sum(1).tolist()
+    assert set(counts) == set(range(1, 7))
+
+
 class Exact(nn.Module):
     """The exact conditionals of three tokens of two values, whose joint probability is a table; 2 is the mask."""
 
@@ -108,8 +115,8 @@ def test_the_bound_of_exact_conditionals_is_what_a_text_costs():
 
 def test_a_causal_graph_is_left_to_right_and_judges():
     config = TransformerConfig(embed_dim=16, num_layers=2, num_heads=2)
-    assert diffusion.left_to_right(GPT(config, 5), 8)
-    assert not diffusion.left_to_right(GPT(config, 5, [Causal(), Full()]), 8)
+    assert diffusion.left_to_right(GPT(config, 5).transformer.graphs, 8)
+    assert not diffusion.left_to_right([Causal(), Full()], 8)
     tokens = gpt.Characters("ab \n")
     told = diffusion.judged(None, torch.tensor([tokens.encode("a ab b ab a"), tokens.encode("b a  a  a b")]), tokens)
     assert math.isnan(told.bits)

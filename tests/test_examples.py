@@ -12,12 +12,12 @@ from datetime import date
 from pathlib import Path
 
 import bert
-import checkpoints
 import mlp_is_attention
 import nodes
 import pytest
 import speculative
 import torch
+import training
 import translate
 import vit
 from safetensors.torch import load_file
@@ -78,14 +78,14 @@ def test_vit_learns_digits_on_any_graph(tmp_path, graph, pool):
 def test_vit_resumes_bit_for_bit(tmp_path, monkeypatch):
     tiny = ("--layers", 1, "--width", 16, "--batch", 8, "--steps", 8, "--evaluate-every", 4)
     run(vit, tmp_path / "whole", *tiny)
-    save, saved = checkpoints.save_checkpoint, []
+    save, saved = training.save_checkpoint, []
 
     def first(*arguments):
         save(*arguments)
         saved.append(arguments)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoints, "save_checkpoint", first)
+    monkeypatch.setattr(training, "save_checkpoint", first)
     with pytest.raises(KeyboardInterrupt):
         run(vit, tmp_path / "parts", *tiny)
     monkeypatch.undo()
@@ -298,7 +298,10 @@ def test_speculation_gives_the_same_text_in_fewer_passes(tmp_path, capsys):
     assert capsys.readouterr().out.count("the same text") == 3
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in EXAMPLES.glob("*.py") if path.stem != "training"))
+PROGRAMS = sorted(path.stem for path in EXAMPLES.glob("*.py") if "__main__" in path.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
 def test_help_says_what_it_is_for(name, tmp_path, monkeypatch, capsys):
     """Its purpose and examples, every default, graphs and where they are documented; and nothing is written."""
     monkeypatch.chdir(tmp_path)

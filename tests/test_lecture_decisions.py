@@ -3,10 +3,10 @@
 import json
 from itertools import pairwise
 
-import checkpoints
 import decisions
 import pytest
 import torch
+import training
 from safetensors.torch import load_file
 
 from attngraph.models import DecisionTransformer
@@ -40,13 +40,13 @@ def test_it_finds_shortest_paths_and_imitation_does_not(tmp_path):
 def test_it_resumes_bit_for_bit(tmp_path, monkeypatch):
     tiny = ("--quick", "--steps", 6, "--evaluate-every", 3, "--width", 8, "--against", "")
     run(tmp_path / "whole", *tiny)
-    save = checkpoints.save_checkpoint
+    save = training.save_checkpoint
 
     def first(*arguments):
         save(*arguments)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoints, "save_checkpoint", first)
+    monkeypatch.setattr(training, "save_checkpoint", first)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "parts", *tiny)
     monkeypatch.undo()

@@ -51,7 +51,7 @@ def settings(arguments: list[str] | None = None) -> argparse.Namespace:
     )  # fmt: skip
     add = parser.add_argument
     add("--graph", help="who hears whom; by default notebook_of(…): the chunk so far, and notes")  # the one line
-    add("--against", nargs="*", help="train the same on these graphs too; by default without notes, and the whole past")
+    add("--against", nargs="*", help="train the same on these graphs too; by default without notes, and all that was said")
     add("--notes", type=int, default=4, help="tokens at the end of each chunk that later ones hear")
     add("--sweep", nargs="*", type=int, default=[], help="train with so many notes too, and draw what they are worth")
     add("--pairs", type=int, default=4, help="of a key and a value that a chunk tells")
@@ -71,7 +71,9 @@ def settings(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--sweep must be numbers of 0 or more (got {min(given.sweep)})")
     chunk = 2 * given.pairs + given.notes
     given.graph = given.graph or notebook_of(chunk, given.notes)
-    given.against = [f"Causal() & Chunks({chunk})", "Causal()"] if given.against is None else given.against
+    alone = f"Causal() & Chunks({chunk})"
+    past = ", ".join([alone, *["Causal()"] * (given.layers - 1)])  # the first layer tells a value its key, as above
+    given.against = [alone, past] if given.against is None else given.against
     command_line.require_graphs(given, parser, lambda text: command_line.layer_graphs(text, given.layers))
     return given
 

@@ -51,7 +51,7 @@ def settings(arguments: list[str] | None = None) -> argparse.Namespace:
     )  # fmt: skip
     add = parser.add_argument
     add("--graph", help="who hears whom; by default notebook_of(…): the chunk so far, and notes")  # the one line
-    add("--against", nargs="*", help="train the same on these graphs too; by default without notes, and all that was said")
+    add("--against", nargs="*", help="train the same on these graphs too; by default no notes, and all that was said")
     add("--notes", type=int, default=4, help="tokens at the end of each chunk that later ones hear")
     add("--sweep", nargs="*", type=int, default=[], help="train with so many notes too, and draw what they are worth")
     add("--pairs", type=int, default=4, help="of a key and a value that a chunk tells")

@@ -38,7 +38,7 @@ def settings(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line: who hears whom among the slices of a sound."""
     quick = {"digits": 2, "steps": 350, "accents": 12, "evaluate_every": 350, "against": []}
     parser = command_line.parser_of(
-        __doc__, ("against", "say"), quick, name="speech", batch=16, steps=900, evaluate_every=300, optimizer="adamw",
+        __doc__, ("against", "say"), quick, name="speech", batch=16, steps=1200, evaluate_every=400, optimizer="adamw",
         lr=0.002,
     )  # fmt: skip
     add = parser.add_argument
@@ -230,7 +230,9 @@ def train(args: argparse.Namespace) -> dict:
     print(f"model     {sum(p.numel() for p in model.parameters()):,} parameters, graph of slices {args.graph}")
 
     def loss(number: int) -> Tensor:
-        said = any_numbers(known, args.batch, args.digits, training.batch_seed(args, number))
+        """Of numbers that grow, for the first half of the training, from one digit to all."""
+        places = min(args.digits, 1 + 2 * args.digits * number // (args.accumulate * args.steps))
+        said = any_numbers(known, args.batch, places, training.batch_seed(args, number))
         before = torch.cat([torch.full((args.batch, 1), START), said.digits[:, :-1]], 1)
         logits = model(heard(said.sound).to(device), before.to(device))
         return cross_entropy(logits.float().flatten(0, 1), said.digits.flatten().to(device))

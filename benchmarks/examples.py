@@ -29,6 +29,7 @@ import molecules
 import notebook
 import particles
 import recall
+import reporting
 import sensors
 import speech
 import tokenizer
@@ -37,7 +38,7 @@ import translate
 import vit
 from torch import nn
 
-from attngraph import parse
+from attngraph import Causal, parse
 from benchmarks import measure, outcomes
 from benchmarks.experiment import Figures, Goal, goals_experiment, run_sections
 
@@ -255,8 +256,8 @@ def recalled(options: Namespace) -> Iterator[Goal]:
     found = runs(recall.main, options)
     text, right = f"recall.py, 32 pairs, {found[0]['graph']}", each(found, "right")
     yield Goal(f"{text}: % of the values right, the worst of three seeds", 99, min(right), note=listed(right))
-    edges = recall.num_edges(parse(found[0]["graph"]), 3 * 32)
-    share = edges / found[0]["against"]["Causal()"]["edges"]
+    edges = reporting.edges_of([parse(found[0]["graph"])], 3 * 32)
+    share = edges / Causal().num_edges(3 * 32, 3 * 32)
     yield Goal(f"{text}: edges of its layer over those of Causal()", 1 / 6, share, at_most=True)
     others = {graph: each(found, "against", graph, "right") for graph in found[0]["against"]}
     best = max(max(right) for graph, right in others.items() if graph != "Causal()")

@@ -13,7 +13,6 @@ what the other graph led to.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import os
 from pathlib import Path
 
@@ -27,7 +26,6 @@ import training
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from attngraph import draw
 from attngraph.models import GPT
 
 
@@ -35,7 +33,7 @@ def settings(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line: gpt.py's model, another graph, and how much is masked."""
     quick = {"steps": 100, "layers": 2}
     parser = command_line.parser_of(
-        __doc__, free=("text", "against"), quick=quick, name="bert", batch=32, steps=600, evaluate_every=150
+        __doc__, free=("text", "against"), quick=quick, name="bert", draws=True, batch=32, steps=600, evaluate_every=150
     )
     add = parser.add_argument
     add("--text", type=os.path.abspath, help="UTF-8 text; by default tiny Shakespeare, or the text that Python ships")
@@ -52,11 +50,7 @@ def settings(arguments: list[str] | None = None) -> argparse.Namespace:
     command_line.require_heads(given, parser, even=True)
     if not 0 < given.masked < 1:
         parser.error(f"--masked must be between 0 and 1 (got {given.masked})")
-    for name in ("graph", "against"):
-        try:
-            _ = getattr(given, name) and command_line.layer_graphs(getattr(given, name), given.layers)
-        except ValueError as error:
-            parser.error(f"--{name}: {error}")
+    command_line.require_graphs(given, parser)
     return given
 
 
@@ -100,7 +94,7 @@ def train(args: argparse.Namespace) -> dict:
         loss,
         accuracy,
         device,
-        identity={"vocab_size": len(tokens), "text_hash": hashlib.sha256(text.encode()).hexdigest()[:16]},
+        identity=gpt.identity_of(tokens, text.encode()),
         record={"example": "bert", "source": source},
         per_batch=args.batch * args.context,
         score="validation_accuracy",
@@ -142,9 +136,9 @@ def report(
     curve = reporting.loss_curve(metrics, f"masked characters, {args.graph}", "loss [nats a mask]", "masks right [%]")
     reporting.save_picture(curve, folder / "accuracy.png")
     graphs = model.transformer.graphs
-    reporting.save_picture(draw.connectivity(graphs, min(args.context, 64)), folder / "connectivity.png")
+    reporting.save_connectivity(graphs, min(args.context, 64), folder / "connectivity.png")
     gpt.draw_attention(folder, model, whole[:48].to(device), tokens, command_line.chosen_head(args))
-    print(f"{'-' * 80}\n{filled}{'-' * 80}\n{reporting.left_in(folder)}")
+    print(f"{'-' * 80}\n{filled}{'-' * 80}")
 
 
 def main(args: argparse.Namespace) -> dict:

@@ -71,6 +71,15 @@ def only_run(args: argparse.Namespace) -> Iterator[None]:
         yield
 
 
+def made(folder: Path) -> Path:
+    """The folder, which is there now; what is in its way is told."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SystemExit(f"{folder} can't be a folder ({error}); choose another place") from None
+    return folder
+
+
 def set_aside(folder: Path) -> Path:
     """Rename an earlier run, so that a new one of its name loses nothing."""
     number = next(number for number in range(1, 10**6) if not folder.with_name(f"{folder.name}.{number}").exists())

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NoReturn
 
 from processes import processes
+from reporting import settled
 
-from attngraph import Graph, parse_list
+from attngraph import Graph, analysis, parse_list
 
 PLACE = ("name", "runs", "resume", "quick")  # where a run is; the others are kept in its config.json
 FREE = (*PLACE, "draw_attention")  # of a run that is resumed
@@ -51,9 +52,13 @@ def parser_of(
     doc: str | None,
     free: tuple[str, ...] = (),
     quick: Mapping[str, Any] = MappingProxyType({}),
+    draws: bool = False,
     **defaults: Any,
 ) -> Parser:
-    """A command line, described by `doc`, with what all runs have, and these defaults; or `quick` ones, by --quick."""
+    """A command line, described by `doc`, with what all runs have, and these defaults; or `quick` ones, by --quick.
+
+    `draws`: a head's attention, which can be chosen.
+    """
     parser = Parser(description=doc, epilog=GRAPHS, formatter_class=Help, allow_abbrev=False)
     anew = ", ".join(f"--{name.replace('_', '-')}" for name in ("device", *free))
     add = parser.add_argument
@@ -79,7 +84,8 @@ def parser_of(
     add("--device", default="auto", help="auto, cpu, cuda, mps")
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="auto: what trains faster here")
     add("--evaluate-every", type=int, help="steps between evaluations and checkpoints")
-    add("--draw-attention", metavar="LAYER.HEAD", help="whose attention is drawn, from 0, as in 2.3")
+    if draws:
+        add("--draw-attention", metavar="LAYER.HEAD", help="whose attention is drawn, from 0, as in 2.3")
     parser.set_defaults(**defaults)
     parser.free, parser.quick = (*FREE, *LATER, *free), quick
     return parser
@@ -102,6 +108,7 @@ def parsed(parser: Parser, arguments: list[str] | None) -> argparse.Namespace:
         parser.error(f"--accumulate must be a multiple of the {count} processes (got {given.accumulate})")
     if given.device not in ("auto", "cpu", "mps") and not given.device.startswith("cuda"):
         parser.error(f"--device must be auto, cpu, cuda or mps (got {given.device})")
+    require_name(given, parser)
     chosen_head(given, parser)
     return given
 
@@ -116,14 +123,37 @@ def require_at_least(given: argparse.Namespace, parser: argparse.ArgumentParser,
             parser.error(f"--{name.replace('_', '-')} must be {MOST} or less (got {value})")
 
 
-def require_graphs(given: argparse.Namespace, parser: argparse.ArgumentParser, read: Callable[[str], object]) -> None:
-    """An error unless --graph, and each of --against, can be read."""
-    for name, texts in (("graph", [given.graph]), ("against", given.against)):
-        for text in texts:
+def require_graphs(
+    given: argparse.Namespace,
+    parser: argparse.ArgumentParser,
+    read: Callable[[str], object] | None = None,
+    names: Iterable[str] = ("graph", "against"),
+) -> None:
+    """An error unless --graph, and what --against names, can be read: as `layer_graphs` does, if not said otherwise."""
+    for name in names:
+        texts = getattr(given, name)
+        for text in texts if isinstance(texts, list) else [texts] if texts or name == "graph" else []:
             try:
-                read(text)
+                read(text) if read is not None else layer_graphs(text, given.layers, heads=given.heads)
             except ValueError as error:
-                parser.error(f"--{name}: {error}")
+                told = str(error)
+                own = told.startswith("--graph ")
+                parser.error(f"--{name} {told.removeprefix('--graph ')}" if own else f"--{name}: {told}")
+
+
+def require_causal(given: argparse.Namespace, parser: argparse.ArgumentParser, nodes: int, why: str) -> None:
+    """An error if somebody hears a later node under --graph or --against: `why` says what would be known then."""
+    for name in ("graph", "against"):
+        texts = getattr(given, name)
+        for text in texts if isinstance(texts, list) else filter(None, [texts]):
+            if not all(analysis.is_causal(graph, nodes) for graph in settled(parse_list(text), nodes)):
+                parser.error(f"--{name} must not hear later nodes, which say {why} (got {text})")
+
+
+def require_name(given: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """An error unless --name is that of a folder below --runs."""
+    if given.name != Path(given.name).name or given.name in ("", ".", ".."):
+        parser.error(f"--name must be the name of a folder below --runs, without any other (got {given.name!r})")
 
 
 def require_heads(given: argparse.Namespace, parser: argparse.ArgumentParser, even: bool = False) -> None:
@@ -165,7 +195,7 @@ def resumed(given: argparse.Namespace, explicit: dict[str, Any], parser: Parser)
             )
     if explicit["steps"] is not None and explicit["steps"] < saved["steps"]:
         parser.error(f"--steps was {saved['steps']}, and a run can only go on for more (got {explicit['steps']})")
-    wanted = {name: explicit[name] for name in parser.free if explicit[name] is not None}
+    wanted = {name: explicit[name] for name in parser.free if explicit.get(name) is not None}
     return argparse.Namespace(**{**vars(given), **saved, **wanted})
 
 
@@ -181,14 +211,18 @@ def as_arguments(settings: dict[str, Any]) -> list[str]:
     return arguments
 
 
-def layer_graphs(text: str, layers: int, size: tuple[int, int] | None = None) -> Graph | list[Graph]:
-    """--graph: one graph, or one for each layer; it must fit any length, or be of this size."""
+def layer_graphs(
+    text: str, layers: int, size: tuple[int, int] | None = None, heads: int | None = None
+) -> Graph | list[Graph]:
+    """--graph: one graph, or one for each layer; it must fit any length, or be of this size, and have as many heads."""
     graphs = parse_list(text)
     for graph in graphs:
         if size is None and graph.size != (None, None):
-            raise ValueError(f"--graph must fit texts of any length, and {graph} has size {graph.size}")
+            raise ValueError(f"--graph must fit any number of nodes, and {graph} has size {graph.size}")
         if size is not None and any(own not in (None, wanted) for own, wanted in zip(graph.size, size, strict=True)):
             raise ValueError(f"--graph must fit {size[0]} nodes, and {graph} has size {graph.size}")
+        if heads is not None and graph.heads not in (None, heads):
+            raise ValueError(f"--graph must have the {heads} heads of --heads, and {graph} has {graph.heads}")
     if len(graphs) not in (1, layers):
         raise ValueError(f"--graph must be one graph, or one for each of {layers} layers (got {len(graphs)})")
     return graphs[0] if len(graphs) == 1 else graphs
@@ -196,7 +230,7 @@ def layer_graphs(text: str, layers: int, size: tuple[int, int] | None = None) ->
 
 def chosen_head(given: argparse.Namespace, parser: argparse.ArgumentParser | None = None) -> tuple[int, int] | None:
     """--draw-attention: a layer and one of its heads, both from 0; None for the example's own choice."""
-    if given.draw_attention is None:
+    if getattr(given, "draw_attention", None) is None:
         return None
     layer, _, head = given.draw_attention.partition(".")
     if parser is not None and not (layer.isdecimal() and head.isdecimal()):

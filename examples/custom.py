@@ -67,4 +67,3 @@ edges, seconds = 2 * graph.num_edges(nodes, nodes), time.perf_counter() - begin
 reporting.tell(folder, reporting.Outcome(
     "members right [%]", 100 * float(right), others, "from_networkx(club)", edges, seconds, "karate.png"
 ))  # fmt: skip
-print(reporting.left_in(folder))

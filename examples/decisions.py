@@ -63,11 +63,8 @@ def settings(arguments: list[str] | None = None) -> argparse.Namespace:
     given = command_line.parsed(parser, arguments)
     command_line.require_at_least(given, parser, nodes=6, walks=1, longest=2, context=1, layers=1, heads=1, width=1)
     command_line.require_heads(given, parser)
-    for name in ("graph", "against"):
-        try:
-            _ = getattr(given, name) and command_line.layer_graphs(getattr(given, name), given.layers)
-        except ValueError as error:
-            parser.error(f"--{name}: {error}")
+    command_line.require_graphs(given, parser)
+    command_line.require_causal(given, parser, 3 * given.context, "what is asked: the action")
     return given
 
 
@@ -217,7 +214,7 @@ def train(args: argparse.Namespace, world: Map, walks: Walks) -> Trained:
     except ValueError as error:
         raise SystemExit(str(error)) from None
     nodes = 3 * args.context
-    edges = sum(graph.num_edges(nodes, nodes) for graph in model.transformer.graphs)
+    edges = reporting.edges_of(model.transformer.graphs, nodes)
     print(f"model     {sum(p.numel() for p in model.parameters()):,} parameters, graph {args.graph}")
     starts = torch.arange(1, args.nodes).repeat(PATHS)
     best = best_returns(walks, args.nodes).clamp(min=-args.longest)
@@ -296,12 +293,9 @@ def report(args: argparse.Namespace, world: Map, walks: Walks, ours: Trained, wi
     means = {name: float(each.float().mean()) for name, each in steps.items()}
     curve = reporting.loss_curve(ours.metrics, args.graph, "loss [nats a step]", "shortest paths [%]")
     reporting.save_picture(curve, folder / "accuracy.png")
-    reporting.save_picture(
-        draw.connectivity(ours.model.transformer.graphs, min(3 * args.context, 24)), folder / "connectivity.png"
-    )
+    reporting.save_connectivity(ours.model.transformer.graphs, 3 * args.context, folder / "connectivity.png")
     reporting.save_picture(asked_and_reached(args, world, ours, -data, means), folder / "asked.png")
     reporting.save_picture(path_picture(world, walks, ours.reached), folder / "path.png")
-    print(reporting.left_in(folder))
     found = reporting.Outcome(
         "shortest paths taken [%]",
         shortest(ours.reached, world),
@@ -337,7 +331,7 @@ def asked_and_reached(
         if name in means:
             ax.axhline(means[name], color=color, lw=1, ls="--", label=name)
     ax.set(xlabel="steps asked for, mean over starts", ylabel="steps to the goal, mean over starts", ylim=(0, None))
-    draw.set_title(ax, "asked return against reached return")
+    draw.set_title(ax, "steps that the return asks for, and steps that are taken")
     ax.grid(alpha=0.3)
     ax.legend(fontsize=7)
     return ax.figure
@@ -371,7 +365,9 @@ def path_picture(world: Map, walks: Walks, reached: Walks) -> Figure:
     )
     for node, name in ((start, "start"), (GOAL, "goal")):
         ax.annotate(name, place[node], xytext=(8, 8), textcoords="offset points", fontsize=10, zorder=4)
-    ax.figure.colorbar(dots, label="steps to the goal, at least", shrink=0.8)
+    ax.figure.colorbar(
+        dots, label="steps to the goal, at least", shrink=0.8, ticks=range(int(world.distance.max()) + 1)
+    )
     draw.set_title(ax, f"from {start} to {GOAL}, a shortest path takes {int(world.distance[start])} steps")
     ax.legend(fontsize=8)
     ax.set_axis_off()

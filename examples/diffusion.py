@@ -4,10 +4,10 @@
     python examples/diffusion.py --graph "Window(16, 16)"   who is near, alone
     python examples/diffusion.py --name diffusion --resume --steps 4000      longer
 
-On a causal graph, the model learns the next character. On any other it learns those that are masked, from one to all
-(MDLM, Sahoo et al. 2024; LLaDA, Nie et al. 2025): the mean of their loss bounds what a text costs, and
-attngraph.unmask writes with it, in any order and any number of steps. The drafts of each step are judged by the
-left-to-right model, and by how many of their words are distinct: what is sure is also dull.
+The model learns characters that are masked, from one to all (MDLM, Sahoo et al. 2024; LLaDA, Nie et al. 2025): the
+mean of their loss bounds what a text costs, and attngraph.unmask writes with it, in any order and any number of steps.
+Beside it, under --against, the same model learns the next character, as that graph is causal. It judges the drafts,
+and so does the number of distinct words: what is sure is also dull.
 
 The text and its tokens are those of examples/gpt.py. Everything is left in runs/NAME: config.json, metrics.csv,
 outcome.json, loss.png, drafts.png, drafts.txt, connectivity.png, and the model, for GPT.load and for --resume:
@@ -17,7 +17,6 @@ model.safetensors and optimizer-STEP.safetensors; and in runs/NAME-against what 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import math
 import os
 from collections.abc import Iterable
@@ -72,11 +71,9 @@ def settings(arguments: list[str] | None = None) -> argparse.Namespace:
     given = command_line.parsed(parser, arguments)
     command_line.require_at_least(given, parser, layers=1, heads=1, width=1, context=2, drafts=1, samples=1)
     command_line.require_heads(given, parser, even=True)
-    for name in ("graph", "against"):
-        try:
-            _ = getattr(given, name) and command_line.layer_graphs(getattr(given, name), given.layers)
-        except ValueError as error:
-            parser.error(f"--{name}: {error}")
+    command_line.require_graphs(given, parser)
+    if left_to_right(command_line.parse_list(given.graph), given.context):
+        parser.error(f"--graph must hear both sides (got {given.graph}); gpt.py is for graphs that do not")
     return given
 
 
@@ -127,7 +124,7 @@ def bound(model: GPT, whole: Tensor, mask: int, generator: torch.Generator, most
 
 def left_to_right(graphs: Iterable[Graph], context: int) -> bool:
     """Whether nobody hears what comes later: then the next token can be learned, and there is no mask."""
-    return all(analysis.is_causal(graph, context) for graph in graphs)
+    return all(analysis.is_causal(graph, context) for graph in reporting.settled(graphs, context))
 
 
 @torch.no_grad()
@@ -174,7 +171,7 @@ def train(args: argparse.Namespace, text: str, source: str, tokens: gpt.Tokenize
         model = build(args, len(tokens) + (not causal)).to(device)
     except ValueError as error:
         raise SystemExit(str(error)) from None
-    edges = sum(graph.num_edges(args.context, args.context) for graph in model.transformer.graphs)
+    edges = reporting.edges_of(model.transformer.graphs, args.context)
     learns = "the next token" if causal else "masked tokens"
     print(f"model     {sum(p.numel() for p in model.parameters()):,} parameters, graph {args.graph}, learns {learns}")
 
@@ -191,7 +188,7 @@ def train(args: argparse.Namespace, text: str, source: str, tokens: gpt.Tokenize
         loss,
         lambda: nats(model, corpus, mask),
         device,
-        identity={"vocab_size": len(tokens), "text_hash": hashlib.sha256(text.encode()).hexdigest()[:16]},
+        identity=gpt.identity_of(tokens, text.encode()),
         record={"example": "diffusion", "source": source, "edges": edges},
         per_batch=args.batch * args.context,
         free=(*command_line.FREE, "text", "against", "drafts", "samples"),
@@ -285,7 +282,8 @@ def report(
     found = {name: {step: judged(judge, each[step - 1], tokens) for step in shown} for name, each in texts.items()}
     beside = compared(args, judge, corpus, tokens)
     lines = [
-        f"{'bits a token under ' + args.against + ', and distinct words':44}" + "".join(f"{step:>12}" for step in shown)
+        f"{'bits a token under ' + args.against + ', and distinct words':44}"
+        + "".join(f"{f'draft {step}':>12}" for step in shown)
     ]
     for name, each in found.items():
         lines.append(f"{name:44}" + "".join(f"{told.bits:6.2f} {told.distinct:4.0f}%" for told in each.values()))
@@ -300,9 +298,9 @@ def report(
     curve = reporting.loss_curve(ours.metrics, args.graph, "loss [nats a token]", "validation")
     reporting.save_picture(curve, folder / "loss.png")
     graphs = ours.model.transformer.graphs
-    reporting.save_picture(draw.connectivity(graphs, min(args.context, 64)), folder / "connectivity.png")
+    reporting.save_connectivity(graphs, min(args.context, 64), folder / "connectivity.png")
     reporting.save_picture(drafts_picture(found, beside), folder / "drafts.png")
-    print("\n".join(["-" * 80, samples[len(shown) - 1], "-" * 80, *lines, "", reporting.left_in(folder)]))
+    print("\n".join(["-" * 80, samples[len(shown) - 1], "-" * 80, *lines, ""]))
     told = reporting.Outcome(
         "bits a character, at most",
         ours.bits,
@@ -337,6 +335,7 @@ def drafts_picture(found: dict[str, dict[int, Judged]], beside: dict[str, Judged
         ax.xaxis.set_major_formatter("{x:.0f}")
         ax.grid(alpha=0.3)
     figure.axes[-1].legend(fontsize=7)
+    figure.suptitle("what drafts are worth, by what of each is kept for the next", fontsize=10)
     return figure
 
 

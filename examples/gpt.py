@@ -39,7 +39,7 @@ import training
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from attngraph import Graph, Window, analysis, draw, record, stream
+from attngraph import Graph, Window, analysis, record, stream
 from attngraph.models import GPT
 from attngraph.nn import TransformerConfig
 
@@ -50,7 +50,7 @@ def settings(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line. What is not given is the demo's recipe."""
     quick = {"steps": 120, "context": 64, "layers": 2, "sample": 200}
     parser = command_line.parser_of(
-        __doc__, free=FREE, quick=quick, name="gpt", batch=16, steps=725, evaluate_every=145
+        __doc__, free=FREE, quick=quick, name="gpt", draws=True, batch=16, steps=725, evaluate_every=145
     )
     add = parser.add_argument
     add("--text", type=os.path.abspath, help="UTF-8 text; by default tiny Shakespeare, or the text that Python ships")
@@ -223,6 +223,14 @@ class Subwords:
 Tokenizer = Characters | Bytes | Subwords
 
 
+def identity_of(tokens: Tokenizer, content: bytes) -> dict[str, Any]:
+    """What a run that goes on must agree in: the text, and its tokens."""
+    made = tokens.tokenizer.to_str() if isinstance(tokens, Subwords) else type(tokens).__name__
+    hashes = {"text_hash": content, "tokens_hash": made.encode()}
+    found = {name: hashlib.sha256(each).hexdigest()[:16] for name, each in hashes.items()}
+    return {"vocab_size": len(tokens), **found}
+
+
 def tokenizer(kind: str, text: str) -> Tokenizer:
     return Characters(text) if kind == "char" else Bytes() if kind == "byte" else Subwords(kind)
 
@@ -324,9 +332,8 @@ def build(args: argparse.Namespace, vocab_size: int) -> nn.Module:
             embed_dim=args.width, num_layers=args.layers, num_heads=args.heads, bias=(), position="learned",
             max_length=args.context, dropout=args.dropout,
         )  # fmt: skip
-        return GPT(
-            config, -(-vocab_size // 64) * 64, graph
-        )  # nanoGPT's 50,304 of 50,257, which a GPU multiplies faster
+        whole = -(-vocab_size // 64) * 64  # nanoGPT's 50,304 of 50,257, which a GPU multiplies faster
+        return GPT(config, whole, graph)
     config = TransformerConfig(
         embed_dim=args.width,
         num_layers=args.layers,
@@ -398,8 +405,11 @@ def begun(args: argparse.Namespace) -> Begun:
     except ValueError as error:
         raise SystemExit(str(error)) from None
     prompt = torch.tensor([tokens.encode(args.prompt)], device=device)
-    identity = {"vocab_size": len(tokens), "text_hash": hashlib.sha256(content).hexdigest()[:16]}
-    changed = {"text_hash": f"{source} is not the text that the run was trained on, or changed since"}
+    identity = identity_of(tokens, content)
+    changed = {
+        "text_hash": f"{source} is not the text that the run was trained on, or changed since",
+        "tokens_hash": "its tokenizer is not that which the run was trained with, or changed since",
+    }
     return Begun(source, corpus, tokens, prompt, model, identity, changed)
 
 
@@ -407,9 +417,10 @@ def train(args: argparse.Namespace) -> dict:
     """Train, and leave the run's folder behind. Returns the last figures."""
     source, corpus, tokens, prompt, model, identity, changed = begun(args)
     device = prompt.device
-    for leak in analysis.leaks(model.transformer.graphs, args.context) if isinstance(model, GPT) else ():
-        edge = f"node {leak.query} hears node {leak.key}"
-        print(f"WARNING   layer {leak.layer} hears the future ({edge}): the loss means nothing")
+    if isinstance(model, GPT):
+        for leak in analysis.leaks(reporting.settled(model.transformer.graphs, args.context), args.context):
+            edge = f"node {leak.query} hears node {leak.key}"
+            print(f"WARNING   layer {leak.layer} hears the future ({edge}): the loss means nothing")
     parameters = sum(p.numel() for p in model.parameters())
     print(f"model     {args.model}, {parameters:,} parameters, graph {args.graph}")
 
@@ -430,7 +441,8 @@ def train(args: argparse.Namespace) -> dict:
     )
     with checkpoints.only_run(args):
         validation, metrics = training.fit(args, task)
-        found = f"validation loss {validation:.4f} nats a token over the whole validation text"
+        text = f"{len(corpus.validation):,} tokens of the" if args.validate or args.shards else "the whole"
+        found = f"validation loss {validation:.4f} nats a token over {text} validation text"
         print(f"{found}, after {metrics.seconds:.0f} s")
         if processes.processes().rank:
             return {"validation_loss": validation}
@@ -442,7 +454,6 @@ def train(args: argparse.Namespace) -> dict:
             "validation loss [nats a token]", validation, others, args.graph, edges, metrics.seconds, "loss.png", True
         )
         reporting.tell(folder, told)
-        print(reporting.left_in(folder))
     return {"validation_loss": validation, "seconds": metrics.seconds, "parameters": parameters, "source": source}
 
 
@@ -466,11 +477,11 @@ def report(
     reporting.save_picture(curve, folder / "loss.png")
     if isinstance(model, GPT):
         graphs = model.transformer.graphs
-        reporting.save_picture(draw.connectivity(graphs, min(args.context, 64)), folder / "connectivity.png")
+        reporting.save_connectivity(graphs, min(args.context, 64), folder / "connectivity.png")
         sentence = corpus.validation[: min(args.context, 48)].to(prompt.device)
         draw_attention(folder, model, sentence, tokens, command_line.chosen_head(args))
     print("-" * 80)
-    sample = tell(tokens, prompt, continued(args, model, prompt))
+    sample = tell(tokens, prompt, continued(args, with_tokens(model, len(tokens)), prompt))
     print(f"\n{'-' * 80}")
     checkpoints.write_whole(folder / "sample.txt", lambda path: path.write_text(sample, encoding="utf-8"))
 
@@ -499,7 +510,7 @@ def sample(args: argparse.Namespace) -> str:
     agreed = training.agreed(args, run.identity, (*command_line.FREE, *FREE))
     checkpoints.load_checkpoint(folder, run.model, [], agreed, run.changed)
     print("-" * 80)
-    text = tell(run.tokens, run.prompt, continued(args, run.model.eval(), run.prompt))
+    text = tell(run.tokens, run.prompt, continued(args, with_tokens(run.model.eval(), len(run.tokens)), run.prompt))
     print(f"\n{'-' * 80}")
     return text
 
@@ -524,6 +535,16 @@ def continued(args: argparse.Namespace, model: nn.Module, prompt: Tensor) -> Ite
             model.transformer.graphs = [graph & Window(args.context - 1, 0) for graph in model.transformer.graphs]
             return begin(model)
     return begin(model, context=args.context, use_cache=False)
+
+
+def with_tokens(model: nn.Module, count: int) -> nn.Module:
+    """The model with logits of its tokens alone, not of those that only make their number a round one."""
+    if not isinstance(model, GPT) or model.head.out_features == count:
+        return model
+    model, weight = copy.copy(model), model.head.weight[:count]
+    model._modules = {**model._modules, "head": nn.Linear(weight.shape[1], count, bias=False, device=weight.device)}
+    model.head.weight = nn.Parameter(weight.detach())
+    return model
 
 
 def goes_by_distance(graph: Graph, count: int) -> bool:

@@ -1,6 +1,6 @@
 """Layers of attention without a softmax are steps of gradient descent: exactly, and nothing is trained.
 
-    python examples/gradient_descent.py                     50 layers beside 50 steps, in a few seconds
+    python examples/gradient_descent.py                     50 layers beside 50 steps, in seconds
     python examples/gradient_descent.py --layers 200 --rate 0.1
     python examples/gradient_descent.py --graph "Full()"    questions that are heard too: no gradient descent any more
 
@@ -22,6 +22,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+import checkpoints
 import command_line
 import reporting
 import torch
@@ -53,6 +54,7 @@ def settings(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--name", default="gradient_descent", help="the run's folder below --runs")
     add("--quick", action="store_true", help="20 problems")
     given = parser.parse_args(arguments)
+    command_line.require_name(given, parser)
     given.problems = min(given.problems, 20) if given.quick else given.problems
     counts = ("layers", "examples", "questions", "features", "outputs", "problems")
     command_line.require_at_least(given, parser, **dict.fromkeys(counts, 1), rate=0, noise=0)
@@ -156,7 +158,7 @@ def ridge(x: Tensor, y: Tensor, penalty: float) -> Tensor:
 def main(args: argparse.Namespace) -> dict:
     """Both loops, how far they are from each other, and what other graphs and the softmax make of the same weights."""
     folder, given = args.runs / args.name, problems(args)
-    folder.mkdir(parents=True, exist_ok=True)
+    checkpoints.made(folder)
     nodes, graph = args.examples + args.questions, parse(args.graph)
     steps = by_descent(given, args.layers, args.rate)
 

@@ -57,11 +57,11 @@ def settings(arguments: list[str] | None = None) -> argparse.Namespace:
     given = command_line.parsed(parser, arguments)
     command_line.require_at_least(given, parser, layers=1, heads=1, width=1, features=1, pairs=2, noise=0, problems=1)
     command_line.require_heads(given, parser)
-    for text in (given.graph, *given.against):
-        try:
-            command_line.layer_graphs(text, given.layers, (given.pairs, given.pairs))
-        except ValueError as error:
-            parser.error(f"--graph and --against: {error}")
+    size = given.pairs, given.pairs
+    command_line.require_graphs(
+        given, parser, lambda text: command_line.layer_graphs(text, given.layers, size, given.heads)
+    )
+    command_line.require_causal(given, parser, given.pairs, "what is asked: y")
     return given
 
 
@@ -199,7 +199,7 @@ def report(
         folder / "training.png",
     )
     graphs = model.transformer.graphs
-    reporting.save_picture(draw.connectivity(graphs, args.pairs), folder / "connectivity.png")
+    reporting.save_connectivity(graphs, args.pairs, folder / "connectivity.png")
     for name, errors in {"pairs seen": torch.arange(args.pairs), f"{args.graph}, trained": found, **others}.items():
         print(f"{name:40}" + "".join(f"{float(each):9.3g}" for each in errors))
     edges = reporting.edges_of(graphs, args.pairs)
@@ -240,7 +240,7 @@ def main(args: argparse.Namespace) -> dict:
         others[f"trained on {graph}"] = other["overall"]
     outcome, folder = found["outcome"], Path(args.runs) / args.name
     told = reporting.tell(folder, outcome._replace(baselines={**outcome.baselines, **others}))
-    print(f"at the last pair {found['last']:.3f}\n{reporting.left_in(folder)}")
+    print(f"at the last pair {found['last']:.3f}")
     return {**told, "last": found["last"]}
 
 

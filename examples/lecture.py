@@ -95,9 +95,17 @@ def run(entry: Entry, runs: Path, whole: bool) -> str | None:
     with open(runs / f"{entry.name}.log", "w", encoding="utf-8") as log:
         done = subprocess.run([*command, *(() if whole else entry.quick)], stdout=log, stderr=subprocess.STDOUT)
     if not done.returncode:
+        mark(runs / entry.name / reporting.OUTCOME, quick=not whole and entry.quick != ())
         return None
     said = (runs / f"{entry.name}.log").read_text(encoding="utf-8").strip().splitlines()
     return f"it ended with {done.returncode}: {said[-1] if said else 'without a word'}"
+
+
+def mark(outcome: Path, quick: bool) -> None:
+    """Let an outcome say whether it is of a quick form."""
+    if outcome.exists():
+        known = {**json.loads(outcome.read_text(encoding="utf-8")), "quick": quick}
+        checkpoints.write_whole(outcome, lambda path: path.write_text(json.dumps(known, indent=2)))
 
 
 # ----------------------------------------------------------------------------------------------------------- the page
@@ -134,18 +142,29 @@ def page(runs: Path, failures: dict[str, str]) -> str:
     head = (
         f"<!doctype html><html lang=en><meta charset=utf-8><title>{title}</title><style>{STYLE}</style><h1>{title}</h1>"
     )
-    return "\n".join([head, f"<h1>{title}</h1>", *body, "</html>"])
+    text = """
+        Nodes send messages along edges; what distinguishes these systems is who may hear whom. Each was trained for
+        seconds (its quick form) or for minutes (whole): figures of quick forms show the mechanism, and are worse.
+    """
+    return "\n".join([head, f"<p>{text.strip()}</p>", *body, "</html>"])
 
 
 def outcome_of(runs: Path, name: str) -> dict[str, Any] | None:
     """What a run has left; None where there was none."""
     path = runs / name / reporting.OUTCOME
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    except ValueError:  # damaged: as if it were not there
+        return None
 
 
 def told(known: dict[str, Any], folder: Path) -> Iterable[str]:
     """The graph, figure and baselines in a table, and the pictures."""
-    yield f"<code>{html.escape(known['graph'])}</code>, {known['edges']:,} edges; {known['seconds']:.0f} s</p><table>"
+    form = "quick form" if known.get("quick") else "whole"
+    yield (
+        f"<code>{html.escape(known['graph'])}</code>, {known['edges']:,} edges; {known['seconds']:.0f} s, {form}</p>"
+        f"<table>"
+    )
     better = "lower" if known["lower_is_better"] else "higher"
     yield f"<tr><th>{html.escape(known['metric'])}, {better} is better</th></tr>"
     for name, figure in {"": known["figure"], **known["baselines"]}.items():
@@ -164,7 +183,7 @@ def main(given: argparse.Namespace) -> dict[str, str]:
     if given.list:
         print(listed())
         return {}
-    given.runs.mkdir(parents=True, exist_ok=True)
+    checkpoints.made(given.runs)
     failures: dict[str, str] = {}
     for entry in LECTURE:
         if given.names and entry.name not in given.names:

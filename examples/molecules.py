@@ -56,7 +56,10 @@ def settings(arguments: list[str] | None = None) -> argparse.Namespace:
     given = command_line.parsed(parser, arguments)
     command_line.require_at_least(given, parser, walks=0, molecules=50, layers=1, heads=1, width=1)
     command_line.require_heads(given, parser)
-    command_line.require_graphs(given, parser, lambda graph: heard(graph, Identity().sized(ATOMS, ATOMS)))
+    if given.task == "csl" and not given.walks:
+        parser.error("--walks must be 1 or more for --task csl, which compares with and without them (got 0)")
+    bonds = Identity().sized(*[ATOMS if given.task == "gap" else NODES] * 2)
+    command_line.require_graphs(given, parser, lambda graph: heard(graph, bonds))
     return given
 
 
@@ -252,7 +255,6 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         report(folder, figures, {args.graph: figures["figure"], **baselines})
     else:
         draw_walks(folder, figures["data"], args.walks)
-    print(reporting.left_in(folder))
     outcome = reporting.Outcome(
         METRICS[args.task],
         figures["figure"],
@@ -272,9 +274,10 @@ def report(folder: Path, figures: dict[str, Any], errors: dict[str, float]) -> N
 
     data, predicted = figures["data"], figures["predicted"]
     true = data.target[-data.test :]
+    shown = true.argsort()[torch.linspace(0, len(true) - 1, 5).long()].tolist()  # from the smallest gap to the largest
     sheet = Figure(figsize=(10, 6.5), layout="constrained")
     above, below = sheet.subfigures(2, 1, height_ratios=[1, 1.5])
-    for ax, number in zip(above.subplots(1, 5), range(5), strict=True):
+    for ax, number in zip(above.subplots(1, 5), shown, strict=True):
         draw_molecule(ax, data.adjacency[-data.test + number])
         draw.set_title(ax, f"predicted {predicted[number]:.3f} β\ntrue {true[number]:.3f} β")
     scatter, bars = below.subplots(1, 2)

@@ -74,7 +74,7 @@ def settings(arguments: list[str] | None = None) -> argparse.Namespace:
     alone = f"Causal() & Chunks({chunk})"
     past = ", ".join([alone, *["Causal()"] * (given.layers - 1)])  # the first layer tells a value its key, as above
     given.against = [alone, past] if given.against is None else given.against
-    command_line.require_graphs(given, parser, lambda text: command_line.layer_graphs(text, given.layers))
+    command_line.require_graphs(given, parser)
     return given
 
 
@@ -138,7 +138,7 @@ def train(args: argparse.Namespace) -> dict:
     model = Notebook(args).to(device)
     nodes = args.chunks * model.chunk
     graphs = [*model.first.graphs, *model.rest.graphs]
-    edges = sum(graph.num_edges(nodes, nodes) for graph in graphs)
+    edges = reporting.edges_of(graphs, nodes)
     print(f"model     {sum(p.numel() for p in model.parameters()):,} parameters, graph {args.graph}, {edges:,} edges")
 
     def loss(number: int) -> Tensor:
@@ -175,7 +175,7 @@ def train(args: argparse.Namespace) -> dict:
         folder = Path(args.runs) / args.name
         curve = reporting.loss_curve(metrics, f"recall across chunks, {args.graph}", "loss [nats a value]", "right [%]")
         reporting.save_picture(curve, folder / "accuracy.png")
-        reporting.save_picture(draw.connectivity(graphs, nodes), folder / "connectivity.png")
+        reporting.save_connectivity(graphs, nodes, folder / "connectivity.png")
     return {"right": score, "lengths": lengths, "edges": edges, "seconds": metrics.seconds}
 
 
@@ -236,7 +236,6 @@ def main(args: argparse.Namespace) -> dict:
             picture="notes.png" if by_notes else "lengths.png",
         ),
     )
-    print(reporting.left_in(folder))
     return {**told, **found, "against": others, "notes": by_notes}
 
 

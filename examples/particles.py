@@ -56,15 +56,23 @@ def settings(arguments: list[str] | None = None) -> argparse.Namespace:
     given = command_line.parsed(parser, arguments)
     command_line.require_at_least(given, parser, particles=2, layers=1, heads=1, width=1)
     command_line.require_heads(given, parser)
-    command_line.require_graphs(given, parser, graph_of)
+    command_line.require_graphs(given, parser, lambda text: graph_of(text, given.particles, given.heads))
     return given
 
 
-def graph_of(text: str) -> Callable[[Tensor], Graph]:
+NEAREST = re.compile(r"knn_graph\( *place *, *(\d+) *(, *loop *= *True *)?\)")
+
+
+def graph_of(text: str, particles: int, heads: int) -> Callable[[Tensor], Graph]:
     """What makes a graph of places (B, N, 2): the nearest of each, or always the same."""
-    if nearest := re.fullmatch(r"knn_graph\(place, (\d+)(, loop=True)?\)", text):  # the one line
-        return lambda place: knn_graph(place, int(nearest[1]), loop=nearest[2] is not None)
-    graph = command_line.layer_graphs(text, 1)
+    if nearest := NEAREST.fullmatch(text):
+        count, loop = int(nearest[1]), nearest[2] is not None
+        if not 0 < count < particles + loop:
+            raise ValueError(f"--graph must have 1 to {particles - 1 + loop} of {particles} particles (got {text})")
+        return lambda place: knn_graph(place, count, loop=loop)  # the one line
+    if "knn_graph" in text:
+        raise ValueError(f"--graph must be as knn_graph(place, 12, loop=True), or an expression (got {text})")
+    graph = command_line.layer_graphs(text, 1, heads=heads)
     assert isinstance(graph, Graph)
     return lambda place: graph
 
@@ -103,10 +111,10 @@ def train(args: argparse.Namespace) -> dict:
     config = TransformerConfig(
         embed_dim=args.width, num_layers=args.layers, num_heads=args.heads, position="none", dropout=args.dropout
     )
-    model, graph = Particles(config).to(device), graph_of(args.graph)
+    model, graph = Particles(config).to(device), graph_of(args.graph, args.particles, args.heads)
     unseen = sets(TESTED, args.particles, training.TEST_SEED)
     unit = unseen[2].std()
-    edges = args.layers * graph(unseen[0][:1]).num_edges(args.particles, args.particles)
+    edges = reporting.edges_of([graph(unseen[0][:1])] * args.layers, args.particles)
     print(f"model     {sum(p.numel() for p in model.parameters()):,} parameters, graph {args.graph}, {edges:,} edges")
 
     def predicted(place: Tensor, charge: Tensor) -> Tensor:
@@ -164,7 +172,9 @@ def forces_drawn(place: Tensor, force: Tensor, found: Tensor, graph: Graph, titl
     left.quiver(x, y, *found.T, color="#c2410c", width=0.004, label="predicted", **scale)
     left.plot(x, y, "o", color=draw.BLUE, ms=3)
     left.set(xlabel="x [side of the square]", ylabel="y [side of the square]", aspect="equal")
-    left.set(xlim=(-0.1, 1.1), ylim=(-0.1, 1.1))
+    ends = torch.cat([place[0], place[0] + force / 8, place[0] + found / 8])  # of all arrows
+    (low, high), margin = (ends.amin(0), ends.amax(0)), 0.03
+    left.set(xlim=(low[0] - margin, high[0] + margin), ylim=(low[1] - margin, high[1] + margin))
     draw.set_title(left, f"{title}, and accelerations")
     left.legend(loc="upper left", bbox_to_anchor=(0, -0.1), ncols=2)
     right.plot(force.flatten(), found.flatten(), "o", ms=3, color="#c2410c")
@@ -193,7 +203,6 @@ def main(args: argparse.Namespace) -> dict:
             lower_is_better=True,
         ),
     )
-    print(reporting.left_in(folder))
     return {**told, **found, "against": others}
 
 

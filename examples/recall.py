@@ -56,7 +56,7 @@ def settings(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--pairs must be {SYMBOLS} or less, the number of keys (got {given.pairs})")
     if given.width % 2:
         parser.error(f"--width must be even (got {given.width})")
-    command_line.require_graphs(given, parser, lambda text: command_line.layer_graphs(text, 1))
+    command_line.require_graphs(given, parser, lambda text: command_line.layer_graphs(text, 1, heads=1))
     return given
 
 
@@ -85,11 +85,6 @@ class Recall(nn.Module):
         return self.head(x[:, tokens.shape[1] * 2 // 3 :])
 
 
-def num_edges(graph: Graph, nodes: int) -> int:
-    """How many a graph has, or queries and keys choose of it."""
-    return graph.resolve(*torch.randn(2, nodes, 8)).num_edges(nodes, nodes)
-
-
 def train(args: argparse.Namespace) -> dict:
     """Train, and leave the run's folder behind. Returns the last figures."""
     device = optimization.best_device(args.device)
@@ -97,7 +92,7 @@ def train(args: argparse.Namespace) -> dict:
     graph = command_line.layer_graphs(args.graph, 1)
     assert isinstance(graph, Graph)
     model = Recall(args.width, graph).to(device)
-    edges = num_edges(graph, 3 * args.pairs)
+    edges = reporting.edges_of([*model.first.graphs, *model.second.graphs], 3 * args.pairs)
     print(f"model     {sum(p.numel() for p in model.parameters()):,} parameters, graph {args.graph}, {edges:,} edges")
 
     def loss(number: int) -> Tensor:
@@ -157,21 +152,19 @@ def edges_drawn(model: Recall, args: argparse.Namespace, device: torch.device) -
 def main(args: argparse.Namespace) -> dict:
     """The graph and those beside it, and how they compare."""
     found, others = train(args), reporting.beside(args, train)
-    folder, nodes = Path(args.runs) / args.name, 3 * args.pairs
-    first = (Causal() & Window(1, 0)).num_edges(nodes, nodes)
+    folder = Path(args.runs) / args.name
     told = reporting.tell(
         folder,
         reporting.Outcome(
             metric=f"values right of {args.pairs} [%]",
             figure=found["right"],
-            baselines={f"{graph}, {first + each['edges']:,} edges": each["right"] for graph, each in others.items()},
+            baselines={f"{graph}, {each['edges']:,} edges": each["right"] for graph, each in others.items()},
             graph=args.graph,
-            edges=first + found["edges"],
+            edges=found["edges"],
             seconds=found["seconds"],
             picture="edges.png",
         ),
     )
-    print(reporting.left_in(folder))
     return {**found, **told, "against": others}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -46,18 +46,32 @@ OUTCOME = "outcome.json"
 
 
 def edges_of(graphs: Iterable[Graph], nodes: int) -> int:
-    """Of all layers; of a graph that the data choose, those that any queries and keys choose."""
-    sides = {graph: torch.randn(2, *([] if graph.heads is None else [graph.heads]), nodes, 8) for graph in graphs}
-    return sum(graph.resolve(*sides[graph]).num_edges(nodes, nodes) for graph in graphs)
+    """Of all layers, as `settled` has them."""
+    return sum(graph.num_edges(nodes, nodes) for graph in settled(graphs, nodes))
+
+
+def settled(graphs: Iterable[Graph], nodes: int) -> list[Graph]:
+    """Each of the graphs, or where queries and keys choose it, what random ones choose."""
+    generator, found = torch.Generator().manual_seed(0), []
+    for graph in graphs:
+        heads = [] if graph.heads is None else [graph.heads]
+        found.append(graph.resolve(*torch.randn(2, *heads, nodes, 8, generator=generator)))
+    return found
+
+
+def save_connectivity(graphs: Sequence[Graph], nodes: int, path: Path) -> None:
+    """Who hears whom in each layer, the first so many nodes; of chosen graphs, what random queries and keys choose."""
+    save_picture(draw.connectivity(settled(graphs, nodes), nodes), path)
 
 
 def tell(folder: Path, outcome: Outcome) -> dict[str, Any]:
-    """Print the figure with its baselines below it, keep it as outcome.json, and return it as that."""
+    """Print the figure with its baselines below it, and what the run has left; keep it as outcome.json, return that."""
     print(f"{outcome.metric:40}{outcome.figure:10.4g}   {outcome.graph}, {outcome.edges:,} edges")
     for name, figure in outcome.baselines.items():
         print(f"{'':40}{figure:10.4g}   {name}")
     kept = {**outcome._asdict(), "baselines": dict(outcome.baselines)}
     write_whole(folder / OUTCOME, lambda path: path.write_text(json.dumps(kept, indent=2)))
+    print(left_in(folder))
     return kept
 
 
@@ -89,11 +103,11 @@ def loss_curve(metrics: Metrics, title: str, loss: str, score: str) -> Figure:
     lines += other.plot(*zip(*metrics.column(name), strict=True), "o-", color="#c2410c", label=score)
     if other is not ax:
         other.set_ylabel(score)
-        other.set_ylim(top=min(100.5, other.get_ylim()[1]))  # in percent
+        other.set_ylim(0, min(100.5, 1.1 * other.get_ylim()[1]))  # in percent, or an error
     ax.set(xlabel="step", ylabel=loss)
     draw.set_title(ax, title)
     ax.grid(alpha=0.3)
-    ax.legend(handles=lines)
+    ax.figure.legend(handles=lines, loc="outside lower center", ncols=2)  # no line of either axis is below it
     return ax.figure
 
 

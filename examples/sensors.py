@@ -26,7 +26,7 @@ import training
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
-from attngraph import record
+from attngraph import draw, record
 from attngraph.nn import SinusoidalPositions, Transformer, TransformerConfig
 
 if TYPE_CHECKING:
@@ -58,10 +58,7 @@ def settings(arguments: list[str] | None = None) -> argparse.Namespace:
     given = command_line.parsed(parser, arguments)
     command_line.require_at_least(given, parser, layers=1, heads=1, width=1)
     command_line.require_heads(given, parser)
-    try:
-        command_line.layer_graphs(given.graph, given.layers)
-    except ValueError as error:
-        parser.error(f"--graph: {error}")
+    command_line.require_graphs(given, parser, names=["graph"])
     return given
 
 
@@ -239,9 +236,8 @@ def main(args: argparse.Namespace) -> dict:
     for way in args.against:
         heard = (way,) if way in ("camera", "radar") else ("both", "camera", "radar")
         baselines |= {f"{sensor}{' alone' * (sensor != 'both')}, {WAYS[way]}": found[way][sensor] for sensor in heard}
-    print(reporting.left_in(folder))
     graphs = Fusion(args).transformer.graphs
-    edges = sum(graph.num_edges(nodes, nodes) for graph in graphs)
+    edges = reporting.edges_of(graphs, nodes)
     outcome = reporting.Outcome(
         METRIC, own["both"], baselines, args.graph, edges, own["seconds"], "scene.png", lower_is_better=True
     )
@@ -276,15 +272,18 @@ def draw_scene(model: Fusion, device: torch.device) -> Figure:
         bearing, distance = given.radar[0, number].cpu()
         arc = torch.stack([bearing + RADAR_BEARING * step, distance.expand(20)], 1)
         ax.plot(*places(arc).T, color=colors(scale(float(radar[number]))), lw=4, solid_capstyle="butt")
-    for name, place in zip(CLASSES, places(given.targets[0].cpu()).tolist(), strict=True):
+    targets = zip(CLASSES, places(given.targets[0].cpu()).tolist(), strict=True)
+    for number, (name, place) in enumerate(sorted(targets, key=lambda target: target[1])):
         ax.plot(*place, "o", color="#111827", ms=4)
-        ax.annotate(name, place, (5, 5), textcoords="offset points", fontsize=8)
+        offset, side = ((5, 5), "left") if number % 2 else ((-5, -9), "right")  # neighbours don't cover each other
+        ax.annotate(name, place, offset, textcoords="offset points", fontsize=8, ha=side)
     ax.plot(*said, "x", color="#c2410c", ms=11, mew=2.5, label=f"where the {CLASSES[given.asked[0]]} is said to be")
     ax.plot(0, 0, "^", color="#111827", ms=10, label="the car with the sensors")
     ax.plot([], [], color="#6b7280", lw=2, label="camera: bearing, and distance by size; dashed: no target")
     ax.plot([], [], color="#6b7280", lw=4, label="radar: distance, and bearing roughly")
     ax.plot([], [], "o", color="#111827", ms=4, label="where targets are")
     ax.set(xlabel="to the right [10 m]", ylabel="ahead [10 m]", aspect="equal")
+    draw.set_title(ax, f"a scene, and whom the question “where is the {CLASSES[given.asked[0]]}?” hears")
     ax.figure.legend(*ax.get_legend_handles_labels(), fontsize=8, loc="outside upper center", ncols=2)
     shown = matplotlib.cm.ScalarMappable(scale, colors)
     label = "attention of the question, last layer, mean of heads"
@@ -306,6 +305,7 @@ def draw_errors(found: dict[str, dict[str, float]], hand: float) -> Figure:
     ax.hlines(hand, -0.45, 0.45, color="#111827", ls=":", label="both, by hand")
     ax.set_xticks(range(3), ["both sensors", "the camera alone", "the radar alone"])
     ax.set(ylabel=METRIC)
+    draw.set_title(ax, "by which sensors work, and which did in training")
     ax.legend(fontsize=8)
     return ax.figure
 

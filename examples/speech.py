@@ -53,7 +53,7 @@ def settings(arguments: list[str] | None = None) -> argparse.Namespace:
     given = command_line.parsed(parser, arguments)
     command_line.require_at_least(given, parser, digits=1, accents=1, layers=1, heads=1, width=1)
     command_line.require_heads(given, parser, even=True)
-    command_line.require_graphs(given, parser, lambda graph: command_line.layer_graphs(graph, given.layers))
+    command_line.require_graphs(given, parser)
     if given.say is not None and (len(given.say) != given.digits or not set(given.say) <= set("0123456789")):
         parser.error(f"--say must be {given.digits} digits, as --digits says (got {given.say!r})")
     return given
@@ -266,7 +266,7 @@ def train(args: argparse.Namespace) -> dict:
         reporting.save_picture(alignment(model.eval(), said, device), folder / "alignment.png")
         checkpoints.write_whole(folder / "sound.wav", lambda path: write_sound(path, said.sound[0]))
     slices = -(-args.digits * ROOM // 2 // MEL.hop_length)
-    edges = sum(graph.num_edges(slices, slices) for graph in model.encoder.graphs)
+    edges = reporting.edges_of(model.encoder.graphs, slices)
     edges += args.layers * args.digits * (slices + (args.digits + 1) / 2)
     return {
         "figure": figure,
@@ -317,7 +317,6 @@ def main(args: argparse.Namespace) -> dict:
     """On this graph of the slices, and on those that it is to be compared with."""
     found, others = train(args), reporting.beside(args, train)
     folder, name = Path(args.runs) / args.name, "the nearest mean spectrogram, told where words are"
-    print(reporting.left_in(folder))
     outcome = reporting.Outcome(
         "digits wrong, accents never heard [%]",
         found["figure"],

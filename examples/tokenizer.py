@@ -56,6 +56,7 @@ def settings(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--quick", action="store_true", help="as --learn 200000")
     given = parser.parse_args(arguments)
     command_line.require_at_least(given, parser, tokens=256, shard_size=1, learn=1)
+    command_line.require_name(given, parser)
     given.learn = min(given.learn, 200_000) if given.quick else given.learn
     if given.tokens > 2**16:
         parser.error(f"--tokens must be 65536 or less, so that a token is two bytes (got {given.tokens})")
@@ -240,7 +241,7 @@ def write_shards(file: BinaryIO, length: int, folder: Path, tokenizer: BytePairs
 
     shards.json says what there is; it is written last, so that where it is, all is whole.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    checkpoints.made(folder)
     told: dict[str, Any] = {"vocab_size": len(tokenizer), "dtype": "uint16"}
     for part, start, stop in (("training", 0, cut_of(length)), ("validation", cut_of(length), length)):
         names, tokens, count = list[str](), np.zeros(0, np.uint16), 0
@@ -287,12 +288,16 @@ def opened(args: argparse.Namespace) -> Iterator[tuple[BinaryIO, str]]:
         file = open(args.text, "rb")  # noqa: SIM115  closed below
     except OSError as error:
         raise SystemExit(f"{args.text} can't be read: {error.strerror}") from None
+    if not file.seekable():
+        raise SystemExit(f"{args.text} must be a file, which is read twice (it is a pipe): save it to one first")
     with file:
         yield file, str(args.text)
 
 
 def main(args: argparse.Namespace) -> dict:
     """Learn the merges, write what they make, and measure them on a text that they were not learned from."""
+    for folder in filter(None, (args.runs / args.name, args.shards)):
+        checkpoints.made(folder)  # before the work
     with opened(args) as (file, source):
         length = file.seek(0, os.SEEK_END)
         file.seek(0)
@@ -324,7 +329,7 @@ def report(
 ) -> dict:
     """The merges, in words and files; the pictures; and the figure."""
     folder, names = args.runs / args.name, [f"{each.decode(errors='replace')!r}" for each in tokenizer.bytes_of]
-    folder.mkdir(parents=True, exist_ok=True)
+    checkpoints.made(folder)
     table = "".join(
         f"{256 + index:6} {names[256 + index]} = {names[one]} {names[other]}\n"
         for index, (one, other) in enumerate(tokenizer.merges)
@@ -332,7 +337,8 @@ def report(
     for name, content in {"tokenizer.json": json.dumps(tokenizer.as_json()), "merges.txt": table}.items():
         checkpoints.write_whole(folder / name, lambda path, content=content: path.write_text(content, encoding="utf-8"))
     print("first    ", " ".join(names[256:272]))
-    print("longest  ", " ".join(sorted(names[256:], key=len, reverse=True)[:8]))
+    longest = sorted(names[256:], key=len, reverse=True)[:8]
+    print("longest  ", " ".join(name if len(name) <= 40 else f"{name[:40]}…" for name in longest))
     tokens = tokenizer.encode(unseen)
     if tokenizer.decode_bytes(tokens) != unseen:
         raise AssertionError("the tokens must give the text back")
@@ -343,9 +349,9 @@ def report(
         "bytes a token", len(unseen) / len(tokens), baselines(known, unseen, len(tokenizer)), "Causal()",
         Causal().num_edges(example, example), seconds, "tokens.png",
     ))  # fmt: skip
-    of_bytes = Causal().num_edges(EXAMPLE, EXAMPLE)
-    print(f"{EXAMPLE:,} bytes of text have {told['edges']:,} edges between tokens, {of_bytes:,} between bytes")
-    print(reporting.left_in(folder))
+    count = len(unseen[:EXAMPLE])
+    of_bytes = Causal().num_edges(count, count)
+    print(f"{count:,} bytes of text have {told['edges']:,} edges between tokens, {of_bytes:,} between bytes")
     return told
 
 
@@ -353,20 +359,29 @@ EXAMPLE = 1024  # bytes of text, whose edges are counted
 
 
 def baselines(known: bytes, unseen: bytes, count: int) -> dict[str, float]:
-    """Bytes, and where it is installed, what the library `tokenizers` learns from the same pieces."""
+    """Bytes, and of a text in UTF-8 what the library `tokenizers` learns from the same pieces, where it is there."""
     found = {"bytes": 1.0}
     try:
         from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
     except ImportError:
+        return found
+    learned_from, measured = text_of(known), text_of(unseen)
+    if learned_from is None or measured is None:
         return found
     theirs = Tokenizer(models.BPE())
     pieces = pre_tokenizers.Split(Regex(PIECES), "isolated")
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     theirs.pre_tokenizer = pre_tokenizers.Sequence([pieces, byte_level])
     trainer = trainers.BpeTrainer(vocab_size=count, initial_alphabet=PRINTABLE, show_progress=False)
-    theirs.train_from_iterator([known.decode(errors="replace")], trainer)
-    found["the library tokenizers"] = len(unseen) / len(theirs.encode(unseen.decode(errors="replace")).ids)
+    theirs.train_from_iterator([learned_from], trainer)
+    found["the library tokenizers"] = len(measured.encode()) / max(len(theirs.encode(measured).ids), 1)
     return found
+
+
+def text_of(part: bytes) -> str | None:
+    """A piece of UTF-8 as text, but for a character cut at either end; None of other bytes."""
+    text = part.decode(errors="ignore")
+    return text if len(text.encode()) >= len(part) - 6 else None
 
 
 PALETTE = ("#fde68a", "#bfdbfe", "#bbf7d0", "#fbcfe8", "#ddd6fe")

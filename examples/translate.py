@@ -38,6 +38,7 @@ def settings(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = command_line.parser_of(
         __doc__,
         free=("translate", "beam"),
+        draws=True,
         quick={"steps": 200, "evaluate_every": 100},
         name="translate",
         batch=128,
@@ -247,7 +248,6 @@ def train(args: argparse.Namespace) -> dict:
         figures = score, others, f"{args.graph}; Causal(), cross", edges, metrics.seconds, "alignment.png"
         folder = Path(args.runs) / args.name
         reporting.tell(folder, reporting.Outcome("unseen dates right [%]", *figures))
-        print(reporting.left_in(folder))
     return {"exact_match": score, "seconds": metrics.seconds}
 
 
@@ -286,7 +286,7 @@ def report(
     checkpoints.write_whole(folder / "samples.txt", lambda path: path.write_text(samples, encoding="utf-8"))
     curve = reporting.loss_curve(metrics, "dates to ISO 8601", "loss [nats a character]", "unseen dates right [%]")
     reporting.save_picture(curve, folder / "accuracy.png")
-    reporting.save_picture(draw.connectivity(model.encoder.graphs, 32), folder / "connectivity.png")
+    reporting.save_connectivity(model.encoder.graphs, 32, folder / "connectivity.png")
     text, chosen = "Dienstag, den 3. März 1987", command_line.chosen_head(args)
     recorded, result = attention(model, text, device)
     picture = draw.attention(

@@ -31,7 +31,7 @@ import training
 from torch import Tensor
 from torch.nn.functional import affine_grid, cross_entropy, grid_sample
 
-from attngraph import draw, record
+from attngraph import record
 from attngraph.models import ViT
 from attngraph.nn import Recording, TransformerConfig
 
@@ -47,7 +47,15 @@ QUICK = {"steps": 150, "layers": 2}
 def settings(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line. What is not given is the recipe for digits."""
     parser = command_line.parser_of(
-        __doc__, free=("folder",), quick=QUICK, name="vit", batch=128, steps=1000, evaluate_every=250, warmup=50
+        __doc__,
+        free=("folder",),
+        quick=QUICK,
+        name="vit",
+        draws=True,
+        batch=128,
+        steps=1000,
+        evaluate_every=250,
+        warmup=50,
     )
     add = parser.add_argument
     add("--data", default="digits", choices=["digits", "mnist", "cifar10"], help="images to learn from")
@@ -176,7 +184,7 @@ def train(args: argparse.Namespace) -> dict:
     except ValueError as error:
         raise SystemExit(str(error)) from None
     nodes = model.num_patches + (args.pool == "cls")
-    edges = sum(graph.num_edges(nodes, nodes) for graph in model.transformer.graphs)
+    edges = reporting.edges_of(model.transformer.graphs, nodes)
     parameters = sum(p.numel() for p in model.parameters())
     print(f"images    {args.data}: {len(images):,} to learn from, {len(test_images):,} to test, {num_classes} classes")
     print(f"model     {parameters:,} parameters, {nodes} nodes, graph {args.graph}, {edges:,} edges in all layers")
@@ -215,7 +223,7 @@ def train(args: argparse.Namespace) -> dict:
             metrics, f"{args.data} on {args.graph}", "loss [nats an image]", "test images right [%]"
         )
         reporting.save_picture(curve, folder / "accuracy.png")
-        reporting.save_picture(draw.connectivity(model.transformer.graphs, nodes), folder / "connectivity.png")
+        reporting.save_connectivity(model.transformer.graphs, nodes, folder / "connectivity.png")
         shown = test_images[:8]
         with torch.no_grad(), record(model) as recorded:
             guess = model(((shown - mean) / deviation).to(device)).argmax(-1).tolist()
@@ -229,7 +237,6 @@ def train(args: argparse.Namespace) -> dict:
             folder,
             reporting.Outcome("test images right [%]", score, nearest, args.graph, edges, metrics.seconds, best),
         )
-        print(reporting.left_in(folder))
     return {"test_accuracy": score, "seconds": metrics.seconds, "parameters": parameters, "edges": edges}
 
 

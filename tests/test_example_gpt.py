@@ -369,7 +369,7 @@ def test_a_bad_text_is_an_error(tmp_path, content, message):
     [
         (["--graph", "Causal("], "not a graph expression"),
         (["--graph", "Causal(), Full(), Full()"], "one for each of 2 layers (got 3)"),
-        (["--graph", "Causal() & Documents([8, 8])"], "must fit texts of any length"),
+        (["--graph", "Causal() & Documents([8, 8])"], "must fit any number of nodes"),
         (["--graph", "PerHead([Causal()])"], "graph has 1 heads but the model 2"),
         (["--prompt", "ß"], "every character of the prompt (not: ['ß'])"),
         (["--tokenizer", "nowhere.json"], "--tokenizer must be char, byte or the path"),

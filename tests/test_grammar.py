@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from attngraph import Causal, EdgeList, PerHead, Prefix, Window, parse, parse_list
+from attngraph import Causal, EdgeList, Full, PerHead, Prefix, Window, parse, parse_list
 
 
 def test_the_operators_bind_as_in_python():
@@ -93,3 +93,14 @@ def test_an_expression_may_name_graphs_of_the_data():
         parse("bonds")
     with pytest.raises(ValueError, match="names must be graphs by names of your own"):
         parse("Causal()", {"Causal": bonds})
+
+
+@pytest.mark.parametrize("name", [3, "x y", "if", "ﬁ", ""])
+def test_names_are_such_as_an_expression_can_have(name):
+    with pytest.raises(ValueError, match="names must be identifiers"):
+        parse("Full()", {name: Full()})
+
+
+def test_an_unknown_name_is_told_beside_the_names_that_were_given():
+    with pytest.raises(ValueError, match=r"'bond'.*, bonds$"):
+        parse("bond & Full()", {"bonds": Full()})

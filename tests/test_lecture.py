@@ -11,6 +11,7 @@ import lecture
 import pytest
 import reporting
 
+from attngraph import Causal, TopK
 from attngraph.__main__ import main as command
 
 EXAMPLES = Path(lecture.__file__).parent
@@ -63,7 +64,8 @@ def test_an_unknown_name_is_told(capsys):
 def test_what_is_told_is_kept(tmp_path, capsys):
     given = reporting.Outcome("values right [%]", 99.5, {"a window": 1.5}, "TopK(8)", 768, 3.0, "edges.png")
     assert reporting.tell(tmp_path, given) == json.loads((tmp_path / reporting.OUTCOME).read_text())
-    first, second = capsys.readouterr().out.splitlines()
+    first, second, left = capsys.readouterr().out.splitlines()
+    assert left == f"in {tmp_path}: outcome.json"
     assert first.split() == ["values", "right", "[%]", "99.5", "TopK(8),", "768", "edges"]
     assert second.split() == ["1.5", "a", "window"]
 
@@ -105,3 +107,41 @@ def test_every_example_goes_on_where_it_stopped(name, tmp_path):
             assert [row["step"] for row in csv.DictReader(file)] == ["1", "2", "3"], metrics
     assert len([*tmp_path.glob("*/metrics.csv")]) >= 1
     assert not [*tmp_path.glob("*.1")]  # nothing was begun anew
+
+
+@pytest.mark.parametrize("given", ["", ".", "..", "a/b", "/tmp"])
+def test_a_name_is_that_of_a_folder_below_runs(given, capsys):
+    for name in ("recall", "gradient_descent", "tokenizer"):
+        with pytest.raises(SystemExit):
+            importlib.import_module(name).settings(["--name", given])
+        assert (
+            f"--name must be the name of a folder below --runs, without any other (got {given!r})"
+            in capsys.readouterr().err
+        )
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "message"),
+    [
+        ("recall", ["--graph", "PerHead([Causal(), Full()])"], "--graph must have the 1 heads of --heads"),
+        ("particles", ["--graph", "PerHead([Causal(), Full()])"], "--graph must have the 4 heads of --heads"),
+        ("sensors", ["--graph", "PerHead([Causal(), Full()])"], "--graph must have the 4 heads of --heads"),
+        ("particles", ["--graph", "knn_graph(place, 0)"], "--graph must have 1 to 63 of 64 particles"),
+        ("particles", ["--graph", "knn_graph(places, 3)"], "--graph must be as knn_graph(place, 12, loop=True)"),
+        ("incontext", ["--graph", "Full()"], "--graph must not hear later nodes, which say what is asked: y"),
+        ("decisions", ["--against", "Full()"], "--against must not hear later nodes, which say what is asked"),
+        ("diffusion", ["--graph", "Causal()"], "--graph must hear both sides (got Causal())"),
+        ("notebook", ["--against", "Causal()", "Full().sized(3, 3)"], "--against must fit any number of nodes"),
+        ("recall", ["--draw-attention", "0.0"], "unrecognized arguments: --draw-attention"),
+    ],
+)  # fmt: skip
+def test_what_an_example_can_t_do_is_told_before_it_begins(name, given, message, capsys):
+    with pytest.raises(SystemExit):
+        importlib.import_module(name).settings(given)
+    assert message in capsys.readouterr().err
+
+
+def test_what_the_data_choose_is_drawn_and_counted_as_any_would():
+    graphs = [TopK(2) & Causal(), Causal()]
+    assert reporting.edges_of(graphs, 6) == 1 + 5 * 2 + 21
+    assert [graph.num_edges(6, 6) for graph in reporting.settled(graphs, 6)] == [11, 21]

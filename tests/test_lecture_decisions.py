@@ -104,7 +104,7 @@ def test_only_edges_are_taken():
     [
         (["--nodes", "3"], "--nodes must be 6 or more (got 3)"),
         (["--graph", "Full() & Nothing()"], "--graph: "),
-        (["--against", "Causal(), Causal(), Causal()"], "--against: --graph must be one graph, or one for each of 2"),
+        (["--against", "Causal(), Causal(), Causal()"], "--against must be one graph, or one for each of 2"),
         (["--longest", "1"], "--longest must be 2 or more (got 1)"),
     ],
 )

@@ -138,7 +138,7 @@ def test_without_a_judge_only_words_are_told(tmp_path, text, capsys):
     [
         (["--drafts", "0"], "--drafts must be 1 or more (got 0)"),
         (["--graph", "Nothing()"], "--graph: "),
-        (["--against", "Full(), Full()"], "--against: --graph must be one graph, or one for each of 4 layers (got 2)"),
+        (["--against", "Full(), Full()"], "--against must be one graph, or one for each of 4 layers (got 2)"),
         (["--width", "12"], "--width must be a multiple of 2 × --heads"),
     ],
 )

@@ -81,7 +81,7 @@ def test_without_notes_a_chunk_knows_nothing_of_others():
         (["--sweep", "2", "-3"], "--sweep must be numbers of 0 or more (got -3)"),
         (["--chunks", "6"], "texts 4 times as long need at most 80 keys (got 4 and 6)"),
         (["--width", "30"], "--width must be a multiple of 2 × --heads (got --width 30 --heads 4)"),
-        (["--graph", "Causal(), Full()"], "--graph: --graph must be one graph, or one for each of 3 layers (got 2)"),
+        (["--graph", "Causal(), Full()"], "--graph must be one graph, or one for each of 3 layers (got 2)"),
     ],
 )
 def test_bad_settings_are_told(capsys, given, message):

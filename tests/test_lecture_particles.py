@@ -48,10 +48,10 @@ def test_forces_are_those_of_all_pairs():
 
 def test_a_graph_is_computed_from_the_places_or_is_always_the_same():
     place = torch.tensor([[[0.0, 0.0], [0.1, 0.0], [1.0, 1.0]], [[0.0, 0.0], [1.0, 1.0], [0.1, 0.0]]])
-    nearest = particles.graph_of("knn_graph(place, 1)")(place)
+    nearest = particles.graph_of("knn_graph(place, 1)", 6, 1)(place)
     assert nearest.edge_index(6, 6).tolist() == [[1, 0, 1, 5, 5, 3], [0, 1, 2, 3, 4, 5]]
-    assert particles.graph_of("knn_graph(place, 2, loop=True)")(place).num_edges(6, 6) == 12
-    assert particles.graph_of("Full()")(place) == Full()
+    assert particles.graph_of("knn_graph(place,2,loop=True)", 6, 1)(place).num_edges(6, 6) == 12
+    assert particles.graph_of("Full()", 6, 1)(place) == Full()
 
 
 @pytest.mark.parametrize(
@@ -59,8 +59,8 @@ def test_a_graph_is_computed_from_the_places_or_is_always_the_same():
     [
         (["--particles", "1"], "--particles must be 2 or more (got 1)"),
         (["--width", "30"], "--width must be a multiple of --heads (got --width 30 --heads 4)"),
-        (["--graph", "knn_graph(places, 3)"], "--graph: "),
-        (["--graph", "Identity().sized(3, 3)"], "--graph must fit texts of any length"),
+        (["--graph", "knn_graph(places, 3)"], "--graph must be as knn_graph(place, 12, loop=True)"),
+        (["--graph", "Identity().sized(3, 3)"], "--graph must fit any number of nodes"),
     ],
 )
 def test_bad_settings_are_told(capsys, given, message):

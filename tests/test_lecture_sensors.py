@@ -69,7 +69,7 @@ def test_who_never_saw_a_sensor_fail_is_lost_when_it_does(tmp_path):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (("--graph", "Full().sized(3, 3)"), "--graph: --graph must fit texts of any length"),
+        (("--graph", "Full().sized(3, 3)"), "--graph must fit any number of nodes"),
         (("--training", "lidar"), "argument --training: invalid choice: 'lidar'"),
         (("--layers", "0"), "--layers must be 1 or more"),
     ],

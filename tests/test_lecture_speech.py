@@ -73,7 +73,7 @@ def test_it_learns_and_leaves_what_it_promises(tmp_path):
     [
         (("--say", "12a4"), "--say must be 4 digits, as --digits says (got '12a4')"),
         (("--say", "12345"), "--say must be 4 digits"),
-        (("--graph", "Full().sized(3, 3)"), "--graph: --graph must fit texts of any length"),
+        (("--graph", "Full().sized(3, 3)"), "--graph must fit any number of nodes"),
         (("--accents", "0"), "--accents must be 1 or more"),
     ],
 )

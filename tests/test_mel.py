@@ -38,7 +38,25 @@ def test_what_is_no_sound_is_told():
     mel = LogMelSpectrogram()
     with pytest.raises(ValueError, match=r"sound must be .*\(B, samples\).*got shape \(16000,\)"):
         mel(torch.zeros(16_000))
-    with pytest.raises(ValueError, match=r"more than 200 samples .got shape \(1, 200\)"):
+    with pytest.raises(ValueError, match=r"201 samples or more .got shape \(1, 200\)"):
         mel(torch.zeros(1, 200))
     with pytest.raises(TypeError, match=r"floating-point.*got torch.int64"):
         mel(torch.zeros(1, 16_000).long())
+    with pytest.raises(ValueError, match=r"50000 samples or more .got shape \(1, 16000\)"):
+        LogMelSpectrogram(hop_length=50_000)(torch.zeros(1, 16_000))
+    with pytest.raises(ValueError, match=r"num_mels must be so few .* n_fft=64 samples .got 80, of which 32 have none"):
+        LogMelSpectrogram(n_fft=64)
+
+
+@pytest.mark.parametrize("n_fft", [400, 401, 511])
+def test_there_is_a_slice_for_each_hop(n_fft):
+    mel = LogMelSpectrogram(n_fft=n_fft)
+    assert mel(torch.zeros(2, 16_000)).shape == (2, 80, 100)
+    assert mel(torch.zeros(2, 16_159)).shape == (2, 80, 100)
+    assert mel(torch.zeros(0, 16_000)).shape == (0, 80, 100)
+
+
+def test_an_odd_transform_has_its_own_frequencies():
+    sound = torch.sin(2 * torch.pi * 1000 * torch.arange(16_000) / 16_000)[None]
+    loudest = [LogMelSpectrogram(n_fft=n_fft, num_mels=40)(sound)[0].mean(1).argmax() for n_fft in (512, 511)]
+    assert loudest[0] == loudest[1]

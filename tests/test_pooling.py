@@ -66,3 +66,11 @@ def test_graphs_without_nodes_are_zero():
 def test_wrong_arguments_are_named(given, error, message):
     with pytest.raises(error, match=message):
         pool(packed()[0], **given)
+
+
+def test_half_precision_counts_and_sums_as_far_as_single():
+    x = torch.full((1, 70_000, 1), 1000.0, dtype=torch.float16)
+    batch = torch.zeros(70_000, dtype=torch.int64)
+    for found in (pool(x), pool(x, batch=batch)):
+        assert found.dtype == torch.float16
+        assert found.tolist() == [[1000.0]]

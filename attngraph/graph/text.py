@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Mapping, Sequence
+from keyword import iskeyword
 from typing import Any
 
 import torch
@@ -80,6 +81,8 @@ def _parsed(text: str, tensors: Sequence[Tensor] = (), names: Mapping[str, Graph
     for name, graph in (names or {}).items():
         if not isinstance(graph, Graph) or name in NAMES:
             raise ValueError(f"names must be graphs by names of your own (got {shown(graph)} as {name!r})")
+        if not (isinstance(name, str) and name.isascii() and name.isidentifier()) or iskeyword(name):
+            raise ValueError(f"names must be identifiers, as Python's are, of ASCII letters (got {name!r})")
     if not isinstance(text, str):
         raise TypeError(f"a graph expression is a str (got {type(text).__name__})")
     if len(text) > LONGEST:
@@ -138,7 +141,8 @@ def _value(node: ast.expr, text: str, tensors: Sequence[Tensor], names: Mapping[
         case ast.Call(func=ast.Name(id=name)) if name in NAMES:
             return _call(NAMES[name], node, text, inner)
     raise ValueError(
-        f"not part of a graph expression: {_short(ast.get_source_segment(text.strip(), node) or '')!r}; {_HINT}"
+        f"not part of a graph expression: {_short(ast.get_source_segment(text.strip(), node) or '')!r}; "
+        f"{', '.join([_HINT, *names])}"
     )
 
 

@@ -23,6 +23,8 @@ class LogMelSpectrogram(nn.Module):
     torch.Size([2, 80, 100])
 
     What an `AudioEmbedding` takes. The model has no weights to learn.
+
+    Raises ValueError for bands so narrow that no frequency of the transform lies in one of them.
     """
 
     @checked
@@ -30,25 +32,35 @@ class LogMelSpectrogram(nn.Module):
         super().__init__()
         require_ints(1, sampling_rate=sampling_rate, n_fft=n_fft, hop_length=hop_length, num_mels=num_mels)
         self.sampling_rate, self.n_fft, self.hop_length, self.num_mels = sampling_rate, n_fft, hop_length, num_mels
+        empty = int((_triangles(sampling_rate, n_fft, num_mels).sum(1) == 0).sum())
+        if empty:
+            raise ValueError(
+                f"num_mels must be so few that each band has a frequency of the transform of n_fft={n_fft} samples "
+                f"(got {num_mels}, of which {empty} have none): take fewer, or a larger n_fft"
+            )
 
     def forward(self, sound: Tensor) -> Tensor:
         """Samples (B, samples) from -1 to 1 → (B, num_mels, samples // hop_length), computed in float32 or float64."""
-        wanted = f"sound must be a tensor of floating-point numbers (B, samples), more than {self.n_fft // 2} samples"
+        least = max(self.n_fft // 2 + 1, self.hop_length)
+        wanted = f"sound must be a tensor of floating-point numbers (B, samples), {least} samples or more"
         if not isinstance(sound, Tensor) or not sound.is_floating_point():
             raise TypeError(f"{wanted} (got {sound.dtype if isinstance(sound, Tensor) else shown(sound)})")
-        if sound.ndim != 2 or sound.shape[1] <= self.n_fft // 2:
+        if sound.ndim != 2 or sound.shape[1] < least:
             raise ValueError(f"{wanted} (got shape {tuple(sound.shape)})")
         exact = sound.to(torch.promote_types(sound.dtype, torch.float32))
         window = torch.hann_window(self.n_fft, dtype=torch.float64).to(exact)
         filters = _triangles(self.sampling_rate, self.n_fft, self.num_mels).to(exact)
+        slices = sound.shape[1] // self.hop_length
+        if not len(sound):
+            return sound.new_zeros(0, self.num_mels, slices)
         waves = torch.stft(exact, self.n_fft, self.hop_length, window=window, return_complex=True)
-        loud = (filters @ waves[..., :-1].abs().square()).clamp(min=1e-10).log10()
+        loud = (filters @ waves[..., :slices].abs().square()).clamp(min=1e-10).log10()
         return ((loud.maximum(loud.amax((1, 2), keepdim=True) - 8) + 4) / 4).to(sound.dtype)
 
 
 def _triangles(sampling_rate: int, n_fft: int, num_mels: int) -> Tensor:
     """The weight of each frequency in each band, float64 (num_mels, n_fft // 2 + 1)."""
-    frequency = torch.linspace(0, sampling_rate / 2, n_fft // 2 + 1, dtype=torch.float64)
+    frequency = torch.arange(n_fft // 2 + 1, dtype=torch.float64) * sampling_rate / n_fft
     highest = _mels(torch.tensor(sampling_rate / 2, dtype=torch.float64))
     corners = _hertz(torch.linspace(0, 1, num_mels + 2, dtype=torch.float64) * highest)
     low, center, high = corners[:-2, None], corners[1:-1, None], corners[2:, None]

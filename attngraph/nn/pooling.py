@@ -49,6 +49,9 @@ def pool(
     if not isinstance(reduce, str) or reduce not in REDUCE:
         error = ValueError if isinstance(reduce, str) else TypeError
         raise error(f"reduce must be one of {', '.join(REDUCE)} (got {shown(reduce)})")
+    if x.dtype == torch.float16:  # whose sums, and whose counts, pass its largest number
+        exact = pool(x.float(), reduce, batch=batch, num_graphs=num_graphs, attention_mask=attention_mask)
+        return exact.to(x.dtype)
     if batch is not None:
         if attention_mask is not None:
             raise ValueError("attention_mask is of graphs that are entries of a batch, batch of packed ones: give one")

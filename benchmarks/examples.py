@@ -24,6 +24,7 @@ import diffusion
 import gpt
 import gradient_descent
 import incontext
+import lecture
 import mlp_is_attention
 import molecules
 import notebook
@@ -88,9 +89,23 @@ def exact(options: Namespace) -> Iterator[Goal]:
     mlp = nn.Sequential(nn.Linear(20, 80), nn.GELU(), nn.Linear(80, 40), nn.Tanh(), nn.Linear(40, 20)).double()
     worst = max(mlp_is_attention.largest_difference(mlp, torch.randn(100, 20, dtype=torch.float64)))
     yield Goal("mlp_is_attention.py: largest difference of outputs and gradients", 1e-12, worst, at_most=True)
+    for entry in lecture.LECTURE[:2]:  # custom.py and mlp_is_attention.py, which have no settings: for their outcomes
+        failure = lecture.run(entry, Path(options.runs), whole=True)
+        yield Goal(
+            f"{entry.name}.py: runs that failed", 0, 0 if failure is None else 1, at_most=True, note=failure or ""
+        )
 
 
 # -------------------------------------------------------------------------------------------------------------- text
+
+
+def predicted(options: Namespace) -> Iterator[Goal]:
+    """`gpt.py`, as the demo trains it."""
+    found = runs(gpt.train, options)
+    loss = each(found, "validation_loss")
+    text = "gpt.py: validation loss in nats a character, the worst of three seeds"
+    yield Goal(text, 1.5, max(loss), at_most=True, note=f"{listed(loss, 3)}; {found[0]['source']}")
+    yield in_time("gpt", found)
 
 
 def masked(options: Namespace) -> Iterator[Goal]:
@@ -334,6 +349,7 @@ SECTIONS = {
     "digits": digits,
     "dates": dates,
     "masked": masked,
+    "predicted": predicted,
     "descent": descent,
     "regression": regression,
     "subwords": subwords,

@@ -59,7 +59,7 @@ def page(records: Records) -> Iterator[str]:
 
 def row(entry: lecture.Entry, outcome: dict | None) -> list[str]:
     """An example's; without figures where none were recorded."""
-    drawn = f'<img src="pictures/{entry.name}.png" alt="mask" width="140"><br>'
+    drawn = f'<img src="pictures/{entry.name}.png" alt="who hears whom" width="140"><br>'
     drawn = drawn if (PICTURES / f"{entry.name}.png").exists() else ""
     cells = [f"[`{entry.name}.py`]({entry.name}.py)", entry.idea, f"{drawn}`{entry.graph}`"]
     if outcome is None:

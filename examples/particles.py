@@ -6,8 +6,8 @@
 
 Particles in a square repel those near them. From all places and charges a Transformer predicts all accelerations; no
 two batches have the same places, so that no graph that is known before fits them. Everything is left in runs/NAME:
-config.json, metrics.csv, accuracy.png, forces.png, the particles with their edges and accelerations, outcome.json, and
-for --resume the model; what other graphs led to is in runs/NAME-against-1, ….
+config.json, metrics.csv, accuracy.png, connectivity.png, forces.png, the particles with their edges and accelerations,
+outcome.json, and for --resume the model; what other graphs led to is in runs/NAME-against-1, ….
 """
 
 from __future__ import annotations
@@ -155,6 +155,7 @@ def train(args: argparse.Namespace) -> dict:
             found = predicted(*first[:2])
         picture = forces_drawn(first[0], first[2][0], found[0], graph(first[0]), args.graph)
         reporting.save_picture(picture, folder / "forces.png")
+        reporting.save_connectivity([graph(first[0])], args.particles, folder / "connectivity.png")
     return {"unexplained": score, "edges": edges, "seconds": metrics.seconds}
 
 

@@ -7,8 +7,9 @@
 A text tells pairs of a key and a value, and then asks for the values of keys (multi-query associative recall, Arora et
 al. 2024). In the first layer each token hears the one before, which tells each value its key. In the second, --graph
 says who is heard: a few of the past are enough if the queries and keys of the layer choose them, and no few that are
-known before will do. Everything is left in runs/NAME: config.json, metrics.csv, accuracy.png, edges.png, the edges
-chosen for one text, outcome.json, and for --resume the model; what other graphs led to is in runs/NAME-against-1, ….
+known before will do. Everything is left in runs/NAME: config.json, metrics.csv, accuracy.png, connectivity.png,
+edges.png, the edges chosen for one text, outcome.json, and for --resume the model; what other graphs led to is in
+runs/NAME-against-1, ….
 """
 
 from __future__ import annotations
@@ -124,6 +125,8 @@ def train(args: argparse.Namespace) -> dict:
         folder = Path(args.runs) / args.name
         curve = reporting.loss_curve(metrics, f"values recalled, {args.graph}", "loss [nats a value]", "right [%]")
         reporting.save_picture(curve, folder / "accuracy.png")
+        graphs = [*model.first.graphs, *model.second.graphs]
+        reporting.save_connectivity(graphs, 3 * args.pairs, folder / "connectivity.png")
         reporting.save_picture(edges_drawn(model.eval(), args, device), folder / "edges.png")
     return {"right": score, "edges": edges, "seconds": metrics.seconds}
 

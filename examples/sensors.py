@@ -7,7 +7,7 @@
 The camera tells classes and bearings well, and distances badly, by size; the radar distances well, and bearings badly;
 both see what isn't there. A reading is a node, so is the question: each scene is a set of its own size, and a sensor
 that fails is fewer nodes. Left in runs/NAME: config.json, metrics.csv, scene.png, errors.png, training.png,
-outcome.json, and the model; in runs/NAME-against-1 and so on those of the others.
+connectivity.png, outcome.json, and the model; in runs/NAME-against-1 and so on those of the others.
 """
 
 from __future__ import annotations
@@ -219,6 +219,7 @@ def train(args: argparse.Namespace) -> dict[str, float]:
             reporting.loss_curve(metrics, WAYS[args.training], "loss", METRIC), folder / "training.png"
         )
         reporting.save_picture(draw_scene(model, device), folder / "scene.png")
+        reporting.save_connectivity(model.transformer.graphs, 1 + 2 * READINGS, folder / "connectivity.png")
     return {**found, "seconds": metrics.seconds}
 
 

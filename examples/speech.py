@@ -5,8 +5,9 @@
     python examples/speech.py --say 4711 --resume                     sound.wav, and what the model makes of it
 
 Nothing is downloaded: words are made of formants, the resonances of a mouth (Klatt 1980), by voices with accents, some
-of which are never trained on. Left in runs/NAME: config.json, metrics.csv, accuracy.png, alignment.png, sound.wav,
-outcome.json, and the model, for EncoderDecoder.load and for --resume; in runs/NAME-against-1 what another graph led to.
+of which are never trained on. Left in runs/NAME: config.json, metrics.csv, accuracy.png, alignment.png,
+connectivity.png, sound.wav, outcome.json, and the model, for EncoderDecoder.load and for --resume; in
+runs/NAME-against-1 what another graph led to.
 """
 
 from __future__ import annotations
@@ -267,6 +268,7 @@ def train(args: argparse.Namespace) -> dict:
         checkpoints.write_whole(folder / "sound.wav", lambda path: write_sound(path, said.sound[0]))
     slices = -(-args.digits * ROOM // 2 // MEL.hop_length)
     edges = reporting.edges_of(model.encoder.graphs, slices)
+    reporting.save_connectivity(model.encoder.graphs, min(slices, 64), Path(args.runs) / args.name / "connectivity.png")
     edges += args.layers * args.digits * (slices + (args.digits + 1) / 2)
     return {
         "figure": figure,

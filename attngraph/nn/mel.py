@@ -60,9 +60,10 @@ class LogMelSpectrogram(nn.Module):
 
 def _triangles(sampling_rate: int, n_fft: int, num_mels: int) -> Tensor:
     """The weight of each frequency in each band, float64 (num_mels, n_fft // 2 + 1)."""
-    frequency = torch.arange(n_fft // 2 + 1, dtype=torch.float64) * sampling_rate / n_fft
-    highest = _mels(torch.tensor(sampling_rate / 2, dtype=torch.float64))
-    corners = _hertz(torch.linspace(0, 1, num_mels + 2, dtype=torch.float64) * highest)
+    exact: dict = {"dtype": torch.float64, "device": "cpu"}  # numbers, also where a model is made without any
+    frequency = torch.arange(n_fft // 2 + 1, **exact) * sampling_rate / n_fft
+    highest = _mels(torch.tensor(sampling_rate / 2, **exact))
+    corners = _hertz(torch.linspace(0, 1, num_mels + 2, **exact) * highest)
     low, center, high = corners[:-2, None], corners[1:-1, None], corners[2:, None]
     rising, falling = (frequency - low) / (center - low), (high - frequency) / (high - center)
     return torch.minimum(rising, falling).clamp(min=0) * (2 / (high - low))

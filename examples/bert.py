@@ -31,9 +31,17 @@ from attngraph.models import GPT
 
 def settings(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line: gpt.py's model, another graph, and how much is masked."""
-    quick = {"steps": 100, "layers": 2}
+    quick = {"steps": 200, "layers": 2, "width": 64, "context": 32, "batch": 64, "adamw_lr": 0.02}
     parser = command_line.parser_of(
-        __doc__, free=("text", "against"), quick=quick, name="bert", draws=True, batch=32, steps=600, evaluate_every=150
+        __doc__,
+        free=("text", "against"),
+        quick=quick,
+        name="bert",
+        draws=True,
+        batch=32,
+        steps=600,
+        evaluate_every=150,
+        adamw_lr=0.02,
     )
     add = parser.add_argument
     add("--text", type=os.path.abspath, help="UTF-8 text; by default tiny Shakespeare, or the text that Python ships")

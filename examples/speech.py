@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 def settings(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line: who hears whom among the slices of a sound."""
-    quick = {"digits": 2, "steps": 350, "accents": 12, "evaluate_every": 350, "against": []}
+    quick = {"digits": 2, "steps": 450, "accents": 12, "evaluate_every": 150, "against": []}
     parser = command_line.parser_of(
         __doc__, ("against", "say"), quick, name="speech", batch=16, steps=1200, evaluate_every=400, optimizer="adamw",
         lr=0.002,

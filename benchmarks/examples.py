@@ -103,8 +103,8 @@ def predicted(options: Namespace) -> Iterator[Goal]:
     """`gpt.py`, as the demo trains it."""
     found = runs(gpt.train, options)
     loss = each(found, "validation_loss")
-    text = "gpt.py: validation loss in nats a character, the worst of three seeds"
-    yield Goal(text, 1.5, max(loss), at_most=True, note=f"{listed(loss, 3)}; {found[0]['source']}")
+    text = "gpt.py: validation loss in nats a character, the worst of three seeds; nanoGPT's README has 1.88"
+    yield Goal(text, 1.88, max(loss), at_most=True, note=f"{listed(loss, 3)}; {found[0]['source']}")
     yield in_time("gpt", found)
 
 

@@ -231,15 +231,10 @@ def error_curve(args: argparse.Namespace, found: Tensor, others: Mapping[str, Te
 
 def main(args: argparse.Namespace) -> dict:
     """On this graph, and on those that it is to be compared with."""
-    found, others = train(args), dict[str, float]()
-    for number, graph in enumerate(args.against, 1):
-        name = f"{args.name}-against-{number}"
-        begun = args.resume and (Path(args.runs) / name / checkpoints.MODEL).exists()  # or the first was stopped before
-        print(f"\nthe same model and budget on {graph}:")
-        other = train(argparse.Namespace(**{**vars(args), "graph": graph, "name": name, "resume": begun}))
-        others[f"trained on {graph}"] = other["overall"]
+    found, others = train(args), reporting.beside(args, train)
+    beside = {f"trained on {graph}": each["overall"] for graph, each in others.items()}
     outcome, folder = found["outcome"], Path(args.runs) / args.name
-    told = reporting.tell(folder, outcome._replace(baselines={**outcome.baselines, **others}))
+    told = reporting.tell(folder, outcome._replace(baselines={**outcome.baselines, **beside}))
     print(f"at the last pair {found['last']:.3f}")
     return {**told, "last": found["last"]}
 

@@ -9,6 +9,7 @@ pytest.importorskip("numba")
 
 from attngraph import (
     Additive,
+    Alibi,
     Batched,
     Causal,
     EdgeBias,
@@ -17,6 +18,7 @@ from attngraph import (
     Full,
     LeakyReLU,
     PerHead,
+    Prefix,
     Random,
     SoftCap,
     TopK,
@@ -126,6 +128,29 @@ def test_backends_agree_with_the_reference(
     (found, gradients), (expected, right) = run(backend), run("reference")
     for one, other in zip([*found, *gradients], [*expected, *right], strict=True):
         torch.testing.assert_close(one, other, atol=1e-9, rtol=1e-7)
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+@pytest.mark.parametrize("kind", ["edge", "dense", "offset", "query"])
+@pytest.mark.parametrize("backend", ["auto", "rows", "edges"])
+def test_graphs_per_head_take_every_kind_of_bias_beside_features(backend, kind, heads):
+    """A part of a plan takes its own edges of what has a value for each edge, and of nothing else."""
+    graph, n, m = PerHead([Window(1, 0), Prefix(2)]), 5, 4
+    count = count_of(graph, n, m)
+    shape = {"edge": (heads, count), "dense": (heads, n, m), "offset": (heads,), "query": (n, 1)}[kind]
+    values = torch.rand(shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+
+    def run(backend):
+        features = features_of(count, heads=2)
+        tensors = [*sides(n, m, heads=2), values.clone(), features.values, features.to_key, features.to_value]
+        q, k, v, added, e, to_key, to_value = (tensor.requires_grad_() for tensor in tensors)
+        bias = {"edge": EdgeBias.sorted, "offset": Alibi}.get(kind, lambda given: given)(added)
+        own = EdgeFeatures.sorted(e, to_key=to_key, to_value=to_value)
+        out = attend(q, k, v, graph, bias=bias, edge_features=own, backend=backend)
+        return out, *torch.autograd.grad((out * torch.linspace(-1, 2, out.numel()).view_as(out)).sum(), tensors)
+
+    for one, other in zip(run(backend), run("reference"), strict=True):
+        torch.testing.assert_close(one, other)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

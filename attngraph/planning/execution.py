@@ -498,12 +498,12 @@ class _View:
             return bias
         axis = 0 if bias.kind == "offset" else 1
         values = bias.values.index_select(axis, self.heads) if bias.values.shape[axis] > 1 else bias.values
-        return ScoreBias(bias.kind, values if self.edges is None else values[..., self.edges])
+        return ScoreBias(bias.kind, values if self.edges is None or bias.kind != "edge" else values[..., self.edges])
 
     def add_bias_gradient(self, total: Tensor, kind: BiasKind, gradient: Tensor) -> None:
         """Add the gradient of `bias` to that of all heads and edges."""
         gradient = gradient.to(total.dtype)
-        if self.edges is not None:
+        if self.edges is not None and kind == "edge":  # the features of edges need their numbers too
             of_all_edges = gradient.new_zeros(*gradient.shape[:-1], total.shape[-1])
             gradient = of_all_edges.index_copy_(-1, self.edges, gradient)
         axis = 0 if kind == "offset" else 1

@@ -55,7 +55,7 @@ def settings(arguments: list[str] | None = None) -> argparse.Namespace:
     quick = {"steps": 80, "evaluate_every": 40, "layers": 2, "width": 64, "context": 64, "batch": 32, "drafts": 16}
     parser = command_line.parser_of(
         __doc__, free=("text", "against", "drafts", "samples"), quick=quick,
-        name="diffusion", batch=32, steps=1100, evaluate_every=550, adamw_lr=0.02,
+        name="diffusion", batch=32, steps=1000, evaluate_every=500, adamw_lr=0.02,
     )  # fmt: skip
     add = parser.add_argument
     add("--text", type=os.path.abspath, help="UTF-8 text; by default tiny Shakespeare, or the text that Python ships")

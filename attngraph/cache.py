@@ -7,7 +7,6 @@ it; results do not depend on either.
 from __future__ import annotations
 
 import os
-from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager, nullcontext
 from itertools import count
@@ -48,24 +47,24 @@ class Cache(Generic[Value]):
 
     def __init__(self, max_entries: int, max_bytes: int | None = None):
         self.max_entries, self.max_bytes = max_entries, max_bytes
-        self._entries: OrderedDict[Hashable, Value] = OrderedDict()
+        self._entries: dict[Hashable, Value] = {}
+        """The latest last. No OrderedDict, which asks each key for its hash whenever all values are looked at."""
         self._lock = RLock()
 
     def get(self, key: Hashable) -> Value | None:
         """The value of a key, which is then the latest; None where there is none."""
         with self._lock:
-            found = self._entries.get(key)
+            found = self._entries.pop(key, None)
             if found is not None:
-                self._entries.move_to_end(key)
+                self._entries[key] = found
             return found
 
     def keep(self, key: Hashable, value: Value) -> Value:
         """Keep a value, unless the key has one by now; the one that is kept."""
         with self._lock:
-            kept = self._entries.setdefault(key, value)
-            self._entries.move_to_end(key)
+            kept = self._entries[key] = self._entries.pop(key, value)
             while len(self._entries) > self.max_entries or (len(self._entries) > 1 and self._too_large()):
-                self._entries.popitem(last=False)
+                del self._entries[next(iter(self._entries))]
             return kept
 
     def get_or_make(self, key: Hashable, make: Callable[[], Value]) -> Value:

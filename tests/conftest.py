@@ -23,6 +23,12 @@ else:
     settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Each test begins with one thread, however many the one before it left."""
+    torch.set_num_threads(1)
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     """Of a sweep with `share(k)`, each k-th cell runs always, and the others are slow.

@@ -452,3 +452,30 @@ def test_what_is_kept_knows_nothing_of_the_mode_it_was_made_in(graph, backend):
     if backend == "auto":
         torch.compiler.reset()
         torch.compile(run, backend="aot_eager", fullgraph=True)(torch.randn(1, 2, 40, 8))
+
+
+def test_keeping_a_value_asks_no_other_key_for_its_hash():
+    """A key may hold the state of a large function: 64 plans of such graphs made each new plan take minutes."""
+    asked = []
+
+    class Key:
+        def __init__(self, number):
+            self.number = number
+
+        def __eq__(self, other):
+            return self.number == other.number
+
+        def __hash__(self):
+            asked.append(self.number)
+            return hash(self.number)
+
+    kept = cache.Cache(max_entries=8, max_bytes=1 << 20)
+    for number in range(8):
+        kept.keep(Key(number), torch.zeros(4))
+    asked.clear()
+    kept.keep(Key(8), torch.zeros(4))
+    assert set(asked) <= {0, 8}  # the one that has to go, and the new one
+    assert kept.get(Key(0)) is None
+    kept.get(Key(1))
+    kept.keep(Key(9), torch.zeros(4))
+    assert (kept.get(Key(1)) is None, kept.get(Key(2)) is None) == (False, True)  # the one used last stays

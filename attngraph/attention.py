@@ -39,7 +39,7 @@ from attngraph.planning.backends.base import Results
 from attngraph.planning.call import Call, Request, Transform, normalizer_name
 from attngraph.planning.edge_set import closed_form
 from attngraph.planning.execution import run, run_traced
-from attngraph.planning.planner import Plan, fitted, planned, planned_once, traced, without_plan
+from attngraph.planning.planner import Plan, planned, planned_once, traced, without_plan
 from attngraph.planning.steps import Reduction, at_queries, edge_weights, in_steps, reduced_weights
 
 Normalizer = str | Elementwise
@@ -183,17 +183,18 @@ def attend(
         check_features(edge_features, q, k, v)
     if not (type(backend) is str and type(return_lse) is bool and type(return_weights) is bool):
         backend, return_lse, return_weights = _options(backend, return_lse, return_weights)
-    _check_returned(normalize, sinks, return_lse, return_weights, reduce)
+    _check_returned(graph, normalize, sinks, return_lse, return_weights, reduce)
     is_dot = parts_of(score).pair == "dot"
     factor = scale if scale is not None else max(q.shape[3], 1) ** -0.5 if is_dot else 1.0
     is_turned = is_dot and factor < torch.finfo(torch.float32).tiny
     if is_turned:
         q, factor = _signed(q, factor)
     if added is not None:
-        added = placed(added, graph.graph if isinstance(graph, Plan) else graph, q, k)
+        added = graph.placed(added, q, k) if isinstance(graph, Plan) else placed(added, graph, *_sizes(q, k), q)
     terms = None
     if edge_features is not None:
-        terms = edge_terms(edge_features, graph.graph if isinstance(graph, Plan) else graph, q, k)
+        is_plan = isinstance(graph, Plan)
+        terms = graph.edge_terms(edge_features, q, k) if is_plan else edge_terms(edge_features, graph, *_sizes(q, k), q)
     dropout = None if dropout_p == 0 else Dropout(float(dropout_p), _seed(q, generator))
     needs_lse = return_lse or sinks is not None or (return_weights and normalize == "softmax")
     makes_weights = return_weights and reduce is None
@@ -219,6 +220,11 @@ def attend(
     asked = ((out, True), (lse, return_lse), (weights, return_weights))
     results = [part.squeeze(0) if unbatched else part for part, wanted in asked if wanted and part is not None]
     return tuple(results) if return_lse or return_weights else results[0]
+
+
+def _sizes(q: Tensor, k: Tensor) -> tuple[int, int]:
+    """How many queries and keys."""
+    return q.shape[2], k.shape[2]
 
 
 def _packed(q, k, v, attention_mask, bias, graph: Any) -> tuple:
@@ -308,7 +314,7 @@ def _is_same_for_heads(score: Score, normalize: Normalizer) -> bool:
 
 def _planned(graph: Graph | Plan, call: Call, name: str) -> Plan:
     """The plan of a call that is not being compiled."""
-    return fitted(graph, call, name) if isinstance(graph, Plan) else planned(graph, call, name)
+    return graph.fitted(call, name) if isinstance(graph, Plan) else planned(graph, call, name)
 
 
 def _call(q: Tensor, k: Tensor, v: Tensor, bias: Bias | None, request: Request) -> Call:
@@ -512,8 +518,10 @@ def _of_lengths(mask: Tensor | None, k: Tensor) -> Tensor | None:
     return torch.arange(k.shape[2], device=k.device) < mask[:, None]
 
 
-def _check_returned(normalize, sinks, return_lse, return_weights, reduce) -> None:
+def _check_returned(graph, normalize, sinks, return_lse, return_weights, reduce) -> None:
     """Raise unless what is to be returned exists."""
+    if return_weights and isinstance(graph, Plan) and not graph.gives_weights:
+        raise ValueError(f"{graph} returns no weights: they stay on the ranks that made them")
     if return_lse and normalize != "softmax":
         raise ValueError(f"return_lse needs normalize='softmax' (got {normalize!r}): other weights have no common sum")
     if sinks is not None and normalize != "softmax":

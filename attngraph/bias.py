@@ -261,16 +261,16 @@ def kind_of(bias: Bias | None) -> BiasKind | None:
     return "offset" if getattr(bias, "of_offset", False) else "dense"
 
 
-def placed(bias: Bias, graph: Graph, q: Tensor, k: Tensor) -> Bias:
-    """A bias for queries and keys of a graph: of distances between where they stand, in the precision of the scores."""
+def placed(bias: Bias, graph: Graph, n: int, m: int, q: Tensor) -> Bias:
+    """A bias for a graph at n × m: of distances between where its nodes stand, in the precision of the scores of q."""
     exact = torch.promote_types(q.dtype, torch.float32)
     kept = (exact, q.dtype) if isinstance(bias, EdgeBias | DenseBias) else (exact,)  # distances are multiplied first
     tensors = {field.name: value for field in fields(bias) if isinstance(value := getattr(bias, field.name), Tensor)}
     cast = {name: value.to(exact) for name, value in tensors.items() if value.dtype not in kept}
     bias = replace(bias, **cast) if cast else bias
     if isinstance(bias, EdgeBias):
-        return aligned(bias, graph, q, k)
-    if isinstance(bias, Alibi | RelativeBias) and (offset := distance_offset(graph, q.shape[2], k.shape[2])):
+        return aligned(bias, graph, n, m, q)
+    if isinstance(bias, Alibi | RelativeBias) and (offset := distance_offset(graph, n, m)):
         return Shifted(bias, offset)
     return bias
 
@@ -282,11 +282,11 @@ def score_bias(bias: Bias | None, q: Tensor, k: Tensor) -> tuple[ScoreBias | Non
     n, m, kind = q.shape[2], k.shape[2], kind_of(bias)
     if kind == "offset":
         ahead = torch.arange(1 - n, m, device=q.device) if n and m else torch.arange(0, device=q.device)
-        return ScoreBias(kind, _fits_heads(bias.at((-ahead).clamp(min=0), ahead.clamp(min=0)), q, edge_dims=1)), None
+        return ScoreBias(kind, fits_heads(bias.at((-ahead).clamp(min=0), ahead.clamp(min=0)), q, edge_dims=1)), None
     if not isinstance(bias, EdgeBias | DenseBias):
         bias = DenseBias(over_pairs(bias, q, k, None))
     edge_dims = 1 if kind == "edge" else 2
-    values = _fits_heads(bias.values, q, edge_dims)
+    values = fits_heads(bias.values, q, edge_dims)
     values = values.view(*[1] * (2 + edge_dims - values.ndim), *values.shape)
     if kind == "edge":
         return ScoreBias(kind, values), None
@@ -302,7 +302,7 @@ def over_edges(bias: Bias, q: Tensor, k: Tensor, query: Tensor, key: Tensor) -> 
     elif isinstance(bias, DenseBias):
         bias = _all_pairs(bias, q, k)
     edge = torch.arange(query.shape[0], device=q.device)
-    return _fits_heads(bias.at(query, key, edge), q, edge_dims=1)
+    return fits_heads(bias.at(query, key, edge), q, edge_dims=1)
 
 
 def over_pairs(bias: Bias, q: Tensor, k: Tensor, edges: Callable[[], tuple[Tensor, ...]] | None) -> Tensor:
@@ -315,19 +315,19 @@ def over_pairs(bias: Bias, q: Tensor, k: Tensor, edges: Callable[[], tuple[Tenso
         query, key = edges()[:2]
         check_edge_bias(bias, query.shape[0], q)
         values = bias.values.new_zeros(*bias.values.shape[:-1], n * m).index_copy(-1, query * m + key, bias.values)
-        return _fits_heads(values.unflatten(-1, (n, m)), q, edge_dims=2)
+        return fits_heads(values.unflatten(-1, (n, m)), q, edge_dims=2)
     query, key = torch.arange(n, device=q.device)[:, None], torch.arange(m, device=q.device)[None]
-    return _fits_heads(bias.at(query, key), q, edge_dims=2)
+    return fits_heads(bias.at(query, key), q, edge_dims=2)
 
 
-def aligned(bias: EdgeBias, graph: Graph, q: Tensor, k: Tensor) -> EdgeBias:
-    """The same values in the order of the edges of a graph of these queries and keys."""
+def aligned(bias: EdgeBias, graph: Graph, n: int, m: int, q: Tensor) -> EdgeBias:
+    """The same values in the order of the edges of a graph at n × m, on the device of q."""
     if not isinstance(given := bias.edges, EdgeList):
         return bias
     values, fill = bias.values, bias.fill
     self_loops = fill if bias.self_loops is None else bias.self_loops
     order = given.order.to(values.device)
-    place = columns(graph, q.shape[2], k.shape[2], given, q, fill is not None, self_loops is not None, "EdgeBias")
+    place = columns(graph, n, m, given, q, fill is not None, self_loops is not None, "EdgeBias")
     if self_loops is not None:  # two columns more, for what has no value
         count = values.shape[-1]
         order, values = torch.cat([order, order.new_tensor([count, count + 1])]), pad(values, (0, 2))
@@ -344,10 +344,10 @@ def _all_pairs(bias: DenseBias, q: Tensor, k: Tensor) -> DenseBias:
     values, n, m = bias.values, q.shape[2], k.shape[2]
     if values.shape[-2] not in (1, n) or values.shape[-1] not in (1, m):
         raise ValueError(f"a bias tensor must broadcast to (B, H, {n}, {m}) (got {tuple(values.shape)})")
-    return DenseBias(_fits_heads(values.expand(*values.shape[:-2], n, m), q, edge_dims=2))
+    return DenseBias(fits_heads(values.expand(*values.shape[:-2], n, m), q, edge_dims=2))
 
 
-def _fits_heads(values: Tensor, q: Tensor, edge_dims: int) -> Tensor:
+def fits_heads(values: Tensor, q: Tensor, edge_dims: int) -> Tensor:
     """The same values, if their dimensions before the last `edge_dims` fit (B, H); else an error."""
     lead = values.shape[: values.ndim - edge_dims]
     fits = all(given in (1, own) for given, own in zip(reversed(lead), (q.shape[1], q.shape[0]), strict=False))
@@ -362,7 +362,7 @@ def check_edge_bias(bias: EdgeBias, count: int, q: Tensor) -> None:
         torch._check(bias.values.shape[-1] == count)
     else:
         require_edge_count(bias.values, count)
-    _fits_heads(bias.values, q, edge_dims=1)
+    fits_heads(bias.values, q, edge_dims=1)
 
 
 def require_edge_count(values: Tensor, count: int) -> None:

@@ -122,8 +122,8 @@ def check_features(features: EdgeFeatures, q: Tensor, k: Tensor, v: Tensor) -> N
         raise ValueError(f"values of edge_features must fit a batch of {B} (got {tuple(features.values.shape)})")
 
 
-def edge_terms(features: EdgeFeatures, graph: Graph, q: Tensor, k: Tensor) -> EdgeTerms | None:
-    """The features of the edges of a graph of these queries and keys, in its order, in the precision of the scores."""
+def edge_terms(features: EdgeFeatures, graph: Graph, n: int, m: int, q: Tensor) -> EdgeTerms | None:
+    """The features of the edges of a graph at n × m, in its order, in the precision of the scores of q."""
     exact = torch.promote_types(q.dtype, torch.float32)
     values, to_key, to_value = (
         side if side is None else side.to(exact) for side in (features.values, features.to_key, features.to_value)
@@ -132,7 +132,7 @@ def edge_terms(features: EdgeFeatures, graph: Graph, q: Tensor, k: Tensor) -> Ed
     if not values.shape[-1]:
         return None
     if isinstance(given := features.edges, EdgeList):
-        place = columns(graph, q.shape[2], k.shape[2], given, q, False, False, "EdgeFeatures")
+        place = columns(graph, n, m, given, q, False, False, "EdgeFeatures")
         values = values.index_select(-2, given.order.to(values.device).index_select(0, place))
     return EdgeTerms(values if values.ndim == 3 else values[None], to_key, to_value)
 

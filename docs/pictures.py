@@ -7,7 +7,10 @@ import shutil
 import sys
 from pathlib import Path
 
+import torch
+from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch, Rectangle
 
 from attngraph import draw, parse
 
@@ -69,6 +72,7 @@ def main() -> None:
             bar.remove()
         ax.figure.savefig(FOLDER / f"{name}.png", dpi=70)
     draw_attention_page()
+    draw_devices_page()
     if sys.argv[1:]:
         shutil.copy(Path(sys.argv[1]) / "attention.png", FOLDER / "attention-map.png")
 
@@ -80,6 +84,67 @@ def draw_attention_page() -> None:
     draw.connectivity(graph, 12).savefig(FOLDER / "messages-mask.png", dpi=80)
     layers = [parse("Causal() & Window(2, 0)")] * 4
     draw.receptive_field(layers, 20, 24).savefig(FOLDER / "cone.png", dpi=90)
+
+
+def draw_devices_page() -> None:
+    """The pictures of docs/devices.md."""
+    text, n, ranks = "Causal() & (Window(4, 0) | Prefix(1))", 24, 3
+    mask, share = parse(text).mask(n, n), n // ranks
+    owner = torch.arange(n) // share
+    kind = mask.long() + (mask & (owner[:, None] != owner)).long()  # 0 no edge, 1 own, 2 of another rank
+    left, right = Figure(figsize=(11, 4.6), layout="constrained").subplots(1, 2, width_ratios=[1, 1.25])
+    left.imshow(kind, cmap=ListedColormap(["white", "#4878a8", "#e08030"]), vmin=0, vmax=2)
+    for border in range(share, n, share):
+        left.axhline(border - 0.5, color="black", linewidth=0.8)
+        left.axvline(border - 0.5, color="black", linewidth=0.8)
+    left.set(xlabel="key", ylabel="query", title=f"{text},\n{n} nodes on {ranks} ranks")
+    names = {"#4878a8": "key and query on one rank", "#e08030": "key on another rank: it travels"}
+    left.legend(
+        handles=[Patch(color=color, label=label) for color, label in names.items()], loc="upper right", fontsize=8
+    )
+    for rank in range(ranks):
+        nodes = range(rank * share, (rank + 1) * share)
+        right.add_patch(Rectangle((nodes[0] - 0.5, rank - 0.25), share, 0.5, color="#4878a8", alpha=0.35))
+        heard = mask[owner == rank].any(0)
+        travels = [key for key in heard.nonzero()[:, 0].tolist() if key not in nodes]
+        right.scatter(nodes, [rank] * share, s=28, color="#4878a8", zorder=3)
+        right.scatter(travels, [rank] * len(travels), s=28, color="#e08030", zorder=3)
+        for key in travels:
+            right.annotate(
+                "", (key, rank - 0.12), (key, int(owner[key]) + 0.12),
+                arrowprops={"arrowstyle": "->", "color": "#e08030", "alpha": 0.8},
+            )  # fmt: skip
+        right.text(n + 0.2, rank, f"rank {rank}: {len(travels)} rows\nof others", va="center", fontsize=9)
+    right.set(
+        xlabel="node",
+        yticks=[],
+        ylim=(ranks - 0.4, -0.6),
+        xlim=(-1, n + 5),
+        title="what each rank owns (blue) and receives",
+    )
+    left.figure.savefig(FOLDER / "devices-halo.png", dpi=100)
+
+    lanes = [
+        ("forward", "network", "#e08030", [(0, 2, "keys and values come")]),
+        ("forward", "kernels", "#4878a8", [(0, 3.2, "own part"), (3.2, 1.2, "others' part"), (4.4, 0.4, "merge")]),
+        ("backward", "network", "#e08030", [(0, 2, "keys and values"), (3.8, 2.4, "their gradients go home")]),
+        ("backward", "kernels", "#4878a8", [(2, 1.8, "others' part"), (3.8, 5, "own part"), (8.8, 0.5, "add")]),
+    ]
+    ax = Figure(figsize=(10, 3), layout="constrained").subplots()
+    for row, (_, _, color, spans) in enumerate(lanes):
+        for begin, length, label in spans:
+            ax.barh(row, length, left=begin, height=0.6, color=color, edgecolor="white", alpha=0.75)
+            ax.text(begin + length / 2, row, label, ha="center", va="center", fontsize=8, rotation=90 * (length < 0.8))
+    labels = [f"{phase}: {lane}" for phase, lane, _, _ in lanes]
+    ax.set(
+        yticks=range(len(lanes)),
+        yticklabels=labels,
+        xticks=[],
+        xlabel="time (lengths are not measured)",
+        title="One rank",
+    )
+    ax.invert_yaxis()
+    ax.figure.savefig(FOLDER / "devices-time.png", dpi=100)
 
 
 if __name__ == "__main__":

@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from types import ModuleType
 
 import attngraph
-from attngraph import analysis, draw, hf, models, nn, pyg
+from attngraph import analysis, distributed, draw, hf, models, nn, pyg
 
-MODULES = (attngraph, nn, models, hf, analysis, draw, pyg)
+MODULES = (attngraph, nn, models, hf, analysis, draw, pyg, distributed)
 
 
 def public(module: ModuleType) -> Iterator[tuple[str, str | None]]:

@@ -41,7 +41,7 @@ from attngraph.planning.backends.base import INSTALLED
 from attngraph.planning.call import Call
 from attngraph.planning.edge_set import EdgeSet
 from attngraph.planning.execution import attend_forward
-from attngraph.planning.planner import planned
+from attngraph.planning.planner import Plan, planned
 from attngraph.planning.reordering import typical_band
 from attngraph.planning.steps import products
 
@@ -199,11 +199,8 @@ def test_a_dense_part_outlives_the_text_of_its_graph():
 
 @pytest.mark.parametrize("backend", ["tiles", "rows"])
 def test_a_bias_that_asks_for_no_gradient_costs_none(backend, monkeypatch):
-    import attngraph.planning.execution as execution
-
-    asked = []
-    backward = execution._backward
-    monkeypatch.setattr(execution, "_backward", lambda *a: (asked.append(a[-1]), backward(*a))[1])
+    asked, backward = [], Plan.backward
+    monkeypatch.setattr(Plan, "backward", lambda *given: (asked.append(given[-1]), backward(*given))[1])
     q, k, v = tensors(50, 50)
     attend(q, k, v, MIXED, bias=Alibi(torch.ones(4, dtype=torch.float64)), backend=backend).sum().backward()
     attend(

@@ -12,6 +12,7 @@ from torch_geometric.explain import Explanation
 from wrong_arguments import WRONG, Door, faults
 
 import attngraph
+import attngraph.distributed
 import attngraph.hf
 import attngraph.pyg
 from attngraph import (
@@ -299,6 +300,9 @@ DOORS = [
     }),
     Door("pyg.accelerate", attngraph.pyg.accelerate, {"model": torch.nn.Linear(1, 1)}),
     Door("pyg.from_batch", attngraph.pyg.from_batch, {"batch": torch.tensor([0, 0, 1])}),
+    Door("distributed.compare_strategies", attngraph.distributed.compare_strategies, {
+        "graph": Causal(), "n": 64, "ranks": 2, "heads": 2, "kv_heads": None, "head_dim": 8, "dtype": torch.float32,
+    }),
     Door("draw.receptive_field", attngraph.draw.receptive_field, {
         "graphs": [Causal()], "node": 2, "n": 6, "labels": None, "title": None,
     }),

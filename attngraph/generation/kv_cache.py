@@ -26,12 +26,13 @@ from attngraph.graph.patterns import Tree
 from attngraph.graph.text import read, write
 from attngraph.models.saved import EDGES, readable, write_whole
 from attngraph.nn.checks import require_range
-from attngraph.nn.computed import GraphFunction, name_of
+from attngraph.nn.computed import OneGraph, name_of
 from attngraph.nn.padding import padding_in_front
 from attngraph.nn.positions import Rotary
 from attngraph.nn.rope import TRAINED, Rope
 from attngraph.nn.transformer import Transformer
 from attngraph.packing import entries_of
+from attngraph.planning.planner import Plan
 
 AHEAD = 256  # positions for which cos and sin are made at once
 HEADER = "attngraph.KVCache"  # its name in a file's metadata
@@ -411,8 +412,10 @@ def decoder_of(model: nn.Module) -> Transformer:
     return cast(Transformer, found[0])
 
 
-def decodable(graph: Graph | GraphFunction, layer: int, length: int) -> Graph:
+def decodable(graph: OneGraph, layer: int, length: int) -> Graph:
     """The graph of so many nodes, the first of its own, if a text can be continued by it, node after node."""
+    if isinstance(graph, Plan):
+        raise ValueError(f"the graph of layer {layer} is {graph}, which a cache does not continue: give its .graph")
     if not isinstance(graph, Graph):
         raise ValueError(
             f"the graph of layer {layer} is a function of what the layer reads, {name_of(graph)}, which a cache does "
@@ -448,7 +451,7 @@ def _differs_by_entry(graph: Graph) -> bool:
     return entries_of(graph) is not None or any(map(_differs_by_entry, graph._children))
 
 
-def cut(own: Graph | GraphFunction | None, graph: Graph, count: int) -> Graph:
+def cut(own: OneGraph | None, graph: Graph, count: int) -> Graph:
     """The first so many nodes of a graph; of one that is the same at any size, itself."""
     if isinstance(own, Graph) and own.size == (None, None) and not own._unbound:
         return own

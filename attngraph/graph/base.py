@@ -554,9 +554,10 @@ class Graph:
         graph, n, m = at_size(self, n, m)
         if not 0 <= start <= stop <= n:
             raise ValueError(f"spans needs 0 <= start <= stop <= {n}, the number of queries (got {start} and {stop})")
-        part = bind((listing.of_any_head(graph, n, m) if graph.heads else graph).rows(start, stop), stop - start, m)
-        rest, (query, key) = listing.split(part, stop - start, m)
-        return of_boxes.spans(rest, 0, stop - start, m, torch.unique(key[part.contains(query, key)]))
+        part, n = (listing.of_any_head(graph, n, m) if graph.heads else graph).rows(start, stop), stop - start
+        rest, (query, key) = listing.split(part := bind(part, n, m), n, m)
+        _, first, last = of_boxes.spans(rest, Boxes.one(0, n, 0, m), key[part.contains(query, key)])
+        return list(zip(first.tolist(), last.tolist(), strict=True))
 
 
 _FOLLOWS_CONTAINS = {

@@ -32,6 +32,11 @@ class Boxes(NamedTuple):
     left: Tensor
     right: Tensor
 
+    @staticmethod
+    def one(top: int, bottom: int, left: int, right: int) -> Boxes:
+        """A single box."""
+        return Boxes(*torch.tensor([[top], [bottom], [left], [right]], device="cpu"))
+
     @property
     def transposed(self) -> Boxes:
         """The boxes after queries and keys changed places."""
@@ -167,28 +172,40 @@ def _quartered(row: Tensor, column: Tensor, levels: int, rows: int, columns: int
 MAX_SPANS = 1 << 16  # parts of the keys that are undecided
 
 
-def spans(graph: Graph, start: int, stop: int, m: int, heard: Tensor) -> list[tuple[int, int]]:
-    """Ranges of keys outside of which the queries start … stop-1 hear nobody, as (first, stop), ascending.
+def spans(graph: Graph, boxes: Boxes, heard: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Ranges of keys outside of which the queries of each box hear none of its keys: number of the box, first, stop.
 
-    The keys are halved until a part is decided or is one key, or there are too many parts; ranges that touch are one.
-    Some keys are known to be heard besides.
+    Each int64 (ranges,), sorted; ranges of a box that touch are one. Its keys are halved until a part is decided or is
+    one key, or there are too many parts: what is found of a box does not depend on the others. The first box hears some
+    keys besides.
     """
-    left = torch.zeros(1 if start < stop and m else 0, dtype=torch.int64)
-    right, found = torch.full_like(left, m), list(zip(heard.tolist(), (heard + 1).tolist(), strict=True))
-    while len(left):
-        kind = graph._classify_boxes(Boxes(torch.full_like(left, start), torch.full_like(left, stop), left, right))
-        done = (kind != EMPTY) & ((kind == FULL) | (right - left == 1) | (len(left) > MAX_SPANS))
-        found += zip(left[done].tolist(), right[done].tolist(), strict=True)
-        left, right = (side[(kind == PARTIAL) & ~done] for side in (left, right))
+    number = ((boxes.top < boxes.bottom) & (boxes.left < boxes.right)).nonzero()[:, 0]
+    left, right = boxes.left[number], boxes.right[number]
+    heard = left[:0] if heard is None else heard
+    found: list[tuple[Tensor, Tensor, Tensor]] = [(0 * heard, heard, heard + 1)]
+    while len(number):
+        kind = graph._classify_boxes(Boxes(boxes.top[number], boxes.bottom[number], left, right))
+        is_last = (right - left == 1) | (torch.bincount(number)[number] > MAX_SPANS)
+        done = (kind != EMPTY) & ((kind == FULL) | is_last)
+        found.append((number[done], left[done], right[done]))
+        number, left, right = (side[(kind == PARTIAL) & ~done] for side in (number, left, right))
         middle = (left + right) // 2
-        left, right = torch.cat([left, middle]), torch.cat([middle, right])
-    merged: list[tuple[int, int]] = []
-    for first, end in sorted(found):
-        if merged and merged[-1][1] >= first:
-            merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
-        else:
-            merged.append((first, end))
-    return merged
+        number, left, right = number.repeat(2), torch.cat([left, middle]), torch.cat([middle, right])
+    return joined(*(torch.cat(sides) for sides in zip(*found, strict=True)))
+
+
+def joined(number: Tensor, first: Tensor, stop: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Ranges (first, stop) of the same number that touch or overlap, as one; sorted."""
+    if not len(number):
+        return number, first, stop
+    across = int(stop.max()) + 1
+    order = (number * across + first).argsort()
+    number, first, stop = number[order], first[order], stop[order]
+    reached = (number * across + stop).cummax(0).values
+    begins = torch.ones_like(number, dtype=torch.bool)
+    begins[1:] = number[1:] * across + first[1:] > reached[:-1]
+    last = torch.cat([begins[1:].nonzero()[:, 0], number.new_tensor([len(number) - 1])])
+    return number[begins], first[begins], reached[last] - number[begins] * across
 
 
 # ----------------------------------------------------------------------------------------- graphs side by side

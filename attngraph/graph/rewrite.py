@@ -88,6 +88,14 @@ def _rewritten(graph: Graph) -> Graph | None:
             return QuerySlice(a, start + more, start + stop)
         case QuerySlice(Causal(offset), start, _):  # Causal(o).rows(i, j) -> Causal(o + i)
             return Causal(offset + start)
+        case QuerySlice(Sized(Causal(offset), _, m), start, stop):  # the same of Causal(o).sized(n, m)
+            return Causal(offset + start).sized(stop - start, m)
+        case QuerySlice(Sized(Full(), _, m), start, stop):
+            return FULL.sized(stop - start, m)
+        case Transpose(QuerySlice(Transpose(Sized(Causal(offset), n, _)), first, stop)):  # its keys i … j-1
+            return Causal(offset - first).sized(n, stop - first)
+        case Transpose(QuerySlice(Transpose(Sized(Full(), n, _)), first, stop)):
+            return FULL.sized(n, stop - first)
         case WithGlobalNodes(a, 0) | WithGlobalNodes(Full() as a):  # no global nodes, or all pairs as it is -> a
             return a
         case Sized(Sized(a)):  # a.sized(…).sized(n, m) -> a.sized(n, m)

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from attngraph.arguments import checked, shown
-from attngraph.graph.base import Graph
 from attngraph.graph.text import parse, parse_list, written
 from attngraph.hf.families import FAMILIES, TRANSPOSED, Family, Form
 from attngraph.hf.made import as_family
@@ -33,7 +32,7 @@ from attngraph.models.saved import (
     transformers,
     write_whole,
 )
-from attngraph.nn.computed import GraphFunction
+from attngraph.nn.computed import OneGraph
 
 CONFIG = "config.json"
 OURS = (
@@ -138,7 +137,7 @@ def save(model: nn.Module, path: str | os.PathLike, *, family: str | None = None
     write_whole(folder / CONFIG, lambda new: new.write_text(config, encoding="utf-8"))
 
 
-def _text(graph: Graph | GraphFunction) -> str:
+def _text(graph: OneGraph) -> str:
     """A graph as text that is read again as the same one."""
     graph = no_function(graph)
     return readable(graph, written(graph), parse)

@@ -97,6 +97,15 @@ Normalizer = Literal["softmax", "sigmoid", "none", "relu", "squared_relu"]
 """How scores become weights: over the edges of a query, or each by itself: 1 / (1 + e⁻ˢ), s, max(s, 0), max(s, 0)²."""
 
 
+class NodeNumbers(NamedTuple):
+    """The numbers that the nodes at hand have in a larger graph, on the device of q."""
+
+    queries: Tensor
+    """int64 (N,)."""
+    keys: Tensor
+    """int64 (M,)."""
+
+
 class Dropout(NamedTuple):
     """Which weights are dropped; see `kernels.dropout`."""
 
@@ -105,6 +114,8 @@ class Dropout(NamedTuple):
     """int64 (), at least 0, on the device of q."""
     heads: Tensor | None = None
     """int64 (H,), on the device of q: the numbers that the heads at hand have among those of the call. None: 0, 1, …"""
+    nodes: NodeNumbers | None = None
+    """Those of the nodes, which the random numbers go by. None: 0, 1, …"""
 
 
 class Modifiers(NamedTuple):

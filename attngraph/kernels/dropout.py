@@ -35,7 +35,12 @@ def keep_factor(p: float) -> float:
 
 
 def kept(dropout: Dropout, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-    """Which weights are kept: int64 numbers that broadcast to one shape → bool of that shape."""
+    """Which weights are kept: int64 numbers that broadcast to one shape → bool of that shape.
+
+    Queries and keys are those at hand; they count by the numbers that `Dropout.nodes` gives them.
+    """
+    if dropout.nodes is not None:
+        query, key = dropout.nodes.queries[query], dropout.nodes.keys[key]
     words = philox(dropout.seed.to(key.device), (key // 64 * 16 + key % 16, query, batch, head))
     lane, word = key // 16 % 4, words[0]
     for number in (1, 2, 3):

@@ -21,10 +21,11 @@ from attngraph.arguments import checked, shown
 from attngraph.graph.base import Graph
 from attngraph.graph.edge_list import EdgeList
 from attngraph.graph.text import read, write
-from attngraph.nn.computed import GraphFunction
+from attngraph.nn.computed import OneGraph
 from attngraph.nn.embedding import AudioEmbedding, PatchEmbedding, TokenEmbedding
 from attngraph.nn.told import short
 from attngraph.nn.transformer import Transformer, TransformerConfig
+from attngraph.planning.planner import Plan
 
 WEIGHTS = "model.safetensors"
 HEADER = "attngraph"  # its name in the file's metadata
@@ -223,23 +224,23 @@ PARTS = {
 }  # fmt: skip
 
 
-def _texts(graphs: Sequence[Graph | GraphFunction], listed: list[EdgeList]) -> list[str]:
+def _texts(graphs: Sequence[OneGraph], listed: list[EdgeList]) -> list[str]:
     """Of each layer; what several share is looked at once."""
     texts = {number: _text(graph, listed) for number, graph in {id(graph): graph for graph in graphs}.items()}
     return [texts[id(graph)] for graph in graphs]
 
 
-def _text(graph: Graph | GraphFunction, listed: list[EdgeList]) -> str:
+def _text(graph: OneGraph, listed: list[EdgeList]) -> str:
     """A graph as text, in which the edges of those that are listed are numbers."""
     graph = no_function(graph)
     text = write(graph, listed)
     return readable(graph, text, lambda text: read(text, [each.given for each in listed]))
 
 
-def no_function(graph: Graph | GraphFunction) -> Graph:
-    """The graph; ValueError for a function that makes graphs."""
-    if isinstance(graph, Graph):
-        return graph
+def no_function(graph: OneGraph) -> Graph:
+    """The graph, or that of a plan; ValueError for a function that makes graphs."""
+    if isinstance(graph, Graph | Plan):
+        return graph if isinstance(graph, Graph) else graph.graph
     raise ValueError(
         f"{short(graph)} can't be saved, as it is no graph: keep model.state_dict(), and load it into a model that is "
         f"made with the same function"

@@ -12,7 +12,7 @@ from attngraph.arguments import checked
 from attngraph.graph.algebra import Full
 from attngraph.graph.base import Graph, require_ints
 from attngraph.models.saved import Model
-from attngraph.nn.computed import GraphFunction, Graphs, is_one
+from attngraph.nn.computed import Graphs, OneGraph, is_one
 from attngraph.nn.embedding import PatchEmbedding
 from attngraph.nn.padding import padding_mask
 from attngraph.nn.transformer import Biases, Transformer, TransformerConfig
@@ -122,7 +122,7 @@ def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
     return pair
 
 
-def _with_cls(graph: Graph | GraphFunction, patches: int) -> Graph | GraphFunction:
+def _with_cls(graph: OneGraph, patches: int) -> OneGraph:
     """The graph of the patches and a CLS node in front."""
     return (
         graph if graph == Full() or not isinstance(graph, Graph) else graph.sized(patches, patches).with_global_nodes(1)

@@ -17,6 +17,7 @@ from attngraph.kernels.scoring import NORMALIZER_NAMES, Additive
 from attngraph.nn.cached import CachedLayer
 from attngraph.nn.checks import require_vectors
 from attngraph.nn.positions import rotate
+from attngraph.planning.planner import Plan
 
 Rotation = tuple[Tensor, Tensor]
 """cos and sin, as `Rotary` gives them."""
@@ -107,7 +108,7 @@ class Attention(nn.Module):
     def forward(
         self,
         x: Tensor,
-        graph: Graph,
+        graph: Graph | Plan,
         memory: Tensor | None = None,
         *,
         bias: Bias | Tensor | None = None,
@@ -128,6 +129,8 @@ class Attention(nn.Module):
         if memory is not None:
             require_vectors("memory", memory, self.key.in_features)
         if cache is not None:
+            if isinstance(graph, Plan):
+                raise ValueError(f"a call with a cache needs a graph (got {graph}): give its .graph")
             if return_weights:
                 raise ValueError(
                     "weights are not known in a call with a cache (return_weights=True, or record): run the whole text "
@@ -138,7 +141,7 @@ class Attention(nn.Module):
             isinstance(rotary, tuple | list) and [isinstance(side, Tensor) for side in rotary] == [True, True]
         ):
             raise TypeError(f"rotary must be two tensors, (cos, sin), as Rotary gives them (got {shown(rotary)})")
-        start = None if rotary is None else query_offset(graph)
+        start = None if rotary is None or isinstance(graph, Plan) else query_offset(graph)
         q, k, v = self.project(x, x if memory is None else memory, rotary, start)
         dropout_p = self.dropout if self.training else 0.0
         found = attend(

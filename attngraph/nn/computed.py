@@ -10,17 +10,21 @@ from torch import Tensor
 
 from attngraph.arguments import shown
 from attngraph.graph.base import Graph
+from attngraph.planning.planner import Plan
 
 GraphFunction = Callable[[Tensor], Graph]
 """What a layer's attention reads, (B, N, embed_dim) → who hears whom: one graph, or one for each entry of the batch."""
 
-Graphs = Graph | GraphFunction | Sequence[Graph | GraphFunction]
+OneGraph = Graph | Plan | GraphFunction
+"""Of one layer: a graph; a plan of one, as `attngraph.distributed` makes them; or a function."""
+
+Graphs = OneGraph | Sequence[OneGraph]
 """Of all layers, or a list of one for each."""
 
 
-def is_one(graph: object) -> TypeGuard[Graph | GraphFunction]:
-    """Whether it is a graph or a function, rather than a list of them. A class makes no graphs of vectors."""
-    return isinstance(graph, Graph) or (callable(graph) and not isinstance(graph, type))
+def is_one(graph: object) -> TypeGuard[OneGraph]:
+    """Whether it is one of a layer, rather than a list of them. A class makes no graphs of vectors."""
+    return isinstance(graph, Graph | Plan) or (callable(graph) and not isinstance(graph, type))
 
 
 def name_of(function: GraphFunction) -> str:
@@ -29,16 +33,17 @@ def name_of(function: GraphFunction) -> str:
     return f"<function {getattr(named, '__qualname__', type(named).__qualname__)}>"
 
 
-def graph_of(graph: Graph | GraphFunction, x: Tensor) -> Graph:
+def graph_of(graph: OneGraph, x: Tensor) -> Graph | Plan:
     """The graph, or what the function makes of x."""
-    if isinstance(graph, Graph):
+    if isinstance(graph, Graph | Plan):
         return graph
     if torch.compiler.is_compiling():  # it would make programs of what lies between the numbers it asks for
-        return torch.compiler.disable()(_made)(graph, x)
-    return _made(graph, x)
+        return torch.compiler.disable()(made_of)(graph, x)
+    return made_of(graph, x)
 
 
-def _made(graph: GraphFunction, x: Tensor) -> Graph:
+def made_of(graph: GraphFunction, x: Tensor) -> Graph:
+    """What the function makes of x."""
     made = graph(x)
     if not isinstance(made, Graph):
         raise TypeError(f"graph must be a function that returns a Graph: {name_of(graph)} returned {shown(made)}")

@@ -12,25 +12,27 @@ from typing import Any
 from torch import nn
 
 from attngraph.graph.base import Graph
-from attngraph.nn.computed import GraphFunction, name_of
+from attngraph.nn.computed import OneGraph, name_of
+from attngraph.planning.planner import Plan
 
 LONGEST, MOST = 160, 8  # characters of a graph, and lines of graphs
 
 
-def short(graph: Graph | GraphFunction) -> str:
+def short(graph: OneGraph) -> str:
     """A graph as one line; what is cut off is told apart by its hash. That functions are numbered says nothing."""
+    graph = graph.graph if isinstance(graph, Plan) else graph
     if not isinstance(graph, Graph):
         return name_of(graph)
     text = re.sub(r", number \d+>", ">", str(graph))
     return text if len(text) <= LONGEST else f"{text[:LONGEST]}… ({hashlib.sha256(text.encode()).hexdigest()[:8]})"
 
 
-def by_layer(graphs: Sequence[Graph | GraphFunction]) -> str:
+def by_layer(graphs: Sequence[OneGraph]) -> str:
     """Who hears whom, a line for each run of layers that have one graph."""
     return "\n".join(_lines(_texts(graphs)))
 
 
-def _texts(graphs: Sequence[Graph | GraphFunction]) -> list[str]:
+def _texts(graphs: Sequence[OneGraph]) -> list[str]:
     texts = {number: short(graph) for number, graph in {id(graph): graph for graph in graphs}.items()}
     return [texts[id(graph)] for graph in graphs]
 

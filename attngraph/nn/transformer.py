@@ -20,12 +20,13 @@ from attngraph.kernels.scoring import NORMALIZER_NAMES
 from attngraph.nn.attention import Attention
 from attngraph.nn.cached import Cached, CachedLayer
 from attngraph.nn.checks import require_vectors, values_known
-from attngraph.nn.computed import GraphFunction, Graphs, graph_of, is_one
+from attngraph.nn.computed import Graphs, OneGraph, graph_of, is_one, made_of
 from attngraph.nn.dropout import dropout
 from attngraph.nn.feedforward import ACTIVATIONS, FeedForward
 from attngraph.nn.padding import joint_padding_mask, padding_in_front, padding_mask, positions_of, rolled
 from attngraph.nn.positions import AlibiPositions, LearnedPositions, RelativePositions, Rotary, SinusoidalPositions
 from attngraph.nn.told import by_layer, tell_graphs
+from attngraph.planning.planner import Plan
 
 Placed = tuple[Tensor, tuple[Tensor, Tensor] | None, Alibi | RelativeBias | None]
 """Nodes, cos and sin, and a bias: what tells them where they stand."""
@@ -208,7 +209,7 @@ class Block(nn.Module):
     def forward(
         self,
         x: Tensor,
-        graph: Graph | GraphFunction,
+        graph: OneGraph,
         *,
         bias: Bias | Tensor | None = None,
         attention_mask: Tensor | None = None,
@@ -305,8 +306,9 @@ class Transformer(nn.Module):
             bias: added to the scores, as in `attend`, such as `EdgeBias.of(edge_index, values)`: one for all layers, or
                 a list of one (or None) for each. Not in a model whose positions are a bias, "alibi" or "relative".
             positions: integers (N,) or (B, N), as for documents in a pack, each of which begins at 0; by default they
-                count from each row's first real node. For learned, sinusoidal and rotary positions; the others go by
-                the distance of nodes, which in a pack is the same.
+                count from each row's first real node; with a plan of `distribute` they are the numbers of its nodes.
+                For learned, sinusoidal and rotary positions; the others go by the distance of nodes, which in a pack
+                is the same.
             attention_mask: bool or integers 0 and 1, (B, N): True or 1 for real nodes, False or 0 for padding, which
                 nobody hears. Without `positions`, the places of a graph of any size (`Prefix`, `Chunks`) are counted
                 from each row's first real node too; a graph that knows its size names these very nodes, and so does a
@@ -365,6 +367,8 @@ class Transformer(nn.Module):
         memory_mask = None
         if memory is not None:
             memory_mask = padding_mask("memory_attention_mask", memory_attention_mask, memory)
+        if positions is None and self.takes_positions:
+            positions = next((each.nodes for each in graphs if isinstance(each, Plan)), None)
         if positions is None and mask is None and self.config.position == "learned":
             self._check_length(num_queries)
         skipped = self._skipped(mask, positions, graphs, biases)
@@ -412,7 +416,7 @@ class Transformer(nn.Module):
         self,
         x: Tensor,
         placed: Placed,
-        graphs: Sequence[Graph | GraphFunction],
+        graphs: Sequence[OneGraph],
         biases: Sequence[Bias | Tensor | None],
         caches: Sequence[CachedLayer | None],
         **options: Any,
@@ -429,7 +433,7 @@ class Transformer(nn.Module):
         self,
         mask: Tensor | None,
         positions: Tensor | None,
-        graphs: Sequence[Graph | GraphFunction],
+        graphs: Sequence[OneGraph],
         biases: Sequence[Bias | Tensor | None],
     ) -> Tensor | None:
         """How many nodes in front of each row's first real one go behind, (B, 1), so that its places in the graph are
@@ -510,7 +514,7 @@ class Transformer(nn.Module):
             super().__setattr__(name, value)
 
     @property
-    def graphs(self) -> tuple[Graph | GraphFunction, ...]:
+    def graphs(self) -> tuple[OneGraph, ...]:
         """Who hears whom, for each layer; set it to one graph, or function, for all layers, or to one for each."""
         return self._graphs
 
@@ -521,7 +525,7 @@ class Transformer(nn.Module):
         if modules := dict.fromkeys(each for each in self._graphs if isinstance(each, nn.Module)):
             self.graph_modules = nn.ModuleList(modules)
 
-    def _per_layer(self, graph: Graphs) -> tuple[Graph | GraphFunction, ...]:
+    def _per_layer(self, graph: Graphs) -> tuple[OneGraph, ...]:
         """One graph, or function, for each layer."""
         layers, heads = self.config.num_layers, self.config.num_heads
         graphs = (graph,) * layers if is_one(graph) else tuple(cast(Sequence, graph)) if _is_list(graph) else ()
@@ -569,11 +573,13 @@ def _is_list(graph: object) -> bool:
     return isinstance(graph, Iterable) and not isinstance(graph, Tensor)
 
 
-def _beside(memory_graph: Graph, graph: Graph | GraphFunction) -> Graph | GraphFunction:
+def _beside(memory_graph: Graph, graph: OneGraph) -> OneGraph:
     """The nodes of a memory beside those that hear each other."""
+    if isinstance(graph, Plan):
+        raise ValueError("a memory beside the nodes needs a graph of both, not a plan of one")
     if isinstance(graph, Graph):
         return Beside(memory_graph, graph)
-    return lambda x: Beside(memory_graph, graph_of(graph, x))
+    return lambda x: Beside(memory_graph, made_of(graph, x))
 
 
 def _memory_positions(positions: Tensor | None, mask: Tensor | None, memory: Tensor) -> Tensor:

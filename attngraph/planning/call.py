@@ -46,6 +46,8 @@ class Call(NamedTuple):
     """The dimension of the features of edges that are added to keys; 0 where there are none."""
     value_features: int = 0
     """The same of values."""
+    renumbered: bool = False
+    """Whether dropout goes by other numbers of nodes than 0, 1, …: `contract.NodeNumbers`."""
     return_lse: bool = False
     """The last, as one plan serves both."""
 

@@ -29,14 +29,12 @@ from attngraph.kernels.contract import (
     Transform,
 )
 from attngraph.kernels.memory import DTYPES, apart, like, nodes_first
-from attngraph.kernels.merge import merge
 from attngraph.kernels.scoring import LeakyReLU, SoftCap
 from attngraph.planning.backends import BACKENDS, chooser_for
 from attngraph.planning.backends.base import INSTALLED, Results
 from attngraph.planning.call import Call, Request
-from attngraph.planning.candidates import Part
 from attngraph.planning.layouts.materialized import edges_of_heads
-from attngraph.planning.planner import Plan, fitted, planned, planned_once
+from attngraph.planning.planner import Plan, planned, planned_once
 
 
 def run(q: Tensor, k: Tensor, v: Tensor, bias: Bias | None, request: Request, plan: Plan, call: Call) -> Results:
@@ -47,8 +45,8 @@ def run(q: Tensor, k: Tensor, v: Tensor, bias: Bias | None, request: Request, pl
     q, k = (q, k) if plan.takes_no_dims else _with_dims(q, k)
     by_torch = plan.parts and not plan.parts[0].backend.merges  # it differentiates the forward pass
     if by_torch or not torch.is_grad_enabled():
-        return _merged(q, k, v, bias, request, lambda *sides: _forward_call(_Sides(*sides[:-1]), sides[-1], plan))
-    return _merged(q, k, v, bias, request, lambda *sides: _Attention.apply(*sides, plan))
+        return _merged(q, k, v, bias, request, plan, lambda *sides: _forward_call(_Sides(*sides[:-1]), sides[-1], plan))
+    return _merged(q, k, v, bias, request, plan, lambda *sides: _Attention.apply(*sides, plan))
 
 
 def run_traced(
@@ -56,15 +54,13 @@ def run_traced(
 ) -> Results:
     """The same in a program that is being compiled: as one operator, which looks its plan up when it runs."""
     q, k = _with_dims(q, k)
-    return _merged(q, k, v, bias, request, lambda *sides: attend_forward(*sides[:-1], *sides[-1], *pack(graph), name))
+    attention = lambda *sides: attend_forward(*sides[:-1], *sides[-1], *pack(graph), name)  # noqa: E731
+    return _merged(q, k, v, bias, request, graph, attention)
 
 
 def _with_dims(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
     """Of no numbers, whose scores are all 0, as vectors of one number that is."""
     return (q, k) if q.shape[3] else (pad(q, (0, 1)), pad(k, (0, 1)))
-
-
-Terms = tuple[Tensor | None, Tensor | None, Tensor | None]  # those of `EdgeTerms`, e, K and V, or nothing
 
 
 class _Sides(NamedTuple):
@@ -113,12 +109,14 @@ class _Options(NamedTuple):
         return Modifiers(self.scale, bias, sides.attention_mask, transform, self.normalize, dropout, edges)  # type: ignore[arg-type]
 
 
-def _merged(q: Tensor, k: Tensor, v: Tensor, bias: Bias | None, request: Request, attention: Any) -> Results:
+def _merged(
+    q: Tensor, k: Tensor, v: Tensor, bias: Bias | None, request: Request, graph: Graph | Plan, attention: Any
+) -> Results:
     """`attention`(*sides, options) → out, lse, with what a bias adds to all keys."""
     e, to_key, to_value = (None, None, None) if request.edge_features is None else request.edge_features[:3]
     if not (value_dim := v.shape[3]):
         v, to_value = pad(v, (0, 1)), None
-    of_keys, of_query = score_bias(bias, q, k)
+    of_keys, of_query = graph.score_bias(bias, q, k) if isinstance(graph, Plan) else score_bias(bias, q, k)
     transform, normalize, dropout = request.parts.transform, str(request.normalize), request.dropout
     if of_query is not None and (transform is not None or normalize != "softmax"):  # as one more number of each vector
         q = torch.cat([q, (of_query / request.scale).to(q.dtype).expand(*q.shape[:3], 1)], 3)
@@ -179,7 +177,7 @@ def _differentiable_gradients(dout, dlse, sides: _Sides, options: _Options, plan
     layout = edges_of_heads(plan.graph, q.shape[2], k.shape[2], q.device)
     own = apart(*sides.differentiable)
     with _without_autocast(q.device.type):
-        exact = sides.with_differentiable(_kernel_precision(None, *own))
+        exact = sides.with_differentiable(kernel_precision(None, *own))
         modifiers, bias = options.modifiers(exact), None
         if modifiers.bias is not None:
             bias = EdgeBias.sorted(modifiers.bias.over_edges(layout.query, layout.key, q.shape[2]))
@@ -206,8 +204,8 @@ def _forward_call(sides: _Sides, options: _Options, plan: Plan) -> tuple[Tensor,
     if sides.e is not None:
         require_edges(sides.e, plan.edge_values)
     with _without_autocast(q.device.type):
-        exact = sides.with_differentiable(_kernel_precision(plan, *sides.differentiable))
-        out, lse = _forward(plan, *exact[:3], options.modifiers(exact))
+        exact = sides.with_differentiable(kernel_precision(plan, *sides.differentiable))
+        out, lse = plan.forward(*exact[:3], options.modifiers(exact))
     return _laid_out(out.to(q.dtype), q), lse.contiguous()
 
 
@@ -217,12 +215,12 @@ def _backward_call(
     """The gradients, from (dout, dlse, out, lse); of the values of a bias and of e only where asked for."""
     dout, dlse, out, lse = results
     with _without_autocast(dout.device.type):
-        *own, dout_, out_ = _kernel_precision(plan, *sides.differentiable, dout, out)
+        *own, dout_, out_ = kernel_precision(plan, *sides.differentiable, dout, out)
         exact = sides.with_differentiable(own)
         modifiers = options.modifiers(exact)
         if modifiers.edges is not None:
             modifiers = modifiers._replace(edges=modifiers.edges._replace(needs_grad=edge_grad))
-        dq, dk, dv, dbias, dedges = _backward(plan, *exact[:3], out_, lse, dout_, dlse, modifiers, bias_grad)
+        dq, dk, dv, dbias, dedges = plan.backward(*exact[:3], out_, lse, dout_, dlse, modifiers, bias_grad)
     dq, dk, dv = (_laid_out(part.to(side.dtype), side) for part, side in zip((dq, dk, dv), sides[:3], strict=True))
     found = zip((dbias, *dedges), sides[3:NUM_GRADIENTS], strict=True)
     dbias, *dedges = (x if x is None or side is None else x.to(side.dtype) for x, side in found)
@@ -240,17 +238,13 @@ def _laid_out(x: Tensor, other: Tensor) -> Tensor:
     return x.transpose(1, 2).contiguous().transpose(1, 2) if nodes_first(other) else x.contiguous()
 
 
-def _kernel_precision(plan: Plan | None, *sides: Any) -> list[Any]:
+def kernel_precision(plan: Plan | None, *sides: Any) -> list[Any]:
     """Half precision as float32, but where all kernels of the plan take it as it is."""
     dtype, device = sides[0].dtype, sides[0].device.type
-    if dtype in DTYPES or (device == "cuda" and INSTALLED["triton"]) or (device == "cpu" and _takes_half(plan)):
+    takes_half = INSTALLED["triton"] if device == "cuda" else device == "cpu" and plan is not None and plan.takes_half
+    if dtype in DTYPES or takes_half:
         return list(sides)
     return [side if side is None else side.to(torch.promote_types(side.dtype, torch.float32)) for side in sides]
-
-
-def _takes_half(plan: Plan | None) -> bool:
-    """Whether one kernel that takes half precision runs a whole plan."""
-    return plan is not None and len(plan.parts) == 1 and plan.parts[0].is_all and plan.parts[0].backend.takes_half
 
 
 # ------------------------------------------------------------------------------------------ in compiled programs
@@ -283,7 +277,7 @@ class _Known(NamedTuple):
         )  # fmt: skip
         if folded is not None:
             return _Known(planned_once(folded.graph, call, name), folded)
-        return _Known(fitted(found, call) if isinstance(found, Plan) else planned(found, call, name), None)
+        return _Known(found.fitted(call) if isinstance(found, Plan) else planned(found, call, name), None)
 
 
 @torch.library.custom_op("attngraph::attend_forward", mutates_args=())
@@ -371,150 +365,3 @@ def _not_twice(ctx: Any, *gradients: Tensor) -> None:
 
 attend_forward.register_autograd(_gradients, setup_context=_save)
 attend_backward.register_autograd(_not_twice)
-
-
-# -------------------------------------------------------------------------------------------- part after part
-
-
-def _parts(plan: Plan, q: Tensor, k: Tensor) -> tuple[Part, ...]:
-    """The parts that have anything to compute."""
-    return plan.parts if q.shape[:3].numel() and k.shape[2] else ()
-
-
-def _forward(plan: Plan, q, k, v, modifiers: Modifiers) -> tuple[Tensor, Tensor]:
-    parts = _parts(plan, q, k)
-    if len(parts) == 1 and parts[0].is_all:
-        return parts[0].backend.forward(q, k, v, parts[0].layout, modifiers)
-    exact = torch.promote_types(q.dtype, torch.float32)
-    out = lse = None
-    if not parts or parts[0].heads:  # else the first part's results are the first sums
-        out = q.new_zeros(*q.shape[:3], v.shape[3], dtype=exact)
-        lse = q.new_full(q.shape[:3], -torch.inf, dtype=exact)
-    for part in parts:
-        view = _View(part, q, k)
-        sides = view.queries(q), view.keys(k), view.keys(v)
-        part_out, part_lse = part.backend.forward(*sides, part.layout, view.modifiers(modifiers))
-        part_out, part_lse = view.in_own_order(part_out).to(exact), view.in_own_order(part_lse).to(exact)
-        if out is None or lse is None:
-            out, lse = part_out, part_lse
-        elif modifiers.normalize != "softmax":  # each weight by itself: sums add up
-            out.index_add_(1, view.heads, part_out)
-        elif part.heads is None:
-            merge(out, lse, part_out, part_lse)
-        else:
-            heads_out, heads_lse = out[:, view.heads], lse[:, view.heads]
-            merge(heads_out, heads_lse, part_out, part_lse)
-            out[:, view.heads], lse[:, view.heads] = heads_out, heads_lse
-    assert out is not None
-    assert lse is not None
-    return out, lse
-
-
-def _backward(plan: Plan, q, k, v, out, lse, dout, dlse, modifiers: Modifiers, bias_grad: bool) -> Gradients:
-    parts, bias = _parts(plan, q, k), modifiers.bias
-    if len(parts) == 1 and parts[0].is_all:
-        return parts[0].backend.backward(q, k, v, out, lse, dout, dlse, parts[0].layout, modifiers, bias_grad)
-    exact, totals, dbias = torch.promote_types(q.dtype, torch.float32), None, None
-    if not parts or parts[0].heads:
-        totals = [torch.zeros_like(side, dtype=exact) for side in (q, k, v)]
-    if bias_grad and bias is not None:
-        dbias = torch.zeros_like(bias.values, dtype=torch.promote_types(bias.values.dtype, torch.float32))
-    terms = (None, None, None) if modifiers.edges is None else modifiers.edges[:3]
-    de, dto_key, dto_value = (x if x is None else torch.zeros_like(x) for x in terms)
-    for part in parts:
-        view = _View(part, q, k)
-        part_out, part_lse, part_dout = (view.queries(side) for side in (out, lse, dout))
-        part_dlse = None if dlse is None else view.queries(dlse)
-        *gradients, part_dbias, part_dedges = part.backend.backward(
-            view.queries(q), view.keys(k), view.keys(v), part_out, part_lse, part_dout, part_dlse,
-            part.layout, view.modifiers(modifiers), bias_grad,
-        )  # fmt: skip
-        gradients = [view.in_own_order(side).to(exact) for side in gradients]
-        if totals is None:
-            totals = gradients
-        else:
-            heads = view.heads, view.key_heads, view.key_heads
-            for total, own, side in zip(totals, heads, gradients, strict=True):
-                total.index_add_(1, own, side) if part.heads else total.add_(side)
-        if dbias is not None and bias is not None and part_dbias is not None:
-            view.add_bias_gradient(dbias, bias.kind, part_dbias)
-        view.add_edge_gradients((de, dto_key, dto_value), part_dedges)
-    assert totals is not None
-    dq, dk, dv = totals
-    return Gradients(dq, dk, dv, dbias, (de, dto_key, dto_value))
-
-
-class _View:
-    """What one part of a plan sees: its heads, its nodes in its order, its edges."""
-
-    def __init__(self, part: Part, q: Tensor, k: Tensor):
-        group = q.shape[1] // k.shape[1]
-        self.part = part
-        self.heads = torch.tensor(part.heads or range(q.shape[1]), device=q.device)
-        # With heads of its own, each query head has its key head beside it; else the groups stay together.
-        self.key_heads = self.heads // group if part.heads else torch.arange(k.shape[1], device=q.device)
-        self.order = None if part.order is None else part.order.to(q.device)
-        self.edges = None if part.edge_numbers is None else part.edge_numbers.to(q.device)
-
-    def queries(self, x: Tensor) -> Tensor:
-        """Of x (B, H, N, …), the heads and nodes of this part."""
-        x = x.index_select(1, self.heads) if self.part.heads else x
-        return x if self.order is None else x.index_select(2, self.order)
-
-    def keys(self, x: Tensor) -> Tensor:
-        """Of x (B, Hkv, M, …), the same."""
-        x = x.index_select(1, self.key_heads) if self.part.heads else x
-        return x if self.order is None else x.index_select(2, self.order)
-
-    def in_own_order(self, x: Tensor) -> Tensor:
-        """Results of this part, (B, H, N, …), the nodes in the order of the graph again."""
-        if self.order is None:
-            return x
-        place = torch.empty_like(self.order).scatter_(0, self.order, torch.arange(x.shape[2], device=x.device))
-        return x.index_select(2, place)
-
-    def modifiers(self, modifiers: Modifiers) -> Modifiers:
-        """Those of this part's heads, nodes and edges."""
-        mask = modifiers.attention_mask
-        if mask is not None and self.order is not None:
-            mask = mask.index_select(1, self.order)
-        dropout = modifiers.dropout
-        if dropout is not None and self.part.heads:
-            dropout = dropout._replace(heads=self.heads)
-        bias, edges = self._bias(modifiers.bias), self._terms(modifiers.edges)
-        return modifiers._replace(bias=bias, attention_mask=mask, dropout=dropout, edges=edges)
-
-    def _terms(self, terms: EdgeTerms | None) -> EdgeTerms | None:
-        """Those of this part's heads and edges."""
-        if terms is None or not self.part.heads:
-            return terms
-        to_key, to_value = (x if x is None else x[self.key_heads] for x in (terms.to_key, terms.to_value))
-        values = terms.values if self.edges is None else terms.values.index_select(1, self.edges)
-        return terms._replace(values=values, to_key=to_key, to_value=to_value)
-
-    def _bias(self, bias: ScoreBias | None) -> ScoreBias | None:
-        """The values of this part's heads and edges."""
-        if bias is None or not self.part.heads:
-            return bias
-        axis = 0 if bias.kind == "offset" else 1
-        values = bias.values.index_select(axis, self.heads) if bias.values.shape[axis] > 1 else bias.values
-        return ScoreBias(bias.kind, values if self.edges is None or bias.kind != "edge" else values[..., self.edges])
-
-    def add_bias_gradient(self, total: Tensor, kind: BiasKind, gradient: Tensor) -> None:
-        """Add the gradient of `bias` to that of all heads and edges."""
-        gradient = gradient.to(total.dtype)
-        if self.edges is not None and kind == "edge":  # the features of edges need their numbers too
-            of_all_edges = gradient.new_zeros(*gradient.shape[:-1], total.shape[-1])
-            gradient = of_all_edges.index_copy_(-1, self.edges, gradient)
-        axis = 0 if kind == "offset" else 1
-        if self.part.heads and total.shape[axis] > 1:
-            total.index_add_(axis, self.heads, gradient)
-        else:
-            total += gradient
-
-    def add_edge_gradients(self, totals: Terms, gradients: Terms) -> None:
-        """Add the gradients of `EdgeTerms` to those of all heads and edges."""
-        places = (1, self.edges), (0, self.key_heads), (0, self.key_heads)
-        for total, gradient, (axis, own) in zip(totals, gradients, places, strict=True):
-            if total is not None and gradient is not None:
-                total.add_(gradient) if own is None else total.index_add_(axis, own, gradient)

@@ -10,20 +10,22 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from itertools import count
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from attngraph import cache
 from attngraph.arguments import checked
+from attngraph.bias import Bias, placed, score_bias
+from attngraph.edge_features import EdgeFeatures, edge_terms
 from attngraph.graph.base import Graph, at_size, require_ints
 from attngraph.graph.dynamic import alike
 from attngraph.graph.edge_list import EdgeList
 from attngraph.graph.listing import count_edges, of_each_head
 from attngraph.graph.patterns import Causal
 from attngraph.graph.rewrite import simplify
-from attngraph.kernels.contract import BiasKind
+from attngraph.kernels.contract import BiasKind, EdgeTerms, Gradients, Modifiers, ScoreBias
 from attngraph.kernels.scoring import (
     ANY_FUNCTION,
     NORMALIZER_NAMES,
@@ -33,7 +35,7 @@ from attngraph.kernels.scoring import (
     require_function,
     score_name,
 )
-from attngraph.planning import backends, explain
+from attngraph.planning import backends, explain, in_parts
 from attngraph.planning.backends import BACKENDS, Backend, kernel_for
 from attngraph.planning.backends.base import only_fused_attention
 from attngraph.planning.call import Call, normalizer_name
@@ -132,10 +134,87 @@ class Plan:
         """Whether keys may be of dimension 0."""
         return all(part.backend.takes_no_dims for part in self.parts)
 
+    @cached_property
+    def takes_half(self) -> bool:
+        """Whether it takes half precision as it is on a CPU, as one kernel that does runs all of it."""
+        return len(self.parts) == 1 and self.parts[0].is_all and self.parts[0].backend.takes_half
+
+    def score_bias(self, bias: Bias | None, q: Tensor, k: Tensor) -> tuple[ScoreBias | None, Tensor | None]:
+        """A bias as `forward` takes it; and apart what is the same for all keys of a query: `bias.score_bias`."""
+        return score_bias(bias, q, k)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, modifiers: Modifiers) -> tuple[Tensor, Tensor]:
+        """As `in_parts.forward`."""
+        return in_parts.forward(self.parts, q, k, v, modifiers)
+
+    def backward(
+        self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None,
+        modifiers: Modifiers, bias_grad: bool,
+    ) -> Gradients:  # fmt: skip
+        """As `in_parts.backward`."""
+        return in_parts.backward(self.parts, q, k, v, out, lse, dout, dlse, modifiers, bias_grad)
+
     def require_unchanged(self) -> None:
         """Raise if what the graph's functions read has changed since, so that its edges may be others."""
         if self.graph._may_change and self._state != self.graph._state():
             raise ValueError(f"what {self.graph} reads has changed since the plan was made: make a new one")
+
+    def fitted(self, call: Call, name: str = "auto") -> Plan:
+        """A plan that was made by hand, for a call of another dtype too; raise if it can't run the call."""
+        if self.stands_for is not None:
+            raise ValueError(
+                f"a plan of {self.stands_for} tells what to expect, as queries and keys choose its edges at each call: "
+                f"attend with the graph itself"
+            )
+        self.require_sizes(call)
+        if call.bias not in (None, self.call.bias):
+            made = f"the plan was made for bias={self.call.bias!r}"
+            raise ValueError(f"{made} (got one of kind {call.bias!r}): plan(…, bias={call.bias!r})")
+        if call.edge_features and not self.call.edge_features:
+            F = max(call.key_features, call.value_features)
+            raise ValueError(f"the plan was made for edges without features: plan(…, edge_features={F})")
+        if name != "auto":
+            raise ValueError(
+                f"a plan has chosen its backends: leave out backend={name!r}, or plan(…, backend={name!r})"
+            )
+        self.require_unchanged()
+        call = call._replace(part=call.part or not self.runs_whole(call))
+        reasons = [reason for part in self.parts if (reason := part.backend.supports(call)) is not None]
+        if not self.parts and (reason := only_fused_attention(call)) is not None:
+            raise _not_made_for(self, call, reason)
+        if not reasons:
+            return self
+        others = [_another_kernel(part.backend, call) for part in self.parts]
+        if any(other is None for other in others):
+            raise _not_made_for(self, call, reasons[0])
+        parts = zip(self.parts, others, strict=True)
+        return replace(self, parts=tuple(replace(part, backend=other) for part, other in parts))
+
+    def require_sizes(self, call: Call) -> None:
+        """Raise unless it was made for so many nodes and heads, on this device."""
+        made, given = ((each.num_queries, each.num_keys, each.heads) for each in (self.call, call))
+        if made != given or call.device != self.call.device:
+            raise ValueError(
+                f"the plan was made for {made[0]} queries, {made[1]} keys and {made[2]} heads on {self.call.device} "
+                f"(got {given[0]}, {given[1]} and {given[2]} on {call.device}); make one for these, or attend with the "
+                f"graph itself"
+            )
+
+    @property
+    def nodes(self) -> Tensor | None:
+        """The numbers that its queries have in a larger graph, where they are a part of it: int64 (N,)."""
+        return None
+
+    gives_weights: ClassVar[bool] = True
+    """Whether `return_weights` can be asked for."""
+
+    def placed(self, bias: Bias, q: Tensor, k: Tensor) -> Bias:
+        """A bias for the nodes and edges of this plan: `bias.placed`."""
+        return placed(bias, self.graph, q.shape[2], k.shape[2], q)
+
+    def edge_terms(self, features: EdgeFeatures, q: Tensor, k: Tensor) -> EdgeTerms | None:
+        """The features of the edges of this plan: `edge_features.edge_terms`."""
+        return edge_terms(features, self.graph, q.shape[2], k.shape[2], q)
 
     @checked
     def explain(
@@ -289,7 +368,7 @@ def traced(graph: Graph | Plan, call: Call, name: str) -> Backend | None:
         if reason is not None:
             raise ValueError(f"a plan can't run this call in a compiled program ({reason}); the graph itself can")
         if not torch.compiler.is_compiling():  # else when the program runs
-            _require_same_sizes(graph, call)
+            graph.require_sizes(call)
         return None
     if graph._unresolved:
         return None
@@ -330,53 +409,12 @@ def require(name: str, call: Call) -> None:
     raise ValueError(f"backend={name!r} can't run this call: {'; '.join(why)}; backend={able} can, and 'auto' chooses")
 
 
-def fitted(plan: Plan, call: Call, name: str = "auto") -> Plan:
-    """A plan that was made by hand, for a call of another dtype too; raise if it can't run the call."""
-    if plan.stands_for is not None:
-        raise ValueError(
-            f"a plan of {plan.stands_for} tells what to expect, as queries and keys choose its edges at each call: "
-            f"attend with the graph itself"
-        )
-    _require_same_sizes(plan, call)
-    if call.bias not in (None, plan.call.bias):
-        made = f"the plan was made for bias={plan.call.bias!r}"
-        raise ValueError(f"{made} (got one of kind {call.bias!r}): plan(…, bias={call.bias!r})")
-    if call.edge_features and not plan.call.edge_features:
-        F = max(call.key_features, call.value_features)
-        raise ValueError(f"the plan was made for edges without features: plan(…, edge_features={F})")
-    if name != "auto":
-        raise ValueError(f"a plan has chosen its backends: leave out backend={name!r}, or plan(…, backend={name!r})")
-    plan.require_unchanged()
-    call = call._replace(part=call.part or not plan.runs_whole(call))
-    reasons = [reason for part in plan.parts if (reason := part.backend.supports(call)) is not None]
-    if not plan.parts and (reason := only_fused_attention(call)) is not None:
-        raise _not_made_for(plan, call, reason)
-    if not reasons:
-        return plan
-    others = [_another_kernel(part.backend, call) for part in plan.parts]
-    if any(other is None for other in others):
-        raise _not_made_for(plan, call, reasons[0])
-    parts = zip(plan.parts, others, strict=True)
-    return replace(plan, parts=tuple(replace(part, backend=other) for part, other in parts))
-
-
 def _not_made_for(plan: Plan, call: Call, reason: str) -> ValueError:
     """The error of a plan that can't run a call: with what options another one is made, if that is what it lacks."""
     options = {name: getattr(call, name) for name in ("score", "normalize", "padding", "dropout", "return_weights")}
     more = [f"{name}={value!r}" for name, value in options.items() if value not in (False, getattr(plan.call, name))]
     remedy = f"plan(…, {', '.join(more)}), or " if more else ""
     return ValueError(f"{plan} can't run this call ({reason}); {remedy}attend with the graph itself chooses what can")
-
-
-def _require_same_sizes(plan: Plan, call: Call) -> None:
-    """Raise unless a plan was made for so many nodes and heads, on this device."""
-    made, given = ((each.num_queries, each.num_keys, each.heads) for each in (plan.call, call))
-    if made != given or call.device != plan.call.device:
-        raise ValueError(
-            f"the plan was made for {made[0]} queries, {made[1]} keys and {made[2]} heads on {plan.call.device} (got "
-            f"{given[0]}, {given[1]} and {given[2]} on {call.device}); make one for these, or attend with the graph "
-            f"itself"
-        )
 
 
 def _another_kernel(backend: Backend, call: Call) -> Backend | None:

@@ -131,9 +131,12 @@ def clear(x, row, heads, width):
 @compiled
 def dropout_factors(factors, edges, batch, i, first, count, rule):
     """What dropout multiplies the weights of `count` edges by: (blocks, heads, 4)."""
-    at, queries = np.int64(0), (np.int64(i), np.int64(i), np.int64(i), np.int64(i))
+    query = rule.queries[i] if len(rule.queries) else np.int64(i)
+    at, queries = np.int64(0), (query, query, query, query)
     for e in range(first, first + count, 4):
         keys = neighbors_of_4(edges.neighbor, e, first + count - 1, np.int64(0))
+        if len(rule.keys):
+            keys = (rule.keys[keys[0]], rule.keys[keys[1]], rule.keys[keys[2]], rule.keys[keys[3]])
         drop_block(factors, at, queries, keys, batch, rule)
         at += len(rule.heads) - 4
 

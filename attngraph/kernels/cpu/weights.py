@@ -31,7 +31,7 @@ IDENTITY, SOFTCAP, LEAKY_RELU = range(3)
 TRANSFORMS = {"softcap": SOFTCAP, "leaky_relu": LEAKY_RELU}
 SOFTMAX, SIGMOID, NONE, RELU, SQUARED_RELU = range(5)
 NORMALIZERS = {name: number for number, name in enumerate(get_args(Normalizer))}
-NO_HEADS = np.empty(0, np.int64)
+NO_NUMBERS = np.empty(0, np.int64)
 
 
 class Weighting(NamedTuple):
@@ -45,6 +45,8 @@ class Weighting(NamedTuple):
     threshold: np.uint64
     seed: np.uint64
     heads: np.ndarray  # int64 (heads · 4 + 4,): the number of each head, four times; some more; of dropout alone
+    queries: np.ndarray  # int64 (N,): the number of each query, of dropout alone; (0,): 0, 1, …
+    keys: np.ndarray  # int64 (M,), the same
 
 
 def scalar(x: float, like: Tensor) -> Any:
@@ -59,13 +61,14 @@ def is_plain(modifiers: Modifiers) -> bool:
 
 def weighting(modifiers: Modifiers, q: Tensor) -> Weighting:
     """For q (B, N, H, D)."""
-    transform, dropout, heads = modifiers.transform, modifiers.dropout, NO_HEADS
+    transform, dropout, heads = modifiers.transform, modifiers.dropout, NO_NUMBERS
     kind, value = (IDENTITY, 1.0) if transform is None else (TRANSFORMS[transform.kind], transform.value)
     kept, below, seed = 1.0, 0, 0
     if dropout is not None:
         kept, below, seed = keep_factor(dropout.p), threshold(dropout.p), int(dropout.seed.item())
         numbers = torch.arange(q.shape[2]) if dropout.heads is None else dropout.heads
         heads = torch.cat([numbers.repeat_interleave(4), numbers.new_zeros(4)]).numpy()
+    nodes = None if dropout is None else dropout.nodes
     return Weighting(
         transform=kind,
         value=scalar(value, q),
@@ -75,6 +78,8 @@ def weighting(modifiers: Modifiers, q: Tensor) -> Weighting:
         threshold=np.uint64(below),
         seed=np.uint64(seed),
         heads=heads,
+        queries=NO_NUMBERS if nodes is None else nodes.queries.numpy(),
+        keys=NO_NUMBERS if nodes is None else nodes.keys.numpy(),
     )
 
 

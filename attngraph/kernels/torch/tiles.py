@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from attngraph.kernels.contract import Dropout, Modifiers, ScoreBias, Span, Strip, TilesLayout
-from attngraph.kernels.dropout import keep_factor, philox, threshold
+from attngraph.kernels.dropout import keep_factor, kept, philox, threshold
 from attngraph.kernels.merge import merge
 from attngraph.kernels.scoring import transform_slope, transformed, weights_and_slopes
 
@@ -353,6 +353,11 @@ class _StripBias:
         counter = (self.strip.keys.tiles[..., None] * (tile_n // 4) + torch.arange(tile_n // 4)).flatten(1)
         head = torch.tensor(heads, device=device)[:, None, None]
         head = head if dropout.heads is None else dropout.heads[head]
+        if dropout.nodes is not None:
+            key = (self.strip.keys.tiles[..., None] * tile_n + torch.arange(tile_n)).flatten(1)
+            sides = zip((query, key), dropout.nodes, strict=True)
+            query, key = (node.clamp(max=len(numbers) - 1).to(device) for node, numbers in sides)
+            return kept(dropout, head.new_full((), b), head, query[:, None], key[:, None, None])
         counters = counter[:, None, None].to(device), query[:, None].to(device), head.new_full((), b), head
         words = torch.stack([word.unflatten(3, (-1, 16)) for word in philox(dropout.seed, counters)], 4)
         return words.flatten(3) >= threshold(dropout.p)

@@ -43,6 +43,8 @@ class Backend(ABC):
     """Whether it takes bfloat16 and float16 as they are on a CPU, where others are given float32."""
     takes_edge_features: ClassVar[bool] = False
     """Whether it adds features of edges to their keys and values."""
+    takes_numbers: ClassVar[bool] = False
+    """Whether its dropout goes by the numbers of nodes in a larger graph, where they are given."""
     makes_products: ClassVar[bool] = False
     """Whether its layouts are tiles that `kernels.cpu.tiles_products` reads."""
     reads_by_head: ClassVar[bool] = True
@@ -164,6 +166,8 @@ class KernelBackend(Backend):
             return reason
         if call.edge_features and not self.takes_edge_features:
             return NO_EDGE_FEATURES
+        if call.renumbered and not self.takes_numbers:
+            return NOT_RENUMBERED
         if self.device not in (None, call.device.type):
             return f"it runs on a {'GPU' if self.device == 'cuda' else 'CPU'}, not on {call.device}"
         if self.package is None:
@@ -232,6 +236,7 @@ DROPOUT_FACTOR, ELEMENTWISE_FACTOR = 1.25, 1.15
 
 
 NO_EDGE_FEATURES = "it has no edge features"
+NOT_RENUMBERED = "its dropout counts nodes from 0 on"
 INSTALLED = {name: find_spec(name) is not None for name in ("numba", "scipy", "triton")}
 """Which packages that a backend may need are there."""
 INSTALL = {"numba": "'attngraph[cpu]'", "triton": "triton"}  # what to install for each

@@ -65,7 +65,7 @@ class NumbaRows(_RowsOfAnyKernel):
 
     kernel, module, device, package = "numba", "attngraph.kernels.cpu.rows", "cpu", "numba"
     tiling = BLOCKS
-    takes_no_dims = takes_edge_features = True
+    takes_no_dims = takes_edge_features = takes_numbers = True
     reads_by_head = False
 
 

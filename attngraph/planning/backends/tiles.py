@@ -70,11 +70,11 @@ class NumbaTiles(_TilesOfAnyKernel):
 class TorchTiles(_TilesOfAnyKernel):
     """See `kernels.torch.tiles`: PyTorch's own kernels on groups of tiles, on every device."""
 
-    kernel, module, fused = "torch", "attngraph.kernels.torch.tiles", False
+    kernel, module, fused, takes_numbers = "torch", "attngraph.kernels.torch.tiles", False, True
     tiling = Tiling((64, 64), block=(64, 64))
 
     def only_by_name(self, call: Call) -> str | None:
-        return None if call.device.type == "cpu" else f"only by name on {call.device}"
+        return None if call.device.type == "cpu" or call.renumbered else f"only by name on {call.device}"
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, layout: Tiles, modifiers: Modifiers) -> tuple[Tensor, Tensor]:
         q, k, v = _widened(q, k, v)

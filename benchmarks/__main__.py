@@ -35,6 +35,7 @@ EXPERIMENTS = {
     "goals": "what is to be reached on a CPU",
     "examples": "what the examples reach",
     "dynamic": "connectivity that is computed from the data",
+    "devices": "what a graph over several processes takes",
     "train_gpt": "nanoGPT's recipe, the demo's, the bigram",
     "compilers": "a tile's product by compilers of vector code",
     "floors": "what a GPU must take at least, by arithmetic",

@@ -8,7 +8,20 @@ from __future__ import annotations
 from pathlib import Path
 
 from attngraph import Prefix, Random, Window
-from benchmarks import compilers, dynamic, examples, floors, goals, gpu, outcomes, overhead, quality, report, train_gpt
+from benchmarks import (
+    compilers,
+    devices,
+    dynamic,
+    examples,
+    floors,
+    goals,
+    gpu,
+    outcomes,
+    overhead,
+    quality,
+    report,
+    train_gpt,
+)
 from benchmarks.experiment import Records
 from benchmarks.internals import explained
 from benchmarks.measure import RESULTS
@@ -58,6 +71,10 @@ def measured() -> str:
         "## Connectivity that is computed",
         "",
         *dynamic.EXPERIMENT.render(records, link),
+        "",
+        "## Many devices",
+        "",
+        *devices.EXPERIMENT.render(records, link),
         "",
         "## The examples",
         "",

@@ -200,7 +200,7 @@ def metis(graph: Graph, n: int, m: int, ranks: int) -> Partition:
     starts = torch.searchsorted(code, torch.arange(n + 1) * n)
     weight = torch.bincount(query, minlength=n) + EDGES_PER_NODE
     _, owner = pymetis.part_graph(
-        ranks, xadj=starts.numpy(), adjncy=(code % n).numpy(), vweights=weight.tolist(), recursive=ranks <= 8
+        ranks, pymetis.CSRAdjacency(starts.numpy(), (code % n).numpy()), vweights=weight.tolist(), recursive=ranks <= 8
     )
     return Partition.of("metis", torch.tensor(owner, dtype=torch.int64), ranks)
 

@@ -22,6 +22,7 @@ from attngraph.graph.edge_list import EdgeList
 from attngraph.graph.listing import count_edges, list_edges, of_any_head
 
 MOVED_WORK = 4  # how many times as many keys as queries have to travel less: a query that moves takes its work along
+BLOCK_ROWS = 8192  # queries that hear keys of another rank at a time
 MAX_BLOCKS = 32  # pairs of ranges; in more, the edges are listed
 MAX_RANGES = 16  # of one rank's nodes; in more, the edges of all are listed, rather than of each range
 
@@ -252,11 +253,25 @@ class Routing:
         blocks = []
         for first, stop, at in queries.ranges:
             for begin, end, place in keys.ranges:
-                graph = self._block(first, stop, begin, end)
-                if edges_here := count_edges(graph, stop - first, end - begin):
-                    rows, columns = slice(at, at + stop - first), slice(place, place + end - begin)
-                    blocks.append(Block(graph, rows, columns, begin - first, edges_here))
+                for low, high in self._pieces(first, stop, begin, end):
+                    graph = self._block(low, high, begin, end)
+                    if edges_here := count_edges(graph, high - low, end - begin):
+                        rows, columns = slice(at + low - first, at + high - first), slice(place, place + end - begin)
+                        blocks.append(Block(graph, rows, columns, begin - low, edges_here))
         return tuple(blocks)
+
+    def _pieces(self, first: int, stop: int, begin: int, end: int) -> list[tuple[int, int]]:
+        """The queries of a block, some at a time where they are not the keys, as results that merge lie beside others.
+
+        Of keys elsewhere few queries may hear any; those before and after them are left out.
+        """
+        if (first, stop) == (begin, end):
+            return [(first, stop)]
+        _, top, bottom = spans(self.transposed, Boxes.one(begin, end, first, stop))
+        if not len(top):
+            return []
+        low, high = int(top[0]), int(bottom[-1])
+        return [(row, min(row + BLOCK_ROWS, high)) for row in range(low, high, BLOCK_ROWS)]
 
     def _block(self, first: int, stop: int, begin: int, end: int) -> Graph:
         """The queries first … stop-1 and the keys begin … end-1."""

@@ -124,8 +124,16 @@ def load(folder: Path | None, model: GPT, optimizer: torch.optim.Optimizer) -> i
     return step
 
 
+def remedy(folder: Path | None) -> str:
+    """What to do after a rank was lost."""
+    if folder is None or not (folder / "last.txt").exists():
+        return "there is no checkpoint yet: with --save FOLDER there is one every --every steps"
+    step = (folder / "last.txt").read_text(encoding="utf-8")
+    return f"started again, with --save {folder}, it goes on from {folder / f'step-{step}'}"
+
+
 if __name__ == "__main__":
     try:
         main()
     except CommunicationError as error:
-        raise SystemExit(f"{error}; with --save, start it again, and it goes on from its last checkpoint") from None
+        raise SystemExit(f"{error}; {remedy(settings().save)}") from None

@@ -3,7 +3,10 @@
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -544,3 +547,20 @@ def test_who_survives_a_rank_raises(how, within):
 def test_a_full_graph_says_what_it_needs():
     found = compare_strategies(Full(), 4096, 4)
     assert found[0].received_bytes == found[2].received_bytes  # everything travels
+
+
+@pytest.mark.slow
+def test_the_example_goes_on_from_its_checkpoint(tmp_path):
+    example = Path(__file__).parents[1] / "examples" / "distributed.py"
+    text = tmp_path / "text.txt"
+    text.write_text("to be or not to be, that is the question. " * 40, encoding="utf-8")
+    given = ["--text", str(text), "--save", str(tmp_path / "kept"), "--every", "2", "--layers", "2", "--width", "32"]
+    for steps, begun in (("3", 0), ("5", 3)):
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+        command += [f"--master-port={free_port()}"]
+        command += [str(example), *given, "--length", "200", "--steps", steps, "--last", "Causal()"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=200, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert f"over 2 ranks, from step {begun}" in done.stdout
+        assert f"step {int(steps) - 1:4}  loss" in done.stdout
+        assert done.stdout.count("ShardedPlan(") == 2  # of the two graphs

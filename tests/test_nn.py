@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import re
+import warnings
 
 import pytest
 import torch
@@ -358,3 +359,23 @@ def test_three_numbers_make_a_model(kind):
     assert TransformerConfig(embed_dim=64, num_layers=2, num_heads=4, max_length=9).position == "learned"
     model = kind(settings, 65) if kind is GPT else kind(settings, Causal())
     assert model(torch.zeros(1, 7, dtype=torch.long) if kind is GPT else torch.zeros(1, 7, 64)).shape[:2] == (1, 7)
+
+
+def test_a_plan_stands_where_a_graph_does(tmp_path):
+    graph = Causal() & Window(3, 0)
+    model, x = GPT(TransformerConfig(**SMALL), vocab_size=17, graph=graph), torch.arange(12)[None] % 17
+    expected, state = model(x), model.state_dict()
+    model.transformer.graphs = attngraph.plan(graph, 12, heads=4)
+    torch.testing.assert_close(model(x), expected)
+    assert str(graph) in str(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.load_state_dict(state)  # weights of the same graph
+    model.save(tmp_path)
+    assert GPT.load(tmp_path).transformer.graphs[0] == graph
+    with pytest.raises(ValueError, match=r"which a cache does not continue: give its \.graph"):
+        attngraph.KVCache(model, max_length=12)
+    model.transformer.graphs = graph
+    attention = model.transformer.layers[0].attention
+    with pytest.raises(ValueError, match="a call with a cache needs a graph"):
+        attention(torch.zeros(1, 12, 32), attngraph.plan(graph, 12, heads=4), cache=object())

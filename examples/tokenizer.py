@@ -173,6 +173,9 @@ class BytePairs:
         return self.decode_bytes(tokens).decode(errors="replace")
 
     def decode_bytes(self, tokens: Iterable[int]) -> bytes:
+        tokens = list(tokens)
+        if unknown := sorted({token for token in tokens if not 0 <= token < len(self)}):
+            raise ValueError(f"tokens must be from 0 to {len(self) - 1} (got {unknown[:5]})")
         return b"".join(self.bytes_of[token] for token in tokens)
 
     def _of_piece(self, piece: bytes) -> list[int]:

@@ -33,6 +33,12 @@ def test_any_bytes_come_back(given):
     assert all(0 <= token < len(LEARNED) for token in tokens)
 
 
+@pytest.mark.parametrize("token", [-1, len(LEARNED)])
+def test_tokens_that_it_has_not_are_told(token):
+    with pytest.raises(ValueError, match=rf"tokens must be from 0 to {len(LEARNED) - 1} \(got \[{token}\]\)"):
+        LEARNED.decode([65, token])
+
+
 @pytest.fixture(scope="module")
 def theirs(tmp_path_factory):
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"

@@ -2,6 +2,7 @@
 
     torchrun --nproc-per-node 2 examples/distributed.py                              two processes, gloo on a CPU
     torchrun --nproc-per-node 4 examples/distributed.py --length 16384 --graph "Causal() & Window(512, 0)"
+    python examples/distributed.py --help                                            every option
     torchrun --nproc-per-node 2 --max-restarts 3 examples/distributed.py --save runs/distributed      survives a death
 
 Each step reads one text of --length characters. Rank r holds the nodes plan.nodes of every layer; attention is the only

@@ -135,7 +135,7 @@ class Run:
     def backward(self, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None, bias_grad: bool) -> Gradients:
         """What the own rows, and what all ranks share, get from this rank."""
         self.bias_grad = bias_grad
-        self.dq, self.dk, self.dv = (torch.zeros_like(x, dtype=self.exact) for x in (self.q, self.k, self.v))
+        self.own = [_Sum(x, self.exact) for x in (self.q, self.k, self.v)]
         bias, terms = self.modifiers.bias, self.modifiers.edges
         self.dbias = torch.zeros_like(bias.values, dtype=self.exact) if bias is not None and bias_grad else None
         self.dterms = [x if x is None else torch.zeros_like(x) for x in ((None,) * 3 if terms is None else terms[:3])]
@@ -147,23 +147,25 @@ class Run:
         for number, works in enumerate(self.way.stages):
             k, v, mask = self._keys(keys)
             keys = self._ask_keys(number + 1)
-            dk, dv = torch.zeros_like(k, dtype=self.exact), torch.zeros_like(v, dtype=self.exact)
+            theirs = [_Sum(x, self.exact) for x in (k, v)]
             for work in works:
-                self._add_gradients(work, self.q, k, v, mask, results, self.dq, dk, dv)
+                self._add_gradients(work, self.q, k, v, mask, results, [self.own[0], *theirs])
             if home is not None:
                 self._add_home(number - 1, home)
-            home = self._send_home(self.way.route.stages[number].keys, [dk, dv], "the gradients of keys and values")
+            sums = [each.total() for each in theirs]
+            home = self._send_home(self.way.route.stages[number].keys, sums, "the gradients of keys and values")
         for work in self.way.own:
-            self._add_gradients(work, self.q, self.k, self.v, self._mask, results, self.dq, self.dk, self.dv)
+            self._add_gradients(work, self.q, self.k, self.v, self._mask, results, self.own)
         if home is not None:
             self._add_home(len(self.way.stages) - 1, home)
         for row, (part,) in self._parts(home_queries, self.way.route.queries.sent, [self.of_queries]):
-            self.dq[:, :, row] += part
+            self.own[0].add(row, part)
         de, dto_key, dto_value = self.dterms
-        return Gradients(self.dq, self.dk, self.dv, self.dbias, (de, dto_key, dto_value))
+        dq, dk, dv = (each.total() for each in self.own)
+        return Gradients(dq, dk, dv, self.dbias, (de, dto_key, dto_value))
 
-    def _add_gradients(self, work: Work, q, k, v, mask, results: list[Tensor], dq, dk, dv) -> None:
-        """Those of one block."""
+    def _add_gradients(self, work: Work, q, k, v, mask, results: list[Tensor], sums: list[_Sum]) -> None:
+        """Those of one block, to the sums of q, k and v."""
         queries, keys = work.block.queries, work.block.keys
         sides = q[:, :, queries], k[:, :, keys], v[:, :, keys]
         out, lse, dout, *dlse = (side[:, :, queries] for side in results)
@@ -171,9 +173,8 @@ class Run:
         own_q, own_k, own_v, out, dout = kernel_precision(plan, *sides, out.to(q.dtype), dout.to(q.dtype))
         own_dlse = dlse[0][..., 0] if dlse else None
         part = plan.backward(own_q, own_k, own_v, out, lse[..., 0], dout, own_dlse, modifiers, self.bias_grad)
-        dq[:, :, queries] += part.dq
-        dk[:, :, keys] += part.dk
-        dv[:, :, keys] += part.dv
+        for total, rows, gradient in zip(sums, (queries, keys, keys), part[:3], strict=True):
+            total.add(rows, gradient.to(self.exact))
         bias = modifiers.bias
         if self.dbias is not None and part.dbias is not None and self.modifiers.bias is not None and bias is not None:
             if self.modifiers.bias.kind == "edge":
@@ -191,8 +192,8 @@ class Run:
         """The gradients of own keys and values that other ranks found in a stage."""
         sent = self.way.route.stages[number].keys.sent
         for row, (dk, dv) in self._parts(home, sent, [self.of_keys, self.of_values], keys=True):
-            self.dk[:, :, row] += dk
-            self.dv[:, :, row] += dv
+            self.own[1].add(row, dk)
+            self.own[2].add(row, dv)
 
     # -------------------------------------------------------------------------------------------- what travels
 
@@ -238,10 +239,11 @@ class Run:
             return None
         more = [self.of_lse] if has_dlse else []
         q, *results = unpacked_rows(came(), [self.of_queries, self.of_out, self.of_lse, self.of_out, *more])
-        q, dq = q.to(self.q.dtype), torch.zeros_like(q, dtype=self.exact)
+        q = q.to(self.q.dtype)
+        theirs = _Sum(q, self.exact)
         for work in self.way.guests:
-            self._add_gradients(work, q, self.k, self.v, self._mask, results, dq, self.dk, self.dv)
-        return self._send_home(self.way.route.queries, [dq], "the gradients of queries")
+            self._add_gradients(work, q, self.k, self.v, self._mask, results, [theirs, *self.own[1:]])
+        return self._send_home(self.way.route.queries, [theirs.total()], "the gradients of queries")
 
     def _send(
         self, sent: tuple[Nodes, ...], received: tuple[Nodes, ...], sides: list[Tensor], what: str, keys: bool = False
@@ -307,6 +309,29 @@ class Run:
             dropout = dropout._replace(nodes=numbers)
         mask = mask if mask is None else mask[:, block.keys]
         return given._replace(bias=bias, attention_mask=mask, dropout=dropout, edges=edges)
+
+
+class _Sum:
+    """Gradients of the rows of x (B, H, N, D), of parts in any order: one of all rows is what others add to."""
+
+    def __init__(self, x: Tensor, dtype: torch.dtype):
+        self.like, self.dtype = x, dtype
+        self.whole: Tensor | None = None
+        self.parts: list[tuple[slice | Tensor, Tensor]] = []
+
+    def add(self, rows: slice | Tensor, part: Tensor) -> None:
+        """What some rows, each once, get more."""
+        if self.whole is None and isinstance(rows, slice) and rows == slice(0, self.like.shape[2]):
+            self.whole = part
+        else:
+            self.parts.append((rows, part))
+
+    def total(self) -> Tensor:
+        """The sum."""
+        total = torch.zeros_like(self.like, dtype=self.dtype) if self.whole is None else self.whole
+        for rows, part in self.parts:
+            total[:, :, rows] += part
+        return total
 
 
 def totals(sides: tuple[Nodes, ...]) -> list[int]:

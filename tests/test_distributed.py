@@ -477,6 +477,11 @@ def test_ranks_that_ask_for_different_things_are_told_who(ranks, what):
     ranks.run(3, different, what)
 
 
+def twice(plan, q):
+    q = q.clone().requires_grad_()
+    torch.autograd.grad(attend(q, q, q, plan).sum(), q, create_graph=True)
+
+
 def refusals(group):
     graph, few = Causal(), torch.zeros(1, 2, 7, 8)
     plan = distribute(graph, 40, group)
@@ -486,6 +491,7 @@ def refusals(group):
         (ValueError, f"has {rows} queries and {rows} keys", lambda: attend(few, few, few, plan)),
         (ValueError, "returns no weights", lambda: attend(own, own, own, plan, return_weights=True)),
         (ValueError, "returns no weights", lambda: attend(own, own, own, plan, return_weights=True, reduce="entropy")),
+        (ValueError, "can be differentiated once", lambda: twice(plan, own)),
         (ValueError, "no score='additive'", lambda: attend(own, own, own, plan, score="additive")),
         (ValueError, "leave out backend", lambda: attend(own, own, own, plan, backend="rows")),
         (ValueError, "a bias of all pairs", lambda: attend(own, own, own, plan, bias=torch.zeros(rows, 40))),

@@ -140,10 +140,6 @@ class Routing:
         rows = [(bind(self.any_head.rows(*each), each[1] - each[0], self.m), each[1] - each[0]) for each in ranges]
         return sum(count_edges(graph, n, self.m) for graph, n in rows)
 
-    def halo_rows(self, rank: int) -> int:
-        """How many rows of keys come to a rank in all."""
-        return sum(nodes.total for nodes in self._transfers(rank)[0].received)
-
     def of(self, rank: int, stage_rows: int | None = None) -> Route:
         """What one rank does, of the keys that travel so many at a time."""
         keys, queries, out_of, into = self._transfers(rank)

@@ -45,7 +45,7 @@ class ShardedPlan(Plan):
     """How many rows of keys are received at a time from each rank; None: all at once."""
     move_queries: bool = True
     """Whether a query with edges to many keys of another rank may go there."""
-    gives_weights: ClassVar[bool] = False
+    is_whole: ClassVar[bool] = False
     ways: dict[bool, Way] = field(default_factory=dict)
     """As `way` gives them."""
     _kinds: set[tuple] = field(default_factory=set)

@@ -173,6 +173,8 @@ class _Attention(torch.autograd.Function):
 def _differentiable_gradients(dout, dlse, sides: _Sides, options: _Options, plan: Plan, needs_grad):
     """The gradients of the sides, gathered along the edges: they can be differentiated again and again."""
     plan.require_unchanged()
+    if not plan.is_whole:
+        raise ValueError(f"{plan} can be differentiated once: create_graph=True needs all nodes on one rank")
     q, k = sides.q, sides.k
     layout = edges_of_heads(plan.graph, q.shape[2], k.shape[2], q.device)
     own = apart(*sides.differentiable)

@@ -205,8 +205,8 @@ class Plan:
         """The numbers that its queries have in a larger graph, where they are a part of it: int64 (N,)."""
         return None
 
-    gives_weights: ClassVar[bool] = True
-    """Whether `return_weights` can be asked for."""
+    is_whole: ClassVar[bool] = True
+    """Whether it has all nodes of its graph, so that weights and second derivatives can be asked for."""
 
     def placed(self, bias: Bias, q: Tensor, k: Tensor) -> Bias:
         """A bias for the nodes and edges of this plan: `bias.placed`."""

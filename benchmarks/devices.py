@@ -10,16 +10,12 @@ hubs: rows of a window and two global nodes over 8 ranks.
 
 from __future__ import annotations
 
-import os
-import socket
 from argparse import Namespace
 from collections.abc import Callable, Iterator
-from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from attngraph import Causal, Global, Prefix, Window, attend, measuring
 from attngraph.distributed import distribute, partition
@@ -31,32 +27,6 @@ NAME = "devices"
 NODES, HEADS, DIM = 65_536, 8, 64
 WINDOW = Causal() & Window(256, 0)
 TURNS = 7
-
-
-def together(ranks: int, function: Callable[[int], Any]) -> list[Any]:
-    """What a function gives on each of so many ranks of one process group, one thread each."""
-    context = mp.get_context("spawn")
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        port = listening.getsockname()[1]
-    pipes, processes = [], []
-    for rank in range(ranks):
-        ours, theirs = context.Pipe()
-        processes.append(context.Process(target=_rank, args=(rank, ranks, port, function, theirs)))
-        processes[-1].start()
-        pipes.append(ours)
-    found = [pipe.recv() for pipe in pipes]
-    for process in processes:
-        process.join()
-    return found
-
-
-def _rank(rank: int, ranks: int, port: int, function: Callable[[int], Any], pipe: Connection) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=ranks)
-    pipe.send(function(rank))
-    dist.destroy_process_group()
 
 
 def step(graph: Any, nodes: int) -> Callable[[], None]:
@@ -89,7 +59,7 @@ def turns(rank: int) -> dict[str, list[float]]:
 
 def scaling(options: Namespace) -> Iterator[Goal]:
     """Efficiency: the time of one rank over that of two with twice the nodes."""
-    times = together(2, turns)[0]
+    times = measure.on_ranks(2, turns)[0]
     share = measuring.ratios(times["alone"], times["together"])
     beside = measuring.ratios(times["apart"], times["together"])
     milliseconds = ", ".join(f"{name} {measuring.milliseconds(each)[1]:,.0f} ms" for name, each in times.items())
@@ -120,7 +90,7 @@ def raised(rank: int) -> dict[str, float]:
 
 def memory(options: Namespace) -> Iterator[Goal]:
     """Beside what is its own, and what comes."""
-    for rank, found in enumerate(together(2, raised)):
+    for rank, found in enumerate(measure.on_ranks(2, raised)):
         held = found["rows"] - found["out"] + found["raised"]  # q, k and v, and what the call raised
         share = held / (found["rows"] + found["halo"])
         note = f"raised {found['raised']:.0f} MiB, out is {found['out']:.0f}; rows that travel {found['halo']:.1f} MiB"

@@ -14,6 +14,7 @@ import math
 import re
 from argparse import Namespace
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from itertools import product
 
@@ -46,6 +47,7 @@ from benchmarks.measure import cost, failure, in_turn, milliseconds, ratios, sec
 from benchmarks.page import Keep, table
 from benchmarks.peers import PHASES, Attention, MaskMod, call_of, near, on_plan, or_masks, prefix, workload_of
 from benchmarks.steps import on_other_attention, training_step
+from benchmarks.train_gpt import Bare, Size, copied
 
 NAME = "gpu"
 
@@ -337,10 +339,10 @@ def training(options: Namespace) -> Iterator[Goal]:
     config = TransformerConfig(embed_dim=768, num_layers=12, num_heads=12, activation="gelu_tanh", max_length=32_768)
     on_flex = flex_of(peers.and_masks(peers.causal, or_masks(near(512, 0), prefix(4))), 32_768)
 
-    def bare(q, k, v, graph, *, bias, attention_mask, scale, dropout_p, return_weights):
+    def bare(q, k, v, graph, *, scale, **others):
         return scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
 
-    def flex(q, k, v, graph, *, bias, attention_mask, scale, dropout_p, return_weights):
+    def flex(q, k, v, graph, *, scale, **others):
         return on_flex(q, k, v, scale=scale)
 
     for graph, n, batch, theirs, wanted, at_most in (
@@ -359,6 +361,31 @@ def training(options: Namespace) -> Iterator[Goal]:
         yield beside(text, wanted, step, on_other_attention(step, theirs), predicted, at_most)
 
 
+PEAK = 989.4e12  # FLOP/s of bfloat16 in the data sheet of an H100 or H200 (SXM, dense), by which MFU is counted
+
+
+def gpt2(options: Namespace) -> Iterator[Goal]:
+    """examples/gpt.py --preset gpt2, a step of one batch, beside nanoGPT's model; both compiled."""
+    size, batch = Size(12, 12, 768, 1024), 12
+    bare = Bare(50_304, size).cuda()
+    ours = copied(bare).cuda()
+    tokens = torch.randint(50_304, (batch, size.context + 1), device="cuda")
+    steps = [training_step(torch.compile(model), tokens[:, :-1], tokens[:, 1:], "cuda") for model in (ours, bare)]
+    losses = [step() for step in steps]
+    if abs(losses[0] - losses[1]) > 0.02:
+        raise ValueError(f"the two models must have the same loss (got {losses})")
+    text = "GPT-2 (124M), a step of 12 × 1,024 tokens, compiled: time over nanoGPT's"
+    goal = beside(text, 1.02, *steps, at_most=True)
+    count = sum(parameter.numel() for parameter in bare.parameters()) - bare.positions.weight.numel()
+    flop = 6 * count + 12 * size.layers * size.width * size.context  # of a token, as nanoGPT counts
+    told = []
+    for name, ms in (("ours", goal.ours_ms), ("nanoGPT's", goal.theirs_ms)):
+        if ms is not None:
+            rate = batch * size.context / ms[1] * 1e3
+            told.append(f"{name} {rate:,.0f} tokens/s, {rate * flop / PEAK:.1%} MFU of {PEAK / 1e12:.0f} TFLOP/s")
+    yield replace(goal, note="; ".join(told))
+
+
 SECTIONS = {
     "correctness": correctness,
     "dense": dense,
@@ -370,6 +397,7 @@ SECTIONS = {
     "grid": grid,
     "largest": largest,
     "training": training,
+    "gpt2": gpt2,
 }
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import gc
 import json
 import multiprocessing
+import os
 import platform
+import socket
 import subprocess
 import sys
 import time
@@ -20,6 +22,7 @@ from typing import Any
 
 import psutil
 import torch
+import torch.distributed as dist
 
 # Times and memory are measured as `attngraph.compare` measures them.
 from attngraph.measuring import cost, failure, in_turn, milliseconds, quartiles, ratios, seconds_of  # noqa: F401
@@ -58,6 +61,32 @@ def on_all_processors(function: Callable[[Any], None], jobs: Sequence[Any]) -> N
     """Call it with each of the jobs, in processes of their own."""
     with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
         list(pool.map(function, jobs, chunksize=2))
+
+
+def on_ranks(count: int, function: Callable[[int], Any]) -> list[Any]:
+    """What function(rank) returns on each of so many processes of one process group (gloo), one thread each."""
+    context = multiprocessing.get_context("spawn")
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        port = listening.getsockname()[1]
+    pipes, processes = [], []
+    for rank in range(count):
+        ours, theirs = context.Pipe()
+        processes.append(context.Process(target=_rank, args=(rank, count, port, function, theirs)))
+        processes[-1].start()
+        pipes.append(ours)
+    found = [pipe.recv() for pipe in pipes]
+    for process in processes:
+        process.join()
+    return found
+
+
+def _rank(rank: int, count: int, port: int, function: Callable[[int], Any], pipe: Connection) -> None:
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=count)
+    pipe.send(function(rank))
+    dist.destroy_process_group()
 
 
 def isolated(function: Callable[..., dict], *arguments, seconds: float, gib: float) -> dict:

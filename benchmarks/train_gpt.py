@@ -18,6 +18,7 @@ import math
 import tempfile
 from argparse import Namespace
 from collections.abc import Iterator
+from typing import NamedTuple
 from unittest.mock import patch
 
 import gpt as example
@@ -34,7 +35,19 @@ from benchmarks.measure import compared, seconds_of
 from benchmarks.page import Keep, prose, spread, table
 
 NAME = "train_gpt"
-LAYERS, HEADS, WIDTH, CONTEXT, BATCH, STEPS = 4, 4, 128, 64, 12, 2000
+CONTEXT, BATCH, STEPS = 64, 12, 2000
+
+
+class Size(NamedTuple):
+    """Of a GPT."""
+
+    layers: int = 4
+    heads: int = 4
+    width: int = 128
+    context: int = CONTEXT
+
+
+CPU_RECIPE = Size()
 
 
 class Bare(nn.Module):
@@ -43,17 +56,18 @@ class Bare(nn.Module):
     Built in nanoGPT's order, so that its seed gives its parameters.
     """
 
-    def __init__(self, vocab_size: int):
+    def __init__(self, vocab_size: int, size: Size = CPU_RECIPE):
         super().__init__()
-        self.tokens, self.positions = nn.Embedding(vocab_size, WIDTH), nn.Embedding(CONTEXT, WIDTH)
-        self.blocks = nn.ModuleList(BareBlock() for _ in range(LAYERS))
-        self.norm = nn.LayerNorm(WIDTH, bias=False)
-        self.head = nn.Linear(WIDTH, vocab_size, bias=False)
+        self.size = size
+        self.tokens, self.positions = nn.Embedding(vocab_size, size.width), nn.Embedding(size.context, size.width)
+        self.blocks = nn.ModuleList(BareBlock(size.width, size.heads) for _ in range(size.layers))
+        self.norm = nn.LayerNorm(size.width, bias=False)
+        self.head = nn.Linear(size.width, vocab_size, bias=False)
         self.tokens.weight = self.head.weight
         self.apply(self._initialize)
         for block in self.blocks:
             for writing in (block.out, block.down):
-                nn.init.normal_(writing.weight, std=0.02 / math.sqrt(2 * LAYERS))
+                nn.init.normal_(writing.weight, std=0.02 / math.sqrt(2 * size.layers))
 
     @staticmethod
     def _initialize(module: nn.Module) -> None:
@@ -68,33 +82,36 @@ class Bare(nn.Module):
 
 
 class BareBlock(nn.Module):
-    def __init__(self):
+    def __init__(self, width: int, heads: int):
         super().__init__()
-        self.norm1 = nn.LayerNorm(WIDTH, bias=False)
-        self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH, bias=False), nn.Linear(WIDTH, WIDTH, bias=False)
-        self.norm2 = nn.LayerNorm(WIDTH, bias=False)
-        self.up, self.down = nn.Linear(WIDTH, 4 * WIDTH, bias=False), nn.Linear(4 * WIDTH, WIDTH, bias=False)
+        self.heads = heads
+        self.norm1 = nn.LayerNorm(width, bias=False)
+        self.qkv, self.out = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width, bias=False)
+        self.norm2 = nn.LayerNorm(width, bias=False)
+        self.up, self.down = nn.Linear(width, 4 * width, bias=False), nn.Linear(4 * width, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        B, N, _ = x.shape
-        q, k, v = (side.view(B, N, HEADS, -1).transpose(1, 2) for side in self.qkv(self.norm1(x)).split(WIDTH, dim=2))
+        B, N, D = x.shape
+        q, k, v = (side.view(B, N, self.heads, -1).transpose(1, 2) for side in self.qkv(self.norm1(x)).split(D, dim=2))
         y = scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.out(y.transpose(1, 2).reshape(B, N, WIDTH))
+        x = x + self.out(y.transpose(1, 2).reshape(B, N, D))
         return x + self.down(gelu(self.up(self.norm2(x))))
 
 
 @torch.no_grad()
 def copied(bare: Bare) -> GPT:
     """Ours, with the same parameters."""
+    size = bare.size
     config = TransformerConfig(
-        embed_dim=WIDTH, num_layers=LAYERS, num_heads=HEADS, max_length=CONTEXT, bias=(), position="learned"
-    )
+        embed_dim=size.width, num_layers=size.layers, num_heads=size.heads, max_length=size.context, bias=(),
+        position="learned",
+    )  # fmt: skip
     ours = GPT(config, bare.head.out_features, Causal())
     ours.embedding.weight.copy_(bare.tokens.weight)
     ours.transformer.position.weight.copy_(bare.positions.weight)
     for mine, given in zip(ours.transformer.layers, bare.blocks, strict=True):
         attention = mine.attention
-        parts = zip((attention.query, attention.key, attention.value), given.qkv.weight.split(WIDTH), strict=True)
+        parts = zip((attention.query, attention.key, attention.value), given.qkv.weight.split(size.width), strict=True)
         linears = (attention.out, given.out), (mine.feedforward.up, given.up), (mine.feedforward.down, given.down)
         for linear, weight in (*parts, *((linear, other.weight) for linear, other in linears)):
             linear.weight.copy_(weight)

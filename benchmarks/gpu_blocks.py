@@ -167,6 +167,7 @@ def main() -> None:
     parser.add_argument("family", choices=CASES)
     parser.add_argument("--dim", type=int, nargs="+", default=[64, 128], help="head dimensions")
     parser.add_argument("--kind", choices=KINDS, nargs="+", default=["plain"])
+    parser.add_argument("--kernel", choices=KERNELS, nargs="+", default=KERNELS)
     parser.add_argument("--tile", type=int, nargs=2, default=(128, 64), help="queries and keys")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     parser.add_argument("--top", type=int, default=4, help="how many to print")
@@ -180,13 +181,13 @@ def main() -> None:
     jobs = [
         (setting, kernel, blocks)
         for setting in settings
-        for kernel in KERNELS
+        for kernel in options.kernel
         for blocks in case_of.candidates(setting)
     ]
     on_all_processors(compile_one, jobs)
     for setting in settings:
         case = case_of(setting)
-        for kernel in KERNELS:
+        for kernel in options.kernel:
             print(f"{kernel}, {setting}")
             for place, (ms, name) in enumerate(timed(case, kernel, list(case_of.candidates(setting)))):
                 if place < options.top or "table" in name or ms == float("inf"):

@@ -278,7 +278,7 @@ class Graph:
         if not torch.compiler.is_compiling():
             require_values(self, type(self).__hash__ is Graph.__hash__)
         children = self._children
-        depth = 1 + max((part._depth for part in children), default=-1)
+        depth = max([0, *(part._depth + 1 for part in children)])
         self._set(_terms=1 + sum(part._terms for part in children), _depth=depth)
         if depth > MAX_DEPTH:
             raise ValueError(

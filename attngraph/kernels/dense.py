@@ -50,9 +50,23 @@ def dense(
             mask = mask.float()
         with torch.autocast("cpu", enabled=False):  # which would cast them back
             return _attention(q.float(), k.float(), v.float(), mask, **options).to(q.dtype)
-    if mask is not None and mask.dtype not in (torch.bool, q.dtype, torch.float32):
-        mask = mask.to(q.dtype)
+    if mask is not None and mask.dtype not in (torch.bool, q.dtype):
+        if q.device.type != "cpu":
+            mask = _rounded(mask, q.dtype)
+        elif mask.dtype != torch.float32:
+            mask = mask.to(q.dtype)
     return _attention(q, k, v, mask, **options)
+
+
+def _rounded(bias: Tensor, dtype: torch.dtype) -> Tensor:
+    """A bias (…, N, M) in the precision of q, which is all that PyTorch's kernels for a GPU take.
+
+    The largest of each row becomes 0, which changes no weight: so those are rounded most that weigh least.
+    """
+    if not bias.shape[-1]:
+        return bias.to(dtype)
+    largest = bias.detach().amax(-1, keepdim=True)
+    return (bias - largest.masked_fill(largest == -torch.inf, 0)).to(dtype)
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, causal: bool, scale: float) -> Tensor:

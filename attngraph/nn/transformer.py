@@ -28,6 +28,8 @@ from attngraph.nn.positions import AlibiPositions, LearnedPositions, RelativePos
 from attngraph.nn.told import by_layer, tell_graphs
 from attngraph.planning.planner import Plan
 
+ALL_MEMORY = Full()  # made once: a compiled model need not make it
+
 Placed = tuple[Tensor, tuple[Tensor, Tensor] | None, Alibi | RelativeBias | None]
 """Nodes, cos and sin, and a bias: what tells them where they stand."""
 Biases = Bias | Tensor | Sequence[Bias | Tensor | None] | None
@@ -236,7 +238,7 @@ class Block(nn.Module):
             return self.attention(h, graph_of(graph, h), keys, **options)
 
         def hear_memory(h: Tensor) -> Tensor:
-            heard = Full() if memory_graph is None else memory_graph
+            heard = ALL_MEMORY if memory_graph is None else memory_graph
             kept = None if cache is None else cache.of_memory
             return self.cross(h, heard, memory, attention_mask=memory_attention_mask, cache=kept)
 
@@ -363,7 +365,7 @@ class Transformer(nn.Module):
         mask = padding_mask("attention_mask", attention_mask, x)
         if not (memory_graph is None or isinstance(memory_graph, Graph)):
             raise TypeError(f"memory_graph must be a Graph (got {shown(memory_graph)})")
-        memory_graph = Full() if memory_graph is None else memory_graph
+        memory_graph = ALL_MEMORY if memory_graph is None else memory_graph
         memory_mask = None
         if memory is not None:
             memory_mask = padding_mask("memory_attention_mask", memory_attention_mask, memory)

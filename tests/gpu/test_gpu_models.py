@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.testing import assert_close
 
 from attngraph import (
@@ -181,8 +182,9 @@ def rank_of(rank, count, port, backend):
     """One rank of a plan is what one process makes of it."""
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     dist.init_process_group(backend, rank=rank, world_size=count)
+    mesh = DeviceMesh.from_group(dist.group.WORLD, DEVICE)
     for graph in (Causal() & (Window(50, 0) | Prefix(3)), Causal(), Random(6) | Window(3, 3)):
-        plan = distribute(graph, N, dist.group.WORLD)
+        plan = distribute(graph, N, mesh)
         found, expected = [], []
         for into, run in ((expected, lambda x: x), (found, plan.scatter)):
             sides = [run(randn(2, HEADS, N, DIM, seed=seed).to(DEVICE)).detach().requires_grad_() for seed in range(3)]

@@ -192,7 +192,7 @@ def tile_rate(graph: Graph, n: int, phase: str) -> float:
 
 def short(graph: Graph) -> str:
     """A graph's text, of which lists of numbers are cut."""
-    return re.sub(r"\[(\d+, \d+), [\d, ]+\]", r"[\1, …]", str(graph))
+    return re.sub(r"\[(\d+, \d+), [\d, …]+\]", r"[\1, …]", str(graph))
 
 
 def largest(options: Namespace) -> Iterator[Goal]:

@@ -90,7 +90,7 @@ def distribute(
     if not given:
         raise ValueError("distribute needs at least one graph (got none)")
     keys = n if m is None else m
-    device = torch.device("cpu" if dist.get_backend(ranks.group) == "gloo" else "cuda")
+    device = _device(mesh)
     require_same(
         ranks,
         {
@@ -118,6 +118,16 @@ def distribute(
         of_keys = of_queries
     plans = [_sharded(graph, ranks, of_queries, of_keys, halo_rows, move_queries, device) for graph in given]
     return plans[0] if isinstance(graphs, Graph) else plans
+
+
+def _device(mesh: DeviceMesh | dist.ProcessGroup) -> torch.device:
+    """Where a rank's rows are: a mesh says it, of a group its backend."""
+    if isinstance(mesh, DeviceMesh):
+        return torch.device(mesh.device_type)
+    backend = dist.get_backend(mesh)
+    if backend in ("gloo", "nccl"):
+        return torch.device("cpu" if backend == "gloo" else "cuda")
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")  # a group of several backends
 
 
 def _sharded(

@@ -1,5 +1,7 @@
-"""Hugging Face: pretrained models as models of this library, whose graph can then be changed."""
+"""Hugging Face: any model run on a graph; and pretrained models as models of this library."""
 
 from attngraph.hf.checkpoints import load, save
+from attngraph.hf.connecting import connect, disconnect
+from attngraph.hf.modules import attention_modules
 
-__all__ = ["load", "save"]
+__all__ = ["attention_modules", "connect", "disconnect", "load", "save"]

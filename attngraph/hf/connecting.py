@@ -1,0 +1,164 @@
+"""A graph for each attention module of a Hugging Face model, kept by the modules themselves."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Any, cast
+
+from torch import nn
+
+from attngraph.arguments import checked, shown
+from attngraph.graph.base import Graph
+from attngraph.graph.text import parse, written
+from attngraph.hf.eviction import evict_from_caches
+from attngraph.hf.modules import Connection, Mode, attention_modules, is_cross, pretrained
+from attngraph.models.saved import readable
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+NAME = "attngraph"  # of the attention implementation, and of what a config keeps
+Graphs = Graph | Mapping[str, Graph] | Callable[[nn.Module], Graph | None]
+
+
+@checked
+def connect(
+    model: nn.Module, graph: Graphs | None = None, *, mode: Mode = "intersect", evict: bool = False
+) -> nn.Module:
+    """Run the attention of a Hugging Face model on a graph; the model is changed, and returned.
+
+        connect(model, Causal() & (Window(256, 0) | Prefix(4)))
+        connect(model, {"*.layers.*": Window(256, 0), "*.layers.11.*": Full()})    # where two match, the last counts
+        connect(model, lambda module: Window(64 << module.layer_idx, 0))
+        connect(model)                                                             # as its config says, after loading
+
+    Nodes are the real tokens of each text: padding on either side takes no place, and where `position_ids` begin again,
+    so does the graph. All else stays the model's: its parameters, positions, caches, dropout, heads, sinks and biases.
+    Calls that can't be right are errors. The graphs are written into the model's config, as text, which
+    `save_pretrained` keeps; `connect(model)` takes them from there.
+
+    Args:
+        model: any whose attention is called by transformers' `AttentionInterface`; it may be wrapped, by PEFT, FSDP or
+            `torch.compile`.
+        graph: for all modules of self-attention; or by patterns of module names (`*`, `?`), those of cross-attention
+            too; or a function from a module to its graph, or None. What has none keeps the model's own pattern alone.
+            A graph per head has as many heads as queries have.
+        mode: "intersect": who may hear whom both by the model's own pattern (causal, sliding, full) and by the graph;
+            "replace": by the graph alone, and padding.
+        evict: keys that no later query hears leave the caches that `generate` makes (`analysis.last_reader`).
+
+    Raises:
+        ImportError: transformers is not there.
+        TypeError: no model of transformers.
+        ValueError: a model that does not use the interface, by name; a pattern that no module matches.
+    """
+    root = pretrained(model)
+    modules = attention_modules(model)
+    if graph is None:
+        graph, mode, evict = _kept(root)
+    given = _graphs_of(modules, graph)
+    _register()
+    before = disconnect(model) and root.config._attn_implementation
+    root.set_attn_implementation(NAME)
+    others = [name for name, module in modules.items() if cast(Any, module).config._attn_implementation != NAME]
+    if others:
+        root.set_attn_implementation(before)
+        raise ValueError(
+            f"{type(root).__name__} does not let its attention be replaced (transformers refused it for "
+            f"{', '.join(others[:3])}); attngraph.hf.load rebuilds some families"
+        )
+    hooks = []
+    for name, each in given.items():
+        modules[name].__dict__["attngraph_connection"] = Connection(name, each, mode)
+        if is_cross(name, modules[name]):
+            hooks.append(modules[name].register_forward_pre_hook(_note_offset, with_kwargs=True))
+    _keep(root, graph if isinstance(graph, Mapping) else given, mode, evict, before)
+    if evict:
+        hooks.append(evict_from_caches(root, modules))
+    root.__dict__["attngraph_hooks"] = hooks
+    return model
+
+
+@checked
+def disconnect(model: nn.Module) -> nn.Module:
+    """Give a model that `connect` changed its own attention back; the model is returned."""
+    root = pretrained(model)
+    for module in root.modules():
+        for name in ("attngraph_connection", "attngraph_offset"):
+            module.__dict__.pop(name, None)
+    for hook in root.__dict__.pop("attngraph_hooks", ()):
+        hook.remove()
+    if (before := root.__dict__.pop("attngraph_before", None)) is not None:
+        root.set_attn_implementation(before)
+    if hasattr(root.config, NAME):
+        delattr(root.config, NAME)
+    return model
+
+
+def _note_offset(module: nn.Module, arguments: tuple, options: dict[str, Any]) -> None:
+    """How many queries came before those of this call: with a cache, a decoder's own keys say it."""
+    cache = next((each for each in (*options.values(), *arguments) if hasattr(each, "self_attention_cache")), None)
+    done = 0
+    if cache is not None:
+        hidden = arguments[0] if arguments else options["hidden_states"]
+        done = int(cache.self_attention_cache.get_seq_length()) - hidden.shape[1]
+    module.__dict__["attngraph_offset"] = max(done, 0)
+
+
+def _graphs_of(modules: Mapping[str, nn.Module], graph: Graphs) -> dict[str, Graph]:
+    """The graph of each module that has one."""
+    found: dict[str, Graph] = {}
+    if isinstance(graph, Graph):
+        inside = {name: graph for name, module in modules.items() if not is_cross(name, module)}
+        return inside or dict.fromkeys(modules, graph)
+    if isinstance(graph, Mapping):
+        for pattern, each in graph.items():
+            matched = [name for name in modules if fnmatchcase(name, pattern)]
+            if not matched:
+                raise ValueError(f"{pattern!r} must match a module of attention: {', '.join(modules)}")
+            found |= dict.fromkeys(matched, each)
+    else:
+        found = {name: each for name, module in modules.items() if (each := graph(module)) is not None}
+    for name, each in found.items():
+        if not isinstance(each, Graph):
+            raise TypeError(f"the graph of {name} must be a Graph (got {shown(each)})")
+    if not found:
+        raise ValueError("graph must give at least one module of attention a graph (got none)")
+    return found
+
+
+def _register() -> None:
+    """Make the implementation known to transformers."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    from attngraph.hf.attending import attention
+    from attngraph.hf.masks import mask
+
+    AttentionInterface.register(NAME, attention)
+    AttentionMaskInterface.register(NAME, mask)
+
+
+# -------------------------------------------------------------------------------------------------- in its config
+
+
+def _keep(root: PreTrainedModel, graphs: Mapping[str, Graph], mode: Mode, evict: bool, before: Any) -> None:
+    """Write the graphs into the model's config."""
+    root.__dict__["attngraph_before"] = before
+    try:
+        texts = {name: readable(graph, written(graph), parse) for name, graph in graphs.items()}
+    except ValueError as error:
+        warnings.warn(f"the model's config keeps no graph that can't be written as text: {error}", stacklevel=4)
+        return
+    setattr(root.config, NAME, {"graphs": texts, "mode": mode, "evict": evict})
+
+
+def _kept(root: PreTrainedModel) -> tuple[dict[str, Graph], Mode, bool]:
+    """What a config keeps."""
+    found = getattr(root.config, NAME, None)
+    if not isinstance(found, dict) or found.keys() != {"graphs", "mode", "evict"}:
+        raise ValueError(
+            f"connect needs a graph, or a model whose config keeps one, as connect writes it (got {shown(found)})"
+        )
+    return {name: parse(text) for name, text in found["graphs"].items()}, found["mode"], found["evict"]

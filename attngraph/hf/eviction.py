@@ -1,0 +1,127 @@
+"""Caches of transformers from which a key goes when no later query hears it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from attngraph.analysis import last_reader
+from attngraph.graph.base import Graph
+from attngraph.graph.patterns import Causal
+from attngraph.hf.masks import in_front
+from attngraph.hf.modules import connection_of, is_cross
+
+
+def evict_from_caches(root: nn.Module, modules: Mapping[str, nn.Module]) -> RemovableHandle:
+    """Before each call of a model, let a cache that is still empty forget what its layers' graphs allow."""
+
+    def before(model: nn.Module, arguments: tuple, options: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+        given = options.get("past_key_values")
+        given = getattr(given, "self_attention_cache", given)
+        if given is None or not hasattr(given, "layers"):
+            return None
+        if given.get_seq_length() == 0:
+            _replace_layers(given, modules)
+        front = _in_front(options.get("attention_mask"))
+        for layer in given.layers:
+            if getattr(layer, "forgets", False):
+                layer.front = front
+        return None
+
+    return root.register_forward_pre_hook(before, with_kwargs=True)
+
+
+def _in_front(attention_mask: Any) -> Tensor | None:
+    """How much padding is in front of each text, int64 (B,), where a mask of tokens is given."""
+    if not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2:
+        return None
+    return in_front(attention_mask.bool())[:, 0].unique()
+
+
+def _replace_layers(cache: Any, modules: Mapping[str, nn.Module]) -> None:
+    """Give an empty cache layers that forget."""
+    from transformers.cache_utils import DynamicLayer
+
+    graphs = {}
+    for name, module in modules.items():
+        connection, layer = connection_of(module), getattr(module, "layer_idx", None)
+        if connection is not None and layer is not None and not is_cross(name, module):
+            graphs[layer] = connection.effective(Causal())
+    for number, graph in graphs.items():
+        while len(cache.layers) <= number and getattr(cache, "layer_class_to_replicate", None) is DynamicLayer:
+            cache.layers.append(DynamicLayer())
+        if number < len(cache.layers) and type(cache.layers[number]) is DynamicLayer:
+            cache.layers[number] = _forgetting_layer()(graph)
+
+
+@cache
+def _forgetting_layer() -> type:
+    """Its class, which needs transformers."""
+    from transformers.cache_utils import DynamicLayer
+
+    class ForgettingLayer(DynamicLayer):
+        """Keys and values that some later query hears; now and then the others go."""
+
+        is_croppable = False
+        forgets = True
+
+        def __init__(self, graph: Graph):
+            super().__init__()
+            self.graph = graph
+            self.front: Tensor | None = None
+            self.length = 0
+            """How many tokens there were."""
+            self.places = torch.empty(0, dtype=torch.int64)
+            """Of the keys that are kept, int64 (K,): where among the tokens, padding and all."""
+            self.last = torch.empty(0, dtype=torch.int64)
+            """The last query that hears each key of a text, of as many as were looked at."""
+
+        def update(self, key_states: Tensor, value_states: Tensor, *arguments: Any, **options: Any) -> Any:
+            new = key_states.shape[-2]
+            keys, values = super().update(key_states, value_states, *arguments, **options)
+            there = torch.arange(self.length, self.length + new, device=self.device)
+            self.places = torch.cat([self.places.to(self.device), there])
+            self.length += new
+            if len(self.places) < self.length:
+                keys.attngraph_places = self.places
+            self._forget()
+            return keys, values
+
+        def _forget(self) -> None:
+            """Let go of what no later query hears, where that is a good part."""
+            if len(self.last) <= self.length:
+                size = max(1024, 2 * self.length)
+                self.last = last_reader(self.graph, size, size).to(self.device)
+            front = self.places.new_zeros(1) if self.front is None else self.front.to(self.device)
+            place = self.places[:, None] - front  # in each text that begins elsewhere
+            kept = ((self.last[place.clamp(min=0)] >= self.length - front) & (place >= 0)).any(1)
+            if len(kept) - int(kept.sum()) > MOST_DEAD + len(kept) // 8:
+                index = kept.nonzero()[:, 0]
+                self.places = self.places[index]
+                self.keys, self.values = self.keys.index_select(-2, index), self.values.index_select(-2, index)
+
+        def get_seq_length(self) -> int:
+            return self.length
+
+        def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+            return self.length + query_length, 0
+
+        def reset(self) -> None:
+            super().reset()
+            self.length, self.places = 0, self.places[:0]
+
+        def crop(self, tokens_to_remove: int) -> None:
+            if tokens_to_remove:
+                raise ValueError(
+                    "a cache that forgets keys can't go back: connect(…, evict=False) for assisted decoding"
+                )
+
+    return ForgettingLayer
+
+
+MOST_DEAD = 32  # keys that nobody hears any more and are kept for a while, as to let them go copies the others

@@ -17,6 +17,7 @@ import os
 from pathlib import Path
 
 import gpt
+import processes
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -55,11 +56,9 @@ def main() -> None:
     if "RANK" not in os.environ:
         raise SystemExit("start it with torchrun: torchrun --nproc-per-node 2 examples/distributed.py")
     on_gpus = torch.cuda.is_available()
-    dist.init_process_group("nccl" if on_gpus else "gloo")
+    processes.begin(on_gpu=on_gpus)
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpus else torch.device("cpu")
-    if on_gpus:
-        torch.cuda.set_device(device)
-    else:
+    if not on_gpus:
         torch.set_num_threads(1)
     rank, ranks = dist.get_rank(), dist.get_world_size()
 

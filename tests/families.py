@@ -29,7 +29,9 @@ DECODERS: dict[str, Callable[[], nn.Module]] = {
     "gemma2": lambda: tf.Gemma2ForCausalLM(tf.Gemma2Config(**text(**GQA, sliding_window=6, query_pre_attn_scalar=8))),
     "gemma3": lambda: tf.Gemma3ForCausalLM(
         tf.Gemma3TextConfig(
-            **text(**GQA, sliding_window=6, layer_types=["sliding_attention", "full_attention"], query_pre_attn_scalar=8)
+            **text(
+                **GQA, sliding_window=6, layer_types=["sliding_attention", "full_attention"], query_pre_attn_scalar=8
+            )
         )
     ),
     "qwen2": lambda: tf.Qwen2ForCausalLM(tf.Qwen2Config(**text(num_key_value_heads=2))),
@@ -37,8 +39,9 @@ DECODERS: dict[str, Callable[[], nn.Module]] = {
     "gpt_oss": lambda: tf.GptOssForCausalLM(
         tf.GptOssConfig(
             **text(**GQA, num_local_experts=2, num_experts_per_tok=1, sliding_window=6),
-            layer_types=["sliding_attention", "full_attention"], experts_implementation="eager",
-        )  # fmt: skip
+            layer_types=["sliding_attention", "full_attention"],
+            experts_implementation="eager",
+        )
     ),
 }
 ENCODERS: dict[str, Callable[[], nn.Module]] = {
@@ -70,13 +73,23 @@ SEQUENCES: dict[str, Callable[[], nn.Module]] = {
 IMAGES: dict[str, Callable[[], nn.Module]] = {
     "vit": lambda: tf.ViTModel(
         tf.ViTConfig(
-            hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, image_size=16, patch_size=4
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            image_size=16,
+            patch_size=4,
         ),
         add_pooling_layer=False,
     ),
     "clip": lambda: tf.CLIPVisionModel(
         tf.CLIPVisionConfig(
-            hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, image_size=16, patch_size=4
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            image_size=16,
+            patch_size=4,
         )
     ),
 }
@@ -91,8 +104,7 @@ def made(name: str, dtype: torch.dtype = torch.float64, attention: str = "eager"
         for part, parameter in model.named_parameters():
             if any(word in part for word in ("q_proj", "k_proj", "query", "key", "c_attn", ".q.", ".k.", "Wqkv")):
                 parameter.mul_(8)
-    cast_config = getattr(model, "set_attn_implementation")  # noqa: B009
-    cast_config(attention)
+    model.set_attn_implementation(attention)
     return model
 
 

@@ -1,17 +1,20 @@
 """hf.connect: any model of transformers on any graph, as its own eager attention with a mask computes it."""
 
+import copy
+import inspect
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
-pytest.importorskip("transformers")
-from families import FAMILIES, IMAGES, N, SEQUENCES, inputs, made
+transformers = pytest.importorskip("transformers")
+from families import DECODERS, FAMILIES, IMAGES, SEQUENCES, N, inputs, made
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
-from attngraph import Full, PerHead, Prefix, Window, from_edge_index
+from attngraph import Causal, Full, PerHead, Prefix, Window, from_edge_index, from_function
 from attngraph.hf import attention_modules, connect, disconnect
 from attngraph.hf.modules import is_cross
 
@@ -66,12 +69,16 @@ def softmax_in_double_precision(monkeypatch):
     """Their eager attention takes float32 for it, whatever comes."""
     real = nn.functional.softmax
     monkeypatch.setattr(
-        nn.functional, "softmax", lambda x, dim, dtype=None: real(x, dim, dtype=max((x.dtype, dtype or x.dtype), key=lambda d: d.itemsize))
+        nn.functional,
+        "softmax",
+        lambda x, dim, dtype=None: real(x, dim, dtype=max((x.dtype, dtype or x.dtype), key=lambda d: d.itemsize)),
     )
 
 
 def of_dtype(given, dtype):
-    return {key: x.to(dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() else x for key, x in given.items()}
+    return {
+        key: x.to(dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() else x for key, x in given.items()
+    }
 
 
 def logits(model, given):
@@ -112,4 +119,269 @@ def test_graphs_are_masks_of_eager_attention(name, per_head, mode):
         (one * weights).sum().backward()
     for (path, one), two in zip(model.named_parameters(), other.parameters(), strict=True):
         if two.grad is not None:
-            torch.testing.assert_close(one.grad, two.grad, rtol=0, atol=1e-6, msg=lambda text: f"{path}: {text}")
+            torch.testing.assert_close(one.grad, two.grad, rtol=0, atol=1e-6, msg=f"the gradient of {path}")
+
+
+# ------------------------------------------------------------------------------------------- padding, packing, caches
+
+LOCAL = Causal() & (Window(5, 0) | Prefix(2))
+
+
+def connected(name, graph=LOCAL, **options):
+    return connect(made(name), graph, **options)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("name", [*DECODERS, "bert", "modernbert"])
+def test_padding_on_either_side_takes_no_place(name, side):
+    """Each text as it is by itself."""
+    model, lengths = connected(name), (N, 15, 7)
+    tokens, mask = torch.zeros(3, N, dtype=torch.long), torch.zeros(3, N, dtype=torch.long)
+    texts = [inputs(name, 1, length)["input_ids"][0] for length in lengths]
+    for row, text in enumerate(texts):
+        part = slice(N - len(text), N) if side == "left" else slice(len(text))
+        tokens[row, part], mask[row, part] = text, 1
+    positions = {"position_ids": (mask.cumsum(-1) - 1).clamp(min=0)} if name not in ("modernbert",) else {}
+    found = logits(model, {**inputs(name), "input_ids": tokens, "attention_mask": mask, **positions})
+    for row, text in enumerate(texts):
+        alone = logits(model, {**inputs(name), "input_ids": text[None]})[0]
+        exact = torch.float32 if name == "modernbert" else torch.float64  # its positions turn in float32
+        close(found[row][mask[row].bool()], alone, exact)
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_packed_texts_are_as_by_themselves(name):
+    model, lengths = connected(name), ((9, 4, 11), (13, 10, 1))
+    texts = [[inputs(name, 1, length)["input_ids"][0] for length in row] for row in lengths]
+    given = {
+        "input_ids": torch.stack([torch.cat(row) for row in texts]),
+        "position_ids": torch.stack([torch.cat([torch.arange(len(text)) for text in row]) for row in texts]),
+    }
+    found = logits(model, {**given, "use_cache": False})
+    expected = [torch.cat([logits(model, {"input_ids": t[None], "use_cache": False})[0] for t in row]) for row in texts]
+    close(found, torch.stack(expected))
+
+
+CACHE = "cache" if "cache" in inspect.signature(transformers.GenerationMixin.generate).parameters else "past_key_values"
+CACHES = ["dynamic", "static", "offloaded", "none"]
+
+
+@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize("name", DECODERS)
+def test_a_cache_gives_the_tokens_of_whole_texts(name, cache):
+    """Greedy, of texts with padding in front; and by the independent route."""
+    graph = {"*": Causal() & (Window(7, 0) | Prefix(1))}
+    if cache == "offloaded" and not torch.cuda.is_available():
+        pytest.skip("offloading needs a GPU")
+    model = connected(name, graph)
+    tokens = inputs(name)["input_ids"][:, :12].clone()
+    mask = torch.ones_like(tokens)
+    tokens[1, :5] = mask[1, :5] = 0
+    options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    options["attention_mask"] = mask
+    implementation = {} if cache in ("none", "dynamic") else {"cache_implementation": cache}
+    found = model.generate(tokens, **options, **implementation, use_cache=cache != "none")
+    expected = tokens
+    for _ in range(12):
+        now = torch.cat([mask, mask.new_ones(2, expected.shape[1] - 12)], 1)
+        positions = (now.cumsum(-1) - 1).clamp(min=0)
+        given = {"input_ids": expected, "attention_mask": now, "position_ids": positions, "use_cache": False}
+        expected = torch.cat([expected, logits(model, given)[:, -1:].argmax(-1)], 1)
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mistral"])
+def test_beams_and_assistants(name):
+    model, tokens = connected(name), inputs(name)["input_ids"][:1, :9]
+    options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    beams = [model.generate(tokens, num_beams=3, use_cache=use, **options) for use in (True, False)]
+    assert torch.equal(*beams)
+    alone = model.generate(tokens, **options)
+    assert torch.equal(model.generate(tokens, assistant_model=connected(name), **options), alone)
+    assert torch.equal(model.generate(tokens, prompt_lookup_num_tokens=2, **options), alone)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3", "mistral", "gemma3"])
+@pytest.mark.parametrize("padded", [False, True])
+def test_keys_that_nobody_hears_leave_the_cache(name, padded, monkeypatch):
+    from transformers import DynamicCache
+
+    from attngraph.hf import eviction
+
+    monkeypatch.setattr(eviction, "MOST_DEAD", 2)
+    model, whole = connected(name, evict=True), connected(name)
+    tokens = inputs(name)["input_ids"][:, :12].clone()
+    mask = torch.ones_like(tokens)
+    if padded:
+        tokens[1, :5] = mask[1, :5] = 0
+    options = {"do_sample": False, "attention_mask": mask, "pad_token_id": 0, "eos_token_id": None}
+    cache = DynamicCache(config=model.config)
+    found = model.generate(tokens, max_new_tokens=60, **{CACHE: cache}, **options)
+    assert torch.equal(found, whole.generate(tokens, max_new_tokens=60, **options))
+    assert max(layer.keys.shape[-2] for layer in cache.layers) <= 12 + 5 * padded
+    assert cache.get_seq_length() == 71
+
+
+@pytest.mark.parametrize("name", SEQUENCES)
+def test_a_decoder_hears_a_memory_by_a_graph(name):
+    """With a cache as without; queries know how many came before."""
+    model = made(name)
+    model.generation_config.decoder_start_token_id = 1
+    sizes = {path: (is_cross(path, module)) for path, module in attention_modules(model).items()}
+    rows, columns = torch.meshgrid(torch.arange(64), torch.arange(N), indexing="ij")
+    near = from_edge_index(torch.stack([columns, rows])[:, (rows - columns).abs() <= 3], size=(N, 64)) | Prefix(1)
+    graphs = {path: near if cross else LOCAL for path, cross in sizes.items() if "decoder" in path}
+    connect(model, graphs)
+    given = inputs(name)
+    given = {key: given[key] for key in given if key in ("input_ids", "input_features")}
+    options = {"max_new_tokens": 10, "min_new_tokens": 10, "do_sample": False}
+    found = model.generate(**given, **options)
+    expected = found[:, :1]
+    for length in range(1, 11):
+        now = {path: near.rows(0, length) if sizes[path] else graph for path, graph in graphs.items()}
+        told = logits(connect(model, now), {**given, "decoder_input_ids": expected, "use_cache": False})
+        expected = torch.cat([expected, told[:, -1:].argmax(-1)], 1)
+    assert torch.equal(found, expected)
+
+
+# ------------------------------------------------------------------------------------------- the rest of transformers
+
+
+def test_models_keep_their_graphs_apart():
+    given = inputs("llama")
+    one, two = connected("llama"), connected("llama", Causal() & Window(2, 0))
+    plain = made("llama")
+    expected = [logits(model, given) for model in (one, two)]
+    assert not torch.equal(*expected)
+    again = copy.deepcopy(one)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda model: logits(model, given), [one, two, again, one] * 4))
+    for number, each in enumerate(found):
+        close(each, expected[number % 4 == 1])
+    disconnect(one)
+    close(logits(again, given), expected[0])
+    close(logits(one, given), logits(plain, given))
+
+
+def test_graphs_travel_with_a_saved_model(tmp_path):
+    model = connected("llama", {"*.0.*": Causal() & Window(4, 0), "*.1.*": Prefix(3) | Window(1, 0)}, evict=True)
+    expected = logits(model, inputs("llama"))
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path, dtype=torch.float64)
+    assert not torch.equal(logits(again, inputs("llama")), expected)  # until it is connected
+    close(logits(connect(again), inputs("llama")), expected)
+    assert again.config.attngraph["evict"]
+    disconnect(again)
+    with pytest.raises(ValueError, match="needs a graph, or a model whose config keeps one"):
+        connect(again)
+
+
+def test_a_graph_that_is_no_text_is_not_kept():
+    with pytest.warns(UserWarning, match="keeps no graph that can't be written"):
+        connected("llama", from_function(lambda i, j: i - j < 3))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing(reentrant):
+    grads = []
+    for checkpointing in (False, True):
+        model = connected("llama").train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        model.get_input_embeddings().requires_grad_()
+        mask = torch.ones(2, N, dtype=torch.long)
+        mask[1, :9] = 0
+        model(**inputs("llama"), attention_mask=mask, labels=inputs("llama")["input_ids"]).loss.backward()
+        grads.append([parameter.grad for parameter in model.parameters()])
+    for one, other in zip(*grads, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "bert", "t5"])
+def test_weights_are_given_when_they_are_asked_for(name):
+    model, other = made(name), made(name)
+    graphs = graphs_by_module(model, name)
+    by_hand(other, graphs)
+    connect(model, graphs)
+    given = {**inputs(name), "output_attentions": True}
+    found, expected = model(**given), other(**given)
+    for key in ("attentions", "encoder_attentions", "decoder_attentions", "cross_attentions"):
+        if expected.get(key):
+            for one, two in zip(found[key], expected[key], strict=True):
+                close(one, two)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_compiled_model(padded):
+    model = connected("llama")
+    given = inputs("llama")
+    mask = torch.ones(2, N, dtype=torch.long)
+    if padded:
+        mask[1, :6] = 0
+    given |= {"attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
+    expected = logits(model, given)
+    run = torch.compile(model, backend="aot_eager")
+    close(logits(run, given)[mask.bool()], expected[mask.bool()])
+    assert set(attention_modules(run)) == set(attention_modules(model))
+
+
+def test_dropout_in_training():
+    torch.manual_seed(0)
+    model = connect(FAMILIES["llama"]().train(), LOCAL)
+    model.config.attention_dropout = 0.5
+    for module in attention_modules(model).values():
+        module.attention_dropout = 0.5
+    one, two = (logits(model, inputs("llama")) for _ in range(2))
+    assert not torch.equal(one, two)
+
+
+# ------------------------------------------------------------------------------------------------- what is an error
+
+
+def test_what_cannot_be_is_told():
+    import transformers as tf
+
+    small = {"vocab_size": 64, "hidden_size": 32, "num_attention_heads": 4}
+    bloom = tf.BloomForCausalLM(tf.BloomConfig(**small, n_layer=1))
+    gptj = tf.GPTJForCausalLM(tf.GPTJConfig(vocab_size=64, n_embd=32, n_layer=1, n_head=4, rotary_dim=4))
+    falcon = tf.FalconForCausalLM(tf.FalconConfig(**small, num_hidden_layers=1))
+    for model in (bloom, gptj, falcon):
+        with pytest.raises(ValueError, match="computes its attention by itself"):
+            connect(model, LOCAL)
+    with pytest.raises(TypeError, match="must be one of transformers"):
+        connect(nn.Linear(2, 2), LOCAL)
+    model = made("llama")
+    with pytest.raises(ValueError, match=r"'\*.7.\*' must match a module of attention: model.layers.0.self_attn"):
+        connect(model, {"*.7.*": LOCAL})
+    with pytest.raises(TypeError, match=r"the graph of model.layers.0.self_attn must be a Graph \(got 3\)"):
+        connect(model, lambda module: 3)
+    with pytest.raises(ValueError, match="at least one module"):
+        connect(model, lambda module: None)
+    assert model.config._attn_implementation == "eager"  # nothing was half changed
+    given = inputs("llama")
+    connect(model, Full().sized(9, 9))
+    with pytest.raises(ValueError, match=r"model.layers.0.self_attn: .*9"):
+        model(**given)
+    connect(model, PerHead([LOCAL] * 3))
+    with pytest.raises(ValueError, match=r"model.layers.0.self_attn: .*heads"):
+        model(**given)
+
+
+def test_a_cache_needs_a_causal_graph():
+    model = connected("llama", Window(3, 3), mode="replace")
+    tokens = inputs("llama")["input_ids"]
+    model(tokens, use_cache=False)
+    with pytest.raises(ValueError, match=r"a graph must be causal.*use_cache=False, mode='intersect'"):
+        model.generate(tokens, max_new_tokens=3, do_sample=False)
+    connect(model, Window(3, 3))
+    model.generate(tokens, max_new_tokens=3, do_sample=False)
+
+
+def test_keys_that_a_sliding_cache_dropped_are_missed():
+    model = connected("mistral", Causal() & Window(9, 0), mode="replace")
+    tokens = inputs("mistral")["input_ids"]
+    model(tokens, use_cache=False)
+    with pytest.raises(ValueError, match="sliding cache has dropped keys"):
+        model.generate(tokens, max_new_tokens=3, do_sample=False)
+    connect(model, Causal() & Window(4, 0), mode="replace")
+    model.generate(tokens, max_new_tokens=3, do_sample=False)

@@ -9,6 +9,7 @@ import time
 from datetime import timedelta
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import torch.distributed as dist
@@ -33,6 +34,7 @@ from attngraph import (
     Window,
     attend,
     from_edge_index,
+    from_function,
 )
 from attngraph.distributed import CommunicationError, compare_strategies, distribute
 from attngraph.distributed import partition as partitions
@@ -468,13 +470,155 @@ def different(group, what):
         q = q.double() if what == "dtype" and rank == 1 else q
         attend(q, q, q, plan)
 
-    with pytest.raises(ValueError, match=f"{what} differs on rank 1 of 3"):
+    with pytest.raises(ValueError, match=f"all 3 ranks .*: {what} is not the same on rank 1"):
         ask()
 
 
 @pytest.mark.parametrize("what", ["the graphs", "n", "the partition", "heads", "dtype"])
 def test_ranks_that_ask_for_different_things_are_told_who(ranks, what):
     ranks.run(3, different, what)
+
+
+def calls_that_differ(group, what):
+    """Of two plans, after calls of both kinds that are alike."""
+    rank, graphs = dist.get_rank(group), [Window(3, 3), Window(5, 1)]
+    plans = distribute(graphs, 41, group, partition="contiguous")
+    q = plans[0].scatter(randn(2, 2, 41, 8))
+    for plan in plans:
+        for batch in (1, 2):
+            attend(q[:batch], q[:batch], q[:batch], plan)
+    options, plan = {}, plans[0]
+    if rank == 1:
+        if what == "plan":
+            plan = plans[1]
+        if what == "batch":
+            q = q[:1]
+        if what == "dtype":
+            q = q.float()
+        options |= {"scale": {"scale": 0.5}, "dropout_p": {"dropout_p": 0.5}, "score": {"score": SoftCap(2.0)}}.get(
+            what, {}
+        )
+        if what == "bias":
+            options["bias"] = Alibi.geometric(2)
+    with pytest.raises(ValueError, match=f"all 3 ranks .*: {what} is not the same on rank 1"):
+        attend(q, q, q, plan, **options)
+    q = q[:1].double()
+    attend(q, q, q, plans[0])  # and they go on
+
+
+@pytest.mark.parametrize("what", ["plan", "batch", "dtype", "scale", "score", "dropout_p", "bias"])
+def test_calls_that_differ_later_are_told_too(ranks, what):
+    ranks.run(3, calls_that_differ, what)
+
+
+def functions(group):
+    """Functions are compared by what they read, not by how many were made before."""
+    rank = dist.get_rank(group)
+    for _ in range(rank):
+        from_function(lambda i, j: i >= j)
+    for reach in (4, 5):
+        distribute(from_function(lambda i, j, reach=reach: (i - j).abs() < reach), 40, group)
+        distribute(from_function(lambda i, j: (i - j).abs() < reach), 40, group)  # noqa: B023
+    own = rank + 3
+    with pytest.raises(ValueError, match="the graphs is not the same on all ranks"):
+        distribute(from_function(lambda i, j: (i - j).abs() < own), 40, group)
+    many = from_edge_index(torch.randint(1000, (2, 50_000), generator=torch.Generator().manual_seed(rank)), 1000)
+    with pytest.raises(ValueError) as told:
+        distribute(many, 1000, group)
+    assert len(str(told.value)) < 1000
+
+
+def test_graphs_are_compared_by_what_they_are(ranks):
+    ranks.run(3, functions)
+
+
+def one_placement(group):
+    from attngraph.models import GPT
+    from attngraph.nn import TransformerConfig
+
+    here, there = (distribute(Causal(), 40, group, partition=name) for name in ("contiguous", "zigzag"))
+    again = distribute(Window(3, 0), 40, group, partition="contiguous")
+    model = GPT(TransformerConfig(embed_dim=16, num_layers=2, num_heads=2), vocab_size=31)
+    tokens = here.scatter(torch.randint(31, (1, 40), generator=torch.Generator().manual_seed(0)), 1)
+    for graphs in ([here, there], [here, Causal()], [Causal(), here]):
+        model.transformer.graphs = graphs
+        with pytest.raises(ValueError, match="all layers must take the rows of the same nodes"):
+            model(tokens)
+    model.transformer.graphs = [here, again]
+    model(tokens)
+
+
+def test_layers_of_different_partitions_are_an_error(ranks):
+    ranks.run(2, one_placement)
+
+
+def biased_and_compiled(group, position):
+    from attngraph.models import GPT
+    from attngraph.nn import TransformerConfig
+
+    plan = distribute(Causal(), 40, group)
+    model = GPT(
+        TransformerConfig(embed_dim=16, num_layers=1, num_heads=2, position=position), vocab_size=31, graph=plan
+    )
+    tokens = plan.scatter(torch.randint(31, (1, 40), generator=torch.Generator().manual_seed(0)), 1)
+    found = torch.compile(model, fullgraph=True, backend="aot_eager")(tokens)
+    torch.testing.assert_close(found, model(tokens))
+
+
+@pytest.mark.parametrize("position", ["alibi", "relative"])
+def test_a_bias_compiles_on_a_new_plan(ranks, position):
+    ranks.run(2, biased_and_compiled, position)
+
+
+@pytest.mark.parametrize(
+    ("partition", "count"), [*((each, 3) for each in PARTITIONS), ("zigzag", 24), ("contiguous", 24)]
+)
+@pytest.mark.parametrize(
+    "graph",
+    [
+        Causal(),
+        Full(),
+        Causal() & (Window(9, 0) | Prefix(2)),
+        Window(3, 3) | Global([0, 50]),
+        Random(3),
+        PerHead([Causal(), Window(5, 5)]),
+    ],
+    ids=str,
+)
+def test_each_edge_is_computed_once(graph, partition, count):
+    n = 120
+    own = owner(partition, n, count)
+    made = (
+        partitions.given(own, n, count) if isinstance(own, torch.Tensor) else getattr(partitions, partition)(n, count)
+    )
+    routing = Routing(graph, made, made, numbered=False, move_queries=True)
+    every = graph.num_edges(n, n) if not graph.heads else (graph.graphs[0] | graph.graphs[1]).num_edges(n, n)
+    for rows in (None, 7):
+        routes = [routing.of(rank, rows) for rank in range(count)]
+        assert sum(route.edges for route in routes) == every
+    for one, route in enumerate(routes):
+        for other, peer in enumerate(routes):
+            assert route.queries.sent[other].total == peer.queries.received[one].total
+
+
+@pytest.mark.parametrize(
+    ("graph", "n", "count", "partition"),
+    [
+        (Causal(), 65_536, 64, "zigzag"),
+        (Causal(), 65_536, 64, "contiguous"),
+        (Full(), 32_768, 40, "contiguous"),
+        (Window(64, 64) | Global([0, 1]), 10**8, 1024, "contiguous"),
+    ],
+    ids=str,
+)
+def test_dense_graphs_and_hubs_over_many_ranks_are_planned_without_their_edges(graph, n, count, partition):
+    made = getattr(partitions, partition)(n, count)
+    routing = Routing(graph, made, made, numbered=False, move_queries=True)
+    begun = time.process_time()
+    for rank in (0, count - 1):
+        routing.of(rank, max(n // count // 2, 1))
+        routing.of(rank, ordered=True)
+    assert time.process_time() - begun < 10
 
 
 def twice(plan, q):
@@ -503,10 +647,20 @@ def refusals(group):
         (ValueError, "give m", lambda: distribute(graph, 40, group, key_partition=torch.zeros(40).long())),
         (ValueError, "same number of query nodes", lambda: distribute(graph.sized(30, 30), 40, group)),
         (TypeError, "belongs to a process group", lambda: __import__("pickle").dumps(plan)),
+        (TypeError, "graphs must be a Graph", lambda: distribute([graph, 3], 40, group)),
+        (ValueError, "all 40 nodes in dimension -2", lambda: plan.scatter(own)),
+        (ValueError, "all 40 nodes in dimension -2", lambda: plan.scatter(torch.zeros(1, 40))),
+        (ValueError, "plan.own_edges", lambda: attend(own, own, own, plan, bias=EdgeBias.sorted(torch.zeros(2, 820)))),
+        (ValueError, "must be a multiple of kv_heads", lambda: plan.explain(heads=4, kv_heads=3)),
+        (ValueError, "heads must be", lambda: plan.explain(heads=0)),
     ]  # fmt: skip
     for kind, message, ask in cases:
         with pytest.raises(kind, match=message):
             ask()
+    small = torch.arange(40, dtype=torch.int16)
+    assert torch.equal(plan.gather(plan.scatter(small, 0), 0), small)
+    assert __import__("copy").copy(plan) is plan
+    assert "sent" in plan.explain()
 
 
 def test_what_cannot_be_is_told(ranks):
@@ -554,7 +708,8 @@ def test_who_survives_a_rank_raises(how, within):
     for _ in range(3):  # on a busy machine, one of them meets no other program
         found = survivors(how)
         for rank, _, message in found:
-            assert f"keys and values along Window(8, 8) failed on rank {rank} of 3" in message
+            assert "Window(8, 8)" in message
+            assert f"failed on rank {rank} of 3" in message
             assert "last checkpoint" in message
         if max(seconds for _, seconds, _ in found) < within:
             break
@@ -582,3 +737,27 @@ def test_the_example_goes_on_from_its_checkpoint(tmp_path):
         assert f"over 2 ranks, from step {begun}" in done.stdout
         assert f"step {int(steps) - 1:4}  loss" in done.stdout
         assert done.stdout.count("ShardedPlan(") == 2  # of the two graphs
+
+
+@pytest.mark.slow
+def test_torchrun_starts_again_after_a_death(tmp_path):
+    """A rank is killed after a checkpoint; all ranks start again, and end."""
+    example = Path(__file__).parents[1] / "examples" / "distributed.py"
+    text, kept = tmp_path / "text.txt", tmp_path / "kept"
+    text.write_text("to be or not to be, that is the question. " * 40, encoding="utf-8")
+    given = ["--text", str(text), "--save", str(kept), "--every", "2", "--layers", "1", "--width", "32"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "2"]
+    command += [f"--master-port={free_port()}", str(example), *given, "--length", "200", "--steps", "400"]
+    with (tmp_path / "told").open("w+") as told:
+        run = subprocess.Popen(command, stdout=told, stderr=subprocess.STDOUT, text=True, cwd=tmp_path)
+        until = time.monotonic() + 120
+        while not list(kept.rglob(".metadata")) and time.monotonic() < until:
+            time.sleep(0.2)
+        workers = [each for each in psutil.Process(run.pid).children() if str(example) in each.cmdline()]
+        workers[-1].kill()
+        assert run.wait(180) == 0, told.seek(0) or told.read()[-3000:]
+        told.seek(0)
+        said = told.read()
+    assert "from step 0" in said
+    assert said.count("over 2 ranks, from step") == 2
+    assert "step  399  loss" in said

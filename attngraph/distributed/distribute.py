@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from importlib.util import find_spec
+from itertools import count
 from typing import TypedDict, Unpack, overload
 
 import torch
@@ -11,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from attngraph.arguments import checked
+from attngraph.arguments import checked, shown
 from attngraph.distributed import partition as partitions
 from attngraph.distributed.exchange import Ranks
 from attngraph.distributed.partition import Partition
@@ -22,12 +24,13 @@ from attngraph.distributed.strategies import Widths, asked, loads
 from attngraph.graph.base import Graph, at_size, require_ints
 from attngraph.graph.compose import Batched
 from attngraph.graph.listing import count_edges
-from attngraph.graph.text import written
+from attngraph.graph.predicate import alike_in_every_process
 from attngraph.planning.call import Call
 from attngraph.planning.costs import Costs
 
 Group = DeviceMesh | dist.ProcessGroup
 
+NUMBERS = count()  # of plans; those of the first rank count
 MAX_WEIGHTED_RANKS = 64  # for which "auto" asks how many edges each has
 MAX_METIS_EDGES = 1 << 24  # of a list for which "auto" asks METIS: some seconds
 
@@ -89,14 +92,17 @@ def distribute(
     require_ints(1, **({} if halo_rows is None else {"halo_rows": halo_rows}))
     if not given:
         raise ValueError("distribute needs at least one graph (got none)")
+    for graph in given:
+        if not isinstance(graph, Graph):
+            raise TypeError(f"graphs must be a Graph, or a list of them (got {shown(graph)})")
     keys = n if m is None else m
     device = _device(mesh)
     require_same(
         ranks,
         {
-            "the graphs": "; ".join(map(written, given)), "n": str(n), "m": str(m), "halo_rows": str(halo_rows),
-            "the partition": _fact(partition), "the partition of keys": _fact(key_partition),
-            "move_queries": str(move_queries),
+            "the graphs": "; ".join(map(alike_in_every_process, given)), "n": str(n), "m": str(m),
+            "halo_rows": str(halo_rows), "the partition": _fact(partition),
+            "the partition of keys": _fact(key_partition), "move_queries": str(move_queries),
         },
         "distribute",
         device,
@@ -108,7 +114,7 @@ def distribute(
                 f"(got {graph})"
             )
         at_size(graph, n, keys)
-    of_queries = _partition(partition, given, n, keys, ranks, device)
+    of_queries = _partition(partition, given, n, m, ranks, device)
     if m is not None:
         of_keys = partitions.contiguous(keys, ranks.count)
         of_keys = of_keys if key_partition is None else partitions.given(key_partition, keys, ranks.count)
@@ -135,50 +141,56 @@ def _sharded(
     device: torch.device,
 ) -> ShardedPlan:  # fmt: skip
     routing = Routing(graph, queries, keys, numbered=False, move_queries=move_queries)
-    route, stage_rows = routing.of(ranks.rank), None
-    agreed = agreed_on(route, ranks, device)
+    moves, stage_rows = routing.moves(ranks.rank), None
+    own = torch.tensor([moves.keys.held.total, next(NUMBERS)], device=device)
+    halo, numbers = ranks.to_all(own, "agreeing on what travels").T
     limit = halo_rows if halo_rows is not None else max(int(keys.counts.max()), 1)
-    if int(agreed[:, 0].max()) > limit:
+    if int(halo.max()) > limit:
         stage_rows = max(limit // 2, 1)  # two stages are held at a time
-        route = routing.of(ranks.rank, stage_rows)
+    route = routing.of(ranks.rank, stage_rows, moves=moves)
+    agreed = agreed_on(route, ranks, device)
     edges = routing.num_edges(ranks.rank)
     own, own_keys = (int(side.counts[ranks.rank]) for side in (queries, keys))
+    way = Way(route, queries.held(ranks.rank), keys.held(ranks.rank), agreed)
     return ShardedPlan(
         graph, Call(own, own_keys, 1, 1, 64, 64, torch.float32, device), (), {}, ("sharded",), edges, edges,
         Costs.here(device), ranks=ranks, partition=queries, key_partition=keys, move_queries=move_queries,
-        stage_rows=stage_rows, ways={False: Way(route, queries.held(ranks.rank), keys.held(ranks.rank), agreed)},
+        stage_rows=stage_rows, number=int(numbers[0]), ways={False: way},
     )  # fmt: skip
 
 
 def _fact(given: object) -> str:
     """What an argument is, to be compared."""
-    return str(given.tolist()) if isinstance(given, Tensor) else str(given)
+    if not isinstance(given, Tensor):
+        return str(given)
+    return f"a tensor {tuple(given.shape)} with checksum {zlib.crc32(given.cpu().contiguous().numpy().tobytes()):08x}"
 
 
 def _partition(
-    given: str | Tensor, graphs: list[Graph], n: int, m: int, ranks: Ranks, device: torch.device
+    given: str | Tensor, graphs: list[Graph], n: int, m: int | None, ranks: Ranks, device: torch.device
 ) -> Partition:
     if isinstance(given, Tensor):
         return partitions.given(given, n, ranks.count)
     if given == "auto":
         return _best(graphs, n, m, ranks, device)
-    return partitions.named(given, graphs[0], n, m, ranks.count)
+    return partitions.named(given, graphs[0], n, n if m is None else m, ranks.count)
 
 
-def _best(graphs: list[Graph], n: int, m: int, ranks: Ranks, device: torch.device) -> Partition:
+def _best(graphs: list[Graph], n: int, memory: int | None, ranks: Ranks, device: torch.device) -> Partition:
     """The partition whose slowest rank is expected to be the fastest; rank 0 decides, as it may know its speed best."""
+    m = n if memory is None else memory
     names = ["contiguous"]
     if ranks.count > 1:
         names += ["zigzag"] if n >= 2 * ranks.count else []
         names += ["weighted"] if ranks.count <= MAX_WEIGHTED_RANKS else []
-        if n == m and find_spec("pymetis") is not None and any(_is_list(graph, n, m) for graph in graphs):
+        if memory is None and find_spec("pymetis") is not None and any(_is_list(graph, n, m) for graph in graphs):
             names.append("metis")
     choice = 0
     if ranks.rank == 0 and len(names) > 1:
         times = []
         for name in names:
             made = partitions.named(name, graphs[0], n, m, ranks.count)
-            keys = made if n == m else partitions.contiguous(m, ranks.count)
+            keys = made if memory is None else partitions.contiguous(m, ranks.count)
             by_rank = [loads(graph, made, keys, Widths(), Costs.here(device), asked(ranks.count)) for graph in graphs]
             times.append(max(sum(load.seconds for load in own) for own in zip(*by_rank, strict=True)))
         choice = min(range(len(names)), key=times.__getitem__)

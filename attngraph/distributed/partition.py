@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.util import find_spec
 from typing import Literal, NamedTuple, get_args
@@ -41,6 +42,21 @@ class Nodes(NamedTuple):
         """One after the other."""
         none = torch.empty(0, dtype=torch.int64)
         return Nodes(torch.cat([none, *(p.first for p in parts)]), torch.cat([none, *(p.stop for p in parts)]))
+
+    @property
+    def merged(self) -> Nodes:
+        """The same with ranges that follow each other as one."""
+        begins = torch.ones_like(self.first, dtype=torch.bool)
+        begins[1:] = self.first[1:] != self.stop[:-1]
+        ends = torch.ones_like(begins)
+        ends[:-1] = begins[1:]
+        return Nodes(self.first[begins], self.stop[ends])
+
+    @property
+    def ascending(self) -> Nodes:
+        """The same nodes in their order."""
+        order = self.first.argsort()
+        return Nodes(self.first[order], self.stop[order]).merged
 
     @property
     def total(self) -> int:
@@ -89,6 +105,8 @@ class Partition:
     """The first node of each range, ascending, from 0 on: int64 (R,)."""
     owner: Tensor
     """The rank of each: int64 (R,)."""
+    digest: int = field(init=False)
+    """A number that other partitions do not have, but for chance."""
 
     @staticmethod
     def of(name: str, owner: Tensor, ranks: int) -> Partition:
@@ -97,6 +115,10 @@ class Partition:
         starts[1:] = owner[1:] != owner[:-1]
         first = starts.nonzero()[:, 0]
         return Partition(name, len(owner), ranks, first, owner[first])
+
+    def __post_init__(self):
+        sides = (self.first.contiguous(), self.owner.contiguous())
+        object.__setattr__(self, "digest", zlib.crc32(b"".join(side.numpy().tobytes() for side in sides)))
 
     @cached_property
     def stop(self) -> Tensor:

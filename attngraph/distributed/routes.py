@@ -16,14 +16,15 @@ from attngraph.distributed.cover import minimum_vertex_cover
 from attngraph.distributed.partition import Nodes, Partition
 from attngraph.graph.algebra import Full
 from attngraph.graph.base import Edges, Graph, at_size, bind
-from attngraph.graph.boxes import EMPTY, FULL, Boxes, joined, spans
+from attngraph.graph.boxes import EMPTY, FULL, Boxes, joined, spans_of_hubs
 from attngraph.graph.compose import PerHead
 from attngraph.graph.edge_list import EdgeList
 from attngraph.graph.listing import count_edges, list_edges, of_any_head
 
 MOVED_WORK = 4  # how many times as many keys as queries have to travel less: a query that moves takes its work along
 BLOCK_ROWS = 8192  # queries that hear keys of another rank at a time
-MAX_BLOCKS = 32  # pairs of ranges; in more, the edges are listed
+MAX_BLOCKS = 32  # pairs of ranges with edges; in more, the edges are listed if they are few
+MAX_LISTED_DEGREE = 256  # edges of a query, on average
 MAX_RANGES = 16  # of one rank's nodes; in more, the edges of all are listed, rather than of each range
 
 
@@ -104,6 +105,17 @@ class Route(NamedTuple):
         return sum(stage.keys.held.total for stage in self.stages)
 
 
+class Moves(NamedTuple):
+    """What travels from and to one rank."""
+
+    keys: Transfer
+    queries: Transfer
+    out_of: Edges | None
+    """Of lists, the edges of the own queries."""
+    into: Edges | None
+    """And those of the own keys."""
+
+
 class Crossing(NamedTuple):
     """What moves of the edges between the queries of one rank and the keys of another: a cover of them."""
 
@@ -136,23 +148,27 @@ class Routing:
         """How many there are."""
         if self.queries.pieces > MAX_RANGES:
             return len(self.own_edges(rank)[0])
-        ranges = self.queries.ranges(rank)
-        rows = [(bind(self.any_head.rows(*each), each[1] - each[0], self.m), each[1] - each[0]) for each in ranges]
-        return sum(count_edges(graph, n, self.m) for graph, n in rows)
+        return self._count(self.queries.ranges(rank))
 
-    def of(self, rank: int, stage_rows: int | None = None) -> Route:
-        """What one rank does, of the keys that travel so many at a time."""
-        keys, queries, out_of, into = self._transfers(rank)
+    def of(
+        self, rank: int, stage_rows: int | None = None, *, moves: Moves | None = None, ordered: bool = False
+    ) -> Route:
+        """What one rank does, of the keys that travel so many at a time.
+
+        `moves`, if they are known; `ordered`: as if it held what it receives in the order of the nodes, so that there
+        are few blocks, which an estimate asks alone.
+        """
+        keys, queries, out_of, into = self.moves(rank) if moves is None else moves
         own_queries, own_keys = self.queries.held(rank), self.keys.held(rank)
         stages = [
-            Stage(some, self._blocks(own_queries, some.held, out_of))
+            Stage(some, self._blocks(own_queries, some.held.ascending if ordered else some.held, out_of))
             for some in _staged(keys, rank, stage_rows, int(self.keys.counts.max()))
         ]
         own = self._blocks(own_queries, own_keys, out_of)
         return Route(own, tuple(stages), queries, self._guest_blocks(queries.received, keys.sent, own_keys, into))
 
-    def _transfers(self, rank: int) -> tuple[Transfer, Transfer, Edges | None, Edges | None]:
-        """The keys and the queries that travel; of lists, the edges of the own queries, and those of the own keys."""
+    def moves(self, rank: int) -> Moves:
+        """What travels from and to a rank."""
         ranks, out_of, into = self.queries.ranks, None, None
         if self.listed:
             out_of = self.own_edges(rank)
@@ -166,7 +182,7 @@ class Routing:
         fetched, owed = ([side.get(peer, none) for peer in range(ranks)] for side in (fetched, owed))
         keys = Transfer(tuple(each.keys for each in owed), tuple(each.keys for each in fetched))
         queries = Transfer(tuple(each.queries for each in fetched), tuple(each.queries for each in owed))
-        return keys, queries, out_of, into
+        return Moves(keys, queries, out_of, into)
 
     # --------------------------------------------------------------------------------------- of closed forms
 
@@ -182,10 +198,11 @@ class Routing:
         """Of the ranges of queries and of keys of each pair of ranks, the smaller side of the edges between them."""
         boxes = [(peer, *q, *k) for peer, (rows, columns) in pairs.items() for q in rows for k in columns]
         peer, top, bottom, left, right = torch.tensor(boxes, dtype=torch.int64).reshape(-1, 5).T
-        number, first, stop = spans(self.any_head, Boxes(top, bottom, left, right))
+        number, first, stop = spans_of_hubs(self.any_head, self.transposed, Boxes(top, bottom, left, right))
         keys, queries = _by_peer(peer[number], first, stop), {}
         if self.move_queries:  # the queries of the same boxes, at the keys that are heard
-            found = spans(self.transposed, Boxes(first, stop, top[number], bottom[number]))
+            boxes_of_keys = Boxes(first, stop, top[number], bottom[number])
+            found = spans_of_hubs(self.transposed, self.any_head, boxes_of_keys)
             queries = _by_peer(peer[number][found[0]], *found[1:])
         crossings = {}
         for other, heard in keys.items():
@@ -240,39 +257,57 @@ class Routing:
         return tuple(blocks)
 
     def _blocks(self, queries: Nodes, keys: Nodes, edges: Edges | None) -> tuple[Block, ...]:
-        """The edges between nodes that a rank holds: a block of each pair of ranges, or one of listed edges."""
-        if edges is None and len(queries.first) * len(keys.first) > MAX_BLOCKS:
-            ranges = [(first, stop) for first, stop, _ in queries.ranges]
-            edges = _edges_of_ranges(self.any_head, ranges, self.m)
+        """The edges between nodes that a rank holds: a block of each pair of ranges that has some, or one of a list.
+
+        Many small blocks would each be a call: of more than `MAX_BLOCKS` the edges are listed, if these are few.
+        """
         if edges is not None:
             return self._listed_block(queries, keys, edges)
+        if not len(queries.first) or not len(keys.first):
+            return ()
+        rows, columns = queries.merged.ranges, keys.merged.ranges
+        pairs = torch.tensor([(*r, *c) for r in rows for c in columns], dtype=torch.int64).reshape(-1, 6)
+        first, stop, _, begin, end, _ = pairs.T.contiguous()
+        kind = self.any_head._classify_boxes(Boxes(first, stop, begin, end))
+        pairs, kind = pairs[kind != EMPTY], kind[kind != EMPTY]
+        if len(pairs) > MAX_BLOCKS:
+            ranges = [(first, stop) for first, stop, _ in rows]
+            size = sum(stop - first for first, stop in ranges)
+            if self._count(ranges) <= MAX_LISTED_DEGREE * size:
+                return self._listed_block(queries, keys, _edges_of_ranges(self.any_head, ranges, self.m))
         blocks = []
-        for first, stop, at in queries.ranges:
-            for begin, end, place in keys.ranges:
-                for low, high in self._pieces(first, stop, begin, end):
-                    graph = self._block(low, high, begin, end)
-                    if edges_here := count_edges(graph, high - low, end - begin):
-                        rows, columns = slice(at + low - first, at + high - first), slice(place, place + end - begin)
-                        blocks.append(Block(graph, rows, columns, begin - low, edges_here))
+        for (first, stop, at, begin, end, place), is_full in zip(pairs.tolist(), (kind == FULL).tolist(), strict=True):
+            for low, high in self._pieces(first, stop, begin, end, is_full):
+                graph = self._block(low, high, begin, end, is_full)
+                if edges_here := count_edges(graph, high - low, end - begin):
+                    own = slice(at + low - first, at + high - first)
+                    blocks.append(Block(graph, own, slice(place, place + end - begin), begin - low, edges_here))
         return tuple(blocks)
 
-    def _pieces(self, first: int, stop: int, begin: int, end: int) -> list[tuple[int, int]]:
+    def _count(self, ranges: list[tuple[int, int]]) -> int:
+        """The edges of ranges of queries."""
+        rows = [(bind(self.any_head.rows(*each), each[1] - each[0], self.m), each[1] - each[0]) for each in ranges]
+        return sum(count_edges(graph, n, self.m) for graph, n in rows)
+
+    def _pieces(self, first: int, stop: int, begin: int, end: int, is_full: bool) -> list[tuple[int, int]]:
         """The queries of a block, some at a time where they are not the keys, as results that merge lie beside others.
 
         Of keys elsewhere few queries may hear any; those before and after them are left out.
         """
         if (first, stop) == (begin, end):
             return [(first, stop)]
-        _, top, bottom = spans(self.transposed, Boxes.one(begin, end, first, stop))
-        if not len(top):
-            return []
-        low, high = int(top[0]), int(bottom[-1])
+        low, high = first, stop
+        if not is_full:
+            _, top, bottom = spans_of_hubs(self.transposed, self.any_head, Boxes.one(begin, end, first, stop))
+            if not len(top):
+                return []
+            low, high = int(top[0]), int(bottom[-1])
         return [(row, min(row + BLOCK_ROWS, high)) for row in range(low, high, BLOCK_ROWS)]
 
-    def _block(self, first: int, stop: int, begin: int, end: int) -> Graph:
+    def _block(self, first: int, stop: int, begin: int, end: int, is_full: bool) -> Graph:
         """The queries first … stop-1 and the keys begin … end-1."""
         is_one = not self.graph.heads
-        if is_one and int(self.graph._classify_boxes(Boxes.one(first, stop, begin, end))) == FULL:
+        if is_one and (is_full or int(self.graph._classify_boxes(Boxes.one(first, stop, begin, end))) == FULL):
             return Full().sized(stop - first, end - begin)
         return bind(self.graph.rows(first, stop).T.rows(begin, end).T, stop - first, end - begin)
 

@@ -6,7 +6,6 @@ All ranks take part in the same collectives in the same order, whether or not th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -58,13 +57,10 @@ class Way:
         self.own = works(route.own, queries, keys)
         self.stages = [works(stage.blocks, queries, stage.keys.held) for stage in route.stages]
         self.guests = works(route.guests, route.queries.held, keys)
-
-    @cached_property
-    def distances(self) -> Tensor:
-        """Those of all blocks, one after the other: int64."""
-        works = [*self.own, *(work for stage in self.stages for work in stage), *self.guests]
-        found = [work.block.distances(work.queries.numbers, work.keys.numbers) for work in works]
-        return torch.cat([torch.empty(0, dtype=torch.int64), *found])
+        every = [*self.own, *(work for stage in self.stages for work in stage), *self.guests]
+        found = [work.block.distances(work.queries.numbers, work.keys.numbers) for work in every]
+        self.distances = torch.cat([torch.empty(0, dtype=torch.int64), *found])
+        """Those of all blocks, one after the other: int64. Known before a program that has a bias is compiled."""
 
 
 class Run:
@@ -74,8 +70,8 @@ class Run:
         self.plan, self.q, self.k, self.v = plan, q, k, v
         self.ranks, self.exact = plan.ranks, torch.promote_types(q.dtype, torch.float32)
         numbered = modifiers.edges is not None or (modifiers.bias is not None and modifiers.bias.kind == "edge")
-        self.way = plan.way(numbered)
         plan.require_alike(q, k, v, modifiers)
+        self.way = plan.way(numbered)
         if modifiers.dropout is not None:
             seed = self.ranks.from_first(modifiers.dropout.seed[None], f"the seed of the dropout on {plan.graph}")[0]
             modifiers = modifiers._replace(dropout=modifiers.dropout._replace(seed=seed))

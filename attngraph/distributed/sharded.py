@@ -22,6 +22,7 @@ from attngraph.distributed.routes import Route, Routing
 from attngraph.distributed.running import Run, Way
 from attngraph.distributed.strategies import Widths, explained, load_of
 from attngraph.edge_features import EdgeFeatures, edge_terms
+from attngraph.graph.base import require_ints
 from attngraph.graph.edge_list import EdgeList
 from attngraph.kernels.contract import EdgeTerms, Gradients, Modifiers, ScoreBias
 from attngraph.planning.backends.base import only_fused_attention
@@ -48,10 +49,20 @@ class ShardedPlan(Plan):
     is_whole: ClassVar[bool] = False
     ways: dict[bool, Way] = field(default_factory=dict)
     """As `way` gives them."""
-    _kinds: set[tuple] = field(default_factory=set)
+    number: int
+    """The same on all ranks, and of this plan alone."""
+    _calls: list[None] = field(default_factory=list)
 
     def __reduce__(self):
         raise TypeError("a sharded plan belongs to a process group, and can't be saved: distribute the graph again")
+
+    def __copy__(self) -> ShardedPlan:
+        return self
+
+    @property
+    def placement(self) -> tuple:
+        """Whose rows this rank has."""
+        return (self.ranks.rank, self.ranks.count, self.partition.n, self.partition.digest)
 
     def __repr__(self) -> str:
         rows = f"{len(self.nodes):,} of {self.partition.n:,} nodes on rank {self.ranks.rank} of {self.ranks.count}"
@@ -103,30 +114,44 @@ class ShardedPlan(Plan):
         return self.ways[numbered]
 
     def require_alike(self, q: Tensor, k: Tensor, v: Tensor, modifiers: Modifiers) -> None:
-        """Raise on every rank, the first time that calls of a kind come, unless they are of one kind on all ranks."""
+        """Raise on every rank unless all of them make the same call; see `Ranks.checks_calls`, and the first always."""
+        if self._calls and not self.ranks.checks_calls:
+            return
         bias = None if modifiers.bias is None else modifiers.bias.kind
         kind = {
-            "batch": len(q), "heads": q.shape[1], "key heads": k.shape[1], "dimensions": (q.shape[3], v.shape[3]),
-            "dtype": q.dtype, "bias": bias, "padding": modifiers.attention_mask is not None,
-            "dropout": modifiers.dropout is not None, "normalize": modifiers.normalize,
+            "plan": f"number {self.number}, {self.graph}", "batch": len(q), "heads": q.shape[1],
+            "key heads": k.shape[1], "dimensions": (q.shape[3], v.shape[3]), "dtype": q.dtype,
+            "scale": modifiers.scale, "score": modifiers.transform, "bias": bias,
+            "features of edges": modifiers.edges is not None, "padding": modifiers.attention_mask is not None,
+            "dropout_p": modifiers.dropout and modifiers.dropout.p, "normalize": modifiers.normalize,
         }  # fmt: skip
-        if (key := tuple(kind.values())) not in self._kinds:
-            require_same(self.ranks, {name: str(value) for name, value in kind.items()}, str(self), self.call.device)
-            self._kinds.add(key)
+        facts = {name: str(value) for name, value in kind.items()}
+        require_same(self.ranks, facts, f"attend on {self}", self.call.device)
+        if not self._calls:
+            self._calls.append(None)
 
     @checked
     def explain(  # pyright: ignore[reportIncompatibleMethodOverride]  (each rank's call decides its options)
         self, *, heads: int = 8, kv_heads: int | None = None, head_dim: int = 64, dtype: torch.dtype = torch.float32
     ) -> str:
-        """What this rank computes and receives, and how evenly all share: a table to read."""
-        way, widths = self.way(), Widths(heads, heads if kv_heads is None else kv_heads, head_dim, dtype)
+        """What this rank computes, receives and sends, and how evenly all share: a table to read."""
+        kv_heads = heads if kv_heads is None else kv_heads
+        require_ints(1, heads=heads, kv_heads=kv_heads, head_dim=head_dim)
+        if heads % kv_heads:
+            raise ValueError(f"heads must be a multiple of kv_heads (got {heads} and {kv_heads})")
+        way, widths = self.way(), Widths(heads, kv_heads, head_dim, dtype)
         load = load_of(way.route, self.ranks.rank, len(self.nodes), widths, self.costs)
-        return explained(repr(self), load, way.edges, len(way.route.stages), self.costs)
+        return explained(repr(self), load, way.edges, way.route, widths, self.costs)
 
     # -------------------------------------------------------------------------------------- rows and their nodes
 
     def scatter(self, x: Tensor, dim: int = -2) -> Tensor:
         """Of x, which has all nodes along a dimension, the rows of this rank: a copy."""
+        if not -x.ndim <= dim < x.ndim or x.shape[dim] != self.partition.n:
+            raise ValueError(
+                f"x must have all {self.partition.n:,} nodes in dimension {dim} (got shape {tuple(x.shape)}): the rows "
+                f"of rank {self.ranks.rank} are taken of them"
+            )
         return x.index_select(dim, self.nodes.to(x.device))
 
     def gather(self, x: Tensor, dim: int = -2) -> Tensor:
@@ -174,6 +199,11 @@ class ShardedPlan(Plan):
     def placed(self, bias: Bias, q: Tensor, k: Tensor) -> Bias:
         """As `bias.placed`, of the own edges."""
         graph = self.own_edges if isinstance(bias, EdgeBias) and bias.edges != "sorted" else self.graph
+        if isinstance(bias, EdgeBias) and bias.edges == "sorted" and bias.values.shape[-1] != self.edge_values:
+            raise ValueError(
+                f"an EdgeBias on rank {self.ranks.rank} of a sharded graph needs one value for each of the "
+                f"{self.edge_values:,} edges of its own queries, plan.own_edges (got {bias.values.shape[-1]:,})"
+            )
         return placed(bias, graph, self.partition.n, self.key_partition.n, q)
 
     def edge_terms(self, features: EdgeFeatures, q: Tensor, k: Tensor) -> EdgeTerms | None:
@@ -207,6 +237,9 @@ class ShardedPlan(Plan):
         return Run(self, q, k, v, modifiers).backward(out, lse, dout, dlse, bias_grad)
 
 
+MAX_SHOWN = 300  # characters of what differs, in an error
+
+
 def agreed_on(route: Route, ranks: Ranks, device: torch.device) -> Tensor:
     """Of each rank how many rows of keys and how many queries come to it, and its edges: int64 (ranks, 3)."""
     own = torch.tensor([route.halo_rows, route.queries.held.total, route.edges], device=device)
@@ -215,14 +248,20 @@ def agreed_on(route: Route, ranks: Ranks, device: torch.device) -> Tensor:
 
 def require_same(ranks: Ranks, facts: dict[str, str], what: str, device: torch.device) -> None:
     """Raise ValueError on every rank, naming those that differ, unless facts are the same on all of them."""
-    digests = torch.tensor([zlib.crc32(fact.encode()) for fact in facts.values()], device=device)
-    found = ranks.to_all(digests, f"comparing what the ranks ask of {what}").tolist()
+    digests = [zlib.crc32(fact.encode()) for fact in facts.values()]
+    together = torch.tensor([zlib.crc32(repr(digests).encode())], device=device)
+    doing = f"comparing what the ranks ask of {what}"
+    if (all_together := ranks.to_all(together, doing)).eq(all_together[0]).all():
+        return
+    found = ranks.to_all(torch.tensor(digests, device=device), doing).tolist()
     for number, (name, fact) in enumerate(facts.items()):
         by_rank = [digest[number] for digest in found]
         usual = max(set(by_rank), key=by_rank.count)
         others = [rank for rank, digest in enumerate(by_rank) if digest != usual]
         if others:
+            ranks_of = "all ranks" if by_rank.count(usual) == 1 else f"rank {', '.join(map(str, others))}"
+            fact = fact if len(fact) <= MAX_SHOWN else f"{fact[:MAX_SHOWN]}… ({len(fact):,} characters)"
             raise ValueError(
-                f"all ranks must ask for the same: {name} differs on rank {', '.join(map(str, others))} of "
-                f"{ranks.count} (rank {ranks.rank} has {fact}) in {what}"
+                f"all {ranks.count} ranks must ask for the same in {what}: {name} is not the same on {ranks_of} "
+                f"(rank {ranks.rank} has {fact})"
             )

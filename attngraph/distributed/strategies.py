@@ -93,7 +93,7 @@ def loads(
 ) -> list[Load]:
     """Those of some ranks."""
     routing = Routing(graph, queries, keys, numbered=False, move_queries=True)
-    return [load_of(routing.of(rank), rank, int(queries.counts[rank]), widths, costs) for rank in ranks]
+    return [load_of(routing.of(rank, ordered=True), rank, int(queries.counts[rank]), widths, costs) for rank in ranks]
 
 
 def asked(ranks: int) -> list[int]:
@@ -195,19 +195,23 @@ def _halo(name: str, graph: Graph, n: int, ranks: int, widths: Widths) -> Strate
 # --------------------------------------------------------------------------------------------------- as a table
 
 
-def explained(title: str, load: Load, edges: list[int], stages: int, costs: Costs) -> str:
+def explained(title: str, load: Load, edges: list[int], route: Route, widths: Widths, costs: Costs) -> str:
     """A load, and the edges that each rank computes, as a table to read."""
-    mean = sum(edges) / len(edges)
+    mean, stages = sum(edges) / len(edges), len(route.stages)
+    keys_sent = sum(nodes.total for stage in route.stages for nodes in stage.keys.sent)
+    sent = keys_sent * widths.key_bytes + load.answers * widths.query_bytes + load.queries * widths.result_bytes
+    in_stages = f"   in {stages} stages" if stages > 1 and load.key_rows else ""
     lines = [
         title,
         f"{load.rows:,} rows, {load.edges:,} edges computed here; the busiest of {len(edges)} ranks computes "
         f"{max(edges) / max(mean, 1e-9):.2f} times the mean",
         "",
-        f"{'what travels, forward':34}{'rows':>12}",
-        f"{'keys and values received':34}{load.key_rows:12,}" + (f"   in {stages} stages" if stages > 1 else ""),
-        f"{'queries received':34}{load.queries:12,}",
-        f"{'results received':34}{load.answers:12,}",
-        f"{memory(load.bytes)} received for one batch entry; backward, the same keys again, and gradients back",
+        f"{'rows that travel, forward':28}{'received':>12}{'sent':>12}",
+        f"{'keys and values':28}{load.key_rows:12,}{keys_sent:12,}{in_stages}",
+        f"{'queries':28}{load.queries:12,}{load.answers:12,}",
+        f"{'their results':28}{load.answers:12,}{load.queries:12,}",
+        f"{'of one batch entry':28}{memory(load.bytes):>12}{memory(sent):>12}",
+        "backward, the same keys again, and gradients back",
         "",
         f"expected, forward: own part {time(load.own_seconds)}, while {time(load.travel_seconds)} of travel at "
         f"{memory(BANDWIDTH)}/s; then {time(load.other_seconds)}: {time(load.seconds)} in all, by {costs.source}",

@@ -170,6 +170,7 @@ def _quartered(row: Tensor, column: Tensor, levels: int, rows: int, columns: int
 
 
 MAX_SPANS = 1 << 16  # parts of the keys that are undecided
+FEW_SPANS = 1 << 8  # with which hubs are looked for
 
 
 def spans(graph: Graph, boxes: Boxes, heard: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -179,19 +180,43 @@ def spans(graph: Graph, boxes: Boxes, heard: Tensor | None = None) -> tuple[Tens
     one key, or there are too many parts: what is found of a box does not depend on the others. The first box hears some
     keys besides.
     """
+    return _spans(graph, boxes, heard, MAX_SPANS)[0]
+
+
+def spans_of_hubs(graph: Graph, transposed: Graph, boxes: Boxes) -> tuple[Tensor, Tensor, Tensor]:
+    """The same where some queries of a box may hear all of its keys: these are found first, if the keys are too many.
+
+    Halving the keys of a box alone, no part were decided before it is one key, as the other queries hear none.
+    """
+    found, many = _spans(graph, boxes, None, FEW_SPANS)
+    if not len(many):
+        return found
+    of_many = boxes.chosen(many)
+    (number, top, bottom), _ = _spans(transposed, of_many.transposed, None, FEW_SPANS)
+    inner = Boxes(top, bottom, of_many.left[number], of_many.right[number])
+    (place, first, stop), _ = _spans(graph, inner, None, MAX_SPANS)
+    kept = ~torch.isin(found[0], many)
+    sides = (found[0][kept], many[number[place]]), (found[1][kept], first), (found[2][kept], stop)
+    return joined(*(torch.cat(side) for side in sides))
+
+
+def _spans(graph: Graph, boxes: Boxes, heard: Tensor | None, most: int) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
+    """As `spans`, and the boxes that had more than `most` parts undecided: their ranges may have more keys."""
     number = ((boxes.top < boxes.bottom) & (boxes.left < boxes.right)).nonzero()[:, 0]
     left, right = boxes.left[number], boxes.right[number]
     heard = left[:0] if heard is None else heard
     found: list[tuple[Tensor, Tensor, Tensor]] = [(0 * heard, heard, heard + 1)]
+    many = [number[:0]]
     while len(number):
         kind = graph._classify_boxes(Boxes(boxes.top[number], boxes.bottom[number], left, right))
-        is_last = (right - left == 1) | (torch.bincount(number)[number] > MAX_SPANS)
-        done = (kind != EMPTY) & ((kind == FULL) | is_last)
+        too_many = torch.bincount(number)[number] > most
+        done = (kind != EMPTY) & ((kind == FULL) | (right - left == 1) | too_many)
         found.append((number[done], left[done], right[done]))
+        many.append(number[done & too_many & (kind == PARTIAL)])
         number, left, right = (side[(kind == PARTIAL) & ~done] for side in (number, left, right))
         middle = (left + right) // 2
         number, left, right = number.repeat(2), torch.cat([left, middle]), torch.cat([middle, right])
-    return joined(*(torch.cat(sides) for sides in zip(*found, strict=True)))
+    return joined(*(torch.cat(sides) for sides in zip(*found, strict=True))), torch.cat(many).unique()
 
 
 def joined(number: Tensor, first: Tensor, stop: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import re
 import sys
 import weakref
 import zlib
@@ -74,6 +75,23 @@ class Predicate(Graph):
 
     def __hash__(self) -> int:
         return id(self)
+
+
+def alike_in_every_process(graph: Graph) -> str:
+    """A graph as text that is the same in every process that makes it: of functions, with what they read."""
+    text = re.sub(r", number \d+>", ">", graph._key)
+    if not graph._may_change:
+        return text
+    state = []
+    for part in graph._state():
+        if isinstance(part, CodeType):
+            constants = [each for each in part.co_consts if not isinstance(each, CodeType)]
+            state.append(repr((part.co_code, part.co_names, constants)))
+        elif isinstance(part, tuple):
+            state.append(repr([each for each in part if not isinstance(each, ReferenceType)]))
+        elif isinstance(part, bytes):
+            state.append(repr(part))
+    return f"{text} with checksum {zlib.crc32(repr(sorted(state)).encode()):08x}"
 
 
 def _require_two_arguments(function: Callable[..., Any]) -> None:

@@ -14,7 +14,7 @@ from attngraph.graph.base import Graph, bind
 from attngraph.graph.compose import Disjoint
 from attngraph.graph.patterns import Causal
 from attngraph.hf.masks import Places, Seen, in_front, seen_in
-from attngraph.hf.modules import connection_of
+from attngraph.hf.modules import Offset, connection_of
 from attngraph.kernels.scoring import SoftCap
 
 FEW_QUERIES = 16  # up to so many, their edges are a mask for PyTorch's attention: no plan is made for each step
@@ -38,13 +38,23 @@ def attention(
 ) -> tuple[Tensor, Tensor | None]:
     """As transformers' `AttentionInterface` calls it: query (B, H, Q, D), key and value (B, Hkv, K, D) → out
     (B, Q, H, D), and the weights (B, H, Q, K), 0 where there is no edge, if they are asked for."""
-    call = _Call(module, query, key, value, dropout, scaling, position_bias, softcap, s_aux, bool(output_attentions))
+    weights = bool(output_attentions) or _are_collected()
+    call = _Call(module, query, key, value, dropout, scaling, position_bias, softcap, s_aux, weights)
     if attention_mask is None or attention_mask.dtype == torch.int64:
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
         out, weights = call.by_places(attention_mask, causal)
     else:
         out, weights = call.by_matrix(attention_mask)
     return out.transpose(1, 2).contiguous(), weights
+
+
+def _are_collected() -> bool:
+    """Whether a hook of transformers waits for weights: so output_attentions=True comes to most models."""
+    try:
+        from transformers.utils.output_capturing import _active_collector
+    except ImportError:
+        return False
+    return any("attentions" in name for name in _active_collector.get() or ())
 
 
 class _Call:
@@ -58,7 +68,7 @@ class _Call:
         self.scale = q.shape[-1] ** -0.5 if scale is None else scale
         self.softcap, self.dropout = softcap, dropout
         self.connection = connection_of(module)
-        self.offset: int | None = module.__dict__.get("attngraph_offset")
+        self.offset: Offset | None = module.__dict__.get("attngraph_offset")
 
     def effective(self, own: Graph) -> Graph:
         """The graph that runs."""
@@ -97,10 +107,12 @@ class _Call:
 
     def across(self, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Queries of one sequence, some of them there already, and keys of another."""
-        n, m, done = self.q.shape[2], self.k.shape[2], self.offset or 0
+        assert self.offset is not None
+        n, m, done = self.q.shape[2], self.k.shape[2], self.offset.before
         graph = self.effective(Full())
-        if done:
-            graph = graph.sized(done + n, m).rows(done, done + n)
+        if self.offset.has_cache:  # as many queries as come, at most as many as the graph has
+            size = graph.size[0] or done + n
+            graph = graph.sized(size, m).rows(done, done + n)
         return self.attend(graph, None if mask is None else seen_in(mask, n).real)
 
     def compiled(self, mask: Tensor | None, causal: bool) -> tuple[Tensor, Tensor | None]:
@@ -197,14 +209,15 @@ class _Call:
                 q, k, v, added, self.dropout, scale=self.scale, enable_gqa=group > 1
             )  # fmt: skip
             return out, None
-        scores = q.float() @ k.repeat_interleave(group, 1).float().mT * self.scale
+        exact = torch.promote_types(q.dtype, torch.float32)
+        scores = q.to(exact) @ k.repeat_interleave(group, 1).to(exact).mT * self.scale
         if self.softcap is not None:
             scores = self.softcap * (scores / self.softcap).tanh()
         if bias is not None:
             scores = scores + bias
         scores = scores.masked_fill(~mask, -torch.inf)
         if self.sinks is not None:
-            scores = torch.cat([scores, self.sinks.float().view(1, -1, 1, 1).expand(*scores.shape[:3], 1)], -1)
+            scores = torch.cat([scores, self.sinks.to(exact).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)], -1)
         weights = torch.ops.aten._safe_softmax(scores, -1)[..., : k.shape[2]].to(v.dtype)
         dropped = torch.nn.functional.dropout(weights, self.dropout)
         return dropped @ v.repeat_interleave(group, 1), weights

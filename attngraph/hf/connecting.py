@@ -13,7 +13,7 @@ from attngraph.arguments import checked, shown
 from attngraph.graph.base import Graph
 from attngraph.graph.text import parse, written
 from attngraph.hf.eviction import evict_from_caches
-from attngraph.hf.modules import Connection, Mode, attention_modules, is_cross, pretrained
+from attngraph.hf.modules import Connection, Mode, Offset, attention_modules, is_cross, pretrained
 from attngraph.models.saved import readable
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ def _note_offset(module: nn.Module, arguments: tuple, options: dict[str, Any]) -
     if cache is not None:
         hidden = arguments[0] if arguments else options["hidden_states"]
         done = int(cache.self_attention_cache.get_seq_length()) - hidden.shape[1]
-    module.__dict__["attngraph_offset"] = max(done, 0)
+    module.__dict__["attngraph_offset"] = Offset(max(done, 0), cache is not None)
 
 
 def _graphs_of(modules: Mapping[str, nn.Module], graph: Graphs) -> dict[str, Graph]:

@@ -19,11 +19,12 @@ from attngraph.hf.modules import connection_of, is_cross
 
 def evict_from_caches(root: nn.Module, modules: Mapping[str, nn.Module]) -> RemovableHandle:
     """Before each call of a model, let a cache that is still empty forget what its layers' graphs allow."""
+    from transformers import Cache
 
     def before(model: nn.Module, arguments: tuple, options: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
-        given = options.get("past_key_values")
+        given = next((each for each in options.values() if isinstance(each, Cache)), None)
         given = getattr(given, "self_attention_cache", given)
-        if given is None or not hasattr(given, "layers"):
+        if given is None:
             return None
         if given.get_seq_length() == 0:
             _replace_layers(given, modules)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from torch import nn
 
@@ -45,6 +45,14 @@ class Connection:
 
     def __repr__(self) -> str:
         return f"Connection({self.name}, {self.graph}, {self.mode})"
+
+
+class Offset(NamedTuple):
+    """What a module knows that hears another sequence."""
+
+    before: int
+    """How many queries came before those of this call."""
+    has_cache: bool
 
 
 def connection_of(module: nn.Module) -> Connection | None:

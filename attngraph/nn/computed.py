@@ -33,6 +33,16 @@ def name_of(function: GraphFunction) -> str:
     return f"<function {getattr(named, '__qualname__', type(named).__qualname__)}>"
 
 
+def require_one_placement(graphs: Sequence[OneGraph]) -> None:
+    """Raise if layers would take the same rows for those of different nodes, as plans of one rank's share may."""
+    placements = [graph.placement if isinstance(graph, Plan) else None for graph in graphs]
+    if any(placement != placements[0] for placement in placements):
+        raise ValueError(
+            "all layers must take the rows of the same nodes: give each a plan of one call, distribute([graph, …], n, "
+            f"mesh), whose partition they share (got {', '.join(map(str, graphs))})"
+        )
+
+
 def graph_of(graph: OneGraph, x: Tensor) -> Graph | Plan:
     """The graph, or what the function makes of x."""
     if isinstance(graph, Graph | Plan):

@@ -20,7 +20,7 @@ from attngraph.kernels.scoring import NORMALIZER_NAMES
 from attngraph.nn.attention import Attention
 from attngraph.nn.cached import Cached, CachedLayer
 from attngraph.nn.checks import require_vectors, values_known
-from attngraph.nn.computed import Graphs, OneGraph, graph_of, is_one, made_of
+from attngraph.nn.computed import Graphs, OneGraph, graph_of, is_one, made_of, require_one_placement
 from attngraph.nn.dropout import dropout
 from attngraph.nn.feedforward import ACTIVATIONS, FeedForward
 from attngraph.nn.padding import joint_padding_mask, padding_in_front, padding_mask, positions_of, rolled
@@ -29,7 +29,6 @@ from attngraph.nn.told import by_layer, tell_graphs
 from attngraph.planning.planner import Plan
 
 ALL_MEMORY = Full()  # made once: a compiled model need not make it
-
 Placed = tuple[Tensor, tuple[Tensor, Tensor] | None, Alibi | RelativeBias | None]
 """Nodes, cos and sin, and a bias: what tells them where they stand."""
 Biases = Bias | Tensor | Sequence[Bias | Tensor | None] | None
@@ -358,6 +357,7 @@ class Transformer(nn.Module):
         if memory_positions is not None and (self.config.cross or self.config.position != "rotary"):
             raise ValueError("memory_positions are of use only for rotary positions, in a model without a cross phase")
         graphs = self.graphs if graph is None else self._per_layer(graph)
+        require_one_placement(graphs)
         biases = self._biases(bias)
         if cache is not None and goes_on:
             return self._goes_on(x, cache, tree)

@@ -205,6 +205,11 @@ class Plan:
         """The numbers that its queries have in a larger graph, where they are a part of it: int64 (N,)."""
         return None
 
+    @property
+    def placement(self) -> tuple | None:
+        """Which nodes' rows it takes, where they are not all: layers of one model must have one."""
+        return None
+
     is_whole: ClassVar[bool] = True
     """Whether it has all nodes of its graph, so that weights and second derivatives can be asked for."""
 

@@ -8,10 +8,10 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-transformers = pytest.importorskip("transformers")
+pytest.importorskip("transformers")
 from families import DECODERS, FAMILIES, IMAGES, SEQUENCES, N, inputs, made
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, GenerationMixin
 from transformers.masking_utils import eager_mask
 
 from attngraph import Causal, Full, PerHead, Prefix, Window, from_edge_index, from_function
@@ -162,7 +162,7 @@ def test_packed_texts_are_as_by_themselves(name):
     close(found, torch.stack(expected))
 
 
-CACHE = "cache" if "cache" in inspect.signature(transformers.GenerationMixin.generate).parameters else "past_key_values"
+CACHE = "cache" if "cache" in inspect.signature(GenerationMixin.generate).parameters else "past_key_values"
 CACHES = ["dynamic", "static", "offloaded", "none"]
 
 

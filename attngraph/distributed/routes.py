@@ -22,7 +22,7 @@ from attngraph.graph.edge_list import EdgeList
 from attngraph.graph.listing import count_edges, list_edges, of_any_head
 
 MOVED_WORK = 4  # how many times as many keys as queries have to travel less: a query that moves takes its work along
-BLOCK_ROWS = 8192  # queries that hear keys of another rank at a time
+BLOCK_ROWS = 4096  # queries that hear keys of another rank at a time
 MAX_BLOCKS = 32  # pairs of ranges with edges; in more, the edges are listed if they are few
 MAX_LISTED_DEGREE = 256  # edges of a query, on average
 MAX_RANGES = 16  # of one rank's nodes; in more, the edges of all are listed, rather than of each range

@@ -11,7 +11,17 @@ import torch
 pytest.importorskip("transformers")
 from families import DECODERS, FAMILIES, IMAGES, SEQUENCES, N, inputs, made
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface, GenerationMixin
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    BloomConfig,
+    BloomForCausalLM,
+    DynamicCache,
+    FalconConfig,
+    FalconForCausalLM,
+    GenerationMixin,
+    T5ForConditionalGeneration,
+)
 from transformers.masking_utils import eager_mask
 
 from attngraph import Causal, Full, PerHead, Prefix, Window, from_edge_index, from_function
@@ -149,7 +159,7 @@ def test_padding_on_either_side_takes_no_place(name, side):
         close(found[row][mask[row].bool()], alone, exact)
 
 
-@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.parametrize("name", sorted({*DECODERS} - {"gpt_oss"}))  # which does not tell its masks of positions
 def test_packed_texts_are_as_by_themselves(name):
     model, lengths = connected(name), ((9, 4, 11), (13, 10, 1))
     texts = [[inputs(name, 1, length)["input_ids"][0] for length in row] for row in lengths]
@@ -163,6 +173,7 @@ def test_packed_texts_are_as_by_themselves(name):
 
 
 CACHE = "cache" if "cache" in inspect.signature(GenerationMixin.generate).parameters else "past_key_values"
+KEPT = "cache" if "cache" in inspect.signature(T5ForConditionalGeneration.forward).parameters else CACHE
 CACHES = ["dynamic", "static", "offloaded", "none"]
 
 
@@ -204,8 +215,6 @@ def test_beams_and_assistants(name):
 @pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3", "mistral", "gemma3"])
 @pytest.mark.parametrize("padded", [False, True])
 def test_keys_that_nobody_hears_leave_the_cache(name, padded, monkeypatch):
-    from transformers import DynamicCache
-
     from attngraph.hf import eviction
 
     monkeypatch.setattr(eviction, "MOST_DEAD", 2)
@@ -226,22 +235,20 @@ def test_keys_that_nobody_hears_leave_the_cache(name, padded, monkeypatch):
 def test_a_decoder_hears_a_memory_by_a_graph(name):
     """With a cache as without; queries know how many came before."""
     model = made(name)
-    model.generation_config.decoder_start_token_id = 1
     sizes = {path: (is_cross(path, module)) for path, module in attention_modules(model).items()}
     rows, columns = torch.meshgrid(torch.arange(64), torch.arange(N), indexing="ij")
     near = from_edge_index(torch.stack([columns, rows])[:, (rows - columns).abs() <= 3], size=(N, 64)) | Prefix(1)
     graphs = {path: near if cross else LOCAL for path, cross in sizes.items() if "decoder" in path}
     connect(model, graphs)
-    given = inputs(name)
-    given = {key: given[key] for key in given if key in ("input_ids", "input_features")}
-    options = {"max_new_tokens": 10, "min_new_tokens": 10, "do_sample": False}
-    found = model.generate(**given, **options)
-    expected = found[:, :1]
-    for length in range(1, 11):
-        now = {path: near.rows(0, length) if sizes[path] else graph for path, graph in graphs.items()}
-        told = logits(connect(model, now), {**given, "decoder_input_ids": expected, "use_cache": False})
-        expected = torch.cat([expected, told[:, -1:].argmax(-1)], 1)
-    assert torch.equal(found, expected)
+    given = {key: x for key, x in inputs(name).items() if key in ("input_ids", "input_features")}
+    tokens, cache, found = inputs(name)["decoder_input_ids"], None, []
+    for step in (tokens[:, :3], tokens[:, 3:4], tokens[:, 4:5], tokens[:, 5:8]):
+        out = model(**given, decoder_input_ids=step, use_cache=True, **({} if cache is None else {KEPT: cache}))
+        cache = out[KEPT]
+        found.append(out.logits)
+    now = {path: near.rows(0, 8) if sizes[path] else graph for path, graph in graphs.items()}
+    connect(model, now)
+    close(torch.cat(found, 1), logits(model, {**given, "decoder_input_ids": tokens[:, :8], "use_cache": False}))
 
 
 # ------------------------------------------------------------------------------------------- the rest of transformers
@@ -339,14 +346,9 @@ def test_dropout_in_training():
 
 
 def test_what_cannot_be_is_told():
-    import transformers as tf
-
-    small = {"vocab_size": 64, "hidden_size": 32, "num_attention_heads": 4}
-    bloom = tf.BloomForCausalLM(tf.BloomConfig(**small, n_layer=1))
-    gptj = tf.GPTJForCausalLM(tf.GPTJConfig(vocab_size=64, n_embd=32, n_layer=1, n_head=4, rotary_dim=4))
-    falcon = tf.FalconForCausalLM(tf.FalconConfig(**small, num_hidden_layers=1))
-    for model in (bloom, gptj, falcon):
-        with pytest.raises(ValueError, match="computes its attention by itself"):
+    small = {"vocab_size": 64, "hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 1}
+    for model in (BloomForCausalLM(BloomConfig(**small)), FalconForCausalLM(FalconConfig(**small))):
+        with pytest.raises(ValueError, match="ForCausalLM computes its attention by itself"):
             connect(model, LOCAL)
     with pytest.raises(TypeError, match="must be one of transformers"):
         connect(nn.Linear(2, 2), LOCAL)

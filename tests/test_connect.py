@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import json
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
@@ -20,12 +21,14 @@ from transformers import (
     FalconConfig,
     FalconForCausalLM,
     GenerationMixin,
+    LlamaConfig,
+    LlamaForCausalLM,
     T5ForConditionalGeneration,
 )
 from transformers.masking_utils import eager_mask
 
 from attngraph import Causal, Full, PerHead, Prefix, Window, from_edge_index, from_function
-from attngraph.hf import attention_modules, connect, disconnect
+from attngraph.hf import attention_modules, connect, disconnect, perplexity
 from attngraph.hf.modules import is_cross
 
 
@@ -387,3 +390,46 @@ def test_keys_that_a_sliding_cache_dropped_are_missed():
         model.generate(tokens, max_new_tokens=3, do_sample=False)
     connect(model, Causal() & Window(4, 0), mode="replace")
     model.generate(tokens, max_new_tokens=3, do_sample=False)
+
+
+# ---------------------------------------------------------------------------------------------- what a graph costs
+
+
+def test_what_a_graph_costs(tmp_path, capsys):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=256, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=64,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(4 if parameter.ndim > 1 else 1)
+    model.save_pretrained(tmp_path / "model")
+    text = tmp_path / "text"
+    text.write_text("the quick brown fox jumps over the lazy dog. " * 6, encoding="utf-8")
+    given = [str(tmp_path / "model"), "--text", str(text), "--bytes", "--out", str(tmp_path / "out"), "--sweep"]
+    perplexity.main([*given, "--graph", "Window(3, 0)", "--graph", "Full(), Window(3, 0)", "--tokens", "200"])
+    told = capsys.readouterr().out
+    found = json.loads((tmp_path / "out" / "costs.json").read_text())
+    names = [each["name"] for each in found]
+    graph = "Window(3, 0)"
+    assert names == ["as it is", graph, f"{graph} in layer 0", f"{graph} in layer 1", f"Full(), {graph}"]
+    assert all(name in told for name in names)
+    assert found[3]["loss"] == pytest.approx(found[4]["loss"])
+    kept = (Causal() & Window(3, 0)).num_edges(64, 64) / Causal().num_edges(64, 64)
+    assert found[1]["kept"] == pytest.approx(kept)
+    assert found[2]["kept"] == pytest.approx((1 + kept) / 2)
+    assert len({round(each["loss"], 6) for each in found}) == 4
+    tokens = torch.tensor(list(text.read_bytes()))[:200]
+    by_hand = [
+        nn.functional.cross_entropy(model(piece[None]).logits[0, :-1], piece[1:], reduction="sum")
+        for piece in tokens.split(64)
+    ]
+    assert found[0]["loss"] == pytest.approx(float(sum(by_hand)) / (200 - 4), rel=1e-5)
+    assert (tmp_path / "out" / "costs.png").stat().st_size > 1000
+    with pytest.raises(SystemExit):
+        perplexity.main([*given, "--graph", "Window(3"])
+    assert "Window(3" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="one, or one for each of 2 layers"):
+        perplexity.costs(model, tokens, [[Full()] * 3])

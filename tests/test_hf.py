@@ -52,6 +52,21 @@ LLAMA = {
 }  # fmt: skip
 QWEN2 = {**LLAMA, "hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 2, "max_position_embeddings": 64}
 del QWEN2["head_dim"]
+PHI3 = {
+    **LLAMA,
+    "hidden_size": 30,
+    "pad_token_id": 0,
+    "max_position_embeddings": 64,
+    "original_max_position_embeddings": 64,
+}
+del PHI3["head_dim"]
+DISTILBERT = {
+    "dim": 24, "n_layers": 2, "n_heads": 3, "hidden_dim": 50, "vocab_size": 37, "max_position_embeddings": 19, **SMALL,
+}  # fmt: skip
+BART = {
+    **{key: size for key, size in WHISPER.items() if "max" not in key and key != "num_mel_bins"},
+    "max_position_embeddings": 19, "decoder_start_token_id": 2,
+}  # fmt: skip
 DT = {"hidden_size": 24, "n_layer": 2, "n_head": 3, "state_dim": 5, "act_dim": 2, "max_ep_len": 30, **SMALL}
 ROPE = {
     "linear": {"factor": 3.0},
@@ -114,6 +129,21 @@ FAMILIES = {
             {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1, "num_hidden_layers": 3},
         ],
     ),
+    "mistral": ("MistralForCausalLM", "MistralConfig", LLAMA, [{"sliding_window": 4}, {"sliding_window": None}]),
+    "qwen3": ("Qwen3ForCausalLM", "Qwen3Config", LLAMA, [{}, {"tie_word_embeddings": True}]),
+    "phi3": ("Phi3ForCausalLM", "Phi3Config", PHI3, [{}, {"sliding_window": 4, "num_key_value_heads": 3}]),
+    "roberta": (
+        "RobertaForMaskedLM", "RobertaConfig", {**BERT, "max_position_embeddings": 21, "pad_token_id": 1},
+        [{}, {"tie_word_embeddings": False, "type_vocab_size": 1}],
+    ),
+    "distilbert": (
+        "DistilBertForMaskedLM", "DistilBertConfig", DISTILBERT,
+        [{}, {"tie_word_embeddings": False, "activation": "relu", "sinusoidal_pos_embds": True}],
+    ),
+    "bart": (
+        "BartForConditionalGeneration", "BartConfig", BART,
+        [{}, {"decoder_layers": 1, "activation_function": "relu", "encoder_attention_heads": 4}],
+    ),
     "decision_transformer": (
         "DecisionTransformerModel", "DecisionTransformerConfig", DT,
         [{}, {"action_tanh": False, "n_head": 4}, {"activation_function": "gelu_new", "n_inner": 31, "act_dim": 1}],
@@ -175,6 +205,14 @@ def both(family, model, reference, dtype, padded):
     if family == "t5":
         found = peer(input_ids=tokens, attention_mask=mask, decoder_input_ids=others)
         return model(tokens, others, **ours), found.logits, slice(None)
+    if family == "bart":
+        right = peer(input_ids=tokens, decoder_input_ids=others).logits
+        if padded:
+            rows = [(tokens[row, some][None], others[row][None]) for row, some in enumerate(real)]
+            right = torch.cat([peer(input_ids=some, decoder_input_ids=other).logits for some, other in rows])
+        return model(tokens, others, **ours), right, slice(None)
+    if family == "roberta":
+        tokens[tokens == 1] = 2  # its padding
     if family == "decision_transformer":
         states, actions, returns = (
             torch.randn(3, 11, width, generator=chance).to(dtype) for width in (5, reference.config.act_dim, 1)

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from attngraph.arguments import checked, shown
 from attngraph.graph.text import parse, parse_list, written
-from attngraph.hf.families import FAMILIES, TRANSPOSED, Family, Form
+from attngraph.hf.families import FAMILIES
+from attngraph.hf.family import TRANSPOSED, Family, Form
 from attngraph.hf.made import as_family
 from attngraph.hf.settings import Settings, WrongSetting
 from attngraph.models import EncoderDecoder
@@ -44,7 +45,8 @@ OLD_NAMES = (("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerN
 
 @checked
 def load(path: str | os.PathLike, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> nn.Module:
-    """A pretrained model from a local directory: GPT-2, BERT, ViT, T5, Whisper, Llama, Qwen2, Decision Transformer.
+    """A pretrained model from a local directory: GPT-2, Llama, Mistral, Qwen 2 and 3, Phi-3, BERT, RoBERTa, DistilBERT,
+    T5, BART, Whisper, ViT, Decision Transformer.
 
     The directory is what `hf download openai-community/gpt2 --local-dir path/of/gpt2`, or
     `save_pretrained` of `transformers`, makes; a name such as "gpt2" alone is none. What comes is an ordinary module of
@@ -341,6 +343,9 @@ def _fill(
         raise ValueError(f"missing tensors: {', '.join(missing)}")
     read = {place.file for place in places.values()}
     unread = [re.compile(each) for each in (*family.unread, *map(re.escape, family.head))]
+    if full := [name for name in family.zeros if name in found and found[name].any()]:
+        raise ValueError(f"tensors that must be 0, as nothing here adds them: {', '.join(full)}")
+    unread += map(re.compile, map(re.escape, family.zeros))
     left = [name for name in found.where if name not in read and not any(each.fullmatch(name) for each in unread)]
     if left:
         raise ValueError(f"left-over tensors: {', '.join(sorted(found.where[name][1] for name in left))}")

@@ -8,19 +8,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from attngraph.hf.families import (
-    BERT,
-    BERT_SEQUENCES,
-    BERT_TOKENS,
-    DECISION,
-    GPT2,
-    LLAMA,
-    QWEN2,
-    T5,
-    VIT,
-    WHISPER,
-    Family,
-)
+from attngraph.hf.decoders import DECISION, GPT2, LLAMA, QWEN2
+from attngraph.hf.encoders import BERT, BERT_SEQUENCES, BERT_TOKENS, VIT
+from attngraph.hf.family import Family
+from attngraph.hf.sequences import T5, WHISPER
 from attngraph.hf.settings import ACTIVATIONS, MAX_SIZE, Settings
 from attngraph.models import GPT, DecisionTransformer, Encoder, EncoderDecoder, Model, ViT
 from attngraph.models.saved import NoInitialization

@@ -1,10 +1,11 @@
 """A Llama of transformers on a window with sinks: by `hf.connect`, by its SDPA with a mask and by its FlexAttention.
 
-Sections of `benchmarks.goals`: python -m benchmarks.goals --section connect --section evict
+Sections of `benchmarks.goals`: python -m benchmarks.goals --section connect --section evict --section costs
 """
 
 from __future__ import annotations
 
+import math
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from attngraph import Causal, Prefix, Window
+from attngraph import Causal, Full, Prefix, Window
 from attngraph.hf import connect
 from benchmarks import peers
 from benchmarks.experiment import Goal
@@ -135,4 +136,61 @@ def evict_goals(options: Namespace) -> Iterator[Goal]:
     yield Goal(f"{setting}: keys that are held, over the window", 1.5, found.get("failure") or kept, at_most=True)
 
 
-SECTIONS = {"connect": connect_goals, "evict": evict_goals}
+# -------------------------------------------------------------------------------- what a graph costs a trained model
+
+
+def trained(text: str, minutes: float) -> tuple[nn.Module, Tensor]:
+    """A Llama on the bytes of a text, and those that it has not seen, the last tenth."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    numbers = torch.tensor(list(text.encode("utf-8")))
+    known, unknown = numbers[: len(numbers) * 9 // 10], numbers[len(numbers) * 9 // 10 :]
+    sizes = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 6, "num_attention_heads": 8}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=256, max_position_embeddings=BYTES, **sizes))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
+    began, share = now(), 0.0
+    while share < 1:
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-3 * min(1.0, 50 * share + 0.02) * (0.1 + 0.45 * (1 + math.cos(math.pi * share)))
+        start = torch.randint(len(known) - BYTES - 1, (16, 1))
+        pieces = known[start + torch.arange(BYTES + 1)]
+        logits = model(pieces[:, :-1], use_cache=False).logits
+        optimizer.zero_grad()
+        cross_entropy(logits.flatten(0, 1), pieces[:, 1:].flatten()).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        share = (now() - began) / (60 * minutes)
+    return model.eval(), unknown
+
+
+BYTES, MINUTES = 256, 10.0
+
+
+def cost_goals(options: Namespace) -> Iterator[Goal]:
+    """Windows with and without sinks, on all layers and on every second one, of a model that was trained without."""
+    import gpt as example
+
+    from attngraph.hf.perplexity import costs
+
+    text, source = example.read_text(None)
+    model, unknown = trained(text, MINUTES)
+    full, window = Full(), Window(31, 0)
+    sinks = window | Prefix(4)
+    choices = {
+        "a window of 32 in all layers": [window],
+        "a window of 32 and 4 sinks in all layers": [sinks],
+        "a window of 32 in every second layer": [full, window] * 3,
+        "a window of 32 and 4 sinks in every second layer": [full, sinks] * 3,
+    }
+    found = costs(model, unknown[:65_536], list(choices.values()), context=BYTES)
+    own = found[0].loss
+    for name, each in zip(choices, found[1:], strict=True):
+        text = (
+            f"a Llama of 6 layers, trained for {MINUTES:.0f} minutes on {source}, with {name}: nats a byte over its own"
+        )
+        note = f"{each.loss:.3f} over {own:.3f}, {each.kept:.0%} of the edges"
+        yield Goal(text, 0.1, each.loss - own, at_most=True, note=note)
+
+
+SECTIONS = {"connect": connect_goals, "evict": evict_goals, "costs": cost_goals}

@@ -270,6 +270,19 @@ def test_models_keep_their_graphs_apart():
         close(each, expected[number % 4 == 1])
     disconnect(one)
     close(logits(again, given), expected[0])
+    forgets = connected("llama", evict=True)
+    again = copy.deepcopy(forgets)
+    disconnect(again)
+    assert len(forgets._forward_pre_hooks) == 1
+    assert not again._forward_pre_hooks
+    config = made("llama").config
+    first, second = (LlamaForCausalLM(config).double().eval() for _ in range(2))  # of one config
+    connect(first, LOCAL)
+    told = logits(first, given)
+    connect(second, Causal() & Window(2, 0))
+    disconnect(second)
+    assert second.config.to_dict() == config.to_dict()
+    close(logits(first, given), told)
     close(logits(one, given), logits(plain, given))
 
 

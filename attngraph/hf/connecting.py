@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
@@ -12,7 +13,7 @@ from torch import nn
 from attngraph.arguments import checked, shown
 from attngraph.graph.base import Graph
 from attngraph.graph.text import parse, written
-from attngraph.hf.eviction import evict_from_caches
+from attngraph.hf.eviction import evict_from_cache
 from attngraph.hf.modules import Connection, Mode, Offset, attention_modules, is_cross, pretrained
 from attngraph.models.saved import readable
 
@@ -60,7 +61,9 @@ def connect(
         graph, mode, evict = _kept(root)
     given = _graphs_of(modules, graph)
     _register()
-    before = disconnect(model) and root.config._attn_implementation
+    disconnect(model)
+    _own_config(root)
+    before = str(root.config._attn_implementation)
     root.set_attn_implementation(NAME)
     others = [name for name, module in modules.items() if cast(Any, module).config._attn_implementation != NAME]
     if others:
@@ -76,7 +79,7 @@ def connect(
             hooks.append(modules[name].register_forward_pre_hook(_note_offset, with_kwargs=True))
     _keep(root, graph if isinstance(graph, Mapping) else given, mode, evict, before)
     if evict:
-        hooks.append(evict_from_caches(root, modules))
+        hooks.append(root.register_forward_pre_hook(evict_from_cache, with_kwargs=True))
     root.__dict__["attngraph_hooks"] = hooks
     return model
 
@@ -95,6 +98,15 @@ def disconnect(model: nn.Module) -> nn.Module:
     if hasattr(root.config, NAME):
         delattr(root.config, NAME)
     return model
+
+
+def _own_config(root: PreTrainedModel) -> None:
+    """Give a model a config of its own: another, made of the same one, would do as it says."""
+    copies: dict[int, Any] = {}
+    copy.deepcopy(root.config, copies)
+    for module in root.modules():
+        if id(config := module.__dict__.get("config")) in copies:
+            module.__dict__["config"] = copies[id(config)]
 
 
 def _note_offset(module: nn.Module, arguments: tuple, options: dict[str, Any]) -> None:

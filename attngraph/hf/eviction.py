@@ -8,33 +8,28 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from attngraph.analysis import last_reader
 from attngraph.graph.base import Graph
 from attngraph.graph.patterns import Causal
 from attngraph.hf.masks import in_front
-from attngraph.hf.modules import connection_of, is_cross
+from attngraph.hf.modules import attention_modules, connection_of, is_cross
 
 
-def evict_from_caches(root: nn.Module, modules: Mapping[str, nn.Module]) -> RemovableHandle:
-    """Before each call of a model, let a cache that is still empty forget what its layers' graphs allow."""
+def evict_from_cache(model: nn.Module, arguments: tuple, options: dict[str, Any]) -> None:
+    """Before a call of a model: let its cache, if it is still empty, forget what the graphs of its layers allow."""
     from transformers import Cache
 
-    def before(model: nn.Module, arguments: tuple, options: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
-        given = next((each for each in options.values() if isinstance(each, Cache)), None)
-        given = getattr(given, "self_attention_cache", given)
-        if given is None:
-            return None
-        if given.get_seq_length() == 0:
-            _replace_layers(given, modules)
-        front = _in_front(options.get("attention_mask"))
-        for layer in given.layers:
-            if getattr(layer, "forgets", False):
-                layer.front = front
-        return None
-
-    return root.register_forward_pre_hook(before, with_kwargs=True)
+    given = next((each for each in options.values() if isinstance(each, Cache)), None)
+    given: Any = getattr(given, "self_attention_cache", given)
+    if given is None:
+        return
+    if given.get_seq_length() == 0:
+        _replace_layers(given, attention_modules(model))
+    front = _in_front(options.get("attention_mask"))
+    for layer in given.layers:
+        if getattr(layer, "forgets", False):
+            layer.front = front
 
 
 def _in_front(attention_mask: Any) -> Tensor | None:
@@ -89,7 +84,7 @@ def _forgetting_layer() -> type:
             self.places = torch.cat([self.places.to(self.device), there])
             self.length += new
             if len(self.places) < self.length:
-                keys.attngraph_places = self.places
+                keys.attngraph_places = self.places  # pyright: ignore[reportAttributeAccessIssue]
             self._forget()
             return keys, values
 
@@ -104,6 +99,8 @@ def _forgetting_layer() -> type:
             if len(kept) - int(kept.sum()) > MOST_DEAD + len(kept) // 8:
                 index = kept.nonzero()[:, 0]
                 self.places = self.places[index]
+                assert self.keys is not None
+                assert self.values is not None
                 self.keys, self.values = self.keys.index_select(-2, index), self.values.index_select(-2, index)
 
         def get_seq_length(self) -> int:

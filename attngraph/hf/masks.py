@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -56,8 +56,10 @@ class Seen:
         """From the numbers."""
         kind, width = mask[0, 0, :, 0].tolist()
         places, texts = mask[:, 0, 0, 1:], mask[:, 0, 1, 1:]
-        sides = [Places(places[:, part], texts[:, part]) for part in (slice(num_queries), slice(num_queries, None))]
-        return cls(KINDS[kind](width), *sides)
+        queries, keys = slice(num_queries), slice(num_queries, None)
+        return cls(
+            KINDS[kind](width), Places(places[:, queries], texts[:, queries]), Places(places[:, keys], texts[:, keys])
+        )
 
     @property
     def sizes(self) -> tuple[int, int]:
@@ -132,8 +134,8 @@ def mask(
         from transformers.masking_utils import sdpa_mask
 
         found = sdpa_mask(
-            batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset,
-            mask_function=mask_function, attention_mask=attention_mask, device=device,
+            batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=cast(int, q_offset),
+            kv_offset=kv_offset, mask_function=mask_function, attention_mask=attention_mask, device=device,
             **{**others, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False},
         )  # fmt: skip
         assert found is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from torch import nn
@@ -67,7 +68,8 @@ def attention_modules(model: nn.Module) -> dict[str, nn.Module]:
     Raises TypeError for what is no model of transformers, and ValueError where no module does.
     """
     root = pretrained(model)
-    found = {plain_name(name): module for name, module in root.named_modules() if _calls_interface(type(module))}
+    named: Iterable[tuple[str, nn.Module]] = root.named_modules()
+    found: dict[str, nn.Module] = {plain_name(name): module for name, module in named if _calls_interface(type(module))}
     if not found:
         raise ValueError(
             f"{type(root).__name__} computes its attention by itself, not by transformers' AttentionInterface, so that "

@@ -9,6 +9,7 @@ import scipy.sparse
 import torch
 from matplotlib.figure import Figure
 from torch_geometric.explain import Explanation
+from transformers import LlamaConfig, LlamaForCausalLM
 from wrong_arguments import WRONG, Door, faults
 
 import attngraph
@@ -70,6 +71,9 @@ def recorded(**arguments):
 RECORDED = recorded(model=gpt)[0]
 
 
+LLAMA = LlamaForCausalLM(
+    LlamaConfig(vocab_size=9, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
+)
 DOORS = [
     Door("attend", attend, {
         "q": q, "k": k, "v": v, "graph": Causal(), "bias": None, "attention_mask": None, "scale": 0.5, "dropout_p": 0.0,
@@ -298,6 +302,11 @@ DOORS = [
         "explanation": Explanation(edge_index=torch.eye(2).long(), edge_mask=torch.ones(2), num_nodes=2),
         "labels": None, "key_labels": None, "title": "",
     }),
+    Door("hf.connect", attngraph.hf.connect, {
+        "model": LLAMA, "graph": Causal(), "mode": "intersect", "evict": False,
+    }, {}, ("graph",)),
+    Door("hf.disconnect", attngraph.hf.disconnect, {"model": LLAMA}),
+    Door("hf.attention_modules", attngraph.hf.attention_modules, {"model": LLAMA}),
     Door("pyg.accelerate", attngraph.pyg.accelerate, {"model": torch.nn.Linear(1, 1)}),
     Door("pyg.from_batch", attngraph.pyg.from_batch, {"batch": torch.tensor([0, 0, 1])}),
     Door("distributed.compare_strategies", attngraph.distributed.compare_strategies, {

@@ -5,6 +5,7 @@ Sections of `benchmarks.goals`: python -m benchmarks.goals --section connect --s
 
 from __future__ import annotations
 
+import inspect
 import math
 from argparse import Namespace
 from collections.abc import Callable, Iterator
@@ -23,6 +24,7 @@ from benchmarks.measure import Progress, in_turn, isolated, milliseconds, now, r
 from benchmarks.peers import near, or_masks, prefix
 
 N, WIDTH, LAYERS, HEADS, KV_HEADS, VOCABULARY = 16_384, 512, 8, 8, 4, 1024
+INNER = 1376  # 8/3 of the width, in multiples of 32, as Llama has it
 WINDOW, SINKS = 256, 4
 GRAPH = Causal() & (Window(WINDOW, 0) | Prefix(SINKS))
 NEW, KEPT = 2000, 256  # tokens that are made, and the window of the cache
@@ -34,7 +36,7 @@ def llama(attention: str = "sdpa", **options: Any) -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    sizes = {"hidden_size": WIDTH, "intermediate_size": 4 * WIDTH, "num_hidden_layers": LAYERS}
+    sizes = {"hidden_size": WIDTH, "intermediate_size": INNER, "num_hidden_layers": LAYERS}
     heads = {"num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS, "max_position_embeddings": N}
     config = LlamaConfig(vocab_size=VOCABULARY, attn_implementation=attention, **sizes, **heads, **options)
     return LlamaForCausalLM(config).eval()
@@ -100,8 +102,10 @@ def generating(progress: Progress, repeats: int) -> dict:
     from transformers import DynamicCache, MistralConfig, MistralForCausalLM
 
     progress({}, 1800.0)
+    names = inspect.signature(MistralForCausalLM.generate).parameters
+    kept_as = "cache" if "cache" in names else "past_key_values"  # newer and older versions
     ours = connect(llama(), Causal() & Window(KEPT - 1, 0), evict=True)
-    sizes = {"hidden_size": WIDTH, "intermediate_size": 4 * WIDTH, "num_hidden_layers": LAYERS}
+    sizes = {"hidden_size": WIDTH, "intermediate_size": INNER, "num_hidden_layers": LAYERS}
     heads = {"num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS, "max_position_embeddings": N}
     theirs = MistralForCausalLM(MistralConfig(vocab_size=VOCABULARY, sliding_window=KEPT, **sizes, **heads)).eval()
     theirs.load_state_dict(ours.state_dict())
@@ -113,7 +117,7 @@ def generating(progress: Progress, repeats: int) -> dict:
             cache = DynamicCache(config=model.config)
             began = now()
             made[name] = model.generate(
-                prompt, max_new_tokens=NEW, do_sample=False, eos_token_id=None, pad_token_id=0, past_key_values=cache
+                prompt, max_new_tokens=NEW, do_sample=False, eos_token_id=None, pad_token_id=0, **{kept_as: cache}
             )
             seconds[name].append(now() - began)
             most[name] = max(layer.keys.shape[-2] for layer in cache.layers)

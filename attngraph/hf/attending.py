@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -89,9 +90,8 @@ class _Call:
             return self.attend(self.effective(Causal() if causal else Full()))
         seen = seen_in(mask, n)
         graph = self.effective(seen.own)
-        held = getattr(self.k, "attngraph_places", None)
-        if held is not None:
-            return self.masked(self.pairs(graph, seen, Places(*(side[:, held] for side in seen.keys))))
+        if (held := getattr(self.k, "attngraph_places", None)) is not None:  # others are forgotten
+            return self.masked(self.pairs(graph, seen, held))
         if seen.sizes != (n, m):
             raise ValueError(f"{self.name}: the mask must be of {n} queries and {m} keys (got {seen.sizes})")
         if seen.is_plain and (n == m or n > FEW_QUERIES):
@@ -103,7 +103,7 @@ class _Call:
             return self.padded(graph, seen.real, seen.in_front)
         if seen.own == Full() and n != m and self.connection is None:
             return self.attend(graph, seen.real)
-        return self.masked(self.pairs(graph, seen, seen.keys))
+        return self.masked(self.pairs(graph, seen))
 
     def across(self, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Queries of one sequence, some of them there already, and keys of another."""
@@ -165,15 +165,19 @@ class _Call:
             out.append(self.replaced(*sides).attend(Disjoint([graph.sized(length, length) for length in own]))[0])
         return torch.cat(out)
 
-    def pairs(self, graph: Graph, seen: Seen, keys: Places) -> Tensor:
-        """Which pairs of queries and keys are edges; of all keys, once for all layers with one graph."""
-        key = graph, keys.place.shape[1]  # what layers of one graph have forgotten is the same
+    def pairs(self, graph: Graph, seen: Seen, held: Callable[[], Tensor] | None = None) -> Tensor:
+        """Which pairs of queries and keys are edges, asked once for all layers with one graph.
+
+        `held` says which of the keys are there; None: all.
+        """
+        key = graph, self.k.shape[2]  # what layers of one graph have forgotten is the same
         if key in seen.pairs:
             return seen.pairs[key]
         self.require_causal(graph, seen)
+        keys = seen.keys if held is None else Places(*(side[:, held()] for side in seen.keys))
         try:
             found = pairs(graph, seen.queries, keys)
-            if keys is seen.keys:
+            if held is None:
                 self.require_all_keys(graph, seen, found)
         except ValueError as error:
             raise ValueError(f"{self.name}: {error}") from None

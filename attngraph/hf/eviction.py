@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -26,17 +26,21 @@ def evict_from_cache(model: nn.Module, arguments: tuple, options: dict[str, Any]
         return
     if given.get_seq_length() == 0:
         _replace_layers(given, attention_modules(model))
-    front = _in_front(options.get("attention_mask"))
     for layer in given.layers:
         if getattr(layer, "forgets", False):
-            layer.front = front
+            layer.attention_mask = options.get("attention_mask")
 
 
-def _in_front(attention_mask: Any) -> Tensor | None:
-    """How much padding is in front of each text, int64 (B,), where a mask of tokens is given."""
+def places(old: Tensor, looked: int, length: int) -> Tensor:
+    """Of keys, where among the tokens: some old ones, and all since."""
+    return torch.cat([old, torch.arange(looked, length, device=old.device)])
+
+
+def _in_front(attention_mask: Any, device: torch.device) -> Tensor:
+    """How much padding is in front of the texts, int64 (different ones,), where a mask of tokens is given."""
     if not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2:
-        return None
-    return in_front(attention_mask.bool())[:, 0].unique()
+        return torch.zeros(1, dtype=torch.int64, device=device)
+    return in_front(attention_mask.bool())[:, 0].unique().to(device)
 
 
 def _replace_layers(cache: Any, modules: Mapping[str, nn.Module]) -> None:
@@ -69,23 +73,24 @@ def _forgetting_layer() -> type:
         def __init__(self, graph: Graph):
             super().__init__()
             self.graph = graph
-            self.front: Tensor | None = None
+            self.attention_mask: Tensor | None = None
             self.length = 0
             """How many tokens there were."""
-            self.places = torch.empty(0, dtype=torch.int64)
-            """Of the keys that are kept, int64 (K,): where among the tokens, padding and all."""
+            self.looked = 0
+            """And when it was looked for keys to let go of."""
+            self.old = torch.empty(0, dtype=torch.int64)
+            """Of the keys that were kept then, int64 (K,): where among the tokens, padding and all."""
             self.last = torch.empty(0, dtype=torch.int64)
             """The last query that hears each key of a text, of as many as were looked at."""
 
         def update(self, key_states: Tensor, value_states: Tensor, *arguments: Any, **options: Any) -> Any:
             new = key_states.shape[-2]
             keys, values = super().update(key_states, value_states, *arguments, **options)
-            there = torch.arange(self.length, self.length + new, device=self.device)
-            self.places = torch.cat([self.places.to(self.device), there])
             self.length += new
-            if len(self.places) < self.length:
-                keys.attngraph_places = self.places  # pyright: ignore[reportAttributeAccessIssue]
-            self._forget()
+            if len(self.old) < self.looked:
+                keys.attngraph_places = partial(places, self.old, self.looked, self.length)  # pyright: ignore
+            if self.length - self.looked > MOST_DEAD:
+                self._forget()
             return keys, values
 
         def _forget(self) -> None:
@@ -93,12 +98,13 @@ def _forgetting_layer() -> type:
             if len(self.last) <= self.length:
                 size = max(1024, 2 * self.length)
                 self.last = last_reader(self.graph, size, size).to(self.device)
-            front = self.places.new_zeros(1) if self.front is None else self.front.to(self.device)
-            place = self.places[:, None] - front  # in each text that begins elsewhere
+            self.old, self.looked = places(self.old.to(self.device), self.looked, self.length), self.length
+            front = _in_front(self.attention_mask, self.device)
+            place = self.old[:, None] - front  # in each text that begins elsewhere
             kept = ((self.last[place.clamp(min=0)] >= self.length - front) & (place >= 0)).any(1)
-            if len(kept) - int(kept.sum()) > MOST_DEAD + len(kept) // 8:
+            if len(kept) - int(kept.sum()) > len(kept) // 8:
                 index = kept.nonzero()[:, 0]
-                self.places = self.places[index]
+                self.old = self.old[index]
                 assert self.keys is not None
                 assert self.values is not None
                 self.keys, self.values = self.keys.index_select(-2, index), self.values.index_select(-2, index)
@@ -111,7 +117,7 @@ def _forgetting_layer() -> type:
 
         def reset(self) -> None:
             super().reset()
-            self.length, self.places = 0, self.places[:0]
+            self.length, self.looked, self.old = 0, 0, self.old[:0]
 
         def crop(self, tokens_to_remove: int) -> None:
             if tokens_to_remove:
@@ -122,4 +128,4 @@ def _forgetting_layer() -> type:
     return ForgettingLayer
 
 
-MOST_DEAD = 32  # keys that nobody hears any more and are kept for a while, as to let them go copies the others
+MOST_DEAD = 32  # tokens after which it is looked again, as to let keys go copies the others

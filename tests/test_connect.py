@@ -27,7 +27,7 @@ from transformers import (
 )
 from transformers.masking_utils import eager_mask
 
-from attngraph import Causal, Full, PerHead, Prefix, Window, from_edge_index, from_function
+from attngraph import Causal, Full, PerHead, Prefix, TopK, Window, from_edge_index, from_function
 from attngraph.hf import attention_modules, connect, disconnect, perplexity
 from attngraph.hf.modules import is_cross
 
@@ -446,3 +446,44 @@ def test_what_a_graph_costs(tmp_path, capsys):
     assert "Window(3" in capsys.readouterr().err
     with pytest.raises(ValueError, match="one, or one for each of 2 layers"):
         perplexity.costs(model, tokens, [[Full()] * 3])
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "bert"])
+@pytest.mark.parametrize("given", ["padded", "packed", "plain"])
+def test_compiled_models_of_every_kind(name, given):
+    """Whatever becomes of the mask: numbers, or pairs."""
+    model, call, mask = connected(name), dict(inputs(name)), torch.ones(2, N, dtype=torch.long)
+    if given == "padded":
+        mask[1, :6] = 0
+        call |= {"attention_mask": mask}
+    if given == "packed":
+        if name == "bert":
+            pytest.skip("BERT packs nothing")
+        call |= {"position_ids": torch.cat([torch.arange(9), torch.arange(15)]).expand(2, -1)}
+    expected = logits(model, call)
+    found = logits(torch.compile(model, backend="aot_eager"), call)
+    close(found[mask.bool()], expected[mask.bool()])
+
+
+def test_a_mask_of_pairs():
+    model, n = made("llama"), N
+    given = inputs("llama")
+    some = torch.rand(2, 1, n, n, generator=torch.Generator().manual_seed(0)) < 0.5
+    some = (some | torch.eye(n, dtype=torch.bool) | torch.eye(n, dtype=torch.bool).roll(1, 0)).tril()
+    expected = logits(made("llama", attention="sdpa"), {**given, "attention_mask": some & LOCAL.mask(n, n)})
+    connect(model, LOCAL)
+    close(logits(model, {**given, "attention_mask": some}), expected)
+    least = torch.finfo(torch.float64).min
+    close(
+        logits(model, {**given, "attention_mask": torch.zeros(some.shape).double().masked_fill(~some, least)}), expected
+    )
+    connect(model, LOCAL, mode="replace")
+    with pytest.raises(ValueError, match="a mask of pairs does not say which tokens are padding"):
+        logits(model, {**given, "attention_mask": some})
+
+
+def test_chosen_edges_have_no_cache():
+    model, given = connected("llama", TopK(4)), inputs("llama")
+    logits(model, given)
+    with pytest.raises(ValueError, match="which queries and keys choose, needs all of them: use_cache=False"):
+        model.generate(given["input_ids"], max_new_tokens=3, do_sample=False)

@@ -14,7 +14,7 @@ from attngraph.graph.algebra import Full
 from attngraph.graph.base import Graph, bind
 from attngraph.graph.compose import Disjoint
 from attngraph.graph.patterns import Causal
-from attngraph.hf.masks import Places, Seen, in_front, seen_in
+from attngraph.hf.masks import Places, Seen, in_front, places_in, seen_in
 from attngraph.hf.modules import Offset, connection_of
 from attngraph.kernels.scoring import SoftCap
 
@@ -83,7 +83,7 @@ class _Call:
         if torch.compiler.is_compiling():
             return self.compiled(mask, causal)
         if self.offset is not None:
-            return self.across(mask)
+            return self.across(None if mask is None else seen_in(mask, n).real)
         if mask is None:
             if causal and n != m:
                 raise ValueError(f"{self.name}: queries and keys must be the same tokens without a mask (got {n}, {m})")
@@ -105,24 +105,28 @@ class _Call:
             return self.attend(graph, seen.real)
         return self.masked(self.pairs(graph, seen))
 
-    def across(self, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Queries of one sequence, some of them there already, and keys of another."""
+    def across(self, real: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Queries of one sequence, some of them there already, and keys of another, real or not."""
         assert self.offset is not None
         n, m, done = self.q.shape[2], self.k.shape[2], self.offset.before
         graph = self.effective(Full())
         if self.offset.has_cache:  # as many queries as come, at most as many as the graph has
             size = graph.size[0] or done + n
             graph = graph.sized(size, m).rows(done, done + n)
-        return self.attend(graph, None if mask is None else seen_in(mask, n).real)
+        return self.attend(graph, real)
 
     def compiled(self, mask: Tensor | None, causal: bool) -> tuple[Tensor, Tensor | None]:
         """The same while a program is compiled, which can't look at numbers."""
         n, m = self.q.shape[2], self.k.shape[2]
-        graph = self.effective(Causal() if causal and n > 1 else Full())
+        if self.offset is not None:
+            return self.across(None if mask is None else mask[:, 0, 0, 1 + n :] >= 0)
+        graph = self.effective(Causal() if causal else Full())
         if mask is None:
+            if causal and n != m:
+                raise ValueError(f"{self.name}: queries and keys must be the same tokens without a mask (got {n}, {m})")
             return self.attend(graph)
         real = mask[:, 0, 0, 1 + n :] >= 0
-        if not causal:
+        if n != m and not causal:
             return self.attend(graph, real)
         if n != m:
             places, texts = mask[:, 0, 0, 1:], mask[:, 0, 1, 1:]
@@ -190,14 +194,16 @@ class _Call:
         if mask.dtype != torch.bool:
             self.bias = mask if self.bias is None else mask + self.bias
             mask = mask > torch.finfo(mask.dtype).min / 2
-        if self.connection is not None:
-            device = mask.device
-            queries, keys = torch.arange(m - n, m, device=device)[None], torch.arange(m, device=device)[None]
-            if n > m:
-                queries = torch.arange(n, device=device)[None]
-            ours = pairs(self.connection.graph, *(Places(each, torch.zeros_like(each)) for each in (queries, keys)))
-            mask = mask & ours if self.connection.mode == "intersect" else ours
-        return self.masked(mask)
+        if self.connection is None:
+            return self.masked(mask)
+        if n != m or self.connection.mode == "replace":
+            raise ValueError(
+                f"{self.name}: a mask of pairs does not say which tokens are padding, or where they stand: it needs "
+                f"mode='intersect' and use_cache=False, or a model that is not compiled (got a mask of {n} × {m} and "
+                f"mode={self.connection.mode!r})"
+            )
+        tokens = places_in(mask[:, 0])
+        return self.masked(mask & pairs(self.connection.graph, tokens, tokens))
 
     def masked(self, mask: Tensor) -> tuple[Tensor, Tensor | None]:
         """By a mask (B, 1 or H, Q, K) with all scores at hand."""
@@ -268,6 +274,8 @@ def pairs(graph: Graph, queries: Places, keys: Places) -> Tensor:
     size = max(queries.place.shape[1], keys.place.shape[1])
     if not torch.compiler.is_compiling():
         size = max(size, *(int(side.place.max()) + 1 for side in (queries, keys) if side.place.numel()))
+    if graph._unresolved:
+        raise ValueError(f"{graph}, which queries and keys choose, needs all of them: use_cache=False")
     for name, nodes in zip(("queries", "keys"), graph.size, strict=True):
         if nodes is not None and nodes < size:
             raise ValueError(f"graph {graph} must have as many {name} as there are tokens (got {nodes} and {size})")

@@ -130,6 +130,8 @@ def mask(
 ) -> Tensor:
     """As transformers' `AttentionMaskInterface` calls it; see above for what comes."""
     own = own_pattern(mask_function)
+    if own is None and "chunked_attention" in (getattr(others.get("config"), "layer_types", None) or ()):
+        raise ValueError("chunked attention, as of Llama 4, can't be compiled with a graph: call the model as it is")
     if own is None:
         from transformers.masking_utils import sdpa_mask
 
@@ -171,6 +173,14 @@ def mask(
         sides = Places(of_queries, texts[0]), Places(of_keys, texts[1])
         numbers.attngraph_seen = Seen(KINDS[own.kind](own.width), *sides, plain)  # type: ignore[attr-defined]
     return numbers
+
+
+def places_in(pairs: Tensor) -> Places:
+    """Of tokens whose own pattern is a mask of pairs, bool (B, N, N): a text begins where none before is heard."""
+    begins = ~pairs.tril(-1).any(-1)
+    there = torch.arange(pairs.shape[1], device=pairs.device)
+    first = torch.where(begins, there, 0).cummax(-1).values
+    return Places(there - first, begins.cumsum(-1))
 
 
 def seen_in(mask: Tensor, num_queries: int) -> Seen:

@@ -29,6 +29,7 @@ from transformers.masking_utils import eager_mask
 
 from attngraph import Causal, Full, PerHead, Prefix, TopK, Window, from_edge_index, from_function
 from attngraph.hf import attention_modules, connect, disconnect, perplexity
+from attngraph.hf.connecting import implement
 from attngraph.hf.modules import is_cross
 
 
@@ -56,8 +57,8 @@ def by_hand(model, graphs, mode="intersect"):
     """An independent route: the model's own eager attention, with the graphs in its masks."""
     AttentionInterface.register("by_hand", eager_with_a_mask)
     AttentionMaskInterface.register("by_hand", eager_mask)
-    model.set_attn_implementation("by_hand")
     modules = attention_modules(model)
+    implement(model, modules, "by_hand")
     for path, graph in graphs.items():
         modules[path].by_hand = graph, mode
     return model

@@ -6,7 +6,7 @@ import copy
 import warnings
 from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -63,15 +63,8 @@ def connect(
     _register()
     disconnect(model)
     _own_config(root)
-    before = str(root.config._attn_implementation)
-    root.set_attn_implementation(NAME)
-    others = [name for name, module in modules.items() if cast(Any, module).config._attn_implementation != NAME]
-    if others:
-        root.set_attn_implementation(before)
-        raise ValueError(
-            f"{type(root).__name__} does not let its attention be replaced (transformers refused it for "
-            f"{', '.join(others[:3])}); attngraph.hf.load rebuilds some families"
-        )
+    before = str(root.config._attn_implementation), {name: _implementation(modules[name]) for name in modules}
+    implement(root, modules, NAME)
     hooks = []
     for name, each in given.items():
         modules[name].__dict__["attngraph_connection"] = Connection(name, each, mode)
@@ -94,10 +87,29 @@ def disconnect(model: nn.Module) -> nn.Module:
     for hook in root.__dict__.pop("attngraph_hooks", ()):
         hook.remove()
     if (before := root.__dict__.pop("attngraph_before", None)) is not None:
-        root.set_attn_implementation(before)
+        implement(root, attention_modules(model), *before)
     if hasattr(root.config, NAME):
         delattr(root.config, NAME)
     return model
+
+
+def implement(
+    root: PreTrainedModel, modules: Mapping[str, nn.Module], name: str, others: Mapping[str, str] | None = None
+) -> None:
+    """Let a model's attention be computed by what is registered under a name, or of a module under another.
+
+    Of some models older versions of transformers do not believe that they call the interface.
+    """
+    root.set_attn_implementation(name)
+    for path, module in modules.items():
+        own = name if others is None else others[path]
+        if _implementation(module) != own:
+            module.__dict__["config"]._attn_implementation = own
+
+
+def _implementation(module: nn.Module) -> str:
+    """By which name a module's attention is computed."""
+    return module.__dict__["config"]._attn_implementation
 
 
 def _own_config(root: PreTrainedModel) -> None:

@@ -3,6 +3,7 @@
 import copy
 import inspect
 import json
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
@@ -219,9 +220,9 @@ def test_beams_and_assistants(name):
 @pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3", "mistral", "gemma3"])
 @pytest.mark.parametrize("padded", [False, True])
 def test_keys_that_nobody_hears_leave_the_cache(name, padded, monkeypatch):
-    from attngraph.hf import eviction
+    from attngraph.hf import forgetting
 
-    monkeypatch.setattr(eviction, "MOST_DEAD", 2)
+    monkeypatch.setattr(forgetting, "MOST_DEAD", 2)
     model, whole = connected(name, evict=True), connected(name)
     tokens = inputs(name)["input_ids"][:, :12].clone()
     mask = torch.ones_like(tokens)
@@ -488,3 +489,11 @@ def test_chosen_edges_have_no_cache():
     logits(model, given)
     with pytest.raises(ValueError, match="which queries and keys choose, needs all of them: use_cache=False"):
         model.generate(given["input_ids"], max_new_tokens=3, do_sample=False)
+
+
+def test_without_transformers(monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ImportError, match=r"hf.connect needs transformers 5\.17 or newer: pip install"):
+        connect(nn.Linear(2, 2), LOCAL)
+    code = "import sys; sys.modules['transformers'] = None; import attngraph.hf; attngraph.hf.connect"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -636,7 +636,7 @@ def test_a_damaged_config_works_or_is_told_by_name(family, share, tmp_path):
     for number in {0, rope}:
         theirs(family, number, tmp_path)
         settings = json.loads((tmp_path / "config.json").read_text())
-        graphs = ("encoder", "decoder") if family in ("t5", "whisper") else ("transformer",)
+        graphs = ("encoder", "decoder") if family in ("t5", "bart", "whisper") else ("transformer",)
         settings["attngraph"] = dict.fromkeys(graphs, "Full(), Full()")
         for count, (name, changed) in enumerate(damaged(settings)):
             if count % share != number % share:

@@ -204,8 +204,8 @@ def _qwen3(given: Settings, tied: bool) -> nn.Module:
     given.must("attention_bias", False)
     given.asked |= {"sliding_window", "max_window_layers"}
     given.must("use_sliding_window", False)
-    if kinds := {*(given("layer_types", kind=list) or ())} - {"full_attention"}:
-        raise WrongSetting(f"the setting 'layer_types' must name full_attention alone (got {sorted(map(str, kinds))})")
+    if kinds := [kind for kind in given("layer_types", kind=list) or () if kind != "full_attention"]:
+        raise WrongSetting(f"the setting 'layer_types' must name full_attention alone (got {kinds})")
     config = replace(_llama_config(given, (), 1e-6), qk_norm=True)
     return GPT(config, given.size("vocab_size", 151936), tied=tied)
 

@@ -448,6 +448,8 @@ def test_what_a_graph_costs(tmp_path, capsys):
     assert "Window(3" in capsys.readouterr().err
     with pytest.raises(ValueError, match="one, or one for each of 2 layers"):
         perplexity.costs(model, tokens, [[Full()] * 3])
+    with pytest.raises(ValueError, match="disconnect"):
+        perplexity.costs(connect(model, LOCAL), tokens, [[Full()]])
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "bert"])

@@ -27,7 +27,8 @@ def _bert_sizes(given: Settings) -> dict[str, Any]:
     }
 
 
-def _bert(given: Settings, tied: bool, **head: Any) -> nn.Module:
+def _bert(given: Settings, tied: bool, *, vocabulary: int = 30522, unused: int = 0, **head: Any) -> nn.Module:
+    """`unused` rows of the table of positions belong to no place."""
     given.must("is_decoder", False)
     given.must("add_cross_attention", False)
     given.must("position_embedding_type", "absolute")
@@ -36,11 +37,11 @@ def _bert(given: Settings, tied: bool, **head: Any) -> nn.Module:
         norm_order="post",
         embed_norm=True,
         final_norm=False,
-        max_length=given.size("max_position_embeddings", 512),
+        max_length=given.size("max_position_embeddings", 512) - unused,
         dropout=given.probability("hidden_dropout_prob", 0.1),
     )
     types = given("type_vocab_size", 2)
-    return Encoder(config, given.size("vocab_size", 30522), num_types=types, tied=tied, **head)
+    return Encoder(config, given.size("vocab_size", vocabulary), num_types=types, tied=tied, **head)
 
 
 def _bert_classes(given: Settings, tied: bool, classify: str) -> nn.Module:
@@ -104,19 +105,7 @@ BERT_TOKENS = BERT_SEQUENCES._replace(
 def _roberta(given: Settings, tied: bool) -> nn.Module:
     given.must("pad_token_id", 1)  # where places begin
     given.must("hidden_act", "gelu")
-    given.must("is_decoder", False)
-    given.must("add_cross_attention", False)
-    given.must("position_embedding_type", "absolute")
-    config = TransformerConfig(
-        **_bert_sizes(given),
-        norm_order="post",
-        embed_norm=True,
-        final_norm=False,
-        max_length=given.size("max_position_embeddings", 512) - 2,
-        dropout=given.probability("hidden_dropout_prob", 0.1),
-    )
-    types = given("type_vocab_size", 2)
-    return Encoder(config, given.size("vocab_size", 50265), num_types=types, tied=tied)
+    return _bert(given, tied, vocabulary=50265, unused=2)
 
 
 ROBERTA = Family(

@@ -26,7 +26,7 @@ from attngraph.graph.base import Graph, require_ints
 from attngraph.graph.patterns import Causal
 from attngraph.graph.text import parse_list, written
 from attngraph.hf.connecting import connect, disconnect
-from attngraph.hf.modules import attention_modules, is_cross
+from attngraph.hf.modules import attention_modules, connection_of, is_cross
 
 CONTEXT, TOKENS = 1024, 65_536
 
@@ -72,7 +72,12 @@ def costs(
 ) -> list[Cost]:
     """The model as it is, then on each of the graphs, given as one for all layers or one for each; the model is left
     as it was. With `sweep`, each layer alone on each graph that is one, too.
+
+    tokens is int64 (N,), of which `context` are read at once. Raises ValueError for a model that is connected already,
+    and for graphs that are neither one nor one for each layer.
     """
+    if any(connection_of(module) for module in model.modules()):
+        raise ValueError("model must be as it is, to be compared: hf.disconnect(model) first")
     layers = [name for name, module in attention_modules(model).items() if not is_cross(name, module)]
     size = min(context, len(tokens))
     found = [Cost("as it is", 1.0, loss(model, tokens, context=context))]

@@ -82,7 +82,7 @@ from attngraph.planning.calibrate import calibrate
 from attngraph.planning.costs import Costs
 from attngraph.planning.planner import Plan, plan
 
-__version__ = "0.11.0"
+__version__ = "0.12.0"
 
 __all__ = [
     "Additive",

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,22 +17,31 @@ from torch import nn
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
+    BertConfig,
+    BertLMHeadModel,
     BloomConfig,
     BloomForCausalLM,
     DynamicCache,
     FalconConfig,
     FalconForCausalLM,
     GenerationMixin,
+    GitConfig,
+    GitForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    T5Config,
     T5ForConditionalGeneration,
 )
 from transformers.masking_utils import eager_mask
 
-from attngraph import Causal, Full, PerHead, Prefix, TopK, Window, from_edge_index, from_function
-from attngraph.hf import attention_modules, connect, disconnect, perplexity
+from attngraph import Causal, Full, Global, PerHead, Prefix, TopK, Window, from_edge_index, from_function
+from attngraph.hf import attention_modules, connect, disconnect, load, perplexity, save
 from attngraph.hf.connecting import implement
-from attngraph.hf.modules import is_cross
+from attngraph.hf.modules import is_cross, require_all_known
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
 def nodes_of(name):
@@ -499,3 +509,190 @@ def test_without_transformers(monkeypatch):
         connect(nn.Linear(2, 2), LOCAL)
     code = "import sys; sys.modules['transformers'] = None; import attngraph.hf; attngraph.hf.connect"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# ------------------------------------------------------------------------------- what a new user found to go wrong
+
+
+def small(kind, config, **options):
+    """A model whose attention can be told from another's."""
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2}
+    torch.manual_seed(0)
+    model = kind(config(**{**sizes, "vocab_size": 97, **options})).eval()
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            nn.init.normal_(parameter, std=0.15)
+    return model.double()
+
+
+def llama(**options):
+    return small(LlamaForCausalLM, LlamaConfig, num_key_value_heads=2, max_position_embeddings=4096, **options)
+
+
+TOKENS = torch.arange(48).reshape(2, 24) * 29 % 90 + 3
+GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("graph", [Full(), Window(5, 0)], ids=str)
+@pytest.mark.parametrize("packed", [False, True])
+def test_layers_that_are_compiled_by_themselves(graph, packed):
+    """They get a mask that was made before: what it says of the model's own pattern holds."""
+    model = connect(small(MistralForCausalLM, MistralConfig, num_key_value_heads=2, sliding_window=4), graph)
+    options = {"use_cache": False}
+    if packed:
+        options["position_ids"] = torch.cat([torch.arange(10), torch.arange(14)]).expand(2, -1)
+    expected = model(TOKENS, **options).logits
+    for layer in model.model.layers:
+        layer.compile(backend="eager")
+    torch.testing.assert_close(model(TOKENS, **options).logits, expected)
+
+
+def test_cross_attention_by_any_name_is_left_alone():
+    """BERT's stands in `crossattention.self`."""
+    model = small(BertLMHeadModel, BertConfig, is_decoder=True, add_cross_attention=True)
+    names = [name for name, module in attention_modules(model).items() if is_cross(name, module)]
+    assert len(names) == 2
+    assert all("crossattention" in name for name in names)
+    memory = torch.randn(2, 24, 32, dtype=torch.float64)
+    graph = Window(3, 3) | Prefix(1)
+    alone = connect(copy.deepcopy(model), {"*.attention.self": graph})(TOKENS, encoder_hidden_states=memory).logits
+    assert torch.equal(connect(model, graph)(TOKENS, encoder_hidden_states=memory).logits, alone)
+
+
+def test_models_that_a_graph_would_miss_are_told():
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2}
+    git = GitForCausalLM(GitConfig(vocab_size=97, vision_config={**sizes, "image_size": 16, "patch_size": 4}, **sizes))
+    with pytest.raises(ValueError, match="some of its attention by itself"):
+        connect(git, {"*image_encoder*": Full()})
+
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = llama(), llama()
+
+    with pytest.raises(ValueError, match=r"got a and b\): connect each by itself"):
+        connect(Two(), Full())
+
+    class Chosen(nn.Module):
+        def forward(self, q, k, v, attention_interface, ALL_ATTENTION_FUNCTIONS=None):
+            return attention_interface(self, q, k, v, None, scaling=1.0, block_indices=None)
+
+    with pytest.raises(ValueError, match="with block_indices, which a graph does not know"):
+        require_all_known(git, {"layer": Chosen()})
+
+
+def test_a_graph_that_stops_to_be_causal_is_told_when_it_does():
+    graph = (Causal() & Window(3, 0)) | Global([30])
+    model = connect(llama(), graph, mode="replace")
+    with pytest.raises(ValueError, match="must be causal"):
+        model.generate(TOKENS, max_new_tokens=16, **GREEDY)
+    assert model.generate(TOKENS, max_new_tokens=4, **GREEDY).shape == (2, 28)
+
+
+def test_keys_of_far_queries_are_not_let_go():
+    graph = Causal() & (Window(8, 0) | Global([1100]))
+    tokens = [
+        connect(llama(), graph, evict=evict).generate(TOKENS[:1], max_new_tokens=1100, **GREEDY)
+        for evict in (True, False)
+    ]
+    assert torch.equal(*tokens)
+    short = connect(llama(), graph, evict=True)
+    short.config.max_position_embeddings = 64
+    with pytest.raises(ValueError, match="that were let go"):
+        short.generate(TOKENS[:1], max_new_tokens=1100, **GREEDY)
+
+
+def test_a_cache_that_let_keys_go_is_for_one_graph():
+    model = connect(llama(), Window(4, 0), evict=True)
+    tokens = torch.cat([TOKENS] * 4, 1)
+    cache = DynamicCache()
+    model(tokens, past_key_values=cache)
+    model(tokens[:, :1], past_key_values=cache)
+    with pytest.raises(ValueError, match="by which it has let keys go"):
+        connect(model, Window(40, 0))(tokens[:, :1], past_key_values=cache)
+
+
+def test_sliding_layers_let_keys_go_too():
+    model = small(MistralForCausalLM, MistralConfig, num_key_value_heads=2, sliding_window=64)
+    given = {"max_new_tokens": 150, "return_dict_in_generate": True, **GREEDY}
+    kept, others = (
+        connect(copy.deepcopy(model), Window(5, 0), evict=e).generate(TOKENS, **given) for e in (True, False)
+    )
+    assert torch.equal(kept.sequences, others.sequences)
+    assert kept.past_key_values.layers[0].keys.shape[-2] < 48
+
+
+def test_padding_in_front_takes_no_place_in_a_memory():
+    model = small(
+        T5ForConditionalGeneration, T5Config, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4,
+        decoder_start_token_id=0,
+    )  # fmt: skip
+    connect(model, {"*EncDec*": Window(3, 3) | Prefix(1)})
+    texts = TOKENS[:, :10]
+    expected = model(input_ids=TOKENS, decoder_input_ids=texts).logits
+    padded = torch.cat([torch.zeros_like(TOKENS[:, :5]), TOKENS], 1)
+    seen = (padded > 0).long()
+    torch.testing.assert_close(
+        model(input_ids=padded, attention_mask=seen, decoder_input_ids=texts).logits, expected, atol=1e-9, rtol=1e-9
+    )
+    with pytest.raises(ValueError, match="pad on the right"):
+        model(input_ids=TOKENS, decoder_input_ids=padded, decoder_attention_mask=seen)
+
+
+def test_packed_texts_that_transformers_does_not_see_are_told():
+    places = torch.cat([torch.arange(10), torch.arange(14)]).expand(2, -1)
+    model = connect(llama(), Window(5, 0))
+    with pytest.raises(ValueError, match="use_cache=False"):
+        model(TOKENS, position_ids=places)
+    model(TOKENS, position_ids=places, use_cache=False)
+
+
+def test_edges_kept_are_those_of_the_model_itself():
+    model = small(MistralForCausalLM, MistralConfig, num_key_value_heads=2, sliding_window=8)
+    found = perplexity.costs(model, TOKENS.flatten() % 97, [[Full()], [Window(4, 0)]], context=48)
+    own = Causal() & Window(7, 0)
+    assert found[1].kept == 1.0
+    assert found[2].kept == (own & Window(4, 0)).num_edges(48, 48) / own.num_edges(48, 48)
+
+
+def test_a_mask_of_numbers_is_one_of_pairs():
+    model, pairs = connect(llama(), Window(5, 0)), torch.ones(24, 24, dtype=torch.int64).tril().expand(2, 1, -1, -1)
+    expected = model(TOKENS, use_cache=False).logits
+    torch.testing.assert_close(model(TOKENS, attention_mask=pairs, use_cache=False).logits, expected)
+
+
+def test_each_way_to_keep_graphs_is_read_by_its_own(tmp_path):
+    model = connect(llama().float(), Window(5, 0))
+    model.save_pretrained(tmp_path / "connected")
+    with pytest.raises(ValueError, match=r"was written by hf\.connect"):
+        load(tmp_path / "connected")
+    disconnect(model).save_pretrained(tmp_path / "own")
+    made = load(tmp_path / "own")
+    made.transformer.graphs = Causal() & Window(5, 0)
+    save(made, tmp_path / "saved")
+    with pytest.raises(ValueError, match=r"attngraph\.hf\.load reads them"):
+        connect(LlamaForCausalLM.from_pretrained(tmp_path / "saved"))
+
+
+def test_a_pretrained_model_completes_a_prompt(tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    words = {word: number for number, word in enumerate(["the", "cat", "sat", "on", "a", "mat"])}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="the"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    small(LlamaForCausalLM, LlamaConfig, vocab_size=6, num_key_value_heads=2).float().save_pretrained(tmp_path)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    command = [sys.executable, str(EXAMPLES / "chat.py"), str(tmp_path), "--tokens", "4", "--temperature", "0"]
+
+    def told(*options, **given):
+        return subprocess.run([*command, *options], capture_output=True, text=True, **given)
+
+    whole = told("--prompt", "the cat sat on")
+    assert whole.stdout.startswith("the cat sat on ")
+    assert len(whole.stdout.split()) == 8
+    assert told(input="the cat sat on\n").stdout == whole.stdout
+    assert told("--prompt", "the cat sat on", "--graph", "Identity()").stdout != whole.stdout
+    assert "not part of a graph expression" in told("--prompt", "the", "--graph", "Causl()").stderr
+    assert (
+        "config.json" in subprocess.run([*command[:2], str(tmp_path / "none")], capture_output=True, text=True).stderr
+    )

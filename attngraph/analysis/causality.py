@@ -35,7 +35,7 @@ def is_causal(graph: Graph | Sequence[Graph], n: int | None = None) -> bool:
     """
     if not isinstance(graph, Graph):
         return all(is_causal(each, n) for each in layers_of(graph))
-    if n is None and _is_causal_by_form(graph):
+    if n is None and is_causal_by_form(graph):
         return True
     if graph.heads:
         return all(is_causal(graph.of_head(h), n) for h in range(graph.heads))
@@ -43,7 +43,7 @@ def is_causal(graph: Graph | Sequence[Graph], n: int | None = None) -> bool:
     return (graph - Causal()).num_edges(n, m) == 0
 
 
-def _is_causal_by_form(graph: Graph) -> bool:
+def is_causal_by_form(graph: Graph) -> bool:
     """Whether an expression can't but be causal, whatever its size."""
     match graph:
         case Causal(offset):
@@ -53,11 +53,11 @@ def _is_causal_by_form(graph: Graph) -> bool:
         case algebra.Empty() | Identity():
             return True
         case algebra.Intersection(graphs):
-            return any(map(_is_causal_by_form, graphs))
+            return any(map(is_causal_by_form, graphs))
         case algebra.Union(graphs) | PerHead(graphs) | algebra.SymmetricDifference(graphs):
-            return all(map(_is_causal_by_form, graphs))
+            return all(map(is_causal_by_form, graphs))
         case algebra.Difference((a, _)) | algebra.Sized(a):
-            return _is_causal_by_form(a)
+            return is_causal_by_form(a)
     return False
 
 
@@ -77,7 +77,7 @@ def leaks(graphs: Graph | Sequence[Graph], n: int | None = None) -> list[Leak]:
 
 def _first_leak(graph: Graph, n: int | None) -> tuple[int, int] | None:
     """The first edge by which a graph hears the future, as (key, query)."""
-    if n is None and _is_causal_by_form(graph):
+    if n is None and is_causal_by_form(graph):
         return None
     require_known(graph)
     n, m = size_of(graph, n)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from attngraph.graph.algebra import Full
 from attngraph.graph.base import Graph, bind
 from attngraph.graph.compose import Disjoint
 from attngraph.graph.patterns import Causal
-from attngraph.hf.masks import Places, Seen, in_front, places_in, seen_in
+from attngraph.hf.masks import Held, Places, Seen, in_front, own_pairs, places_in, says_places, seen_in
 from attngraph.hf.modules import Offset, connection_of
 from attngraph.kernels.scoring import SoftCap
 
@@ -41,9 +40,9 @@ def attention(
     (B, Q, H, D), and the weights (B, H, Q, K), 0 where there is no edge, if they are asked for."""
     weights = bool(output_attentions) or _are_collected()
     call = _Call(module, query, key, value, dropout, scaling, position_bias, softcap, s_aux, weights)
-    if attention_mask is None or attention_mask.dtype == torch.int64:
+    if attention_mask is None or says_places(attention_mask, key.shape[2]):
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-        out, weights = call.by_places(attention_mask, causal)
+        out, weights = call.by_places(attention_mask, causal, others.get("position_ids"))
     else:
         out, weights = call.by_matrix(attention_mask)
     return out.transpose(1, 2).contiguous(), weights
@@ -77,7 +76,9 @@ class _Call:
 
     # ------------------------------------------------------------------------------------ the ways it is computed
 
-    def by_places(self, mask: Tensor | None, causal: bool) -> tuple[Tensor, Tensor | None]:
+    def by_places(
+        self, mask: Tensor | None, causal: bool, position_ids: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """By what `masks.mask` says, or where there is no mask."""
         n, m = self.q.shape[2], self.k.shape[2]
         if torch.compiler.is_compiling():
@@ -89,8 +90,18 @@ class _Call:
                 raise ValueError(f"{self.name}: queries and keys must be the same tokens without a mask (got {n}, {m})")
             return self.attend(self.effective(Causal() if causal else Full()))
         seen = seen_in(mask, n)
+        if not seen.agrees_with(position_ids):
+            raise ValueError(
+                f"{self.name}: position_ids begin again, as in packed texts, which transformers tells apart only with "
+                f"use_cache=False and without attention_mask: call the model so"
+            )
         graph = self.effective(seen.own)
-        if (held := getattr(self.k, "attngraph_places", None)) is not None:  # others are forgotten
+        if (held := getattr(self.k, "attngraph_held", None)) is not None:  # others are forgotten
+            if held.graph not in (graph, self.effective(Causal())):
+                raise ValueError(
+                    f"{self.name}: the cache was made for {held.graph}, by which it has let keys go (got {graph}): "
+                    f"begin with a new cache"
+                )
             return self.masked(self.pairs(graph, seen, held))
         if seen.sizes != (n, m):
             raise ValueError(f"{self.name}: the mask must be of {n} queries and {m} keys (got {seen.sizes})")
@@ -113,7 +124,16 @@ class _Call:
         if self.offset.has_cache:  # as many queries as come, at most as many as the graph has
             size = graph.size[0] or done + n
             graph = graph.sized(size, m).rows(done, done + n)
-        return self.attend(graph, real)
+        if self.connection is None or real is None:
+            return self.attend(graph, real)
+        front = in_front(real)  # the first real key is the first of the graph
+        if self.weights and not torch.compiler.is_compiling() and bool(front.any()):
+            raise ValueError(
+                f"{self.name}: output_attentions needs keys that are padded on the right (got padding in front)"
+            )
+        index = (torch.arange(m, device=real.device) + front) % m
+        moved = self.replaced(self.q, _taken(self.k, index), _taken(self.v, index))
+        return moved.attend(graph, real.gather(1, index))
 
     def compiled(self, mask: Tensor | None, causal: bool) -> tuple[Tensor, Tensor | None]:
         """The same while a program is compiled, which can't look at numbers."""
@@ -126,13 +146,19 @@ class _Call:
                 raise ValueError(f"{self.name}: queries and keys must be the same tokens without a mask (got {n}, {m})")
             return self.attend(graph)
         real = mask[:, 0, 0, 1 + n :] >= 0
-        if n != m and not causal:
+        is_more = mask.shape[2] > 2  # the mask was made before: its pattern is more than causal
+        if n != m and not causal and not is_more:
             return self.attend(graph, real)
-        if n != m:
-            places, texts = mask[:, 0, 0, 1:], mask[:, 0, 1, 1:]
-            queries, keys = (Places(places[:, part], texts[:, part]) for part in (slice(n), slice(n, None)))
-            return self.masked(pairs(self.effective(Causal()), queries, keys))
-        return self.padded(graph, real, in_front(real))
+        if n == m and not is_more:
+            return self.padded(graph, real, in_front(real))
+        places, texts = mask[:, 0, 0, 1:], mask[:, 0, 1, 1:]
+        queries, keys = (Places(places[:, part], texts[:, part]) for part in (slice(n), slice(n, None)))
+        if self.connection is not None and self.connection.mode == "replace":
+            if n != m and not self.connection.is_causal_at_once:
+                raise self.not_causal(self.connection.graph)
+            return self.masked(pairs(self.connection.graph, queries, keys))
+        found = pairs(self.effective(Full() if is_more else Causal()), queries, keys)
+        return self.masked(found & own_pairs(mask, queries, keys) if is_more else found)
 
     def attend(self, graph: Graph, real: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """By a graph of all tokens, real or not."""
@@ -169,7 +195,7 @@ class _Call:
             out.append(self.replaced(*sides).attend(Disjoint([graph.sized(length, length) for length in own]))[0])
         return torch.cat(out)
 
-    def pairs(self, graph: Graph, seen: Seen, held: Callable[[], Tensor] | None = None) -> Tensor:
+    def pairs(self, graph: Graph, seen: Seen, held: Held | None = None) -> Tensor:
         """Which pairs of queries and keys are edges, asked once for all layers with one graph.
 
         `held` says which of the keys are there; None: all.
@@ -181,16 +207,18 @@ class _Call:
         keys = seen.keys if held is None else Places(*(side[:, held()] for side in seen.keys))
         try:
             found = pairs(graph, seen.queries, keys)
-            if held is None:
-                self.require_all_keys(graph, seen, found)
         except ValueError as error:
             raise ValueError(f"{self.name}: {error}") from None
+        if held is None:
+            self.require_all_keys(graph, seen, found)
         seen.pairs[key] = found
         return found
 
     def by_matrix(self, mask: Tensor) -> tuple[Tensor, Tensor | None]:
         """By a mask of pairs that the model made itself: bool, or added to the scores."""
         n, m = self.q.shape[2], self.k.shape[2]
+        if mask.dtype == torch.int64:  # as people write them
+            mask = mask != 0
         if mask.dtype != torch.bool:
             self.bias = mask if self.bias is None else mask + self.bias
             mask = mask > torch.finfo(mask.dtype).min / 2
@@ -199,8 +227,8 @@ class _Call:
         if n != m or self.connection.mode == "replace":
             raise ValueError(
                 f"{self.name}: a mask of pairs does not say which tokens are padding, or where they stand: it needs "
-                f"mode='intersect' and use_cache=False, or a model that is not compiled (got a mask of {n} × {m} and "
-                f"mode={self.connection.mode!r})"
+                f"mode='intersect' and use_cache=False, or a model that is not compiled, as by generate(…, "
+                f"disable_compile=True) (got a mask of {n} × {m} and mode={self.connection.mode!r})"
             )
         tokens = places_in(mask[:, 0])
         return self.masked(mask & pairs(self.connection.graph, tokens, tokens))
@@ -251,10 +279,14 @@ class _Call:
         if self.connection is None or self.connection.mode == "intersect" or n == m or seen.own == Full():
             return
         if not self.connection.is_causal(m):
-            raise ValueError(
-                f"{self.name}: with a cache of keys a graph must be causal, as earlier tokens can't hear later ones "
-                f"(got {graph}): use_cache=False, mode='intersect', or {graph} & Causal()"
-            )
+            raise self.not_causal(graph)
+
+    def not_causal(self, graph: Graph) -> ValueError:
+        """The error of a graph by which tokens hear later ones, that come when they are done."""
+        return ValueError(
+            f"{self.name}: with a cache of keys a graph must be causal, as earlier tokens can't hear later ones "
+            f"(got {graph}): use_cache=False, mode='intersect', or ({graph}) & Causal()"
+        )
 
     def require_all_keys(self, graph: Graph, seen: Seen, found: Tensor) -> None:
         """Raise if a cache has dropped keys that the graph gives to these queries."""

@@ -374,6 +374,11 @@ def _set_graphs(model: nn.Module, graphs: Mapping[str, str]) -> None:
     """The graphs that `save` wrote beside the settings."""
     parts = transformers(model)
     known = [*parts, "memory"] if isinstance(model, EncoderDecoder) else [*parts]
+    if isinstance(graphs, dict) and "graphs" in graphs:
+        raise ValueError(
+            "the setting 'attngraph' was written by hf.connect, for transformers' from_pretrained and connect: "
+            "without it, hf.load makes the model on its own pattern, and model.transformer.graphs takes others"
+        )
     if not isinstance(graphs, dict) or graphs.keys() - set(known):
         raise ValueError(f"the setting 'attngraph' must give graphs to {' or '.join(known)} (got {graphs!r})")
     for name, text in graphs.items():

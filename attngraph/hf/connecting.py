@@ -8,13 +8,21 @@ from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from attngraph.arguments import checked, shown
 from attngraph.graph.base import Graph
 from attngraph.graph.text import parse, written
 from attngraph.hf.eviction import evict_from_cache
-from attngraph.hf.modules import Connection, Mode, Offset, attention_modules, is_cross, pretrained
+from attngraph.hf.modules import (
+    Connection,
+    Mode,
+    Offset,
+    attention_modules,
+    is_cross,
+    pretrained,
+    require_all_known,
+)
 from attngraph.models.saved import readable
 
 if TYPE_CHECKING:
@@ -53,10 +61,12 @@ def connect(
     Raises:
         ImportError: transformers is not there.
         TypeError: no model of transformers.
-        ValueError: a model that does not use the interface, by name; a pattern that no module matches.
+        ValueError: a model that does not use the interface, or not everywhere, by name; a pattern that no module
+            matches.
     """
     root = pretrained(model)
     modules = attention_modules(model)
+    require_all_known(root, modules)
     if graph is None:
         graph, mode, evict = _kept(root)
     given = _graphs_of(modules, graph)
@@ -70,6 +80,8 @@ def connect(
         modules[name].__dict__["attngraph_connection"] = Connection(name, each, mode)
         if is_cross(name, modules[name]):
             hooks.append(modules[name].register_forward_pre_hook(_note_offset, with_kwargs=True))
+    if any(is_cross(name, modules[name]) for name in given):
+        hooks.append(root.register_forward_pre_hook(_require_no_padding_in_front, with_kwargs=True))
     _keep(root, graph if isinstance(graph, Mapping) else given, mode, evict, before)
     if evict:
         hooks.append(root.register_forward_pre_hook(evict_from_cache, with_kwargs=True))
@@ -131,6 +143,16 @@ def _note_offset(module: nn.Module, arguments: tuple, options: dict[str, Any]) -
     module.__dict__["attngraph_offset"] = Offset(max(done, 0), cache is not None)
 
 
+def _require_no_padding_in_front(model: nn.Module, arguments: tuple, options: dict[str, Any]) -> None:
+    """Raise where a decoder's text begins with padding: modules that hear another sequence are not told of it."""
+    mask = options.get("decoder_attention_mask")
+    if isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] and not bool(mask[:, 0].all()):
+        raise ValueError(
+            "decoder_attention_mask must begin with real tokens where cross-attention has a graph, whose queries are "
+            "numbered from the first on: pad on the right"
+        )
+
+
 def _graphs_of(modules: Mapping[str, nn.Module], graph: Graphs) -> dict[str, Graph]:
     """The graph of each module that has one."""
     found: dict[str, Graph] = {}
@@ -181,6 +203,8 @@ def _keep(root: PreTrainedModel, graphs: Mapping[str, Graph], mode: Mode, evict:
 def _kept(root: PreTrainedModel) -> tuple[dict[str, Graph], Mode, bool]:
     """What a config keeps."""
     found = getattr(root.config, NAME, None)
+    if isinstance(found, dict) and all(isinstance(each, str) for each in found.values()):
+        raise ValueError("the model's config keeps graphs of attngraph.hf.save: attngraph.hf.load reads them")
     if not isinstance(found, dict) or found.keys() != {"graphs", "mode", "evict"}:
         raise ValueError(
             f"connect needs a graph, or a model whose config keeps one, as connect writes it (got {shown(found)})"

@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from attngraph.graph.patterns import Causal
+from attngraph.graph.base import Graph
+from attngraph.graph.patterns import Causal, Window
 from attngraph.hf.modules import attention_modules, connection_of, is_cross
 
 
@@ -20,25 +21,34 @@ def evict_from_cache(model: nn.Module, arguments: tuple, options: dict[str, Any]
     if given is None:
         return
     if given.get_seq_length() == 0:
-        _replace_layers(given, attention_modules(model))
+        config: Any = model.config
+        most = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None) or 0
+        _replace_layers(given, attention_modules(model), most)
     for layer in given.layers:
         if getattr(layer, "forgets", False):
             layer.attention_mask = options.get("attention_mask")
 
 
-def _replace_layers(cache: Any, modules: Mapping[str, nn.Module]) -> None:
+def _replace_layers(cache: Any, modules: Mapping[str, nn.Module], most: int) -> None:
     """Give an empty cache layers that forget."""
-    from transformers.cache_utils import DynamicLayer
+    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-    from attngraph.hf.forgetting import ForgettingLayer
+    from attngraph.hf.forgetting import ForgettingLayer, LastQueries
 
-    graphs = {}
+    shared: dict[Graph, LastQueries] = {}
+
+    def forgetting(graph: Graph) -> ForgettingLayer:
+        return ForgettingLayer(shared.setdefault(graph, LastQueries(graph, most)))
+
     for name, module in modules.items():
-        connection, layer = connection_of(module), getattr(module, "layer_idx", None)
-        if connection is not None and layer is not None and not is_cross(name, module):
-            graphs[layer] = connection.effective(Causal())
-    for number, graph in graphs.items():
+        connection, number = connection_of(module), getattr(module, "layer_idx", None)
+        if connection is None or number is None or is_cross(name, module):
+            continue
         while len(cache.layers) <= number and getattr(cache, "layer_class_to_replicate", None) is DynamicLayer:
             cache.layers.append(DynamicLayer())
-        if number < len(cache.layers) and type(cache.layers[number]) is DynamicLayer:
-            cache.layers[number] = ForgettingLayer(graph)
+        layer = cache.layers[number] if number < len(cache.layers) else None
+        if type(layer) is DynamicLayer:
+            cache.layers[number] = forgetting(connection.effective(Causal()))
+        elif type(layer) is DynamicSlidingWindowLayer:
+            own = Causal() & Window(layer.sliding_window - 1, 0)
+            cache.layers[number] = forgetting(connection.effective(own))

@@ -8,7 +8,8 @@ pairs but a row of numbers, int64 (B, 1, 2, 1 + Q + K), which stays what it is w
 | [:, 0, 0] | the kind of the model's own pattern | the place of each query in its text, -1: padding | of each key |
 | [:, 0, 1] | its width | the number of its text | of each key |
 
-A pattern that has no kind becomes the matrix that "sdpa" gets.
+A row more, of zeros, says to a compiled program, which can't look at numbers, that the pattern is more than causal, or
+the texts are several. A pattern that has no kind becomes the matrix that "sdpa" gets.
 """
 
 from __future__ import annotations
@@ -44,17 +45,35 @@ class Places(NamedTuple):
     """int64 (B, nodes): the number of its text."""
 
 
+class Held(NamedTuple):
+    """The keys that a cache still has."""
+
+    graph: Graph
+    """By which the others were let go."""
+    old: Tensor
+    """Where among the tokens those are that were there when it was looked: int64."""
+    looked: int
+    """How many tokens there were then."""
+    length: int
+    """And are now: all since are there."""
+
+    def __call__(self) -> Tensor:
+        """Where all of them are, int64 (K,)."""
+        return torch.cat([self.old, torch.arange(self.looked, self.length, device=self.old.device)])
+
+
 class Seen:
     """What a mask says, looked at once for all layers."""
 
     def __init__(self, own: Graph, queries: Places, keys: Places, plain: bool | None = None):
         self.own, self.queries, self.keys, self._plain = own, queries, keys, plain
+        self._agrees: bool | None = None
         self.pairs: dict[Any, Tensor] = {}  # those that were asked for, by graph and places
 
     @classmethod
     def of(cls, mask: Tensor, num_queries: int) -> Seen:
         """From the numbers."""
-        kind, width = mask[0, 0, :, 0].tolist()
+        kind, width = mask[0, 0, :2, 0].tolist()
         places, texts = mask[:, 0, 0, 1:], mask[:, 0, 1, 1:]
         queries, keys = slice(num_queries), slice(num_queries, None)
         return cls(
@@ -104,6 +123,17 @@ class Seen:
         """How much padding is in front, int64 (B, 1); None if nowhere any is."""
         front = in_front(self.real)
         return front if bool(front.any()) else None
+
+    def agrees_with(self, position_ids: Tensor | None) -> bool:
+        """Whether position_ids, int64 (B, N), begin again only where texts do; looked at once."""
+        if self._agrees is None:
+            self._agrees = True
+            n, m = self.sizes
+            if position_ids is not None and n == m and position_ids.shape[-1] == n and position_ids.ndim == 2:
+                real = self.real[:, 1:] & self.real[:, :-1]
+                again = position_ids[:, 1:] < position_ids[:, :-1]
+                self._agrees = self.is_packed or not bool((again & real).any())
+        return self._agrees
 
     @cached_property
     def lengths(self) -> list[list[int]]:
@@ -167,12 +197,33 @@ def mask(
     places = torch.cat([of_queries, of_keys], 1)
     header = torch.tensor([[own.kind], [own.width]], device=device).expand(batch_size, 2, 1)
     numbers = torch.cat([header, torch.stack([places, torch.cat(texts, 1)], 1)], 2)[:, None]
+    if own.kind > CAUSAL or own.texts is not None:
+        numbers = torch.cat([numbers, torch.zeros_like(numbers[:, :, :1])], 2)
     if not torch.compiler.is_compiling():
         whole = attention_mask is None and own.texts is None and isinstance(q_offset, int) and kv_offset == 0
         plain = True if whole and not is_cross and q_offset + q_length == kv_length else None
         sides = Places(of_queries, texts[0]), Places(of_keys, texts[1])
         numbers.attngraph_seen = Seen(KINDS[own.kind](own.width), *sides, plain)  # type: ignore[attr-defined]
     return numbers
+
+
+def says_places(mask: Tensor, m: int) -> bool:
+    """Whether a mask is one that `mask` made, of m keys or more, rather than one of pairs."""
+    return mask.dtype == torch.int64 and mask.ndim == 4 and mask.shape[3] > m
+
+
+def own_pairs(mask: Tensor, queries: Places, keys: Places) -> Tensor:
+    """Which pairs a model's own pattern has, whichever it is, bool (B, 1, Q, K): without a look at the numbers."""
+    kind, width = mask[:, 0, 0, :1, None], mask[:, 0, 1, :1, None]
+    i, j = queries.place[:, :, None], keys.place[:, None]
+    of_kind = (
+        torch.ones_like(i == j),
+        j <= i,
+        (j <= i) & (i - j < width),
+        (i - j).abs() <= width,
+        (j <= i) & (i // width.clamp(min=1) == j // width.clamp(min=1)),
+    )
+    return torch.stack([found & (kind == number) for number, found in enumerate(of_kind)]).any(0)[:, None]
 
 
 def places_in(pairs: Tensor) -> Places:

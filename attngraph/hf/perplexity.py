@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from attngraph.arguments import checked
+from attngraph.graph.algebra import Full
 from attngraph.graph.base import Graph, require_ints
 from attngraph.graph.patterns import Causal
 from attngraph.graph.text import parse_list, written
@@ -36,7 +37,7 @@ class Cost(NamedTuple):
 
     name: str
     kept: float
-    """Edges, over those of a causal model."""
+    """Edges, over those that the model itself has."""
     loss: float
     """Nats a token."""
 
@@ -80,6 +81,7 @@ def costs(
         raise ValueError("model must be as it is, to be compared: hf.disconnect(model) first")
     layers = [name for name, module in attention_modules(model).items() if not is_cross(name, module)]
     size = min(context, len(tokens))
+    own = _own_patterns(model, tokens[:size], layers)
     found = [Cost("as it is", 1.0, loss(model, tokens, context=context))]
     for given in graphs:
         if len(given) not in (1, len(layers)):
@@ -92,17 +94,30 @@ def costs(
         for name, choice in choices.items():
             connect(model, choice)
             try:
-                found.append(Cost(name, kept(choice, len(layers), size), loss(model, tokens, context=context)))
+                found.append(Cost(name, kept(choice, own, size), loss(model, tokens, context=context)))
             finally:
                 disconnect(model)
     return found
 
 
-def kept(graphs: Mapping[str, Graph], layers: int, n: int) -> float:
-    """The share of a causal model's edges that are left."""
-    every = Causal().num_edges(n, n)
-    own = [(Causal() & graph).sized(n, n).num_edges() / every for graph in graphs.values()]
-    return (sum(own) + layers - len(own)) / layers
+def _own_patterns(model: nn.Module, tokens: Tensor, layers: Sequence[str]) -> dict[str, Graph]:
+    """Who may hear whom by the model itself, in each layer."""
+    connect(model, dict.fromkeys(layers, Full()))
+    try:
+        loss(model, tokens, context=len(tokens))
+        connections = {name: connection_of(module) for name, module in attention_modules(model).items()}
+        return {name: next(iter(each.own), Causal()) for name in layers if (each := connections[name]) is not None}
+    finally:
+        disconnect(model)
+
+
+def kept(graphs: Mapping[str, Graph], own: Mapping[str, Graph], n: int) -> float:
+    """The share of a model's own edges that are left, where some layers have graphs."""
+    every = {name: pattern.num_edges(n, n) for name, pattern in own.items()}
+    left = every | {
+        name: (own[name] & graph).sized(n, n).num_edges() / (graph.heads or 1) for name, graph in graphs.items()
+    }
+    return sum(left.values()) / max(sum(every.values()), 1)
 
 
 # --------------------------------------------------------------------------------------------------- as a program
@@ -167,13 +182,16 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(str(error))
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(given.path).eval()
-    tokens = read_tokens(given.path, text, given.bytes)[: given.tokens]
-    context = min(given.context, getattr(model.config, "max_position_embeddings", given.context))
     try:
+        model = AutoModelForCausalLM.from_pretrained(given.path).eval()
+        tokens = read_tokens(given.path, text, given.bytes)[: given.tokens]
+        if len(tokens) and int(tokens.max()) >= (size := len(model.get_input_embeddings().weight)):  # pyright: ignore[reportArgumentType]
+            raise ValueError(f"the model must know each token of the text, below {size} (got {int(tokens.max())})")
+        context = min(given.context, getattr(model.config, "max_position_embeddings", given.context))
         found = costs(model, tokens, graphs, context=context, sweep=given.sweep)
-    except (ValueError, TypeError) as error:
-        parser.error(str(error))
+    except (ValueError, TypeError, OSError) as error:
+        hint = "" if given.bytes else "\n(a model that reads bytes has no tokenizer: --bytes)"
+        parser.error(f"{error}{hint}")
     print(f"{given.path} on {len(tokens):,} tokens of {given.text}, {context} at once\n\n{table(found)}")
     if given.out is not None:
         given.out.mkdir(parents=True, exist_ok=True)

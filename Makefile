@@ -16,13 +16,16 @@ VECTORS := tests/test_attend.py tests/test_bias.py tests/test_blocks.py tests/te
 AVX2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 \
 	NUMBA_CPU_NAME=haswell NUMBA_CPU_FEATURES= NUMBA_CACHE_DIR=$(CURDIR)/runs/numba-avx2
 
-.PHONY: demo lecture test test-slow test-avx2 test-all test-latest test-oldest nightly bench bench-gpt wheel docs lint format clean
+.PHONY: demo see lecture test test-slow test-avx2 test-all test-latest test-oldest nightly bench bench-gpt wheel docs lint format clean
 
 demo: $(VENV)/installed
 	$(RUN) examples/gpt.py $(ARGS)
 
 test: $(VENV)/installed lint  # a few minutes
 	$(RUN) $(PYTEST) $(NORMAL)
+
+see: $(VENV)/installed  # the tour: a page that this machine serves, until Ctrl-C
+	$(RUN) -m attngraph show --open
 
 lecture: $(VENV)/installed  # every system of the lecture in its quick form, a quarter of an hour: runs/lecture/index.html
 	$(RUN) examples/lecture.py $(ARGS)

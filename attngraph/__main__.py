@@ -5,19 +5,26 @@ from __future__ import annotations
 import argparse
 import runpy
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 
 from attngraph.analysis.facts import facts
+from attngraph.draw.pages import Page, data_of, page
+from attngraph.draw.server import serve
+from attngraph.draw.tour import tour
+from attngraph.graph.base import Graph
 from attngraph.graph.text import parse_list
 from attngraph.planning.calibrate import calibrate
 from attngraph.planning.planner import plan
 
 USAGE = """usage: python -m attngraph demo [options of examples/gpt.py]
        python -m attngraph examples [options of examples/lecture.py]
-       python -m attngraph show GRAPH --size N [--layers L] [--dim D --heads H --kv-heads K --dtype float32]
+       python -m attngraph show GRAPH --size N [--layers L] [--save FILE | --facts] [--dim D --heads H …]
+       python -m attngraph show [--save FILE]
        python -m attngraph explain GRAPH --size N [--dim D --heads H --dtype float32]
        python -m attngraph calibrate [cuda]
 
@@ -26,7 +33,9 @@ USAGE = """usage: python -m attngraph demo [options of examples/gpt.py]
     python -m attngraph demo --help
     python -m attngraph examples        what there is, in the order of the lecture; --help has how to run them
     python -m attngraph show "Causal() & (Window(64, 0) | Prefix(4))" --size 1024 --layers 6
-                                        edges, causality, receptive fields, cache: what can be known before training
+                                        edges, causality, receptive fields, cache: what can be known before training;
+                                        and a page on which all of it is seen, and changed; --help has the options
+    python -m attngraph show            the page as a tour: what attention on graphs is, in eight steps
     python -m attngraph explain "Causal() & (Window(64, 0) | Prefix(4))" --size 1024
                                         what runs, and why
     python -m attngraph calibrate       some seconds; plans then go by what this machine was measured to cost"""
@@ -39,41 +48,118 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {' '.join(message.split())}\n")
 
 
-def ask(command: str, arguments: list[str]) -> None:
-    """show and explain: the facts of a stack, the plan of a graph."""
-    parser = Parser(prog=f"python -m attngraph {command}")
-    parser.add_argument("graph", help='an expression, as "Causal() & Window(64, 0)"; of several layers, with commas')
-    parser.add_argument("--size", type=int, help="how many nodes; where the graph does not know")
-    parser.add_argument("--dim", type=int, default=512, help="the width of all heads together (default 512)")
-    parser.add_argument("--heads", type=int, help="default: those of the graph, or 8")
-    parser.add_argument("--dtype", default="float32", choices=["float64", "float32", "bfloat16", "float16"])
-    if command == "show":
-        parser.add_argument("--layers", type=int, help="how many; default: those given")
-        parser.add_argument("--kv-heads", type=int, help="of keys and values; default: as many as heads")
+def explain(arguments: list[str]) -> None:
+    """The plan of a graph."""
+    parser = _parser("explain")
+    parser.add_argument("graph", help='an expression, as "Causal() & Window(64, 0)"')
     given = parser.parse_args(arguments)
-    try:
-        print(_answer(command, given))
-    except (ValueError, TypeError, MemoryError) as error:
-        parser.error(str(error))
-
-
-def _answer(command: str, given: argparse.Namespace) -> str:
-    graphs, dtype = parse_list(given.graph), getattr(torch, given.dtype)
-    heads = next((graph.heads for graph in graphs if graph.heads), 8) if given.heads is None else given.heads
-    if given.size is None and all(graph.size[0] is None for graph in graphs):
-        raise ValueError("the graph fits any number of nodes: give one, as --size 1024")
-    if command == "explain":
+    with _told(parser):
+        graphs, heads = _stack(given)
         if len(graphs) > 1:
             raise ValueError(f"explain takes the graph of one layer (got {len(graphs)}): ask about each by itself")
-        if heads < 1 or given.dim % heads:
-            raise ValueError(f"--dim must be a multiple of --heads (got {given.dim} and {heads})")
-        return plan(graphs[0], given.size, heads=heads, head_dim=given.dim // heads, dtype=dtype).explain()
+        size = {"heads": heads, "head_dim": _head_dim(given, heads), "dtype": getattr(torch, given.dtype)}
+        print(plan(graphs[0], given.size, **size).explain())
+
+
+def show(arguments: list[str]) -> None:
+    """The facts of a stack, and its page; without a graph, the tour."""
+    parser = _parser("show")
+    parser.add_argument("graph", nargs="?", help="an expression, or with commas one for each layer; default: a tour")
+    parser.add_argument("--layers", type=int, help="how many; default: those given")
+    parser.add_argument("--kv-heads", type=int, help="of keys and values; default: as many as heads")
+    parser.add_argument("--model", type=Path, help="a directory with a decoder of hf.load; --text is what it reads")
+    parser.add_argument("--text", type=Path, help="a file, of which the first --size tokens are shown (default 256)")
+    parser.add_argument("--save", type=Path, metavar="FILE", help="write the page to a file, and serve nothing")
+    parser.add_argument("--facts", action="store_true", help="print the facts alone")
+    parser.add_argument("--port", type=int, default=0, help="of the page on this machine (default: a free one)")
+    parser.add_argument("--open", action="store_true", help="open the page in a browser")
+    given = parser.parse_args(arguments)
+    with _told(parser):
+        data = _shown(given)
+        if given.save is not None:
+            print(f"page: {Page(data).save(given.save)}")
+    if given.save is None and not given.facts:
+        serve(data, given.port, given.open)
+
+
+def _shown(given: argparse.Namespace) -> dict[str, Any]:
+    """The data of the page that `show` is asked for; the facts are printed."""
+    if (given.model is None) != (given.text is None):
+        raise ValueError("--model and --text belong together: a model, and what it reads")
+    if given.model is not None:
+        return _read(given)
+    if given.graph is None:
+        if given.facts:
+            raise ValueError('--facts are of a graph, such as "Causal() & Window(64, 0)"')
+        return {"title": "attngraph: a tour", "tour": tour()}
+    graphs, heads = _stack(given)
     if given.layers is not None and given.layers != len(graphs):
         if len(graphs) > 1 or given.layers < 1:
             raise ValueError(f"--layers must be {len(graphs)}, as many as graphs (got {given.layers}): leave it out")
         graphs = graphs * given.layers
-    told = facts(graphs, given.size, dim=given.dim, heads=heads, kv_heads=given.kv_heads, dtype=dtype)
-    return "\n".join([f"{'graph':17}{given.graph}", *(f"{name:17}{fact}" for name, fact in told.items())])
+    options = {"kv_heads": given.kv_heads, "dtype": getattr(torch, given.dtype)}
+    told = facts(graphs, given.size, dim=given.dim, heads=heads, **options)
+    print("\n".join([f"{'graph':17}{given.graph}", *(f"{name:17}{fact}" for name, fact in told.items())]), flush=True)
+    return {} if given.facts else data_of(graphs, given.size, heads=heads, head_dim=given.dim // heads, facts=told)
+
+
+def _read(given: argparse.Namespace) -> dict[str, Any]:
+    """The page of a model that reads a text."""
+    from attngraph import hf
+    from attngraph.models import GPT
+    from attngraph.nn.recording import record
+
+    model, text = hf.load(given.model), given.text.read_text(encoding="utf-8")
+    if not isinstance(model, GPT):
+        raise ValueError(f"--model must be a decoder, which reads tokens (got {type(model).__name__})")
+    if given.graph is not None:
+        model.transformer.graphs = parse_list(given.graph)
+    tokenizer = given.model / "tokenizer.json"
+    if tokenizer.exists():
+        from tokenizers import Tokenizer
+
+        made = Tokenizer.from_file(str(tokenizer))
+        tokens = made.encode(text).ids[: given.size or 256]
+        labels = [made.decode([token]) for token in tokens]
+    else:  # it reads bytes
+        tokens = list(text.encode())[: given.size or 256]
+        labels = [bytes([token]).decode(errors="replace") for token in tokens]
+    with torch.no_grad(), record(model, top=16) as recorded:
+        model(torch.tensor([tokens]))
+    return page(recorded=recorded, labels=labels).data
+
+
+def _parser(command: str) -> Parser:
+    parser = Parser(prog=f"python -m attngraph {command}")
+    parser.add_argument("--size", type=int, help="how many nodes; where the graph does not know")
+    parser.add_argument("--dim", type=int, default=512, help="the width of all heads together (default 512)")
+    parser.add_argument("--heads", type=int, help="default: those of the graph, or 8")
+    parser.add_argument("--dtype", default="float32", choices=["float64", "float32", "bfloat16", "float16"])
+    return parser
+
+
+@contextmanager
+def _told(parser: Parser) -> Iterator[None]:
+    """What is wrong with what was asked is told in a line."""
+    try:
+        yield
+    except (ValueError, TypeError, MemoryError, OSError) as error:
+        parser.error(str(error))
+
+
+def _stack(given: argparse.Namespace) -> tuple[list[Graph], int]:
+    """The graphs that were asked about, and how many heads they have."""
+    graphs = parse_list(given.graph)
+    heads = next((graph.heads for graph in graphs if graph.heads), 8) if given.heads is None else given.heads
+    if given.size is None and all(graph.size[0] is None for graph in graphs):
+        raise ValueError("the graph fits any number of nodes: give one, as --size 1024")
+    return graphs, heads
+
+
+def _head_dim(given: argparse.Namespace, heads: int) -> int:
+    if heads < 1 or given.dim % heads:
+        raise ValueError(f"--dim must be a multiple of --heads (got {given.dim} and {heads})")
+    return given.dim // heads
 
 
 def main(arguments: list[str]) -> None:
@@ -81,7 +167,7 @@ def main(arguments: list[str]) -> None:
         calibrate(*arguments[1:])
         return
     if arguments and arguments[0] in ("show", "explain"):
-        ask(arguments[0], arguments[1:])
+        {"show": show, "explain": explain}[arguments[0]](arguments[1:])
         return
     if arguments[:1] not in (["demo"], ["examples"]):
         asked = arguments[:1] in (["-h"], ["--help"])

@@ -5,8 +5,8 @@
     python examples/bert.py --graph "Window(8, 8)" --against "Window(16, 0)"       as many edges, on one side or both
 
 The text, its tokens, the model and the pictures are those of examples/gpt.py. Everything is left in runs/NAME:
-config.json, metrics.csv, accuracy.png, connectivity.png, attention.png, heads.png, filled.txt, outcome.json,
-and the model, for GPT.load and for --resume, model.safetensors and optimizer-STEP.safetensors; and in runs/NAME-against
+config.json, metrics.csv, accuracy.png, connectivity.png, attention.png, heads.png, see.html, filled.txt,
+outcome.json, and the model, for GPT.load and for --resume, model.safetensors and optimizer-STEP.safetensors; and in runs/NAME-against
 what the other graph led to.
 """
 

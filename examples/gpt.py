@@ -11,8 +11,8 @@
     python examples/gpt.py --name mine --sample "ROMEO:"              the run's model goes on from a prompt; no training
 
 Everything is left in runs/NAME: config.json, metrics.csv, loss.png, connectivity.png, attention.png, heads.png,
-sample.txt, outcome.json; and model.safetensors, which GPT.load("runs/NAME") reads, with optimizer-STEP.safetensors,
-which --resume needs too.
+see.html, a page that shows who hears whom, and how much; sample.txt, outcome.json; and model.safetensors, which
+GPT.load("runs/NAME") reads, with optimizer-STEP.safetensors, which --resume needs too.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ import training
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from attngraph import Graph, Window, analysis, record, stream
+from attngraph import Graph, Window, analysis, draw, record, stream
 from attngraph.models import GPT
 from attngraph.nn import TransformerConfig
 
@@ -499,6 +499,9 @@ def draw_attention(
     title = f"layer {layer}, head {head}: attention of each token"
     reporting.save_picture(recorded[layer].draw(head, labels=labels, title=title), folder / "attention.png")
     reporting.save_picture(recorded.draw(), folder / "heads.png")
+    page = draw.page(recorded=recorded, labels=labels)
+    checkpoints.write_whole(folder / "see.html", lambda path: path.write_text(page.html, encoding="utf-8"))
+    print(f"page      {folder / 'see.html'}: who hears whom in it, for any browser")
 
 
 # ----------------------------------------------------------------------------------------------------------- samples

@@ -60,7 +60,7 @@ def same_checkpoints(*folders):
 def test_a_run_leaves_what_it_promises(tmp_path, text, capsys):
     figures, folder = run(tmp_path, text, "--steps", 40, "--graph", "Causal() & (Window(4, 0) | Prefix(2)), Causal()")
     left = {path.name for path in folder.iterdir()}
-    pictures = {"loss.png", "connectivity.png", "attention.png", "heads.png"}
+    pictures = {"loss.png", "connectivity.png", "attention.png", "heads.png", "see.html"}
     files = {
         "config.json",
         "metrics.csv",

@@ -10,12 +10,13 @@ import html
 import inspect
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from attngraph import analysis
 from attngraph.analysis.layers import FAR
 from attngraph.draw.cells import listed
-from attngraph.draw.pictures import frame, matrix_axes, show_graph
+from attngraph.draw.encoding import encoded
+from attngraph.draw.pages import Page, told_of_plan
 from attngraph.graph import algebra, listing
 from attngraph.graph.base import Graph, at_size, defines
 from attngraph.graph.patterns import Causal
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 NODES = 32  # of a graph of any size
 PARTS = 12  # of an expression that are told apart
 PAIRS, LISTED, LINES = 1 << 20, 1 << 18, 1 << 12  # pairs looked at, edges listed, breakpoints: tenths of a second
+RUNS = 1 << 14  # of keys, in what a notebook keeps
 STYLE = "text-align:left;vertical-align:top"
 
 
@@ -53,25 +55,31 @@ def graph_page(graph: Graph) -> str:
         return page(str(graph), {"edges": "chosen by queries and keys: graph.resolve(q, k)"}, None)
     n = NODES if graph.size[0] is None else graph.size[0]
     m = n if graph.size[1] is None else graph.size[1]
-    return page(str(graph), graph_facts(graph, n, m), graph_picture(graph, n, m))
+    return Page(quick_data(graph, n, m, graph_facts(graph, n, m)))._repr_html_()
 
 
 def plan_page(plan: Plan) -> str:
     """A plan: its graph's picture, the facts, and how it runs."""
     n, m = plan.call.num_queries, plan.call.num_keys
-    return page(repr(plan), graph_facts(plan.graph, n, m), graph_picture(plan.graph, n, m), plan.explain())
+    data = quick_data(plan.graph, n, m, graph_facts(plan.graph, n, m))
+    data["graphs"][0] |= told_of_plan(plan)
+    data |= {"title": repr(plan), "heads": plan.call.heads, "text": plan.explain()}
+    return Page(data)._repr_html_()
 
 
-def graph_picture(graph: Graph, n: int, m: int) -> Figure | None:
-    """Its mask, unless that takes long."""
-    if not n * m or listed(graph, n, m) > LISTED:
-        return None
-    from attngraph.draw.figure import root
-
-    ax = matrix_axes(n, m, named=False)
-    show_graph(ax, graph, n, m, PAIRS)
-    frame(ax, n, m)
-    return root(ax)
+def quick_data(graph: Graph, n: int, m: int, facts: dict[str, str]) -> dict[str, Any]:
+    """What a page is told of a graph, where that is found at once; without its edges where it is not."""
+    parts = [graph.of_head(head) for head in range(graph.heads)] if graph.heads else [graph]
+    is_quick = sum(listed(each, n, m) for each in parts) <= LISTED and len(parts) <= PARTS
+    kinds = list(dict.fromkeys(parts)) if is_quick else []
+    told: dict[str, Any] = {"text": str(graph), "parts": [kinds.index(each) for each in parts] if is_quick else []}
+    if is_quick and graph.heads and _is_quick(graph, n, m):
+        told["edges"] = [each.num_edges(n, m) for each in parts]
+    return {
+        "title": str(graph), "n": n, "m": m, "heads": graph.heads or 1, "head_dim": 0, "labels": None,
+        "key_labels": None, "parts": [encoded(each, n, m, RUNS, PAIRS) for each in kinds], "graphs": [told],
+        "layers": [0], "facts": [*facts.items()], "recorded": None,
+    }  # fmt: skip
 
 
 def graph_facts(graph: Graph, n: int, m: int) -> dict[str, str]:

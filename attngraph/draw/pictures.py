@@ -63,7 +63,7 @@ def connectivity(
     if not isinstance(graph, Graph):
         return _layers(graph, n, m, labels, key_labels, ax, title)
     n, m = _size(graph, n, m)
-    names = _names(n, m, labels, key_labels)
+    names = names_of(n, m, labels, key_labels)
     ax = matrix_axes(n, m, names is not None) if ax is None else ax
     show_graph(ax, graph, n, m)
     frame(ax, n, m, names)
@@ -130,7 +130,7 @@ def messages(
     from attngraph.draw.figure import LARGEST, families, inches, set_title, visible
 
     n, m = _size(graph, n, m)
-    names = _names(n, m, labels, key_labels)
+    names = names_of(n, m, labels, key_labels)
     node = None if node is None else _node(node, n, names and names[0], labels)
     key, query = edges = graph.edge_index(n, m)
     stands_out = torch.ones_like(query, dtype=torch.bool) if node is None else query == node
@@ -246,7 +246,7 @@ def weights_of_edges(
     title: str = "attention weights",
 ) -> Figure:
     """The picture of `attention`, of weights (E,) and their edges (2, E)."""
-    names = _names(n, m, labels, key_labels)
+    names = names_of(n, m, labels, key_labels)
     ax = matrix_axes(n, m, names is not None) if ax is None else ax
     cells = Cells.of(n, m)
     told = "weight" if cells.are_pairs else f"mean weight of the edges in {_told(cells)}"
@@ -275,7 +275,7 @@ def weights_sheet(
             _show_weights(ax, weights, edges, n, m, 0.98)
             ax.set(xticks=[], yticks=[])
             if is_named:
-                _set_names(ax, _names(n, m, labels, key_labels))
+                _set_names(ax, names_of(n, m, labels, key_labels))
             ax.set_title(name, fontsize=7, pad=2)
     figure = _figure(axes[0][0])
     figure.suptitle(fitted(title, figure.get_figwidth()), fontsize=8, family=families("sans-serif"))
@@ -360,7 +360,7 @@ def receptive_field(
     from attngraph.draw.figure import LARGEST, inches, set_names
 
     graphs, n = stack(graphs, n)
-    names = _names(n, n, labels, None)
+    names = names_of(n, n, labels, None)
     node = _node(node, n, names and names[1], labels)
     rows = [analysis.receptive_field(graphs[depth:], node, n) for depth in range(len(graphs), -1, -1)]
     if ax is None:
@@ -402,12 +402,18 @@ def save(picture: Figure | Axes, path: str | os.PathLike[str]) -> None:
 
     if not is_picture(picture):
         raise TypeError(f"picture must be a figure or axes, as draw.connectivity makes it (got {shown(picture)})")
+    file = writable(path, "graph.png")
+    cast("Figure", picture.figure.figure).savefig(file, dpi=DPI, bbox_inches="tight")
+
+
+def writable(path: str | os.PathLike[str], example: str) -> Path:
+    """The path of a file that can be written, as of this example; or FileNotFoundError or ValueError."""
     file = Path(path)
     if file.is_dir() or (file.name.startswith(".") and not file.suffix):
-        raise ValueError(f"path must be that of a file, such as graph.png (got {os.fspath(path)!r})")
+        raise ValueError(f"path must be that of a file, such as {example} (got {os.fspath(path)!r})")
     if not file.parent.is_dir():
         raise FileNotFoundError(f"path must be in a folder that exists: there is no {str(file.parent)!r}")
-    cast("Figure", picture.figure.figure).savefig(path, dpi=DPI, bbox_inches="tight")
+    return file
 
 
 # ------------------------------------------------------------------------------------------------------- what is shown
@@ -427,7 +433,7 @@ def _told_graph(graph: Graph) -> str:
     return re.sub(r"EdgeList\(<([\d,]+ edges?), \w+>(, size=\([^()]*\))?\)", r"\1", str(graph))
 
 
-def _names(n: int, m: int, labels: Names | None, key_labels: Names | None) -> tuple[list[str], list[str]] | None:
+def names_of(n: int, m: int, labels: Names | None, key_labels: Names | None) -> tuple[list[str], list[str]] | None:
     """The names of queries and of keys, if there are any; ValueError if they are too few."""
     from attngraph.draw.figure import drawable
 

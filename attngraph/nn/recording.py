@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from operator import index
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from attngraph.draw.pictures import Names, of_head, weights_of_edges, weights_sh
 from attngraph.graph.base import Graph
 from attngraph.graph.positions import query_offset
 from attngraph.nn.attention import Attention
+from attngraph.nn.heaviest import Heaviest, Rows, heaviest_rows, require_top, rows_of, without_padding
 from attngraph.nn.padding import rolled
 from attngraph.nn.transformer import Block, Transformer
 from attngraph.packing import entries_of
@@ -89,6 +90,24 @@ class Recorded:
         return torch.stack([key, query]), weights[real.to(weights.device)]
 
     @checked
+    def heaviest(self, top: int = 16) -> Heaviest:
+        """The heaviest keys of each query, as `record(model, top=…)` finds them at once."""
+        require_top(top, False)
+        by_entry = [
+            [self._heaviest_rows(head, batch, top) for head in self.heads] for batch in range(len(self.weights))
+        ]
+        rows = Rows(*(
+            torch.cat([torch.cat([getattr(head, name) for head in entry], 1) for entry in by_entry])
+            for name in Rows._fields
+        ))  # fmt: skip
+        return Heaviest(self.name, self.layer, self.graph, self.num_queries, self.num_keys, self.heads, *rows)
+
+    def _heaviest_rows(self, head: int, batch: int, top: int) -> Rows:
+        (key, query), weights = self.of(head, batch)
+        order = query.argsort(stable=True)
+        return rows_of(key[order], query[order], weights.detach()[order][None, None], self.num_queries, 0, top)
+
+    @checked
     def draw(
         self,
         head: int | None = None,
@@ -124,13 +143,14 @@ class Recorded:
         return notebook.page(str(self.graph), facts, self.draw() if _is_quick([self]) else None)
 
 
-class Recording(Mapping[str, Recorded]):
-    """What `record` has found: a `Recorded` for each `Attention` that ran, by the name of its module or its layer."""
+class Recording(Mapping[str, Any]):
+    """What `record` has found: a `Recorded` for each `Attention` that ran, by the name of its module or its layer; with
+    `top`, a `Heaviest`."""
 
     def __init__(self, layers: dict[str, int]):
-        self._layers, self._found = layers, dict[str, Recorded]()
+        self._layers, self._found = layers, dict[str, Any]()
 
-    def __getitem__(self, layer: int | str) -> Recorded:
+    def __getitem__(self, layer: int | str) -> Any:
         """Of a layer, by its number (from the end where it is negative) or the name of its `Attention`.
 
         Raises KeyError for what was not recorded, and for a number of several: an encoder–decoder has three of each;
@@ -188,6 +208,29 @@ class Recording(Mapping[str, Recorded]):
 
         return keep
 
+    def _keep_heaviest(
+        self,
+        name: str,
+        rows: Rows,
+        graph: Graph | Plan,
+        num_keys: int,
+        heads: tuple[int, ...] | None,
+        moved: _Moved | None,
+    ) -> None:
+        """Put the heaviest weights of a module here, by the places of nodes in the input."""
+        places = None if moved is None else moved.places(rows.rest.shape[-1])
+        if places is not None and moved is not None:
+            keys = rows.keys
+            if moved.hears_itself:
+                at = places[:, None, None].expand(*keys.shape[:3], -1).gather(-1, keys.clamp(min=0))
+                keys = at.where(keys >= 0, -1)
+            back = places.argsort(-1)[:, None]
+            rows = Rows(*(_reordered(column, back) for column in rows._replace(keys=keys)))
+        self._found[name] = Heaviest(
+            name, self._layers[name], graph.graph if isinstance(graph, Plan) else graph, rows.rest.shape[-1], num_keys,
+            tuple(range(rows.rest.shape[1])) if heads is None else heads, *rows,
+        )  # fmt: skip
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._found)
 
@@ -233,6 +276,7 @@ def record(
     layers: int | str | Collection[int | str] | None = None,
     heads: int | Collection[int] | None = None,
     gradients: bool = False,
+    top: int | None = None,
 ) -> Iterator[Recording]:
     """Keep the attention weights of a model that runs inside the `with`: one number for each edge, head and entry.
 
@@ -247,6 +291,8 @@ def record(
         heads: numbers of heads, from 0 (from the end where they are negative); by default all.
         gradients: keep how the weights came about, so that a loss of them can be differentiated; by default they are
             detached. With activation checkpointing, call `backward` inside the `with`: it runs the model again.
+        top: keep so many keys of each query alone, the heaviest, and the weight of the rest as one number: a `Heaviest`
+            for each module. 256 queries are looked at once, so that long sequences fit.
 
     >>> from attngraph import record
     >>> from attngraph.models import GPT
@@ -260,6 +306,7 @@ def record(
 
     Raises ValueError for a model without `Attention`, and for layers and heads that it has not.
     """
+    require_top(top, gradients)
     modules = {name: module for name, module in model.named_modules() if isinstance(module, Attention)}
     modules = {name.replace("_orig_mod.", ""): module for name, module in modules.items()}  # compiled or not
     if not modules:
@@ -274,6 +321,10 @@ def record(
             if isinstance(transformer, Transformer):
                 moved.update(stack.enter_context(_watching(transformer)))
         for name in chosen:
+            if top is not None:
+                own = partial(recording._keep_heaviest, name, heads=kept[name], moved=moved.get(modules[name]))
+                stack.enter_context(_listening_to_top(modules[name], own, top, kept[name]))
+                continue
             keep = recording._keeper(name, kept[name], gradients, moved.get(modules[name]))
             stack.enter_context(_listening(modules[name], keep))
         yield recording
@@ -345,6 +396,37 @@ def _listening(module: Attention, keep: Callable[..., None]) -> Iterator[None]:
 
     with _replaced(module, "forward", telling):
         yield
+
+
+@contextmanager
+def _listening_to_top(
+    module: Attention, keep: Callable[..., None], top: int, heads: tuple[int, ...] | None
+) -> Iterator[None]:
+    """The module, whose every call is made again for some queries at a time."""
+    forward = module.forward
+
+    def telling(x: Tensor, graph: Any, memory: Tensor | None = None, **options: Any) -> Any:
+        if (isinstance(graph, Graph) and graph._unresolved) or entries_of(graph) is not None:
+            raise ValueError(f"top needs one graph that is known before the data (got {graph}): top=None")
+        heard = x if memory is None else memory
+        asked = {name: value for name, value in options.items() if name != "return_weights"}
+        with torch.no_grad():
+            rows = heaviest_rows(forward, x, graph, heard, asked, top, heads)
+        mask = options.get("attention_mask")
+        if mask is not None and (memory is None or memory is x):
+            mask = mask if x.ndim == 3 else mask[None]
+            rows = without_padding(rows, mask[:, -x.shape[-2] :])
+        keep(rows, graph, heard.shape[-2])
+        return forward(x, graph, memory, **options)
+
+    with _replaced(module, "forward", telling):
+        yield
+
+
+def _reordered(column: Tensor, order: Tensor) -> Tensor:
+    """Queries of (B, H, N, …) in another order, (B, 1, N)."""
+    index = order.reshape(*order.shape, *[1] * (column.ndim - 3)).expand(column.shape)
+    return column.gather(2, index)
 
 
 def _layer(name: str, place: int) -> int:

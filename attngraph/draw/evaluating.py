@@ -9,7 +9,7 @@ import threading
 from collections.abc import Mapping
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -27,6 +27,13 @@ class Superseded(Exception):
     """A newer question came before this one was answered."""
 
 
+class Worker(NamedTuple):
+    """A process, and how it is asked."""
+
+    process: Any
+    pipe: Connection
+
+
 class Evaluator:
     """Answers about expressions, from a process that a newer question, or too long a one, ends."""
 
@@ -37,18 +44,13 @@ class Evaluator:
         if can_fork:
             self._context.set_forkserver_preload([__name__])
         self._lock = threading.Lock()
-        self._worker: tuple[Any, Connection] | None = None
+        self._worker: Worker | None = None
         self._is_busy = False
 
     def start(self) -> None:
         """Have a process ready."""
         with self._lock:
-            if self._worker is None:
-                here, there = self._context.Pipe()
-                process = self._context.Process(target=_answer_all, args=(there, self.memory), daemon=True)
-                process.start()
-                there.close()
-                self._worker = process, here
+            self._ready()
 
     def close(self) -> None:
         """End the process."""
@@ -60,36 +62,40 @@ class Evaluator:
         with self._lock:
             if self._is_busy:
                 self._end()
-        self.start()
-        with self._lock:
-            assert self._worker is not None
-            worker = process, pipe = self._worker
+            worker = self._ready()
             self._is_busy = True
-            pipe.send(dict(question))
+            worker.pipe.send(dict(question))
         found: tuple[bool, str] | None = None
+        is_late = False
         try:
-            if pipe.poll(self.seconds):
-                found = pipe.recv()
-            else:
-                found = False, f"the graphs are not known after {self.seconds:g} seconds: fewer nodes, or other edges"
-                process.kill()
+            is_late = not worker.pipe.poll(self.seconds)
+            found = None if is_late else worker.pipe.recv()
         except (EOFError, OSError):  # it has ended, or was ended
             pass
         with self._lock:
             is_current = self._worker is worker
-            if is_current and process.is_alive() and found is not None:
+            if is_current and found is not None:
                 self._is_busy = False
             elif is_current:
                 self._end()
-        if found is None and not is_current:
+        if not is_current:
             raise Superseded("a newer question came first")
-        is_answer, text = found or (
-            False,
-            f"the graphs take more than {self.memory >> 20:,} MiB of memory: fewer nodes",
-        )
+        if is_late:
+            raise ValueError(f"the graphs are not known after {self.seconds:g} seconds: fewer nodes, or other edges")
+        is_answer, text = found or (False, _too_large(self.memory))
         if not is_answer:
             raise ValueError(text)
         return text
+
+    def _ready(self) -> Worker:
+        """A process that waits for a question; the lock is held."""
+        if self._worker is None:
+            here, there = self._context.Pipe()
+            process = self._context.Process(target=_answer_all, args=(there, self.memory), daemon=True)
+            process.start()
+            there.close()
+            self._worker = Worker(process, here)
+        return self._worker
 
     def _end(self) -> None:
         """Kill the process; the lock is held."""
@@ -99,6 +105,10 @@ class Evaluator:
             process.kill()
             process.join()
             pipe.close()
+
+
+def _too_large(memory: int) -> str:
+    return f"the graphs take more than {memory >> 20:,} MiB of memory: fewer nodes"
 
 
 # ------------------------------------------------------------------------------------------------- in the process
@@ -114,12 +124,12 @@ def _answer_all(pipe: Connection, memory: int) -> None:
             try:
                 pipe.send((True, json.dumps(answered(question), ensure_ascii=False, separators=(",", ":"))))
             except MemoryError:
-                pipe.send((False, f"the graphs take more than {memory >> 20:,} MiB of memory: fewer nodes"))
+                pipe.send((False, _too_large(memory)))
             except (ValueError, TypeError) as error:
                 pipe.send((False, str(error)))
             except RuntimeError as error:  # PyTorch's own, as of memory
                 short = "not enough memory" in str(error) or "can't allocate" in str(error)
-                pipe.send((False, f"more memory than {memory >> 20:,} MiB: fewer nodes" if short else str(error)))
+                pipe.send((False, _too_large(memory) if short else str(error)))
 
 
 def _limit(memory: int) -> None:

@@ -16,7 +16,7 @@ VECTORS := tests/test_attend.py tests/test_bias.py tests/test_blocks.py tests/te
 AVX2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 \
 	NUMBA_CPU_NAME=haswell NUMBA_CPU_FEATURES= NUMBA_CACHE_DIR=$(CURDIR)/runs/numba-avx2
 
-.PHONY: demo see lecture test test-slow test-avx2 test-all test-latest test-oldest nightly bench bench-gpt wheel docs lint format clean
+.PHONY: demo see lecture test test-slow test-avx2 test-browser test-all test-latest test-oldest nightly bench bench-gpt wheel docs lint format clean
 
 demo: $(VENV)/installed
 	$(RUN) examples/gpt.py $(ARGS)
@@ -36,7 +36,11 @@ test-slow: $(VENV)/installed  # what `make test` leaves out: compilers, every fa
 test-avx2: $(VENV)/installed  # the same numbers without AVX-512; x86 only
 	$(AVX2) $(RUN) $(PYTEST) $(NORMAL) -k "not triton" $(VECTORS)
 
-test-all: test test-slow test-avx2
+test-browser: $(VENV)/installed  # the page in chromium, which is Debian's: apt-get install chromium
+	$(RUN) $(PIP) --constraint constraints.txt --editable '.[browser]'
+	$(RUN) -m pytest tests/test_browser.py
+
+test-all: test test-slow test-avx2 test-browser
 
 test-latest:  # the newest release of everything
 	$(MAKE) VENV=.venv-latest .venv-latest/bin/python

@@ -16,7 +16,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from attngraph import Causal, Window, attend, plan
 from attngraph.kernels.contract import Modifiers
-from benchmarks import calls, changing, connect, decoding, instructions, planning, pyg, steps
+from benchmarks import calls, changing, connect, decoding, instructions, planning, pyg, seeing, steps
 from benchmarks.attention import NAMED, measured, over_best_named
 from benchmarks.experiment import Goal, goals_experiment
 from benchmarks.measure import Progress, isolated, paired
@@ -193,6 +193,7 @@ SECTIONS = {
     **decoding.SECTIONS,
     **pyg.SECTIONS,
     **connect.SECTIONS,
+    **seeing.SECTIONS,
     "grid": grid_goals,
 }
 OPTIONS: dict[str, dict] = {"repeats": {"default": 15}, "limit": {"default": 300.0}, "memory": {}}

@@ -6,8 +6,8 @@
 
 The text, its tokens, the model and the pictures are those of examples/gpt.py. Everything is left in runs/NAME:
 config.json, metrics.csv, accuracy.png, connectivity.png, attention.png, heads.png, see.html, filled.txt,
-outcome.json, and the model, for GPT.load and for --resume, model.safetensors and optimizer-STEP.safetensors; and in runs/NAME-against
-what the other graph led to.
+outcome.json, and the model, for GPT.load and for --resume, model.safetensors and optimizer-STEP.safetensors; and in
+runs/NAME-against what the other graph led to.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ def is_causal(graph: Graph | Sequence[Graph], n: int | None = None) -> bool:
     (True, False)
     """
     if not isinstance(graph, Graph):
-        return all(is_causal(each, n) for each in layers_of(graph))
+        return all(is_causal(each, n) for each in dict.fromkeys(layers_of(graph)))
     if n is None and is_causal_by_form(graph):
         return True
     if graph.heads:

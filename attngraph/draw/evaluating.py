@@ -42,7 +42,7 @@ class Evaluator:
         can_fork = "forkserver" in multiprocessing.get_all_start_methods()
         self._context: Any = multiprocessing.get_context("forkserver" if can_fork else "spawn")
         if can_fork:
-            self._context.set_forkserver_preload([__name__])
+            self._context.set_forkserver_preload(["attngraph.draw.preloaded"])
         self._lock = threading.Lock()
         self._worker: Worker | None = None
         self._is_busy = False

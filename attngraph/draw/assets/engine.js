@@ -4,6 +4,8 @@
 // the document: it runs in the page, in a worker, and in the tests.
 
 const Engine = (() => {
+  const CIRCLES = 64;  // nodes that are drawn one by one
+
   // ------------------------------------------------------------------------------------------------- from the data
 
   /** Numbers of Python's `packed`: zigzag variable-length integers, in base64. */
@@ -199,7 +201,21 @@ const Engine = (() => {
     return fields;
   }
 
+  const count = set => { let total = 0; for (let i = 0; i < set.length; i++) total += set[i]; return total; };
+
   // -------------------------------------------------------------------------------------------------- pictures
+
+  /** The share of a set in each of some pixels that nodes lie in, side by side: Float32Array. */
+  function inPixels(set, across) {
+    const found = new Float32Array(across), scale = set.length / across;
+    for (let p = 0; p < across; p++) {
+      const first = Math.floor(p * scale), stop = Math.max(first + 1, Math.floor((p + 1) * scale));
+      let total = 0;
+      for (let i = first; i < stop; i++) total += set[i];
+      found[p] = total / (stop - first);
+    }
+    return found;
+  }
 
   /** The share of pairs in each pixel that are edges, of queries top … bottom and keys left … right: Float32Array. */
   function coverage(graphs, view, width, height) {
@@ -249,7 +265,7 @@ const Engine = (() => {
     if (graphs.length === 1) return graphs[0];
     const { n, m } = graphs[0], at = new Int32Array(n + 1), key = [], length = [], step = [];
     for (let q = 0; q < n; q++) {
-      if (m <= 64) {  // each edge once, as they are drawn one by one
+      if (m <= CIRCLES) {  // each edge once, as they are drawn one by one
         const keys = new Set();
         for (const graph of graphs) eachKey(graph, q, k => keys.add(k));
         for (const k of keys) { key.push(k); length.push(1); step.push(1); }
@@ -285,12 +301,14 @@ const Engine = (() => {
 
     stack(head) { return this.layers.map(index => this.graph(index, head)); }
 
-    /** Whom a node hears, in the rows before its own, and who hears it, in those after; its own keys; their numbers. */
-    spread({ row, node, head }) {
+    /** Whom a node hears, in the rows before its own, and who hears it, in those after: how many, and, of few nodes,
+     *  which; of many, the share of those in each of `across` pixels. And its own keys. */
+    spread({ row, node, head, across }) {
       const layers = this.stack(head), fields = spread(layers, row, node), keys = [];
       let degree = 0;
       if (row > 0) eachKey(layers[row - 1], node, key => { if (degree++ < 4096) keys.push(key); });
-      return { fields, keys, degree, sizes: fields.map(field => members(field).length) };
+      const isSmall = Math.max(this.n, this.m) <= CIRCLES, found = { keys, degree, sizes: fields.map(count) };
+      return isSmall ? { ...found, fields } : { ...found, shares: fields.map(field => inPixels(field, across)) };
     }
 
     /** The mask of a graph, in pixels. */
@@ -331,7 +349,7 @@ const Engine = (() => {
     lastReader({ layer }) { return lastReader(this.graph(this.layers[layer], null)); }
   }
 
-  return { Answers, unpack, rows, eachKey, hears, edges, keysOf, queriesOf, leak, lastReader, spread, coverage, members };
+  return { CIRCLES, Answers, unpack, rows, eachKey, hears, edges, keysOf, queriesOf, leak, lastReader, spread, coverage, members };
 })();
 if (typeof module !== "undefined") module.exports = Engine;
 if (typeof WorkerGlobalScope !== "undefined") {

@@ -5,12 +5,12 @@
 (() => {
   const $ = id => document.getElementById(id);
   const MANY = 16384;      // nodes, from which on a worker answers
-  const CIRCLES = 64;      // nodes that are drawn one by one
   const MANY_LINES = 1000; // between two rows, from which on those that do not spread are left out
   const LINES = 600;       // messages that are drawn to one node
-  const PATIENCE = 60;     // ms without a change before an expression is sent
+  const PATIENCE = 60;     // ms without a change before an expression is sent that somebody writes
+  const QUIET = 150;       // ms, within which a moving pointer is told of once
   const few = matchMedia("(prefers-reduced-motion: reduce)");
-  const number = value => value.toLocaleString("en-US");
+  const thousands = new Intl.NumberFormat("en-US"), number = value => thousands.format(value);
 
   /** An element with attributes and children; text only ever as text. */
   function make(tag, attributes = {}, ...children) {
@@ -96,9 +96,26 @@
   }
   const rgb = color => [1, 3, 5].map(at => parseInt(color.slice(at, at + 2), 16));
 
+  let room = 600;  // CSS pixels across, which are looked at when the window or the view changes
+  const measure = () => { room = $(state.view).clientWidth || room; };
+
+  /** The pixels of shares from nothing to all in 256 levels, in a colour over the faint one: made once. */
+  function levels(color, dim) {
+    return made.get(`${color} ${colors.faint} ${dim}`) || (() => {
+      const to = rgb(color), from = rgb(colors.faint), found = new Uint32Array(256);
+      for (let i = 0; i < 256; i++) {
+        const share = i ? 0.25 + 0.75 * i / 255 : 0;
+        found[i] = [0, 1, 2].reduce((word, c) => word | Math.round((from[c] + (to[c] - from[c]) * share) * dim) << (8 * c), 0xff << 24);
+      }
+      made.set(`${color} ${colors.faint} ${dim}`, found);
+      return found;
+    })();
+  }
+  const made = new Map();
+
   /** A canvas of the size that it is shown at, cleared. */
   function prepared(canvas, height) {
-    const scale = window.devicePixelRatio || 1, width = canvas.parentElement.clientWidth || 600;
+    const scale = window.devicePixelRatio || 1, width = room;
     if (canvas.width !== Math.round(width * scale) || canvas.height !== Math.round(height * scale)) {
       canvas.width = Math.round(width * scale); canvas.height = Math.round(height * scale);
       canvas.style.height = `${height}px`;
@@ -129,25 +146,30 @@
   const y = row => geometry.top + row * geometry.gap;
   const rowName = row => (row === 0 ? (isStack() ? "input" : "keys") : isStack() ? `layer ${row - 1}` : "queries");
 
-  function select(row, node) {
+  /** Choose a node; quiet: of many in short time, the last is told. */
+  function select(row, node, isQuiet = false) {
     const size = sizes();
     state.row = Math.max(0, Math.min(row, size.length - 1));
     state.node = Math.max(0, Math.min(node, size[state.row] - 1));
-    if (state.view === "messages") refresh();
+    if (state.view === "messages") refresh(isQuiet);
   }
 
-  function refresh() {
+  function refresh(isQuiet = false) {
     const { row, node, head } = state, canvas = $("messages-canvas");
     canvas.setAttribute("aria-valuemax", Math.max(0, sizes()[row] - 1));
     canvas.setAttribute("aria-valuenow", node);
     if (!answers.isKnown || !(data.n && data.m)) { state.spread = null; drawMessages(); return; }
-    ask("spread", { row, node, head }, answer => {
+    const across = Math.max(1, Math.round((room - LEFT - RIGHT) * (window.devicePixelRatio || 1)));
+    ask("spread", { row, node, head, across }, answer => {
       state.spread = answer;
       drawMessages();
-      if (!playing) say();
+      if (playing) return;
+      if (!isQuiet) say();
+      else if (!telling) telling = setTimeout(() => { telling = 0; say(); }, QUIET);
     });
   }
 
+  let telling = 0;
   function say() {
     const { row, node, spread } = state, size = sizes();
     if (!spread) return;
@@ -181,34 +203,26 @@
       return;
     }
     const isShown = r => Math.abs(r - row) <= state.shown;
-    if (Math.max(...size) <= CIRCLES) drawCircles(brush, size, isShown); else drawBars(brush, size, isShown);
+    if (Math.max(...size) <= Engine.CIRCLES) drawCircles(brush, size, isShown); else drawBars(brush, size, isShown);
     drawLeak(brush, size);
-    if (Math.max(...size) > CIRCLES) {
+    if (Math.max(...size) > Engine.CIRCLES) {
       brush.fillStyle = colors.text;
       brush.beginPath(); brush.arc(x(node, size[row]), y(row), 4, 0, 7); brush.fill();
     }
   }
 
   function drawBars(brush, size, isShown) {
-    const { spread, row, node } = state, scale = window.devicePixelRatio || 1;
-    const across = Math.max(1, Math.round((geometry.width - LEFT - RIGHT) * scale)), tall = Math.max(1, Math.round(Math.min(14, geometry.gap - 8) * scale));
-    size.forEach((length, r) => {
-      const picture = new ImageData(across, tall), color = rgb(r <= row ? colors.hears : colors.heard), empty = rgb(colors.faint);
-      const counts = new Float32Array(across), all = new Float32Array(across), field = spread.fields[r], shown = isShown(r);
-      for (let i = 0; i < length; i++) {
-        const first = Math.floor(i * across / length), last = Math.max(first + 1, Math.floor((i + 1) * across / length));
-        for (let p = first; p < last; p++) { all[p]++; if (shown && field[i]) counts[p]++; }
-      }
+    const { spread, row, node } = state, scale = window.devicePixelRatio || 1, across = spread.shares[0].length;
+    const tall = Math.max(1, Math.round(Math.min(14, geometry.gap - 8) * scale));
+    size.forEach((_, r) => {
+      const isBelow = r > row, shown = isShown(r), line = new ImageData(across, tall), shares = spread.shares[r];
+      const words = new Uint32Array(line.data.buffer), color = isBelow ? colors.heard : colors.hears;
+      const plain = levels(color, 1), hatched = isBelow ? levels(color, 0.72) : plain;  // not by colour alone
       for (let p = 0; p < across; p++) {
-        const share = counts[p] / Math.max(1, all[p]);
-        for (let q = 0; q < tall; q++) {
-          const at = 4 * (q * across + p);
-          const hatched = r > row && (p + q) % 6 < 2 ? 0.72 : 1;  // below the node, not by colour alone
-          for (let c = 0; c < 3; c++) picture.data[at + c] = empty[c] + (color[c] - empty[c]) * (share ? 0.25 + 0.75 * share : 0) * hatched;
-          picture.data[at + 3] = 255;
-        }
+        const level = shown && shares[p] ? Math.ceil(shares[p] * 255) : 0;
+        for (let q = 0; q < tall; q++) words[q * across + p] = isBelow && (p + q) % 6 < 2 ? hatched[level] : plain[level];
       }
-      brush.putImageData(picture, Math.round(LEFT * scale), Math.round(y(r) * scale - tall / 2));
+      brush.putImageData(line, Math.round(LEFT * scale), Math.round(y(r) * scale - tall / 2));
     });
     if (row > 0 && isShown(row - 1)) messagesTo(brush, row, node, size, spread.keys);
   }
@@ -262,8 +276,8 @@
         const isEnd = r === 0 || r === size.length - 1;
         if (isEnd && (length <= 32 || i % 8 === 0)) {
           brush.fillStyle = colors.quiet; brush.textAlign = "center";
-          const room = (geometry.width - LEFT - RIGHT) / length * (length <= 32 ? 1 : 8), text = String(label ?? i);
-          brush.fillText(text.slice(0, Math.max(1, Math.floor(room / 7))), x(i, length), r === 0 ? y(r) - radius - 8 : y(r) + radius + 10);
+          const space = (geometry.width - LEFT - RIGHT) / length * (length <= 32 ? 1 : 8), text = String(label ?? i);
+          brush.fillText(text.slice(0, Math.max(1, Math.floor(space / 7))), x(i, length), r === 0 ? y(r) - radius - 8 : y(r) + radius + 10);
           brush.textAlign = "start";
         }
       }
@@ -309,7 +323,7 @@
     const box = $("messages-canvas").getBoundingClientRect(), size = sizes();
     const row = event.shiftKey ? 0 : Math.max(0, Math.min(size.length - 1, Math.round((event.clientY - box.top - geometry.top) / geometry.gap)));
     const node = Math.floor((event.clientX - box.left - LEFT) * size[row] / Math.max(1, geometry.width - LEFT - RIGHT));
-    if (pending === null) requestAnimationFrame(() => { const [r, i] = pending; pending = null; const start = performance.now(); select(r, i); page.times.push(performance.now() - start); });
+    if (pending === null) requestAnimationFrame(() => { const [r, i] = pending; pending = null; const start = performance.now(); select(r, i, true); page.times.push(performance.now() - start); });
     pending = [row, node];
   }
 
@@ -360,8 +374,8 @@
       return;
     }
     const view = state.window || (state.window = whole()), canvas = $("mask-canvas");
-    const room = Math.min(canvas.parentElement.clientWidth || 600, 640) - EDGE.left - 8;
-    const across = room, down = Math.max(60, Math.min(560, room * (view.bottom - view.top) / (view.right - view.left)));
+    const across = Math.min(room, 640) - EDGE.left - 8;
+    const down = Math.max(60, Math.min(560, across * (view.bottom - view.top) / (view.right - view.left)));
     const scale = window.devicePixelRatio || 1, pixels = [Math.round(across * scale), Math.round(down * scale)];
     ask("mask", { graph: data.layers[state.layer], head: state.head, view, width: pixels[0], height: pixels[1] }, shares => {
       const { brush } = prepared(canvas, down + EDGE.top + 22);
@@ -613,7 +627,7 @@
       line.append(spin);
     });
     const label = `expression of ${named(group)}`;
-    const field = make("input", { type: "text", value: text, "aria-label": label, spellcheck: "false", oninput: () => edit(group, field.value, null), onchange: () => edit(group, field.value, at => at) });
+    const field = make("input", { type: "text", value: text, "aria-label": label, spellcheck: "false", oninput: () => edit(group, field.value, null, PATIENCE) });
     box.append(line, field, make("p", { class: "error", role: "alert", hidden: true, "data-first": group.first }));
   }
 
@@ -627,13 +641,15 @@
   const LONG = 1000;       // ms, after which a newer question no longer waits for the one under way
   let timer = 0, current = 0, since = 0, next = null;
 
-  function edit(group, text, focus) {
+  function edit(group, text, focus, patience = 0) {
     clearTimeout(timer);
-    timer = setTimeout(() => {
+    const begun = performance.now();
+    const change = () => {
       const texts = data.layers.map(graph => data.graphs[graph].text);
       for (let layer = group.first; layer <= group.last; layer++) texts[layer] = text;
-      send({ texts }, group, focus);
-    }, PATIENCE);
+      send({ texts }, group, focus, begun);
+    };
+    if (patience) timer = setTimeout(change, patience); else change();
   }
 
   function toggle() {
@@ -642,14 +658,13 @@
   }
 
   /** Ask for other graphs. While a question is under way, the last of those that follow waits, but not for long. */
-  async function send(change, group = null, focus = null) {
-    const begun = performance.now();
-    if (current && begun - since < LONG) {
-      next = [change, group, focus];
+  async function send(change, group = null, focus = null, begun = performance.now()) {
+    if (current && performance.now() - since < LONG) {
+      next = [change, group, focus, begun];
       setTimeout(() => { if (next && current) sendNext(true); }, LONG);
       return;
     }
-    const own = current = ++count; since = begun;
+    const own = current = ++count; since = performance.now();
     const place = () => (group && document.querySelector(`.error[data-first="${group.first}"]`)) || $("failed");
     try {
       const body = { texts: data.layers.map(graph => data.graphs[graph].text), n: data.n, heads: data.heads, head_dim: data.head_dim, ...change };
@@ -744,6 +759,7 @@
       tab.setAttribute("aria-selected", String(isChosen)); tab.tabIndex = isChosen ? 0 : -1;
       $(name).hidden = !isChosen;
     }
+    measure();
     ({ messages: refresh, mask: drawMask, heads: drawHeads })[view]();
   }
 

@@ -426,16 +426,16 @@ def printed(capsys, *arguments):
 
 def test_show_prints_the_facts(capsys):
     text = "Causal() & (Window(64, 0) | Prefix(4))"
-    told = printed(capsys, "show", text, "--size", "1024", "--layers", "6")
+    told = printed(capsys, "show", text, "--size", "1024", "--layers", "6", "--facts")
     facts = {line[:17].strip(): line[17:] for line in told.splitlines()}
     assert facts["graph"] == text
     assert facts["edges"].startswith(f"{6 * 68310:,} of all layers, 6.51% of all pairs")
     assert facts["causal"] == "yes"
     assert facts["receptive field"] == "of node 1,023 after each layer: 69, 133, 197, 261, 325, 389"
     assert (facts["components"], facts["diameter"]) == ("1", "16")
-    assert facts["cache"].startswith("1.617 MiB at most")
+    assert facts["cache"].startswith(f"{6 * 8 * 69:,} keys and values of all layers and heads, 1.617 MiB, at most")
     assert "ms" in facts["expected"]
-    told = printed(capsys, "show", "Causal(), Causal() | Prefix(2), Documents([3, 4])")
+    told = printed(capsys, "show", "Causal(), Causal() | Prefix(2), Documents([3, 4])", "--facts")
     assert "no: in layer 1 query 0 hears the later key 1; input to output 1 → 1 → 0 → 0" in told
 
 

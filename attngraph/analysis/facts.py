@@ -54,7 +54,11 @@ def facts(
     told["memory"] = f"{memory(found.bytes)} of q, k, v and outputs; layouts of {memory(found.layout_bytes or 0)}"
     told["cache"] = "none, as the future is heard"
     if found.cache_bytes is not None:
-        told["cache"] = f"{memory(found.cache_bytes)} at most while {n:,} nodes are decoded"
+        rows = found.cache_bytes // (2 * (dim // heads) * dtype.itemsize)
+        told["cache"] = (
+            f"{rows:,} keys and values of all layers and heads, {memory(found.cache_bytes)}, at most while {n:,} "
+            f"nodes are decoded"
+        )
     told["expected"] = f"{time(found.seconds or 0)} for the attention of a forward pass; `explain` tells why"
     return told
 

@@ -14,6 +14,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from attngraph.analysis.facts import facts as facts_of
@@ -94,6 +95,8 @@ def page(
     labels: Names | None = None,
     key_labels: Names | None = None,
     recorded: Any = None,
+    image: Tensor | None = None,
+    grid: tuple[int, int] | None = None,
 ) -> Page:
     """A page on which a person sees a stack: who hears whom, how far it spreads, where the future leaks, what it costs.
 
@@ -112,6 +115,8 @@ def page(
         key_labels: a name for each key, by default the same where there are as many.
         recorded: what `attngraph.record(model, top=16)` has found, or one of it for each layer (of an encoder–decoder
             those of one kind); messages are drawn by the weights of the first entry of the batch.
+        image: (height, width) or (channels, height, width), of 1 or 3 channels, of which the last nodes are patches.
+        grid: rows and columns of patches, counted row by row; what is before them, as a class node, is no patch.
 
     >>> page([Causal() & Window(64, 0)] * 11 + [Causal()], 4096)
     Page('layers 0–10: Causal() & Window(64, 0); layer 11: Causal()', 4096 × 4096)
@@ -124,9 +129,10 @@ def page(
     if weights is not None:
         graphs, n = _as_recorded(layers_of(graphs), weights), weights[0].num_queries if n is None else n
         heads = int(max(max(each.heads) for each in weights)) + 1 if heads is None else heads
-    return Page(
-        data_of(graphs, n, heads=heads, head_dim=head_dim, labels=labels, key_labels=key_labels, weights=weights)
-    )
+    data = data_of(graphs, n, heads=heads, head_dim=head_dim, labels=labels, key_labels=key_labels, weights=weights)
+    if image is not None:
+        data["image"] = _told_image(image, grid, data["m"])
+    return Page(data)
 
 
 def _weights(recorded: Any) -> list[Weights]:
@@ -139,6 +145,31 @@ def _weights(recorded: Any) -> list[Weights]:
     if len({(each.num_queries, each.num_keys) for each in found}) > 1:
         raise ValueError("recorded must be of layers with as many nodes: of an encoder–decoder, those of one kind")
     return found
+
+
+def _told_image(image: Tensor, grid: tuple[int, int] | None, m: int) -> dict[str, Any]:
+    """An image as bytes of red, green and blue, and where in it the nodes are."""
+    image = image[None] if image.ndim == 2 else image
+    if image.ndim != 3 or image.shape[0] not in (1, 3) or not image.numel():
+        raise ValueError(
+            f"image must have shape (height, width) or (channels, height, width) of 1 or 3 (got {tuple(image.shape)})"
+        )
+    if grid is None or min(grid) < 1 or grid[0] * grid[1] > m:
+        raise ValueError(f"grid must be the rows and columns of patches, at most {m} in all (got {grid})")
+    pixels = image.detach().double().cpu()
+    low, high = float(pixels.min()), float(pixels.max())
+    pixels = (pixels - low) / max(high - low, 1e-12) * 255
+    colors = pixels.expand(3, *pixels.shape[1:]).permute(1, 2, 0).round().to(torch.uint8)
+    rgb = base64.b64encode(colors.contiguous().numpy().tobytes()).decode()
+    height, width = pixels.shape[1:]
+    return {
+        "height": height,
+        "width": width,
+        "rgb": rgb,
+        "rows": grid[0],
+        "columns": grid[1],
+        "before": m - grid[0] * grid[1],
+    }
 
 
 def _as_recorded(layers: Sequence[Graph], weights: Sequence[Weights]) -> list[Graph]:

@@ -3,6 +3,7 @@
 from attngraph.nn.attention import Attention
 from attngraph.nn.embedding import AudioEmbedding, PatchEmbedding, TokenEmbedding
 from attngraph.nn.feedforward import FeedForward
+from attngraph.nn.heaviest import Heaviest
 from attngraph.nn.mel import LogMelSpectrogram
 from attngraph.nn.pooling import pool
 from attngraph.nn.positions import (
@@ -23,6 +24,7 @@ __all__ = [
     "AudioEmbedding",
     "Block",
     "FeedForward",
+    "Heaviest",
     "LearnedPositions",
     "LogMelSpectrogram",
     "PatchEmbedding",

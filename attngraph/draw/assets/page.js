@@ -202,6 +202,7 @@
       brush.fillText(data.n && data.m ? data.graphs.every(graph => graph.parts.length) ? "Too many edges to follow one by one: Mask shows their shares." : "Which edges there are is not found at once: draw.page(graph) looks." : "There are no nodes.", LEFT, y(0) + 20);
       return;
     }
+    drawImage();
     const isShown = r => Math.abs(r - row) <= state.shown;
     if (Math.max(...size) <= Engine.CIRCLES) drawCircles(brush, size, isShown); else drawBars(brush, size, isShown);
     drawLeak(brush, size);
@@ -282,6 +283,30 @@
         }
       }
     });
+  }
+
+  /** The image of which nodes are patches: the darker a patch is veiled, the less the chosen node hears it. */
+  function drawImage() {
+    const canvas = $("image"), { image, spread, row, node } = { image: data.image, ...state };
+    canvas.hidden = !image;
+    if (!image || !spread) return;
+    const { width, height, rgb: raw, rows, columns, before } = image, bytes = atob(raw), times = Math.max(1, Math.round(280 / width));
+    canvas.width = width * times; canvas.height = height * times;
+    const brush = canvas.getContext("2d"), picture = new ImageData(canvas.width, canvas.height);
+    const heavy = row > 0 && weightsOf(row, node), weights = new Map(heavy || (row > 0 ? spread.keys.map(key => [key, 1]) : []));
+    const largest = Math.max(1e-9, ...[...weights].filter(([key]) => key >= before).map(([, weight]) => weight));
+    for (let y = 0; y < canvas.height; y++) for (let x = 0; x < canvas.width; x++) {
+      const patch = before + Math.floor(y * rows / canvas.height) * columns + Math.floor(x * columns / canvas.width);
+      const share = row > 0 ? 0.15 + 0.85 * (weights.get(patch) || 0) / largest : 1, at = 4 * (y * canvas.width + x);
+      const from = 3 * (Math.floor(y / times) * width + Math.floor(x / times));
+      for (let c = 0; c < 3; c++) picture.data[at + c] = bytes.charCodeAt(from + c) * share;
+      picture.data[at + 3] = 255;
+    }
+    brush.putImageData(picture, 0, 0);
+    if (node < before) return;
+    const across = canvas.width / columns, down = canvas.height / rows;
+    brush.strokeStyle = colors.leak; brush.lineWidth = 3;
+    brush.strokeRect((node - before) % columns * across, Math.floor((node - before) / columns) * down, across, down);
   }
 
   /** The first way by which the future is heard: dashed, and named. */
@@ -561,7 +586,8 @@
     if (state.leaks.length) {
       const { layer, key, query } = state.leaks[0], before = Array(layer + 1).fill(key), after = Array(data.layers.length - layer).fill(query);
       const button = make("button", { id: "show-leak", "aria-pressed": "false", onclick: () => { button.setAttribute("aria-pressed", String(button.getAttribute("aria-pressed") !== "true")); drawMessages(); } }, "Show the way");
-      place.append(make("div", { class: "leak" }, make("strong", {}, "⚠ The future is heard. "),
+      const isAlarm = state.leaks.length < data.layers.length;  // else none of the layers is meant to be causal
+      place.append(make("div", { class: isAlarm ? "leak" : "note" }, make("strong", {}, isAlarm ? "⚠ The future is heard. " : "Later keys are heard. "),
         `In layer ${layer} query ${number(query)} hears the later key ${number(key)}; from input to output ${shortened([...before, ...after])}. `, button));
     }
     place.append(make("dl", {}, ...data.facts.flatMap(([name, told]) => [make("dt", {}, name), make("dd", {}, told)])));

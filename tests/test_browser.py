@@ -237,6 +237,22 @@ def test_an_edit_becomes_a_picture_soon(opened, server):
     assert tab.evaluate("document.activeElement.textContent") == "84"
 
 
+def test_an_integer_is_dragged(opened, server):
+    tab = opened(server.url)
+    box = tab.locator(".integer >> nth=0").bounding_box()
+    tab.mouse.move(box["x"] + 5, box["y"] + 5)
+    tab.mouse.down()
+    for step in range(10):
+        tab.mouse.move(box["x"] + 5 + 9 * step, box["y"] + 5)
+        tab.wait_for_timeout(30)
+    shown = tab.inner_text(".integer >> nth=0")
+    tab.mouse.up()
+    assert int(shown) > 80
+    until(tab, f"page.data.graphs[0].text.includes('Window({shown}, 0)')")
+    tab.wait_for_timeout(200)
+    assert tab.inner_text(".integer >> nth=0") == shown
+
+
 # --------------------------------------------------------------------------------------------------- how it is used
 
 

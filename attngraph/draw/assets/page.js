@@ -572,7 +572,8 @@
     if (!data.recorded) return;
     const rows = Object.entries(data.recorded).map(([layer, { numbers, heads }]) => make("tr", {}, make("th", { scope: "row" }, `layer ${layer}`), ...numbers.map((head, at) => {
       const { entropy, distance } = heads[at];
-      return make("td", {}, make("button", { "aria-label": `layer ${layer}, head ${head}: entropy ${entropy.toFixed(2)} bits, mean distance ${distance.toFixed(1)} nodes`,
+      const most = Math.max(1e-9, ...Object.values(data.recorded).flatMap(each => each.heads.map(one => one.entropy)));
+      return make("td", {}, make("meter", { min: 0, max: most, value: entropy, "aria-hidden": "true" }), make("button", { "aria-label": `layer ${layer}, head ${head}: entropy ${entropy.toFixed(2)} bits, mean distance ${distance.toFixed(1)} nodes`,
         onclick: () => { state.layer = Number(layer); state.row = state.layer + 1; state.head = head; show("messages"); } }, `${entropy.toFixed(1)} · ${distance.toFixed(0)}`));
     })));
     place.append(make("p", { class: "hint" }, "Entropy in bits · mean distance in nodes, by layer and head; choose one to see its messages."), make("table", {}, make("tbody", {}, ...rows)));
@@ -641,14 +642,14 @@
           const moves = { ArrowUp: 1, ArrowRight: 1, ArrowDown: -1, ArrowLeft: -1, PageUp: 16, PageDown: -16 };
           if (event.key in moves) { event.preventDefault(); change(Number(part) + moves[event.key]); }
         },
-        onpointerdown: event => { from = event.clientX; event.target.setPointerCapture(event.pointerId); },
+        onpointerdown: event => { from = event.clientX; isDragging = true; event.target.setPointerCapture(event.pointerId); },
         onpointermove: event => {
           if (from === null) return;
           const far = event.clientX - from, value = Math.max(0, Number(part) + Math.sign(far) * Math.round(Math.abs(far / 3) ** 1.25));
           spin.textContent = value; spin.setAttribute("aria-valuenow", value);
           edit(group, replaced(value), null);
         },
-        onpointerup: () => { from = null; const value = Number(spin.textContent); if (value !== Number(part)) change(value); },
+        onpointerup: () => { from = null; isDragging = false; change(Number(spin.textContent)); },
       }, part);
       line.append(spin);
     });
@@ -665,7 +666,7 @@
   // ---------------------------------------------------------------------------------------------------- the server
 
   const LONG = 1000;       // ms, after which a newer question no longer waits for the one under way
-  let timer = 0, current = 0, since = 0, next = null;
+  let timer = 0, current = 0, since = 0, next = null, isDragging = false;
 
   function edit(group, text, focus, patience = 0) {
     clearTimeout(timer);
@@ -731,7 +732,8 @@
     state.row = Math.min(state.row, data.layers.length);
     if (!graphAt(state.layer) || state.head >= data.heads) state.head = null;
     $("title").textContent = data.title;
-    drawLayers(); drawFacts(); show(state.view);
+    if (!isDragging) drawLayers();  // else its number would go from under the pointer
+    drawFacts(); show(state.view);
     if (answers.isKnown) ask("leaks", {}, leaks => { state.leaks = leaks; if (leaks.length) drawFacts(); });
     const again = label && [...document.querySelectorAll("#layers [aria-label]")].find(each => each.getAttribute("aria-label") === label);
     if (again) { again.focus(); if (isWriting) { again.value = written; again.setSelectionRange(cursor, cursor); } }

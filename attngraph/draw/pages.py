@@ -29,6 +29,7 @@ from attngraph.planning.planner import Plan, plan
 
 TOP = 16  # keys of each query that are drawn of recorded weights
 LONGEST = 4096  # characters of an expression that are shown
+SCRIPTS = "engine.js", "state.js", "messages.js", "mask.js", "heads.js", "facts.js", "layers.js", "tour.js", "page.js"
 TALL = 620  # CSS pixels of a page in a notebook
 
 
@@ -289,22 +290,21 @@ def _title(layers: Sequence[Graph]) -> str:
 
 def filled(data: dict[str, Any], text: str = "", connects: bool = False) -> str:
     """The document that shows some data; `connects`: and may ask the server that it comes from."""
-    template, style, engine, script = (asset(name) for name in ("page.html", "page.css", "engine.js", "page.js"))
+    scripts = [f'<script id="script-{name.removesuffix(".js")}">{asset(name)}</script>' for name in SCRIPTS]
     values = {
         "policy": html.escape(policy(connects)),
         "title": html.escape(data.get("title", "attngraph")[:LONGEST]),
         "text": html.escape(text),
-        "style": style,
-        "engine": engine,
-        "script": script,
+        "style": asset("page.css"),
+        "scripts": "\n".join(scripts),
         "data": json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c"),
     }
-    return re.sub(r"\{\{(\w+)\}\}", lambda found: values[found[1]], template)
+    return re.sub(r"\{\{(\w+)\}\}", lambda found: values[found[1]], asset("page.html"))
 
 
 def policy(connects: bool = False) -> str:
     """The content security policy: its own scripts and style by their hashes, and nothing else."""
-    scripts = " ".join(_hash(asset(name)) for name in ("engine.js", "page.js"))
+    scripts = " ".join(_hash(asset(name)) for name in SCRIPTS)
     return (
         f"default-src 'none'; script-src {scripts}; style-src {_hash(asset('page.css'))}; worker-src blob:; "
         f"connect-src {chr(39)}{'self' if connects else 'none'}{chr(39)}; base-uri 'none'; form-action 'none'"

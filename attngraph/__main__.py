@@ -74,12 +74,16 @@ def show(arguments: list[str]) -> None:
     parser.add_argument("--port", type=int, default=0, help="of the page on this machine (default: a free one)")
     parser.add_argument("--open", action="store_true", help="open the page in a browser")
     given = parser.parse_args(arguments)
+    if given.facts and given.save is not None:
+        parser.error("--facts prints alone: leave out --save")
+    if not 0 <= given.port < 1 << 16:
+        parser.error(f"--port must be from 0 to 65535 (got {given.port})")
     with _told(parser):
         data = _shown(given)
         if given.save is not None:
             print(f"page: {Page(data).save(given.save)}")
-    if given.save is None and not given.facts:
-        serve(data, given.port, given.open)
+        if given.save is None and not given.facts:
+            serve(data, given.port, given.open)
 
 
 def _shown(given: argparse.Namespace) -> dict[str, Any]:
@@ -106,27 +110,44 @@ def _shown(given: argparse.Namespace) -> dict[str, Any]:
 def _read(given: argparse.Namespace) -> dict[str, Any]:
     """The page of a model that reads a text."""
     from attngraph import hf
-    from attngraph.models import GPT
+    from attngraph.models import GPT, Model
+    from attngraph.models.saved import is_ours
     from attngraph.nn.recording import record
 
-    model, text = hf.load(given.model), given.text.read_text(encoding="utf-8")
+    if given.layers is not None or given.heads is not None or given.kv_heads is not None:
+        raise ValueError("--layers, --heads and --kv-heads are the model's own: leave them out beside --model")
+    count = 256 if given.size is None else given.size
+    if count < 1:
+        raise ValueError(f"--size must be 1 or more (got {count})")
+    text = given.text.read_text(encoding="utf-8")
+    model = Model.load(given.model).eval() if is_ours(given.model) else hf.load(given.model)
     if not isinstance(model, GPT):
         raise ValueError(f"--model must be a decoder, which reads tokens (got {type(model).__name__})")
     if given.graph is not None:
-        model.transformer.graphs = parse_list(given.graph)
+        graphs = parse_list(given.graph)
+        model.transformer.graphs = graphs if len(graphs) > 1 else graphs[0]
     tokenizer = given.model / "tokenizer.json"
     if tokenizer.exists():
         from tokenizers import Tokenizer
 
         made = Tokenizer.from_file(str(tokenizer))
-        tokens = made.encode(text).ids[: given.size or 256]
+        tokens = made.encode(text).ids[:count]
         labels = [made.decode([token]) for token in tokens]
     else:  # it reads bytes
-        tokens = list(text.encode())[: given.size or 256]
+        tokens = list(text.encode())[:count]
         labels = [bytes([token]).decode(errors="replace") for token in tokens]
+    if not tokens:
+        raise ValueError(f"--text must have a token to read (got none in {given.text})")
+    if max(tokens) >= model.vocab_size:
+        raise ValueError(
+            f"the model must know each token of the text, below {model.vocab_size} (got {max(tokens)}); without a "
+            f"tokenizer.json in {given.model} they are bytes"
+        )
     with torch.no_grad(), record(model, top=16) as recorded:
         model(torch.tensor([tokens]))
-    return page(recorded=recorded, labels=labels).data
+    data = page(recorded=recorded, labels=labels).data
+    print("\n".join(f"{name:17}{fact}" for name, fact in data["facts"]), flush=True)
+    return data
 
 
 def _parser(command: str) -> Parser:

@@ -54,6 +54,11 @@ def until(tab, expression, seconds=60):
         time.sleep(0.01)
 
 
+def refused(told):
+    """Whether the browser notes that a server has refused an expression: the page says why."""
+    return any(f"status of {status}" in told.text for status in (409, 422))
+
+
 @pytest.fixture
 def opened(browser, tmp_path):
     """Opens a page from a file without a network, or from an address of this machine; and notes what goes wrong."""
@@ -67,7 +72,11 @@ def opened(browser, tmp_path):
         tab.on("pageerror", lambda error: wrong.append(str(error)))
         tab.on(
             "console",
-            lambda told: wrong.append(told.text) if told.type == "error" and " 422 " not in told.text else None,
+            lambda told: (
+                wrong.append(told.text)
+                if told.type == "error" and not {" 422 ", " 409 "} & {told.text[i : i + 5] for i in range(200)}
+                else None
+            ),
         )
         address = page if local else f"file://{page.save(tmp_path / 'see.html')}"
         own = page.split("#")[0] if local else address
@@ -142,6 +151,19 @@ def test_the_engine_says_what_analysis_says(engine, case):
             assert told["fields"][depth - 1] == fields
             heard_by = [[q for q in range(n) if node in fields[q]] for node in range(n)]
             assert told["readers"][depth - 1] == heard_by
+
+
+def test_keys_are_counted_once_and_drawn_evenly(opened):
+    graph = PerHead([Causal(), LOCAL, Strided(3), Causal()])
+    tab = opened(draw.page(graph, 4096))
+    found = tab.evaluate("page.answers.spread({row: 1, node: 4095, head: null, across: 8})")
+    assert found["degree"] == 4096
+    tab = opened(draw.page([Causal()] * 2, 20_000))
+    until(tab, "page.state.spread !== null")
+    found = tab.evaluate("page.state.spread")
+    assert found["degree"] == 20_000
+    assert max(found["keys"]) > 19_900
+    assert "evenly chosen" in tab.inner_text("#said")
 
 
 @pytest.mark.parametrize("graph", [LOCAL, SCATTERED, Causal() & Strided(7), PerHead([LOCAL, Strided(5)])], ids=str)
@@ -245,7 +267,7 @@ def test_an_integer_is_dragged(opened, server):
     tab.mouse.up()
     assert int(shown) > 80
     until(tab, f"page.data.graphs[0].text.includes('Window({shown}, 0)')")
-    tab.wait_for_timeout(200)
+    until(tab, "!document.querySelector('main').hasAttribute('aria-busy')")
     assert tab.inner_text(".integer >> nth=0") == shown
 
 
@@ -334,7 +356,7 @@ def test_an_edge_is_added_and_errors_leave_the_picture(opened, server):
     assert "The future is heard" in tab.inner_text("#facts")
     tab.keyboard.press("Enter")
     until(tab, "!page.data.graphs[1].text.includes('EdgeList')")
-    field = "input[aria-label='expression of layer 11']"
+    field = "textarea[aria-label='expression of layer 11']"
     tab.fill(field, "Causl()")
     tab.wait_for_selector(".error:visible")
     assert "not part of a graph expression" in tab.inner_text(".error:visible")
@@ -357,6 +379,59 @@ def test_the_tour(opened):
         if number < 8:
             tab.click("#tour-on")
     assert tab.is_disabled("#tour-on")
+
+
+def test_what_the_data_choose_leaves_no_other_picture(opened, server):
+    tab = opened(server.url)
+    tab.fill("textarea >> nth=0", "TopK(2)")
+    until(tab, "page.data.graphs.some(graph => graph.chosen_by_data)")
+    tab.wait_for_timeout(300)
+    assert "Queries and keys choose these edges" in tab.inner_text("#said")
+    assert tab.inner_text("#fields") == ""
+    tab.click("#tab-mask")
+    assert "Queries and keys choose these edges" in tab.inner_text("#said")
+    tab.fill("textarea >> nth=0", "PerHead([Causal(), Window(3, 0)])")
+    until(tab, "page.data.heads === 2")
+
+
+def test_keys_that_are_held_down_lose_no_step(opened, server):
+    tab = opened(server.url)
+    tab.focus(".integer >> nth=0")
+    for _ in range(30):
+        tab.keyboard.press("ArrowUp")
+    until(tab, "page.data.graphs[0].text.includes('Window(94, 0)')")
+    until(tab, "!document.querySelector('main').hasAttribute('aria-busy')")
+    assert tab.inner_text(".integer >> nth=0") == "94"
+
+
+def test_two_tabs_both_get_what_they_ask(opened, server):
+    tabs = [opened(server.url), opened(server.url)]
+    for step in range(6):
+        for number, tab in enumerate(tabs):
+            tab.fill("textarea >> nth=0", f"Causal() & Window({10 * number + step}, 0)")
+    for number, tab in enumerate(tabs):
+        until(tab, f"page.data.graphs[0].text === 'Causal() & Window({10 * number + 5}, 0)'")
+        assert not tab.is_visible(".error")
+
+
+def test_nodes_change_below_edges_that_were_added(opened, server):
+    tab = opened(server.url)
+    tab.fill("input[aria-label=nodes]", "16")
+    tab.press("input[aria-label=nodes]", "Enter")
+    until(tab, "page.data.n === 16")
+    tab.fill("textarea >> nth=0", "Causal() ^ EdgeList([[9, 3], [2, 1]], size=16)")
+    until(tab, "page.data.graphs[0].text.includes('EdgeList')")
+    tab.fill("input[aria-label=nodes]", "8")
+    tab.press("input[aria-label=nodes]", "Enter")
+    until(tab, "page.data.n === 8")
+    assert tab.evaluate("page.data.graphs[0].text") == "Causal() ^ EdgeList([[3], [1]], size=(8, 8))"
+
+
+def test_shift_that_leads_back_turns_nothing(opened):
+    tab = opened(draw.page([Causal()] * 3, 8))
+    tab.focus("#messages-canvas")
+    tab.keyboard.press("Shift+Tab")
+    assert tab.evaluate("page.state.row") == 3
 
 
 PAGES = {

@@ -105,7 +105,7 @@ def test_what_a_page_says_is_what_analysis_and_plan_say():
     assert [graph["edges"] for graph in data["graphs"]] == [[g.num_edges(512)] for g in (LOCAL, Causal())]
     made = plan(LOCAL, 512, heads=4, head_dim=32)
     assert data["graphs"][0]["chosen"] == list(made.chosen)
-    assert {name for name, _ in data["graphs"][0]["backends"]} == made.candidates.keys()
+    assert {name for name, *_ in data["graphs"][0]["backends"]} == made.candidates.keys()
     assert made.costs.source in data["graphs"][0]["source"]
     assert data["layers"] == [0, 0, 0, 1]
     assert repr(found) == "Page('layers 0–2: Causal() & (Window(64, 0) | Prefix(4)); layer 3: Causal()', 512 × 512)"
@@ -145,8 +145,12 @@ def test_text_in_a_page_is_text():
         (lambda: draw.page(Causal()), ValueError, "give the number of nodes"),
         (lambda: draw.page(Causal(), 8, heads=0), ValueError, "heads must be"),
         (lambda: draw.page(Causal(), 8, labels=["a"]), ValueError, "must name each of 8"),
+        (lambda: draw.page(recorded=heard(top=4), n=30), ValueError, "n must be as many nodes as were recorded, 20"),
+        (lambda: draw.page(Causal(), 8, image=torch.rand(2, 3, 3, 3)), ValueError, "image must have shape"),
+        (lambda: draw.page(Causal(), 8, image=torch.rand(4, 4)), ValueError, "grid must be the rows and columns"),
+        (lambda: draw.page(Causal(), 8, image=torch.full((4, 4), torch.nan), grid=(2, 2)), ValueError, "finite"),
         (lambda: draw.page(Causal(), 8, recorded=3), TypeError, "must be what attngraph.record"),
-        (lambda: draw.page([Causal(), Full()], 8, recorded=heard(top=4)), ValueError, "one for each recorded layer"),
+        (lambda: draw.page([Causal(), Full()], recorded=heard(top=4)), ValueError, "one for each recorded layer"),
         (lambda: heard(top=0), ValueError, "top must be 1 or more"),
         (lambda: heard(top=2, gradients=True), ValueError, "gradients=False"),
         (lambda: heard(TopK(2), top=2), ValueError, "known before the data"),
@@ -360,6 +364,25 @@ def test_a_newer_question_ends_an_older_one(server):
     assert old[0][0] == 409
 
 
+def test_a_port_that_is_taken_is_told(server, capfd):
+    with pytest.raises(OSError, match="in use"):
+        Server({}, server.server_address[1])
+    assert ask(server, {}, **{"Content-Length": "9" * 5000})[0] == 413
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_labels_are_those_that_were_given(tmp_path):
+    labels = ["猫", "ш", "👍", "é"]
+    assert draw.page(Causal(), 4, labels=labels).data["labels"] == labels
+    assert draw.page(Causal(), 2, labels=["a\ud800", "b"]).save(tmp_path / "see.html").read_text()
+
+
+def test_a_large_image_is_made_smaller():
+    found = draw.page(Full(), 5, image=torch.rand(3, 2000, 1000), grid=(2, 2)).data["image"]
+    assert (found["height"], found["width"], found["before"]) == (500, 250, 1)
+    assert len(base64.b64decode(found["rgb"])) == 500 * 250 * 3
+
+
 def test_an_edge_is_added_and_removed():
     graph = toggled(toggled(Causal(), 0, 3, 8), 5, 1, 8)
     assert str(graph) == "Causal() ^ EdgeList([[3, 1], [0, 5]], size=(8, 8))"
@@ -415,6 +438,16 @@ def test_show_saves_what_a_model_hears(tmp_path):
     data = json.loads(re.search('id="data">(.*?)</script>', (tmp_path / "see.html").read_text(), re.DOTALL)[1])
     assert data["labels"] == list("the cat sat on the mat")
     assert len(data["recorded"]) == 2
+    GPT(config, vocab_size=256).save(tmp_path / "own")
+    local = ("--model", tmp_path / "own", "--text", tmp_path / "text.txt", "--facts")
+    assert "Causal" not in run(*local).stderr
+    assert "of all layers" in run("Causal() & Window(2, 0)", *local).stdout
+    assert "--size must be 1 or more" in run(*local, "--size", "-5").stderr
+    assert "the model's own" in run(*local, "--layers", "3").stderr
+    assert "leave out --save" in run("Causal()", "--size", "8", "--facts", "--save", "x.html").stderr
+    assert "from 0 to 65535" in run("Causal()", "--size", "8", "--port", "80000").stderr
+    (tmp_path / "empty.txt").write_text("")
+    assert "must have a token" in run("--model", tmp_path / "own", "--text", tmp_path / "empty.txt").stderr
     assert "--model and --text belong together" in run("--model", tmp_path / "model").stderr
     assert run("--save", tmp_path / "tour.html").returncode == 0
     assert "8. Local" in (tmp_path / "tour.html").read_text()

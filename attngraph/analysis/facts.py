@@ -35,7 +35,8 @@ def facts(
     causal = is_causal(layers, n)
     found = cost(layers, n, dim=dim, heads=heads, kv_heads=kv_heads, dtype=dtype, cache=causal, seconds=True)
     told = {
-        "layers": f"{len(layers)} of {n:,} nodes; {heads} heads of dimension {dim // heads}, {_name(dtype)}",
+        "layers": f"{len(layers)} of {n:,} nodes; {heads} head{'s' * (heads != 1)} of dimension "
+        f"{dim // heads}, {_name(dtype)}",
         "edges": f"{found.edges:,} of all layers, {100 * found.density:.3g}% of all pairs",
         "causal": "yes" if causal else _leaking(layers, n),
     }
@@ -50,7 +51,9 @@ def facts(
         each = dict.fromkeys(layers)
         told["diameter"] = ", ".join(f"{diameter(graph, n)}" + f" of {graph}" * (len(each) > 1) for graph in each)
     times = found.dense_flops / max(found.flops, 1)
-    told["GFLOP"] = f"{found.flops / 1e9:,.3g} forward, of one batch entry; {times:,.3g} times as many on all pairs"
+    told["GFLOP"] = (
+        f"{_plain(found.flops / 1e9)} forward, of one batch entry; {_plain(times)} times as many on all pairs"
+    )
     told["memory"] = f"{memory(found.bytes)} of q, k, v and outputs; layouts of {memory(found.layout_bytes or 0)}"
     told["cache"] = "none, as the future is heard"
     if found.cache_bytes is not None:
@@ -72,3 +75,8 @@ def _leaking(layers: Sequence[Graph], n: int) -> str:
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def _plain(value: float) -> str:
+    """A number of three digits, without an exponent where it is not tiny."""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"

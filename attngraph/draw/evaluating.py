@@ -7,7 +7,9 @@ import json
 import multiprocessing
 import threading
 from collections.abc import Mapping
+from functools import reduce
 from multiprocessing.connection import Connection
+from operator import xor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -127,6 +129,8 @@ def _answer_all(pipe: Connection, memory: int) -> None:
                 pipe.send((False, _too_large(memory)))
             except (ValueError, TypeError) as error:
                 pipe.send((False, str(error)))
+            except RecursionError:
+                pipe.send((False, "the expression is too deeply nested"))
             except RuntimeError as error:  # PyTorch's own, as of memory
                 short = "not enough memory" in str(error) or "can't allocate" in str(error)
                 pipe.send((False, _too_large(memory) if short else str(error)))
@@ -157,6 +161,9 @@ def answered(question: Mapping[str, Any]) -> dict[str, Any]:
         text = written(toggled(_parsed(texts[min(first, len(texts) - 1)]), query, key, n))
         texts = [text if first <= layer <= last else each for layer, each in enumerate(texts)]
     graphs = {text: _parsed(text) for text in dict.fromkeys(texts)}
+    if question.get("resize"):
+        graphs = {text: resized(graph, n) for text, graph in graphs.items()}
+    heads = next((graph.heads for graph in graphs.values() if graph.heads), heads)
     return data_of([graphs[text] for text in texts], n, heads=heads, head_dim=head_dim)
 
 
@@ -181,14 +188,24 @@ def toggled(graph: Graph, query: int, key: int, n: int) -> Graph:
     >>> toggled(toggled(Causal(), query=0, key=3, n=8), query=0, key=3, n=8)
     Causal()
     """
-    rest, edges = graph, set()
-    match graph:
-        case SymmetricDifference((*others, EdgeList() as last)) if others and last.size == (n, n):
-            rest = others[0]
-            for other in others[1:]:
-                rest = rest ^ other
-            edges = {(int(k), int(q)) for k, q in last.edge_index(n, n).T.tolist()}
+    rest, edges = _apart(graph)
     edges ^= {(key, query)}
-    if not edges:
-        return rest
-    return rest ^ EdgeList([*map(list, zip(*sorted(edges), strict=True))], size=n)
+    return _with(rest, edges, n)
+
+
+def resized(graph: Graph, n: int) -> Graph:
+    """The same of more or fewer nodes: the edges that `toggled` has put at its end, as far as there are such nodes."""
+    rest, edges = _apart(graph)
+    return _with(rest, {edge for edge in edges if max(edge) < n}, n) if edges else graph
+
+
+def _apart(graph: Graph) -> tuple[Graph, set[tuple[int, int]]]:
+    """What `toggled` has made: the graph before, and the edges, (key, query), by which it differs."""
+    match graph:
+        case SymmetricDifference((*others, EdgeList() as last)) if others and last.size[0] == last.size[1]:
+            return reduce(xor, others), {(int(key), int(query)) for key, query in last.edge_index().T.tolist()}
+    return graph, set()
+
+
+def _with(rest: Graph, edges: set[tuple[int, int]], n: int) -> Graph:
+    return rest ^ EdgeList([*map(list, zip(*sorted(edges), strict=True))], size=n) if edges else rest

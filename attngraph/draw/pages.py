@@ -21,12 +21,13 @@ from attngraph.analysis.facts import facts as facts_of
 from attngraph.analysis.layers import layers_of, stack
 from attngraph.arguments import checked, shown
 from attngraph.draw.encoding import MOST_RUNS, as_bytes, encoded, packed
-from attngraph.draw.pictures import Names, names_of, writable
+from attngraph.draw.pictures import Names, plain_names_of, writable
 from attngraph.graph.base import Graph, require_ints
 from attngraph.graph.text import written
 from attngraph.planning.explain import time
 from attngraph.planning.planner import Plan, plan
 
+MOST_PIXELS = 512  # of an image, along a side
 TOP = 16  # keys of each query that are drawn of recorded weights
 LONGEST = 4096  # characters of an expression that are shown
 SCRIPTS = "engine.js", "state.js", "messages.js", "mask.js", "heads.js", "facts.js", "layers.js", "tour.js", "page.js"
@@ -71,7 +72,7 @@ class Page:
         Raises FileNotFoundError for a folder that does not exist, and ValueError for what is no name of a file.
         """
         file = writable(path, "page.html")
-        file.write_text(self.html, encoding="utf-8")
+        file.write_text(self.html, encoding="utf-8", errors="replace")
         return file
 
     def _repr_html_(self) -> str:
@@ -128,7 +129,9 @@ def page(
     if graphs is None:
         raise ValueError("graphs must be one, or one for each layer, where nothing was recorded (got None)")
     if weights is not None:
-        graphs, n = _as_recorded(layers_of(graphs), weights), weights[0].num_queries if n is None else n
+        if n not in (None, weights[0].num_queries):
+            raise ValueError(f"n must be as many nodes as were recorded, {weights[0].num_queries} (got {n})")
+        graphs, n = _as_recorded(layers_of(graphs), weights), weights[0].num_queries
         heads = int(max(max(each.heads) for each in weights)) + 1 if heads is None else heads
     data = data_of(graphs, n, heads=heads, head_dim=head_dim, labels=labels, key_labels=key_labels, weights=weights)
     if image is not None:
@@ -157,7 +160,10 @@ def _told_image(image: Tensor, grid: tuple[int, int] | None, m: int) -> dict[str
         )
     if grid is None or min(grid) < 1 or grid[0] * grid[1] > m:
         raise ValueError(f"grid must be the rows and columns of patches, at most {m} in all (got {grid})")
-    pixels = image.detach().double().cpu()
+    every = -(-max(image.shape[1:]) // MOST_PIXELS)
+    pixels = image[:, ::every, ::every].detach().double().cpu()
+    if not bool(pixels.isfinite().all()):
+        raise ValueError("image must be finite numbers (got NaN or infinity)")
     low, high = float(pixels.min()), float(pixels.max())
     pixels = (pixels - low) / max(high - low, 1e-12) * 255
     colors = pixels.expand(3, *pixels.shape[1:]).permute(1, 2, 0).round().to(torch.uint8)
@@ -197,7 +203,7 @@ def data_of(
     layers, n, m = _sizes(graphs, n)
     heads = next((graph.heads for graph in layers if graph.heads), 8) if heads is None else heads
     require_ints(1, heads=heads, head_dim=head_dim)
-    names = names_of(n, m, labels, key_labels) or (None, None)
+    names = plain_names_of(n, m, labels, key_labels) or (None, None)
     if facts is None and n == m and not any(graph._unresolved for graph in layers):
         facts = facts_of(layers, n, dim=heads * head_dim, heads=heads)
     facts = {"nodes": f"{n:,} queries × {m:,} keys"} if facts is None else facts
@@ -241,7 +247,7 @@ def _told(graph: Graph, parts: list[int], n: int, m: int, heads: int, head_dim: 
     text = written(graph)
     found: dict[str, Any] = {"text": text if len(text) <= LONGEST else str(graph)[:LONGEST], "parts": parts}
     if graph._unresolved:
-        return found
+        return found | {"chosen_by_data": True}
     found["edges"] = [each.num_edges(n, m) for each in _heads(graph)]
     if graph.heads in (None, heads):
         found |= told_of_plan(plan(graph, n, m, heads=heads, head_dim=head_dim))
@@ -266,7 +272,10 @@ def _told_weights(found: Weights) -> dict[str, Any]:
 def told_of_plan(found: Plan) -> dict[str, Any]:
     """What each backend is expected to take, or why it can't, those that can first; and by what that is known."""
     answers = sorted(found.candidates.items(), key=lambda each: (isinstance(each[1], str), str(each[1])))
-    told = [(name, answer if isinstance(answer, str) else time(answer)) for name, answer in answers]
+    told = [
+        (name, answer if isinstance(answer, str) else time(answer), not isinstance(answer, str))
+        for name, answer in answers
+    ]
     source = f"One forward pass of one batch entry, by {found.costs.source}."
     return {"backends": told, "chosen": [*found.chosen], "source": source}
 

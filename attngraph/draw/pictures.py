@@ -434,9 +434,20 @@ def _told_graph(graph: Graph) -> str:
 
 
 def names_of(n: int, m: int, labels: Names | None, key_labels: Names | None) -> tuple[list[str], list[str]] | None:
-    """The names of queries and of keys, if there are any; ValueError if they are too few."""
+    """The names of queries and of keys as they can be drawn, if there are any; ValueError if they are too few."""
     from attngraph.draw.figure import drawable
 
+    found = plain_names_of(n, m, labels, key_labels)
+    if found is None:
+        return None
+    names = drawable([*found[0], *found[1]])
+    return names[:n], names[n:]
+
+
+def plain_names_of(
+    n: int, m: int, labels: Names | None, key_labels: Names | None
+) -> tuple[list[str], list[str]] | None:
+    """The same as they were given."""
     if labels is None and key_labels is None:
         return None
     key_labels = labels if key_labels is None and labels is not None and len(labels) >= m else key_labels
@@ -448,9 +459,8 @@ def names_of(n: int, m: int, labels: Names | None, key_labels: Names | None) -> 
             given = given.tolist()
         if given is not None and len(given) < nodes:
             raise ValueError(f"{name} must name each of {nodes} nodes (got {len(given)})")
-        found += [str(each) for each in (range(nodes) if given is None else given)][:nodes]
-    found = drawable(found)
-    return found[:n], found[n:]
+        found.append([str(each) for each in (range(nodes) if given is None else given)][:nodes])
+    return found[0], found[1]
 
 
 def show_graph(ax: Axes, graph: Graph, n: int, m: int, pairs: int = PAIRS) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hmac
 import json
 import secrets
+import sys
+import threading
 import webbrowser
 from collections.abc import Mapping
 from http import HTTPStatus
@@ -28,10 +30,10 @@ class Server(ThreadingHTTPServer):
     request_queue_size = 16
 
     def __init__(self, data: Mapping[str, Any], port: int = 0, evaluator: Evaluator | None = None):
-        super().__init__((HOST, port), Handler)
+        self.evaluator = Evaluator() if evaluator is None else evaluator
         self.token = secrets.token_urlsafe(32)
         self.first = json.dumps({**data, "live": True}, ensure_ascii=False)
-        self.evaluator = Evaluator() if evaluator is None else evaluator
+        super().__init__((HOST, port), Handler)
         self.page = filled({"live": True, "title": "attngraph"}, connects=True).encode()
 
     @property
@@ -43,6 +45,11 @@ class Server(ThreadingHTTPServer):
     def url(self) -> str:
         """Where a browser finds the page, with the token."""
         return f"http://{self.name}/#{self.token}"
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Nothing is written of a browser that has gone; anything else is, as usual."""
+        if not isinstance(sys.exception(), OSError):
+            super().handle_error(request, client_address)
 
     def server_close(self) -> None:
         self.evaluator.close()
@@ -89,10 +96,10 @@ class Handler(BaseHTTPRequestHandler):
             raise Refused(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "the request must be application/json")
         if not size.isascii() or not size.isdigit():
             raise Refused(HTTPStatus.LENGTH_REQUIRED, "the request must say its length")
-        if int(size) > MOST_BYTES:
+        if len(size) > 18 or int(size) > MOST_BYTES:
             self.close_connection = True
             raise Refused(
-                HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"a request has at most {MOST_BYTES:,} bytes (got {size})"
+                HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"a request has at most {MOST_BYTES:,} bytes (got {size[:18]})"
             )
         try:
             question = json.loads(self.rfile.read(int(size)))
@@ -101,7 +108,7 @@ class Handler(BaseHTTPRequestHandler):
         if not isinstance(question, dict):
             raise Refused(HTTPStatus.BAD_REQUEST, "the request must be an object of JSON")
         if not question:
-            return self.server.first.encode(), "application/json"
+            return self.server.first.encode(errors="replace"), "application/json"
         try:
             return self.server.evaluator.ask(question).encode(), "application/json"
         except Superseded as error:
@@ -139,8 +146,8 @@ class Handler(BaseHTTPRequestHandler):
 def serve(data: Mapping[str, Any], port: int = 0, opens: bool = False) -> None:
     """Serve the page until Ctrl-C; its address is printed, and opened in a browser if asked for."""
     with Server(data, port) as server:
+        threading.Thread(target=server.evaluator.start, daemon=True).start()  # it takes some seconds
         print(f"page: {server.url}    (Ctrl-C ends it)", flush=True)
-        server.evaluator.start()
         if opens:
             webbrowser.open(server.url)
         try:

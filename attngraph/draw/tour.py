@@ -79,7 +79,8 @@ def tour() -> list[dict[str, Any]]:
             "8. Local, and yours",
             "If nodes hear only their neighbours, a layer costs the edges it has, not all pairs, and what is far "
             "away arrives after some layers. A few nodes that all hear make it arrive sooner.\n\n"
-            "Space plays how it spreads. Change the numbers, or write a graph of your own.",
+            "Space plays how it spreads. Where python -m attngraph show serves this page, the numbers can be "
+            "changed, and a graph of your own be written.",
             [Causal() & (Window(8, 0) | Prefix(2))] * 6, 256, own=True,
         ),
     ]  # fmt: skip

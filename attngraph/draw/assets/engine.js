@@ -5,6 +5,7 @@
 
 const Engine = (() => {
   const CIRCLES = 64; // nodes that are drawn one by one
+  const MOST_KEYS = 4096; // of a query that are told, evenly chosen of more
 
   // ------------------------------------------------------------------------------------------------- from the data
 
@@ -411,14 +412,13 @@ const Engine = (() => {
     spread({ row, node, head, across }) {
       const layers = this.stack(head),
         fields = spread(layers, row, node),
-        keys = [];
-      let degree = 0;
-      if (row > 0)
-        eachKey(layers[row - 1], node, key => {
-          if (degree++ < 4096) keys.push(key);
-        });
+        own = new Uint8Array(this.m);
+      if (row > 0) keysOf(layers[row - 1], [node], own);
+      const all = members(own),
+        every = Math.ceil(all.length / MOST_KEYS),
+        keys = every > 1 ? all.filter((_, i) => i % every === 0) : all;
       const isSmall = Math.max(this.n, this.m) <= CIRCLES,
-        found = { keys, degree, sizes: fields.map(count) };
+        found = { keys, degree: all.length, sizes: fields.map(count) };
       return isSmall ? { ...found, fields } : { ...found, shares: fields.map(field => inPixels(field, across)) };
     }
 

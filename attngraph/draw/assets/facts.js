@@ -38,20 +38,17 @@ function drawFacts() {
   if (backends) {
     place.append(
       make("h2", {}, `Expected time, ${named(groups().find(group => state.layer <= group.last))}`),
+      backendTable(
+        backends.filter(([, , can]) => can),
+        chosen,
+      ),
       make(
-        "table",
+        "details",
         {},
-        make(
-          "tbody",
-          {},
-          ...backends.map(([name, told]) =>
-            make(
-              "tr",
-              { class: chosen.includes(name) ? "chosen" : null },
-              make("th", { scope: "row" }, name + (chosen.includes(name) ? " ✓" : "")),
-              make("td", {}, told),
-            ),
-          ),
+        make("summary", {}, "What else was asked, and why it is not taken"),
+        backendTable(
+          backends.filter(([, , can]) => !can),
+          chosen,
         ),
       ),
       make("p", { class: "source" }, source),
@@ -59,6 +56,15 @@ function drawFacts() {
   }
   fields();
 }
+function backendTable(backends, chosen) {
+  const rows = backends.map(([name, told]) => {
+    const isChosen = chosen.includes(name);
+    const heading = make("th", { scope: "row" }, name + (isChosen ? " ✓" : ""));
+    return make("tr", { class: isChosen ? "chosen" : null }, heading, make("td", {}, told));
+  });
+  return make("table", {}, make("tbody", {}, ...rows));
+}
+
 const shortened = way =>
   (way.length > 8 ? [...way.slice(0, 3), "…", ...way.slice(-3)] : way)
     .map(node => (typeof node === "number" ? number(node) : node))

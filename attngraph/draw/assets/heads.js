@@ -1,33 +1,28 @@
 "use strict";
 // Heads: recorded weights, and a small picture of each head.
 
-/** The heaviest keys of a query, [[key, weight]], heads in the mean or one of them; null where none were recorded. */
+/** The heaviest keys of a query in the chosen head, [[key, weight]]; null where none were recorded. */
 function weightsOf(row, node) {
   const found = data.recorded && data.recorded[row - 1];
   if (!found) return null;
   const decoded = answers.once(`weights ${row - 1}`, () =>
     found.heads.map(head => ({
-      at: head.keys.map ? head.keys : Engine.unpack(head.keys),
+      at: Engine.unpack(head.keys),
       weights: atob(head.weights),
-      rest: atob(head.rest),
     })),
   );
-  const chosen = state.head === null ? decoded : [decoded[found.numbers.indexOf(state.head)] || decoded[0]];
-  const sum = new Map();
-  for (const each of chosen) {
-    for (let i = node * found.top; i < (node + 1) * found.top; i++) {
-      const weight = each.weights.charCodeAt(i) / 255 / chosen.length;
-      if (each.at[i] >= 0 && weight) sum.set(each.at[i], (sum.get(each.at[i]) || 0) + weight);
-    }
+  const { at, weights } = decoded[found.numbers.indexOf(state.head)] || decoded[0],
+    heavy = [];
+  for (let i = node * found.top; i < (node + 1) * found.top; i++) {
+    if (at[i] >= 0) heavy.push([at[i], weights.charCodeAt(i) / 255]);
   }
-  return [...sum].sort((a, b) => b[1] - a[1]);
+  return heavy;
 }
 
-/** The weight of all keys of a query but the heaviest, heads as in `weightsOf`. */
+/** The weight of all keys of a query but the heaviest, in the same head. */
 function restOf(row, node) {
   const { numbers, heads } = data.recorded[row - 1];
-  const chosen = state.head === null ? heads : [heads[numbers.indexOf(state.head)] || heads[0]];
-  return chosen.reduce((sum, head) => sum + atob(head.rest).charCodeAt(node) / 255 / chosen.length, 0);
+  return atob((heads[numbers.indexOf(state.head)] || heads[0]).rest).charCodeAt(node) / 255;
 }
 
 // ------------------------------------------------------------------------------------------------------ pictures
@@ -57,7 +52,7 @@ function drawHeads() {
         {
           "aria-pressed": String(state.head === head),
           onclick: () => {
-            state.head = state.head === head ? null : head;
+            state.head = state.head === head && !recorded ? null : head;
             show(state.view);
           },
         },
@@ -100,8 +95,17 @@ function drawWeights(canvas, recorded, head) {
         k = Math.floor((keys[i] * size) / data.m);
       sums[q * size + k] = Math.max(sums[q * size + k], weights.charCodeAt(i) / 255);
     }
+  const most = sums.reduce((one, other) => Math.max(one, other), 1e-9); // each picture goes to its own most
   canvas.width = canvas.height = size;
-  canvas.getContext("2d").putImageData(image(sums, size, size), 0, 0);
+  canvas.getContext("2d").putImageData(
+    image(
+      sums.map(each => each / most),
+      size,
+      size,
+    ),
+    0,
+    0,
+  );
 }
 
 /** Entropy and distance of all heads that were recorded, to find those to look at. */
@@ -135,7 +139,7 @@ function overview() {
                 show("messages");
               },
             },
-            `${entropy.toFixed(1)} · ${distance.toFixed(0)}`,
+            `${entropy.toFixed(1)} bits · ${distance.toFixed(0)}`,
           ),
         );
       }),

@@ -48,7 +48,12 @@ function editable(box, group, text) {
       .slice(0, at)
       .join("");
     const replaced = value => before + value + text.slice(before.length + part.length);
-    const change = value => edit(group, replaced(Math.max(0, value)), at);
+    const change = value => {
+      spin.textContent = value; // the next step is from here, whether it was answered or not
+      spin.setAttribute("aria-valuenow", value);
+      spin.setAttribute("aria-valuetext", value);
+      edit(group, replaced(value), at);
+    };
     let from = null;
     const spin = make(
       "span",
@@ -59,12 +64,11 @@ function editable(box, group, text) {
         "aria-valuenow": part,
         "aria-valuetext": part,
         "aria-label": `number ${(at + 1) / 2} of ${named(group)}`,
-        "data-at": at,
         onkeydown: event => {
           const moves = { ArrowUp: 1, ArrowRight: 1, ArrowDown: -1, ArrowLeft: -1, PageUp: 16, PageDown: -16 };
           if (event.key in moves) {
             event.preventDefault();
-            change(Number(part) + moves[event.key]);
+            change(Math.max(0, Number(spin.textContent) + moves[event.key]));
           }
         },
         onpointerdown: event => {
@@ -74,16 +78,13 @@ function editable(box, group, text) {
         },
         onpointermove: event => {
           if (from === null) return;
-          const far = event.clientX - from,
-            value = Math.max(0, Number(part) + Math.sign(far) * Math.round(Math.abs(far / 3) ** 1.25));
-          spin.textContent = value;
-          spin.setAttribute("aria-valuenow", value);
-          edit(group, replaced(value), null);
+          const far = event.clientX - from;
+          change(Math.max(0, Number(part) + Math.sign(far) * Math.round(Math.abs(far / 3) ** 1.25)));
         },
         onpointerup: () => {
           from = null;
           isDragging = false;
-          change(Number(spin.textContent));
+          if (!current) drawLayers();
         },
       },
       part,
@@ -91,13 +92,13 @@ function editable(box, group, text) {
     line.append(spin);
   });
   const label = `expression of ${named(group)}`;
-  const field = make("input", {
-    type: "text",
-    value: text,
+  const field = make("textarea", {
+    rows: "2",
     "aria-label": label,
     spellcheck: "false",
-    oninput: () => edit(group, field.value, null, PATIENCE),
+    oninput: () => edit(group, field.value.replaceAll("\n", " "), null, PATIENCE),
   });
+  field.value = text;
   box.append(line, field, make("p", { class: "error", role: "alert", hidden: true, "data-first": group.first }));
 }
 
@@ -107,7 +108,7 @@ function sizeField() {
     min: "1",
     value: data.n,
     "aria-label": "nodes",
-    onchange: () => send({ n: Number(field.value) }, null),
+    onchange: () => send({ n: Number(field.value), resize: true }, null),
   });
   return make("p", { class: "row" }, "nodes", field);
 }
@@ -115,7 +116,9 @@ function sizeField() {
 // ---------------------------------------------------------------------------------------------------- the server
 
 const LONG = 1000; // ms, after which a newer question no longer waits for the one under way
+const SLOW = 300; // ms, after which it is said that something is computed
 let timer = 0,
+  late = 0,
   current = 0,
   since = 0,
   next = null,
@@ -135,7 +138,7 @@ function edit(group, text, focus, patience = 0) {
 
 function toggle() {
   const group = groups().find(each => state.layer <= each.last);
-  if (isEditable())
+  if (isEditable() && isStack())
     send(
       { toggle: { ...state.cell, text: data.graphs[group.graph].text, first: group.first, last: group.last } },
       group,
@@ -144,15 +147,20 @@ function toggle() {
 
 /** Ask for other graphs. While a question is under way, the last of those that follow waits, but not for long. */
 async function send(change, group = null, focus = null, begun = performance.now()) {
-  if (current && performance.now() - since < LONG) {
+  const waited = performance.now() - since;
+  if (current && waited < LONG) {
     next = [change, group, focus, begun];
-    setTimeout(() => {
-      if (next && current) sendNext(true);
-    }, LONG);
+    clearTimeout(late);
+    late = setTimeout(() => sendNext(true), LONG - waited);
     return;
   }
   const own = (current = ++count);
   since = performance.now();
+  const slow = setTimeout(() => {
+    $("said").textContent = "Computing …";
+  }, SLOW);
+  document.querySelector("main").setAttribute("aria-busy", "true");
+  for (const told of document.querySelectorAll(".error")) told.hidden = true;
   const place = () => (group && document.querySelector(`.error[data-first="${group.first}"]`)) || $("failed");
   try {
     const body = {
@@ -162,37 +170,47 @@ async function send(change, group = null, focus = null, begun = performance.now(
       head_dim: data.head_dim,
       ...change,
     };
-    const found = await post(body);
+    const found = await post(body, () => own === current);
     if (own !== current) return;
     accept(found, focus);
     page.edits.push(performance.now() - begun);
   } catch (error) {
-    if (own === current) {
+    if (own === current && place()) {
       place().hidden = false;
       place().textContent = error.message;
+      if ($("said").textContent === "Computing …") $("said").textContent = "The picture is that of the graphs before.";
     }
   } finally {
+    clearTimeout(slow);
     if (own === current) {
       current = 0;
+      clearTimeout(late);
+      document.querySelector("main").removeAttribute("aria-busy");
       sendNext();
     }
   }
 }
 
 function sendNext(isLate = false) {
-  if (!next) return;
+  if (!next || (isLate && !current)) return;
   const waited = next;
   next = null;
   if (isLate) since = -Infinity;
   send(...waited);
 }
 
-async function post(body) {
-  const reply = await fetch("/graphs", {
-    method: "POST",
-    headers: { "content-type": "application/json", "x-token": live },
-    body: JSON.stringify(body),
-  });
+/** The answer of the server; where another page asked meanwhile, it is asked again as long as this is wanted. */
+async function post(body, isWanted = () => true) {
+  const headers = { "content-type": "application/json", "x-token": live };
+  let reply;
+  try {
+    do {
+      reply = await fetch("/graphs", { method: "POST", headers, body: JSON.stringify(body) });
+      if (reply.status === 409) await new Promise(done => setTimeout(done, 50 + 200 * Math.random()));
+    } while (reply.status === 409 && isWanted());
+  } catch {
+    throw new Error("the server has ended: python -m attngraph show starts another");
+  }
   const found = await reply.json();
   if (!reply.ok) throw new Error(found.error);
   return found;
@@ -200,12 +218,14 @@ async function post(body) {
 
 function accept(found, focus = null) {
   const field = document.activeElement,
-    isWriting = field && field.matches && field.matches(".layer input") && focus === null;
+    isWriting = field && field.matches && field.matches(".layer textarea") && focus === null;
   const label = field && field.getAttribute && field.getAttribute("aria-label"),
     cursor = isWriting ? field.selectionStart : 0,
     written = isWriting ? field.value : "";
   const isResized = !data || found.n !== data.n || found.m !== data.m;
   data = found;
+  if (tour.length && tour[step].own) tour[step].data = found; // what a person made is there when they come back
+  state.spread = null;
   load();
   state.layer = Math.min(state.layer, data.layers.length - 1);
   if (isResized) {
@@ -215,9 +235,11 @@ function accept(found, focus = null) {
     state.node = Math.max(0, data.n - 1);
   }
   state.row = Math.min(state.row, data.layers.length);
-  if (!graphAt(state.layer) || state.head >= data.heads) state.head = null;
+  const recorded = data.recorded && data.recorded[state.layer];
+  if (state.head >= data.heads) state.head = null;
+  if (recorded && !recorded.numbers.includes(state.head)) state.head = recorded.numbers[0];
   $("title").textContent = data.title;
-  if (!isDragging) drawLayers(); // else its number would go from under the pointer
+  if (!isDragging && !next) drawLayers(); // else a number would go from under the pointer, or the keys
   drawFacts();
   show(state.view);
   if (answers.isKnown)

@@ -7,8 +7,10 @@ let maskPlace = null;
 
 function drawMask() {
   if (!data.n || !data.m || !graphAt(state.layer).parts.length) {
-    $("mask-hint").textContent =
-      data.n && data.m ? "Which edges there are is not found at once." : "There are no nodes.";
+    prepared($("mask-canvas"), 60);
+    maskPlace = null;
+    $("mask-hint").textContent = "";
+    $("said").textContent = unknown();
     return;
   }
   const view = state.window || (state.window = whole()),
@@ -111,8 +113,9 @@ function tellCell() {
     if (state.view === "mask") $("said").textContent = told;
     $("mask-canvas").setAttribute("aria-label", `mask, queries down and keys across. ${told}`);
   });
-  $("mask-hint").textContent =
-    `Wheel, + and − zoom; drag or the arrow keys move.${isEditable() ? " Click, or Enter: add or remove the edge." : ""}`;
+  const edits = state.head === null ? "add or remove the edge" : "add or remove the edge of all heads";
+  const how = isEditable() && isStack() ? ` Click, or Enter: ${edits}.` : "";
+  $("mask-hint").textContent = `Wheel, + and − zoom; drag or the arrow keys move.${how}`;
 }
 
 function zoom(factor, at = null) {

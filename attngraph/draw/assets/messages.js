@@ -24,6 +24,7 @@ function refresh(isQuiet = false) {
   if (!answers.isKnown || !(data.n && data.m)) {
     state.spread = null;
     drawMessages();
+    $("said").textContent = unknown();
     return;
   }
   const across = Math.max(1, Math.round((room - LEFT - RIGHT) * (window.devicePixelRatio || 1)));
@@ -40,6 +41,19 @@ function refresh(isQuiet = false) {
   });
 }
 
+/** Why nothing is known of the edges. */
+function unknown() {
+  if (!data.n || !data.m) return "There are no nodes.";
+  if (data.graphs.some(graph => graph.chosen_by_data))
+    return "Queries and keys choose these edges: record a model to see them.";
+  if (data.graphs.every(graph => graph.parts.length))
+    return "Too many edges to follow one by one: Mask shows their shares.";
+  return "Which edges there are is not found at once: draw.page(graph) looks.";
+}
+
+const shareOf = weight => (weight && weight < 0.01 ? "below 0.01" : weight.toFixed(2));
+const counted = (count, name) => `${number(count)} ${name}${count === 1 ? "" : "s"}`;
+
 let telling = 0;
 function say() {
   const { row, node, spread } = state,
@@ -48,17 +62,21 @@ function say() {
   const told = [`Node ${labelOf(node, row === 0)}, ${rowName(row)}`];
   if (row > 0)
     told.push(
-      `hears ${number(spread.degree)} keys directly, and through all layers above it ${number(spread.sizes[0])} of ${number(size[0])} inputs`,
+      `hears ${counted(spread.degree, "key")} directly, and through all layers above it ${number(spread.sizes[0])} of ${counted(size[0], isStack() ? "input" : "key")}`,
     );
   if (row < size.length - 1)
-    told.push(`is heard by ${number(spread.sizes[size.length - 1])} of ${number(data.n)} outputs`);
+    told.push(
+      `is heard by ${number(spread.sizes[size.length - 1])} of ${counted(data.n, isStack() ? "output" : "query").replace("querys", "queries")}`,
+    );
+  if (row > 0 && Math.max(...size) > Engine.CIRCLES && !weightsOf(row, node) && spread.degree > LINES)
+    told.push(`${number(LINES)} of its messages are drawn, evenly chosen`);
   const heavy = weightsOf(row, node);
   if (heavy)
     told.push(
       `most from ${heavy
         .slice(0, 3)
-        .map(([key, weight]) => `${labelOf(key, true)} ${weight.toFixed(2)}`)
-        .join(", ")}; keys that are not drawn, ${restOf(row, node).toFixed(2)}`,
+        .map(([key, weight]) => `${labelOf(key, true)} ${shareOf(weight)}`)
+        .join(", ")}; head ${state.head}, keys that are not drawn ${shareOf(restOf(row, node))}`,
     );
   $("said").textContent = `${told.join("; ")}.`;
   $("messages-canvas").setAttribute("aria-valuetext", told.join("; "));
@@ -68,13 +86,18 @@ function say() {
 function drawMessages() {
   const size = sizes(),
     rows = size.length;
-  geometry.gap = rows > 14 ? 24 : rows > 8 ? 34 : rows > 3 ? 62 : 150;
+  geometry.gap = rows > 64 ? Math.max(3, 1500 / rows) : rows > 14 ? 24 : rows > 8 ? 34 : rows > 3 ? 62 : 150;
+  geometry.width = room;
+  const isTurned = areLong(size),
+    below = isTurned ? 92 : 34;
+  geometry.top = isTurned ? 92 : 30;
   const canvas = $("messages-canvas"),
-    { brush, width } = prepared(canvas, geometry.top + (rows - 1) * geometry.gap + 34);
-  geometry.width = width;
+    { brush, width } = prepared(canvas, geometry.top + (rows - 1) * geometry.gap + below);
+  const named = Math.ceil(14 / geometry.gap); // each so many rows have room for a name
   brush.textBaseline = "middle";
   const { spread, row, node } = state;
   for (let r = 0; r < rows; r++) {
+    if (r % named && r !== row && r !== rows - 1) continue;
     brush.fillStyle = r === row ? colors.text : colors.quiet;
     brush.fillText(rowName(r), 4, y(r));
     if (spread && Math.abs(r - row) <= state.shown) {
@@ -85,15 +108,8 @@ function drawMessages() {
   }
   if (!spread) {
     brush.fillStyle = colors.quiet;
-    brush.fillText(
-      data.n && data.m
-        ? data.graphs.every(graph => graph.parts.length)
-          ? "Too many edges to follow one by one: Mask shows their shares."
-          : "Which edges there are is not found at once: draw.page(graph) looks."
-        : "There are no nodes.",
-      LEFT,
-      y(0) + 20,
-    );
+    brush.fillText(unknown(), LEFT, y(0) + 20);
+    drawImage();
     return;
   }
   drawImage();
@@ -106,14 +122,48 @@ function drawMessages() {
     brush.beginPath();
     brush.arc(x(node, size[row]), y(row), 4, 0, 7);
     brush.fill();
+    nameEnds(brush, size);
   }
+}
+
+/** Whether names of nodes, which are drawn one by one, are too long to stand side by side. */
+function areLong(size) {
+  const names = [...(data.labels || []), ...(data.key_labels || [])],
+    length = Math.max(...size);
+  if (length > Engine.CIRCLES) return false;
+  const space = (geometry.width - LEFT - RIGHT) / Math.max(1, length);
+  return names.some(name => 7 * String(name).length > space);
+}
+
+/** Of many nodes, the names of the chosen one and of the keys that it hears most. */
+function nameEnds(brush, size) {
+  const { row, node } = state,
+    heavy = weightsOf(row, node),
+    ends = [[node, row, y(row) + 16]];
+  if (!data.labels || row === 0) return;
+  if (heavy) for (const [key] of heavy.slice(0, 4)) ends.push([key, row - 1, y(row - 1) - 14]);
+  brush.textAlign = "center";
+  for (const [index, r, height] of ends) {
+    const names = (r === 0 && data.key_labels) || data.labels,
+      at = x(index, size[r]);
+    brush.fillText(
+      String(names[index]).slice(0, 16),
+      Math.max(LEFT + 10, Math.min(at, geometry.width - RIGHT - 10)),
+      height,
+    );
+  }
+  brush.textAlign = "start";
 }
 
 function drawBars(brush, size, isShown) {
   const { spread, row, node } = state,
     scale = window.devicePixelRatio || 1,
     across = spread.shares[0].length;
-  const tall = Math.max(1, Math.round(Math.min(14, geometry.gap - 8) * scale));
+  const tall = Math.max(
+    1,
+    Math.round((geometry.gap > 22 ? Math.min(14, geometry.gap - 8) : 0.7 * geometry.gap) * scale),
+  );
+  const stripe = Math.round(2 * scale);
   size.forEach((_, r) => {
     const isBelow = r > row,
       shown = isShown(r),
@@ -122,10 +172,11 @@ function drawBars(brush, size, isShown) {
     const words = new Uint32Array(line.data.buffer),
       color = isBelow ? colors.heard : colors.hears;
     const plain = levels(color, 1),
-      hatched = isBelow ? levels(color, 0.72) : plain; // not by colour alone
+      hatched = isBelow ? levels(color, 0.55) : plain; // not by colour alone
     for (let p = 0; p < across; p++) {
       const level = shown && shares[p] ? Math.ceil(shares[p] * 255) : 0;
-      for (let q = 0; q < tall; q++) words[q * across + p] = isBelow && (p + q) % 6 < 2 ? hatched[level] : plain[level];
+      for (let q = 0; q < tall; q++)
+        words[q * across + p] = isBelow && level && (p + q) % (3 * stripe) < stripe ? hatched[level] : plain[level];
     }
     brush.putImageData(line, Math.round(LEFT * scale), Math.round(y(r) * scale - tall / 2));
   });
@@ -213,18 +264,19 @@ function drawCircles(brush, size, isShown) {
           : r === 0
             ? (data.key_labels || data.labels || [])[i]
             : null;
-      const isEnd = r === 0 || r === size.length - 1;
-      if (isEnd && (length <= 32 || i % 8 === 0)) {
+      const isEnd = r === 0 || r === size.length - 1,
+        isTurned = areLong(size);
+      if (isEnd && (length <= 32 || i % 8 === 0 || isTurned)) {
         brush.fillStyle = colors.quiet;
-        brush.textAlign = "center";
         const space = ((geometry.width - LEFT - RIGHT) / length) * (length <= 32 ? 1 : 8),
-          text = String(label ?? i);
-        brush.fillText(
-          text.slice(0, Math.max(1, Math.floor(space / 7))),
-          x(i, length),
-          r === 0 ? y(r) - radius - 8 : y(r) + radius + 10,
-        );
-        brush.textAlign = "start";
+          text = String(label ?? i).slice(0, isTurned ? 12 : Math.max(1, Math.floor(space / 7))),
+          height = r === 0 ? y(r) - radius - 8 : y(r) + radius + 10;
+        brush.save();
+        brush.translate(x(i, length), height);
+        if (isTurned) brush.rotate(-Math.PI / 2);
+        brush.textAlign = !isTurned ? "center" : r === 0 ? "start" : "end";
+        brush.fillText(text, 0, 0);
+        brush.restore();
       }
     }
   });
@@ -297,9 +349,12 @@ function play() {
   state.shown = 0;
   const next = () => {
     drawMessages();
-    const r = state.row - state.shown;
-    $("said").textContent =
-      `After ${state.shown} layers: ${number(state.spread.sizes[Math.max(0, r)])} nodes are heard.`;
+    const { row, shown, spread } = state,
+      told = [];
+    if (row > 0) told.push(`${counted(spread.sizes[Math.max(0, row - shown)], "node")} heard`);
+    if (row < spread.sizes.length - 1)
+      told.push(`heard by ${counted(spread.sizes[Math.min(spread.sizes.length - 1, row + shown)], "node")}`);
+    $("said").textContent = `After ${counted(shown, "layer")}: ${told.join(", ")}.`;
     if (state.shown++ < last) playing = setTimeout(next, 450);
     else {
       playing = 0;
@@ -350,7 +405,16 @@ function messagesKey(event) {
     const [rows, nodes] = moves[event.key];
     select(state.row + rows, state.node + nodes);
   } else if (event.key === " ") play();
-  else if (event.key === "Shift") turn();
-  else return;
+  else {
+    isShiftAlone = event.key === "Shift";
+    return;
+  }
+  isShiftAlone = false;
   event.preventDefault();
+}
+
+let isShiftAlone = false; // it turns when it is let go, and nothing was pressed with it
+function messagesKeyUp(event) {
+  if (event.key === "Shift" && isShiftAlone) turn();
+  isShiftAlone = false;
 }

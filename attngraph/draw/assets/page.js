@@ -28,6 +28,7 @@ function listen() {
   messages.addEventListener("pointermove", messagesPointer);
   messages.addEventListener("pointerdown", messagesPointer);
   messages.addEventListener("keydown", messagesKey);
+  messages.addEventListener("keyup", messagesKeyUp);
   for (const kind of ["pointermove", "pointerdown", "pointerup"]) mask.addEventListener(kind, maskPointer);
   mask.addEventListener(
     "wheel",

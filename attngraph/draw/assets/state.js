@@ -52,7 +52,7 @@ const isStack = () => data.n === data.m;
 const graphAt = layer => data.graphs[data.layers[layer]];
 
 /** Whether a server answers about other expressions, and this is a stack that a person may change. */
-const isEditable = () => Boolean(live) && (!tour.length || Boolean(tour[step].own)) && isStack();
+const isEditable = () => Boolean(live) && (!tour.length || Boolean(tour[step].own));
 
 /** Runs of layers with the same graph: [{first, last, graph}]. */
 function groups() {

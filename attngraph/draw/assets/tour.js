@@ -13,6 +13,7 @@ function visit(place) {
   Object.assign(state, { head: null, layer: 0, window: null, view: "messages", ...focus });
   data = null;
   accept(own);
+  $("title").textContent = "attngraph: a tour";
   if (focus) {
     Object.assign(state, focus);
     show(state.view);

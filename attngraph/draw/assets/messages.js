@@ -143,14 +143,15 @@ function nameEnds(brush, size) {
   if (!data.labels || row === 0) return;
   if (heavy) for (const [key] of heavy.slice(0, 4)) ends.push([key, row - 1, y(row - 1) - 14]);
   brush.textAlign = "center";
+  const taken = [];
   for (const [index, r, height] of ends) {
     const names = (r === 0 && data.key_labels) || data.labels,
-      at = x(index, size[r]);
-    brush.fillText(
-      String(names[index]).slice(0, 16),
-      Math.max(LEFT + 10, Math.min(at, geometry.width - RIGHT - 10)),
-      height,
-    );
+      text = String(names[index]).slice(0, 16),
+      half = brush.measureText(text).width / 2 + 3,
+      at = Math.max(LEFT + half, Math.min(x(index, size[r]), geometry.width - RIGHT - half));
+    if (taken.some(other => other.r === r && Math.abs(other.at - at) < other.half + half)) continue;
+    taken.push({ r, at, half });
+    brush.fillText(text, at, height);
   }
   brush.textAlign = "start";
 }

@@ -4,6 +4,7 @@ import base64
 import http.client
 import json
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -403,7 +404,8 @@ def test_the_tour_has_eight_steps():
 # ------------------------------------------------------------------------------------------------ the command line
 
 
-def test_show_serves_until_it_is_interrupted(tmp_path):
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_show_serves_until_it_is_interrupted(how):
     command = [sys.executable, "-m", "attngraph", "show", "Causal()", "--size", "16"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         lines = []
@@ -416,8 +418,11 @@ def test_show_serves_until_it_is_interrupted(tmp_path):
         connection.request("POST", "/graphs", "{}", headers)
         assert json.loads(connection.getresponse().read())["title"] == "Causal()"
         connection.close()
-        process.send_signal(2)
-        assert process.wait(30) == 0
+        process.send_signal(how)
+        try:
+            assert process.wait(30) == 0
+        finally:
+            process.kill()
         assert "Traceback" not in process.stderr.read()
 
 

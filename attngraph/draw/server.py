@@ -5,6 +5,7 @@ from __future__ import annotations
 import hmac
 import json
 import secrets
+import signal
 import sys
 import threading
 import webbrowser
@@ -144,7 +145,9 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def serve(data: Mapping[str, Any], port: int = 0, opens: bool = False) -> None:
-    """Serve the page until Ctrl-C; its address is printed, and opened in a browser if asked for."""
+    """Serve the page until Ctrl-C, or SIGTERM; its address is printed, and opened in a browser if asked for."""
+    for ends in (signal.SIGINT, signal.SIGTERM):  # also where a shell has had them ignored
+        signal.signal(ends, signal.default_int_handler)
     with Server(data, port) as server:
         threading.Thread(target=server.evaluator.start, daemon=True).start()  # it takes some seconds
         print(f"page: {server.url}    (Ctrl-C ends it)", flush=True)

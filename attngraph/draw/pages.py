@@ -9,7 +9,6 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
-from functools import cache as remembered
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Protocol
@@ -324,7 +323,6 @@ def _hash(text: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
-@remembered
 def asset(name: str) -> str:
     """A file of the page."""
     return files("attngraph.draw").joinpath("assets", name).read_text(encoding="utf-8")

@@ -12,6 +12,7 @@ from attngraph.analysis import last_reader
 from attngraph.graph.base import Graph
 from attngraph.hf.masks import Held, in_front
 
+FURTHEST = 1 << 20  # tokens that are thought of, if a model allows more
 MOST_DEAD = 32  # tokens after which it is looked again, as to let keys go copies the others
 
 
@@ -25,7 +26,7 @@ class LastQueries:
     def of(self, length: int, device: torch.device) -> Tensor:
         """int64, of more than so many keys."""
         if len(self.found) <= length:
-            size = max(1024, self.most, 2 * length)
+            size = max(1024, min(self.most, FURTHEST), 2 * length)
             self.found = last_reader(self.graph, size, size)
         self.found = self.found.to(device)
         return self.found

@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 Mode = Literal["intersect", "replace"]
 WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
 CROSS = {"encoder_attn", "encdecattention", "encoder_attention"}  # what modules are called that hear another sequence
-KEYWORDS = set(  # of the interface that models call, and what they pass on: with another one they mean something else
-    "query key value attention_mask scaling dropout is_causal position_bias softcap s_aux sliding_window "
-    "output_attentions position_ids deterministic cu_seq_lens_q cu_seq_lens_k max_length_q max_length_k".split()
-)
+# Keywords of the interface that models call, and what they pass on: with another one they mean something else.
+KEYWORDS = {"query", "key", "value", "attention_mask", "scaling", "dropout", "is_causal", "position_bias", "softcap"}
+KEYWORDS |= {"s_aux", "sliding_window", "output_attentions", "position_ids", "deterministic"}
+KEYWORDS |= {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"}
 RECURRENT = ("linear", "lightning", "delta", "mamba")  # in names of classes that hear the past without edges
 NOT_INSTALLED = "attngraph.hf.connect needs transformers 5.17 or newer: pip install 'transformers>=5.17'"
 

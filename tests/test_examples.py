@@ -136,7 +136,7 @@ def test_bert_differs_from_gpt_in_its_graph(tmp_path, capsys):
     given = ["--runs", str(tmp_path), "--dtype", "float32", "--text", str(path), "--batch", "16", *small]
     found = bert.main(bert.settings(given))
     assert found["validation_accuracy"] > found["against"] + 8
-    assert left(tmp_path / "bert") == COMMON | {"attention.png", "filled.txt"}
+    assert left(tmp_path / "bert") == COMMON | {"attention.png", "filled.txt", "see.html"}
     assert left(tmp_path / "bert") - {"outcome.json"} == left(tmp_path / "bert-against")
     settings = [
         json.loads((tmp_path / name / "config.json").read_text())["settings"] for name in ("bert", "bert-against")

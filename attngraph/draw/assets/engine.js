@@ -466,11 +466,6 @@ const Engine = (() => {
       const of = this.graphs.map((_, index) => (this.layers.includes(index) ? leak(this.graph(index, null)) : null));
       return this.layers.flatMap((index, layer) => (of[index] ? [{ layer, ...of[index] }] : []));
     }
-
-    /** The last query that hears each key of a layer. */
-    lastReader({ layer }) {
-      return lastReader(this.graph(this.layers[layer], null));
-    }
   }
 
   return {
